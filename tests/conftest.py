@@ -1,0 +1,25 @@
+"""Where test data lies, and what is skipped, by name, when it does not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("TINYLLM_TESTDATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of models and references; tests that need it skip when it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"no test data at {DATA}; set TINYLLM_TESTDATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def stories260k(data: Path) -> Path:
+    """A real trained LLaMA of 260,000 parameters."""
+    return data / "models" / "stories260K.gguf"

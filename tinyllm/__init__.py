@@ -1,0 +1,37 @@
+"""Run language models from GGUF files in pure Python, fast."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors, gguf, tokenizers
+    from .model import Completion, Model, list_devices, load
+
+__version__ = "0.1.0"
+__all__ = [
+    "Completion",
+    "Model",
+    "__version__",
+    "errors",
+    "gguf",
+    "list_devices",
+    "load",
+    "tokenizers",
+]
+_MODULES = {"errors", "gguf", "tokenizers", "sdk"}
+_FROM_MODEL = {"Completion", "Model", "list_devices", "load"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that ``import tinyllm`` stays light."""
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _FROM_MODEL:
+        return getattr(import_module(".model", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

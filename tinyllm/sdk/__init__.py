@@ -1,0 +1,1 @@
+"""The GPT4All surface."""
