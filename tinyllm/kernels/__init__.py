@@ -1,1 +1,1 @@
-
+"""Arrays in, arrays out: the operations of a forward pass, once per device. Knows nothing of models."""

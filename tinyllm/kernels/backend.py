@@ -1,0 +1,444 @@
+"""The operations that every device provides, their shapes and their contracts.
+
+A model's mathematics is written once, in ``tinyllm.models``, as calls of these methods. Arrays are the
+backend's own (NumPy, CuPy, OpenCL buffers); all that the caller may use of one is its ``shape``.
+Activations are float32, dense, one row per token: ``x [T, n]``. Heads lie side by side in a row:
+``q [T, H * D]``. Letters: T rows (tokens of all sequences of this step), S stored positions, H query heads,
+K key/value heads, D head_dim, E n_embd, V n_vocab.
+
+An operation may compute at once, record itself to be run when a result is asked for, or be captured
+into a graph: a caller sees no difference, because only ``numpy`` and ``top_k`` return values. Outputs
+belong to the step (they may be overwritten by the next one); what must outlive it is fetched with ``numpy``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from ..errors import DeviceError
+
+Array = Any  # a backend's own array; has .shape
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "swiglu_oai"]
+Pairing = Literal["adjacent", "half"]
+KVType = Literal["f32", "f16", "q8_0"]
+
+
+class Source(Protocol):
+    """A tensor of a file as ``Backend.load`` reads it; ``tinyllm.gguf.Tensor`` is one."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Raw bytes [stop - start, row_nbytes] of rows of the tensor seen as [-1, shape[-1]]."""
+        ...
+
+
+class Weight(Protocol):
+    """A loaded matrix [n_out, n_in], or a stack of them [n, n_out, n_in] (experts, heads)."""
+
+    type: str  # as in the file, "Q4_K"
+    shape: tuple[int, ...]
+    nbytes: int  # on the device
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps of the past.
+
+    ``head_dim`` and ``head_dim_v`` are 0 for a layer without attention; ``arrays`` names the float32
+    arrays, zero at first, that a recurrent layer carries from one token to the next.
+    """
+
+    n_head_kv: int = 0
+    head_dim: int = 0
+    head_dim_v: int = 0
+    arrays: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """How rotary embedding turns the values of one head (see ``Backend.rope``)."""
+
+    freqs: Array  # [n_pairs] float32, radians per position
+    pairing: Pairing
+    first: int = 0  # the first value of a head that turns
+    scale: float = 1.0  # multiplies cos and sin
+
+
+class Cache(ABC):
+    """The stored past of one sequence, for all layers. Memory is taken as it fills, where possible."""
+
+    n_ctx: int
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes reserved on the device when full."""
+
+    @abstractmethod
+    def shift(self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None) -> None:
+        """Drop positions [keep, keep + discard) of a layer and move the later ones down.
+
+        With ``rope``, moved keys are turned back by ``discard`` positions, so that they are as if written
+        at their new place.
+        """
+
+    @abstractmethod
+    def export(self, n_past: int) -> dict[str, np.ndarray]:
+        """The first ``n_past`` positions (and recurrent arrays) as host arrays, exactly as stored.
+
+        Keys are ``"{layer}.k"`` [n_past, K, D], ``"{layer}.v"`` and ``"{layer}.{array}"``; a backend that
+        stores in another order converts. float16 caches give float16; q8_0 ones a uint8 of blocks.
+        """
+
+    @abstractmethod
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """The inverse of ``export``; shapes are checked (StateError)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step: one or more sequences, each a run of consecutive rows.
+
+    Host arrays as the decoder makes them; ``Backend.step`` hands ``fn`` a Batch whose arrays are on the
+    device. Row t of sequence s stands at position ``positions[t] = n_past[s] + t - starts[s]``.
+    """
+
+    ids: Array  # [T] int32
+    positions: Array  # [T] int32
+    starts: Array  # [n_seq + 1] int32: sequence s has the rows starts[s]:starts[s + 1]
+    n_past: Array  # [n_seq] int32: positions stored before this step
+    outputs: Array  # [n_out] int32: rows whose result is wanted
+    caches: tuple[Cache, ...]  # one per sequence; () when nothing is kept (encoders)
+    n_rows: int
+    n_seq: int
+    n_out: int
+
+    @staticmethod
+    def of(
+        ids: Sequence[Sequence[int]],
+        n_past: Sequence[int],
+        outputs: Sequence[int],
+        caches: Sequence[Cache] = (),
+    ) -> Batch:
+        """Lay the sequences' new ids row by row."""
+        lengths = np.array([len(i) for i in ids], np.int32)
+        starts = np.zeros(len(ids) + 1, np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        past = np.asarray(n_past, np.int32)
+        within = np.arange(starts[-1], dtype=np.int32) - np.repeat(starts[:-1], lengths)
+        flat = np.concatenate([np.asarray(i, np.int32) for i in ids])
+        return Batch(
+            flat,
+            (np.repeat(past, lengths) + within).astype(np.int32),
+            starts,
+            past,
+            np.asarray(outputs, np.int32),
+            tuple(caches),
+            len(flat),
+            len(ids),
+            len(outputs),
+        )
+
+    @property
+    def key(self) -> Hashable:
+        """Steps of the same key differ only in array values and caches: a recorded one can be replayed."""
+        return (self.starts.tobytes(), self.n_out, bool(self.caches))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a mixture of experts turns router logits into choices (see ``Backend.route``)."""
+
+    n_used: int
+    gating: Literal["softmax", "sigmoid", "softmax_selected"] = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    n_group: int = 1  # choose only among the best n_group_used groups of experts (DeepSeek-V3)
+    n_group_used: int = 1
+
+
+class Backend(ABC):
+    """One device. Methods raise DeviceError for what the device cannot do, when it is loaded, not later."""
+
+    name: str  # what really runs: "cpu", "reference", "cuda:0 NVIDIA H200"
+
+    # ---- weights and transfers
+
+    @abstractmethod
+    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> Weight:
+        """Bring a matrix, or a stack of matrices, to the device, in its quantised form.
+
+        ``rows`` selects and orders output rows (of a 2-D tensor), which splits fused projections. The bytes
+        are read in pieces; the backend may store them in an order of its own, in about the same size.
+        """
+
+    @abstractmethod
+    def array(self, x: np.ndarray) -> Array:
+        """Host to device. float64 becomes float32, int64 int32. The result outlives the step."""
+
+    @abstractmethod
+    def numpy(self, x: Array) -> np.ndarray:
+        """Device to host: a copy, or a view that the caller does not keep beyond the step."""
+
+    @abstractmethod
+    def new_cache(self, layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> Cache:
+        """Room for one sequence of up to ``n_ctx`` positions."""
+
+    def step(self, key: Hashable | None, fn: Callable[[Batch], Array], batch: Batch) -> Array:
+        """Run ``fn`` on the batch with its arrays on the device, and return its result.
+
+        A backend may record the operations under ``key`` and, when the key comes again, replay them on the
+        new batch without calling ``fn``: fn must depend on nothing but the batch. ``None`` forbids that.
+        """
+        return fn(self.upload(batch))
+
+    def upload(self, batch: Batch) -> Batch:
+        """The same batch with its arrays on the device."""
+        return Batch(
+            self.array(batch.ids),
+            self.array(batch.positions),
+            self.array(batch.starts),
+            self.array(batch.n_past),
+            self.array(batch.outputs),
+            batch.caches,
+            batch.n_rows,
+            batch.n_seq,
+            batch.n_out,
+        )
+
+    def close(self) -> None:  # noqa: B027 (most backends hold nothing but memory)
+        """Free what the device holds; the backend is not used afterwards."""
+
+    # ---- matrices
+
+    @abstractmethod
+    def embed(self, w: Weight, ids: Array, scale: float = 1.0) -> Array:
+        """Rows ``ids`` [T] of w [V, E], decoded and scaled -> [T, E]."""
+
+    @abstractmethod
+    def matmul(self, w: Weight, x: Array, bias: Array | None = None) -> Array:
+        """x [T, n_in] times w [n_out, n_in] transposed, plus bias [n_out] -> [T, n_out]."""
+
+    def matmuls(
+        self, ws: Sequence[Weight], x: Array, biases: Sequence[Array | None]
+    ) -> list[Array]:
+        """Several matrices on the same x: q, k and v, or gate and up."""
+        return [self.matmul(w, x, b) for w, b in zip(ws, biases, strict=True)]
+
+    @abstractmethod
+    def matmul_experts(
+        self, w: Weight, x: Array, experts: Array, bias: Array | None = None
+    ) -> Array:
+        """Each (row, choice) through its own matrix of the stack w [n, n_out, n_in].
+
+        x [T, n_in] (the same for all choices) or [T, k, n_in]; experts [T, k] int32; bias [n, n_out]
+        -> [T, k, n_out].
+        """
+
+    # ---- elementwise and rows
+
+    @abstractmethod
+    def rms_norm(
+        self, x: Array, w: Array | None, eps: float, bias: Array | None = None, group: int = 0
+    ) -> Array:
+        """x / sqrt(mean(x^2) + eps) * w + bias over each run of ``group`` values (0: the whole row).
+
+        w and bias have ``group`` values or a row's, or are None. x is any [..., n].
+        """
+
+    @abstractmethod
+    def layer_norm(
+        self, x: Array, w: Array | None, eps: float, bias: Array | None = None, group: int = 0
+    ) -> Array:
+        """(x - mean) / sqrt(variance + eps) * w + bias; shapes as ``rms_norm``."""
+
+    @abstractmethod
+    def rope(self, x: Array, positions: Array, spec: RopeSpec, head_dim: int) -> Array:
+        """Turn pairs of each head of x [T, H * head_dim] by position * frequency.
+
+        With p = len(freqs) pairs, values [first, first + 2 p) of a head turn, the others pass. Pairing "half":
+        (i, i + p), "adjacent": (2 i, 2 i + 1). RoFormer, arXiv:2104.09864.
+        """
+
+    @abstractmethod
+    def act(self, x: Array, kind: Activation) -> Array:
+        """silu x/(1+e^-x); gelu with erf; gelu_tanh; relu; relu2 max(x,0)^2; sigmoid; tanh."""
+
+    @abstractmethod
+    def act_mul(self, gate: Array, up: Array, kind: Activation) -> Array:
+        """act(gate) * up. "swiglu_oai": g = min(gate, 7), u = clip(up, -7, 7): g sigmoid(1.702 g) (u + 1)."""
+
+    @abstractmethod
+    def add(self, x: Array, *ys: Array, scale: float = 1.0) -> Array:
+        """X + scale * y1 + scale * y2 ...; a y of shape [n] is added to every row."""
+
+    @abstractmethod
+    def mul(self, x: Array, y: Array) -> Array:
+        """x [T, n] * y, with y [T, n], [T, 1] or [n]."""
+
+    @abstractmethod
+    def scale_softcap(self, x: Array, scale: float = 1.0, cap: float = 0.0) -> Array:
+        """x * scale, then cap * tanh(x / cap) unless cap is 0."""
+
+    @abstractmethod
+    def clamp(self, x: Array, limit: float) -> Array:
+        """min(max(x, -limit), limit)."""
+
+    @abstractmethod
+    def concat(self, xs: Sequence[Array], n_head: int = 1) -> Array:
+        """Join [T, n_head * D_i] head by head -> [T, n_head * sum(D_i)]; a one-headed x is repeated."""
+
+    @abstractmethod
+    def take(self, x: Array, rows: Array) -> Array:
+        """x[rows] for rows [n] int32."""
+
+    # ---- attention
+
+    @abstractmethod
+    def cache_write(self, batch: Batch, layer: int, k: Array, v: Array) -> None:
+        """Store the new rows' k [T, K * D] and v [T, K * Dv] at their positions in their sequences' caches."""
+
+    @abstractmethod
+    def attention(
+        self,
+        batch: Batch,
+        layer: int,
+        q: Array,
+        n_head: int,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        slopes: Array | None = None,
+        sinks: Array | None = None,
+    ) -> Array:
+        """Causal attention of q [T, H * D] over the layer's stored past, the new rows included -> [T, H * Dv].
+
+        score(i, j) = softcap(scale * q_i . k_j) + slopes[h] * (j - i), for j <= i and, with a window,
+        i - j < window; query head h reads key head h * K // H; sinks [H] are logits that only add to the
+        softmax's denominator. ALiBi: arXiv:2108.12409.
+        """
+
+    @abstractmethod
+    def attention_full(
+        self,
+        batch: Batch,
+        q: Array,
+        k: Array,
+        v: Array,
+        n_head: int,
+        n_head_kv: int,
+        *,
+        scale: float,
+        window: int = 0,
+        slopes: Array | None = None,
+    ) -> Array:
+        """Attention within each sequence's rows, both directions, nothing stored (encoders).
+
+        With a window, |i - j| <= window // 2; slopes[h] * -|i - j| is added to the scores.
+        """
+
+    # ---- mixtures of experts
+
+    @abstractmethod
+    def route(
+        self, logits: Array, routing: Routing, bias: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Choose experts: logits [T, n_expert] -> experts [T, k] int32, weights [T, k].
+
+        Scores are softmax or sigmoid of the logits ("softmax_selected": softmax over the chosen logits only);
+        ``bias`` [n_expert] is added for the choice, not to the weights; ties go to the lower expert.
+        """
+
+    @abstractmethod
+    def combine(self, x: Array, weights: Array) -> Array:
+        """Sum over choices of x [T, k, n] * weights [T, k] -> [T, n]."""
+
+    # ---- choosing
+
+    @abstractmethod
+    def top_k(self, logits: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k largest of logits [n] (a device or host array): ids int32 and values, largest first.
+
+        Equal values come in the order of their ids. NumericError if a NaN is among the logits or the
+        largest is infinite.
+        """
+
+    # ---- recurrent layers; a backend without them raises DeviceError when such a model is loaded
+
+    def conv1d(self, batch: Batch, layer: int, x: Array, w: Array, bias: Array | None) -> Array:
+        """Causal depthwise convolution of x [T, n] with w [n, width]; the last width - 1 rows are kept
+        in the layer's array "conv" [width - 1, n].
+        """  # noqa: D205
+        raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
+
+    def scan(
+        self, batch: Batch, layer: int, x: Array, dt: Array, a: Array, b: Array, c: Array, d: Array
+    ) -> Array:
+        """Selective scan (Mamba): h = exp(dt a) h + dt x b; y = h c + d x; h is the layer's array "ssm".
+
+        x, dt [T, n]; a [n, S]; b, c [T, S]; d [n]; h [n, S] -> [T, n]. arXiv:2312.00752.
+        """
+        raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
+
+    def shift_rows(self, batch: Batch, layer: int, x: Array, name: str) -> Array:
+        """Row t becomes the row before it in its sequence; the last row is kept in the layer's array ``name``
+        [n] (RWKV token shift).
+        """  # noqa: D205
+        raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
+
+    def wkv6(
+        self, batch: Batch, layer: int, r: Array, k: Array, v: Array, w: Array, u: Array
+    ) -> Array:
+        """RWKV-6 mixing per head: y = r (S + diag(u) k^T v); S = diag(w) S + k^T v; S is array "wkv".
+
+        r, k, v, w [T, H * D]; u [H * D]; S [H, D, D] -> [T, H * D]. arXiv:2404.05892.
+        """
+        raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
+
+    def wkv7(
+        self, batch: Batch, layer: int, r: Array, w: Array, k: Array, v: Array, a: Array, b: Array
+    ) -> Array:
+        """RWKV-7 mixing per head: S = S diag(w) + (S a) b^T + v k^T; y = S r; S is array "wkv" [H, D, D].
+
+        All inputs [T, H * D], with D = S.shape[1] -> [T, H * D]. arXiv:2503.14456.
+        """
+        raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
+
+
+def open_backend(device: str, n_threads: int | None = None) -> Backend:
+    """The backend of a device name: "cpu", "reference", "cuda[:i]", "opencl[:i]".
+
+    Raises
+    ------
+    DeviceError
+        The name is unknown, or the driver or the optional package is missing.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "reference":
+        from .reference import ReferenceBackend
+
+        return ReferenceBackend()
+    if kind == "cpu":
+        from .cpu.backend import CPUBackend
+
+        return CPUBackend(n_threads)
+    if kind == "cuda":
+        from .gpu.cuda import CUDABackend
+
+        return CUDABackend(index or "0")
+    if kind == "opencl":
+        from .gpu.opencl import OpenCLBackend
+
+        return OpenCLBackend(index or "0")
+    raise DeviceError(
+        f"unknown device {device!r}; expected 'cpu', 'reference', 'cuda[:i]' or 'opencl[:i]'"
+    )
