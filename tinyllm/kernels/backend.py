@@ -83,7 +83,9 @@ class Cache(ABC):
         """Bytes reserved on the device when full."""
 
     @abstractmethod
-    def shift(self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None) -> None:
+    def shift(
+        self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None
+    ) -> None:
         """Drop positions [keep, keep + discard) of a layer and move the later ones down.
 
         With ``rope``, moved keys are turned back by ``discard`` positions, so that they are as if written
@@ -294,7 +296,11 @@ class Backend(ABC):
 
     @abstractmethod
     def concat(self, xs: Sequence[Array], n_head: int = 1) -> Array:
-        """Join [T, n_head * D_i] head by head -> [T, n_head * sum(D_i)]; a one-headed x is repeated."""
+        """Join [T, n_head * D_i] head by head -> [T, n_head * sum(D_i)]."""
+
+    def repeat(self, x: Array, n: int) -> Array:
+        """The row n times side by side: [T, D] -> [T, n * D]."""
+        return self.concat([x] * n)
 
     @abstractmethod
     def take(self, x: Array, rows: Array) -> Array:
