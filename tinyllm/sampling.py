@@ -1,0 +1,315 @@
+"""Logits to one token id: penalties, filters, temperature, and a draw.
+
+The chain is GPT4All's (llama.cpp's older order): logit bias and processor, repetition penalties, then
+either the largest logit (temperature 0) or top-k, typical-p, top-p, min-p, temperature and a draw. Each
+filter looks at the probabilities before temperature and renormalises over what the filter before it kept.
+Only the penalised entries and the k survivors are touched, never the whole vocabulary: at 128k tokens
+a single NumPy pass would cost more than the draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ArgumentError, NumericError
+
+Floats: TypeAlias = NDArray[np.floating[Any]]
+Ids: TypeAlias = NDArray[np.integer[Any]]
+TopK: TypeAlias = Callable[[Floats, int], tuple[Ids, Floats]]
+LogitsProcessor: TypeAlias = Callable[[list[int], Floats], "Floats | None"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen.
+
+    Parameters
+    ----------
+    temperature : float
+        Divides the logits before the draw; 0 takes the largest logit.
+    top_k : int
+        Keep the k most probable tokens; 0 or less keeps all.
+    top_p : float
+        Keep the most probable tokens whose probabilities first sum to this; 1 keeps all. arXiv:1904.09751.
+    min_p : float
+        Keep tokens at least this fraction as probable as the most probable one; 0 keeps all.
+    typical_p : float
+        Keep the tokens whose surprise is nearest to the expected one, up to this mass; 1 keeps all.
+        arXiv:2202.00666.
+    repeat_penalty : float
+        Divides a positive logit, multiplies a negative one, of every token in the last ``repeat_last_n``;
+        1 changes nothing. arXiv:1909.05858.
+    repeat_last_n : int
+        How many tokens of prompt and output the three penalties look at; -1 all, 0 none.
+    presence_penalty, frequency_penalty : float
+        Subtracted from the logit of a token once if it is there, and once per occurrence.
+    logit_bias : mapping of int to float, optional
+        Added to the logits of these ids; ``-inf`` forbids one.
+    logits_processor : callable, optional
+        ``f(ids, logits)`` with the ids so far and float32 [n_vocab]; edits in place, or returns a replacement.
+    seed : int, optional
+        Of the random numbers; None takes one from the operating system.
+
+    Raises
+    ------
+    ArgumentError
+        A value is out of range, NaN, or of the wrong type.
+
+    Examples
+    --------
+    >>> SamplingParams(temperature=0.7, top_k=20).top_p
+    0.95
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    logits_processor: LogitsProcessor | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check = _CHECKS.get(field.name)
+            value = getattr(self, field.name)
+            if check is not None and not check[0](value):
+                raise ArgumentError(f"{field.name}={value!r}; expected {check[1]}")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether any of the three penalties changes anything."""
+        return self.repeat_last_n != 0 and (
+            (self.repeat_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+        )
+
+
+def _finite(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _integer(x: object) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _fraction(x: Any) -> bool:
+    return _finite(x) and 0 <= x <= 1
+
+
+def _bias(x: object) -> bool:
+    return x is None or (
+        isinstance(x, Mapping)
+        and all(_integer(i) and i >= 0 for i in x)
+        and all(_finite(v) or v == -math.inf for v in x.values())
+    )
+
+
+_Check: TypeAlias = tuple[Callable[[Any], bool], str]
+_BETWEEN: _Check = (_fraction, "a number from 0 to 1")
+_NUMBER: _Check = (_finite, "a finite number")
+_CHECKS: dict[str, _Check] = {
+    "temperature": (lambda x: _finite(x) and x >= 0, "a number >= 0 (0 is greedy)"),
+    "top_k": (_integer, "an integer (0 keeps the whole vocabulary)"),
+    "top_p": _BETWEEN,
+    "min_p": _BETWEEN,
+    "typical_p": _BETWEEN,
+    "repeat_penalty": (lambda x: _finite(x) and x > 0, "a number > 0 (1 changes nothing)"),
+    "repeat_last_n": (lambda x: _integer(x) and x >= -1, "an integer >= -1 (-1 all, 0 off)"),
+    "presence_penalty": _NUMBER,
+    "frequency_penalty": _NUMBER,
+    "logit_bias": (_bias, "a mapping of token ids to finite numbers or -inf, or None"),
+    "logits_processor": (lambda x: x is None or callable(x), "a callable f(ids, logits), or None"),
+    "seed": (lambda x: x is None or (_integer(x) and x >= 0), "an integer >= 0, or None"),
+}
+
+
+def top_k(logits: Floats, k: int) -> tuple[Ids, Floats]:
+    """The k largest of logits [n]: ids int32 and values, largest first, equal ones in the order of their ids.
+
+    Raises NumericError for NaN, for +inf, and when every logit is -inf.
+    """
+    check_finite(float(logits.max()))
+    n = len(logits)
+    if k >= n:
+        ids = np.arange(n)
+    elif k == 1:
+        ids = np.array([logits.argmax()])
+    else:
+        threshold = np.partition(logits, n - k)[n - k]
+        above = np.flatnonzero(logits > threshold)
+        level = np.flatnonzero(logits == threshold)[: k - len(above)]
+        ids = np.concatenate([above, level])
+    ids = ids[np.lexsort((ids, -logits[ids]))]
+    return ids.astype(np.int32), logits[ids]
+
+
+def check_finite(largest: float) -> None:
+    """Raise NumericError unless the largest logit is a finite number."""
+    if math.isfinite(largest):
+        return
+    if largest == -math.inf:
+        raise NumericError("every token is forbidden (all logits are -inf); allow at least one")
+    raise NumericError(f"found a logit of {largest}; expected finite numbers, or -inf to forbid")
+
+
+def penalise(
+    logits: Floats, recent: Sequence[int], repeat: float, presence: float, frequency: float
+) -> None:
+    """Lower, in place, the logits [n_vocab] of the tokens in ``recent``, each distinct one once."""
+    counts = Counter(recent)
+    ids = np.fromiter(counts, np.intp, len(counts))
+    n = np.fromiter(counts.values(), np.float32, len(counts))
+    x = logits[ids]
+    x = np.where(x > 0, x / np.float32(repeat), x * np.float32(repeat))
+    logits[ids] = x - (n * np.float32(frequency) + np.float32(presence))
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities of logits [n] sorted from the largest."""
+    p: Floats = np.exp(logits - logits[0])
+    p /= p.sum()
+    return p
+
+
+def typical(logits: Floats, p: float) -> Ids:
+    """Positions, in order, of the locally typical among sorted logits [n], until their mass passes ``p``."""
+    prob = softmax(logits)
+    surprise = -np.log(np.maximum(prob, np.finfo(prob.dtype).tiny))
+    nearest = np.argsort(np.abs(surprise - (prob * surprise).sum()), kind="stable")
+    n = int(np.searchsorted(np.cumsum(prob[nearest]), p, side="right")) + 1
+    return np.sort(nearest[:n])
+
+
+def top_p(logits: Floats, p: float) -> int:
+    """How many of sorted logits [n] make up the mass ``p``, at least one."""
+    return min(int(np.searchsorted(np.cumsum(softmax(logits)), p)) + 1, len(logits))
+
+
+def min_p(logits: Floats, p: float) -> int:
+    """How many of sorted logits [n] are at least ``p`` times as probable as the first."""
+    return int(np.count_nonzero(logits >= logits[0] + math.log(p)))
+
+
+def draw(logits: Floats, temperature: float, u: float) -> int:
+    """Position drawn from softmax(sorted logits [n] / temperature) by one uniform number u in [0, 1)."""
+    with np.errstate(
+        over="ignore"
+    ):  # a tiny temperature: the quotient may become -inf, probability 0
+        mass = np.cumsum(np.exp((logits - logits[0]) / temperature))
+    return min(int(np.searchsorted(mass, u * mass[-1], side="right")), len(logits) - 1)
+
+
+class Sampler:
+    """Chooses the tokens of one sequence; holds its random generator.
+
+    Parameters
+    ----------
+    params : SamplingParams
+    n_vocab : int
+    top_k : callable
+        ``top_k(logits, k)``; a backend's is faster than this module's.
+
+    Raises
+    ------
+    ArgumentError
+        ``params.logit_bias`` names an id outside the vocabulary.
+    """
+
+    def __init__(self, params: SamplingParams, n_vocab: int, top_k: TopK = top_k) -> None:
+        self.params, self.n_vocab, self._top_k = params, n_vocab, top_k
+        k = 1 if params.temperature == 0 else params.top_k
+        self._k = min(k, n_vocab) if k > 0 else n_vocab
+        bias = params.logit_bias or {}
+        self._bias_ids = np.fromiter(bias, np.int64, len(bias))
+        self._bias = np.fromiter(bias.values(), np.float32, len(bias))
+        if len(bias) and max(bias) >= n_vocab:
+            raise ArgumentError(f"logit_bias has id {max(bias)}; expected ids below {n_vocab}")
+        self._random = np.random.Generator(np.random.PCG64(params.seed))
+
+    def choose(self, logits: Floats, history: Sequence[int]) -> int:
+        """The next token's id.
+
+        Parameters
+        ----------
+        logits : float32 [n_vocab]
+            A scratch copy: it may be edited in place.
+        history : sequence of int
+            The ids of prompt and output so far.
+
+        Raises
+        ------
+        NumericError
+            A logit is NaN or +inf, or all tokens are forbidden.
+        """
+        ids, values = self._top_k(self._shape(logits, history), self._k)
+        check_finite(float(values[0]))
+        if self.params.temperature == 0:
+            return int(ids[0])
+        ids, values = self._filter(ids, values.astype(np.float64))
+        return int(ids[draw(values, self.params.temperature, self._random.random())])
+
+    def logprobs(self, logits: Floats, id: int, n: int = 0) -> tuple[float, dict[int, float]]:  # noqa: A002
+        """Natural log probability of ``id``, and the ``n`` largest by id, largest first.
+
+        Of the model's own distribution, before bias, penalties and filters: call it before ``choose``,
+        which edits the logits in place.
+        """
+        largest = float(logits.max())
+        check_finite(largest)
+        log_sum = largest + math.log(np.exp(logits - largest).sum(dtype=np.float64))
+        if n <= 0:
+            return float(logits[id]) - log_sum, {}
+        ids, values = self._top_k(logits, min(n, self.n_vocab))
+        best = dict(zip(ids.tolist(), (values.astype(np.float64) - log_sum).tolist(), strict=True))
+        return float(logits[id]) - log_sum, best
+
+    def _shape(self, logits: Floats, history: Sequence[int]) -> Floats:
+        """Bias, processor and penalties, applied to logits [n_vocab]."""
+        p = self.params
+        if len(self._bias):
+            logits[self._bias_ids] += self._bias
+        if p.logits_processor is not None:
+            logits = self._process(p.logits_processor, logits, history)
+        if p.penalises:
+            n = len(history) if p.repeat_last_n < 0 else p.repeat_last_n
+            recent = history[max(len(history) - n, 0) :]
+            penalise(logits, recent, p.repeat_penalty, p.presence_penalty, p.frequency_penalty)
+        return logits
+
+    def _process(self, f: LogitsProcessor, logits: Floats, history: Sequence[int]) -> Floats:
+        result = f(list(history), logits)
+        if result is None:
+            return logits
+        result = np.array(result, np.float32)  # a copy: the penalties edit it
+        if result.shape != (self.n_vocab,):
+            raise ArgumentError(
+                f"logits_processor returned shape {result.shape}; expected ({self.n_vocab},)"
+            )
+        return result
+
+    def _filter(self, ids: Ids, values: Floats) -> tuple[Ids, Floats]:
+        """Of the k largest, the ids that may be drawn and their logits; both [n], largest first."""
+        p = self.params
+        if values[-1] == -math.inf:
+            values = values[values > -math.inf]
+        if p.typical_p < 1:
+            kept = typical(values, p.typical_p)
+            ids, values = ids[kept], values[kept]
+        if p.top_p < 1:
+            values = values[: top_p(values, p.top_p)]
+        if p.min_p > 0:
+            values = values[: min_p(values, p.min_p)]
+        return ids[: len(values)], values
