@@ -1,0 +1,88 @@
+"""Four-bit floats (1 sign, 2 exponent, 1 mantissa bit) with small float scales: MXFP4, NVFP4.
+
+The codes are twice the float4 value, so that 0.5 becomes 1, and the scales are halved.
+Source: OCP Microscaling Formats v1.0 (MXFP4); NVIDIA NVFP4, as laid out by ggml.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .fit import divide, nearest_index
+from .format import Array, Floats, Int8Form, pack_planes, planes, quantised
+
+# weight = 2^(e - 128) * E2M1[q]; 4.25 bits per weight
+MXFP4 = np.dtype([("e", "u1"), ("qs", "u1", 16)])
+# weight = E4M3(d[g]) / 2 * E2M1[q], groups of 16; 4.5 bits per weight
+NVFP4 = np.dtype([("d", "u1", 4), ("qs", "u1", (4, 8))])
+
+_MAGNITUDES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)
+E2M1 = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
+
+
+def _halved_power(e: Array) -> Floats:
+    """uint8 e -> 2^(e - 128); exponents 0 and 1 are subnormal float32."""
+    bits = np.where(e < 2, np.uint32(0x200000) << e, (e.astype(np.uint32) - 1) << 23)
+    return bits.view(np.float32)
+
+
+def _halved_e4m3() -> Floats:
+    """Half of all 256 unsigned E4M3 values; bit 7 is ignored, 0x7F (NaN elsewhere) is 0."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    subnormal = mantissa * 2.0**-10
+    normal = (8 + mantissa) * 2.0 ** (exponent - 11)
+    values = np.where(exponent == 0, subnormal, normal)
+    values[0x7F] = 0
+    return values.astype(np.float32)
+
+
+_E4M3 = _halved_e4m3()
+
+
+def _mxfp4(blocks: Array) -> Int8Form:
+    codes = E2M1[planes(blocks["qs"], 4)].reshape(-1, 32)
+    return codes, _halved_power(blocks["e"])[:, None], None
+
+
+def _nvfp4(blocks: Array) -> Int8Form:
+    codes = E2M1[planes(blocks["qs"], 4)].reshape(-1, 64)
+    return codes, _E4M3[blocks["d"]], None
+
+
+def _nearest_e2m1(x: Floats) -> Array:
+    """Index 0..15 of the nearest code."""
+    index: Array = nearest_index(_MAGNITUDES, np.abs(x)) + 8 * (x < 0)
+    return index
+
+
+def _quantize_mxfp4(x: Floats) -> Array:
+    """The exponent that keeps the largest value below 8, or the next: the one that loses less."""
+    top = np.frexp(np.abs(x).max(-1))[1]
+    tries = [(top + 124 + k).clip(0, 254).astype(np.uint8) for k in (0, 1)]
+    indices = [_nearest_e2m1(divide(x, _halved_power(e)[:, None])) for e in tries]
+    errors = [
+        np.square(E2M1[q] * _halved_power(e)[:, None] - x).sum(-1)
+        for e, q in zip(tries, indices, strict=True)
+    ]
+    second = errors[1] < errors[0]
+    blocks = np.zeros(len(x), MXFP4)
+    blocks["e"] = np.where(second, tries[1], tries[0])
+    codes = np.where(second[:, None], indices[1], indices[0])
+    blocks["qs"] = pack_planes(codes.reshape(-1, 2, 16), 4)
+    return blocks
+
+
+def _quantize_nvfp4(x: Floats) -> Array:
+    groups = x.reshape(-1, 4, 16)
+    blocks = np.zeros(len(x), NVFP4)
+    blocks["d"] = nearest_index(_E4M3[:0x7F], np.abs(groups).max(-1) / 12)
+    codes = _nearest_e2m1(divide(groups, _E4M3[blocks["d"]][..., None]))
+    blocks["qs"] = pack_planes(codes.reshape(-1, 4, 2, 8), 4)
+    return blocks
+
+
+FORMATS = (
+    quantised("MXFP4", MXFP4, _mxfp4, 32, 32, _quantize_mxfp4),
+    quantised("NVFP4", NVFP4, _nvfp4, 64, 16, _quantize_nvfp4),
+)

@@ -1,0 +1,204 @@
+"""K-quants: blocks of 256 weights, whose 8 or 16 groups have small integer scales of their own.
+
+The group scales (and minima) are integers times the block's half-float d (and dmin). Two to
+six bits of each weight are stored in bit planes: one pair of bits of bytes 0..31 holds 32
+neighbouring weights, the next pair the 32 weights after them.
+Source: ggml, `ggml-common.h` (ikawrakow, llama.cpp pull request 1684).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .fit import divide, fit_affine, fit_scale, peak, rounded
+from .format import Array, Floats, Format, Int8Form, pack_planes, planes, quantised
+
+# weight = d * (scales[g] & 15) * q - dmin * (scales[g] >> 4), 16 groups; 2.625 bits per weight
+Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")])
+# weight = d * (scale[g] - 32) * (q - 4), hmask has the third bit of q, 16 groups of six-bit
+# scales; 3.4375 bits per weight
+Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2")])
+# weight = d * scale[g] * q - dmin * min[g], 8 groups of six-bit scales and minima;
+# 4.5 bits per weight
+Q4_K = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128)])
+# the same with qh as the fifth bit of q; 5.5 bits per weight
+Q5_K = np.dtype(
+    [("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)]
+)
+# weight = d * scales[g] * (q - 32), 16 groups; 6.5625 bits per weight
+Q6_K = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")])
+# weight = d * q, with the sums of groups of 16 for dot products; 9.125 bits per weight
+Q8_K = np.dtype([("d", "<f4"), ("qs", "i1", 256), ("bsums", "<i2", 16)])
+
+
+def _times(d: Array, integers: Array) -> Floats:
+    """Half d [N] times integers [N, groups]; exact in float32."""
+    return d.astype(np.float32)[:, None] * integers.astype(np.float32)
+
+
+# --- decoding: blocks [N] -> codes int8 [N, 256], scales and minima float32 [N, groups] ---
+
+
+def _q2_k(blocks: Array) -> Int8Form:
+    codes = planes(blocks["qs"].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    low, high = np.moveaxis(planes(blocks["scales"], 4), 1, 0)
+    return codes.view(np.int8), _times(blocks["d"], low), -_times(blocks["dmin"], high)
+
+
+def _q3_k(blocks: Array) -> Int8Form:
+    low = planes(blocks["qs"].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    high = planes(blocks["hmask"], 1).reshape(-1, 256)
+    codes = (low | high << 2).view(np.int8) - np.int8(4)
+    return codes, _times(blocks["d"], _scales_q3_k(blocks["scales"])), None
+
+
+def _q4_k(blocks: Array) -> Int8Form:
+    codes = planes(blocks["qs"].reshape(-1, 4, 32), 4).reshape(-1, 256)
+    scale, minimum = _scales_q4_k(blocks["scales"])
+    return codes.view(np.int8), _times(blocks["d"], scale), -_times(blocks["dmin"], minimum)
+
+
+def _q5_k(blocks: Array) -> Int8Form:
+    low, scales, minima = _q4_k(blocks)
+    high = planes(blocks["qh"], 1).reshape(-1, 256).view(np.int8)
+    return low | high << 4, scales, minima
+
+
+def _q6_k(blocks: Array) -> Int8Form:
+    low = planes(blocks["ql"].reshape(-1, 2, 64), 4).reshape(-1, 256)
+    high = planes(blocks["qh"].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    codes = (low | high << 4).view(np.int8) - np.int8(32)
+    return codes, _times(blocks["d"], blocks["scales"]), None
+
+
+def _q8_k(blocks: Array) -> Int8Form:
+    return blocks["qs"], blocks["d"].astype(np.float32)[:, None], None
+
+
+def _scales_q3_k(packed: Array) -> Array:
+    """12 bytes -> 16 scales -32..31: low nibbles in bytes 0..7, upper pairs in bytes 8..11."""
+    low = planes(packed[:, :8], 4).reshape(-1, 16)
+    high = planes(packed[:, 8:], 2).reshape(-1, 16)
+    scales: Array = (low | high << 4).view(np.int8) - np.int8(32)
+    return scales
+
+
+def _scales_q4_k(packed: Array) -> tuple[Array, Array]:
+    """12 bytes -> 8 scales and 8 minima of six bits.
+
+    Groups 0..3 have theirs in the low bits of bytes 0..3 and 4..7; groups 4..7 have the low
+    nibbles in bytes 8..11 and the upper pairs on top of bytes 0..7.
+    """
+    first, rest = packed[:, :8].reshape(-1, 2, 4), planes(packed[:, 8:], 4)
+    both = np.concatenate([first & 63, rest | (first >> 6) << 4], axis=-1)
+    return both[:, 0], both[:, 1]
+
+
+# --- encoding: float32 [N, 256] -> blocks [N] ---
+
+
+def _ratio(values: Floats, unit: Array, low: int, high: int) -> Floats:
+    """Group scales [N, groups] as integers times the block's unit [N]."""
+    return np.rint(divide(values, unit.astype(np.float32)[:, None])).clip(low, high)
+
+
+def _unit(values: Floats, code: int) -> Array:
+    """The half float that maps the value farthest from zero to code: [N, groups] -> [N]."""
+    return (peak(values)[:, 0] / code).astype(np.float16)
+
+
+def _quantize_signed(
+    x: Floats, groups: int, low: int, scale_low: int
+) -> tuple[Array, Array, Array]:
+    """-> d [N], integer scales [N, groups], codes low..-low-1 [N, 256]."""
+    x = x.reshape(-1, groups, 256 // groups)
+    snap = rounded(low, -low - 1)
+    scale = fit_scale(x, low + np.linspace(-0.6, 1, 9), snap)[..., 0]
+    d = _unit(scale, scale_low)
+    integers = _ratio(scale, d, scale_low, -scale_low - 1)
+    codes = snap(divide(x, _times(d, integers)[..., None]))
+    return d, integers.astype(np.int8), codes.astype(np.int8).reshape(-1, 256)
+
+
+def _quantize_affine(
+    x: Floats, groups: int, high: int, scale_high: int
+) -> tuple[Array, Array, Array, Array, Array]:
+    """-> d, dmin [N], integer scales and minima [N, groups], codes 0..high [N, 256]."""
+    x = x.reshape(-1, groups, 256 // groups)
+    scale, minimum = (v[..., 0] for v in fit_affine(x, high, negative_min=True))
+    d, dmin = _unit(scale, scale_high), _unit(-minimum, scale_high)
+    scales, minima = _ratio(scale, d, 0, scale_high), _ratio(-minimum, dmin, 0, scale_high)
+    shifted = x + _times(dmin, minima)[..., None]
+    codes = np.rint(divide(shifted, _times(d, scales)[..., None])).clip(0, high)
+    integers = scales.astype(np.uint8), minima.astype(np.uint8)
+    return d, dmin, *integers, codes.astype(np.uint8).reshape(-1, 256)
+
+
+def _quantize_q2_k(x: Floats) -> Array:
+    blocks = np.zeros(len(x), Q2_K)
+    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 16, 3, 15)
+    blocks["scales"] = scales | minima << 4
+    blocks["qs"] = pack_planes(codes.reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
+    return blocks
+
+
+def _quantize_q3_k(x: Floats) -> Array:
+    blocks = np.zeros(len(x), Q3_K)
+    blocks["d"], scales, codes = _quantize_signed(x, 16, -4, -32)
+    q, s = (codes + 4).view(np.uint8), (scales + 32).view(np.uint8)
+    blocks["qs"] = pack_planes((q & 3).reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
+    blocks["hmask"] = pack_planes((q >> 2).reshape(-1, 8, 32), 1)
+    low = pack_planes((s & 15).reshape(-1, 2, 8), 4)
+    high = pack_planes((s >> 4).reshape(-1, 4, 4), 2)
+    blocks["scales"] = np.concatenate([low, high], axis=-1)
+    return blocks
+
+
+def _store_scales_q4_k(scales: Array, minima: Array) -> Array:
+    both = np.stack([scales, minima], axis=1)  # [N, 2, 8]
+    first = (both[..., :4] | (both[..., 4:] >> 4) << 6).reshape(-1, 8)
+    return np.concatenate([first, pack_planes(both[..., 4:] & 15, 4)], axis=-1)
+
+
+def _quantize_q4_k(x: Floats) -> Array:
+    blocks = np.zeros(len(x), Q4_K)
+    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 8, 15, 63)
+    blocks["scales"] = _store_scales_q4_k(scales, minima)
+    blocks["qs"] = pack_planes(codes.reshape(-1, 4, 2, 32), 4).reshape(-1, 128)
+    return blocks
+
+
+def _quantize_q5_k(x: Floats) -> Array:
+    blocks = np.zeros(len(x), Q5_K)
+    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 8, 31, 63)
+    blocks["scales"] = _store_scales_q4_k(scales, minima)
+    blocks["qs"] = pack_planes((codes & 15).reshape(-1, 4, 2, 32), 4).reshape(-1, 128)
+    blocks["qh"] = pack_planes((codes >> 4).reshape(-1, 8, 32), 1)
+    return blocks
+
+
+def _quantize_q6_k(x: Floats) -> Array:
+    blocks = np.zeros(len(x), Q6_K)
+    blocks["d"], blocks["scales"], codes = _quantize_signed(x, 16, -32, -128)
+    q = (codes + 32).view(np.uint8)
+    blocks["ql"] = pack_planes((q & 15).reshape(-1, 2, 2, 64), 4).reshape(-1, 128)
+    blocks["qh"] = pack_planes((q >> 4).reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
+    return blocks
+
+
+def _quantize_q8_k(x: Floats) -> Array:
+    blocks = np.zeros(len(x), Q8_K)
+    blocks["d"] = np.abs(peak(x))[:, 0] / 127
+    blocks["qs"] = np.rint(divide(x, blocks["d"][:, None])).clip(-127, 127)
+    blocks["bsums"] = blocks["qs"].reshape(-1, 16, 16).sum(-1)
+    return blocks
+
+
+FORMATS: tuple[Format, ...] = (
+    quantised("Q2_K", Q2_K, _q2_k, 256, 16, _quantize_q2_k),
+    quantised("Q3_K", Q3_K, _q3_k, 256, 16, _quantize_q3_k),
+    quantised("Q4_K", Q4_K, _q4_k, 256, 32, _quantize_q4_k),
+    quantised("Q5_K", Q5_K, _q5_k, 256, 32, _quantize_q5_k),
+    quantised("Q6_K", Q6_K, _q6_k, 256, 16, _quantize_q6_k),
+    quantised("Q8_K", Q8_K, _q8_k, 256, 256, _quantize_q8_k),
+)
