@@ -1,0 +1,182 @@
+"""THE TABLE: one row per architecture, with only what neither the tensors nor the keys of a file say.
+
+The order of authority is: the tensors that are there, then the metadata keys, then the row. A fact
+that needs the file's sizes is a function of Config beside the row (``adjust``), with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import Any, Literal
+
+from ..errors import UnsupportedModel
+from ..kernels.backend import Activation, Pairing
+from .attention import Attention
+from .config import Config
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What distinguishes one architecture, beyond sizes."""
+
+    name: str
+    source: str  # paper or reference implementation
+    pairing: Pairing = "half"  # which two values of a head turn together
+    position: Literal["rope", "learned", "alibi", "none"] = "rope"
+    act: Activation = "silu"
+    gated: bool = True  # the feed-forward part has a gate
+    residual: Literal["serial", "parallel", "file", "norms"] = (
+        "serial"  # "norms": parallel without ffn_norm
+    )
+    norm: Literal["", "rms", "layer"] = ""  # "": as the file's key says
+    norm_at: Literal["before", "after", "post"] = (
+        "before"  # "post": each half's output only (OLMo 2)
+    )
+    norm_affine: bool = True  # False: normalised, but without weights (OLMo)
+    gating: Literal["softmax", "sigmoid", "softmax_selected"] = "softmax"
+    renormalise: bool = True  # the chosen experts' weights sum to 1
+    roles: dict[str, str] = field(default_factory=dict)  # our name of a tensor -> this file's
+    mixer: Any = Attention
+    adjust: Callable[[Config], Config] = lambda c: c
+
+
+def scaled_embedding(c: Config) -> Config:
+    """Gemma multiplies embeddings by the root of their length."""
+    return replace(c, embedding_scale=sqrt(c.n_embd))
+
+
+def every(n: int, c: Config) -> Config:
+    """Layers see a window, but every n-th sees everything; a pattern in the file comes first."""
+    if len(set(c.window)) > 1:
+        return c
+    return replace(c, window=tuple(0 if i % n == n - 1 else s for i, s in enumerate(c.window)))
+
+
+def scale_by_width(c: Config, n_layer: int) -> Config:
+    """The 27B models scale scores by n_embd / n_head; the file does not say so, only its depth tells."""
+    return replace(c, attn_scale=sqrt(c.n_head[0] / c.n_embd)) if c.n_layer == n_layer else c
+
+
+def gemma2(c: Config) -> Config:
+    return scale_by_width(every(2, scaled_embedding(c)), 46)
+
+
+def gemma3(c: Config) -> Config:
+    c = scale_by_width(every(6, scaled_embedding(c)), 62)
+    return replace(c, rope_freq_base_swa=c.rope_freq_base_swa or 10000.0, rope_scaling_swa=False)
+
+
+def rope_where_windowed(c: Config) -> Config:
+    """Layers that see everything have no rotary embedding, if there are others."""
+    return replace(c, rope_on=tuple(bool(s) for s in c.window)) if any(c.window) else c
+
+
+def cohere2(c: Config) -> Config:
+    return rope_where_windowed(every(4, c))
+
+
+def olmo2(c: Config) -> Config:
+    return replace(every(4, c), rope_scaling_swa=False)
+
+
+def smollm3(c: Config) -> Config:
+    """Every fourth layer has no rotary embedding."""
+    return replace(c, rope_on=tuple((i + 1) % 4 != 0 for i in range(c.n_layer)))
+
+
+def no_window(c: Config) -> Config:
+    """The files carry a window that the reference does not apply."""
+    return replace(c, window=(0,) * c.n_layer)
+
+
+def alibi(c: Config) -> Config:
+    """The bias of 8 is the paper's; the files do not repeat it."""
+    return replace(c, max_alibi_bias=c.max_alibi_bias or 8.0)
+
+
+def baichuan(c: Config) -> Config:
+    """7B rotates, 13B uses ALiBi; the file does not say so, only its 40 layers tell."""
+    return replace(alibi(c), rope_on=(False,) * 40) if c.n_layer == 40 else c
+
+
+def jais(c: Config) -> Config:
+    return replace(c, attn_scale=1 / c.head_dim)
+
+
+def divided_logits(c: Config) -> Config:
+    return replace(c, logit_scale=1 / c.logit_scale)
+
+
+def half_ff(c: Config) -> Config:
+    """Qwen 1 counts both halves of its gated part in feed_forward_length."""
+    return replace(c, n_ff=tuple(n // 2 for n in c.n_ff))
+
+
+ROWS = (
+    Arch("llama", "arXiv:2302.13971", pairing="adjacent"),  # also Mistral, Mixtral, Llama 2 and 3
+    Arch("baichuan", "arXiv:2309.10305", pairing="adjacent", adjust=baichuan),
+    Arch("internlm2", "arXiv:2403.17297", pairing="adjacent"),
+    Arch("xverse", "github.com/xverse-ai/XVERSE-13B", pairing="adjacent"),
+    Arch("minicpm", "arXiv:2404.06395", pairing="adjacent", adjust=divided_logits),
+    Arch("granite", "hf.co/ibm-granite", pairing="adjacent", adjust=divided_logits),
+    Arch("granitemoe", "hf.co/ibm-granite", pairing="adjacent", adjust=divided_logits),
+    Arch("smollm3", "hf.co/blog/smollm3", pairing="adjacent", adjust=smollm3),
+    Arch("olmo", "arXiv:2402.00838", pairing="adjacent", norm_affine=False),
+    Arch("olmo2", "arXiv:2501.00656", norm_at="post", adjust=olmo2),
+    Arch("olmoe", "arXiv:2409.02060", renormalise=False),
+    Arch("command-r", "hf.co/CohereForAI", pairing="adjacent", residual="parallel"),
+    Arch("cohere2", "arXiv:2504.00698", pairing="adjacent", residual="parallel", adjust=cohere2),
+    Arch("chatglm", "arXiv:2406.12793", pairing="adjacent"),
+    Arch("glm4", "hf.co/THUDM/GLM-4-9B-0414", pairing="adjacent"),
+    Arch("qwen", "arXiv:2309.16609", adjust=half_ff),
+    Arch("qwen2", "arXiv:2407.10671"),
+    Arch("qwen2moe", "arXiv:2407.10671", renormalise=False),
+    Arch("qwen3", "arXiv:2505.09388"),
+    Arch("qwen3moe", "arXiv:2505.09388"),
+    Arch("phi3", "arXiv:2404.14219", adjust=no_window),
+    Arch("phimoe", "arXiv:2404.14219", adjust=no_window),
+    Arch("phi2", "hf.co/microsoft/phi-2", act="gelu_tanh", gated=False, residual="parallel"),
+    Arch("gemma", "arXiv:2403.08295", act="gelu_tanh", adjust=scaled_embedding),
+    Arch("gemma2", "arXiv:2408.00118", act="gelu_tanh", adjust=gemma2),
+    Arch("gemma3", "arXiv:2503.19786", act="gelu_tanh", adjust=gemma3),
+    Arch("stablelm", "arXiv:2402.17834", residual="norms"),
+    Arch("orion", "arXiv:2401.12246"),
+    Arch("openelm", "arXiv:2404.14619"),
+    Arch("exaone", "arXiv:2408.03541", norm="rms"),
+    Arch("exaone4", "arXiv:2507.11407", norm_at="post", adjust=cohere2),
+    Arch("nemotron", "arXiv:2402.16819", norm="layer", act="relu2", gated=False),
+    Arch("starcoder2", "arXiv:2402.19173", act="gelu_tanh", gated=False),
+    Arch("codeshell", "arXiv:2403.15747", act="gelu_tanh", gated=False),
+    Arch("gptneox", "arXiv:2204.06745", act="gelu", gated=False, residual="file"),
+    Arch("falcon", "arXiv:2311.16867", act="gelu", gated=False, residual="parallel"),
+    Arch("gpt2", "openai.com/index/better-language-models", position="learned", act="gelu_tanh", gated=False),
+    Arch("starcoder", "arXiv:2305.06161", position="learned", act="gelu_tanh", gated=False),
+    Arch("bloom", "arXiv:2211.05100", position="alibi", act="gelu_tanh", gated=False, adjust=alibi),
+    Arch("mpt", "hf.co/mosaicml/mpt-7b", position="alibi", act="gelu", gated=False),
+    Arch("refact", "hf.co/smallcloudai", position="alibi", adjust=alibi),
+    Arch("jais", "arXiv:2308.16149", position="alibi", adjust=jais),
+    Arch(
+        "gpt-oss", "arXiv:2508.10925", act="swiglu_oai", gating="softmax_selected",
+        roles={"ffn_norm": "post_attention_norm"}, adjust=lambda c: every(2, c),
+    ),
+    Arch("bert", "arXiv:1810.04805", position="learned", act="gelu", gated=False, norm_at="after"),
+    Arch("nomic-bert", "arXiv:2402.01613", norm_at="after"),
+    Arch(
+        "nomic-bert-moe", "arXiv:2502.07972", act="gelu", gated=False, norm_at="after",
+        renormalise=False,
+    ),
+    Arch("jina-bert-v2", "arXiv:2310.19923", position="alibi", act="gelu", norm_at="after", adjust=alibi),
+    Arch("modern-bert", "arXiv:2412.13663", norm="layer", act="gelu"),
+)  # fmt: skip
+ARCHS = {row.name: row for row in ROWS}
+
+
+def find(name: str) -> Arch:
+    """The row of an architecture's name, as ``general.architecture`` spells it."""
+    if name not in ARCHS:
+        raise UnsupportedModel(
+            f"architecture {name!r:.60} is not supported; we run: {', '.join(sorted(ARCHS))}"
+        )
+    return ARCHS[name]

@@ -1,0 +1,346 @@
+"""GGUF metadata -> Config: sizes, scales and choices of one model. The only reader of ``<arch>.*`` keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..errors import GGUFError, UnsupportedModel
+
+POOLING = ("none", "mean", "cls", "last", "rank")
+GATING = {1: "softmax", 2: "sigmoid", 3: "softmax_selected"}
+LAYERS, WIDTH, CONTEXT = (
+    512,
+    1 << 20,
+    1 << 31,
+)  # more than any model has; less than memory breaks at
+
+# Keys that change no arithmetic of ours: what they say is also in the tensors, or is advice to others.
+HARMLESS = {
+    "vocab_size",
+    "tensor_data_layout",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",  # fixed at 32 and 1 by llama.cpp for every architecture here
+    "rope.scaling.yarn_beta_slow",
+    "expert_shared_count",  # the shared expert's width is its tensors'
+    "expert_shared_feed_forward_length",
+    "expert_feed_forward_length",  # likewise
+    "hidden_activation",
+    "classifier.pooling_type",
+    "interleave_moe_layer_step",
+    "moe_every_n_layers",  # which layers have experts is seen from the tensors
+    "leading_dense_block_count",
+    "time_mix_extra_dim",
+    "time_decay_extra_dim",
+    "attention.decay_lora_rank",
+    "attention.iclr_lora_rank",
+    "attention.value_residual_mix_lora_rank",
+    "attention.gate_lora_rank",
+    "rescale_every_n_layers",  # a guard against float16 overflow; our activations are float32
+    "ssm.group_count",
+}
+T = TypeVar("T")
+
+
+class Keys:
+    """Typed reads of ``<arch>.*`` keys that remember what was read."""
+
+    def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
+        self.metadata, self.arch, self.prefix = metadata, arch, arch + "."
+        self.read: set[str] = set()
+
+    def has(self, key: str) -> bool:
+        return self.prefix + key in self.metadata
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The raw value; a missing key without default is an error."""
+        self.read.add(key)
+        value = self.metadata.get(self.prefix + key, default)
+        if value is None:
+            raise GGUFError("required key is missing", name=self.prefix + key)
+        return value
+
+    def int(self, key: str, default: int | None = None, low: int = 0, high: int = WIDTH) -> int:
+        """An integer in [low, high]."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise GGUFError(
+                f"is {value!r:.60}; expected a whole number in [{low}, {high}]",
+                name=self.prefix + key,
+            )
+        return value
+
+    def float(self, key: str, default: float | None = None, positive: bool = False) -> float:
+        """A finite number; greater than 0 if ``positive``."""
+        value = self.get(key, default)
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not fine or not math.isfinite(value) or (positive and value <= 0):
+            kind = "positive" if positive else "finite"
+            raise GGUFError(f"is {value!r:.60}; expected a {kind} number", name=self.prefix + key)
+        return float(value)
+
+    def bool(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise GGUFError(f"is {value!r:.60}; expected true or false", name=self.prefix + key)
+        return value
+
+    def str(self, key: str, default: str) -> str:
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise GGUFError(f"is {value!r:.60}; expected a string", name=self.prefix + key)
+        return value
+
+    def per_layer(
+        self, key: str, n_layer: int, default: Any, low: int, high: int = WIDTH
+    ) -> tuple[int, ...]:
+        """One integer for all layers, or an array with one for each."""
+        value = self.get(key, default)
+        if isinstance(value, (np.ndarray, list, tuple)):
+            values = [v.item() if isinstance(v, np.generic) else v for v in value]
+        else:
+            values = [value] * n_layer
+        good = all(isinstance(v, int) and low <= v <= high for v in values)
+        if len(values) != n_layer or not good:
+            raise GGUFError(
+                f"is {value!r:.60}; expected {n_layer} whole numbers in [{low}, {high}], or one",
+                name=self.prefix + key,
+            )
+        return tuple(int(v) for v in values)
+
+    def unknown(self) -> list[str]:
+        """Keys of this architecture that nobody read and that may change the mathematics."""
+        ours = (k[len(self.prefix) :] for k in self.metadata if k.startswith(self.prefix))
+        return sorted(self.prefix + k for k in ours if k not in self.read and k not in HARMLESS)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained length."""
+
+    type: str = "none"  # "none" | "linear" | "yarn" | "longrope"
+    factor: float = 1.0
+    n_ctx_original: int = 0
+    attn_factor: float = 1.0  # multiplies cos and sin
+    log_multiplier: float = 0.0  # DeepSeek: 0.1 * mscale_all_dim
+
+
+@dataclass(frozen=True)
+class Config:
+    """One model's sizes and scales. Tuples have one value per layer."""
+
+    arch: str
+    n_layer: int
+    n_ctx_train: int
+    n_embd: int
+    n_head: tuple[int, ...]
+    n_head_kv: tuple[int, ...]
+    n_ff: tuple[int, ...]
+    head_dim: int
+    head_dim_v: int
+    norm: str  # "rms" | "layer"
+    norm_eps: float
+    rope_dim: int
+    rope_freq_base: float
+    rope_freq_base_swa: float
+    rope_scaling: RopeScaling
+    rope_scaling_swa: bool  # do sliding-window layers use the scaling too?
+    rope_on: tuple[bool, ...]  # layers whose queries and keys are rotated
+    window: tuple[int, ...]  # 0: the layer sees everything
+    attn_scale: float
+    attn_softcap: float
+    attn_clamp: float
+    logit_softcap: float
+    logit_scale: float
+    embedding_scale: float
+    residual_scale: float
+    max_alibi_bias: float
+    causal: bool
+    pooling: str
+    parallel_residual: bool
+    n_expert: int
+    n_expert_used: int
+    expert_gating: str  # "" when the file does not say
+    expert_renormalise: bool | None
+    expert_weights_scale: float
+    n_expert_group: int
+    n_expert_group_used: int
+    q_lora_rank: int  # 0: no low-rank queries
+    kv_lora_rank: int  # 0: not a latent-attention model
+    ssm_conv: int
+    ssm_inner: int
+    ssm_state: int
+    ssm_dt_rank: int
+    ssm_norm: bool
+    wkv_head_dim: int
+
+    @property
+    def has_rope(self) -> bool:
+        return self.rope_dim > 0
+
+
+def architecture(metadata: Mapping[str, Any]) -> str:
+    """The name in ``general.architecture``."""
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or not 0 < len(name) <= 64:
+        raise GGUFError(f"is {name!r:.60}; expected a short name", name="general.architecture")
+    return name
+
+
+def read_config(keys: Keys) -> Config:
+    """Everything the file says, with the format's own defaults; a row of ARCHS may then adjust it."""
+    k = keys
+    n_layer = k.int("block_count", low=1, high=LAYERS)
+    n_embd = k.int("embedding_length", low=1)
+    n_head = k.per_layer("attention.head_count", n_layer, None, 0, 1 << 16)
+    n_head_kv = k.per_layer("attention.head_count_kv", n_layer, list(n_head), 0, 1 << 16)
+    check_heads(k, n_embd, n_head, n_head_kv)
+    widest = max(n_head)
+    head_dim = k.int("attention.key_length", n_embd // widest if widest else 0)
+    head_dim_v = k.int(
+        "attention.value_length",
+        head_dim if k.has("attention.key_length") else (n_embd // widest if widest else 0),
+    )
+    kv_lora_rank = k.int("attention.kv_lora_rank", 0)
+    norm, norm_eps = read_norm(k)
+    n_expert = k.int("expert_count", 0, high=4096)
+    return Config(
+        arch=k.arch,
+        n_layer=n_layer,
+        n_ctx_train=k.int("context_length", low=1, high=CONTEXT),
+        n_embd=n_embd,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        n_ff=k.per_layer("feed_forward_length", n_layer, 0, 0),
+        head_dim=k.int("attention.key_length_mla", head_dim),
+        head_dim_v=k.int("attention.value_length_mla", head_dim_v),
+        norm=norm,
+        norm_eps=norm_eps,
+        rope_dim=read_rope_dim(k, head_dim),
+        rope_freq_base=k.float("rope.freq_base", 10000.0, positive=True),
+        rope_freq_base_swa=k.float("rope.freq_base_swa", 0.0),
+        rope_scaling=read_scaling(k),
+        rope_scaling_swa=True,
+        rope_on=(True,) * n_layer,
+        window=read_windows(k, n_layer),
+        attn_scale=k.float("attention.scale", 0.0) or (head_dim**-0.5 if head_dim else 0.0),
+        attn_softcap=k.float("attn_logit_softcapping", 0.0),
+        attn_clamp=k.float("attention.clamp_kqv", 0.0),
+        logit_softcap=k.float("final_logit_softcapping", 0.0),
+        logit_scale=k.float("logit_scale", 1.0),
+        embedding_scale=k.float("embedding_scale", 1.0),
+        residual_scale=k.float("residual_scale", 1.0),
+        max_alibi_bias=k.float("attention.max_alibi_bias", 0.0),
+        causal=k.bool("attention.causal", True),
+        pooling=read_pooling(k),
+        parallel_residual=k.bool("use_parallel_residual", False),
+        n_expert=n_expert,
+        n_expert_used=k.int(
+            "expert_used_count", 0 if not n_expert else None, 1 if n_expert else 0, n_expert
+        ),
+        expert_gating=GATING.get(k.int("expert_gating_func", 0), ""),
+        expert_renormalise=k.bool("expert_weights_norm", False)
+        if k.has("expert_weights_norm")
+        else None,
+        expert_weights_scale=k.float("expert_weights_scale", 1.0),
+        n_expert_group=k.int("expert_group_count", 1, 1),
+        n_expert_group_used=k.int("expert_group_used_count", 1, 1),
+        q_lora_rank=k.int("attention.q_lora_rank", 0),
+        kv_lora_rank=kv_lora_rank,
+        ssm_conv=k.int("ssm.conv_kernel", 0, high=64),
+        ssm_inner=k.int("ssm.inner_size", 0),
+        ssm_state=k.int("ssm.state_size", 0, high=1 << 16),
+        ssm_dt_rank=k.int("ssm.time_step_rank", 0),
+        ssm_norm=k.bool("ssm.dt_b_c_rms", False),
+        wkv_head_dim=k.int("wkv.head_size", 0, high=4096),
+    )
+
+
+def check_heads(k: Keys, n_embd: int, n_head: tuple[int, ...], n_head_kv: tuple[int, ...]) -> None:
+    """Query heads must be whole multiples of key heads."""
+    for h, kv in zip(n_head, n_head_kv, strict=True):
+        if h and (kv == 0 or kv > h or h % kv):
+            raise GGUFError(
+                f"is {kv}; expected a divisor of the {h} query heads",
+                name=k.prefix + "attention.head_count_kv",
+            )
+        if h and n_embd % h and not k.has("attention.key_length"):
+            raise GGUFError(
+                f"is {h}, which does not divide embedding_length {n_embd}, and there is no key_length",
+                name=k.prefix + "attention.head_count",
+            )
+
+
+def read_norm(k: Keys) -> tuple[str, float]:
+    """The name of the epsilon's key says which norm; a row decides where both are given."""
+    found = [
+        (kind, k.float(key, positive=True))
+        for kind, key in (
+            ("rms", "attention.layer_norm_rms_epsilon"),
+            ("layer", "attention.layer_norm_epsilon"),
+        )
+        if k.has(key)
+    ]
+    if not found:
+        raise GGUFError(
+            "neither it nor layer_norm_epsilon is given",
+            name=k.prefix + "attention.layer_norm_rms_epsilon",
+        )
+    return found[0]
+
+
+def read_rope_dim(k: Keys, head_dim: int) -> int:
+    """How many of a head's values turn."""
+    dim = k.int("rope.dimension_count", head_dim)
+    if dim % 2 or dim > head_dim > 0:
+        raise GGUFError(
+            f"is {dim}; expected an even number, at most the {head_dim} values of a head",
+            name=k.prefix + "rope.dimension_count",
+        )
+    return dim
+
+
+def read_scaling(k: Keys) -> RopeScaling:
+    """``rope.scaling.*``."""
+    kind = k.str("rope.scaling.type", "none")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise UnsupportedModel(
+            f"{k.prefix}rope.scaling.type is {kind!r:.60}; we know linear, yarn, longrope"
+        )
+    old = k.float("rope.scale_linear", 1.0, positive=True)  # the key's name before scaling.factor
+    return RopeScaling(
+        type="linear" if kind == "none" and old != 1 else kind,
+        factor=k.float("rope.scaling.factor", old, positive=True),
+        n_ctx_original=k.int(
+            "rope.scaling.original_context_length",
+            k.int("context_length", high=CONTEXT),
+            high=CONTEXT,
+        ),
+        attn_factor=k.float("rope.scaling.attn_factor", 1.0, positive=True),
+        log_multiplier=k.float("rope.scaling.yarn_log_multiplier", 0.0),
+    )
+
+
+def read_windows(k: Keys, n_layer: int) -> tuple[int, ...]:
+    """The sliding window of each layer; without a pattern in the file, of none or (by its row) of some."""
+    size = k.int("attention.sliding_window", 0, high=CONTEXT)
+    if not k.has("attention.sliding_window_pattern"):
+        return (size,) * n_layer
+    pattern = k.get("attention.sliding_window_pattern")
+    if isinstance(pattern, int) and not isinstance(pattern, bool):
+        if not 1 <= pattern <= n_layer:
+            raise GGUFError(
+                f"is {pattern}; expected 1 to {n_layer}",
+                name=k.prefix + "attention.sliding_window_pattern",
+            )
+        return tuple(0 if i % pattern == 0 else size for i in range(n_layer))
+    flags = k.per_layer("attention.sliding_window_pattern", n_layer, None, 0, 1)
+    return tuple(size if flag else 0 for flag in flags)
+
+
+def read_pooling(k: Keys) -> str:
+    return POOLING[k.int("pooling_type", 0, high=len(POOLING) - 1)] if k.has("pooling_type") else ""

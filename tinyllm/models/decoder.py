@@ -1,0 +1,149 @@
+"""The one model: token ids through embedding, blocks and head. Encoders are the same without a head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..kernels.backend import Array, LayerCache
+from .archs import Arch
+from .config import Config
+from .ffn import FFN, MoE
+from .step import Step
+from .weights import Linear, Norm, Tensors
+
+
+class Block:
+    """One layer: the mixer and the feed-forward half around the residual stream. [T, E] -> [T, E]."""
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        self.be, self.i, self.norm_at = w.be, i, a.norm_at
+        self.scale = c.residual_scale
+        self.mixer = a.mixer(c, a, i, w)
+        self.ffn = MoE(c, a, w) if w.has("ffn_gate_inp.weight") else FFN(c, a, w, c.n_ff[i])
+        self.parallel = is_parallel(c, a, w)
+        self.attn_norm, self.ffn_norm = norms_before(c, a, i, w)
+        self.attn_post, self.ffn_post = norms_after(c, a, w)
+
+    def __call__(self, step: Step, x: Array) -> Array:
+        be, tap, i = self.be, step.tap, self.i
+        h = tap(f"blk.{i}.attn_norm", self.attn_norm(x)) if self.attn_norm else x
+        y = tap(f"blk.{i}.attn_out", self.mixer(step, h))
+        if self.norm_at == "after":  # BERT: add, then normalise
+            x = self.attn_post(be.add(x, y))
+            return tap(f"blk.{i}.out", self.ffn_post(be.add(x, self.feed(step, x))))
+        y = self.attn_post(y) if self.attn_post else y
+        if (
+            self.parallel
+        ):  # both halves read the same x; without a norm of its own, the second shares h
+            f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else h)
+            return tap(f"blk.{i}.out", be.add(x, y, f, scale=self.scale))
+        x = be.add(x, y, scale=self.scale)
+        f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else x)
+        f = self.ffn_post(f) if self.ffn_post else f
+        return tap(f"blk.{i}.out", be.add(x, f, scale=self.scale))
+
+    def feed(self, step: Step, x: Array) -> Array:
+        """The feed-forward half, with its taps."""
+        x = step.tap(f"blk.{self.i}.ffn_norm", x)
+        return step.tap(f"blk.{self.i}.ffn_out", self.ffn(x))
+
+
+def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
+    """Do attention and feed-forward read the same input?"""
+    if a.residual == "file":
+        return c.parallel_residual
+    if a.residual == "norms":
+        return not w.has("ffn_norm.weight")
+    return a.residual == "parallel"
+
+
+def norms_before(c: Config, a: Arch, i: int, w: Tensors) -> tuple[Norm | None, Norm | None]:
+    """The norms that the mixer and the feed-forward half read through."""
+    e = c.n_embd
+    if a.norm_at != "before":
+        return None, None
+    if not a.norm_affine:
+        bare = Norm(w.be, c.norm, c.norm_eps, None, None)
+        return bare, bare
+    if w.has("attn_norm_2.weight"):  # Falcon 40B: the first is the feed-forward half's
+        return w.norm("attn_norm_2", e), w.norm("attn_norm", e)
+    first_of_encoder = i == 0 and not c.causal  # ModernBERT has normalised the embeddings already
+    attn_norm = w.norm_if("attn_norm", e) if first_of_encoder else w.norm("attn_norm", e)
+    name = a.roles.get("ffn_norm", "ffn_norm")
+    optional = a.residual in ("parallel", "norms")
+    return attn_norm, (w.norm_if(name, e) if optional else w.norm(name, e))
+
+
+def norms_after(c: Config, a: Arch, w: Tensors) -> tuple[Norm | None, Norm | None]:
+    """The norms of the halves' outputs."""
+    e = c.n_embd
+    if a.norm_at == "after":
+        return w.norm("attn_output_norm", e), w.norm("layer_output_norm", e)
+    if a.norm_at == "post":
+        return w.norm("post_attention_norm", e), w.norm("post_ffw_norm", e)
+    taken = a.roles.get("ffn_norm") == "post_attention_norm"
+    attn = None if taken else w.norm_if("post_attention_norm", e)
+    return attn, w.norm_if("post_ffw_norm", e)
+
+
+class Decoder:
+    """Embedding, blocks, final norm and head of one file. Immutable; the states are elsewhere."""
+
+    def __init__(self, c: Config, a: Arch, w: Tensors, layers: Sequence[Tensors]) -> None:
+        self.be, self.config = w.be, c
+        self.n_vocab = w.source("token_embd.weight").shape[0]
+        self.token_embd = w.matrix("token_embd.weight", self.n_vocab, c.n_embd)
+        self.position_embd = None
+        if a.position == "learned":
+            self.position_embd = w.matrix("position_embd.weight", c.n_ctx_train, c.n_embd)
+        self.token_type = (
+            w.be.array(w.host("token_types.weight")[0]) if w.has("token_types.weight") else None
+        )
+        self.embd_norm = w.norm_if("token_embd_norm", c.n_embd)
+        self.blocks = [Block(c, a, i, layer) for i, layer in enumerate(layers)]
+        self.output_norm = output_norm(c, a, w)
+        self.output = self.head(w) if c.causal else None
+
+    def head(self, w: Tensors) -> Linear:
+        """The output matrix; without one of its own, the embedding's rows serve ("tied")."""
+        c = self.config
+        if w.has("output.weight"):
+            return w.linear("output", self.n_vocab, c.n_embd)
+        return Linear(self.be, self.token_embd, w.optional("output.bias", self.n_vocab))
+
+    @property
+    def caches(self) -> list[LayerCache]:
+        """What each layer keeps of the past."""
+        return [b.mixer.cache for b in self.blocks]
+
+    def hidden(self, step: Step) -> Array:
+        """Normalised activations of the rows in ``batch.outputs`` -> [n_out, E]."""
+        be, batch, c = self.be, step.batch, self.config
+        x = be.embed(self.token_embd, batch.ids, c.embedding_scale)
+        if self.position_embd is not None:
+            x = be.add(x, be.embed(self.position_embd, batch.positions))
+        if self.token_type is not None:
+            x = be.add(x, self.token_type)
+        x = step.tap("embd", self.embd_norm(x) if self.embd_norm else x)
+        for block in self.blocks:
+            x = block(step, x)
+        x = be.take(x, batch.outputs)
+        return step.tap("output_norm", self.output_norm(x) if self.output_norm else x)
+
+    def logits(self, step: Step) -> Array:
+        """Logits of the rows in ``batch.outputs`` -> [n_out, V]."""
+        assert self.output is not None
+        c = self.config
+        y = self.output(self.hidden(step))
+        if c.logit_scale != 1 or c.logit_softcap:
+            y = self.be.scale_softcap(y, c.logit_scale, c.logit_softcap)
+        return step.tap("logits", y)
+
+
+def output_norm(c: Config, a: Arch, w: Tensors) -> Norm | None:
+    """The last norm; post-norm encoders have none, OLMo's has no weights."""
+    if a.norm_at == "after":
+        return None
+    if not a.norm_affine:
+        return Norm(w.be, c.norm, c.norm_eps, None, None)
+    return w.norm("output_norm", c.n_embd)

@@ -1,0 +1,143 @@
+"""The feed-forward half of a block: plain, gated, or a mixture of experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import GGUFError
+from ..kernels.backend import Array, Routing
+from .config import Config
+from .weights import Linear, Tensors
+
+if TYPE_CHECKING:
+    from .archs import Arch
+
+
+class FFN:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate. [T, E] -> [T, E]."""
+
+    def __init__(self, c: Config, a: Arch, w: Tensors, n_ff: int, suffix: str = "") -> None:
+        self.be, self.act = w.be, a.act
+        self.gate, self.up = halves(a, w, n_ff, c.n_embd, suffix)
+        self.down = w.linear(f"ffn_down{suffix}", c.n_embd, n_ff)
+
+    def __call__(self, x: Array) -> Array:
+        if self.gate is None:
+            return self.down(self.be.act(self.up(x), self.act))
+        g, u = self.be.matmuls(
+            [self.gate.weight, self.up.weight], x, [self.gate.bias, self.up.bias]
+        )
+        return self.down(self.be.act_mul(g, u, self.act))
+
+
+def halves(
+    a: Arch, w: Tensors, n_ff: int, n_embd: int, suffix: str
+) -> tuple[Linear | None, Linear]:
+    """The gate and the up projection; a file may store both as one ``ffn_up``, gate first."""
+    up = f"ffn_up{suffix}"
+    if not a.gated:
+        return None, w.linear(up, n_ff, n_embd)
+    if not w.has(f"ffn_gate{suffix}.weight") and w.source(f"{up}.weight").shape[0] == 2 * n_ff:
+        cuts = slice(0, n_ff), slice(n_ff, 2 * n_ff)
+        gate, rest = (w.linear(up, 2 * n_ff, n_embd, rows) for rows in cuts)
+        return gate, rest
+    return w.linear(f"ffn_gate{suffix}", n_ff, n_embd), w.linear(up, n_ff, n_embd)
+
+
+class MoE:
+    """Each row through its chosen experts, plus a shared one where the file has it. [T, E] -> [T, E].
+
+    Mixtral arXiv:2401.04088; DeepSeekMoE arXiv:2401.06066.
+    """
+
+    def __init__(self, c: Config, a: Arch, w: Tensors) -> None:
+        n, e = c.n_expert, c.n_embd
+        if not n:
+            raise GGUFError("is 0, yet the file has experts", name=f"{c.arch}.expert_count")
+        self.be, self.act = w.be, a.act
+        self.router = w.linear("ffn_gate_inp", n, e)
+        n_ff = w.source("ffn_up_exps.weight").shape[1]
+        self.up = Experts(w, "ffn_up_exps", n, n_ff, e)
+        self.gate = Experts(w, "ffn_gate_exps", n, n_ff, e) if a.gated else None
+        self.down = Experts(w, "ffn_down_exps", n, e, n_ff)
+        self.bias = w.optional("exp_probs_b.bias", n)
+        self.shared = self.shared_gate = None
+        if w.has("ffn_up_shexp.weight"):
+            self.shared = FFN(c, a, w, w.source("ffn_up_shexp.weight").shape[0], "_shexp")
+        if w.has("ffn_gate_inp_shexp.weight"):
+            self.shared_gate = shared_gate(w, e)
+        self.routing = routing(c, a)
+
+    def __call__(self, x: Array) -> Array:
+        be = self.be
+        experts, weights = be.route(self.router(x), self.routing, self.bias)
+        up = self.up(x, experts)
+        hidden = (
+            be.act(up, self.act)
+            if self.gate is None
+            else be.act_mul(self.gate(x, experts), up, self.act)
+        )
+        y = be.combine(self.down(hidden, experts), weights)
+        if self.shared is None:
+            return y
+        extra = self.shared(x)
+        if self.shared_gate is not None:
+            extra = be.mul(extra, be.act(self.shared_gate(x), "sigmoid"))
+        return be.add(y, extra)
+
+
+class Experts:
+    """A stack of matrices and biases, one per expert."""
+
+    def __init__(self, w: Tensors, name: str, n: int, n_out: int, n_in: int) -> None:
+        self.be = w.be
+        self.weight = w.matrix(f"{name}.weight", n, n_out, n_in)
+        self.bias = w.optional(f"{name}.bias", n, n_out)
+
+    def __call__(self, x: Array, experts: Array) -> Array:
+        """x [T, n_in] or [T, k, n_in] -> [T, k, n_out]."""
+        return self.be.matmul_experts(self.weight, x, experts, self.bias)
+
+
+def shared_gate(w: Tensors, n_embd: int) -> Linear:
+    """The shared expert's gate: one output; some files store it as a vector."""
+    name = "ffn_gate_inp_shexp"
+    if len(w.tensors[f"{w.prefix}{name}.weight"].shape) == 2:
+        return w.linear(name, 1, n_embd)
+    row = Row(f"{w.prefix}{name}.weight", w.host(f"{name}.weight", n_embd).reshape(1, -1))
+    return Linear(w.be, w.be.load(row), None)
+
+
+class Row:
+    """Host values as a tensor that a backend can load."""
+
+    type = "F32"
+
+    def __init__(self, name: str, values: np.ndarray) -> None:
+        self.name, self.values, self.shape = (
+            name,
+            np.ascontiguousarray(values, np.float32),
+            values.shape,
+        )
+
+    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        raw = self.values.reshape(-1, self.shape[-1])[start:stop].view(np.uint8)
+        if out is None:
+            return raw
+        out[...] = raw
+        return out
+
+
+def routing(c: Config, a: Arch) -> Routing:
+    """How experts are chosen: the file's keys first, then the row."""
+    renormalise = a.renormalise if c.expert_renormalise is None else c.expert_renormalise
+    return Routing(
+        n_used=c.n_expert_used,
+        gating=c.expert_gating or a.gating,  # type: ignore[arg-type]
+        renormalise=renormalise,
+        scale=c.expert_weights_scale,
+        n_group=c.n_expert_group,
+        n_group_used=c.n_expert_group_used,
+    )
