@@ -88,6 +88,15 @@ def test_top_k_is_the_head_of_a_stable_sort(values, k):
     assert ids.dtype == np.int32
 
 
+@pytest.mark.parametrize("n", [64, 65, 1000, 4096])
+@pytest.mark.parametrize("k", [2, 15, 16, 40, 999])
+def test_top_k_of_a_large_vocabulary_with_many_ties(n, k):
+    logits = np.random.default_rng(n).integers(0, 50, n).astype(np.float32)
+    logits[::3] = -np.inf
+    expected = np.lexsort((np.arange(n), -logits))[:k]
+    assert sampling.top_k(logits, k)[0].tolist() == expected.tolist()
+
+
 # ---- what must never be drawn
 
 

@@ -142,18 +142,22 @@ def top_k(logits: Floats, k: int) -> tuple[Ids, Floats]:
     Raises NumericError for NaN, for +inf, and when every logit is -inf.
     """
     check_finite(float(logits.max()))
-    n = len(logits)
-    if k >= n:
-        ids = np.arange(n)
-    elif k == 1:
-        ids = np.array([logits.argmax()])
-    else:
-        threshold = np.partition(logits, n - k)[n - k]
-        above = np.flatnonzero(logits > threshold)
-        level = np.flatnonzero(logits == threshold)[: k - len(above)]
-        ids = np.concatenate([above, level])
-    ids = ids[np.lexsort((ids, -logits[ids]))]
+    ids = np.array([logits.argmax()]) if k == 1 else _candidates(logits, k)
+    ids = ids[np.argsort(-logits[ids], kind="stable")[:k]]
     return ids.astype(np.int32), logits[ids]
+
+
+def _candidates(logits: Floats, k: int) -> Ids:
+    """Ids, in order, of all logits [n] not below a bound that k of them reach, and few more do.
+
+    The k-th largest of the maxima of n / 64 columns is such a bound, at a third of a partition's cost.
+    """
+    n, columns = len(logits), len(logits) // 64
+    if k >= n:
+        return np.arange(n)
+    heads = logits[: 64 * columns].reshape(64, columns).max(axis=0) if k < columns else logits
+    bound = np.partition(heads, len(heads) - k)[len(heads) - k]
+    return np.flatnonzero(logits >= bound)
 
 
 def check_finite(largest: float) -> None:
@@ -189,13 +193,13 @@ def typical(logits: Floats, p: float) -> Ids:
     prob = softmax(logits)
     surprise = -np.log(np.maximum(prob, np.finfo(prob.dtype).tiny))
     nearest = np.argsort(np.abs(surprise - (prob * surprise).sum()), kind="stable")
-    n = int(np.searchsorted(np.cumsum(prob[nearest]), p, side="right")) + 1
+    n = int(prob[nearest].cumsum().searchsorted(p, side="right")) + 1
     return np.sort(nearest[:n])
 
 
 def top_p(logits: Floats, p: float) -> int:
     """How many of sorted logits [n] make up the mass ``p``, at least one."""
-    return min(int(np.searchsorted(np.cumsum(softmax(logits)), p)) + 1, len(logits))
+    return min(int(softmax(logits).cumsum().searchsorted(p)) + 1, len(logits))
 
 
 def min_p(logits: Floats, p: float) -> int:
@@ -208,8 +212,8 @@ def draw(logits: Floats, temperature: float, u: float) -> int:
     with np.errstate(
         over="ignore"
     ):  # a tiny temperature: the quotient may become -inf, probability 0
-        mass = np.cumsum(np.exp((logits - logits[0]) / temperature))
-    return min(int(np.searchsorted(mass, u * mass[-1], side="right")), len(logits) - 1)
+        mass = np.exp((logits - logits[0]) / temperature).cumsum()
+    return min(int(mass.searchsorted(u * mass[-1], side="right")), len(logits) - 1)
 
 
 class Sampler:
