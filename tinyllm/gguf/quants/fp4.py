@@ -20,12 +20,6 @@ _MAGNITUDES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)
 E2M1 = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 
 
-def _halved_power(e: Array) -> Floats:
-    """uint8 e -> 2^(e - 128); exponents 0 and 1 are subnormal float32."""
-    bits = np.where(e < 2, np.uint32(0x200000) << e, (e.astype(np.uint32) - 1) << 23)
-    return bits.view(np.float32)
-
-
 def _halved_e4m3() -> Floats:
     """Half of all 256 unsigned E4M3 values; bit 7 is ignored, 0x7F (NaN elsewhere) is 0."""
     code = np.arange(256)
@@ -37,12 +31,13 @@ def _halved_e4m3() -> Floats:
     return values.astype(np.float32)
 
 
+_POWERS = np.ldexp(np.float32(1), np.arange(256) - 128)  # the first two are subnormal
 _E4M3 = _halved_e4m3()
 
 
 def _mxfp4(blocks: Array) -> Int8Form:
     codes = E2M1[planes(blocks["qs"], 4)].reshape(-1, 32)
-    return codes, _halved_power(blocks["e"])[:, None], None
+    return codes, _POWERS[blocks["e"]][:, None], None
 
 
 def _nvfp4(blocks: Array) -> Int8Form:
@@ -56,28 +51,39 @@ def _nearest_e2m1(x: Floats) -> Array:
     return index
 
 
+def _better(x: Floats, tries: list[Array], scales: Floats) -> tuple[Array, Array]:
+    """Choose, for each group x [..., n], the index into scales whose codes lose less.
+
+    tries: two of int [...] -> that index [...], and the codes' indices [..., n].
+    """
+    units = [scales[index][..., None] for index in tries]
+    codes = [_nearest_e2m1(divide(x, unit)) for unit in units]
+    first, second = (np.square(E2M1[q] * u - x).sum(-1) for q, u in zip(codes, units, strict=True))
+    swap = second < first
+    return np.where(swap, *tries[::-1]), np.where(swap[..., None], *codes[::-1])
+
+
 def _quantize_mxfp4(x: Floats) -> Array:
     """The exponent that keeps the largest value below 8, or the next: the one that loses less."""
     top = np.frexp(np.abs(x).max(-1))[1]
-    tries = [(top + 124 + k).clip(0, 254).astype(np.uint8) for k in (0, 1)]
-    indices = [_nearest_e2m1(divide(x, _halved_power(e)[:, None])) for e in tries]
-    errors = [
-        np.square(E2M1[q] * _halved_power(e)[:, None] - x).sum(-1)
-        for e, q in zip(tries, indices, strict=True)
-    ]
-    second = errors[1] < errors[0]
+    tries = [(top + 124 + k).clip(0, 254) for k in (0, 1)]
+    e, codes = _better(x, tries, _POWERS)
     blocks = np.zeros(len(x), MXFP4)
-    blocks["e"] = np.where(second, tries[1], tries[0])
-    codes = np.where(second[:, None], indices[1], indices[0])
+    blocks["e"] = e
     blocks["qs"] = pack_planes(codes.reshape(-1, 2, 16), 4)
     return blocks
 
 
 def _quantize_nvfp4(x: Floats) -> Array:
+    """Map the largest of 16 values to code 12, or to 8, whose neighbours are nearer: the better."""
     groups = x.reshape(-1, 4, 16)
+    top = np.abs(groups).max(-1)
+    if top.max(initial=0) > 12 * _E4M3.max():
+        raise FloatingPointError("beyond the largest E4M3 scale")
+    tries = [nearest_index(_E4M3[:0x7F], top / code) for code in (12, 8)]
+    d, codes = _better(groups, tries, _E4M3)
     blocks = np.zeros(len(x), NVFP4)
-    blocks["d"] = nearest_index(_E4M3[:0x7F], np.abs(groups).max(-1) / 12)
-    codes = _nearest_e2m1(divide(groups, _E4M3[blocks["d"]][..., None]))
+    blocks["d"] = d
     blocks["qs"] = pack_planes(codes.reshape(-1, 4, 2, 8), 4)
     return blocks
 
