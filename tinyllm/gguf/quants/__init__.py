@@ -5,13 +5,38 @@ weight, and for each group of neighbours a scale and perhaps a minimum,
 
     weight = scale * code + minimum.
 
-`int8_form` returns these three, `dequantize` their product, `quantize` chooses them. One file
-holds one family of formats: the layout of a block is a NumPy structured dtype, followed by the
+`int8_form` returns these three, `dequantize` the weights, `quantize` chooses them. One file holds
+one family of formats: the layout of a block is a NumPy structured dtype, followed by the
 functions that read and write it.
 
->>> raw = quantize("Q8_0", np.linspace(-1, 1, 32, dtype=np.float32))
->>> raw.shape, dequantize("Q8_0", raw)[-1]
-((34,), np.float32(1.0000...))
+======================  =====  ==============  ===========================================
+types                   group  codes           scale of a group
+======================  =====  ==============  ===========================================
+Q4_0 Q5_0 Q8_0 Q8_1        32  -8..7 to int8   half
+Q4_1 Q5_1                  32  0..15, 0..31    half; minimum half
+Q2_K                       16  0..3            half x 4 bits; minimum half x 4 bits
+Q3_K Q6_K                  16  -4..3 -32..31   half x 6 bits signed, x int8
+Q4_K Q5_K                  32  0..15, 0..31    half x 6 bits; minimum half x 6 bits
+Q8_K                      256  int8            float
+IQ4_NL IQ4_XS              32  -127..113       half, half x 6 bits signed: 16 uneven steps
+IQ3_S IQ3_XXS              32  +-15, +-62      half x odd 4-bit number; rows of 4
+IQ2_XXS                    32  +-43            half x odd 4-bit number; rows of 8
+IQ2_XS IQ2_S               16  +-43            half x odd 4-bit number; rows of 8
+IQ1_S                      32  +-9             half x odd 3-bit number / 8; rows of 8
+IQ1_M                      16  +-9             half x odd 3-bit number / 8; rows of 8
+TQ1_0 TQ2_0               256  -1..1 (..2)     half
+MXFP4                      32  +-12            power of two
+NVFP4                      16  +-12            E4M3
+Q1_0                      128  -1, 1           half
+Q2_0                       64  -1..2           half
+======================  =====  ==============  ===========================================
+
+Only Q8_0, Q8_1 and Q8_K can hold the code -128, which ggml never writes. IQ1 codes are eight
+times the codebook's -1, 0 or 1, plus or minus the 1 that stands for the format's shift by 1/8.
+
+>>> raw = quantize("Q8_0", np.linspace(-127, 127, 32, dtype=np.float32))
+>>> raw.shape, dequantize("Q8_0", raw)[[0, -1]].tolist()
+((34,), [-127.0, 127.0])
 """
 
 from __future__ import annotations

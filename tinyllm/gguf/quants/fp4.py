@@ -78,9 +78,10 @@ def _quantize_nvfp4(x: Floats) -> Array:
     """Map the largest of 16 values to code 12, or to 8, whose neighbours are nearer: the better."""
     groups = x.reshape(-1, 4, 16)
     top = np.abs(groups).max(-1)
-    if top.max(initial=0) > 12 * _E4M3.max():
+    finite = _E4M3[:0x7F]
+    if top.max(initial=0) > 12 * finite[-1]:
         raise FloatingPointError("beyond the largest E4M3 scale")
-    tries = [nearest_index(_E4M3[:0x7F], top / code) for code in (12, 8)]
+    tries = [nearest_index(finite, top / code) for code in (12, 8)]
     d, codes = _better(groups, tries, _E4M3)
     blocks = np.zeros(len(x), NVFP4)
     blocks["d"] = d
