@@ -1,0 +1,259 @@
+"""Messages to a prompt, through the Jinja template that a model's file carries."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tinyllm.errors import TemplateError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from tinyllm.sandbox import Environment
+
+Message = Mapping[str, Any]
+Clock = Callable[[], datetime]
+
+DATE_FORMAT = re.compile(r"(?:[^%]|%[-_0^#]?[A-Za-z%]){0,200}", re.DOTALL)
+
+
+class ChatTokenizer(Protocol):
+    """What `encode_chat` needs of a tokenizer."""
+
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = True
+    ) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str: ...
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    bos_token: str = "",
+    eos_token: str = "",
+    tools: Sequence[Any] | None = None,
+    documents: Sequence[Any] | None = None,
+    clock: Clock | None = None,
+    **extra: Any,
+) -> str:
+    """Render a chat template, in a sandbox bounded in work and in output.
+
+    Parameters
+    ----------
+    template : str
+        Jinja source, as in ``tokenizer.chat_template`` of a GGUF file or Hugging Face's tokenizer_config.json.
+    messages : sequence of mappings
+        Each with ``role`` and ``content``, and whatever else the template reads.
+    add_generation_prompt : bool
+        End with the opening of the assistant's turn.
+    bos_token, eos_token : str
+        Texts of the special tokens.
+    tools, documents : sequence, optional
+        Undefined in the template when not given.
+    clock : callable, optional
+        Returns the datetime that ``strftime_now`` formats; `datetime.now` when not given.
+    **extra
+        Further variables of the template, such as ``enable_thinking``.
+
+    Returns
+    -------
+    str
+        The prompt.
+
+    Raises
+    ------
+    TemplateError
+        The template is malformed, raises an error itself, or exceeds its limits: 1 MiB plus four characters
+        of output for each of the input, and a number of steps that real templates stay far below.
+
+    Examples
+    --------
+    >>> render("{{ messages[0].content }}!", [{"role": "user", "content": "Hi"}])
+    'Hi!'
+    """
+    optional = {"tools": tools, "documents": documents}
+    variables = {
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+        **{name: value for name, value in optional.items() if value is not None},
+        **extra,
+    }
+    return _run(template, variables, clock or datetime.now)
+
+
+def _run(template: str, variables: dict[str, Any], clock: Clock) -> str:
+    from tinyllm.metering import weight_of
+
+    if not isinstance(template, str):
+        raise TemplateError(f"a chat template is a text; found {type(template).__name__}")
+    environment = _environment()
+    try:
+        size = weight_of([template, variables], 1 << 62, node=0)
+        environment.meter.reset(size, weight_of(variables, 1 << 62))
+        names = {**variables, "strftime_now": functools.partial(_strftime, clock)}
+        return _collect(_compile(template), names, environment.meter.cap)
+    except Exception as error:
+        raise TemplateError(_explain(error)) from error
+
+
+def _collect(template: Template, variables: dict[str, Any], cap: int) -> str:
+    pieces: list[str] = []
+    total = 0
+    for piece in template.root_render_func(template.new_context(variables)):
+        total += len(piece)
+        if total > cap:
+            raise TemplateError(f"it prints more than {cap} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _explain(error: Exception) -> str:
+    """One line: where and why."""
+    if isinstance(error, RecursionError):
+        return "chat template: it calls itself without end, or nests too deeply"
+    line = getattr(error, "lineno", None) or _template_line(error)
+    where = "chat template" if line is None else f"chat template, line {line}"
+    reason = str(error).split("\n")[0] or type(error).__name__
+    return f"{where}: {reason}"
+
+
+def _template_line(error: Exception) -> int | None:
+    """The template's line of the innermost frame that runs generated code."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        template = frame.f_globals.get("__jinja_template__")
+        if template is not None:
+            return int(template.get_corresponding_lineno(line))
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> Environment:
+    from tinyllm.sandbox import Environment
+
+    environment = Environment()
+    environment.filters["tojson"] = functools.partial(_tojson, environment)
+    environment.globals["raise_exception"] = _raise_exception
+    return environment
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> Template:
+    environment = _environment()
+    code = environment.compile(environment.parse_bounded(source))
+    return environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+
+def _raise_exception(message: object = "") -> None:
+    from jinja2.exceptions import TemplateError as JinjaError
+
+    raise JinjaError(str(message))
+
+
+def _strftime(clock: Clock, format: str) -> str:  # noqa: A002 (the name templates may use)
+    if not DATE_FORMAT.fullmatch(format):
+        raise TemplateError(f"strftime_now cannot format {format[:40]!r}")
+    return clock().strftime(format)
+
+
+def _tojson(
+    environment: Environment,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON for a prompt: nothing escaped for HTML, keys in their order, as transformers writes it."""
+    weight = environment.meter.weigh(value)
+    spaces = len(indent) if isinstance(indent, str) else indent or 0
+    if spaces > 16 or sum(map(len, separators or ())) > 16:
+        raise TemplateError("tojson takes at most 16 characters of indent or separators")
+    environment.meter.tick(weight * spaces // 64)
+    text = json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    return str(environment.meter.made(text))
+
+
+def pick_template(metadata: Mapping[str, Any], name: str | None = None) -> str | None:
+    """The chat template in a model's metadata.
+
+    Parameters
+    ----------
+    metadata : mapping
+        A GGUF file's: ``tokenizer.chat_template`` and, for further ones, ``tokenizer.chat_template.NAME``
+        listed in ``tokenizer.chat_templates``. A list of ``{"name": ..., "template": ...}`` is understood too.
+    name : str, optional
+        Which one, such as ``"tool_use"``; the default one when not given.
+
+    Returns
+    -------
+    str or None
+        The Jinja source; None when the file carries no template.
+
+    Raises
+    ------
+    TemplateError
+        There is no template of that name, or what is there is not a text.
+    """
+    found = dict(_templates(metadata))
+    if name is None and not found:
+        return None
+    wanted = name or "default"
+    if wanted not in found:
+        known = ", ".join(sorted(map(str, found))) or "none"
+        raise TemplateError(f"no chat template is named {wanted!r}; the file has: {known}")
+    template = found[wanted]
+    if not isinstance(template, str):
+        raise TemplateError(
+            f"tokenizer.chat_template is a {type(template).__name__}; expected a text"
+        )
+    return template
+
+
+def _templates(metadata: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    key = "tokenizer.chat_template"
+    plain = metadata.get(key)
+    if isinstance(plain, Sequence) and not isinstance(plain, str):
+        entries = [entry for entry in plain if isinstance(entry, Mapping)]
+        yield from ((entry.get("name", "default"), entry.get("template")) for entry in entries)
+    elif plain is not None:
+        yield "default", plain
+    prefix = key + "."
+    yield from ((k[len(prefix) :], v) for k, v in metadata.items() if k.startswith(prefix))
+
+
+def encode_chat(tokenizer: ChatTokenizer, text: str, bos_id: int | None = None) -> list[int]:
+    """Token ids of a rendered prompt: special tokens parsed, the BOS token once.
+
+    A template that writes the BOS token itself does not get a second one.
+    """
+    ids = tokenizer.encode(text, add_special=False, parse_special=True)
+    if bos_id is not None and ids[:1] == [bos_id]:
+        return ids
+    return tokenizer.encode(text, add_special=True, parse_special=True)
+
+
+def chat_ids(
+    tokenizer: ChatTokenizer,
+    template: str,
+    messages: Sequence[Message],
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    **options: Any,
+) -> list[int]:
+    """Token ids of a conversation: `render`, then `encode_chat`; ``options`` go to `render`."""
+    bos, eos = ("" if i is None else tokenizer.decode([i]) for i in (bos_id, eos_id))
+    text = render(template, messages, bos_token=bos, eos_token=eos, **options)
+    return encode_chat(tokenizer, text, bos_id)

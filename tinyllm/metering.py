@@ -1,0 +1,94 @@
+"""The allowance on which a chat template's rendering draws, and the weight of values."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import ItemsView, Iterable, KeysView, ValuesView
+from typing import Any
+
+from jinja2.exceptions import SecurityError
+from jinja2.utils import Namespace
+
+MAX_DEPTH = 64  # nesting of a value
+MAX_BITS = 4096  # of a whole number
+STEPS = 100_000  # of one rendering, before what the input adds
+OUTPUT_BASE = 1 << 20  # characters of output, beyond four for each of the input
+NODE = 16  # a container's element weighs as many characters
+PER_STEP = 64  # characters read or made in one step
+
+
+class Stopped(SecurityError):
+    """The template exceeded one of its limits."""
+
+
+class Meter(threading.local):
+    """What this thread's rendering may still use."""
+
+    steps: int = STEPS
+    emitted: int = 0
+    cap: int = 1 << 20  # characters of the output, and of any one string
+    limit: int = 1 << 20  # weight of any one value
+
+    def reset(self, size: int, weight: int) -> None:
+        """Allow what an input of `size` characters, and of this weight as a value, may need."""
+        self.cap, self.emitted = OUTPUT_BASE + 4 * size, 0
+        self.limit = self.cap + 2 * weight
+        self.steps = STEPS + 4 * weight
+
+    def tick(self, n: int = 1) -> bool:
+        self.steps -= n
+        if self.steps < 0:
+            raise Stopped("it takes too many steps")
+        return True
+
+    def fits(self, n: int) -> None:
+        if n > self.cap:
+            raise Stopped(f"it makes more than {self.cap} characters")
+
+    def weigh(self, value: Any) -> int:
+        """Weight of a value, which is charged; refused when it is too heavy, too deep or too long a number."""
+        if isinstance(value, str):
+            self.fits(len(value))
+            self.tick(len(value) // PER_STEP)
+            return len(value)
+        weight = weight_of(value, self.limit)
+        if weight > self.limit:
+            raise Stopped(f"it makes a value of more than {self.limit} characters")
+        self.tick(weight // PER_STEP)
+        return weight
+
+    def made(self, value: Any) -> Any:
+        self.weigh(value)
+        return value
+
+
+def weight_of(value: Any, limit: int, node: int = NODE) -> int:
+    """Characters of the strings in a value, plus `node` for each element; counting ends beyond `limit`."""
+    total = 0
+    stack: list[tuple[Any, int]] = [(value, 0)]
+    while stack and total <= limit:
+        item, depth = stack.pop()
+        if isinstance(item, (str, bytes)):
+            total += len(item)
+            continue
+        total += node
+        if isinstance(item, int) and item.bit_length() > MAX_BITS:
+            raise Stopped(f"it makes a number of more than {MAX_BITS} bits")
+        children = _children(item)
+        if children is not None:
+            if depth >= MAX_DEPTH:
+                raise Stopped(f"it nests a value deeper than {MAX_DEPTH}")
+            stack.extend((child, depth + 1) for child in children)
+    return total
+
+
+def _children(item: Any) -> Iterable[Any] | None:
+    if isinstance(item, str):
+        return None
+    if isinstance(item, Namespace):
+        item = item._Namespace__attrs
+    if isinstance(item, dict):
+        return [*item.keys(), *item.values()]
+    if isinstance(item, (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)):
+        return item
+    return None
