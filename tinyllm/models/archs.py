@@ -164,10 +164,10 @@ ROWS = (
     Arch("bert", "arXiv:1810.04805", position="learned", act="gelu", gated=False, norm_at="after"),
     Arch("nomic-bert", "arXiv:2402.01613", norm_at="after"),
     Arch(
-        "nomic-bert-moe", "arXiv:2502.07972", act="gelu", gated=False, norm_at="after",
+        "nomic-bert-moe", "arXiv:2502.07972", act="gelu_tanh", gated=False, norm_at="after",
         renormalise=False,
     ),
-    Arch("jina-bert-v2", "arXiv:2310.19923", position="alibi", act="gelu", norm_at="after", adjust=alibi),
+    Arch("jina-bert-v2", "arXiv:2310.19923", position="alibi", act="gelu_tanh", norm_at="after", adjust=alibi),
     Arch("modern-bert", "arXiv:2412.13663", norm="layer", act="gelu"),
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}

@@ -48,7 +48,7 @@ class Attention:
         self.softcap, self.window = c.attn_softcap, c.window[i]
         self.rope = make_rope(c, a, i, w) if a.position == "rope" and c.rope_on[i] else None
         self.slopes = None
-        if a.position == "alibi" and c.max_alibi_bias:
+        if c.max_alibi_bias:
             self.slopes = w.be.array(alibi_slopes(self.n_head, c.max_alibi_bias))
 
     @property

@@ -64,7 +64,7 @@ class Keys:
             raise GGUFError("required key is missing", name=self.prefix + key)
         return value
 
-    def int(self, key: str, default: int | None = None, low: int = 0, high: int = WIDTH) -> int:
+    def whole(self, key: str, default: int | None = None, low: int = 0, high: int = WIDTH) -> int:
         """An integer in [low, high]."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -74,7 +74,7 @@ class Keys:
             )
         return value
 
-    def float(self, key: str, default: float | None = None, positive: bool = False) -> float:
+    def number(self, key: str, default: float | None = None, positive: bool = False) -> float:
         """A finite number; greater than 0 if ``positive``."""
         value = self.get(key, default)
         fine = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -83,13 +83,13 @@ class Keys:
             raise GGUFError(f"is {value!r:.60}; expected a {kind} number", name=self.prefix + key)
         return float(value)
 
-    def bool(self, key: str, default: bool) -> bool:
+    def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise GGUFError(f"is {value!r:.60}; expected true or false", name=self.prefix + key)
         return value
 
-    def str(self, key: str, default: str) -> str:
+    def text(self, key: str, default: str) -> str:
         value = self.get(key, default)
         if not isinstance(value, str):
             raise GGUFError(f"is {value!r:.60}; expected a string", name=self.prefix + key)
@@ -194,69 +194,69 @@ def architecture(metadata: Mapping[str, Any]) -> str:
 def read_config(keys: Keys) -> Config:
     """Everything the file says, with the format's own defaults; a row of ARCHS may then adjust it."""
     k = keys
-    n_layer = k.int("block_count", low=1, high=LAYERS)
-    n_embd = k.int("embedding_length", low=1)
+    n_layer = k.whole("block_count", low=1, high=LAYERS)
+    n_embd = k.whole("embedding_length", low=1)
     n_head = k.per_layer("attention.head_count", n_layer, None, 0, 1 << 16)
     n_head_kv = k.per_layer("attention.head_count_kv", n_layer, list(n_head), 0, 1 << 16)
     check_heads(k, n_embd, n_head, n_head_kv)
     widest = max(n_head)
-    head_dim = k.int("attention.key_length", n_embd // widest if widest else 0)
-    head_dim_v = k.int(
+    head_dim = k.whole("attention.key_length", n_embd // widest if widest else 0)
+    head_dim_v = k.whole(
         "attention.value_length",
         head_dim if k.has("attention.key_length") else (n_embd // widest if widest else 0),
     )
-    kv_lora_rank = k.int("attention.kv_lora_rank", 0)
+    kv_lora_rank = k.whole("attention.kv_lora_rank", 0)
     norm, norm_eps = read_norm(k)
-    n_expert = k.int("expert_count", 0, high=4096)
+    n_expert = k.whole("expert_count", 0, high=4096)
     return Config(
         arch=k.arch,
         n_layer=n_layer,
-        n_ctx_train=k.int("context_length", low=1, high=CONTEXT),
+        n_ctx_train=k.whole("context_length", low=1, high=CONTEXT),
         n_embd=n_embd,
         n_head=n_head,
         n_head_kv=n_head_kv,
         n_ff=k.per_layer("feed_forward_length", n_layer, 0, 0),
-        head_dim=k.int("attention.key_length_mla", head_dim),
-        head_dim_v=k.int("attention.value_length_mla", head_dim_v),
+        head_dim=k.whole("attention.key_length_mla", head_dim),
+        head_dim_v=k.whole("attention.value_length_mla", head_dim_v),
         norm=norm,
         norm_eps=norm_eps,
         rope_dim=read_rope_dim(k, head_dim),
-        rope_freq_base=k.float("rope.freq_base", 10000.0, positive=True),
-        rope_freq_base_swa=k.float("rope.freq_base_swa", 0.0),
+        rope_freq_base=k.number("rope.freq_base", 10000.0, positive=True),
+        rope_freq_base_swa=k.number("rope.freq_base_swa", 0.0),
         rope_scaling=read_scaling(k),
         rope_scaling_swa=True,
         rope_on=(True,) * n_layer,
         window=read_windows(k, n_layer),
-        attn_scale=k.float("attention.scale", 0.0) or (head_dim**-0.5 if head_dim else 0.0),
-        attn_softcap=k.float("attn_logit_softcapping", 0.0),
-        attn_clamp=k.float("attention.clamp_kqv", 0.0),
-        logit_softcap=k.float("final_logit_softcapping", 0.0),
-        logit_scale=k.float("logit_scale", 1.0),
-        embedding_scale=k.float("embedding_scale", 1.0),
-        residual_scale=k.float("residual_scale", 1.0),
-        max_alibi_bias=k.float("attention.max_alibi_bias", 0.0),
-        causal=k.bool("attention.causal", True),
+        attn_scale=k.number("attention.scale", 0.0) or (head_dim**-0.5 if head_dim else 0.0),
+        attn_softcap=k.number("attn_logit_softcapping", 0.0),
+        attn_clamp=k.number("attention.clamp_kqv", 0.0),
+        logit_softcap=k.number("final_logit_softcapping", 0.0),
+        logit_scale=k.number("logit_scale", 1.0),
+        embedding_scale=k.number("embedding_scale", 1.0),
+        residual_scale=k.number("residual_scale", 1.0),
+        max_alibi_bias=k.number("attention.max_alibi_bias", 0.0),
+        causal=k.flag("attention.causal", True),
         pooling=read_pooling(k),
-        parallel_residual=k.bool("use_parallel_residual", False),
+        parallel_residual=k.flag("use_parallel_residual", False),
         n_expert=n_expert,
-        n_expert_used=k.int(
+        n_expert_used=k.whole(
             "expert_used_count", 0 if not n_expert else None, 1 if n_expert else 0, n_expert
         ),
-        expert_gating=GATING.get(k.int("expert_gating_func", 0), ""),
-        expert_renormalise=k.bool("expert_weights_norm", False)
+        expert_gating=GATING.get(k.whole("expert_gating_func", 0), ""),
+        expert_renormalise=k.flag("expert_weights_norm", False)
         if k.has("expert_weights_norm")
         else None,
-        expert_weights_scale=k.float("expert_weights_scale", 1.0),
-        n_expert_group=k.int("expert_group_count", 1, 1),
-        n_expert_group_used=k.int("expert_group_used_count", 1, 1),
-        q_lora_rank=k.int("attention.q_lora_rank", 0),
+        expert_weights_scale=k.number("expert_weights_scale", 1.0),
+        n_expert_group=k.whole("expert_group_count", 1, 1),
+        n_expert_group_used=k.whole("expert_group_used_count", 1, 1),
+        q_lora_rank=k.whole("attention.q_lora_rank", 0),
         kv_lora_rank=kv_lora_rank,
-        ssm_conv=k.int("ssm.conv_kernel", 0, high=64),
-        ssm_inner=k.int("ssm.inner_size", 0),
-        ssm_state=k.int("ssm.state_size", 0, high=1 << 16),
-        ssm_dt_rank=k.int("ssm.time_step_rank", 0),
-        ssm_norm=k.bool("ssm.dt_b_c_rms", False),
-        wkv_head_dim=k.int("wkv.head_size", 0, high=4096),
+        ssm_conv=k.whole("ssm.conv_kernel", 0, high=64),
+        ssm_inner=k.whole("ssm.inner_size", 0),
+        ssm_state=k.whole("ssm.state_size", 0, high=1 << 16),
+        ssm_dt_rank=k.whole("ssm.time_step_rank", 0),
+        ssm_norm=k.flag("ssm.dt_b_c_rms", False),
+        wkv_head_dim=k.whole("wkv.head_size", 0, high=4096),
     )
 
 
@@ -278,7 +278,7 @@ def check_heads(k: Keys, n_embd: int, n_head: tuple[int, ...], n_head_kv: tuple[
 def read_norm(k: Keys) -> tuple[str, float]:
     """The name of the epsilon's key says which norm; a row decides where both are given."""
     found = [
-        (kind, k.float(key, positive=True))
+        (kind, k.number(key, positive=True))
         for kind, key in (
             ("rms", "attention.layer_norm_rms_epsilon"),
             ("layer", "attention.layer_norm_epsilon"),
@@ -295,7 +295,7 @@ def read_norm(k: Keys) -> tuple[str, float]:
 
 def read_rope_dim(k: Keys, head_dim: int) -> int:
     """How many of a head's values turn."""
-    dim = k.int("rope.dimension_count", head_dim)
+    dim = k.whole("rope.dimension_count", head_dim // 2 * 2)
     if dim % 2 or dim > head_dim > 0:
         raise GGUFError(
             f"is {dim}; expected an even number, at most the {head_dim} values of a head",
@@ -306,28 +306,28 @@ def read_rope_dim(k: Keys, head_dim: int) -> int:
 
 def read_scaling(k: Keys) -> RopeScaling:
     """``rope.scaling.*``."""
-    kind = k.str("rope.scaling.type", "none")
+    kind = k.text("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedModel(
             f"{k.prefix}rope.scaling.type is {kind!r:.60}; we know linear, yarn, longrope"
         )
-    old = k.float("rope.scale_linear", 1.0, positive=True)  # the key's name before scaling.factor
+    old = k.number("rope.scale_linear", 1.0, positive=True)  # the key's name before scaling.factor
     return RopeScaling(
         type="linear" if kind == "none" and old != 1 else kind,
-        factor=k.float("rope.scaling.factor", old, positive=True),
-        n_ctx_original=k.int(
+        factor=k.number("rope.scaling.factor", old, positive=True),
+        n_ctx_original=k.whole(
             "rope.scaling.original_context_length",
-            k.int("context_length", high=CONTEXT),
+            k.whole("context_length", high=CONTEXT),
             high=CONTEXT,
         ),
-        attn_factor=k.float("rope.scaling.attn_factor", 1.0, positive=True),
-        log_multiplier=k.float("rope.scaling.yarn_log_multiplier", 0.0),
+        attn_factor=k.number("rope.scaling.attn_factor", 1.0, positive=True),
+        log_multiplier=k.number("rope.scaling.yarn_log_multiplier", 0.0),
     )
 
 
 def read_windows(k: Keys, n_layer: int) -> tuple[int, ...]:
     """The sliding window of each layer; without a pattern in the file, of none or (by its row) of some."""
-    size = k.int("attention.sliding_window", 0, high=CONTEXT)
+    size = k.whole("attention.sliding_window", 0, high=CONTEXT)
     if not k.has("attention.sliding_window_pattern"):
         return (size,) * n_layer
     pattern = k.get("attention.sliding_window_pattern")
@@ -343,4 +343,6 @@ def read_windows(k: Keys, n_layer: int) -> tuple[int, ...]:
 
 
 def read_pooling(k: Keys) -> str:
-    return POOLING[k.int("pooling_type", 0, high=len(POOLING) - 1)] if k.has("pooling_type") else ""
+    return (
+        POOLING[k.whole("pooling_type", 0, high=len(POOLING) - 1)] if k.has("pooling_type") else ""
+    )

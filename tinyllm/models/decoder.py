@@ -29,6 +29,8 @@ class Block:
         h = tap(f"blk.{i}.attn_norm", self.attn_norm(x)) if self.attn_norm else x
         y = tap(f"blk.{i}.attn_out", self.mixer(step, h))
         if self.norm_at == "after":  # BERT: add, then normalise
+            assert self.attn_post is not None
+            assert self.ffn_post is not None
             x = self.attn_post(be.add(x, y))
             return tap(f"blk.{i}.out", self.ffn_post(be.add(x, self.feed(step, x))))
         y = self.attn_post(y) if self.attn_post else y

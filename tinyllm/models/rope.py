@@ -42,7 +42,7 @@ def yarn_ramp(dim: int, base: float, n_ctx_original: int) -> np.ndarray:
     low = max(0.0, math.floor(pair(BETA_FAST)))
     high = min(dim - 1.0, math.ceil(pair(BETA_SLOW)))
     ramp = (np.arange(dim // 2) - low) / max(0.001, high - low)
-    return 1 - np.clip(ramp, 0, 1)
+    return np.asarray(1 - np.clip(ramp, 0, 1))
 
 
 def magnitude(scaling: RopeScaling) -> float:

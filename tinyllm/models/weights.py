@@ -87,7 +87,7 @@ class Tensors:
 
     def host(self, name: str, *shape: int) -> np.ndarray:
         """Any small tensor as float32 on the host."""
-        return self.source(name, *shape).dequantize()
+        return np.asarray(self.source(name, *shape).dequantize())
 
     def optional(self, name: str, *shape: int) -> Array | None:
         return self.array(name, *shape) if self.has(name) else None

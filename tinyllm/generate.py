@@ -1,0 +1,193 @@
+"""The decode loop: from sequences of tokens to the next ones, many sequences in each step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .errors import ContextOverflow
+from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from .models.network import Network
+    from .models.state import State
+    from .models.step import Tap
+
+Overflow = Literal["error", "shift", "truncate"]
+ERASED = 0.75  # of the context's length is dropped by a shift, as GPT4All does
+
+
+@dataclass(frozen=True)
+class Token:
+    """One chosen token; ``logprob`` and ``top`` (ids to log-probabilities) only where asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: dict[int, float] | None = None
+
+
+@dataclass
+class Timings:
+    """Tokens and seconds of reading the prompt and of writing the answer."""
+
+    n_prompt: int = 0
+    n_reused: int = 0
+    prompt_s: float = 0.0
+    n_generated: int = 0
+    generated_s: float = 0.0
+
+    @property
+    def prompt_per_s(self) -> float:
+        return self.n_prompt / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def generated_per_s(self) -> float:
+        return self.n_generated / self.generated_s if self.generated_s else 0.0
+
+
+@dataclass
+class Run:
+    """One sequence being continued: its state holds the tokens, prompt included."""
+
+    state: State
+    sampler: Sampler
+    max_tokens: int
+    eog: frozenset[int] = frozenset()
+    overflow: Overflow = "error"
+    keep: int = 0  # tokens at the beginning that a shift keeps
+    logprobs: int | None = None  # how many alternatives to report with each token
+    prompt_logprobs: bool = False
+    prompt: list[Token] = field(default_factory=list)  # filled when prompt_logprobs
+    n_generated: int = 0
+    finish_reason: str | None = None  # "stop" | "length" | "context" | what the caller sets
+    timings: Timings = field(default_factory=Timings)
+
+    def pending(self) -> list[int]:
+        """Tokens that the next step computes."""
+        return self.state.ids[self.state.n_past :]
+
+    def make_room(self, n: int) -> int:
+        """How many of n tokens fit now, after a shift where that is the policy."""
+        state = self.state
+        if state.n_past + n <= state.n_ctx or state.n_past < state.n_ctx:
+            return min(n, state.n_ctx - state.n_past)
+        if self.overflow == "shift":
+            discard = min(state.n_past - self.keep, max(1, int(state.n_ctx * ERASED)))
+            state.shift(self.keep, discard)
+            return min(n, state.n_ctx - state.n_past)
+        return 0
+
+
+def generate_tokens(
+    net: Network, runs: Sequence[Run], tap: Tap | None = None
+) -> Generator[tuple[int, Token], None, None]:
+    """Continue all runs together, yielding (index of the run, token) as each is chosen.
+
+    Each step computes the pending tokens of as many runs as fit into ``net.n_batch`` rows, so prompts are
+    read and answers written in the same passes. A run ends when its ``finish_reason`` is set, here or by
+    the caller between two tokens; closing the iterator ends all at once.
+
+    Raises
+    ------
+    ContextOverflow
+        A prompt is longer than its state's context, and the run's policy is "error".
+    """
+    for run in runs:
+        if len(run.state.ids) > run.state.n_ctx and run.overflow == "error":
+            raise ContextOverflow(
+                f"the prompt has {len(run.state.ids)} tokens; the context holds {run.state.n_ctx}. "
+                "Use a larger n_ctx, or overflow='shift' or 'truncate'"
+            )
+        if run.max_tokens == 0:
+            run.finish_reason = "length"
+    while active := [i for i, run in enumerate(runs) if run.finish_reason is None]:
+        yield from step(net, runs, active, tap)
+
+
+def step(
+    net: Network, runs: Sequence[Run], active: Sequence[int], tap: Tap | None
+) -> list[tuple[int, Token]]:
+    """One pass over what is pending; the tokens chosen by runs whose last row was computed."""
+    start = time.perf_counter()
+    work = plan(net.n_batch, runs, active)
+    chosen: list[tuple[int, Token]] = []
+    if not work:
+        return chosen
+    segments = [(runs[i].state, n, wanted(runs[i], n)) for i, n in work]
+    with net.lock:
+        rows = net.forward(segments, tap)
+        for (i, n), logits in zip(work, rows, strict=True):
+            run = runs[i]
+            note_prompt(run, n, logits)
+            if not run.pending():
+                chosen.append((i, choose(run, logits[-1])))
+    book(runs, work, time.perf_counter() - start)
+    return chosen
+
+
+def plan(n_batch: int, runs: Sequence[Run], active: Sequence[int]) -> list[tuple[int, int]]:
+    """(run, number of its pending tokens) for the next step; runs out of context are finished."""
+    room, work = n_batch, []
+    for i in active:
+        if room == 0:
+            break
+        n = runs[i].make_room(min(len(runs[i].pending()), room))
+        if n:
+            work.append((i, n))
+            room -= n
+        else:
+            runs[i].finish_reason = "context"
+    return work
+
+
+def wanted(run: Run, n: int) -> Literal["all", "last", "none"]:
+    """Which of the next n rows' logits are needed."""
+    if run.prompt_logprobs and run.n_generated == 0:
+        return "all"
+    return "last" if n == len(run.pending()) else "none"
+
+
+def note_prompt(run: Run, n: int, logits: np.ndarray) -> None:
+    """Log-probabilities of prompt tokens: row t predicts token t + 1."""
+    if not run.prompt_logprobs or run.n_generated:
+        return
+    first = run.state.n_past - n
+    for t, row in enumerate(logits):
+        if first + t + 1 < len(run.state.ids):
+            run.prompt.append(token(run, row, run.state.ids[first + t + 1]))
+
+
+def choose(run: Run, logits: np.ndarray) -> Token:
+    """The next token; it joins the sequence unless it ends the text."""
+    report = np.array(logits) if run.logprobs is not None else logits
+    chosen = run.sampler.choose(np.array(logits), run.state.ids)
+    run.n_generated += 1
+    if chosen in run.eog:
+        run.finish_reason = "stop"
+    else:
+        run.state.append([chosen])
+        if run.n_generated >= run.max_tokens:
+            run.finish_reason = "length"
+    return token(run, report, chosen) if run.logprobs is not None else Token(chosen)
+
+
+def token(run: Run, logits: np.ndarray, chosen: int) -> Token:
+    logprob, top = run.sampler.logprobs(logits, chosen, run.logprobs or 0)
+    return Token(chosen, logprob, top)
+
+
+def book(runs: Sequence[Run], work: Sequence[tuple[int, int]], seconds: float) -> None:
+    """Share the step's time among the runs by their rows."""
+    rows = sum(n for _, n in work)
+    for i, n in work:
+        t: Any = runs[i].timings
+        if runs[i].n_generated <= 1 and t.n_generated == 0:
+            t.n_prompt += n
+            t.prompt_s += seconds * n / rows
+        else:
+            t.generated_s += seconds * n / rows
+        t.n_generated = runs[i].n_generated

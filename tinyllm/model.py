@@ -1,0 +1,505 @@
+"""Model: what ``load`` returns. Text, ids, logits and embeddings of one GGUF file on one device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from . import gguf, tokenizers
+from .errors import ArgumentError, ContextOverflow, TinyLLMError
+from .generate import Overflow, Run, Timings, Token, generate_tokens
+from .kernels.backend import KVType, open_backend
+from .models.memory import available_bytes
+from .models.network import Network, build, cache_bytes
+from .models.pooling import pool, unit
+from .models.state import State
+from .models.step import Tap
+from .sampling import Sampler, SamplingParams
+from .text import TextStream
+from .tokenizers import Tokenizer
+
+BUNDLED = Path(__file__).parent / "data" / "bundled.gguf"
+SMALLEST_CONTEXT = 8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    ``text`` is what was written, without the prompt; ``ids`` its tokens; ``logprobs`` one Token each, where
+    asked for; ``finish_reason`` is "stop" (the model or a stop string ended it), "length" (max_tokens),
+    "context" (no room was left) or "cancelled".
+    """
+
+    text: str
+    ids: list[int]
+    finish_reason: str
+    prompt_ids: list[int]
+    logprobs: list[Token] | None = None
+    prompt_logprobs: list[Token] | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Model:
+    """One loaded model; made by ``tinyllm.load``. Safe to use from several threads."""
+
+    def __init__(self, file: gguf.GGUFFile, network: Network, n_ctx: int) -> None:
+        self.path, self.metadata = file.path, file.metadata
+        self._file, self._network, self.n_ctx = file, network, n_ctx
+
+    # ---- what it is
+
+    @property
+    def network(self) -> Network:
+        """The weights and their mathematics."""
+        if self._network is None:
+            raise TinyLLMError("the model is closed")
+        return self._network
+
+    @property
+    def config(self) -> Any:
+        """Sizes and scales of the model; see ``tinyllm.models.config.Config``."""
+        return self.network.config
+
+    @property
+    def arch(self) -> str:
+        """The architecture's name, as in the file."""
+        return str(self.network.arch.name)
+
+    @property
+    def device(self) -> str:
+        """What really runs: "cpu", "reference", "cuda:0 NVIDIA H200"."""
+        return str(self.network.be.name)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back, as the file's vocabulary has it."""
+        return tokenizers.load(self.metadata)
+
+    # ---- numbers
+
+    def new_state(self, n_ctx: int | None = None) -> State:
+        """An empty conversation with room for ``n_ctx`` tokens (default: the model's)."""
+        return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx)
+
+    def logits(
+        self, ids: Sequence[int], state: State | None = None, tap: Tap | None = None
+    ) -> np.ndarray:
+        """Logits after each of ``ids`` in one causal pass -> float32 [len(ids), n_vocab].
+
+        With a ``state``, the ids continue it and stay in it.
+        """
+        ids = [int(i) for i in ids]
+        if not ids:
+            return np.empty((0, self.network.n_vocab), np.float32)
+        state = state or self.new_state(max(len(ids), SMALLEST_CONTEXT))
+        if len(state.ids) + len(ids) > state.n_ctx:
+            raise ContextOverflow(f"{len(ids)} ids after {len(state.ids)}; room for {state.n_ctx}")
+        start = len(state.ids)
+        state.append(ids)
+        return self._pending_logits(state, tap)[-(len(state.ids) - start) :]
+
+    def _pending_logits(self, state: State, tap: Tap | None) -> np.ndarray:
+        """Logits of all rows not yet stored, in chunks of the network's batch."""
+        net, rows = self.network, []
+        while n := min(net.n_batch, len(state.ids) - state.n_past):
+            with net.lock:
+                rows.append(np.array(net.forward([(state, n, "all")], tap)[0]))
+        return np.concatenate(rows)
+
+    def embed_ids(
+        self, ids: Sequence[int], pooling: str | None = None, normalize: bool = True
+    ) -> np.ndarray:
+        """The embedding of one sequence -> float32 [n_embd], or [len(ids), n_embd] with pooling "none"."""
+        return self._embed([[int(i) for i in ids]], pooling, normalize)[0]
+
+    def embed(
+        self, texts: str | Sequence[str], pooling: str | None = None, normalize: bool = True
+    ) -> np.ndarray:
+        """One embedding per text -> float32 [n, n_embd] ([n_embd] for a single string).
+
+        Parameters
+        ----------
+        texts : str or sequence of str
+            Special tokens are added as the vocabulary asks.
+        pooling : {"mean", "cls", "last"}, optional
+            How rows become one vector; default: as the file says, else mean.
+        normalize : bool
+            Scale each to length 1.
+
+        Raises
+        ------
+        ContextOverflow
+            A text has more tokens than the model was trained for.
+        """
+        if isinstance(texts, str):
+            return self.embed_ids(self.tokenizer.encode(texts), pooling, normalize)
+        if pooling == "none":
+            raise ArgumentError(
+                "pooling='none' gives one row per token; use embed_ids text by text"
+            )
+        ids = [self.tokenizer.encode(t) for t in texts]
+        if not ids:
+            return np.empty((0, self.config.n_embd), np.float32)
+        return np.stack(self._embed(ids, pooling, normalize))
+
+    def _embed(
+        self, ids: list[list[int]], pooling: str | None, normalize: bool
+    ) -> list[np.ndarray]:
+        """Sequences sorted by length and packed into steps, so that nothing is padded."""
+        net, kind = self.network, pooling or self.config.pooling or "mean"
+        for sequence in ids:
+            if not 0 < len(sequence) <= self.config.n_ctx_train:
+                raise ContextOverflow(
+                    f"a text has {len(sequence)} tokens; the model takes 1 to {self.config.n_ctx_train}"
+                )
+        out: list[np.ndarray] = [np.empty(0)] * len(ids)
+        for part in pack([len(i) for i in ids], net.n_batch):
+            for i, rows in zip(part, net.hidden([ids[i] for i in part]), strict=True):
+                out[i] = unit(pool(rows, kind)) if normalize else pool(rows, kind)
+        return out
+
+    # ---- text
+
+    def generate(
+        self,
+        prompt: str | Sequence[Any],
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        typical_p: float = 1.0,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: Callable[[list[int], np.ndarray], np.ndarray | None] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        echo: bool = False,
+        state: State | None = None,
+        tap: Tap | None = None,
+        overflow: Overflow = "error",
+        stream: bool = False,
+    ) -> Any:
+        """Continue a prompt.
+
+        Parameters
+        ----------
+        prompt : str, sequence of int, or a list of either
+            Text (special tokens in it are parsed), or ids. A list of prompts is continued side by side.
+        max_tokens : int
+            At most so many tokens; -1: until the context is full.
+        temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n, \
+presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
+            See ``tinyllm.sampling.SamplingParams``. Each prompt of a list has its own generator of ``seed``.
+        stop : str or sequence of str
+            Strings that end the text; they are not part of it. They add to the model's own end tokens.
+        logprobs : int, optional
+            Report each token's log-probability and those of this many likeliest alternatives.
+        echo : bool
+            With ``logprobs``: report the prompt's tokens too.
+        state : State, optional
+            Continue this conversation; the prompt is added to it.
+        tap : callable, optional
+            ``tap(name, array)`` sees, and may replace, the activations of every step.
+        overflow : {"error", "shift", "truncate"}
+            When the context is full: a prompt that is too long raises ("error"), loses its beginning
+            ("truncate"), or old tokens make room again and again ("shift").
+        stream : bool
+            Return an iterator of pieces of text. Closing it stops the work.
+
+        Returns
+        -------
+        Completion, list of Completion, or iterator of str
+
+        Raises
+        ------
+        ContextOverflow, ArgumentError, NumericError
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> len(m.generate("Once upon a time", max_tokens=5, temperature=0).ids)
+        5
+        """
+        params = SamplingParams(
+            temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n,
+            presence_penalty, frequency_penalty, logit_bias, logits_processor, seed,
+        )  # fmt: skip
+        options = Options(
+            params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, tap, overflow
+        )
+        prompts, many = split_prompts(prompt)
+        if (stream or state is not None) and many:
+            raise ArgumentError("stream and state take a single prompt, not a list")
+        jobs = [Job(self, ids, options, state) for ids in map(self._ids, prompts)]
+        if stream:
+            return stream_text(self.network, jobs[0])
+        completions = complete(self.network, jobs, tap)
+        return completions if many else completions[0]
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's tokens; an empty one is the beginning-of-text token."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(i) for i in prompt]
+        first = self.tokenizer.bos if self.tokenizer.bos is not None else self.tokenizer.eos
+        return ids or ([] if first is None else [first])
+
+    def close(self) -> None:
+        """Free the weights at once; using the model afterwards raises TinyLLMError."""
+        if self._network is not None:
+            self._network.close()
+            self._file.close()
+            self._network = None  # type: ignore[assignment]
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = f"on {self.device}" if self._network else "closed"
+        return f"<tinyllm.Model {Path(self.path).name} {where}>"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call of ``generate`` asks for, the same for all of its prompts."""
+
+    params: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...]
+    logprobs: int | None
+    echo: bool
+    tap: Tap | None
+    overflow: Overflow
+
+
+class Job:
+    """One prompt being continued: its run through the decode loop, and its text."""
+
+    def __init__(self, model: Model, ids: list[int], o: Options, state: State | None) -> None:
+        self.tokenizer = model.tokenizer
+        self.prompt_ids, self.tokens = ids, []  # type: tuple[list[int], list[Token]]
+        keep = 1 if self.tokenizer.add_bos else 0
+        if state is None:
+            room = model.n_ctx if o.max_tokens < 0 else min(model.n_ctx, len(ids) + o.max_tokens)
+            whole = o.overflow == "shift" or len(ids) > model.n_ctx
+            state = model.new_state(model.n_ctx if whole else max(room, SMALLEST_CONTEXT))
+        if o.overflow == "truncate":
+            ids = truncated(ids, state.n_ctx - len(state.ids), keep, o.max_tokens)
+        state.append(ids)
+        limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
+        sampler = Sampler(o.params, model.network.n_vocab, model.network.be.top_k)
+        self.run = Run(
+            state, sampler, limit, self.tokenizer.eog, o.overflow, keep, o.logprobs,
+            o.echo and o.logprobs is not None,
+        )  # fmt: skip
+        self.text = TextStream(self.tokenizer, o.stop)
+        self.options = o
+
+    def accept(self, token: Token) -> str:
+        """Take one token; the text that may be shown because of it."""
+        self.tokens.append(token)
+        if self.run.finish_reason == "stop":
+            return ""
+        piece = self.text.push(token.id)
+        if self.text.stopped is not None:
+            self.run.finish_reason = "stop"
+        return piece
+
+    def completion(self) -> Completion:
+        self.text.finish()
+        ids = [t.id for t in self.tokens]
+        if ids and ids[-1] in self.run.eog:
+            ids = ids[:-1]
+        o = self.options
+        return Completion(
+            self.text.text, ids, self.run.finish_reason or "cancelled", self.prompt_ids,
+            self.tokens if o.logprobs is not None else None,
+            self.run.prompt if self.run.prompt_logprobs else None, self.run.timings,
+        )  # fmt: skip
+
+
+def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Completion]:
+    """All jobs to their ends."""
+    with closing(generate_tokens(net, [j.run for j in jobs], tap)) as tokens:
+        for i, token in tokens:
+            jobs[i].accept(token)
+    return [j.completion() for j in jobs]
+
+
+def stream_text(net: Network, job: Job) -> Iterator[str]:
+    """One job's text, piece by piece."""
+    with closing(generate_tokens(net, [job.run], job.options.tap)) as tokens:
+        for _, token in tokens:
+            if piece := job.accept(token):
+                yield piece
+    if piece := job.text.finish():
+        yield piece
+
+
+def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int]:
+    """The prompt without so much of its middle-left that the answer, or half the room, is free."""
+    limit = room - min(max(max_tokens, 0) or room // 2, room // 2)
+    return ids if len(ids) <= limit else ids[:keep] + ids[len(ids) - (limit - keep) :]
+
+
+def split_prompts(prompt: str | Sequence[Any]) -> tuple[list[Any], bool]:
+    """One prompt or a list of them, told apart by the first element."""
+    if isinstance(prompt, str):
+        return [prompt], False
+    items = list(prompt)
+    if items and not isinstance(items[0], (int, np.integer)):
+        return items, True
+    if not all(isinstance(i, (int, np.integer)) for i in items):
+        raise ArgumentError("prompt mixes ids and texts; give text, ids, or a list of either")
+    return [items], False
+
+
+def strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in found):
+        raise ArgumentError(f"stop={stop!r:.80}; expected non-empty strings")
+    return found
+
+
+def check_max_tokens(n: int) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < -1:
+        raise ArgumentError(f"max_tokens={n!r}; expected a whole number, or -1 for no limit")
+    return int(n)
+
+
+def check_n_ctx(n: int | None) -> int | None:
+    if n is None:
+        return None
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n < 1 << 31:
+        raise ArgumentError(f"n_ctx={n!r}; expected a whole number of at least 1, or None")
+    return max(int(n), SMALLEST_CONTEXT)
+
+
+def pack(lengths: Sequence[int], n_rows: int) -> Iterator[list[int]]:
+    """Indices in groups of at most ``n_rows`` rows (a longer sequence alone), like lengths together."""
+    part: list[int] = []
+    filled = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and filled + lengths[i] > n_rows:
+            yield part
+            part, filled = [], 0
+        part.append(i)
+        filled += lengths[i]
+    if part:
+        yield part
+
+
+def load(
+    path: str | Path | None = None,
+    device: str | None = None,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    n_gpu_layers: int | None = None,
+    kv_type: KVType = "f16",
+    strict: bool = True,
+) -> Model:
+    """Load a GGUF file.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A file; the first shard of a split one; "hf:owner/repo/file.gguf"; a name of GPT4All's list. None is
+        the small model that comes with the package.
+    device : str, optional
+        "cpu" (default), "auto", "reference", "cuda[:i]", "opencl[:i]".
+    n_ctx : int, optional
+        Tokens of a conversation; default: the trained length, or what half of the free memory holds.
+    n_threads : int, optional
+        Default: the physical cores.
+    n_gpu_layers : int, optional
+        Layers on the GPU; the rest run on the CPU. Default: all.
+    kv_type : {"f16", "f32", "q8_0"}
+        How keys and values are stored.
+    strict : bool
+        Refuse files with keys or tensors that we do not understand (True), or warn (False).
+
+    Raises
+    ------
+    GGUFError, UnsupportedModel, DeviceError, ArgumentError, FileNotFoundError
+
+    Examples
+    --------
+    >>> import tinyllm
+    >>> tinyllm.load().arch
+    'llama'
+    """
+    if kv_type not in ("f16", "f32", "q8_0"):
+        raise ArgumentError(f"kv_type={kv_type!r}; expected 'f16', 'f32' or 'q8_0'")
+    wanted = check_n_ctx(n_ctx)
+    file = gguf.open(locate(path))
+    try:
+        be = open_backend(choose_device(device), n_threads)
+        network = build(file.metadata, file.tensors, be, kv_type, strict, progress)
+    except BaseException:
+        file.close()
+        raise
+    return Model(file, network, wanted or default_n_ctx(network, kv_type))
+
+
+def locate(path: str | Path | None) -> Path:
+    """The file of a name; names of the hub or of GPT4All's list may be downloaded."""
+    if path is None:
+        return BUNDLED
+    if Path(path).exists() or isinstance(path, Path):
+        return Path(path)
+    from .sdk.download import resolve
+
+    return Path(resolve(path))
+
+
+def choose_device(device: str | None) -> str:
+    """ "auto" takes the first GPU that is there, else the CPU."""
+    if device != "auto":
+        return device or "cpu"
+    gpus = [d.name for d in list_devices() if d.kind != "cpu"]
+    return gpus[0] if gpus else "cpu"
+
+
+def list_devices() -> list[Any]:
+    """The devices that ``load`` can use, each with name, kind and memory."""
+    from .kernels.devices import list_devices as found
+
+    return list(found())
+
+
+def default_n_ctx(net: Network, kv_type: KVType) -> int:
+    """The trained length, or less where a full cache would take more than half of the free memory."""
+    trained = net.config.n_ctx_train
+    each = cache_bytes(net.decoder.caches, 1, kv_type)
+    return min(trained, max(512, available_bytes() // 2 // each)) if each else trained
+
+
+def progress(layers: Iterable[Any], total: int) -> Iterable[Any]:
+    """A bar on a terminal, once loading has taken a second."""
+    from tqdm import tqdm
+
+    return tqdm(layers, "loading", total, leave=False, disable=None, delay=1.0, unit="layer")

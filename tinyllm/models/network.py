@@ -1,0 +1,191 @@
+"""A loaded model as the rest of the program sees it: states in, logits or hidden rows out."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import DeviceError, UnsupportedModel
+from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
+from .archs import Arch, find
+from .config import Config, Keys, architecture, read_config
+from .decoder import Decoder
+from .memory import available_bytes, readable
+from .state import State
+from .step import Step, Tap
+from .weights import Tensors, check_uniform
+
+Want = Literal["all", "last", "none"]
+Segment = tuple[
+    State, int, Want
+]  # this many of the state's pending tokens; rows whose logits are wanted
+Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
+
+
+class Network:
+    """Weights on a device. Immutable; many states may be computed, each step under ``lock``."""
+
+    n_batch = 256  # rows of a step: enough for full speed, few enough to be interrupted soon
+
+    def __init__(
+        self, config: Config, arch: Arch, decoder: Decoder, be: Backend, kv_type: KVType
+    ) -> None:
+        self.config, self.arch, self.decoder, self.be = config, arch, decoder, be
+        self.kv_type: KVType = kv_type
+        self.lock = threading.RLock()
+        self.fingerprint = fingerprint(config, kv_type)
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self.decoder.n_vocab)
+
+    def new_state(self, n_ctx: int) -> State:
+        """An empty state with room for ``n_ctx`` tokens.
+
+        Raises
+        ------
+        DeviceError
+            The full cache would not fit into the memory that is free now.
+        """
+        layers = self.decoder.caches
+        need, free = cache_bytes(layers, n_ctx, self.kv_type), available_bytes()
+        if need > free:
+            raise DeviceError(
+                f"a cache for n_ctx={n_ctx} takes {readable(need)}; {readable(free)} are free. "
+                "Use a smaller n_ctx, or kv_type='q8_0'"
+            )
+        with self.lock:
+            cache = self.be.new_cache(layers, n_ctx, self.kv_type)
+        return State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint)
+
+    def ropes(self, n_ctx: int) -> list[RopeSpec | None]:
+        """Each layer's rotation in a state of this length."""
+        ropes = (getattr(b.mixer, "rope", None) for b in self.decoder.blocks)
+        return [None if r is None else r.at(n_ctx) for r in ropes]
+
+    def forward(self, segments: Sequence[Segment], tap: Tap | None = None) -> list[np.ndarray]:
+        """Compute pending tokens of several states in one pass.
+
+        Returns each segment's logits, float32 [rows wanted, n_vocab], valid until the next step: hold ``lock``
+        while using them, or copy.
+        """
+        states = [s for s, _, _ in segments]
+        ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
+        self.check_ids(ids)
+        outputs, counts = output_rows(segments)
+        batch = Batch.of(ids, [s.n_past for s in states], outputs, [s.cache for s in states])
+        n_ctx = max(s.n_ctx for s in states)
+        with self.lock:
+            y = self.run(batch, n_ctx, tap, self.decoder.logits if outputs else self.decoder.hidden)
+            rows = self.be.numpy(y) if outputs else np.empty((0, self.n_vocab), np.float32)
+        for s, n, _ in segments:
+            s.n_past += n
+        return np.split(rows, np.cumsum(counts)[:-1])
+
+    def hidden(self, ids: Sequence[Sequence[int]], tap: Tap | None = None) -> list[np.ndarray]:
+        """Normalised activations of every row of independent sequences -> float32 [len, n_embd] each."""
+        self.check_ids(ids)
+        lengths = [len(i) for i in ids]
+        caches = []
+        if self.config.causal:
+            caches = [self.new_state(n).cache for n in lengths]
+        batch = Batch.of(ids, [0] * len(ids), range(sum(lengths)), caches)
+        with self.lock:
+            y = np.array(self.be.numpy(self.run(batch, max(lengths), tap, self.decoder.hidden)))
+        return np.split(y, np.cumsum(lengths)[:-1])
+
+    def run(self, batch: Batch, n_ctx: int, tap: Tap | None, fn: Callable[[Step], Array]) -> Array:
+        """One step of the backend; it may be replayed when nothing but the batch's values differ."""
+        key = None if tap else (fn.__name__, self.rope_class(n_ctx), batch.key)
+        return self.be.step(key, lambda b: fn(Step(self.be, b, n_ctx, tap)), batch)
+
+    def rope_class(self, n_ctx: int) -> bool:
+        """LongRoPE rotates long contexts by another table."""
+        return n_ctx > self.config.rope_scaling.n_ctx_original
+
+    def check_ids(self, ids: Sequence[Sequence[int]]) -> None:
+        """Ids outside of the vocabulary would read outside of the embedding."""
+        for sequence in ids:
+            if len(sequence) and not 0 <= min(sequence) <= max(sequence) < self.n_vocab:
+                raise UnsupportedModel(
+                    f"token ids {min(sequence)} to {max(sequence)} do not fit the vocabulary of {self.n_vocab}"
+                )
+
+    def close(self) -> None:
+        with self.lock:
+            self.be.close()
+
+
+def output_rows(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    """The batch's rows whose logits are wanted, and how many of them belong to each segment."""
+    rows: list[int] = []
+    counts: list[int] = []
+    start = 0
+    for _, n, want in segments:
+        first = {"all": 0, "last": n - 1, "none": n}[want]
+        rows += range(start + first, start + n)
+        counts.append(n - first)
+        start += n
+    return rows, counts
+
+
+def cache_bytes(layers: Sequence[Any], n_ctx: int, kv_type: KVType) -> int:
+    """Bytes of a full cache."""
+    per_value = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}[kv_type]
+    values = sum(c.n_head_kv * (c.head_dim + c.head_dim_v) for c in layers)
+    fixed = sum(4 * int(np.prod(shape)) for c in layers for _, shape in c.arrays)
+    return int(values * per_value * n_ctx) + fixed
+
+
+def fingerprint(c: Config, kv_type: KVType) -> str:
+    """Names the model that a saved state belongs to."""
+    digest = hashlib.sha256(repr(c).encode()).hexdigest()[:16]
+    return f"{c.arch}-{c.n_layer}x{c.n_embd}-{kv_type}-{digest}"
+
+
+def build(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    be: Backend,
+    kv_type: KVType = "f16",
+    strict: bool = True,
+    progress: Progress = lambda layers, n: layers,
+) -> Network:
+    """Load the weights of a file and check that all of it is understood.
+
+    Raises
+    ------
+    UnsupportedModel
+        The architecture, a key or a tensor is not known; with ``strict=False`` the latter two are warnings.
+    GGUFError
+        A key or tensor is missing, misshapen or contradicts another.
+    """
+    arch = find(architecture(metadata))
+    keys = Keys(metadata, arch.name)
+    config = arch.adjust(read_config(keys))
+    if arch.norm:
+        config = replace(config, norm=arch.norm)
+    refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
+    check_uniform(tensors, config.n_layer, frozenset({"attn_norm.weight", "attn_norm.bias"}))
+    root = Tensors(tensors, be, config)
+    layers = [root.below(f"blk.{i}.") for i in range(config.n_layer)]
+    decoder = Decoder(config, arch, root, list(progress(layers, config.n_layer)))
+    refuse(root.leftovers(), "tensors that this architecture does not use", strict)
+    return Network(config, arch, decoder, be, kv_type)
+
+
+def refuse(names: Sequence[str], what: str, strict: bool) -> None:
+    """Say what is not understood: an error, or a warning."""
+    if not names:
+        return
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    message = f"the file has {what}: {shown}"
+    if strict:
+        raise UnsupportedModel(f"{message}. Load with strict=False to ignore them")
+    warnings.warn(message, stacklevel=4)

@@ -1,0 +1,135 @@
+"""A conversation: the tokens so far, and what the layers keep of those already computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import ArgumentError, StateError
+
+if TYPE_CHECKING:
+    from ..kernels.backend import Cache, LayerCache, RopeSpec
+
+
+class State:
+    """One sequence of tokens and its cache; made by ``Model.new_state``.
+
+    ``ids`` is the whole sequence; the first ``n_past`` of them are stored in the cache, the others are
+    computed by the next step. A model may serve many states; a state serves one caller at a time.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        layers: Sequence[LayerCache],
+        ropes: Sequence[RopeSpec | None],
+        n_ctx: int,
+        fingerprint: str,
+    ) -> None:
+        self.cache, self.layers, self.ropes = cache, layers, ropes
+        self.n_ctx, self.fingerprint = n_ctx, fingerprint
+        self.ids: list[int] = []
+        self.n_past = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of cache when full."""
+        return self.cache.nbytes
+
+    @property
+    def can_truncate(self) -> bool:
+        """Recurrent layers keep a summary that cannot be unwound."""
+        return not any(layer.arrays for layer in self.layers)
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Add tokens to the sequence; they are computed by the next step."""
+        self.ids.extend(ids)
+
+    def truncate(self, n: int) -> None:
+        """Keep the first ``n`` tokens.
+
+        Raises
+        ------
+        StateError
+            The state is recurrent and some of the dropped tokens are already part of it.
+        """
+        if not 0 <= n <= len(self.ids):
+            raise ArgumentError(f"cannot keep {n} tokens of {len(self.ids)}")
+        if n < self.n_past and n > 0 and not self.can_truncate:
+            raise StateError("a recurrent state cannot be cut back; start a new one")
+        if n == 0 and not self.can_truncate:
+            self.cache.restore({k: np.zeros_like(v) for k, v in self.cache.export(0).items()})
+        del self.ids[n:]
+        self.n_past = min(self.n_past, n)
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        """Become the sequence ``ids``, keeping what is stored of their common beginning.
+
+        At least the last token is left to compute. Returns how many stored tokens were kept.
+        """
+        same = 0
+        limit = min(self.n_past, len(ids) - 1)
+        while same < limit and self.ids[same] == ids[same]:
+            same += 1
+        if not self.can_truncate and same < self.n_past:
+            same = 0
+        self.truncate(same)
+        self.append(ids[same:])
+        return same
+
+    def shift(self, keep: int, discard: int) -> None:
+        """Drop ``discard`` tokens after the first ``keep``; later keys are rotated to their new positions."""
+        if not self.can_truncate:
+            raise StateError("a recurrent state has no context to shift")
+        if keep < 0 or discard < 1 or keep + discard > self.n_past:
+            raise ArgumentError(
+                f"cannot drop {discard} tokens after {keep}: {self.n_past} are stored"
+            )
+        for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
+            if layer.n_head_kv:
+                self.cache.shift(i, keep, discard, self.n_past, rope)
+        del self.ids[keep : keep + discard]
+        self.n_past -= discard
+
+    def save(self, path: str | Path) -> None:
+        """Write tokens and cache to a ``.npz`` file (no pickle), atomically."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
+        ids = np.asarray(self.ids, np.int32)
+        try:
+            with part.open("wb") as f:
+                np.savez(
+                    f, fingerprint=np.array(self.fingerprint), ids=ids,
+                    n_past=np.int64(self.n_past), **arrays,  # type: ignore[arg-type]
+                )  # fmt: skip
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def restore(self, path: str | Path) -> None:
+        """Become the state that ``save`` wrote.
+
+        Raises
+        ------
+        StateError
+            The file is damaged, of another model, or longer than this state has room for.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as f:
+                arrays = {k: f[k] for k in f.files}
+            fingerprint, ids = str(arrays.pop("fingerprint")), arrays.pop("ids")
+            n_past = int(arrays.pop("n_past"))
+        except (OSError, ValueError, KeyError, EOFError) as e:
+            raise StateError(f"{path}: not a saved state ({e})") from None
+        except Exception as e:  # zipfile and zlib raise their own kinds for damaged files
+            raise StateError(f"{path}: damaged saved state ({e})") from None
+        if fingerprint != self.fingerprint:
+            raise StateError(f"{path}: saved with another model or cache type ({fingerprint:.80})")
+        if ids.dtype != np.int32 or ids.ndim != 1 or not 0 <= n_past <= len(ids) <= self.n_ctx:
+            raise StateError(f"{path}: {ids.shape} tokens, {n_past} stored; room for {self.n_ctx}")
+        self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
+        self.ids, self.n_past = ids.tolist(), n_past
