@@ -1,0 +1,142 @@
+"""Who may import whom, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "tinyllm").rglob("*.py"))
+MAX_LINES = 600
+TABLES = {"iq_tables.py", "unassigned.py"}  # data, not code
+
+BELOW_GENERATE = {"errors", "gguf", "tokenizers", "kernels", "models", "sampling", "text"}
+BELOW_MODEL = BELOW_GENERATE | {"generate", "chat"}
+ALLOWED = {
+    "errors": set(),
+    "gguf": {"errors"},
+    "tokenizers": {"errors", "gguf"},
+    "kernels": {"errors", "gguf"},
+    "models": {"errors", "gguf", "kernels.backend"},
+    "sampling": {"errors"},
+    "generate": {"errors", "models", "sampling"},
+    "text": {"errors", "tokenizers"},
+    "metering": {"errors"},
+    "sandbox": {"errors", "metering"},
+    "chat": {"errors", "tokenizers", "sandbox", "metering"},
+    "model": BELOW_MODEL | {"sdk.download"},
+    "sdk.download": {"errors"},  # so that load() may take "hf:..." and listed names
+    "sdk": BELOW_MODEL | {"model"},
+    "repl": BELOW_MODEL | {"model", "sdk"},
+    "server": BELOW_MODEL | {"model", "sdk"},
+    "cli": BELOW_MODEL | {"model", "sdk", "repl", "server"},
+    "__main__": {"cli"},
+    "__init__": {"errors", "gguf", "tokenizers", "model", "sdk"},
+}
+THIRD_PARTY = {
+    "cupy",
+    "jinja2",
+    "llvmlite",
+    "numba",
+    "numpy",
+    "pyopencl",
+    "regex",
+    "requests",
+    "tqdm",
+}
+
+
+def imports(source: str, package: str) -> Iterator[str]:
+    """Absolute names of what a module of ``package`` imports, wherever the statement stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = parts[: len(parts) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)  # it may be a module
+
+
+def module_of(path: Path) -> str:
+    """tinyllm/gguf/reader.py -> gguf.reader; a package's own file is <package>.__init__."""
+    return ".".join(path.relative_to(ROOT / "tinyllm").with_suffix("").parts)
+
+
+def crossings(module: str, source: str) -> set[str]:
+    """Imports of ``module`` that its layer may not make, as dotted names below tinyllm."""
+    layer = module if module in ALLOWED else module.split(".")[0]
+    package = ".".join(["tinyllm", *module.split(".")[:-1]])
+    found = set()
+    for name in imports(source, package):
+        top, _, rest = name.partition(".")
+        if top != "tinyllm":
+            if top not in THIRD_PARTY | sys.stdlib_module_names:
+                found.add(top)
+            continue
+        target = rest.split(".")[0]
+        if target not in ALLOWED or target == layer:  # a public name, or the layer itself
+            continue
+        may = ALLOWED[layer]
+        if not any(rest == m or rest.startswith(m + ".") or m.startswith(rest + ".") for m in may):
+            found.add(rest)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_one_way(path):
+    assert not crossings(module_of(path), path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "crossing"),
+    [
+        ("models.decoder", "from ..kernels.cpu.backend import CPUBackend", "kernels.cpu.backend"),
+        (
+            "models.decoder",
+            "def f():\n    from tinyllm.kernels import reference",
+            "kernels.reference",
+        ),
+        ("gguf.reader", "from .. import kernels", "kernels"),
+        ("gguf.quants.float", "from ...tokenizers import bpe", "tokenizers"),
+        ("sampling", "import tinyllm.models.decoder", "models.decoder"),
+        (
+            "kernels.cpu.matmul",
+            "if TYPE_CHECKING:\n    from ...models.step import Step",
+            "models.step",
+        ),
+        ("generate", "from .model import Model", "model"),
+        ("gguf.reader", "import gguf", "gguf"),
+        ("sdk.gpt4all", "import torch.nn", "torch"),
+    ],
+)
+def test_a_wrong_import_is_found(module, source, crossing):
+    assert crossing in crossings(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("models.decoder", "from ..kernels.backend import Backend"),
+        ("models.decoder", "from ..kernels import backend"),
+        ("kernels.cpu.matmul", "from .simd import load\nfrom ...errors import DeviceError"),
+        ("gguf.__init__", "from .reader import GGUFFile\nfrom ..errors import GGUFError"),
+    ],
+)
+def test_a_right_import_is_not(module, source):
+    assert not crossings(module, source)
+
+
+def test_every_module_has_a_layer():
+    assert {module_of(p).split(".")[0] for p in FILES} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name not in TABLES], ids=module_of)
+def test_files_are_short(path):
+    lines = path.read_text("utf-8").count("\n")
+    assert lines <= MAX_LINES, f"{lines} lines, at most {MAX_LINES}: split it"
