@@ -7,6 +7,7 @@ import struct
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import GGUFError
 from ._file import RandomAccessFile
@@ -14,10 +15,14 @@ from .strings import StringArray, decode
 from .types import FILE_ORDER, VALUE_DTYPES, VALUE_NAMES
 
 MAX_HEADER = 128 << 20  # bytes before the tensor data; the largest vocabularies known need 30 MB
-MAX_STRINGS = 1 << 22  # strings in the arrays of a file; the largest known has 0.8 million
+MAX_STRINGS = 1 << 21  # strings in the arrays of a file; the largest known has 0.8 million
 MAX_NESTED = 1 << 16  # arrays inside arrays
 MAX_DEPTH = 4
 _FIRST_READ = 1 << 20
+_WALK = (
+    4096  # a leap over fewer strings is not worth its time: so many are walked before the next one
+)
+_LEAP = 1 << 18  # bytes looked at together for the strings in them
 _FORMATS = {"U32": "I", "U64": "Q"}
 
 
@@ -63,9 +68,14 @@ class Header:
             raise self.error(f"{what} takes {n} bytes, but only {self.remaining} are left")
         if end > MAX_HEADER:
             raise self.error(f"{what} ends beyond {MAX_HEADER} bytes, the limit of a header")
-        have = len(self._buf)
-        want = min(max(end, 2 * have, _FIRST_READ), self.file.size, MAX_HEADER)
-        self._buf += self.file.read(have, want - have)
+        self._prefetch(end - self.pos)
+
+    def _prefetch(self, n: int) -> None:
+        """Fetch the next `n` bytes or more, as far as there are any."""
+        have, limit = len(self._buf), min(self.file.size, MAX_HEADER)
+        if self.pos + n > have < limit:
+            want = min(max(self.pos + n, 2 * have, _FIRST_READ), limit)
+            self._buf += self.file.read(have, want - have)
 
     def raw(self, n: int, what: str) -> bytes:
         start = self.take(n, what)
@@ -79,13 +89,16 @@ class Header:
 
     def string(self, what: str, limit: int = MAX_HEADER) -> bytes:
         """A length and so many bytes."""
+        return self.raw(self._length(what, limit), what)
+
+    def _length(self, what: str, limit: int = MAX_HEADER) -> int:
         start, n = self.pos, self.uint("U64", f"the length of {what}")
         if n > min(limit, self.remaining):
             bound = (
                 f"at most {limit} are allowed" if n > limit else f"only {self.remaining} are left"
             )
             raise self.error(f"{what} is said to have {n} bytes, but {bound}", start)
-        return self.raw(n, what)
+        return n
 
     def value(self, type_id: int) -> Any:
         """A metadata value of the type with this id."""
@@ -153,27 +166,61 @@ class Header:
         return values.astype(dtype)
 
     def _strings(self, n: int) -> StringArray:
-        """n strings -> StringArray: one walk over the lengths, one copy of the bytes."""
+        """n strings -> StringArray."""
         self._count(n, 8, "strings")
         self._n_strings += n
         if self._n_strings > MAX_STRINGS:
             raise self.error(f"more than {MAX_STRINGS} strings in arrays", self.pos - 8)
-        begin = self.pos
-        lengths = np.array(self._walk(n), np.int64)
-        ends = np.cumsum(lengths + 8)
-        return StringArray(bytes(self._buf[begin : self.pos]), ends - lengths, ends)
+        begin, left = self.pos, n
+        pieces = [np.empty(0, np.int64)]
+        while left:
+            leapt = self._leap(left)
+            left -= len(leapt)
+            walked = self._walk(min(left, _WALK) if len(leapt) < _WALK else 0)
+            left -= len(walked)
+            pieces += leapt, walked
+        self.take(0, "the last string")  # a walk does not fetch what it steps over
+        stored = np.frombuffer(self._buf, np.uint8, self.pos - begin, begin)
+        return StringArray.from_file(stored, np.concatenate(pieces))
 
-    def _walk(self, n: int) -> list[int]:
-        """Step over n strings; returns their lengths."""
+    def _walk(self, n: int) -> npt.NDArray[np.int64]:
+        """Step over n strings one by one; returns their lengths, int64 [n]."""
         lengths: list[int] = []
-        unpack, buf, pos = self._structs["U64"].unpack_from, self._buf, self.pos
-        safe = len(buf) - 8
+        unpack, pos, fetched = self._structs["U64"].unpack_from, self.pos, len(self._buf) - 8
         for i in range(n):
-            if pos > safe:  # not fetched yet, or beyond the end
-                self.take(pos + 8 - self.pos, f"string {i} of {n}")
-                self.pos, safe = self.pos - 8, len(buf) - 8
-            (length,) = unpack(buf, pos)
+            if pos > fetched:
+                self.pos = pos
+                self.take(8, f"the length of string {i} of {n}")
+                fetched = len(self._buf) - 8
+            (length,) = unpack(self._buf, pos)
+            if length > self.file.size - 8 - pos:
+                self.pos = pos
+                self._length(f"string {i} of {n}")
             lengths.append(length)
             pos += 8 + length
-        self.take(pos - self.pos, f"the last of {n} strings")
-        return lengths
+        self.pos = pos
+        return np.array(lengths, np.int64)
+
+    def _leap(self, n: int) -> npt.NDArray[np.int64]:
+        """Step over up to n strings at once; returns their lengths, int64 [some].
+
+        A walk over half a million lengths takes longer than all else in opening a file. Short strings are found
+        together: six zero bytes and then another one are where a length below 65536 ends. That is a guess
+        (text may hold such bytes), so only a chain in which every string begins where the one before it
+        ends is accepted.
+        """
+        if self.order == ">":
+            return np.empty(0, np.int64)
+        self._prefetch(_LEAP)
+        seen = np.frombuffer(self._buf, np.uint8, min(_LEAP, len(self._buf) - self.pos), self.pos)
+        zero = seen == 0
+        pairs = zero[:-1] & zero[1:]
+        six = pairs[:-4] & pairs[2:-2] & pairs[4:]
+        starts = np.flatnonzero(six[2:-1] & ~zero[8:]) + 8
+        lengths = seen[starts - 8] | seen[starts - 7].astype(np.int64) << 8
+        ends = starts + lengths
+        chained = np.concatenate(([8], ends[:-1] + 8)) == starts
+        good = chained & (ends <= len(seen))
+        n_good = min(n, int(np.argmin(np.append(good, False))))
+        self.pos += int(ends[n_good - 1]) if n_good else 0
+        return lengths[:n_good]

@@ -12,10 +12,17 @@ Bytes = bytes  # the class below has a method of that name
 
 
 class StringArray(Sequence[str]):
-    """The strings of one metadata array: one block of bytes and where each string begins.
+    """The strings of one metadata array, kept as one piece of memory.
 
     Text is UTF-8 decoded with ``surrogateescape``, so that tokens which are no valid UTF-8 stay distinct and
     encode back to the same bytes.
+
+    Parameters
+    ----------
+    joined : bytes
+        The strings with one zero byte between them.
+    ends : int64 [n]
+        Where each ends in `joined`.
 
     Examples
     --------
@@ -23,26 +30,37 @@ class StringArray(Sequence[str]):
     [b'a', b'\\xff']
     """
 
-    __slots__ = ("_blob", "_ends", "_starts")
+    __slots__ = ("_ends", "_joined")
 
-    def __init__(
-        self, blob: Bytes, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-    ) -> None:
-        self._blob, self._starts, self._ends = blob, starts, ends
+    def __init__(self, joined: Bytes, ends: npt.NDArray[np.int64]) -> None:
+        self._joined, self._ends = joined, ends
 
     @classmethod
     def of(cls, strings: Sequence[str | Bytes]) -> StringArray:
         """The same type, from Python strings."""
         parts = [encode(s) for s in strings]
-        ends = np.cumsum([len(p) for p in parts], dtype=np.int64)
-        return cls(b"".join(parts), np.concatenate(([0], ends))[:-1].astype(np.int64), ends)
+        return cls(b"\0".join(parts), _ends(np.array([len(p) for p in parts], np.int64)))
+
+    @classmethod
+    def from_file(
+        cls, stored: npt.NDArray[np.uint8], lengths: npt.NDArray[np.int64]
+    ) -> StringArray:
+        """From strings that each have a length of 8 bytes before them: stored uint8 [sum(lengths + 8)]."""
+        starts = np.cumsum(lengths + 8) - lengths
+        keep = np.ones(len(stored), np.bool_)
+        for i in range(8):
+            keep[starts - 1 - i] = False
+        separated = stored.copy()
+        separated[starts[1:] - 1], keep[starts[1:] - 1] = 0, True
+        return cls(separated[keep].tobytes(), _ends(lengths))
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._ends)
 
     def bytes(self, i: int) -> Bytes:
         """String `i` as stored."""
-        return self._blob[self._starts[i] : self._ends[i]]
+        i = range(len(self))[i]
+        return self._joined[self._ends[i - 1] + 1 if i else 0 : self._ends[i]]
 
     @overload
     def __getitem__(self, i: int) -> str: ...
@@ -50,7 +68,7 @@ class StringArray(Sequence[str]):
     def __getitem__(self, i: slice) -> StringArray: ...
     def __getitem__(self, i: int | slice) -> str | StringArray:
         if isinstance(i, slice):
-            return StringArray(self._blob, self._starts[i], self._ends[i])
+            return StringArray.of([self.bytes(j) for j in range(len(self))[i]])
         return decode(self.bytes(i))
 
     def __iter__(self) -> Iterator[str]:
@@ -58,20 +76,29 @@ class StringArray(Sequence[str]):
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Bytes of each string, int64 [n]."""
-        return self._ends - self._starts
+        return np.diff(self._ends, prepend=-1) - 1
 
     def tobytes_list(self) -> list[Bytes]:
         """All strings as stored."""
-        blob = self._blob
-        return [blob[a:b] for a, b in zip(self._starts.tolist(), self._ends.tolist(), strict=True)]
+        parts = self._joined.split(b"\0")
+        if len(parts) == len(self):  # no string holds a zero byte
+            return parts
+        ends = self._ends.tolist()
+        return [self._joined[a + 1 : b] for a, b in zip([-1, *ends], ends, strict=False)]
 
     def tolist(self) -> list[str]:
         """All strings as text."""
-        return [str(s, "utf-8", "surrogateescape") for s in self.tobytes_list()]
+        try:
+            texts = self._joined.decode().split("\0")
+        except UnicodeDecodeError:
+            texts = []
+        if len(texts) == len(self):
+            return texts
+        return [decode(s) for s in self.tobytes_list()]
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, StringArray):
-            return self.tobytes_list() == other.tobytes_list()
+            return self._joined == other._joined and np.array_equal(self._ends, other._ends)
         if isinstance(other, Sequence) and not isinstance(other, (str, bytes)):
             return self.tolist() == list(other)
         return NotImplemented
@@ -81,6 +108,11 @@ class StringArray(Sequence[str]):
     def __repr__(self) -> str:
         head = ", ".join(repr(s) for s in self[:4].tolist())
         return f"StringArray([{head}{', ...' if len(self) > 4 else ''}], n={len(self)})"
+
+
+def _ends(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where strings of these lengths end when one byte stands between them."""
+    return np.cumsum(lengths + 1) - 1
 
 
 def decode(raw: bytes) -> str:
