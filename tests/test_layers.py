@@ -29,7 +29,8 @@ ALLOWED = {
     "sandbox": {"errors", "metering"},
     "chat": {"errors", "tokenizers", "sandbox", "metering"},
     "model": BELOW_MODEL | {"sdk.download"},
-    "sdk.download": {"errors"},  # so that load() may take "hf:..." and listed names
+    "sdk.download": {"errors", "sdk.locks"},  # so that load() may take "hf:..." and listed names
+    "sdk.locks": {"errors"},
     "sdk": BELOW_MODEL | {"model"},
     "repl": BELOW_MODEL | {"model", "sdk"},
     "server": BELOW_MODEL | {"model", "sdk"},
