@@ -23,7 +23,9 @@ import numpy as np
 from ..errors import DeviceError
 
 Array = Any  # a backend's own array; has .shape
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "swiglu_oai"]
+Activation = Literal[
+    "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus", "swiglu_oai"
+]
 Pairing = Literal["adjacent", "half"]
 KVType = Literal["f32", "f16", "q8_0"]
 
@@ -245,6 +247,13 @@ class Backend(ABC):
         -> [T, k, n_out].
         """
 
+    def matmul_heads(self, w: Weight, x: Array) -> Array:
+        """Each head of x [T, H * n_in] through its own matrix of w [H, n_out, n_in] -> [T, H * n_out]."""
+        h, n_out, n_in = w.shape
+        t = x.shape[0]
+        heads = self.array(np.tile(np.arange(h, dtype=np.int32), (t, 1)))
+        return self.matmul_experts(w, x.reshape(t, h, n_in), heads).reshape(t, h * n_out)
+
     # ---- elementwise and rows
 
     @abstractmethod
@@ -272,7 +281,9 @@ class Backend(ABC):
 
     @abstractmethod
     def act(self, x: Array, kind: Activation) -> Array:
-        """silu x/(1+e^-x); gelu with erf; gelu_tanh; relu; relu2 max(x,0)^2; sigmoid; tanh."""
+        """silu x/(1+e^-x); gelu with erf; gelu_tanh; relu; relu2 max(x,0)^2; sigmoid; tanh; exp;
+        softplus log(1+e^x).
+        """
 
     @abstractmethod
     def act_mul(self, gate: Array, up: Array, kind: Activation) -> Array:
@@ -383,7 +394,7 @@ class Backend(ABC):
     def conv1d(self, batch: Batch, layer: int, x: Array, w: Array, bias: Array | None) -> Array:
         """Causal depthwise convolution of x [T, n] with w [n, width]; the last width - 1 rows are kept
         in the layer's array "conv" [width - 1, n].
-        """  # noqa: D205
+        """
         raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
 
     def scan(
@@ -398,7 +409,7 @@ class Backend(ABC):
     def shift_rows(self, batch: Batch, layer: int, x: Array, name: str) -> Array:
         """Row t becomes the row before it in its sequence; the last row is kept in the layer's array ``name``
         [n] (RWKV token shift).
-        """  # noqa: D205
+        """
         raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
 
     def wkv6(

@@ -152,6 +152,10 @@ def activate(x: np.ndarray, kind: Activation) -> np.ndarray:
         return sigmoid(x)
     if kind == "tanh":
         return np.tanh(x)
+    if kind == "exp":
+        return np.exp(x)
+    if kind == "softplus":
+        return np.logaddexp(x, F32(0))
     raise ArgumentError(f"unknown activation {kind!r}")
 
 

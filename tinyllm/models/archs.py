@@ -15,6 +15,9 @@ from ..errors import UnsupportedModel
 from ..kernels.backend import Activation, Pairing
 from .attention import Attention
 from .config import Config
+from .mamba import Mamba
+from .mla import LatentAttention
+from .rwkv import ChannelMix, TimeMix6, TimeMix7
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Arch:
     renormalise: bool = True  # the chosen experts' weights sum to 1
     roles: dict[str, str] = field(default_factory=dict)  # our name of a tensor -> this file's
     mixer: Any = Attention
+    ffn: Any = None  # None: FFN or MoE, as the tensors say
+    has_ffn: bool = True
     adjust: Callable[[Config], Config] = lambda c: c
 
 
@@ -114,6 +119,13 @@ def half_ff(c: Config) -> Config:
     return replace(c, n_ff=tuple(n // 2 for n in c.n_ff))
 
 
+def minicpm3(c: Config) -> Config:
+    """The three scales of the reference's configuration, which the file does not carry."""
+    return replace(
+        c, embedding_scale=12.0, residual_scale=1.4 / sqrt(c.n_layer), logit_scale=256 / c.n_embd
+    )
+
+
 ROWS = (
     Arch("llama", "arXiv:2302.13971", pairing="adjacent"),  # also Mistral, Mixtral, Llama 2 and 3
     Arch("baichuan", "arXiv:2309.10305", pairing="adjacent", adjust=baichuan),
@@ -160,6 +172,18 @@ ROWS = (
     Arch(
         "gpt-oss", "arXiv:2508.10925", act="swiglu_oai", gating="softmax_selected",
         roles={"ffn_norm": "post_attention_norm"}, adjust=lambda c: every(2, c),
+    ),
+    Arch("arctic", "hf.co/Snowflake/snowflake-arctic-instruct", pairing="adjacent"),
+    Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
+    Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
+    Arch("mamba", "arXiv:2312.00752", position="none", has_ffn=False, mixer=Mamba),
+    Arch(
+        "rwkv6", "arXiv:2404.05892", position="none", roles={"ffn_norm": "attn_norm_2"},
+        mixer=TimeMix6, ffn=ChannelMix,
+    ),
+    Arch(
+        "rwkv7", "arXiv:2503.14456", position="none", roles={"ffn_norm": "attn_norm_2"},
+        mixer=TimeMix7, ffn=ChannelMix,
     ),
     Arch("bert", "arXiv:1810.04805", position="learned", act="gelu", gated=False, norm_at="after"),
     Arch("nomic-bert", "arXiv:2402.01613", norm_at="after"),

@@ -201,12 +201,10 @@ def read_config(keys: Keys) -> Config:
     check_heads(k, n_embd, n_head, n_head_kv)
     widest = max(n_head)
     head_dim = k.whole("attention.key_length", n_embd // widest if widest else 0)
-    head_dim_v = k.whole(
-        "attention.value_length",
-        head_dim if k.has("attention.key_length") else (n_embd // widest if widest else 0),
-    )
+    head_dim_v = k.whole("attention.value_length", n_embd // widest if widest else 0)
     kv_lora_rank = k.whole("attention.kv_lora_rank", 0)
     norm, norm_eps = read_norm(k)
+    head_dim_mla = k.whole("attention.key_length_mla", head_dim)
     n_expert = k.whole("expert_count", 0, high=4096)
     return Config(
         arch=k.arch,
@@ -216,7 +214,7 @@ def read_config(keys: Keys) -> Config:
         n_head=n_head,
         n_head_kv=n_head_kv,
         n_ff=k.per_layer("feed_forward_length", n_layer, 0, 0),
-        head_dim=k.whole("attention.key_length_mla", head_dim),
+        head_dim=head_dim_mla,
         head_dim_v=k.whole("attention.value_length_mla", head_dim_v),
         norm=norm,
         norm_eps=norm_eps,
@@ -227,7 +225,8 @@ def read_config(keys: Keys) -> Config:
         rope_scaling_swa=True,
         rope_on=(True,) * n_layer,
         window=read_windows(k, n_layer),
-        attn_scale=k.number("attention.scale", 0.0) or (head_dim**-0.5 if head_dim else 0.0),
+        attn_scale=k.number("attention.scale", 0.0)
+        or (head_dim_mla**-0.5 if head_dim_mla else 0.0),
         attn_softcap=k.number("attn_logit_softcapping", 0.0),
         attn_clamp=k.number("attention.clamp_kqv", 0.0),
         logit_softcap=k.number("final_logit_softcapping", 0.0),

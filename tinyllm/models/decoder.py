@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..kernels.backend import Array, LayerCache
 from .archs import Arch
@@ -19,13 +20,17 @@ class Block:
         self.be, self.i, self.norm_at = w.be, i, a.norm_at
         self.scale = c.residual_scale
         self.mixer = a.mixer(c, a, i, w)
-        self.ffn = MoE(c, a, w) if w.has("ffn_gate_inp.weight") else FFN(c, a, w, c.n_ff[i])
+        self.ffn = make_ffn(c, a, i, w)
+        self.side_norm = self.side = None
+        if w.has("ffn_norm_exps.weight"):  # Arctic: experts beside the whole block, on its input
+            self.side_norm, self.side = w.norm("ffn_norm_exps", c.n_embd), MoE(c, a, w)
         self.parallel = is_parallel(c, a, w)
         self.attn_norm, self.ffn_norm = norms_before(c, a, i, w)
         self.attn_post, self.ffn_post = norms_after(c, a, w)
 
     def __call__(self, step: Step, x: Array) -> Array:
         be, tap, i = self.be, step.tap, self.i
+        start = x
         h = tap(f"blk.{i}.attn_norm", self.attn_norm(x)) if self.attn_norm else x
         y = tap(f"blk.{i}.attn_out", self.mixer(step, h))
         if self.norm_at == "after":  # BERT: add, then normalise
@@ -40,14 +45,29 @@ class Block:
             f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else h)
             return tap(f"blk.{i}.out", be.add(x, y, f, scale=self.scale))
         x = be.add(x, y, scale=self.scale)
+        if self.ffn is None:
+            return tap(f"blk.{i}.out", x)
         f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else x)
         f = self.ffn_post(f) if self.ffn_post else f
+        if self.side is not None and self.side_norm is not None:
+            f = be.add(f, self.side(step, self.side_norm(start)))
         return tap(f"blk.{i}.out", be.add(x, f, scale=self.scale))
 
     def feed(self, step: Step, x: Array) -> Array:
         """The feed-forward half, with its taps."""
         x = step.tap(f"blk.{self.i}.ffn_norm", x)
-        return step.tap(f"blk.{self.i}.ffn_out", self.ffn(x))
+        return step.tap(f"blk.{self.i}.ffn_out", self.ffn(step, x))
+
+
+def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:
+    """The feed-forward half: the row's own, experts where there is a router, else a plain one."""
+    if not a.has_ffn:
+        return None
+    if a.ffn is not None:
+        return a.ffn(c, a, i, w)
+    if w.has("ffn_norm_exps.weight"):
+        return FFN(c, a, w, w.source("ffn_up.weight").shape[0])
+    return MoE(c, a, w) if w.has("ffn_gate_inp.weight") else FFN(c, a, w, c.n_ff[i])
 
 
 def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
@@ -67,11 +87,15 @@ def norms_before(c: Config, a: Arch, i: int, w: Tensors) -> tuple[Norm | None, N
     if not a.norm_affine:
         bare = Norm(w.be, c.norm, c.norm_eps, None, None)
         return bare, bare
-    if w.has("attn_norm_2.weight"):  # Falcon 40B: the first is the feed-forward half's
+    name = a.roles.get("ffn_norm", "ffn_norm")
+    if name == "ffn_norm" and w.has(
+        "attn_norm_2.weight"
+    ):  # Falcon 40B: the first is the feed-forward half's
         return w.norm("attn_norm_2", e), w.norm("attn_norm", e)
     first_of_encoder = i == 0 and not c.causal  # ModernBERT has normalised the embeddings already
     attn_norm = w.norm_if("attn_norm", e) if first_of_encoder else w.norm("attn_norm", e)
-    name = a.roles.get("ffn_norm", "ffn_norm")
+    if not a.has_ffn:
+        return attn_norm, None
     optional = a.residual in ("parallel", "norms")
     return attn_norm, (w.norm_if(name, e) if optional else w.norm(name, e))
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import GGUFError
 from ..kernels.backend import Array, Routing
 from .config import Config
+from .step import Step
 from .weights import Linear, Tensors
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class FFN:
         self.gate, self.up = halves(a, w, n_ff, c.n_embd, suffix)
         self.down = w.linear(f"ffn_down{suffix}", c.n_embd, n_ff)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, step: Step | None, x: Array) -> Array:
         if self.gate is None:
             return self.down(self.be.act(self.up(x), self.act))
         g, u = self.be.matmuls(
@@ -70,7 +71,7 @@ class MoE:
             self.shared_gate = shared_gate(w, e)
         self.routing = routing(c, a)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, step: Step | None, x: Array) -> Array:
         be = self.be
         experts, weights = be.route(self.router(x), self.routing, self.bias)
         up = self.up(x, experts)
@@ -82,7 +83,7 @@ class MoE:
         y = be.combine(self.down(hidden, experts), weights)
         if self.shared is None:
             return y
-        extra = self.shared(x)
+        extra = self.shared(None, x)
         if self.shared_gate is not None:
             extra = be.mul(extra, be.act(self.shared_gate(x), "sigmoid"))
         return be.add(y, extra)

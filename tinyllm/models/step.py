@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +21,9 @@ class Step:
     batch: Batch
     n_ctx: int = 0
     user_tap: Tap | None = None
+    carried: dict[str, Array] = field(
+        default_factory=dict
+    )  # from one layer of this pass to later ones
 
     def tap(self, name: str, x: Array) -> Array:
         """Show the named activation to the user; what is returned, if anything, takes its place."""

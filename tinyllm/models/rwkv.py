@@ -1,0 +1,181 @@
+"""RWKV 6 and 7: linear attention with a decaying matrix of state per head, and a shifted feed-forward half.
+
+Eagle and Finch arXiv:2404.05892 (6), Goose arXiv:2503.14456 (7).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..kernels.backend import Array, LayerCache
+from .config import Config
+from .ffn import Row
+from .step import Step
+from .weights import Linear, Norm, Tensors
+
+if TYPE_CHECKING:
+    from .archs import Arch
+
+GROUP_EPS = 64e-5  # of the norm over each head's output
+SLOWEST = -0.606531  # -e^-0.5: RWKV 7's decay is exp(SLOWEST * sigmoid(.))
+
+
+def difference(step: Step, be: Any, i: int, x: Array, name: str) -> Array:
+    """The row before, minus this one."""
+    return be.add(be.shift_rows(step.batch, i, x, name), x, scale=-1.0)
+
+
+class TimeMix:
+    """What both versions share: token shift, heads, the norm over heads, the output."""
+
+    n_mix = 0  # how many mixtures of this row and the one before are made
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        self.be, self.i, e = w.be, i, c.n_embd
+        self.head_dim, self.n_head = c.wkv_head_dim, e // c.wkv_head_dim
+        self.n_embd = e
+        lerp = w.host("time_mix_lerp_fused.weight").reshape(self.n_mix, e)
+        self.lerp = [w.be.array(row) for row in lerp]
+        self.receptance, self.key, self.value, self.output = (
+            w.linear(f"time_mix_{n}", e, e) for n in ("receptance", "key", "value", "output")
+        )
+        ln = w.norm("time_mix_ln", e, "layer")
+        self.norm = Norm(w.be, "layer", GROUP_EPS, ln.weight, ln.bias, self.head_dim)
+
+    @property
+    def cache(self) -> LayerCache:
+        """The last rows of both halves, and one matrix per head."""
+        e, d = self.n_embd, self.head_dim
+        return LayerCache(arrays=(("att", (e,)), ("ffn", (e,)), ("wkv", (self.n_head, d, d))))
+
+
+class TimeMix6(TimeMix):
+    """RWKV 6: the mixtures depend on the data, decay comes from a small network. [T, E] -> [T, E]."""
+
+    n_mix = 5
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        super().__init__(c, a, i, w)
+        be, e = w.be, c.n_embd
+        self.lerp_x = be.array(w.host("time_mix_lerp_x.weight").ravel())
+        first, second = w.host("time_mix_w1.weight"), w.host("time_mix_w2.weight", 5, e, len_low(w))
+        low = first.reshape(5, -1, e)
+        self.down = [Linear(be, be.load(Row("time_mix_w1", m)), None) for m in low]
+        self.up = [Linear(be, be.load(Row("time_mix_w2", m)), None) for m in second]
+        self.u = be.array(w.host("time_mix_first.weight").ravel())
+        self.decay = be.array(w.host("time_mix_decay.weight").ravel())
+        n_low = w.source("time_mix_decay_w1.weight").shape[0]
+        self.decay_down = w.linear("time_mix_decay_w1", n_low, e)
+        self.decay_up = w.linear("time_mix_decay_w2", e, n_low)
+        self.gate = w.linear("time_mix_gate", e, e)
+
+    def __call__(self, step: Step, x: Array) -> Array:
+        be = self.be
+        sx = difference(step, be, self.i, x, "att")
+        base = be.add(be.mul(sx, self.lerp_x), x)
+        xw, xk, xv, xr, xg = (self.mixture(m, base, sx, x) for m in range(5))
+        low = be.act(self.decay_down(xw), "tanh")
+        w = be.act(be.add(self.decay_up(low), self.decay), "exp")
+        w = be.act(be.scale_softcap(w, -1.0), "exp")
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        y = self.norm(be.wkv6(step.batch, self.i, r, k, v, w, self.u))
+        return self.output(be.act_mul(self.gate(xg), y, "silu"))
+
+    def mixture(self, m: int, base: Array, sx: Array, x: Array) -> Array:
+        """x + sx * (lerp_m + up_m(tanh(down_m(base))))."""
+        be = self.be
+        weight = be.add(self.up[m](be.act(self.down[m](base), "tanh")), self.lerp[m])
+        return be.add(be.mul(sx, weight), x)
+
+
+def len_low(w: Tensors) -> int:
+    """The width of each of the five small networks of the token shift."""
+    return int(w.source("time_mix_w1.weight").shape[0]) // 5
+
+
+class TimeMix7(TimeMix):
+    """RWKV 7: the state is also corrected along a learned direction (delta rule). [T, E] -> [T, E]."""
+
+    n_mix = 6
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        super().__init__(c, a, i, w)
+        be, e = w.be, c.n_embd
+        self.w, self.a, self.v = (LowRank(w, n, e) for n in "wav")
+        n_gate = w.source("time_mix_g1.weight").shape[0]
+        self.g_down, self.g_up = (
+            w.linear("time_mix_g1", n_gate, e),
+            w.linear("time_mix_g2", e, n_gate),
+        )
+        self.k_k, self.k_a, self.r_k = (
+            be.array(w.host(f"time_mix_{n}.weight").ravel()) for n in ("k_k", "k_a", "r_k")
+        )
+        ones = np.ones((self.n_head, self.head_dim, self.head_dim), np.float32)
+        self.ones = be.load(Row("ones", ones))  # sums each head and repeats the sum over it
+
+    def __call__(self, step: Step, x: Array) -> Array:
+        be = self.be
+        sx = difference(step, be, self.i, x, "att")
+        xr, xw, xk, xv, xa, xg = (be.add(be.mul(sx, lerp), x) for lerp in self.lerp)
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        w = be.act(be.scale_softcap(be.act(self.w(be, xw, "tanh"), "sigmoid"), SLOWEST), "exp")
+        v = self.mix_values(step, v, xv)
+        a = be.act(self.a(be, xa), "sigmoid")
+        unit = be.rms_norm(be.mul(k, self.k_k), None, 1e-24, None, self.head_dim)
+        unit = be.scale_softcap(unit, self.head_dim**-0.5)
+        k_a = be.mul(k, self.k_a)
+        k = be.add(k, be.add(be.mul(k_a, a), k_a, scale=-1.0))
+        y = be.wkv7(step.batch, self.i, r, w, k, v, be.scale_softcap(unit, -1.0), be.mul(unit, a))
+        bonus = be.matmul_heads(self.ones, be.mul(be.mul(k, r), self.r_k))
+        y = be.add(self.norm(y), be.mul(v, bonus))
+        gate = self.g_up(be.act(self.g_down(xg), "sigmoid"))
+        return self.output(be.mul(y, gate))
+
+    def mix_values(self, step: Step, v: Array, xv: Array) -> Array:
+        """Later layers blend in the first layer's values."""
+        if self.i == 0:
+            step.carried["v_first"] = v
+            return v
+        be = self.be
+        toward = be.add(step.carried["v_first"], v, scale=-1.0)
+        return be.add(v, be.mul(toward, be.act(self.v(be, xv), "sigmoid")))
+
+
+class LowRank:
+    """bias + second(act(first(x)))."""
+
+    def __init__(self, w: Tensors, name: str, n_embd: int) -> None:
+        n = w.source(f"time_mix_{name}1.weight").shape[0]
+        self.bias = w.be.array(w.host(f"time_mix_{name}0.weight").ravel())
+        self.first = w.linear(f"time_mix_{name}1", n, n_embd)
+        self.second = w.linear(f"time_mix_{name}2", n_embd, n)
+
+    def __call__(self, be: Any, x: Array, act: str = "") -> Array:
+        low = self.first(x)
+        return be.add(self.second(be.act(low, act) if act else low), self.bias)
+
+
+class ChannelMix:
+    """The feed-forward half over a mixture with the row before; RWKV 6 gates it. [T, E] -> [T, E]."""
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        self.be, self.i, e, f = w.be, i, c.n_embd, c.n_ff[i]
+        self.lerp_k = w.be.array(w.host("channel_mix_lerp_k.weight").ravel())
+        self.key, self.value = (
+            w.linear("channel_mix_key", f, e),
+            w.linear("channel_mix_value", e, f),
+        )
+        self.receptance = None
+        if w.has("channel_mix_receptance.weight"):
+            self.receptance = w.linear("channel_mix_receptance", e, e)
+            self.lerp_r = w.be.array(w.host("channel_mix_lerp_r.weight").ravel())
+
+    def __call__(self, step: Step, x: Array) -> Array:
+        be = self.be
+        sx = difference(step, be, self.i, x, "ffn")
+        y = self.value(be.act(self.key(be.add(be.mul(sx, self.lerp_k), x)), "relu2"))
+        if self.receptance is None:
+            return y
+        return be.act_mul(self.receptance(be.add(be.mul(sx, self.lerp_r), x)), y, "sigmoid")
