@@ -32,8 +32,14 @@ def rounded(low: int, high: int) -> Callable[[Floats], Floats]:
 
 
 def nearest_index(table: Array, x: Floats) -> Array:
-    """Index of the entry of the ascending table that is nearest to each x."""
-    return np.searchsorted((table[1:] + table[:-1]) / 2, x)
+    """Index of the entry of the ascending table that is nearest to each x: uint8, shape of x.
+
+    Counting midpoints is several times faster than a binary search of so few.
+    """
+    index = np.zeros(x.shape, np.uint8)
+    for midpoint in (table[1:].astype(np.float32) + table[:-1]) / 2:
+        index += x > midpoint
+    return index
 
 
 def fit_scale(x: Floats, limits: Iterable[float], snap: Callable[[Floats], Floats]) -> Floats:
@@ -41,18 +47,16 @@ def fit_scale(x: Floats, limits: Iterable[float], snap: Callable[[Floats], Float
 
     limits: the codes that the value farthest from zero is mapped to, one try each.
     """
-    top = peak(x)
-    best_gain = np.zeros_like(top)
-    scale = np.zeros_like(top)
+    top, x = peak(x)[..., 0], _group_first(x)
+    best = scale = np.zeros_like(top)
     for limit in limits:
-        codes = snap(x * divide(np.float32(limit), top))
-        xq = (x * codes).sum(-1, keepdims=True)
-        qq = (codes * codes).sum(-1, keepdims=True)
-        gain = divide(xq * xq, qq)  # the squared error is sum(x * x) - gain
-        better = gain > best_gain
-        best_gain = np.where(better, gain, best_gain)
-        scale = np.where(better, divide(xq, qq), scale)
-    return scale
+        codes = snap(x * divide(np.full_like(top, limit), top))
+        xq, qq = _dot(x, codes), _dot(codes, codes)
+        s = divide(xq, qq)
+        gain = s * xq  # the squared error is sum(x * x) - gain
+        better = gain > best
+        best, scale = np.where(better, gain, best), np.where(better, s, scale)
+    return scale[..., None]
 
 
 def fit_affine(x: Floats, high: int, negative_min: bool) -> tuple[Floats, Floats]:
@@ -60,28 +64,39 @@ def fit_affine(x: Floats, high: int, negative_min: bool) -> tuple[Floats, Floats
 
     negative_min: the format stores -m unsigned, so m must not exceed 0.
     """
-    low = x.min(-1, keepdims=True)
-    low = np.minimum(low, 0) if negative_min else low
-    span = x.max(-1, keepdims=True) - low
-    scale, minimum = span / np.float32(high), low
-    best = np.full_like(low, np.inf)
-    for stretch in np.linspace(-0.5, 1, 7, dtype=np.float32):
-        codes = np.rint((x - low) * divide(high + stretch, span)).clip(0, high)
-        s, m = _line(x, codes, negative_min)
-        error = np.square(x - s * codes - m).sum(-1, keepdims=True)
-        better = error < best
-        best = np.where(better, error, best)
+    x, snap = _group_first(x), rounded(0, high)
+    low = np.minimum(x.min(0), 0) if negative_min else x.min(0)
+    above, span = x - low, x.max(0) - low
+    scale, minimum, best = span / np.float32(high), low, np.full_like(low, -1)
+    for stretch in np.linspace(-0.5, 1, 7):
+        codes = snap(above * divide(np.full_like(span, high + stretch), span))
+        s, m, gain = _line(x, codes, negative_min)
+        better = gain > best
+        best = np.where(better, gain, best)
         scale, minimum = np.where(better, s, scale), np.where(better, m, minimum)
-    return scale, minimum
+    return scale[..., None], minimum[..., None]
 
 
-def _line(x: Floats, q: Floats, negative_min: bool) -> tuple[Floats, Floats]:
-    """Least-squares line through the points (q, x)."""
-    mean_x, mean_q = x.mean(-1, keepdims=True), q.mean(-1, keepdims=True)
-    centred = q - mean_q
-    s = divide((centred * x).sum(-1, keepdims=True), np.square(centred).sum(-1, keepdims=True))
+def _line(x: Floats, q: Floats, negative_min: bool) -> tuple[Floats, Floats, Floats]:
+    """Least-squares line s * q + m through points [n, ...]; and by how much it lowers sum(x * x)."""
+    n, mean_x, mean_q = np.float32(len(x)), x.mean(0), q.mean(0)
+    xq, qq = _dot(x, q), _dot(q, q)
+    covariance = xq - n * mean_x * mean_q
+    s = divide(covariance, qq - n * mean_q * mean_q)
     m = mean_x - s * mean_q
+    gain = s * covariance + n * mean_x * mean_x
     if not negative_min:
-        return s, m
-    through_zero = divide((q * x).sum(-1, keepdims=True), np.square(q).sum(-1, keepdims=True))
-    return np.where(m > 0, through_zero, s), np.minimum(m, 0)
+        return s, m, gain
+    ray = divide(xq, qq)  # where m would be positive, the best line through the origin
+    return np.where(m > 0, ray, s), np.minimum(m, 0), np.where(m > 0, ray * xq, gain)
+
+
+def _group_first(x: Floats) -> Floats:
+    """[..., n] -> [n, ...]: sums over the first axis run twice as fast."""
+    return np.ascontiguousarray(np.moveaxis(x, -1, 0))
+
+
+def _dot(a: Floats, b: Floats) -> Floats:
+    """Products summed over the first axis."""
+    result: Floats = np.einsum("i...,i...->...", a, b)
+    return result

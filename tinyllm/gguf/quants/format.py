@@ -101,6 +101,22 @@ def fields(packed: Array, width: int, count: int | None = None) -> Array:
     return values
 
 
+def nibble_pairs(table: Codes) -> Array:
+    """For each byte the table's entries of both its nibbles, as one integer: uint16 [256]."""
+    byte = np.arange(256)
+    return np.stack([table[byte & 15], table[byte >> 4]], axis=-1).view(np.uint16)[:, 0]
+
+
+def look_up(pairs: Array, packed: Array) -> Codes:
+    """Entries of a table of 16 for the nibbles of bytes [..., n], as `planes` orders them.
+
+    Gathering both at once is three times faster than indexing the table with nibbles.
+    -> int8 [..., 2, n]
+    """
+    both: Codes = np.take(pairs, packed).view(np.int8)
+    return both.reshape(*packed.shape, 2).swapaxes(-1, -2)
+
+
 def pack_planes(values: Array, width: int) -> Array:
     """Undo `planes`: [..., 8 / width, n] -> uint8 [..., n]."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]

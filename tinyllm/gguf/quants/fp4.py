@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .fit import divide, nearest_index
-from .format import Array, Floats, Int8Form, pack_planes, planes, quantised
+from .format import Array, Floats, Int8Form, look_up, nibble_pairs, pack_planes, quantised
 
 # weight = 2^(e - 128) * E2M1[q]; 4.25 bits per weight
 MXFP4 = np.dtype([("e", "u1"), ("qs", "u1", 16)])
@@ -18,6 +18,7 @@ NVFP4 = np.dtype([("d", "u1", 4), ("qs", "u1", (4, 8))])
 
 _MAGNITUDES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)
 E2M1 = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
+_PAIRS = nibble_pairs(E2M1)
 
 
 def _halved_e4m3() -> Floats:
@@ -36,12 +37,12 @@ _E4M3 = _halved_e4m3()
 
 
 def _mxfp4(blocks: Array) -> Int8Form:
-    codes = E2M1[planes(blocks["qs"], 4)].reshape(-1, 32)
+    codes = look_up(_PAIRS, blocks["qs"]).reshape(-1, 32)
     return codes, _POWERS[blocks["e"]][:, None], None
 
 
 def _nvfp4(blocks: Array) -> Int8Form:
-    codes = E2M1[planes(blocks["qs"], 4)].reshape(-1, 64)
+    codes = look_up(_PAIRS, blocks["qs"]).reshape(-1, 64)
     return codes, _E4M3[blocks["d"]], None
 
 

@@ -14,7 +14,18 @@ from __future__ import annotations
 import numpy as np
 
 from .fit import divide, fit_scale, nearest_index, peak
-from .format import Array, Codes, Floats, Format, Int8Form, fields, pack_planes, planes, quantised
+from .format import (
+    Array,
+    Codes,
+    Floats,
+    Format,
+    Int8Form,
+    fields,
+    look_up,
+    nibble_pairs,
+    pack_planes,
+    quantised,
+)
 from .iq_tables import IQ4_STEPS, codebook
 
 # weight = d * (2 s + 1) / 8 * sign * grid[index]: per 32 weights four indices, then in one
@@ -63,7 +74,7 @@ _MINUS = -fields(np.arange(256, dtype=np.uint8), 1).view(np.int8)
 def _rows(table: Codes, index: Array) -> Codes:
     """Gather rows of 4 or 8 bytes as one integer each, which is twice as fast: -> [N, 256]."""
     words = table.view(f"u{table.shape[1]}")[:, 0]
-    return words[index].view(np.int8).reshape(len(index), 256)
+    return np.take(words, index).view(np.int8).reshape(len(index), 256)
 
 
 def _even_signs(seven: Array) -> Array:
@@ -136,12 +147,15 @@ def _iq1_m(blocks: Array) -> Int8Form:
     return codes, d * _EIGHTH * _odd(fields(blocks["scales"], 3, 4).reshape(-1, 16)), None
 
 
+_IQ4_PAIRS = nibble_pairs(IQ4_STEPS)
+
+
 def _iq4_nl(blocks: Array) -> Int8Form:
-    return IQ4_STEPS[planes(blocks["qs"], 4)].reshape(-1, 32), _d(blocks), None
+    return look_up(_IQ4_PAIRS, blocks["qs"]).reshape(-1, 32), _d(blocks), None
 
 
 def _iq4_xs(blocks: Array) -> Int8Form:
-    codes = IQ4_STEPS[planes(blocks["qs"].reshape(-1, 8, 16), 4)].reshape(-1, 256)
+    codes = look_up(_IQ4_PAIRS, blocks["qs"].reshape(-1, 8, 16)).reshape(-1, 256)
     low = fields(blocks["scales_l"], 4).reshape(-1, 8)
     high = fields(blocks["scales_h"], 2)
     scales = (low | high << 4).astype(np.float32) - 32
@@ -150,22 +164,16 @@ def _iq4_xs(blocks: Array) -> Int8Form:
 
 _LIMITS = (-140, -132, -127, -122, -116, -110, -104, 105, 113, 120)
 _STEPS = IQ4_STEPS.astype(np.float32)
-_NEAREST = nearest_index(_STEPS, np.arange(-127, 127.5, 0.5, dtype=np.float32)).astype(np.uint8)
-
-
-def _nearest_step(x: Floats) -> Array:
-    """Index of the nearest step; a table of half units, since every midpoint is one."""
-    return _NEAREST[(np.rint(2 * x).clip(-254, 254) + 254).astype(np.int16)]
 
 
 def _snap(x: Floats) -> Floats:
-    return _STEPS[_nearest_step(x)]
+    return _STEPS[nearest_index(_STEPS, x)]
 
 
 def _quantize_iq4_nl(x: Floats) -> Array:
     blocks = np.zeros(len(x), IQ4_NL)
     blocks["d"] = fit_scale(x, _LIMITS, _snap)[:, 0]
-    codes = _nearest_step(divide(x, _d(blocks)))
+    codes = nearest_index(_STEPS, divide(x, _d(blocks)))
     blocks["qs"] = pack_planes(codes.reshape(-1, 2, 16), 4)
     return blocks
 
@@ -176,7 +184,7 @@ def _quantize_iq4_xs(x: Floats) -> Array:
     blocks = np.zeros(len(x), IQ4_XS)
     blocks["d"] = peak(scale)[:, 0] / -32
     s = np.rint(divide(scale, _d(blocks))).clip(-32, 31)
-    codes = _nearest_step(divide(groups, (_d(blocks) * s)[..., None]))
+    codes = nearest_index(_STEPS, divide(groups, (_d(blocks) * s)[..., None]))
     blocks["qs"] = pack_planes(codes.reshape(-1, 8, 2, 16), 4).reshape(-1, 128)
     stored = (s + 32).astype(np.uint16)
     blocks["scales_l"] = pack_planes((stored & 15).reshape(-1, 4, 2).swapaxes(1, 2), 4)
