@@ -17,7 +17,9 @@ class Pieces:
         self.token_bytes = pieces.__getitem__
 
 
-def stream_of(pieces: list[bytes | str], stop=(), special_stops=()) -> tuple[TextStream, list[str]]:
+def stream_of(
+    pieces: list[bytes | str], stop=(), special_stops=None
+) -> tuple[TextStream, list[str]]:
     """A stream after all pieces were pushed, up to its stop, and what each push returned."""
     data = [p.encode() if isinstance(p, str) else p for p in pieces]
     stream, shown = TextStream(Pieces(data), stop, special_stops), []
@@ -122,14 +124,14 @@ def test_finish_after_a_stop_shows_nothing_and_changes_nothing():
 
 
 def test_a_special_stop_releases_what_was_held_and_is_not_shown():
-    stream, shown = stream_of(["a", "ST", "</s>"], ["STOP"], special_stops={2})
+    stream, shown = stream_of(["a", "ST", ""], ["STOP"], special_stops={2: "<|end|>"})
     assert shown == ["a", "", "ST"]
-    assert (stream.stopped, stream.n_held_tokens) == ("</s>", 1)
+    assert (stream.stopped, stream.n_held_tokens) == ("<|end|>", 1)
 
 
-def test_a_special_stop_without_text_stops_too():
-    stream, _ = stream_of(["a", b"\xe2", ""], special_stops=[2])
-    assert (stream.text, stream.stopped, stream.n_held_tokens) == ("a", "", 1)
+def test_a_special_stop_drops_an_unfinished_character():
+    stream, _ = stream_of(["a", b"\xe2", ""], special_stops={2: "<|end|>"})
+    assert (stream.text, stream.stopped, stream.n_held_tokens) == ("a", "<|end|>", 1)
 
 
 @pytest.mark.parametrize("end", ["finish", "stop"])

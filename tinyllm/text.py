@@ -7,7 +7,7 @@ token and end three later. So text is shown only when no token to come can take 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from .errors import ArgumentError, StateError
@@ -16,8 +16,8 @@ from .errors import ArgumentError, StateError
 class TokenBytes(Protocol):
     """What a stream needs of a tokenizer."""
 
-    def token_bytes(self, id: int) -> bytes:  # noqa: A002
-        """The bytes that a token stands for."""
+    def token_bytes(self, i: int, /) -> bytes:
+        """The bytes that a token stands for; none for a control token."""
         ...
 
 
@@ -30,8 +30,8 @@ class TextStream:
     stop : sequence of str
         Strings that end the text; neither they nor what follows is ever shown. Where several begin at the
         same character, the first listed counts. A single str is one stop string.
-    special_stops : collection of int
-        Ids that end the text and are not shown themselves, such as the end-of-generation tokens.
+    special_stops : mapping of int to str
+        Stop strings that are single control tokens, by id: these have no text that ``stop`` could find.
 
     Raises
     ------
@@ -54,13 +54,13 @@ class TextStream:
         self,
         tokenizer: TokenBytes,
         stop: Sequence[str] = (),
-        special_stops: Collection[int] = (),
+        special_stops: Mapping[int, str] | None = None,
     ) -> None:
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         for s in self._stop:
             if not isinstance(s, str) or not s:
                 raise ArgumentError(f"stop has {s!r}; expected strings of at least one character")
-        self._special_stops = frozenset(special_stops)
+        self._special_stops = dict(special_stops or {})
         self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._shown: list[str] = []
@@ -71,7 +71,7 @@ class TextStream:
         ] = []  # the characters that each token not wholly shown touches
         self._ended = False
         self.stopped: str | None = None
-        """The stop string, or the text of the special stop, that ended the text; None if none has."""
+        """The stop string that ended the text; None if none has."""
 
     @property
     def text(self) -> str:
@@ -114,7 +114,7 @@ class TextStream:
 
     def _stop_at(self, id: int) -> str:  # noqa: A002
         piece = self.finish()  # a stop string that had begun cannot be completed any more
-        self.stopped = self._token_bytes(id).decode("utf-8", "replace")
+        self.stopped = self._special_stops[id]
         self._spans = [(self._n_chars, self._n_chars)]
         return piece
 
