@@ -1,0 +1,220 @@
+"""What all tokenizers share: special tokens around and inside the text, and the way back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+from ..errors import ArgumentError
+from .names import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from .special import SpecialTokens
+from .vocab import Vocab, key_error
+
+LONG_WORD = 256  # characters; longer words hardly repeat and are not remembered
+MAX_WORDS = 1 << 17
+
+
+class Tokenizer(ABC):
+    """Text to ids and back, for one vocabulary.
+
+    Attributes
+    ----------
+    kind : str
+        "spm", "bpe", "wpm", "unigram" or "rwkv".
+    pre : str
+        The pre-tokenizer's name; matters for "bpe" only.
+    n_vocab : int
+        Number of tokens.
+    bos, eos, unk, sep, pad, mask, eot : int or None
+        Special ids by role.
+    eog : frozenset of int
+        Every id that ends a generation.
+    add_bos, add_eos, add_sep, add_space_prefix : bool
+        What `encode` puts around the text, and whether it puts a space before it.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        vocab: Vocab,
+        *,
+        add_bos: bool = False,
+        add_eos: bool = False,
+        add_sep: bool = False,
+        add_space_prefix: bool = False,
+        pre: str = "",
+    ) -> None:
+        self.vocab = vocab
+        self.pre = pre
+        self.n_vocab = len(vocab)
+        self.eog = vocab.eog
+        self.bos, self.eos, self.unk, self.sep, self.pad, self.mask, self.eot = (
+            vocab.special.get(r) for r in ("bos", "eos", "unk", "sep", "pad", "mask", "eot")
+        )
+        self.add_bos = vocab.flag("add_bos_token", add_bos)
+        self.add_eos = vocab.flag("add_eos_token", add_eos)
+        self.add_sep = vocab.flag("add_sep_token", add_sep)
+        self.add_space_prefix = vocab.flag("add_space_prefix", add_space_prefix)
+        self._special = SpecialTokens(vocab)
+        self._before, self._after = self._surroundings()
+
+    # Text to ids
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Turn text into ids.
+
+        Parameters
+        ----------
+        text : str
+            Any text; lone surrogates are refused.
+        add_special : bool
+            Put the beginning and end tokens around it that the file asks for.
+        parse_special : bool
+            Read control tokens spelled in the text, such as ``<|im_end|>``, as such; otherwise they
+            are text like any other. User-defined tokens are always read.
+
+        Returns
+        -------
+        list of int
+        """
+        _require_text(text)
+        ids = list(self._before) if add_special else []
+        after_special = True
+        for part in self._special.split(text, parse_special):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode_text(part, after_special)
+            after_special = isinstance(part, int)
+        if add_special:
+            ids += self._after
+        return ids
+
+    @abstractmethod
+    def _encode_text(self, text: str, after_special: bool) -> Iterable[int]:
+        """Ids of non-empty text without special tokens; `after_special`: a token or nothing precedes."""
+
+    def _surroundings(self) -> tuple[list[int], list[int]]:
+        """Ids that `encode` puts before and after."""
+        return self._required(self.add_bos, "bos"), self._required(self.add_eos, "eos")
+
+    def _required(self, wanted: bool, role: str) -> list[int]:
+        i = self.vocab.special.get(role)
+        if not wanted:
+            return []
+        if i is None:
+            raise key_error(f"add_{role}_token", f"true, but the file names no {role} token")
+        return [i]
+
+    # Ids to text
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Turn ids into text; bytes that are no UTF-8 become U+FFFD.
+
+        The one space that `encode` put before the text is dropped. With `skip_special`, control tokens
+        are left out.
+        """
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
+        """Turn ids into the exact bytes they stand for; see `decode`."""
+        pieces: list[bytes] = []
+        drop_space = self.add_space_prefix
+        for i in ids:
+            if self._is_hidden(i):
+                pieces.append(b"" if skip_special else self._spelled(i))
+                continue
+            piece = self.token_bytes(i)
+            pieces.append(piece.removeprefix(b" ") if drop_space else piece)
+            drop_space = False
+        return b"".join(pieces)
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of one id as they stream: with the leading space, nothing for control tokens."""
+        self._check_id(i)
+        type_ = self.vocab.types[i]
+        if type_ == NORMAL:
+            return self._piece(self.vocab.tokens[i])
+        if type_ == BYTE:
+            return bytes((self.vocab.byte_value(i),))
+        return self._spelled(i) if type_ == USER_DEFINED else b""
+
+    def token_text(self, i: int) -> str:
+        """The token as the vocabulary spells it, control tokens too."""
+        self._check_id(i)
+        return self.vocab.tokens[i]
+
+    @abstractmethod
+    def _piece(self, token: str) -> bytes:
+        """The bytes that a normal token stands for."""
+
+    def _spelled(self, i: int) -> bytes:
+        return to_bytes(self.vocab.tokens[i])
+
+    # Asking
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token spelled exactly so in the vocabulary, or None."""
+        return self.vocab.ids.get(text)
+
+    def is_control(self, i: int) -> bool:
+        """Whether the token is never part of visible text."""
+        return self._is_hidden(i)
+
+    def is_byte(self, i: int) -> bool:
+        """Whether the token stands for one byte, such as ``<0x0A>``."""
+        self._check_id(i)
+        return bool(self.vocab.types[i] == BYTE)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling to id of every control and unknown token."""
+        tokens = self.vocab.tokens
+        return {tokens[i]: i for i in self.vocab.of_types(CONTROL, UNKNOWN)}
+
+    def _is_hidden(self, i: int) -> bool:
+        self._check_id(i)
+        return bool(self.vocab.types[i] in (CONTROL, UNKNOWN))
+
+    def _check_id(self, i: int) -> None:
+        if not 0 <= i < self.n_vocab:
+            raise ArgumentError(f"token id {i}: the vocabulary has the ids 0 to {self.n_vocab - 1}")
+
+    def __repr__(self) -> str:
+        pre = f", pre={self.pre!r}" if self.pre else ""
+        return f"<Tokenizer {self.kind}{pre}, {self.n_vocab} tokens>"
+
+
+class Words(dict[str, tuple[int, ...]]):
+    """Remembers the ids of words that repeat: most of a text is made of few of them."""
+
+    def __init__(self, encode: Callable[[str], Iterable[int]]) -> None:
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._encode(word))
+        if len(word) <= LONG_WORD:
+            if len(self) >= MAX_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8, lone surrogates standing for stray bytes."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _require_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise ArgumentError(f"text is expected, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}, at {error.start}; "
+            "remove it, or decode the bytes it came from"
+        ) from None

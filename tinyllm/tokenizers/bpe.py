@@ -1,0 +1,128 @@
+"""Byte-pair encoding: words split by an expression, then merged by rank.
+
+Most vocabularies spell words byte by byte in GPT-2's alphabet, where every byte is a printable
+character; some (gemma4) spell plain text with ``▁`` for the space, and unknown characters as byte tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from itertools import chain, repeat
+from operator import contains
+from typing import Any
+
+import regex
+
+from .base import Tokenizer, Words, to_bytes
+from .merges import merge
+from .pretokenizers import pretokenizer
+from .spm import SPACE, WORDS
+from .vocab import Vocab, key_error
+
+# GPT-2's alphabet: visible Latin-1 characters stand for themselves, the other bytes from U+0100 on.
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = [b for b in range(256) if b not in _VISIBLE]
+TO_ALPHABET = {b: 0x100 + n for n, b in enumerate(_OTHERS)}
+FROM_ALPHABET = {c: b for b, c in TO_ALPHABET.items()}
+
+_SOLID = regex.compile(r"\S+")
+_CROSSING = regex.compile(f"[^{SPACE} \0] ?{SPACE}")  # in "left right": a word's end, then a space
+
+
+class BPE(Tokenizer):
+    """Words from the pre-tokenizer, merged by the ranks of `tokenizer.ggml.merges`.
+
+    A symbol that is no token, which only a broken vocabulary yields, is spelled by single characters;
+    characters without a token are left out, as llama.cpp does.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        model = metadata["tokenizer.ggml.model"]
+        vocab = Vocab(metadata, {} if model == "gemma4" else {"bos": 11, "eos": 11})
+        pre = "gemma4" if model == "gemma4" else vocab.text("pre")
+        recipe = pretokenizer(pre)
+        if not recipe.has_default_bos and vocab.get("bos_token_id") is None:
+            vocab.special.pop("bos", None)
+        self._recipe = recipe
+        super().__init__(
+            vocab, add_bos=recipe.add_bos, add_sep=recipe.add_sep, pre=pre or "default"
+        )
+        self._ranks = _read_ranks(vocab, required=pre != "kimi-k2")
+        self._words = Words(self._encode_word)
+        self._drop_spaces = recipe.drop_spaces or model == "whitespace"
+        self._lower = model == "whitespace" and vocab.flag("normalizer.lowercase", pre != model)
+
+    def _surroundings(self) -> tuple[list[int], list[int]]:
+        self.add_bos |= self._recipe.force_bos
+        return super()._surroundings()
+
+    def _encode_text(self, text: str, after_special: bool) -> Iterable[int]:
+        return chain.from_iterable(map(self._words.__getitem__, self._split(text)))
+
+    def _split(self, text: str) -> list[str]:
+        if self._lower:
+            text = lower(text)
+        if self._drop_spaces:
+            return [w for part in _SOLID.findall(text) for w in self._recipe.split(part)]
+        if not self._recipe.escape_spaces:
+            return self._recipe.split(text)
+        lines = self._recipe.split(text.replace(" ", SPACE))
+        return (
+            [w for line in lines for w in WORDS.findall(line)] if self._words_are_apart else lines
+        )
+
+    def _encode_word(self, word: str) -> Iterable[int]:
+        recipe, ids, ranks = self._recipe, self.vocab.ids, self._ranks
+        if recipe.byte_level:
+            word = word.encode().decode("latin-1").translate(TO_ALPHABET)
+        if word in ids and (recipe.ignore_merges or (recipe.newline_runs and not word.strip("\n"))):
+            return (ids[word],)
+        symbols = merge(word, lambda a, b: ranks.get(f"{a} {b}"))
+        return chain.from_iterable(map(self._symbol, symbols))
+
+    def _symbol(self, symbol: str) -> Iterable[int]:
+        i = self.vocab.ids.get(symbol)
+        if i is not None:
+            return (i,)
+        if self._recipe.byte_level:
+            parts = [self.vocab.ids.get(character) for character in symbol]
+        else:
+            parts = [self.vocab.ids.get(f"<0x{byte:02X}>") for byte in to_bytes(symbol)]
+        return [i for i in parts if i is not None]
+
+    @cached_property
+    def _words_are_apart(self) -> bool:
+        """Whether no merge reaches over a word's end, so that words can be merged one by one."""
+        return not _CROSSING.search("\0".join(self._ranks))
+
+    def _piece(self, token: str) -> bytes:
+        if self._recipe.escape_spaces:
+            return to_bytes(token.replace(SPACE, " "))
+        if not self._recipe.byte_level:
+            return to_bytes(token)
+        try:
+            return token.translate(FROM_ALPHABET).encode("latin-1")
+        except UnicodeEncodeError:  # characters outside the alphabet stand for themselves
+            return b"".join(map(_character, token))
+
+
+def _character(c: str) -> bytes:
+    byte = FROM_ALPHABET.get(ord(c), ord(c))
+    return bytes((byte,)) if byte < 256 else to_bytes(c)
+
+
+def lower(text: str) -> str:
+    """Lower case character by character: a final sigma is not special."""
+    return text.replace("Σ", "σ").lower()
+
+
+def _read_ranks(vocab: Vocab, required: bool) -> dict[str, int]:
+    """ "left right" to rank, of equal merges the first; keyed so, the file's strings need no splitting."""
+    merges = vocab.strings("merges", required)
+    if not all(map(contains, merges, repeat(" "))):
+        i = next(i for i, m in enumerate(merges) if " " not in m)
+        raise key_error("merges", f"merge {i}, {merges[i][:40]!r}, is not two tokens with a space")
+    return dict(zip(reversed(merges), range(len(merges) - 1, -1, -1), strict=True))

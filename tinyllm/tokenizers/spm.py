@@ -1,0 +1,64 @@
+"""SentencePiece BPE, as in LLaMA 1 and 2: merges by score, unknown characters as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import regex
+
+from .base import Tokenizer, Words, to_bytes
+from .merges import merge
+from .vocab import Vocab, key_error
+
+SPACE = "▁"  # how the vocabulary spells a space
+
+WORDS = regex.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
+
+
+class SPM(Tokenizer):
+    """Starts from characters and merges the neighbours whose union is the token of highest score."""
+
+    kind = "spm"
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        vocab = Vocab(metadata, {"bos": 1, "eos": 2, "unk": 0})
+        super().__init__(vocab, add_bos=True, add_space_prefix=True, pre=vocab.text("pre"))
+        self._scores = vocab.scores()
+        self._words = Words(self._encode_word)
+
+    def _encode_text(self, text: str, after_special: bool) -> Iterable[int]:
+        prefix = SPACE if self.add_space_prefix and after_special else ""
+        text = prefix + text.replace(" ", SPACE)
+        words = WORDS.findall(text) if self._words_are_apart else [text]
+        return chain.from_iterable(map(self._words.__getitem__, words))
+
+    def _encode_word(self, word: str) -> Iterable[int]:
+        ids, ranks = self.vocab.ids, self._ranks
+        for symbol in merge(word, lambda a, b: ranks.get(a + b)):
+            i = ids.get(symbol)
+            yield from (i,) if i is not None else map(self._byte, to_bytes(symbol))
+
+    def _byte(self, byte: int) -> int:
+        i = self.vocab.byte_id(byte)
+        i = self.unk if i is None else i
+        if i is None:
+            raise key_error("tokens", f"no token for the byte <0x{byte:02X}>, and no unknown token")
+        return i
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        """Token to the rank of its score, 0 the highest; equal scores have equal ranks."""
+        _, ranks = np.unique(-self._scores, return_inverse=True)
+        return dict(zip(self.vocab.tokens, ranks.tolist(), strict=True))
+
+    @cached_property
+    def _words_are_apart(self) -> bool:
+        """Whether no token goes on after a word's end, so that words can be merged one by one."""
+        return not any(SPACE in t.lstrip(SPACE) for t in self.vocab.tokens if SPACE in t)
+
+    def _piece(self, token: str) -> bytes:
+        return to_bytes(token.replace(SPACE, " "))
