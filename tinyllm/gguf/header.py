@@ -131,6 +131,7 @@ class Header:
             return self._strings(n)
         if kind == "ARRAY":
             return self._nested(n, depth)
+        self._count(n, VALUE_DTYPES[kind].itemsize, f"{kind} values")
         return self._numbers(kind, n)
 
     def _count(self, n: int, size: int, what: str) -> None:
@@ -154,7 +155,6 @@ class Header:
 
     def _numbers(self, kind: str, n: int) -> np.ndarray[Any, Any]:
         dtype = VALUE_DTYPES[kind]
-        self._count(n, dtype.itemsize, f"{kind} values")
         start = self.take(n * dtype.itemsize, f"{n} {kind}")
         stored = np.dtype("u1") if kind == "BOOL" else dtype.newbyteorder(self.order)
         values = np.frombuffer(self._buf, stored, n, start).astype(stored.newbyteorder("="))
@@ -171,31 +171,31 @@ class Header:
         self._n_strings += n
         if self._n_strings > MAX_STRINGS:
             raise self.error(f"more than {MAX_STRINGS} strings in arrays", self.pos - 8)
-        begin, left = self.pos, n
+        begin, done = self.pos, 0
         pieces = [np.empty(0, np.int64)]
-        while left:
-            leapt = self._leap(left)
-            left -= len(leapt)
-            walked = self._walk(min(left, _WALK) if len(leapt) < _WALK else 0)
-            left -= len(walked)
+        while done < n:
+            leapt = self._leap(n - done)
+            done += len(leapt)
+            walked = self._walk(done, min(n - done, _WALK) if len(leapt) < _WALK else 0)
+            done += len(walked)
             pieces += leapt, walked
         self.take(0, "the last string")  # a walk does not fetch what it steps over
         stored = np.frombuffer(self._buf, np.uint8, self.pos - begin, begin)
         return StringArray.from_file(stored, np.concatenate(pieces))
 
-    def _walk(self, n: int) -> npt.NDArray[np.int64]:
-        """Step over n strings one by one; returns their lengths, int64 [n]."""
+    def _walk(self, first: int, n: int) -> npt.NDArray[np.int64]:
+        """Step over n strings one by one, from number `first`; returns their lengths, int64 [n]."""
         lengths: list[int] = []
         unpack, pos, fetched = self._structs["U64"].unpack_from, self.pos, len(self._buf) - 8
-        for i in range(n):
+        for i in range(first, first + n):
             if pos > fetched:
                 self.pos = pos
-                self.take(8, f"the length of string {i} of {n}")
+                self.take(8, f"the length of string {i}")
                 fetched = len(self._buf) - 8
             (length,) = unpack(self._buf, pos)
             if length > self.file.size - 8 - pos:
                 self.pos = pos
-                self._length(f"string {i} of {n}")
+                self._length(f"string {i}")
             lengths.append(length)
             pos += 8 + length
         self.pos = pos
