@@ -1,0 +1,390 @@
+"""Fetching large files: resumable, verified, once for all processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tinyllm.errors import ArgumentError
+from tinyllm.sdk.locks import locked
+
+BLOCK = 1 << 20  # bytes
+TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two pieces of an answer
+ATTEMPTS = 5  # in a row, without one new byte
+BACK_OFF = 0.5  # seconds before the second attempt; doubles with each
+MAX_WAIT = 30.0  # seconds, whatever Retry-After says
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+_sleep: Callable[[float], None] = time.sleep
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is known about the file beforehand; None where nothing is."""
+
+    size: int | None = None
+    md5: str | None = None
+    sha256: str | None = None
+
+
+class HTTPError(ValueError):
+    """The server's answer was not the file."""
+
+    def __init__(self, status: int, reason: str, wait: float | None = None) -> None:
+        super().__init__(f"Request failed: HTTP {status} {reason}")
+        self.status, self.wait = status, wait
+
+
+def safe_name(name: str) -> str:
+    """The name, if it is one of a file directly inside a directory.
+
+    Raises
+    ------
+    ArgumentError
+        It is empty, has a path separator, a drive or a control character, or is ``.`` or ``..``.
+    """
+    bad = any(c in '/\\:<>"|?*' or ord(c) < 32 or ord(c) == 127 for c in name)
+    if bad or name != name.strip() or name in ("", ".", ".."):
+        raise ArgumentError(
+            f"{name!r} is not the name of a file; a download stays in its directory"
+        )
+    return name
+
+
+def fetch(
+    url: str,
+    path: str | os.PathLike[str],
+    *,
+    size: int | None = None,
+    md5: str | None = None,
+    sha256: str | None = None,
+    headers: dict[str, str] | None = None,
+    verbose: bool = True,
+) -> Path:
+    """Download `url` to `path`, unless the file is there.
+
+    What has arrived is kept in ``path.part`` and a later call, also of another process, continues there.
+    Several processes (or threads) that want the same file download it once. The file appears under its name
+    only when it is whole, verified and on the disk.
+
+    Parameters
+    ----------
+    url : str
+        http or https; proxies are those of the environment.
+    path : path
+        The file to make. Its directory must exist.
+    size : int, optional
+        Expected size in bytes.
+    md5, sha256 : str, optional
+        Expected digests in hexadecimal. Without ``sha256``, the one a Hugging Face server states is used.
+    headers : dict, optional
+        Further request headers.
+    verbose : bool
+        Say on stderr what happens. The progress bar is shown in any case.
+
+    Raises
+    ------
+    ValueError
+        The server refused, or the file is not the expected one (it is removed).
+    RuntimeError
+        The connection ended again and again without one new byte.
+    requests.exceptions.RequestException
+        The server cannot be reached.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    with locked(path.with_name(path.name + ".lock")):
+        if not path.exists():
+            checks = Checks(size, md5, sha256)
+            _Transfer(url, path, checks, headers or {}, verbose).run()
+    return path
+
+
+@dataclass
+class _Transfer:
+    """One file on its way; `have` bytes of it are in the `.part` file."""
+
+    url: str
+    path: Path
+    checks: Checks
+    headers: dict[str, str]
+    verbose: bool
+    have: int = 0
+    total: int | None = None
+    note: dict[str, Any] = field(default_factory=dict)  # what identifies the bytes we have
+
+    def __post_init__(self) -> None:
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.note_path = self.path.with_name(self.path.name + ".part.json")
+        if not self.url.startswith(("http://", "https://")):
+            raise ArgumentError(f"{self.url!r}: expected a http or https address")
+
+    def run(self) -> None:
+        resumed = self._find_kept()
+        try:
+            self._download_and_verify()
+        except _WrongFile:
+            if not resumed:
+                raise
+            self._say("What was kept of an earlier download is damaged; starting again.")
+            self._download_and_verify()
+        os.replace(self.part, self.path)
+        _sync_directory(self.path.parent)
+        self._discard()
+        self._say(f"Model downloaded to {str(self.path)!r}")
+
+    def _download_and_verify(self) -> None:
+        with open(self.part, "r+b" if self.part.exists() else "w+b") as part:
+            try:
+                self._download(part)
+                self._verify(part)
+            except _WrongFile:
+                self._say("Cleaning up the interrupted download...")
+                part.close()
+                self._discard()
+                self.have, self.total, self.note = 0, None, {}
+                raise
+            part.flush()
+            os.fsync(part.fileno())
+
+    # what an earlier call left
+
+    def _find_kept(self) -> bool:
+        """Take up the bytes of an earlier call, if they are of this address."""
+        try:
+            note = json.loads(self.note_path.read_text(encoding="utf-8"))
+            have = self.part.stat().st_size
+        except (OSError, ValueError):
+            note, have = {}, 0
+        if have and isinstance(note, dict) and note.get("url") == self.url:
+            self.note, self.have = note, have
+        else:
+            self._discard()
+        return self.have > 0
+
+    def _discard(self) -> None:
+        for leftover in (self.part, self.note_path):
+            with suppress(FileNotFoundError):
+                leftover.unlink()
+
+    def _keep_note(self, response: Any) -> None:
+        tag = response.headers.get("ETag", "")
+        strong = tag if tag.startswith('"') else ""
+        self.note = {"url": self.url, "if_range": strong or response.headers.get("Last-Modified")}
+        self.note_path.write_text(json.dumps(self.note), encoding="utf-8")
+
+    # the transfer
+
+    def _download(self, part: IO[bytes]) -> None:
+        failures, best = 0, self.have
+        with _bar("Downloading", self.checks.size, self.have) as bar:
+            while True:
+                error = self._attempt(part, bar)
+                if error is None:
+                    return
+                failures, best = (failures if self.have <= best else 0) + 1, max(best, self.have)
+                if failures >= ATTEMPTS:
+                    raise error
+                _sleep(_pause(error, failures))
+                if self.have:
+                    _print(f"\nDownload interrupted, resuming from byte position {self.have}")
+
+    def _attempt(self, part: IO[bytes], bar: Any) -> Exception | None:
+        """One request; the error after which another may help, None when all is here."""
+        import requests
+        import urllib3
+
+        try:
+            with self._request() as response:
+                self._place(part, response, bar)
+                for block in _arriving(response):
+                    self._write(part, block, bar)
+        except HTTPError as error:
+            if error.status not in TRANSIENT:
+                raise
+            return error
+        except _Complete:
+            return None
+        except urllib3.exceptions.HTTPError:  # cut off: what came before is written
+            return _stuck()
+        except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+            return error
+        return None if self.total is None or self.have >= self.total else _stuck()
+
+    def _request(self) -> Any:
+        import requests
+
+        headers = {
+            **self.headers,
+            "Accept-Encoding": "identity",
+        }  # an encoding changes the meaning of ranges
+        if self.have:
+            headers["Range"] = f"bytes={self.have}-"
+            if self.note.get("if_range"):
+                headers["If-Range"] = self.note["if_range"]
+        return requests.get(self.url, stream=True, headers=headers, timeout=TIMEOUT)
+
+    def _place(self, part: IO[bytes], response: Any, bar: Any) -> None:
+        """Read the answer's headers; go to where its bytes belong."""
+        if response.status_code == 416:
+            self._beyond_the_end(response)
+        if response.status_code not in (200, 206):
+            raise HTTPError(response.status_code, response.reason, _retry_after(response))
+        encoding = response.headers.get("Content-Encoding")
+        if encoding not in (None, "identity"):
+            raise ValueError(f"Expected identity Content-Encoding, got {encoding}")
+        start = _range_start(response) if response.status_code == 206 else 0
+        if start != self.have:  # the server ignores ranges, or has another file now
+            if start:
+                raise ValueError(f"Expected bytes from position {self.have}, got them from {start}")
+            self.have = 0
+        self.total = self.checks.size or _total(response, start)
+        self._learn_digest(response)
+        self._keep_note(response)
+        self._check_space()
+        part.seek(self.have)
+        part.truncate()
+        bar.total = self.total
+        bar.update(self.have - bar.n)
+
+    def _beyond_the_end(self, response: Any) -> None:
+        """The server has nothing after what we have: all is here, or what we have is of another file."""
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if size == str(self.have):
+            raise _Complete
+        raise _WrongFile(f"Expected file size of {size or 'fewer'} bytes, got {self.have}")
+
+    def _learn_digest(self, response: Any) -> None:
+        """Hugging Face states the SHA-256 of a large file in its first answer, before it redirects."""
+        first = response.history[0] if response.history else response
+        tag = first.headers.get("X-Linked-ETag", "").strip('"')
+        if self.checks.sha256 is None and len(tag) == 64:
+            self.checks = Checks(self.checks.size, self.checks.md5, tag)
+
+    def _check_space(self) -> None:
+        needed = (self.total or 0) - self.have
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise OSError(
+                f"{self.path.name} needs {needed} more bytes; {self.path.parent} has {free} left"
+            )
+
+    def _write(self, part: IO[bytes], block: bytes, bar: Any) -> None:
+        part.write(block)
+        part.flush()  # what is counted survives us
+        self.have += len(block)
+        bar.update(len(block))
+        if self.checks.size is not None and self.have > self.checks.size:
+            raise _WrongFile(
+                f"Expected file size of {self.checks.size} bytes, got at least {self.have}"
+            )
+
+    # verification
+
+    def _verify(self, part: IO[bytes]) -> None:
+        size = part.seek(0, os.SEEK_END)
+        if self.checks.size is not None and size != self.checks.size:
+            raise _WrongFile(f"Expected file size of {self.checks.size} bytes, got {size}")
+        wanted = {"MD5": self.checks.md5, "SHA256": self.checks.sha256}
+        hashes = {name: hashlib.new(name.lower()) for name, digest in wanted.items() if digest}
+        if not hashes:
+            return
+        part.seek(0)
+        with _bar("Verifying", size) as bar:
+            for block in _blocks(part):
+                for h in hashes.values():
+                    h.update(block)
+                bar.update(len(block))
+        for name, h in hashes.items():
+            if h.hexdigest() != str(wanted[name]).lower():
+                raise _WrongFile(f"Expected {name} hash of {wanted[name]!r}, got {h.hexdigest()!r}")
+
+    def _say(self, line: str) -> None:
+        if self.verbose:
+            _print(line)
+
+
+class _WrongFile(ValueError):
+    """What arrived is not the expected file."""
+
+
+class _Complete(Exception):
+    """Nothing is left to fetch."""
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201
+
+
+def _stuck() -> RuntimeError:
+    return RuntimeError("Download not making progress, aborting.")
+
+
+def _pause(error: Exception, failures: int) -> float:
+    asked = error.wait if isinstance(error, HTTPError) else None
+    return min(MAX_WAIT, BACK_OFF * 2.0 ** (failures - 1) if asked is None else asked)
+
+
+def _retry_after(response: Any) -> float | None:
+    value = response.headers.get("Retry-After", "")
+    return float(value) if value.isdigit() else None
+
+
+def _range_start(response: Any) -> int:
+    digits = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    if not digits.isdigit():
+        raise ValueError("Connection was interrupted and server does not support range requests")
+    return int(digits)
+
+
+def _total(response: Any, start: int) -> int | None:
+    length = response.headers.get("Content-Length", "")
+    return start + int(length) if length.isdigit() else None
+
+
+def _arriving(response: Any) -> Iterator[bytes]:
+    """Pieces as they arrive, so that a cut loses nothing of what came before it."""
+    raw = response.raw
+    read = getattr(
+        raw, "read1", raw.read
+    )  # urllib3 1.26 has no read1, and its read does not wait for all
+    while block := read(BLOCK, decode_content=False):
+        yield block
+
+
+def _bar(desc: str, total: int | None, initial: int = 0) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc=desc, total=total, initial=initial, unit="iB", unit_scale=True)
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(BLOCK):
+        yield block
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the new name durable; Windows has no such call."""
+    if sys.platform != "win32":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def resolve(name: str) -> Path:
+    """The file of a name: a path, ``hf:owner/repo/file.gguf``, or a name of GPT4All's list."""
+    from tinyllm.sdk.catalogue import find_model
+
+    return find_model(name)
