@@ -113,8 +113,9 @@ def look_up(pairs: Array, packed: Array) -> Codes:
     Gathering both at once is three times faster than indexing the table with nibbles.
     -> int8 [..., 2, n]
     """
-    both: Codes = np.take(pairs, packed).view(np.int8)
-    return both.reshape(*packed.shape, 2).swapaxes(-1, -2)
+    both = np.take(pairs, packed).view(np.int8)
+    entries: Codes = both.reshape(*packed.shape, 2).swapaxes(-1, -2)
+    return entries
 
 
 def pack_planes(values: Array, width: int) -> Array:
