@@ -169,6 +169,11 @@ def repeat_heads(x: np.ndarray, n_head: int) -> np.ndarray:
     return x if x.shape[1] == n_head else np.repeat(x, n_head // x.shape[1], axis=1)
 
 
+def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """x [T, n_in] times w [n_out, n_in] transposed, summed in float64 so that T does not matter."""
+    return (x.astype(np.float64) @ w.T.astype(np.float64)).astype(F32)
+
+
 class ReferenceBackend(Backend):
     """The NumPy backend; see ``Backend`` for what each method promises."""
 
@@ -199,7 +204,7 @@ class ReferenceBackend(Backend):
         return w.data[ids] * F32(scale)
 
     def matmul(self, w: DenseWeight, x: np.ndarray, bias: Array | None = None) -> np.ndarray:
-        y = x @ w.data.T
+        y = product(x, w.data)
         return y if bias is None else y + bias
 
     def matmul_experts(
@@ -209,7 +214,7 @@ class ReferenceBackend(Backend):
             x = np.repeat(x[:, None], experts.shape[1], axis=1)
         y = np.empty((*experts.shape, w.shape[1]), F32)
         for e in np.unique(experts):
-            y[experts == e] = x[experts == e] @ w.data[e].T
+            y[experts == e] = product(x[experts == e], w.data[e])
         return y if bias is None else y + bias[experts]
 
     # ---- elementwise and rows

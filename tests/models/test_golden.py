@@ -1,0 +1,113 @@
+"""Every architecture against reference logits: whole, in chunks, one by one, and in mixed batches.
+
+The references are float32 (or float64) implementations, not ours; only where none exists, llama.cpp's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinyllm import gguf
+from tinyllm.errors import DeviceError
+from tinyllm.kernels.backend import open_backend
+from tinyllm.models.archs import ARCHS
+from tinyllm.models.network import Network, build
+
+GOLDEN = """arctic baichuan-13b baichuan-7b bert-bge-cls bert-distil bert-minilm bert-roberta bloom
+chatglm codeshell cohere2 command-r command-r-qknorm deepseek2-lite deepseek2-v2 deepseek2-v3 exaone
+exaone4 exaone4-swa falcon falcon-40b gemma gemma2 gemma3 glm4 gpt-oss gpt2 gptneox gptneox-seq granite
+granitemoe internlm2 jais jina-bert-v2 llama-gqa-llama3rope llama-h256 llama-mha llama-mistral
+llama-mixtral mamba minicpm minicpm3 modern-bert mpt nemotron nomic-bert nomic-bert-moe olmo olmo2
+olmo3-swa olmoe openelm orion phi2 phi3 phi3-longrope-long phi3-longrope-short phimoe qwen qwen2
+qwen2-h256 qwen2moe qwen3 qwen3moe refact rwkv6 rwkv7 smollm3 stablelm stablelm-12b starcoder
+starcoder2 xverse""".split()
+BOUND = {"reference": 1e-4, "cpu": 1e-3, "opencl": 1e-3, "cuda": 1e-3}
+SAME = {"reference": 1e-5, "cpu": 0.0, "opencl": 1e-5, "cuda": 1e-5}  # x std; 0: to the bit
+DEVICES = [
+    "reference",
+    "cpu",
+    *(pytest.param(d, marks=pytest.mark.device) for d in ("opencl", "cuda")),
+]
+N_CTX = 256  # what the references were made with
+
+
+@cache
+def network(folder: Path, name: str, device: str) -> Network:
+    try:
+        be = open_backend(device)
+    except (DeviceError, ImportError) as e:
+        return pytest.skip(f"{device}: {e}")
+    with gguf.open(folder / f"{name}.gguf") as f:
+        return build(f.metadata, f.tensors, be, "f32")
+
+
+def references(npz: Any, i: int) -> np.ndarray:
+    """The most trusted reference of sequence i: Hugging Face, then float64 NumPy, then llama.cpp."""
+    for name in (
+        "logits_hf",
+        "logits_np",
+        "logits_lcpp",
+        "emb_tok_hf",
+        "emb_tok_np",
+        "emb_tok_lcpp",
+    ):
+        if f"{name}_{i}" in npz:
+            return np.asarray(npz[f"{name}_{i}"])
+    raise AssertionError(f"no reference for sequence {i}: {sorted(npz)}")
+
+
+def logits(net: Network, sequences: list[list[int]], chunk: int = 10**6) -> list[np.ndarray]:
+    """All sequences side by side, ``chunk`` tokens of each per step."""
+    states = [net.new_state(N_CTX) for _ in sequences]
+    for state, ids in zip(states, sequences, strict=True):
+        state.append(ids)
+    out: list[list[np.ndarray]] = [[] for _ in sequences]
+    while todo := [i for i, s in enumerate(states) if s.n_past < len(s.ids)]:
+        parts = [
+            (states[i], min(chunk, len(states[i].ids) - states[i].n_past), "all") for i in todo
+        ]
+        for i, rows in zip(todo, net.forward(parts), strict=True):
+            out[i].append(np.array(rows))
+    return [np.concatenate(rows) for rows in out]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_equals_the_reference(name: str, device: str, data: Path) -> None:
+    net = network(data / "golden" / "models", name, device)
+    npz = np.load(data / "golden" / "models" / f"{name}.npz")
+    sequences = [npz[f"tokens_{i}"].tolist() for i in range(3) if f"tokens_{i}" in npz]
+    run = (lambda s: logits(net, [s])[0]) if net.config.causal else (lambda s: net.hidden([s])[0])
+    wholes = [run(s) for s in sequences]
+    for i, whole in enumerate(wholes):
+        want = references(npz, i)
+        assert np.abs(whole - want).max() <= BOUND[device] * want.std()
+    bound = SAME[device] * max(w.std() for w in wholes)
+    for batch in batches(net, sequences):
+        for got, whole in zip(batch, wholes, strict=True):
+            assert np.abs(got - whole).max() <= bound
+
+
+def batches(net: Network, sequences: list[list[int]]) -> list[list[np.ndarray]]:
+    """The same sequences together; for decoders also in chunks, alone and together, and one by one."""
+    if not net.config.causal:
+        return [net.hidden(sequences)]
+    return [
+        logits(net, sequences),
+        logits(net, sequences, 5),
+        [logits(net, [s], 7)[0] for s in sequences],
+        logits(net, sequences, 1),
+    ]
+
+
+def test_every_row_of_the_table_is_proven(data: Path) -> None:
+    files = {name: gguf.open(data / "golden" / "models" / f"{name}.gguf") for name in GOLDEN}
+    proven = {f.metadata["general.architecture"] for f in files.values()}
+    for f in files.values():
+        f.close()
+    assert proven == set(ARCHS)
