@@ -13,6 +13,7 @@ from ._file import RandomAccessFile
 from .header import Header
 from .tensor import Tensor
 from .types import (
+    ARCHITECTURE,
     BY_ID,
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -31,7 +32,6 @@ MAX_TENSORS = 1 << 16
 _MIN_KEY = 8 + 1 + 4 + 1  # bytes of the shortest key with its value
 _MIN_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}\Z")
 _LOOKALIKES = {
     b"lmgg": "a file of the legacy GGML format, which GGUF replaced in 2023; convert it",
     b"tjgg": "a file of the legacy GGJT format, which GGUF replaced in 2023; convert it",
@@ -156,7 +156,7 @@ def _check_general(header: Header, part: Part) -> None:
         part,
         "general.architecture",
         "a name of at most 64 letters, digits and ._-",
-        lambda v: isinstance(v, str) and _ARCHITECTURE.match(v) is not None,
+        lambda v: isinstance(v, str) and ARCHITECTURE.match(v) is not None,
     )
     _check_key(
         header,

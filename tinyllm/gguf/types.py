@@ -6,6 +6,7 @@ Source: ``enum ggml_type``, the block structs of ``ggml-common.h``, and the GGUF
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,9 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 16  # pages of 64 KiB exist, larger ones do not
 MAX_TENSOR_NAME = 63  # bytes; ggml keeps 64 with the closing zero
+ARCHITECTURE = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}\Z"
+)  # what general.architecture may say
 MAX_KEY = 65535  # bytes, by the specification
 Order = Literal["<", ">"]
 FILE_ORDER: dict[str, Order] = {"little": "<", "big": ">"}

@@ -15,6 +15,7 @@ from ..errors import ArgumentError
 from .strings import StringArray, encode
 from .tensor import Tensor
 from .types import (
+    ARCHITECTURE,
     DEFAULT_ALIGNMENT,
     DTYPE_VALUES,
     FILE_ORDER,
@@ -90,6 +91,9 @@ def write(
     if version not in VERSIONS or byteorder not in FILE_ORDER:
         raise ArgumentError(f"version {version} {byteorder!r}; versions are 2 and 3, little or big")
     metadata, alignment = _with_alignment(dict(metadata), alignment)
+    architecture = metadata.get("general.architecture", "llama")
+    if not isinstance(architecture, str) or not ARCHITECTURE.match(architecture):
+        raise ArgumentError(f"general.architecture is {architecture!r}; expected a plain name")
     stored = {name: _stored(name, value) for name, value in tensors.items()}
     header = _header(metadata, stored, version, FILE_ORDER[byteorder], alignment)
     if not isinstance(path_or_file, (str, os.PathLike)):
@@ -110,7 +114,8 @@ def write(
 def _with_alignment(metadata: dict[str, Any], wanted: int | None) -> tuple[dict[str, Any], int]:
     """The metadata saying the alignment if it is not the usual one."""
     stated = metadata.get("general.alignment")
-    alignment = int(stated if stated is not None else wanted or DEFAULT_ALIGNMENT)
+    given = wanted if stated is None else stated
+    alignment = DEFAULT_ALIGNMENT if given is None else int(given)
     if not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise ArgumentError(f"alignment {alignment}; expected a power of two up to {MAX_ALIGNMENT}")
     if wanted is not None and wanted != alignment:
