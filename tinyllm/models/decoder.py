@@ -142,8 +142,8 @@ class Decoder:
         """What each layer keeps of the past."""
         return [b.mixer.cache for b in self.blocks]
 
-    def hidden(self, step: Step) -> Array:
-        """Normalised activations of the rows in ``batch.outputs`` -> [n_out, E]."""
+    def body(self, step: Step) -> Array:
+        """Activations of all rows after the last block -> [T, E]."""
         be, batch, c = self.be, step.batch, self.config
         x = be.embed(self.token_embd, batch.ids, c.embedding_scale)
         if self.position_embd is not None:
@@ -153,7 +153,11 @@ class Decoder:
         x = step.tap("embd", self.embd_norm(x) if self.embd_norm else x)
         for block in self.blocks:
             x = block(step, x)
-        x = be.take(x, batch.outputs)
+        return x
+
+    def hidden(self, step: Step) -> Array:
+        """Normalised activations of the rows in ``batch.outputs`` -> [n_out, E]."""
+        x = self.be.take(self.body(step), step.batch.outputs)
         return step.tap("output_norm", self.output_norm(x) if self.output_norm else x)
 
     def logits(self, step: Step) -> Array:

@@ -82,7 +82,7 @@ class Network:
         batch = Batch.of(ids, [s.n_past for s in states], outputs, [s.cache for s in states])
         n_ctx = max(s.n_ctx for s in states)
         with self.lock:
-            y = self.run(batch, n_ctx, tap, self.decoder.logits if outputs else self.decoder.hidden)
+            y = self.run(batch, n_ctx, tap, self.decoder.logits if outputs else self.decoder.body)
             rows = self.be.numpy(y) if outputs else np.empty((0, self.n_vocab), np.float32)
         for s, n, _ in segments:
             s.n_past += n

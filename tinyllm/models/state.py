@@ -119,7 +119,7 @@ class State:
             The file is damaged, of another model, or longer than this state has room for.
         """
         try:
-            with np.load(path, allow_pickle=False) as f:
+            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as f:
                 arrays = {k: f[k] for k in f.files}
             fingerprint, ids = str(arrays.pop("fingerprint")), arrays.pop("ids")
             n_past = int(arrays.pop("n_past"))
