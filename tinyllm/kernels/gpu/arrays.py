@@ -1,0 +1,104 @@
+"""Device memory: arrays that return their buffer to a pool when the last reference goes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+
+Buffer = Any  # a device's own handle
+
+
+class GPUArray:
+    """A dense array on the device. ``int8`` caches its quantised form, which several matrices read."""
+
+    __slots__ = ("_base", "_pool", "buffer", "dtype", "int8", "shape")
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        buffer: Buffer,
+        pool: Pool | None = None,
+        base: GPUArray | None = None,
+    ) -> None:
+        self.shape, self.dtype, self.buffer = tuple(shape), np.dtype(dtype), buffer
+        self._pool, self._base = pool, base
+        self.int8: tuple[GPUArray, GPUArray, GPUArray] | None = None
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def reshape(self, *shape: int) -> GPUArray:
+        """The same values in another shape."""
+        if prod(shape) != self.size:
+            raise ValueError(f"{self.shape} does not reshape to {shape}")
+        return GPUArray(shape, self.dtype, self.buffer, None, self)
+
+    def __del__(self) -> None:
+        if self._pool is not None:
+            self._pool.give(self.buffer, self.nbytes)
+
+
+class Pool:
+    """Buffers by size, used again as soon as they are given back.
+
+    The queue runs in order, so a kernel that still reads a returned buffer runs before the one that
+    writes it anew. The sizes of one step return in the next: after the first, no step allocates.
+    """
+
+    def __init__(self, allocate: Callable[[int], Buffer], free: Callable[[Buffer], None]) -> None:
+        self._allocate, self._free = allocate, free
+        self._spare: defaultdict[int, list[Buffer]] = defaultdict(list)
+        self.nbytes = 0
+        self.closed = False
+
+    def take(self, nbytes: int) -> Buffer:
+        """A buffer of at least ``nbytes``."""
+        size = bucket(nbytes)
+        spare = self._spare[size]
+        if spare:
+            return spare.pop()
+        buffer = self._allocate(size)
+        self.nbytes += size
+        return buffer
+
+    def give(self, buffer: Buffer, nbytes: int) -> None:
+        """Take a buffer of ``nbytes`` back."""
+        if not self.closed:
+            self._spare[bucket(nbytes)].append(buffer)
+
+    def trim(self) -> None:
+        """Free what is not in use."""
+        for size, spare in self._spare.items():
+            self.nbytes -= size * len(spare)
+            while spare:
+                self._free(spare.pop())
+
+    def close(self) -> None:
+        """Free all spare buffers and keep no more."""
+        self.trim()
+        self.closed = True
+
+
+def bucket(nbytes: int) -> int:
+    """``nbytes`` rounded up to one of eight steps between powers of two, at least 256.
+
+    >>> bucket(1), bucket(1000), bucket(1025)
+    (256, 1024, 1152)
+    """
+    if nbytes <= 256:
+        return 256
+    step = 1 << max((nbytes - 1).bit_length() - 4, 5)
+    return -(-nbytes // step) * step

@@ -1,0 +1,272 @@
+"""The stored past of sequences: pages of 64 positions in one buffer that grows.
+
+Kernels reach the caches of many sequences through a table of page numbers, which works in OpenCL,
+where a buffer is no address, as well as in CUDA. A page holds 64 positions of all layers; a sequence
+takes pages as it fills. Recurrent arrays lie in slots of another such buffer, one slot a sequence.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...errors import ContextOverflow, StateError
+from ..backend import Cache, KVType, LayerCache, RopeSpec
+from .arrays import Buffer
+
+if TYPE_CHECKING:
+    from .common import GPUBackend
+
+PAGE = 64  # as in src/kv.h
+KV_CODE = {"f32": 0, "f16": 1, "q8_0": 2}
+_PIECE = {"f32": 4, "f16": 4, "q8_0": 32}
+_DTYPE = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
+
+
+@dataclass(frozen=True)
+class Side:
+    """The keys or the values of one layer within a page."""
+
+    offset: int
+    n_head: int
+    dim: int
+    width: int  # dim rounded up to whole pieces
+    kv_type: KVType
+
+    @property
+    def nbytes(self) -> int:
+        rows = self.n_head * PAGE
+        per_row = self.width + self.width // 16 if self.kv_type == "q8_0" else self.item * self.width
+        return -(-rows * per_row // 16) * 16
+
+    @property
+    def item(self) -> int:
+        return _DTYPE[self.kv_type].itemsize
+
+    def decode(self, pages: np.ndarray) -> np.ndarray:
+        """Raw pages uint8 [n, page bytes] -> what is stored [n * PAGE, n_head, dim or block bytes]."""
+        rows, n = self.n_head * PAGE, len(pages)
+        raw = pages[:, self.offset : self.offset + self.nbytes]
+        if self.kv_type == "q8_0":
+            codes = raw[:, : rows * self.width].reshape(n, rows, -1, 32)
+            scales = raw[:, rows * self.width :][:, : rows * self.width // 16]
+            x = np.concatenate([scales.reshape(n, rows, -1, 2), codes], -1).reshape(n, rows, -1)
+        else:
+            used = np.ascontiguousarray(raw[:, : rows * self.width * self.item])
+            x = used.view(_DTYPE[self.kv_type]).reshape(n, rows, self.width)[..., : self.dim]
+        by_position = x.reshape(n, self.n_head, PAGE, -1).swapaxes(1, 2)
+        return by_position.reshape(n * PAGE, self.n_head, -1)
+
+    def encode(self, pages: np.ndarray, x: np.ndarray) -> None:
+        """The inverse: write x [n * PAGE, n_head, ...] into the raw pages."""
+        rows, n = self.n_head * PAGE, len(pages)
+        by_head = x.reshape(n, PAGE, self.n_head, -1).swapaxes(1, 2).reshape(n, rows, -1)
+        raw = pages[:, self.offset : self.offset + self.nbytes]
+        if self.kv_type == "q8_0":
+            blocks = by_head.reshape(n, rows, -1, 34)
+            raw[:, : rows * self.width] = blocks[..., 2:].reshape(n, -1)
+            scales = np.ascontiguousarray(blocks[..., :2]).reshape(n, -1)
+            raw[:, rows * self.width : rows * self.width + scales.shape[1]] = scales
+        else:
+            padded = np.zeros((n, rows, self.width), _DTYPE[self.kv_type])
+            padded[..., : self.dim] = by_head
+            raw[:, : rows * self.width * self.item] = padded.view(np.uint8).reshape(n, -1)
+
+    @property
+    def stored(self) -> tuple[np.dtype, int]:
+        """Type and length of an exported row."""
+        if self.kv_type == "q8_0":
+            return np.dtype(np.uint8), self.width // 32 * 34
+        return _DTYPE[self.kv_type], self.dim
+
+
+class Layout:
+    """Where everything lies in a page and in a slot, for one list of layers."""
+
+    def __init__(self, layers: Sequence[LayerCache], kv_type: KVType) -> None:
+        self.layers, self.kv_type = tuple(layers), kv_type
+        self.sides: list[dict[str, Side]] = []
+        self.arrays: list[dict[str, tuple[int, tuple[int, ...]]]] = []
+        self.page_bytes = self.slot_floats = 0
+        for layer in layers:
+            dims = {"k": layer.head_dim, "v": layer.head_dim_v} if layer.n_head_kv else {}
+            self.sides.append({name: self._side(layer.n_head_kv, dim) for name, dim in dims.items()})
+            self.arrays.append({name: (self._room(shape), shape) for name, shape in layer.arrays})
+
+    def _side(self, n_head: int, dim: int) -> Side:
+        piece = _PIECE[self.kv_type]
+        side = Side(self.page_bytes, n_head, dim, -(-dim // piece) * piece, self.kv_type)
+        self.page_bytes += side.nbytes
+        return side
+
+    def _room(self, shape: tuple[int, ...]) -> int:
+        first = self.slot_floats
+        self.slot_floats += -(-prod(shape) // 4) * 4
+        return first
+
+
+class Shelf:
+    """Numbered places of equal size in one buffer, which doubles when it is full."""
+
+    def __init__(self, be: GPUBackend, nbytes: int) -> None:
+        self.be, self.nbytes = be, nbytes
+        self.buffer: Buffer = None
+        self.room = self.used = 0
+        self.version = 0  # counts the buffers there were: recorded steps hold addresses
+        self._spare: list[int] = []
+
+    def take(self) -> int:
+        """The number of a free place."""
+        if self._spare:
+            return self._spare.pop()
+        if self.used == self.room:
+            self._grow()
+        self.used += 1
+        return self.used - 1
+
+    def give(self, places: Sequence[int]) -> None:
+        """Take places back; when all are back the buffer is freed."""
+        self._spare.extend(places)
+        if len(self._spare) == self.used and self.used:
+            self._spare.clear()
+            self.be.free(self.buffer)
+            self.buffer, self.room, self.used = None, 0, 0
+            self.version += 1
+
+    def _grow(self) -> None:
+        room = max(2 * self.room, 4)
+        new = self.be.allocate(room * self.nbytes)
+        if self.buffer is not None:
+            self.be.copy(new, self.buffer, self.room * self.nbytes)
+            self.be.free(self.buffer)
+        self.buffer, self.room = new, room
+        self.version += 1
+
+
+class Store:
+    """The pages and slots of all sequences with the same layers."""
+
+    def __init__(self, be: GPUBackend, layers: Sequence[LayerCache], kv_type: KVType) -> None:
+        self.layout = Layout(layers, kv_type)
+        self.pages = Shelf(be, self.layout.page_bytes)
+        self.slots = Shelf(be, 4 * self.layout.slot_floats)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        return self.pages.version, self.slots.version
+
+    def close(self) -> None:
+        """Free both buffers, whoever still holds places in them."""
+        for shelf in (self.pages, self.slots):
+            if shelf.buffer is not None:
+                self.pages.be.free(shelf.buffer)
+                shelf.buffer = None
+
+
+def _release(store: Store, pages: list[int], slot: int | None) -> None:
+    if not store.pages.be.closed:
+        store.pages.give(pages)
+        store.slots.give([] if slot is None else [slot])
+
+
+class GPUCache(Cache):
+    """One sequence's pages and slot."""
+
+    def __init__(self, be: GPUBackend, store: Store, n_ctx: int) -> None:
+        self.be, self.store, self.n_ctx = be, store, n_ctx
+        self.layout = store.layout
+        self.pages: list[int] = []
+        slot = store.slots.take() if self.layout.slot_floats else None
+        self.slot = slot or 0
+        if slot is not None:
+            zeros = np.zeros(self.layout.slot_floats, np.float32)
+            be.put(store.slots.buffer, slot * store.slots.nbytes, zeros)
+        weakref.finalize(self, _release, store, self.pages, slot).atexit = False
+
+    @property
+    def nbytes(self) -> int:
+        pages = -(-self.n_ctx // PAGE) if self.layout.page_bytes else 0
+        return pages * self.layout.page_bytes + 4 * self.layout.slot_floats
+
+    def reserve(self, n: int) -> None:
+        """Take pages until ``n`` positions have room."""
+        if n > self.n_ctx:
+            raise ContextOverflow(f"{n} positions do not fit into a context of {self.n_ctx}")
+        while self.layout.page_bytes and len(self.pages) * PAGE < n:
+            self.pages.append(self.store.pages.take())
+
+    def shift(
+        self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None
+    ) -> None:
+        n = n_past - keep - discard
+        if n <= 0:
+            return
+        pages = self.be.array(np.array(self.pages, np.int32))
+        places = self.be.array(np.arange(keep, keep + n, dtype=np.int32))
+        seqs = self.be.array(np.zeros(n, np.int32))
+        for name, side in self.layout.sides[layer].items():
+            x = self.be.read_cache(self.store, side, pages, keep + discard, n)
+            if name == "k" and rope is not None:
+                back = self.be.array(np.full(n, -discard, np.int32))
+                turn = RopeSpec(rope.freqs, rope.pairing, rope.first)
+                x = self.be.rope(x, back, turn, side.dim)
+            self.be.write_cache(self.store, side, pages, 0, seqs, places, x)
+
+    def export(self, n_past: int) -> dict[str, np.ndarray]:
+        n_pages = -(-n_past // PAGE)
+        size = self.layout.page_bytes
+        raw = np.empty((n_pages, size), np.uint8)
+        for row, page in zip(raw, self.pages, strict=False):
+            row[:] = self.be.get(self.store.pages.buffer, page * size, size)
+        out = {}
+        for i, (sides, arrays) in enumerate(zip(self.layout.sides, self.layout.arrays, strict=True)):
+            for name, side in sides.items():
+                out[f"{i}.{name}"] = np.ascontiguousarray(side.decode(raw)[:n_past])
+            for name, (first, shape) in arrays.items():
+                at = self.slot * self.store.slots.nbytes + 4 * first
+                data = self.be.get(self.store.slots.buffer, at, 4 * prod(shape))
+                out[f"{i}.{name}"] = data.view(np.float32).reshape(shape)
+        return out
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        n_past = self._check(arrays)
+        self.reserve(n_past)
+        raw = np.zeros((-(-n_past // PAGE), self.layout.page_bytes), np.uint8)
+        for i, (sides, slots) in enumerate(zip(self.layout.sides, self.layout.arrays, strict=True)):
+            for name, side in sides.items():
+                x = arrays[f"{i}.{name}"]
+                padded = np.zeros((len(raw) * PAGE, *x.shape[1:]), x.dtype)
+                padded[:n_past] = x
+                side.encode(raw, padded)
+            for name, (first, _) in slots.items():
+                at = self.slot * self.store.slots.nbytes + 4 * first
+                self.be.put(self.store.slots.buffer, at, arrays[f"{i}.{name}"])
+        for row, page in zip(raw, self.pages, strict=False):
+            self.be.put(self.store.pages.buffer, page * self.layout.page_bytes, row)
+
+    def _check(self, arrays: dict[str, np.ndarray]) -> int:
+        """The number of positions in saved arrays; StateError if they are not of these layers."""
+        expected: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        for i, (sides, slots) in enumerate(zip(self.layout.sides, self.layout.arrays, strict=True)):
+            for name, side in sides.items():
+                dtype, length = side.stored
+                expected[f"{i}.{name}"] = dtype, (side.n_head, length)
+            for name, (_, shape) in slots.items():
+                expected[f"{i}.{name}"] = np.dtype(np.float32), shape
+        if set(arrays) != set(expected):
+            raise StateError(f"saved state has arrays {sorted(arrays)}; expected {sorted(expected)}")
+        lengths = set()
+        for key, (dtype, shape) in expected.items():
+            x = arrays[key]
+            stored = key.split(".", 1)[1] in ("k", "v")
+            if x.dtype != dtype or (x.shape[1:] if stored else x.shape) != shape:
+                raise StateError(f"saved array {key} is {x.dtype} {x.shape}; expected {dtype} {shape}")
+            lengths |= {len(x)} if stored else set()
+        if len(lengths) > 1:
+            raise StateError(f"saved arrays hold different numbers of positions: {sorted(lengths)}")
+        return max(lengths, default=0)

@@ -1,0 +1,215 @@
+"""What both GPU backends do: operations as launches of kernels.
+
+A front end (``opencl``, ``cuda``) adds the primitives of ``Device``: memory, and ``launch``. Nothing is
+computed in Python but the number of groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from ...errors import ArgumentError, DeviceError, NumericError
+from ..backend import Activation, Backend, Batch, KVType, LayerCache, RopeSpec, Routing
+from . import batch as batches
+from . import sources
+from .arrays import GPUArray
+from .batch import DeviceBatch
+from .cache import GPUCache
+from .device import f32, i32
+from .matrices import EXPERTS, MAX_EXPERTS, ROWWISE
+from .recurrent import Recurrent
+
+ACTIVATIONS = (
+    *("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus"),
+    "swiglu_oai",
+)
+GATINGS = ("softmax", "sigmoid", "softmax_selected")
+ELEMENTWISE = sources.plain("elementwise.c")
+CHOOSE = sources.plain("choose.c")
+N_BINS = 4096  # as in src/choose.c
+CANDIDATES = 16384  # that top_k brings to the host; with more it brings all the logits
+
+
+class GPUBackend(Recurrent, Backend):
+    """The operations of ``Backend`` on a GPU; see there for what each promises."""
+
+    def new_cache(self, layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> GPUCache:
+        return GPUCache(self, self.store(layers, kv_type), n_ctx)
+
+    def upload(self, batch: Batch) -> DeviceBatch:
+        return batches.upload(self, batch)
+
+    # ---- elementwise and rows
+
+    def rms_norm(
+        self,
+        x: GPUArray,
+        w: GPUArray | None,
+        eps: float,
+        bias: GPUArray | None = None,
+        group: int = 0,
+    ) -> GPUArray:
+        return self._norm(x, w, eps, bias, group, centre=0)
+
+    def layer_norm(
+        self,
+        x: GPUArray,
+        w: GPUArray | None,
+        eps: float,
+        bias: GPUArray | None = None,
+        group: int = 0,
+    ) -> GPUArray:
+        return self._norm(x, w, eps, bias, group, centre=1)
+
+    def _norm(
+        self,
+        x: GPUArray,
+        w: GPUArray | None,
+        eps: float,
+        bias: GPUArray | None,
+        group: int,
+        centre: int,
+    ) -> GPUArray:
+        y = self.empty(x.shape)
+        n = group or x.shape[-1]
+        sizes = (0 if p is None else p.size for p in (w, bias))
+        shape = (i32(v) for v in (n, *sizes, centre))
+        groups = (x.size // n, 1, 1)
+        self.launch(ROWWISE, "norm", groups, (128, 1, 1), x, w, bias, y, *shape, f32(eps))
+        return y
+
+    def rope(
+        self, x: GPUArray, positions: GPUArray, spec: RopeSpec, head_dim: int
+    ) -> GPUArray:
+        y = self.empty(x.shape)
+        shape = (i32(v) for v in (x.shape[-1], head_dim, spec.first, spec.freqs.size))
+        how = i32(spec.pairing == "adjacent"), f32(spec.scale)
+        self.each(ELEMENTWISE, "rope", x.size, x, positions, spec.freqs, y, *shape, *how)
+        return y
+
+    def act(self, x: GPUArray, kind: Activation) -> GPUArray:
+        y = self.empty(x.shape)
+        self.each(ELEMENTWISE, "act", x.size, x, y, _code(ACTIVATIONS[:-1], kind))
+        return y
+
+    def act_mul(self, gate: GPUArray, up: GPUArray, kind: Activation) -> GPUArray:
+        y = self.empty(gate.shape)
+        self.each(ELEMENTWISE, "act_mul", y.size, gate, up, y, _code(ACTIVATIONS, kind))
+        return y
+
+    def add(self, x: GPUArray, *ys: GPUArray, scale: float = 1.0) -> GPUArray:
+        for y in ys:
+            x = self._pairwise(x, y, scale, product=0)
+        return x
+
+    def mul(self, x: GPUArray, y: GPUArray) -> GPUArray:
+        return self._pairwise(x, y, 1.0, product=1)
+
+    def _pairwise(self, x: GPUArray, b: GPUArray, scale: float, product: int) -> GPUArray:
+        """X with b [T, n], [T, 1] or [n]."""
+        n = x.shape[-1]
+        if b.size == x.size:
+            row, column = n, 1
+        elif b.shape[-1] == 1:
+            row, column = 1, 0
+        elif b.size == n:
+            row, column = 0, 1
+        else:
+            raise ArgumentError(f"{b.shape} does not match {x.shape}")
+        y = self.empty(x.shape)
+        strides = i32(n), i32(row), i32(column)
+        self.each(ELEMENTWISE, "combine_two", x.size, x, b, y, *strides, f32(scale), i32(product))
+        return y
+
+    def scale_softcap(self, x: GPUArray, scale: float = 1.0, cap: float = 0.0) -> GPUArray:
+        y = self.empty(x.shape)
+        self.each(ELEMENTWISE, "scale_softcap", x.size, x, y, f32(scale), f32(cap))
+        return y
+
+    def clamp(self, x: GPUArray, limit: float) -> GPUArray:
+        y = self.empty(x.shape)
+        self.each(ELEMENTWISE, "clamp_all", x.size, x, y, f32(limit))
+        return y
+
+    def concat(self, xs: Sequence[GPUArray], n_head: int = 1) -> GPUArray:
+        t = xs[0].shape[0]
+        widths = [x.size // (t * n_head) for x in xs]
+        y = self.empty((t, n_head * sum(widths)))
+        first = 0
+        for x, d in zip(xs, widths, strict=True):
+            shape = (i32(v) for v in (n_head, n_head, d, first, sum(widths)))
+            self.each(ELEMENTWISE, "join", t * n_head * d, x, y, *shape)
+            first += d
+        return y
+
+    def repeat(self, x: GPUArray, n: int) -> GPUArray:
+        t, d = x.shape
+        y = self.empty((t, n * d))
+        shape = (i32(v) for v in (n, 1, d, 0, d))
+        self.each(ELEMENTWISE, "join", y.size, x, y, *shape)
+        return y
+
+    def take(self, x: GPUArray, rows: GPUArray) -> GPUArray:
+        y = self.empty((rows.size, *x.shape[1:]))
+        self.each(ELEMENTWISE, "take", y.size, x, rows, y, i32(prod(x.shape[1:])))
+        return y
+
+    # ---- mixtures of experts
+
+    def route(
+        self, logits: GPUArray, routing: Routing, bias: GPUArray | None = None
+    ) -> tuple[GPUArray, GPUArray]:
+        t, n = logits.shape
+        if n > MAX_EXPERTS:
+            raise DeviceError(f"{n} experts; at most {MAX_EXPERTS} run on a GPU")
+        experts = self.empty((t, routing.n_used), np.int32)
+        weights = self.empty((t, routing.n_used))
+        self.launch(
+            EXPERTS,
+            "route",
+            (t, 1, 1),
+            (64, 1, 1),
+            *(logits, bias, experts, weights, i32(n), i32(routing.n_used)),
+            *(_code(GATINGS, routing.gating), i32(routing.renormalise), f32(routing.scale)),
+            *(i32(routing.n_group), i32(routing.n_group_used)),
+        )
+        return experts, weights
+
+    def combine(self, x: GPUArray, weights: GPUArray) -> GPUArray:
+        t, k, n = x.shape
+        y = self.empty((t, n))
+        self.each(EXPERTS, "combine_experts", y.size, x, weights, y, i32(k), i32(n))
+        return y
+
+    # ---- choosing
+
+    def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(logits, np.ndarray):
+            logits = self.array(logits.astype(np.float32, copy=False).reshape(-1))
+        n, k = logits.size, min(k, logits.size)
+        bins = self.array(np.zeros(N_BINS + 2, np.int32))
+        found = self.empty((CANDIDATES, 2), np.uint32)
+        self.each(CHOOSE, "histogram", n, logits, bins)
+        self.each(CHOOSE, "collect", n, logits, bins, found, i32(k), i32(CANDIDATES))
+        count, n_nan = self.get(bins.buffer, 4 * N_BINS, 8).view(np.int32)
+        if n_nan:
+            raise NumericError("logits hold NaN: the weights are damaged")
+        if count <= CANDIDATES:
+            pairs = self.get(found.buffer, 0, 8 * int(count)).view(np.uint32).reshape(-1, 2)
+            ids, values = pairs[:, 0].astype(np.int32), pairs[:, 1].copy().view(np.float32)
+        else:
+            values = self.numpy(logits).reshape(-1)
+            ids = np.arange(n, dtype=np.int32)
+        best = np.lexsort((ids, -values))[:k]
+        if not np.isfinite(values[best[0]]):
+            raise NumericError("logits hold no finite largest value: the weights are damaged")
+        return ids[best], values[best]
+
+
+def _code(names: tuple[str, ...], name: str) -> np.int32:
+    if name not in names:
+        raise ArgumentError(f"unknown {name!r}; expected one of {', '.join(names)}")
+    return i32(names.index(name))

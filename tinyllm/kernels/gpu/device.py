@@ -1,0 +1,127 @@
+"""What a GPU language must provide: memory, and the launch of a kernel."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from ...errors import DeviceError
+from .arrays import Buffer, GPUArray, Pool
+from .sources import Program
+from .weights import GPUWeight
+
+i32, u64, f32 = np.int32, np.uint64, np.float32
+Size = tuple[int, int, int]
+_NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
+
+
+class Device(ABC):
+    """One device with its pool of arrays. Subclasses implement the primitives."""
+
+    name: str
+    n_cores: int  # multiprocessors, compute units
+    closed = False
+
+    def __init__(self) -> None:
+        self.pool = Pool(self.allocate, self.free)
+        self._weights: weakref.WeakSet[GPUWeight] = weakref.WeakSet()
+        self._grids: dict[str, GPUArray] = {}
+        self._stores: dict[Any, Any] = {}  # layers and kv_type -> Store
+        self._heads: dict[tuple[int, int], GPUArray] = {}
+
+    # ---- primitives
+
+    @abstractmethod
+    def _allocate(self, nbytes: int) -> Buffer:
+        """Device memory, or MemoryError."""
+
+    @abstractmethod
+    def free(self, buffer: Buffer) -> None:
+        """Give memory back to the driver; kernels already queued may still read it."""
+
+    @abstractmethod
+    def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
+        """Copy a host array to ``offset`` bytes into the buffer; x may change afterwards."""
+
+    @abstractmethod
+    def get(self, buffer: Buffer, offset: int, nbytes: int) -> np.ndarray:
+        """Bytes of a buffer, uint8, when all that was launched before has run."""
+
+    @abstractmethod
+    def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
+        """The first bytes of a buffer into another."""
+
+    @abstractmethod
+    def launch(
+        self, program: Program, kernel: str, groups: Size, threads: Size, *args: Any
+    ) -> None:
+        """Queue a kernel. Arguments: arrays, buffers, None for no buffer, NumPy scalars."""
+
+    @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+
+    def close(self) -> None:
+        """Free the weights and what the pool holds."""
+        if self.closed:
+            return
+        self.closed = True
+        for w in list(self._weights):
+            self.free(w.buffer)
+            w.buffer = None
+        for store in self._stores.values():
+            store.close()
+        self._stores.clear()
+        self._grids.clear()
+        self._heads.clear()
+        self.pool.close()
+
+    # ---- arrays
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Device memory; spare buffers are freed first if there is too little, then DeviceError."""
+        for retry in (True, False):
+            try:
+                return self._allocate(max(nbytes, 256))
+            except MemoryError as e:
+                if retry:
+                    self.pool.trim()
+                    continue
+                free, total = self.memory()
+                raise DeviceError(
+                    f"{self.name}: {nbytes >> 20} MiB more do not fit, {free >> 20} of "
+                    f"{total >> 20} MiB are free; use a smaller n_ctx or n_gpu_layers"
+                ) from e
+        raise AssertionError
+
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> GPUArray:
+        """An array of this step, its values undefined."""
+        nbytes = prod(shape) * np.dtype(dtype).itemsize
+        return GPUArray(shape, dtype, self.pool.take(nbytes), self.pool)
+
+    def array(self, x: np.ndarray) -> GPUArray:
+        x = np.asarray(x)
+        x = np.ascontiguousarray(x, _NARROW.get(x.dtype, x.dtype)).reshape(x.shape)
+        y = self.empty(x.shape, x.dtype)
+        if x.size:
+            self.put(y.buffer, 0, x)
+        return y
+
+    def write(self, target: GPUArray, x: np.ndarray) -> None:
+        """New values of an array."""
+        self.put(target.buffer, 0, np.ascontiguousarray(x, target.dtype))
+
+    def numpy(self, x: GPUArray | np.ndarray) -> np.ndarray:
+        if isinstance(x, np.ndarray):
+            return x
+        if not x.size:
+            return np.empty(x.shape, x.dtype)
+        return self.get(x.buffer, 0, x.nbytes).view(x.dtype).reshape(x.shape)
+
+    def each(self, program: Any, kernel: str, count: int, *args: Any) -> None:
+        """Launch one thread for each of ``count`` values; the kernel's last argument is the count."""
+        self.launch(program, kernel, (-(-count // 256), 1, 1), (256, 1, 1), *args, i32(count))

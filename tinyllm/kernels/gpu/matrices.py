@@ -1,0 +1,246 @@
+"""Loading weights and multiplying with them.
+
+Up to MATVEC_ROWS rows go through ``matvec.c``, where each weight goes from memory straight into
+registers; more through ``matmul.c``, which stages tiles of both sides. Quantised matrices multiply
+with the int8 form of the activations, made once for all the matrices that read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import numpy as np
+
+from ...errors import ArgumentError, DeviceError
+from ...gguf.quants import FORMATS
+from ..backend import Source
+from . import sources, weights
+from .arrays import Buffer, GPUArray
+from .device import Device, f32, i32, u64
+from .weights import LAYOUTS, PLAIN, GPUWeight
+
+MATVEC_ROWS = 16
+MATVEC_CHOICES = 32  # of experts; with more, rows are sorted by expert
+LANES, WARPS, ROWS = 32, 4, 2  # as in src/matvec.c
+TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # as in src/matmul.c
+MAX_EXPERTS = 1024  # as in src/experts.c
+EXPERTS = sources.plain("experts.c")
+ROWWISE = sources.plain("rows.c")
+
+Operand = tuple[GPUArray | None, GPUArray | None, GPUArray | None]
+
+
+class Matrices(Device):
+    """The part of a GPU backend that holds weights."""
+
+    # ---- loading
+
+    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> GPUWeight:
+        kind = weights.stored_kind(source)
+        chosen, shape = weights.chosen_rows(source, rows)
+        if kind in PLAIN:
+            return self._load_plain(source, kind, chosen, shape)
+        n_in, block = shape[-1], FORMATS[kind].block_size
+        total = prod(shape) // block
+        nbytes = total * weights.plane_bytes(kind)
+        buffer = self.allocate(nbytes)
+        for start, raw in weights.read_pieces(source, chosen):
+            first = start * (n_in // block)
+            for before, plane in weights.split_planes(kind, raw):
+                self.put(buffer, total * before + first * plane.shape[1], plane)
+        return self._kept(GPUWeight(source.type, kind, shape, nbytes, buffer, total))
+
+    def _load_plain(
+        self, source: Source, kind: str, rows: np.ndarray | range, shape: tuple[int, ...]
+    ) -> GPUWeight:
+        unit = 8 * int(PLAIN[kind]["WEIGHT_BYTES"])
+        row_nbytes = -(-shape[-1] // 8) * unit
+        nbytes = prod(shape[:-1]) * row_nbytes
+        buffer = self.allocate(nbytes)
+        for start, raw in weights.read_pieces(source, rows):
+            self.put(buffer, start * row_nbytes, weights.padded_rows(source.type, kind, raw))
+        return self._kept(GPUWeight(source.type, kind, shape, nbytes, buffer, prod(shape)))
+
+    def _kept(self, w: GPUWeight) -> GPUWeight:
+        self._weights.add(w)
+        return w
+
+    def grid(self, kind: str) -> Buffer | None:
+        """The codebook of a format on the device, or None."""
+        name = None if kind in PLAIN else LAYOUTS[kind].grid
+        if name is None:
+            return None
+        if name not in self._grids:
+            self._grids[name] = self.array(weights.codebook_words(name))
+        return self._grids[name].buffer
+
+    # ---- products
+
+    def embed(self, w: GPUWeight, ids: GPUArray, scale: float = 1.0) -> GPUArray:
+        y = self.empty((*ids.shape, w.n_in))
+        unit = 8 if w.kind in PLAIN else 32
+        groups = (-(-w.n_in // (unit * LANES)), ids.size, 1)
+        program = sources.matrix(w.kind, "matvec.c")
+        matrix = w.buffer, u64(w.total), self.grid(w.kind)
+        self.launch(program, "embed", groups, (LANES, 1, 1), *matrix, ids, y, i32(w.n_in), f32(scale))
+        return y
+
+    def matmul(self, w: GPUWeight, x: GPUArray, bias: GPUArray | None = None) -> GPUArray:
+        return self.matmuls([w], x, [bias])[0]
+
+    def matmuls(
+        self, ws: Sequence[GPUWeight], x: GPUArray, biases: Sequence[GPUArray | None]
+    ) -> list[GPUArray]:
+        n_x = x.size // x.shape[-1]
+        ys = [self.empty((*x.shape[:-1], w.n_out)) for w in ws]
+        for w in ws:
+            if x.shape[-1] != w.n_in:
+                raise ArgumentError(f"x {x.shape} does not fit a matrix of {w.shape}")
+        jobs = list(zip(ws, biases, ys, strict=True))
+        if n_x > MATVEC_ROWS:
+            for job in jobs:
+                self.many_rows(*job, x, n_x)
+        else:
+            for run in _runs(jobs):
+                self._few_rows(run, x, n_x)
+        return ys
+
+    def _few_rows(self, run: Sequence[Job], x: GPUArray, n_x: int) -> None:
+        """Up to three matrices of one format in one launch of matvec."""
+        w = run[0][0]
+        m = next((m for m in (1, 2, 4) if n_x <= m), 8)
+        split = self._split(sum(job[0].n_out for job in run) * -(-n_x // m), w)
+        per_group = ROWS * WARPS // split
+        n_groups = sum(-(-job[0].n_out // per_group) for job in run)
+        outputs: list[object] = []
+        for job in run:
+            outputs += [job[0].buffer, u64(job[0].total), i32(job[0].n_out), job[1], job[2]]
+        outputs += [run[0][0].buffer, u64(0), i32(0), None, run[0][2]] * (3 - len(run))
+        self.launch(
+            sources.matrix(w.kind, "matvec.c"),
+            f"matvec_{m}",
+            (n_groups, -(-n_x // m), 1),
+            (LANES, WARPS, 1),
+            *outputs,
+            *self.operand(w, x),
+            self.grid(w.kind),
+            i32(n_x),
+            i32(w.n_in),
+            i32(split),
+        )
+
+    def _split(self, n_rows: int, w: GPUWeight) -> int:
+        """How many warps share a row: more when the rows alone leave the device idle."""
+        n_units = w.n_in // (8 if w.kind in PLAIN else 32)
+        split = 1
+        while split < WARPS and n_units >= 2 * split * LANES and n_rows * split < 32 * self.n_cores:
+            split *= 2
+        return split
+
+    def many_rows(
+        self, w: GPUWeight, bias: GPUArray | None, y: GPUArray, x: GPUArray, n_x: int
+    ) -> None:
+        """Y = x w^T + bias for many rows, in tiles."""
+        groups = (-(-w.n_out // TILE_ROWS), -(-n_x // TILE_TOKENS), 1)
+        shape = i32(n_x), i32(w.n_in), i32(w.n_out)
+        matrix = w.buffer, u64(w.total), bias, y
+        args = *matrix, *self.operand(w, x), self.grid(w.kind), *shape
+        program = sources.matrix(w.kind, "matmul.c")
+        self.launch(program, "matmul", groups, (TILE_THREADS, 1, 1), *args)
+
+    def matmul_experts(
+        self, w: GPUWeight, x: GPUArray, experts: GPUArray, bias: GPUArray | None = None
+    ) -> GPUArray:
+        y = self.empty((*experts.shape, w.n_out))
+        n_choices = experts.size
+        share = n_choices // (x.size // x.shape[-1])
+        if n_choices <= MATVEC_CHOICES:
+            self._few_choices(w, x, experts, bias, y, n_choices, share)
+        else:
+            self._many_choices(w, x, experts, bias, y, n_choices, share)
+        return y
+
+    def matmul_heads(self, w: GPUWeight, x: GPUArray) -> GPUArray:
+        h, n_out, n_in = w.shape
+        t = x.shape[0]
+        if (t, h) not in self._heads:
+            self._heads[t, h] = self.array(np.tile(np.arange(h, dtype=np.int32), (t, 1)))
+        y = self.matmul_experts(w, x.reshape(t, h, n_in), self._heads[t, h])
+        return y.reshape(t, h * n_out)
+
+    def _few_choices(
+        self,
+        w: GPUWeight,
+        x: GPUArray,
+        experts: GPUArray,
+        bias: GPUArray | None,
+        y: GPUArray,
+        n_choices: int,
+        share: int,
+    ) -> None:
+        split = self._split(w.n_out * n_choices, w)
+        per_group = ROWS * WARPS // split
+        self.launch(
+            sources.matrix(w.kind, "matvec.c"),
+            "matvec_experts",
+            (-(-w.n_out // per_group), n_choices, 1),
+            (LANES, WARPS, 1),
+            *(w.buffer, u64(w.total), bias, y, *self.operand(w, x), self.grid(w.kind), experts),
+            *(i32(n) for n in (n_choices, share, w.n_in, w.n_out, split)),
+        )
+
+    def _many_choices(
+        self,
+        w: GPUWeight,
+        x: GPUArray,
+        experts: GPUArray,
+        bias: GPUArray | None,
+        y: GPUArray,
+        n_choices: int,
+        share: int,
+    ) -> None:
+        n_expert = w.shape[0]
+        if n_expert > MAX_EXPERTS:
+            raise DeviceError(f"{n_expert} experts; at most {MAX_EXPERTS} run on a GPU")
+        n_tiles = min(n_choices, n_choices // TILE_TOKENS + n_expert)
+        order = self.empty((n_choices,), np.int32)
+        tiles = self.empty((n_tiles, 3), np.int32)
+        sizes = (i32(n) for n in (n_choices, n_expert, TILE_TOKENS, n_tiles))
+        self.launch(EXPERTS, "sort_choices", (1, 1, 1), (64, 1, 1), experts, order, tiles, *sizes)
+        self.launch(
+            sources.matrix(w.kind, "matmul.c"),
+            "matmul_experts",
+            (-(-w.n_out // TILE_ROWS), n_tiles, 1),
+            (TILE_THREADS, 1, 1),
+            *(w.buffer, u64(w.total), bias, y, *self.operand(w, x), self.grid(w.kind)),
+            *(order, tiles, i32(share), i32(w.n_in), i32(w.n_out)),
+        )
+
+    def operand(self, w: GPUWeight, x: GPUArray) -> Operand:
+        """The activations as w's kernels read them: int8 codes, scales and sums, or floats alone."""
+        if w.kind in PLAIN:
+            return None, x, None
+        if x.int8 is None:
+            n = x.size
+            x.int8 = (
+                self.empty((n,), np.int8),
+                self.empty((n // 32,)),
+                self.empty((n // 16,)),
+            )
+            self.launch(ROWWISE, "quantise", (-(-n // 512), 1, 1), (128, 1, 1), x, *x.int8, i32(n // 4))
+        return x.int8
+
+
+Job = tuple[GPUWeight, GPUArray | None, GPUArray]
+
+
+def _runs(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Neighbours of one format, three at most."""
+    run: list[Job] = []
+    for job in jobs:
+        if run and (len(run) == 3 or run[0][0].kind != job[0].kind):
+            yield run
+            run = []
+        run.append(job)
+    yield run

@@ -1,0 +1,100 @@
+"""The OpenCL backend, through PyOpenCL: any vendor's GPU, and PoCL on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...errors import DeviceError
+from . import devices, sources
+from .arrays import Buffer, GPUArray
+from .common import GPUBackend
+from .device import Size
+from .sources import Program
+
+try:
+    import pyopencl as cl
+except ImportError as e:  # pragma: no cover
+    raise DeviceError("device 'opencl' needs PyOpenCL: pip install 'tinyllm[opencl]'") from e
+
+OPTIONS = ["-cl-std=CL1.2", "-Werror"]
+
+
+class OpenCLBackend(GPUBackend):
+    """Buffers, programs and launches of one OpenCL device.
+
+    Parameters
+    ----------
+    which : str
+        The number of the device among all platforms' devices, as ``tinyllm devices`` lists them, or a
+        part of its name.
+
+    Raises
+    ------
+    DeviceError
+        No such device, or no OpenCL driver.
+    """
+
+    def __init__(self, which: str = "0") -> None:
+        self.index, self.device = devices.choose_opencl(which)
+        self.name = f"opencl:{self.index} {self.device.name.strip()}"
+        self.n_cores = self.device.max_compute_units
+        self.context = cl.Context([self.device])
+        self.queue = cl.CommandQueue(self.context)
+        self._kernels: dict[tuple[Program, str], Any] = {}
+        self._programs: dict[Program, Any] = {}
+        super().__init__()
+
+    # ---- memory
+
+    def _allocate(self, nbytes: int) -> Buffer:
+        if nbytes > self.device.max_mem_alloc_size:
+            raise MemoryError
+        try:
+            return cl.Buffer(self.context, cl.mem_flags.READ_WRITE, nbytes)
+        except (cl.MemoryError, cl.RuntimeError) as e:
+            raise MemoryError from e
+
+    def free(self, buffer: Buffer) -> None:
+        buffer.release()
+
+    def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
+        cl.enqueue_copy(self.queue, buffer, x, dst_offset=offset, is_blocking=True)
+
+    def get(self, buffer: Buffer, offset: int, nbytes: int) -> np.ndarray:
+        out = np.empty(nbytes, np.uint8)
+        if nbytes:
+            cl.enqueue_copy(self.queue, out, buffer, src_offset=offset, is_blocking=True)
+        return out
+
+    def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
+        cl.enqueue_copy(self.queue, target, source, byte_count=nbytes)
+
+    def memory(self) -> tuple[int, int]:
+        total = self.device.global_mem_size
+        return total - self.pool.nbytes, total
+
+    # ---- programs
+
+    def launch(
+        self, program: Program, kernel: str, groups: Size, threads: Size, *args: Any
+    ) -> None:
+        compiled = self._kernels.get((program, kernel))
+        if compiled is None:
+            compiled = self._kernel(program, kernel)
+        plain = [a.buffer if isinstance(a, GPUArray) else a for a in args]
+        total = tuple(g * t for g, t in zip(groups, threads, strict=True))
+        compiled(self.queue, total, threads, *plain)
+
+    def _kernel(self, program: Program, kernel: str) -> Any:
+        if program not in self._programs:
+            text = sources.text("prelude_opencl.h", program)
+            self._programs[program] = cl.Program(self.context, text).build(OPTIONS)
+        self._kernels[program, kernel] = cl.Kernel(self._programs[program], kernel)
+        return self._kernels[program, kernel]
+
+    def close(self) -> None:
+        super().close()
+        self._kernels.clear()
+        self._programs.clear()

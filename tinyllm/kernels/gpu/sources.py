@@ -1,0 +1,46 @@
+"""The kernel files, and the text of a program made of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+
+from .weights import LAYOUTS, PLAIN
+
+Defines = tuple[tuple[str, str | int], ...]
+Program = tuple[tuple[str, ...], Defines]  # files in order, and macros
+
+
+@cache
+def read(name: str) -> str:
+    """The text of one file of ``src``."""
+    return (resources.files(__package__) / "src" / name).read_text(encoding="utf-8")
+
+
+def text(prelude: str, program: Program) -> str:
+    """A whole program: prelude, macros, files."""
+    files, defines = program
+    macros = "".join(f"#define {name} {value}\n" for name, value in defines)
+    return macros + "\n".join(read(name) for name in (prelude, *files))
+
+
+def plain(*files: str, **defines: str | int) -> Program:
+    """A program of these files."""
+    return files, tuple(sorted(defines.items()))
+
+
+@cache
+def matrix(kind: str, file: str) -> Program:
+    """The program of ``matvec.c`` or ``matmul.c`` for one format."""
+    if kind in PLAIN:
+        return plain("unit_float.h", file, **PLAIN[kind])
+    layout = LAYOUTS[kind]
+    headers = ["unit.h", *(["kquants.h"] if layout.header == "lowbit.h" else []), layout.header]
+    return plain(*headers, "unit_int8.h", file, **layout.defines(kind))
+
+
+def attention(kv: int, head_dim: int, head_dim_v: int, queries: int, dense: bool) -> Program:
+    """The program of ``attention.c`` for one shape of heads."""
+    shape = {"HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "QUERIES": queries}
+    more = {"DENSE": 1} if dense else {}
+    return plain("kv.h", "attention.c", KV=kv, **shape, **more)

@@ -1,0 +1,189 @@
+/* Flash attention: for a tile of up to QUERIES (row, head) pairs that share a key head, one group of THREADS goes
+   over the keys TILE at a time and keeps a running maximum, sum and weighted value (Dao et al., arXiv:2205.14135).
+
+   The keys of a sequence are dealt over GROUP_ID(2) = 0 .. splits - 1 so that one long sequence fills the device;
+   `attention_merge` joins the parts. HEAD_DIM and HEAD_DIM_V are compile-time. With DENSE, keys and values are the
+   rows of this step themselves and attention goes both ways; otherwise they lie in pages (kv.h) and it is causal. */
+#define THREADS 128
+#define TILE 64
+#define PAD_D ((HEAD_DIM + 3) / 4 * 4)
+#define WIDTH(d) (((d) + KV_PIECE - 1) / KV_PIECE * KV_PIECE)
+#define KEY_SETS (THREADS / TILE) /* threads that share a key, each with its own queries */
+#define PER_THREAD ((QUERIES + KEY_SETS - 1) / KEY_SETS)
+#define V_SETS (HEAD_DIM_V >= THREADS ? 1 : THREADS / HEAD_DIM_V) /* as many queries at once as values fit */
+#define V_STEPS ((HEAD_DIM_V + THREADS - 1) / THREADS)
+#define V_QUERIES ((QUERIES + V_SETS - 1) / V_SETS)
+#define LOWEST (-1.0e30f)
+
+#ifdef DENSE
+#define KV_ARGS GLOBAL const float *ks, GLOBAL const float *vs
+#define KV_PASS ks, vs
+#else
+#define KV_ARGS                                                                                                    \
+    GLOBAL uchar *store, GLOBAL const int *pages, const ulong page_bytes, const ulong k_offset, const ulong v_offset, \
+        const int n_pages
+#endif
+
+INLINE float score(const float dot, const int i, const int j, const float scale, const int window, const float softcap,
+                   const float slope) {
+    float s = dot * scale;
+    if (softcap != 0.0f) s = softcap * tanh(s / softcap);
+#ifdef DENSE
+    const int far = i > j ? i - j : j - i;
+    if (window && far > window / 2) return LOWEST;
+    return s - slope * (float)far;
+#else
+    if (j > i || (window && i - j >= window)) return LOWEST;
+    return s - slope * (float)(i - j);
+#endif
+}
+
+/* tiles [n][3]: sequence, first row, number of rows. out: the result, or with splits > 1 parts
+   [T, H, splits, HEAD_DIM_V] whose maxima and sums go to `stats` [T, H, splits, 2]. */
+KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL float* stats, GLOBAL const float* slopes,
+                      GLOBAL const float* sinks, GLOBAL const int* tiles, GLOBAL const int* starts,
+                      GLOBAL const int* n_past, const int n_head, const int n_head_kv, const int heads_at_once,
+                      const int splits, const float scale, const int window, const float softcap) {
+    LOCAL float qs[QUERIES * PAD_D];
+    LOCAL float p[QUERIES * TILE];
+    LOCAL float top[QUERIES];
+    LOCAL float sum[QUERIES];
+    LOCAL float shrink[QUERIES];
+    LOCAL int row_of[QUERIES];
+    LOCAL int head_of[QUERIES];
+    const int tid = LOCAL_ID(0), split = GROUP_ID(2);
+    const int per_key = n_head / n_head_kv, chunks = (per_key + heads_at_once - 1) / heads_at_once;
+    const int kv_head = GROUP_ID(0) / chunks, chunk = GROUP_ID(0) % chunks;
+    const int seq = tiles[3 * GROUP_ID(1)], row0 = tiles[3 * GROUP_ID(1) + 1], n_rows = tiles[3 * GROUP_ID(1) + 2];
+    const int start = starts[seq];
+#ifdef DENSE
+    const int past = 0, n_keys = starts[seq + 1] - start, last = row0 - start + n_rows - 1;
+    const int first_key = window && row0 - start > window / 2 ? row0 - start - window / 2 : 0;
+    const int end_key = window && last + window / 2 + 1 < n_keys ? last + window / 2 + 1 : n_keys;
+#else
+    const int past = n_past[seq], end_key = past + row0 - start + n_rows;
+    const int first_key = window && past + row0 - start >= window ? past + row0 - start - window + 1 : 0;
+#endif
+    for (int i = tid; i < QUERIES; i += THREADS) {
+        const int h = chunk * heads_at_once + i % heads_at_once, r = i / heads_at_once;
+        row_of[i] = r < n_rows && h < per_key ? row0 + r : -1;
+        head_of[i] = kv_head * per_key + h;
+        top[i] = LOWEST;
+        sum[i] = 0.0f;
+    }
+    BARRIER();
+    for (int i = tid; i < QUERIES * PAD_D; i += THREADS) {
+        const int s = i / PAD_D, d = i % PAD_D;
+        const ulong at = ((ulong)row_of[s] * n_head + head_of[s]) * HEAD_DIM + d;
+        qs[i] = row_of[s] >= 0 && d < HEAD_DIM ? q[at] : 0.0f;
+    }
+    float acc[V_QUERIES * V_STEPS];
+    UNROLL for (int i = 0; i < V_QUERIES * V_STEPS; ++i) acc[i] = 0.0f;
+    for (int k0 = (first_key / TILE + split) * TILE; k0 < end_key; k0 += splits * TILE) {
+        const int key = tid % TILE, j = k0 + key, set = tid / TILE;
+#ifndef DENSE
+        GLOBAL const uchar* kp = page_of(store, page_bytes, k_offset, pages, n_pages, seq, k0);
+        GLOBAL const uchar* vp = page_of(store, page_bytes, v_offset, pages, n_pages, seq, k0);
+#endif
+        BARRIER();
+        float dots[PER_THREAD];
+        UNROLL for (int i = 0; i < PER_THREAD; ++i) dots[i] = 0.0f;
+        if (j < end_key) {
+            for (int d = 0; d < PAD_D; d += 4) {
+#ifdef DENSE
+                GLOBAL const float* k = ks + ((ulong)(start + j) * n_head_kv + kv_head) * HEAD_DIM + d;
+                const float k_x = k[0], k_y = d + 1 < HEAD_DIM ? k[1] : 0.0f, k_z = d + 2 < HEAD_DIM ? k[2] : 0.0f,
+                            k_w = d + 3 < HEAD_DIM ? k[3] : 0.0f;
+#else
+                const float4 k = kv_load4(kp, n_head_kv * PAGE, kv_head * PAGE + key, WIDTH(HEAD_DIM), d);
+                const float k_x = k.x, k_y = k.y, k_z = k.z, k_w = k.w;
+#endif
+                UNROLL for (int i = 0; i < PER_THREAD; ++i) {
+                    SHARED const float* at = qs + (set + i * KEY_SETS) * PAD_D + d;
+                    if (set + i * KEY_SETS < QUERIES)
+                        dots[i] += at[0] * k_x + at[1] * k_y + at[2] * k_z + at[3] * k_w;
+                }
+            }
+        }
+        UNROLL for (int i = 0; i < PER_THREAD; ++i) {
+            const int s = set + i * KEY_SETS;
+            if (s < QUERIES)
+                p[s * TILE + key] = j < end_key && row_of[s] >= 0
+                                        ? score(dots[i], past + row_of[s] - start, j, scale, window, softcap,
+                                                slopes ? slopes[head_of[s]] : 0.0f)
+                                        : LOWEST;
+        }
+        BARRIER();
+        for (int s = tid; s < QUERIES; s += THREADS) {
+            float m = top[s];
+            for (int i = 0; i < TILE; ++i) m = fmax(m, p[s * TILE + i]);
+            shrink[s] = exp(top[s] - m);
+            top[s] = m;
+        }
+        BARRIER();
+        for (int i = tid; i < QUERIES * TILE; i += THREADS)
+            p[i] = p[i] > 0.5f * LOWEST ? exp(p[i] - top[i / TILE]) : 0.0f;
+        BARRIER();
+        for (int s = tid; s < QUERIES; s += THREADS) {
+            float total = sum[s] * shrink[s];
+            for (int i = 0; i < TILE; ++i) total += p[s * TILE + i];
+            sum[s] = total;
+        }
+        const int n = end_key - k0 < TILE ? end_key - k0 : TILE, v_set = tid / HEAD_DIM_V;
+        UNROLL for (int step = 0; step < V_STEPS; ++step) {
+            const int d = V_STEPS == 1 ? tid % HEAD_DIM_V : tid + step * THREADS;
+            if (d >= HEAD_DIM_V || (V_STEPS == 1 && v_set >= V_SETS)) continue;
+            const int first = V_STEPS == 1 ? v_set : 0;
+            UNROLL for (int i = 0; i < V_QUERIES; ++i)
+                if (first + i * V_SETS < QUERIES) acc[i * V_STEPS + step] *= shrink[first + i * V_SETS];
+            for (int key2 = 0; key2 < n; ++key2) {
+#ifdef DENSE
+                const float v = vs[((ulong)(start + k0 + key2) * n_head_kv + kv_head) * HEAD_DIM_V + d];
+#else
+                const float v = kv_load(vp, n_head_kv * PAGE, kv_head * PAGE + key2, WIDTH(HEAD_DIM_V), d);
+#endif
+                UNROLL for (int i = 0; i < V_QUERIES; ++i)
+                    if (first + i * V_SETS < QUERIES)
+                        acc[i * V_STEPS + step] += p[(first + i * V_SETS) * TILE + key2] * v;
+            }
+        }
+    }
+    BARRIER();
+    UNROLL for (int step = 0; step < V_STEPS; ++step) {
+        const int d = V_STEPS == 1 ? tid % HEAD_DIM_V : tid + step * THREADS, v_set = tid / HEAD_DIM_V;
+        if (d >= HEAD_DIM_V || (V_STEPS == 1 && v_set >= V_SETS)) continue;
+        UNROLL for (int i = 0; i < V_QUERIES; ++i) {
+            const int s = (V_STEPS == 1 ? v_set : 0) + i * V_SETS;
+            if (s >= QUERIES || row_of[s] < 0) continue;
+            const ulong at = (ulong)row_of[s] * n_head + head_of[s];
+            if (splits > 1) {
+                out[(at * splits + split) * HEAD_DIM_V + d] = acc[i * V_STEPS + step];
+                if (d == 0) {
+                    stats[(at * splits + split) * 2] = top[s];
+                    stats[(at * splits + split) * 2 + 1] = sum[s];
+                }
+            } else {
+                const float sink = sinks ? sinks[head_of[s]] : LOWEST, m = fmax(top[s], sink);
+                const float total = sum[s] * exp(top[s] - m) + (sinks ? exp(sink - m) : 0.0f);
+                out[at * HEAD_DIM_V + d] = acc[i * V_STEPS + step] * exp(top[s] - m) / total;
+            }
+        }
+    }
+}
+
+/* Join the parts of one (row, head): a group each, a thread for each value. */
+KERNEL void attention_merge(GLOBAL const float* parts, GLOBAL const float* stats, GLOBAL const float* sinks,
+                            GLOBAL float* out, const int n_head, const int splits) {
+    const ulong at = (ulong)GROUP_ID(0);
+    const int h = GROUP_ID(0) % n_head;
+    float top = sinks ? sinks[h] : LOWEST;
+    for (int s = 0; s < splits; ++s) top = fmax(top, stats[(at * splits + s) * 2]);
+    float total = sinks ? exp(sinks[h] - top) : 0.0f;
+    for (int s = 0; s < splits; ++s) total += stats[(at * splits + s) * 2 + 1] * exp(stats[(at * splits + s) * 2] - top);
+    for (int d = LOCAL_ID(0); d < HEAD_DIM_V; d += LOCAL_SIZE(0)) {
+        float v = 0.0f;
+        for (int s = 0; s < splits; ++s)
+            v += parts[(at * splits + s) * HEAD_DIM_V + d] * exp(stats[(at * splits + s) * 2] - top);
+        out[at * HEAD_DIM_V + d] = v / total;
+    }
+}

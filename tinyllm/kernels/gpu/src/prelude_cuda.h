@@ -1,0 +1,48 @@
+/* The words that the kernels are written in, for CUDA. prelude_opencl.h has the same ones. No header is needed,
+   so NVRTC compiles them on a machine with nothing but the driver. */
+typedef signed char schar;
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long long ulong;
+#define KERNEL extern "C" __global__
+#define GLOBAL
+#define LOCAL __shared__
+/* LOCAL declares memory of the group, SHARED stands before a pointer to it. */
+#define SHARED
+#define INLINE static __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define BARRIER() __syncthreads()
+#define PICK(v, d) ((d) == 0 ? (int)v.x : (d) == 1 ? (int)v.y : (int)v.z)
+#define LOCAL_ID(d) PICK(threadIdx, d)
+#define LOCAL_SIZE(d) PICK(blockDim, d)
+#define GROUP_ID(d) PICK(blockIdx, d)
+#define GLOBAL_ID(d) (GROUP_ID(d) * LOCAL_SIZE(d) + LOCAL_ID(d))
+#define ATOMIC_ADD(p, v) atomicAdd((p), (v))
+#define POPCOUNT(x) __popc((uint)(x))
+#define FLOAT_BITS(x) __float_as_uint(x)
+#define BITS_FLOAT(x) __uint_as_float((uint)(x))
+
+INLINE float half_bits(const uint bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((ushort)bits));
+    return x;
+}
+
+INLINE float half_at(const ushort* p) {
+    return half_bits(*p);
+}
+
+INLINE void half_store(ushort* p, const float x) {
+    ushort bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    *p = bits;
+}
+
+INLINE int dot4(const int a, const int b, const int c) {
+    return __dp4a(a, b, c);
+}
+
+INLINE uint byte_pick(const uint lo, const uint hi, const uint pick) {
+    return __byte_perm(lo, hi, pick);
+}

@@ -1,0 +1,64 @@
+/* A unit: 32 neighbouring weights of a row as signed bytes, with a scale and a minimum for each half.
+
+   weight 4 i + b = d[h] * (byte b of q[i]) + m[h], where h is 0 for i < 4 and 1 for the rest.
+
+   A tensor lies in planes: each field of its blocks is an array of its own, [n_blocks, size of the field], so
+   that neighbouring threads read neighbouring 16-byte words. PLANE(before, size) is the field that `before`
+   bytes of each block precede. */
+typedef struct {
+    int q[8];
+    float d[2];
+    float m[2];
+} Unit;
+
+#define UNIT_ARGS GLOBAL const uchar* w, const ulong total, const ulong block, const int unit, GLOBAL const uint* grid
+#define PLANE(before, size) (w + total * (ulong)(before) + block * (ulong)(size))
+#define WORDS(before, size) ((GLOBAL const uint*)PLANE(before, size))
+#define HALF(before) half_at((GLOBAL const ushort*)PLANE(before, 2))
+
+INLINE void load16(GLOBAL const uchar* p, uint* v) {
+    const uint4 x = *(GLOBAL const uint4*)p;
+    v[0] = x.x;
+    v[1] = x.y;
+    v[2] = x.z;
+    v[3] = x.w;
+}
+
+INLINE void load32(GLOBAL const uchar* p, uint* v) {
+    load16(p, v);
+    load16(p + 16, v + 4);
+}
+
+/* One scale and minimum for the whole unit. */
+INLINE void scale_all(Unit* u, const float d, const float m) {
+    u->d[0] = u->d[1] = d;
+    u->m[0] = u->m[1] = m;
+}
+
+/* 16 bytes: the low nibbles are the first 16 codes, the high ones the others. */
+INLINE void nibbles(GLOBAL const uchar* p, Unit* u) {
+    uint v[4];
+    load16(p, v);
+    UNROLL for (int i = 0; i < 4; ++i) {
+        u->q[i] = (int)(v[i] & 0x0f0f0f0fu);
+        u->q[i + 4] = (int)((v[i] >> 4) & 0x0f0f0f0fu);
+    }
+}
+
+/* Four bits -> the low bits of four bytes. */
+INLINE uint spread(const uint bits) {
+    return ((bits & 15u) * 0x00204081u) & 0x01010101u;
+}
+
+/* Byte i of a word. */
+INLINE uint byte_of(const uint v, const int i) {
+    return (v >> (8 * i)) & 255u;
+}
+
+/* Four nibbles, one in each byte of x, as entries of a table of 16 bytes. */
+INLINE uint lookup16(const uint x, const uint t0, const uint t1, const uint t2, const uint t3) {
+    const uint n = x & 0x07070707u;
+    const uint pick = (n & 7u) | ((n >> 4) & 0x70u) | ((n >> 8) & 0x700u) | ((n >> 12) & 0x7000u);
+    const uint upper = ((x >> 3) & 0x01010101u) * 255u;
+    return (byte_pick(t0, t1, pick) & ~upper) | (byte_pick(t2, t3, pick) & upper);
+}

@@ -1,0 +1,189 @@
+"""How tensors lie on the device: each field of a format's blocks in a plane of its own.
+
+A block of Q4_0 is two bytes of scale and 16 of codes; in the file they alternate, so that no codes are
+aligned. On the device all codes come first and then all scales: the same bytes, but neighbouring
+threads read neighbouring 16-byte words. ``LAYOUTS`` names the planes in order, wide fields first;
+the unpack functions of ``src`` read them in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ...errors import DeviceError
+from ...gguf.quants import FORMATS, dequantize, iq_tables
+from ..backend import Source
+from .arrays import Buffer
+
+PIECE = 64 << 20  # bytes read from the file at a time
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one format lies on the device, and the unpack function that reads it.
+
+    ``scales``: 1, or 2 where each 16 weights have their own; ``grid``: its codebook.
+    """
+
+    unpack: str
+    header: str
+    planes: tuple[str, ...]
+    scales: int = 1
+    mins: bool = False
+    grid: str | None = None
+
+    def defines(self, name: str) -> dict[str, str | int]:
+        """What the kernels need to be told at compile time."""
+        return {
+            "UNPACK": self.unpack,
+            "BLOCK": FORMATS[name].block_size,
+            "SCALES": self.scales,
+            "MINS": int(self.mins),
+        }
+
+
+def _layouts() -> dict[str, Layout]:
+    rows: dict[str, tuple[str, str, int, bool, str | None]] = {
+        "Q4_0": ("legacy", "qs d", 1, True, None),
+        "Q4_1": ("legacy", "qs d m", 1, True, None),
+        "Q5_0": ("legacy", "qs qh d", 1, True, None),
+        "Q5_1": ("legacy", "qs qh d m", 1, True, None),
+        "Q8_0": ("legacy", "qs d", 1, False, None),
+        "Q8_1": ("legacy", "qs d", 1, False, None),
+        "Q2_K": ("kquants", "qs scales d dmin", 2, True, None),
+        "Q3_K": ("kquants", "qs hmask scales d", 2, True, None),
+        "Q4_K": ("kquants", "qs scales d dmin", 1, True, None),
+        "Q5_K": ("kquants", "qs qh scales d dmin", 1, True, None),
+        "Q6_K": ("kquants", "ql qh scales d", 2, True, None),
+        "Q8_K": ("kquants", "qs d", 1, False, None),
+        "TQ1_0": ("lowbit", "qs qh d", 1, True, None),
+        "TQ2_0": ("lowbit", "qs d", 1, True, None),
+        "Q1_0": ("lowbit", "qs d", 1, True, None),
+        "Q2_0": ("lowbit", "qs d", 1, True, None),
+        "MXFP4": ("lowbit", "qs e", 1, False, None),
+        "NVFP4": ("lowbit", "qs d", 2, False, None),
+        "IQ1_S": ("iquants", "qs qh d", 1, False, "IQ1"),
+        "IQ1_M": ("iquants", "qs qh scales", 2, False, "IQ1"),
+        "IQ2_XXS": ("iquants", "qs d", 1, False, "IQ2_XXS"),
+        "IQ2_XS": ("iquants", "qs scales d", 2, False, "IQ2_XS"),
+        "IQ2_S": ("iquants", "qs signs qh scales d", 2, False, "IQ2_S"),
+        "IQ3_XXS": ("iquants", "qs signs d", 1, False, "IQ3_XXS"),
+        "IQ3_S": ("iquants", "qs signs qh scales d", 1, False, "IQ3_S"),
+        "IQ4_NL": ("iquants", "qs d", 1, False, None),
+        "IQ4_XS": ("iquants", "qs scales_l scales_h d", 1, False, None),
+    }
+    return {
+        name: Layout(
+            "unpack_q8_0" if name == "Q8_1" else f"unpack_{name.lower()}",
+            f"{family}.h",
+            tuple(planes.split()),
+            scales,
+            mins,
+            grid,
+        )
+        for name, (family, planes, scales, mins, grid) in rows.items()
+    }
+
+
+LAYOUTS = _layouts()
+PLAIN: dict[str, dict[str, str | int]] = {
+    "F32": {"WEIGHT_BYTES": 4},
+    "F16": {"WEIGHT_BYTES": 2},
+    "BF16": {"WEIGHT_BYTES": 2, "BF16": 1},
+}
+WIDENED = ("F64", "I8", "I16", "I32", "I64")  # plain numbers that no model multiplies with: kept as F32
+
+
+@dataclass(eq=False)
+class GPUWeight:
+    """A matrix [n_out, n_in] or a stack of them on the device."""
+
+    type: str
+    kind: str  # the format it lies in: its type, or F32
+    shape: tuple[int, ...]
+    nbytes: int
+    buffer: Buffer
+    total: int  # blocks in all
+
+    @property
+    def n_in(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_out(self) -> int:
+        return self.shape[-2]
+
+
+def stored_kind(source: Source) -> str:
+    """The format that the tensor will have on the device; DeviceError if it can have none."""
+    kind = "F32" if source.type in WIDENED else source.type
+    if kind not in PLAIN and kind not in LAYOUTS:
+        raise DeviceError(f"{source.name}: type {source.type} does not run on a GPU; use device='cpu'")
+    block = 1 if kind in PLAIN else FORMATS[kind].block_size
+    if source.shape[-1] % block:
+        raise DeviceError(
+            f"{source.name}: rows of {source.shape[-1]} weights are not whole blocks of {block}"
+        )
+    return kind
+
+
+def chosen_rows(
+    source: Source, rows: np.ndarray | slice | None
+) -> tuple[np.ndarray | range, tuple[int, ...]]:
+    """The row numbers to load, of the tensor seen as [-1, n_in], and the shape of the result."""
+    n_rows = prod(source.shape[:-1])
+    if rows is None:
+        return range(n_rows), source.shape
+    picked = np.arange(n_rows)[rows]
+    ascending = len(picked) and np.array_equal(picked, picked[0] + np.arange(len(picked)))
+    chosen = range(int(picked[0]), int(picked[0]) + len(picked)) if ascending else picked
+    return chosen, (len(picked), source.shape[-1])
+
+
+def read_pieces(source: Source, rows: np.ndarray | range) -> Iterator[tuple[int, np.ndarray]]:
+    """Raw rows in pieces of about PIECE bytes, each with the place of its first row."""
+    if not isinstance(rows, range):  # out of order: read once what holds them all, then pick
+        low = int(rows.min())
+        yield 0, source.read_rows(low, int(rows.max()) + 1)[rows - low]
+        return
+    fmt = FORMATS[source.type]
+    step = max(1, PIECE // (source.shape[-1] // fmt.block_size * fmt.type_size))
+    for start in range(0, len(rows), step):
+        stop = min(start + step, len(rows))
+        yield start, source.read_rows(rows.start + start, rows.start + stop)
+
+
+def split_planes(kind: str, raw: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of blocks as planes uint8 [n_blocks, size], each with the bytes of a block before it."""
+    dtype = FORMATS[kind].dtype
+    blocks = raw.reshape(-1, dtype.itemsize)
+    before = 0
+    for field in LAYOUTS[kind].planes:
+        part, offset = dtype.fields[field][:2]  # type: ignore[index]
+        yield before, np.ascontiguousarray(blocks[:, offset : offset + part.itemsize])
+        before += part.itemsize
+
+
+def plane_bytes(kind: str) -> int:
+    """Bytes of a block on the device."""
+    fields = FORMATS[kind].dtype.fields
+    return sum(fields[name][0].itemsize for name in LAYOUTS[kind].planes)  # type: ignore[index]
+
+
+def padded_rows(source_type: str, kind: str, raw: np.ndarray) -> np.ndarray:
+    """Plain numbers as uint8 [rows, bytes], zeros added up to a multiple of eight weights."""
+    if source_type != kind:
+        raw = dequantize(source_type, raw).view(np.uint8)
+    unit = 8 * int(PLAIN[kind]["WEIGHT_BYTES"])
+    out = np.zeros((len(raw), -(-raw.shape[1] // unit) * unit), np.uint8)
+    out[:, : raw.shape[1]] = raw
+    return out
+
+
+def codebook_words(name: str) -> np.ndarray:
+    """A codebook as packed bytes, uint32."""
+    return np.ascontiguousarray(iq_tables.codebook(name)).view(np.uint32).reshape(-1)
