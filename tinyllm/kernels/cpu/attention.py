@@ -1,0 +1,410 @@
+"""Attention over stored keys and values, in blocks of 256 positions merged in ascending order.
+
+Keys lie as weights do, 16 positions to a tile: ``[K][S / 16][D][16]``; values by position: ``[K][S][Dv]``, Dv
+rounded up to 16. A q8_0 cache keeps rows of blocks (a half, 32 codes) that are expanded block by block.
+
+A piece treats M *rows*, the query heads of one key head for one or more tokens, and one block, or all
+of them. A block leaves its largest score, the sum of exponentials and the weighted values (``part``); merging
+two parts is the same arithmetic wherever it happens, so splitting a long past over threads changes no bit.
+
+A part: largest [16], sums [16], then values [Dv / 16][M][16], all float32.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from . import jit
+from .floats import as_float, rows_multiplier
+from .simd import (
+    arg,
+    clear,
+    copy,
+    exp,
+    float_arg,
+    get_f32,
+    get_half,
+    get_i8,
+    get_i32,
+    get_i64,
+    hmax,
+    hsum,
+    i64,
+    load,
+    load_n,
+    ramp,
+    set_f32,
+    set_half,
+    set_i8,
+    splat,
+    store,
+    store_n,
+    tanh,
+    vabs,
+    vmax,
+    where_within,
+)
+
+BLOCK = 256
+MAX_DIM = 640
+Q_STEP = 4 * MAX_DIM + 64  # bytes between query rows
+P_STEP = 4 * BLOCK + 64  # bytes between rows of probabilities
+LAYER = 128  # bytes of a layer in a cache's table: k, v, bytes per head of each, recurrent arrays
+HIDDEN = np.float32(-1e30)
+FAR = np.float32(3e38)
+
+
+def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
+    """Of one worker: queries, scores, probabilities, two parts, a block expanded."""
+    expanded = BLOCK * 4 * (dim + padded(dim_v)) if kv == "q8_0" else 0
+    return m * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(m, dim_v) + expanded
+
+
+def padded(n: int) -> int:
+    """n rounded up to whole vectors."""
+    return -(-n // 16) * 16
+
+
+def part_bytes(m: int, dim_v: int) -> int:
+    """Bytes of a part."""
+    return 128 + 4 * m * padded(dim_v)
+
+
+# ---- names that ``jit.kernel`` gives
+
+score_group = score_one = weigh_group = weigh_one = None
+M = 1  # rows of a piece
+TILES = 4  # tiles multiplied at once
+SIZE = 2  # bytes of a stored value as the multipliers read it
+KV = 1  # 0 f32, 1 f16, 2 q8_0
+
+
+@numba.njit(nogil=True)
+def merge(into, part, rows, tiles):
+    """Add a part to another."""
+    ma, mb = load(into), load(part)
+    most = vmax(ma, mb)
+    a, b = exp(ma - most), exp(mb - most)
+    store(into, most)
+    store(into + 64, load(into + 64) * a + load(part + 64) * b)
+    store(part, a)  # the part is used up: its head holds the factors
+    store(part + 64, b)
+    for t in range(tiles):
+        for m in range(rows):
+            at = 128 + 64 * (t * rows + m)
+            fa, fb = splat(get_f32(part + 4 * m)), splat(get_f32(part + 64 + 4 * m))
+            store(into + at, load(into + at) * fa + load(part + at) * fb)
+
+
+@numba.njit(nogil=True)
+def begin(part, n_bytes):
+    """An empty part."""
+    clear(part, n_bytes)
+    store(part, splat(HIDDEN))
+
+
+@numba.njit(nogil=True)
+def finish(part, rows, m, sink, has_sink, out, dim_v):
+    """Row m of a part, divided by its sum -> dim_v floats."""
+    most, total = get_f32(part + 4 * m), get_f32(part + 64 + 4 * m)
+    scale = np.float32(1)
+    if has_sink:
+        new = max(most, sink)
+        scale = hmax(exp(splat(most - new)))
+        total = total * scale + hmax(exp(splat(sink - new)))
+    factor = splat(scale / total)
+    for i in range(0, dim_v, 16):
+        v = load(part + 128 + 4 * i * rows + 64 * m) * factor
+        store_n(out + 4 * i, v, dim_v - i)
+
+
+@numba.njit(nogil=True)
+def expand_keys(source, out, n, dim, row_bytes):
+    """n rows of q8_0 -> [n / 16][dim][16] floats."""
+    for s in range(n):
+        row, to = source + s * row_bytes, out + 4 * ((s // 16) * 16 * dim + s % 16)
+        for i in range(dim):
+            block = row + (i // 32) * 34
+            set_f32(to + 64 * i, as_float(get_i8(block + 2 + i % 32)) * get_half(block))
+
+
+@numba.njit(nogil=True)
+def expand_values(source, out, n, dim, step, row_bytes):
+    """n rows of q8_0 -> [n][step / 4] floats."""
+    for s in range(n):
+        row, to = source + s * row_bytes, out + step * s
+        for i in range(dim):
+            block = row + (i // 32) * 34
+            set_f32(to + 4 * i, as_float(get_i8(block + 2 + i % 32)) * get_half(block))
+
+
+def attend(args, first, last, worker):
+    """Rows of queries over one block each (split) or over all (not split): see the module's text."""
+    q, y, caches, starts, n_past = (
+        arg(args, 0),
+        arg(args, 1),
+        arg(args, 2),
+        arg(args, 3),
+        arg(args, 4),
+    )
+    n_seq, layer, n_head, n_head_kv = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
+    dim, dim_v, scale, window = arg(args, 9), arg(args, 10), float_arg(args, 11), arg(args, 12)
+    cap, slopes, sinks, causal = float_arg(args, 13), arg(args, 14), arg(args, 15), arg(args, 16)
+    parts, scratch = arg(args, 17), arg(args, 18) + worker * arg(args, 19)
+    group, dim_vp = n_head // n_head_kv, (dim_v + 15) // 16 * 16
+    tiles_v, n_part = dim_vp // 16, 128 + 4 * M * dim_vp
+    queries, scores = scratch, scratch + M * Q_STEP
+    chances = scores + M * 4 * BLOCK
+    fresh = chances + M * P_STEP
+    sum_part = fresh + n_part
+    keys_out = sum_part + n_part
+    values_out = keys_out + 4 * BLOCK * dim
+    for piece in range(first, last):
+        # which sequence, tile of rows, key head and block
+        seq, p, blocks, n_rows = 0, piece, 1, 0
+        while True:
+            n_tokens = get_i32(starts + 4 * seq + 4) - get_i32(starts + 4 * seq)
+            past, n_rows = get_i32(n_past + 4 * seq), n_tokens * group
+            blocks = (past + n_tokens + BLOCK - 1) // BLOCK if parts != 0 else 1
+            n = (n_rows + M - 1) // M * n_head_kv * blocks
+            if p < n or seq + 1 == n_seq:
+                break
+            p -= n
+            seq += 1
+        head, row0 = p // blocks % n_head_kv, p // (blocks * n_head_kv) * M
+        row_first = get_i32(starts + 4 * seq)
+        for m in range(M):
+            r = min(row0 + m, n_rows - 1)
+            at = ((row_first + r // group) * n_head + head * group + r % group) * dim
+            copy(queries + m * Q_STEP, q + 4 * at, 4 * dim)
+        # the positions that some row sees: [low, high)
+        here, there = past + row0 // group, past + min(row0 + M - 1, n_rows - 1) // group
+        low, high = i64(0), there + 1
+        if causal == 0:
+            high = past + n_tokens
+            if window > 0:
+                low, high = max(low, here - window // 2), min(high, there + window // 2 + 1)
+        elif window > 0:
+            low = max(low, here - window + 1)
+        block_first, block_last = low // BLOCK, (high + BLOCK - 1) // BLOCK
+        if parts != 0:
+            sum_part = parts + piece * n_part
+            b = p % blocks
+            block_first, block_last = max(block_first, b), min(block_last, b + 1)
+        begin(sum_part, n_part)
+        table = get_i64(caches + 8 * seq) + layer * LAYER
+        k_base = get_i64(table) + head * get_i64(table + 16)
+        v_base = get_i64(table + 8) + head * get_i64(table + 24)
+        for block in range(block_first, block_last):
+            n = min(high - block * BLOCK, BLOCK)
+            tiles = (n + 15) // 16
+            keys, values = k_base, v_base
+            if KV == 2:
+                k_row, v_row = (dim + 31) // 32 * 34, (dim_v + 31) // 32 * 34
+                expand_keys(k_base + block * BLOCK * k_row, keys_out, n, dim, k_row)
+                expand_values(
+                    v_base + block * BLOCK * v_row, values_out, n, dim_v, 4 * dim_vp, v_row
+                )
+                keys, values = keys_out, values_out
+            else:
+                keys += block * BLOCK * dim * SIZE
+                values += block * BLOCK * dim_vp * SIZE
+            t, tile_bytes = i64(0), 16 * dim * SIZE
+            while t + TILES <= tiles:
+                to = scores + 64 * M * t
+                score_group(keys + t * tile_bytes, tile_bytes, 16 * SIZE, queries, dim, to)
+                t += TILES
+            while t < tiles:
+                to = scores + 64 * M * t
+                score_one(keys + t * tile_bytes, tile_bytes, 16 * SIZE, queries, dim, to)
+                t += 1
+            for m in range(M):
+                r = min(row0 + m, n_rows - 1)
+                i = past + r // group - block * BLOCK  # the query's place, counted from the block
+                slope = np.float32(0)
+                if slopes != 0:
+                    slope = get_f32(slopes + 4 * (head * group + r % group))
+                nearest, farthest = np.float32(0), FAR  # of i - j
+                if causal == 0:
+                    nearest = -FAR
+                    if window > 0:
+                        nearest, farthest = as_float(-(window // 2)), as_float(window // 2)
+                elif window > 0:
+                    farthest = as_float(window - 1)
+                most = splat(HIDDEN)
+                for t in range(tiles):
+                    at = scores + 64 * (M * t + m)
+                    distance = splat(as_float(i)) - ramp(16 * t)
+                    v = load(at) * splat(scale)
+                    if cap != np.float32(0):
+                        v = splat(cap) * tanh(v / splat(cap))
+                    if slopes != 0:
+                        d = vabs(distance) if causal == 0 else distance
+                        v = v - splat(slope) * d
+                    v = where_within(v, distance, nearest, farthest, splat(HIDDEN))
+                    if 16 * t + 16 > n:  # positions behind the last one
+                        v = where_within(
+                            v, ramp(16 * t), np.float32(0), as_float(n - 1), splat(HIDDEN)
+                        )
+                    store(at, v)
+                    most = vmax(v, most)
+                top = hmax(most)
+                total = splat(np.float32(0))
+                for t in range(tiles):
+                    v = load(scores + 64 * (M * t + m))
+                    e = exp(v - splat(top))
+                    e = where_within(e, v, HIDDEN * np.float32(0.5), FAR, splat(np.float32(0)))
+                    store(chances + m * P_STEP + 64 * t, e)
+                    total = total + e
+                set_f32(fresh + 4 * m, top)
+                set_f32(fresh + 64 + 4 * m, hsum(total))
+            t = i64(0)
+            while t + TILES <= tiles_v:
+                to = fresh + 128 + 64 * M * t
+                weigh_group(values + 16 * SIZE * t, 16 * SIZE, dim_vp * SIZE, chances, n, to)
+                t += TILES
+            while t < tiles_v:
+                to = fresh + 128 + 64 * M * t
+                weigh_one(values + 16 * SIZE * t, 16 * SIZE, dim_vp * SIZE, chances, n, to)
+                t += 1
+            merge(sum_part, fresh, M, tiles_v)
+        if parts == 0:
+            for m in range(min(M, n_rows - row0)):
+                r = row0 + m
+                h = head * group + r % group
+                sink = get_f32(sinks + 4 * h) if sinks != 0 else np.float32(0)
+                out = y + 4 * ((row_first + r // group) * n_head + h) * dim_v
+                finish(sum_part, M, m, sink, sinks != 0, out, dim_v)
+
+
+def merge_parts(args, first, last, worker):
+    """The parts of the blocks of one (row tile, key head) -> rows of y; a piece is one of these."""
+    y, starts, n_past, n_seq = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    n_head, n_head_kv, dim_v, sinks = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
+    parts, scratch = arg(args, 8), arg(args, 9) + worker * arg(args, 10)
+    group, tiles = n_head // n_head_kv, (dim_v + 15) // 16
+    n_part = 128 + 64 * M * tiles
+    for piece in range(first, last):
+        seq, p, before, blocks, n_rows = 0, piece, 0, 1, 0
+        while True:
+            n_tokens = get_i32(starts + 4 * seq + 4) - get_i32(starts + 4 * seq)
+            past, n_rows = get_i32(n_past + 4 * seq), n_tokens * group
+            blocks = (past + n_tokens + BLOCK - 1) // BLOCK
+            n = (n_rows + M - 1) // M * n_head_kv
+            if p < n or seq + 1 == n_seq:
+                break
+            p -= n
+            before += n * blocks
+            seq += 1
+        head, row0 = p % n_head_kv, p // n_head_kv * M
+        source = parts + (before + p * blocks) * n_part
+        begin(scratch, n_part)
+        for b in range(blocks):
+            merge(scratch, source + b * n_part, M, tiles)
+        for m in range(min(M, n_rows - row0)):
+            r = row0 + m
+            h = head * group + r % group
+            sink = get_f32(sinks + 4 * h) if sinks != 0 else np.float32(0)
+            out = y + 4 * ((get_i32(starts + 4 * seq) + r // group) * n_head + h) * dim_v
+            finish(scratch, M, m, sink, sinks != 0, out, dim_v)
+
+
+# ---- writing
+
+
+@numba.njit(nogil=True)
+def write_q8_0(source, out, n):
+    """A row of n floats -> blocks of a half and 32 codes."""
+    for i in range(0, n, 32):
+        block = out + (i // 32) * 34
+        a, b = load_n(source + 4 * i, n - i), load_n(source + 4 * i + 64, max(n - i - 16, 0))
+        most = hmax(vmax(vabs(a), vabs(b)))
+        scale = most / np.float32(127)
+        inverse = np.float32(1) / scale if most > 0 else np.float32(0)
+        set_half(block, scale)
+        for j in range(32):
+            x = get_f32(source + 4 * (i + j)) if i + j < n else np.float32(0)
+            set_i8(block + 2 + j, i64(np.rint(x * inverse)))
+
+
+@numba.njit(nogil=True)
+def write_row(k, v, table, head, position, dim, dim_v, kind):
+    """One token's key and value of one head to their place in a cache."""
+    keys = get_i64(table) + head * get_i64(table + 16)
+    values = get_i64(table + 8) + head * get_i64(table + 24)
+    if kind == 2:
+        write_q8_0(k, keys + position * ((dim + 31) // 32 * 34), dim)
+        write_q8_0(v, values + position * ((dim_v + 31) // 32 * 34), dim_v)
+        return
+    size = 2 if kind == 1 else 4
+    keys += (position // 16 * 16 * dim + position % 16) * size
+    values += position * ((dim_v + 15) // 16 * 16) * size
+    for i in range(dim):
+        if kind == 1:
+            set_half(keys + 32 * i, get_f32(k + 4 * i))
+        else:
+            set_f32(keys + 64 * i, get_f32(k + 4 * i))
+    for i in range(dim_v):
+        if kind == 1:
+            set_half(values + 2 * i, get_f32(v + 4 * i))
+        else:
+            set_f32(values + 4 * i, get_f32(v + 4 * i))
+
+
+def cache_write(args, first, last, worker):
+    """Keys and values of new rows to their sequences' caches; a piece is a row."""
+    k, v, caches, starts, n_past = (
+        arg(args, 0),
+        arg(args, 1),
+        arg(args, 2),
+        arg(args, 3),
+        arg(args, 4),
+    )
+    layer, n_head, dim, dim_v = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
+    kind = arg(args, 9)
+    for t in range(first, last):
+        seq = 0
+        while get_i32(starts + 4 * seq + 4) <= t:
+            seq += 1
+        position = get_i32(n_past + 4 * seq) + t - get_i32(starts + 4 * seq)
+        table = get_i64(caches + 8 * seq) + layer * LAYER
+        for head in range(n_head):
+            row = t * n_head + head
+            source_k, source_v = k + 4 * dim * row, v + 4 * dim_v * row
+            write_row(source_k, source_v, table, head, position, dim, dim_v, kind)
+
+
+# ---- compiled for a kind of cache and a number of rows
+
+KINDS = {"f32": (0, "F32", 4), "f16": (1, "F16", 2), "q8_0": (2, "F32", 4)}
+
+
+def rows_of(n: int) -> int:
+    """Rows of a piece, given how many query heads a sequence has for one key head."""
+    return 8 if n > 4 else 4 if n > 2 else n
+
+
+def attend_kernel(kv: str, m: int) -> int:
+    """``attend`` for a kind of cache and m rows."""
+    number, kind, size = KINDS[kv]
+    tiles = 2 if m == 8 else 4
+    score = {n: rows_multiplier(kind, m, n, 4, Q_STEP) for n in (1, tiles)}
+    weigh = {n: rows_multiplier(kind, m, n, 4, P_STEP) for n in (1, tiles)}
+    return jit.kernel(
+        attend,
+        f"attend_{kv}_{m}",
+        score_group=score[tiles],
+        score_one=score[1],
+        weigh_group=weigh[tiles],
+        weigh_one=weigh[1],
+        M=m,
+        TILES=tiles,
+        SIZE=size,
+        KV=number,
+    )
+
+
+def merge_kernel(m: int) -> int:
+    """``merge_parts`` for m rows."""
+    return jit.kernel(merge_parts, f"merge_parts_{m}", M=m)

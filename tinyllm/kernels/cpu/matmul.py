@@ -1,0 +1,288 @@
+"""Matrix products: kernels around the micro-kernels of ``micro`` (quantised) and ``floats`` (F32, F16, BF16).
+
+One token: ``matvec``, straight from the tiles. More: ``matmul``; a thread unpacks a few tiles into its scratch
+memory and runs all tokens past them, so that unpacking costs little. Experts: ``matvec_experts``.
+"""
+
+from __future__ import annotations
+
+from . import jit, micro
+from .floats import (
+    GROUP,
+    TOKENS,
+    as_float,
+    embed_float,
+    matmul_float,
+    matvec_float,
+    multiplier,
+    pack,
+    store_tile,
+    widener,
+)
+from .program import CPUArray, Tape, float_bits
+from .simd import (
+    arg,
+    copy,
+    float_arg,
+    get_f32,
+    get_i8,
+    get_i32,
+    load,
+    set_f32,
+    store,
+)
+from .weights import CPUWeight
+
+
+# ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
+
+multiply = multiply2 = multiply4 = multiply8 = unpack = quantise = None
+
+
+def quantise_rows(args, first, last, worker):
+    """x [T, n] -> records of S tokens; a piece is S rows."""
+    x, out, n_rows, n, slots = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4)
+    for piece in range(first, last):
+        record = out + piece * (n // 32) * slots * 64
+        for block in range(n // 32):
+            for slot in range(slots):
+                row = min(piece * slots + slot, n_rows - 1)  # spare slots repeat the last row
+                quantise(x + 4 * (row * n + 32 * block), record, slot)
+            record += slots * 64
+
+
+def matvec(args, first, last, worker):
+    """y [n_out] of one token; a piece is a tile of 16 rows."""
+    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    tile_bytes, n_blocks = arg(args, 4), arg(args, 5)
+    for tile in range(first, last):
+        multiply(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile)
+        if bias != 0:
+            store(y + 64 * tile, load(y + 64 * tile) + load(bias + 64 * tile))
+
+
+def matvec_experts(args, first, last, worker):
+    """y [rows, n_out], row r through the matrix experts[r]; a piece is a tile of one row."""
+    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    tile_bytes, n_blocks, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
+    experts, x_bytes, choices, scratch = arg(args, 8), arg(args, 9), arg(args, 10), arg(args, 11)
+    out = scratch + 64 * worker
+    for piece in range(first, last):
+        row, tile = piece // tiles, piece % tiles
+        expert = get_i32(experts + 4 * row)
+        source = x + (row // choices) * x_bytes
+        multiply(w + (expert * tiles + tile) * tile_bytes, source, 0, n_blocks, out)
+        n = min(16, n_out - 16 * tile)
+        if bias != 0:
+            for i in range(n):
+                b = get_f32(bias + 4 * (expert * n_out + 16 * tile + i))
+                set_f32(out + 4 * i, get_f32(out + 4 * i) + b)
+        copy(y + 4 * (row * n_out + 16 * tile), out, 4 * n)
+
+
+def matmul(args, first, last, worker):
+    """y [T, n_out] of many tokens; a piece is GROUP tiles."""
+    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    tile_bytes, n_blocks, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
+    n_tokens, x_bytes, panel_bytes, n_steps = (
+        arg(args, 8),
+        arg(args, 9),
+        arg(args, 10),
+        arg(args, 11),
+    )
+    slots, scratch = arg(args, 12), arg(args, 13) + worker * arg(args, 14)
+    out = scratch + GROUP * panel_bytes
+    for piece in range(first, last):
+        begin, end = piece * GROUP, min(piece * GROUP + GROUP, tiles)
+        for tile in range(begin, end):
+            unpack(w + tile * tile_bytes, n_blocks, scratch + (tile - begin) * panel_bytes)
+        for token in range(0, n_tokens, slots):
+            records = x + (token // slots) * x_bytes
+            n = min(slots, n_tokens - token)
+            for tile in range(begin, end):
+                panel = scratch + (tile - begin) * panel_bytes
+                slot = 0
+                while slot < n:
+                    to = out + 64 * slot
+                    if n - slot > 4:
+                        multiply8(panel, records, slot, n_steps, to)
+                        slot += 8
+                    elif n - slot > 2:
+                        multiply4(panel, records, slot, n_steps, to)
+                        slot += 4
+                    else:
+                        multiply2(panel, records, slot, n_steps, to)
+                        slot += 2
+                corner = y + 4 * (token * n_out + 16 * tile)
+                store_tile(out, corner, n, n_out, 16 * tile, bias)
+
+
+def embed(args, first, last, worker):
+    """Rows ids of w, decoded and scaled: value = scale * (code - offset) + minimum."""
+    w, ids, y, scale = arg(args, 0), arg(args, 1), arg(args, 2), float_arg(args, 3)
+    tile_bytes, n_blocks, n = arg(args, 4), arg(args, 5), arg(args, 6)
+    offset, group, minima = arg(args, 7), arg(args, 8), arg(args, 9)
+    signed, step_bytes = arg(args, 10), arg(args, 11)
+    scratch = arg(args, 12) + worker * arg(args, 13)
+    for t in range(first, last):
+        row = get_i32(ids + 4 * t)
+        unpack(w + (row // 16) * tile_bytes, n_blocks, scratch)
+        lane = row % 16
+        for j in range(n):
+            step, i = scratch + (j // 32) * step_bytes, j % 32
+            code = get_i8(step + 64 * (i // 4) + 4 * lane + i % 4)
+            if signed == 0:
+                code &= 255
+            scales = step + 512 + 64 * (i // group) + 4 * lane
+            value = get_f32(scales) * as_float(code - offset)
+            if minima != 0:
+                value += get_f32(scales + 64 * (32 // group))
+            set_f32(y + 4 * (t * n + j), value * scale)
+
+
+# ---- compiled for a kind of weight, and recorded
+
+
+def record_matmul(
+    tape: Tape, w: CPUWeight, x: CPUArray, bias: CPUArray | None, n_workers: int, joins: bool
+) -> CPUArray:
+    """y = x w^T + bias: the one place that chooses a kernel by the number of tokens."""
+    n_tokens = x.shape[0]
+    forms = prepare(tape, w, x)
+    y = tape.array((n_tokens, -(-w.n_out // 16) * 16 if n_tokens == 1 else w.n_out))
+    y.shape = (n_tokens, w.n_out)
+    bias_at = bias.address if bias is not None else 0
+    common = [w.address, forms.address, y.address, bias_at, w.tile_bytes, w.n_blocks]
+    if n_tokens == 1:
+        _record_matvec(tape, w, common, joins)
+    else:
+        _record_many(tape, w, common, n_tokens, n_workers, joins)
+    tape.keep(w, x, forms, y, bias)
+    return y
+
+
+def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
+    """The form of x that w's kernels read, made once for all that share x."""
+    n_tokens, n = x.shape
+    if w.format is None and n_tokens == 1:
+        return x
+    form = "packed" if w.format is None else "records"
+    if form not in x.derived:
+        x.derived[form] = (_pack if w.format is None else quantise_array)(tape, x)
+    return x.derived[form]
+
+
+def _pack(tape: Tape, x: CPUArray) -> CPUArray:
+    n_rows, n = x.shape
+    tiles = -(-n_rows // TOKENS)
+    out = tape.array((tiles * TOKENS, n))
+    tape.add(jit.kernel(pack), tiles, [x.address, out.address, n_rows, n])
+    return out
+
+
+def quantise_array(tape: Tape, x: CPUArray, single: bool = False) -> CPUArray:
+    """x as int8 records, of one token each if ``single``."""
+    n_rows, n = x.shape
+    slots = 1 if single or n_rows == 1 else micro.SLOTS
+    tiles = -(-n_rows // slots)
+    out = tape.array((tiles * n // 32, micro.record_bytes(slots)), "u1")
+    address = jit.kernel(quantise_rows, f"quantise_{slots}", quantise=micro.quantiser(slots))
+    tape.add(address, tiles, [x.address, out.address, n_rows, n, slots])
+    tape.keep(x)
+    return out
+
+
+def _record_matvec(tape: Tape, w: CPUWeight, common: list[int], joins: bool) -> None:
+    if w.format is None:
+        args, pieces = [*common, w.n_tiles], -(-w.n_tiles // GROUP)
+        tape.add(_matvec_float(w.kind), pieces, args, _chunk(pieces), joins)
+    else:
+        name, multiply = f"matvec_{w.kind}", micro.multiplier(w.format, 1, 1)
+        address = jit.kernel(matvec, name, multiply=multiply)
+        tape.add(address, w.n_tiles, common, _chunk(w.n_tiles), joins)
+
+
+def _chunk(pieces: int) -> int:
+    """Pieces claimed at once: a claim should take some ten microseconds."""
+    return max(1, min(8, pieces // 16))
+
+
+def _matvec_float(kind: str) -> int:
+    one, group = multiplier(kind, 1, 1, 1), multiplier(kind, 1, GROUP, 1)
+    return jit.kernel(matvec_float, f"matvec_{kind}", multiply=one, multiply_group=group)
+
+
+def _record_many(
+    tape: Tape, w: CPUWeight, common: list[int], n_tokens: int, n_workers: int, joins: bool
+) -> None:
+    pieces = -(-w.n_tiles // GROUP)
+    if w.format is None:
+        scratch = tape.array((n_workers, GROUP * TOKENS * 64), "u1")
+        args = [*common, w.n_tiles, w.n_out, n_tokens, scratch.address, scratch.shape[1]]
+        one, group = (
+            multiplier(w.kind, TOKENS, 1, TOKENS),
+            multiplier(w.kind, TOKENS, GROUP, TOKENS),
+        )
+        name = f"matmul_{w.kind}"
+        address = jit.kernel(matmul_float, name, multiply=one, multiply_group=group)
+    else:
+        n_steps, slots = w.n_in // 32, micro.SLOTS
+        panel = n_steps * micro.unpacked(w.format).tile_bytes
+        scratch = tape.array((n_workers, GROUP * panel + slots * 64), "u1")
+        args = [*common, w.n_tiles, w.n_out, n_tokens, n_steps * micro.record_bytes(slots)]
+        args += [panel, n_steps, slots, scratch.address, scratch.shape[1]]
+        address = _matmul_quantised(w)
+    tape.add(address, pieces, args, 1, joins)
+    tape.keep(scratch)
+
+
+def _matmul_quantised(w: CPUWeight) -> int:
+    form = micro.unpacked(w.format)
+    names = {f"multiply{m}": micro.multiplier(form, m, micro.SLOTS) for m in (2, 4, 8)}
+    unpack = micro.unpacker(w.format)
+    return jit.kernel(matmul, f"matmul_{w.kind}", unpack=unpack, **names)
+
+
+def record_experts(
+    tape: Tape, w: CPUWeight, x: CPUArray, experts: CPUArray, bias: CPUArray | None, n_workers: int
+) -> CPUArray:
+    """Each row and choice through its own matrix: [T, k, n_out]."""
+    n_tokens, k = experts.shape
+    flat = x.reshape(-1, w.n_in) if len(x.shape) == 3 else x
+    forms, x_bytes = flat, 4 * w.n_in
+    if w.format is not None:
+        forms = quantise_array(tape, flat, single=True)
+        x_bytes = w.n_in // 32 * micro.record_bytes(1)
+        multiply = micro.multiplier(w.format, 1, 1)
+    else:
+        multiply = multiplier(w.kind, 1, 1, 1)
+    y = tape.array((n_tokens, k, w.n_out))
+    scratch = tape.array((n_workers, 64), "u1")
+    args = [w.address, forms.address, y.address, bias.address if bias is not None else 0]
+    args += [w.tile_bytes, w.n_blocks, w.n_tiles, w.n_out, experts.address, x_bytes]
+    args += [1 if len(x.shape) == 3 else k, scratch.address]
+    address = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}", multiply=multiply)
+    pieces = n_tokens * k * w.n_tiles
+    tape.add(address, pieces, args, _chunk(pieces))
+    tape.keep(w, x, flat, forms, experts, bias, scratch, y)
+    return y
+
+
+def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_workers: int) -> CPUArray:
+    """Rows of a matrix, decoded: [T, n_in]."""
+    n = len(ids)
+    y = tape.array((n, w.n_in))
+    args = [w.address, ids.address, y.address, float_bits(scale), w.tile_bytes]
+    if w.format is None:
+        address = jit.kernel(embed_float, f"embed_{w.kind}", weight=widener(w.kind))
+        tape.add(address, n, [*args, w.n_in])
+    else:
+        form = micro.unpacked(w.format)
+        scratch = tape.array((n_workers, w.n_in // 32 * form.tile_bytes), "u1")
+        args += [w.n_blocks, w.n_in, form.offset, form.group, form.minima, form.signed]
+        args += [form.tile_bytes, scratch.address, scratch.shape[1]]
+        unpack = micro.unpacker(w.format)
+        tape.add(jit.kernel(embed, f"embed_{w.kind}", unpack=unpack), n, args)
+        tape.keep(scratch)
+    tape.keep(w, ids, y)
+    return y

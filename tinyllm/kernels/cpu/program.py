@@ -1,0 +1,219 @@
+"""Programs: operations are recorded as rows of numbers, and run by all threads in one native call.
+
+An operation called from Python computes nothing. It appends an instruction (kernel address, pieces,
+arguments) to the thread's ``Tape``; its output is a place in an ``Arena``. The tape runs when somebody asks for
+values. A tape kept under a key is a whole step of a model: running it again costs one call.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .threads import ARGS, ROW, pool
+
+ALIGN = 64
+
+
+def aligned(n_bytes: int) -> np.ndarray:
+    """Uninitialised bytes that begin on a cache line."""
+    memory = np.empty(n_bytes + ALIGN, np.uint8)
+    start = -memory.ctypes.data % ALIGN
+    return memory[start : start + n_bytes]
+
+
+class Arena:
+    """Memory for the outputs of a step, handed out and taken back in program order.
+
+    A place freed during recording may be given to a later instruction, because stages run one after
+    another; within the stage being recorded it may not, so freed places wait for ``begin_stage``.
+    """
+
+    def __init__(self, chunk: int = 1 << 20) -> None:
+        self._chunk = chunk
+        self._chunks: list[np.ndarray] = []
+        self._free: list[tuple[int, int]] = []  # (size, address)
+        self._waiting: list[tuple[int, int]] = []
+        self._lock = threading.Lock()
+
+    def take(self, n_bytes: int) -> tuple[int, int]:
+        """A place of at least n_bytes: (size, address)."""
+        size = max(-(-n_bytes // ALIGN) * ALIGN, ALIGN)
+        with self._lock:
+            fits = [i for i, (s, _) in enumerate(self._free) if s >= size]
+            if not fits:
+                return self._grow(size)
+            i = min(fits, key=lambda j: self._free[j][0])
+            found, address = self._free.pop(i)
+            if found - size >= 1024:
+                self._free.append((found - size, address + size))
+                return size, address
+            return found, address
+
+    def _grow(self, size: int) -> tuple[int, int]:
+        chunk = aligned(max(size, self._chunk))
+        self._chunks.append(chunk)
+        address = chunk.ctypes.data
+        if chunk.nbytes > size:
+            self._free.append((chunk.nbytes - size, address + size))
+        return size, address
+
+    def give(self, place: tuple[int, int]) -> None:
+        """Take a place back, for the stages after the present one."""
+        self._waiting.append(place)
+
+    def begin_stage(self) -> None:
+        """What was given back before can be used from now on."""
+        with self._lock:
+            while self._waiting:
+                self._insert(*self._waiting.pop())
+
+    def _insert(self, size: int, address: int) -> None:
+        """Add a free place, joined with its neighbours."""
+        for s, a in list(self._free):
+            if a + s == address:
+                self._free.remove((s, a))
+                size, address = size + s, a
+            elif address + size == a:
+                self._free.remove((s, a))
+                size += s
+        self._free.append((size, address))
+
+
+class CPUArray:
+    """An array of this backend: a shape, a type and an address."""
+
+    __slots__ = ("__weakref__", "_owner", "address", "derived", "dtype", "shape")
+
+    def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
+        self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
+        self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
+        self.derived: dict[Any, CPUArray] = {}  # forms of this array made for kernels (int8 blocks)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def in_arena(self) -> bool:
+        """Whether the memory is a place of an arena."""
+        owner = self._owner
+        while isinstance(owner, CPUArray):
+            owner = owner._owner
+        return isinstance(owner, _Place)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def reshape(self, *shape: int) -> CPUArray:
+        """The same values under another shape."""
+        return CPUArray(shape, self.dtype, self.address, self)
+
+    def view(self) -> np.ndarray:
+        """The memory as a NumPy array, whatever it holds at the moment."""
+        if not self.size:
+            return np.empty(self.shape, self.dtype)
+        pointer = {"data": (self.address, False), "shape": self.shape, "version": 3}
+        pointer["typestr"] = self.dtype.str
+        return np.asarray(_Interface(pointer, self))
+
+
+class _Interface:
+    """What NumPy needs to see foreign memory; keeps its owner alive."""
+
+    def __init__(self, pointer: dict[str, Any], owner: object) -> None:
+        self.__array_interface__, self.owner = pointer, owner
+
+
+class _Place:
+    """An arena's place; goes back when nobody refers to it."""
+
+    __slots__ = ("arena", "place")
+
+    def __init__(self, arena: Arena, n_bytes: int) -> None:
+        self.arena, self.place = arena, arena.take(n_bytes)
+
+    def __del__(self) -> None:
+        self.arena.give(self.place)
+
+
+def float_bits(x: float) -> int:
+    """A float32 argument of an instruction: its bits."""
+    return struct.unpack("<i", struct.pack("<f", x))[0]
+
+
+class Tape:
+    """Instructions recorded and not yet run, with the arena of their outputs."""
+
+    def __init__(self) -> None:
+        self.arena = Arena()
+        self.rows = np.zeros((256, ROW), np.int64)
+        self.n = 0
+        self.kept: list[Any] = []  # arrays whose addresses stand in the rows
+        self._grouped = False
+
+    def array(self, shape: Sequence[int], dtype: Any = np.float32) -> CPUArray:
+        """Room for an output of the next instruction."""
+        if not self._grouped:
+            self.arena.begin_stage()
+        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        place = _Place(self.arena, n_bytes)
+        return CPUArray(shape, dtype, place.place[1], place)
+
+    @contextmanager
+    def one_stage(self) -> Iterator[None]:
+        """Instructions recorded within may run side by side: no output takes another's freed place."""
+        self.arena.begin_stage()
+        self._grouped = True
+        try:
+            yield
+        finally:
+            self._grouped = False
+
+    def add(
+        self, kernel: int, pieces: int, args: Sequence[int], chunk: int = 1, joins: bool = False
+    ) -> int:
+        """Append an instruction; ``joins``: it may run beside the previous one. Returns its row."""
+        if self.n + 1 >= len(self.rows):
+            self._grow()
+        self.n += 1
+        row = self.rows[self.n]
+        row[1:ARGS] = pieces, chunk, not joins, -(-pieces // chunk)
+        row[0] = kernel
+        row[ARGS : ARGS + len(args)] = args
+        return self.n
+
+    def keep(self, *things: Any) -> None:
+        """Keep what the recorded rows point to, but not places of the arena: it stays, and reuses them."""
+        self.kept += [t for t in things if not (isinstance(t, CPUArray) and t.in_arena)]
+
+    def _grow(self) -> None:
+        grown = np.zeros((2 * len(self.rows), ROW), np.int64)
+        grown[: len(self.rows)] = self.rows
+        pool().retire(self.rows)
+        self.rows = grown
+
+    def set_pieces(self, row: int, pieces: int) -> None:
+        """Change the amount of work of a recorded instruction."""
+        chunk = self.rows[row, 2]
+        self.rows[row, 1], self.rows[row, 4] = pieces, -(-pieces // chunk)
+
+    def run(self, n_threads: int) -> None:
+        """Run all instructions; they stay recorded."""
+        if self.n:
+            self.rows[0, 0] = self.n
+            pool().run(self.rows.ctypes.data, n_threads)
+
+    def clear(self) -> None:
+        """Forget the instructions (their outputs stay)."""
+        self.n = 0
+        self.kept.clear()

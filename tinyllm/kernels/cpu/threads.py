@@ -1,0 +1,291 @@
+"""Threads that run a program of kernels together, and never wait for one another, only for work done.
+
+Every thread walks the same list of instructions. A *stage* is a run of instructions without dependence
+on each other; its pieces are numbered, and a thread claims the next one by compare-and-swap. A stage is
+over when its pieces are done, so a thread that the system has put aside holds up nobody unless it is in the
+middle of a piece. Waiting is a short spin, then a futex.
+
+The ticket counter carries the generation of the program in its high bits: a thread that wakes up late,
+with an old program before it, cannot claim anything.
+
+A program is rows of 32 x int64. The first holds the number of the others; each other is an instruction:
+kernel address, pieces, pieces per claim, 1 if a stage begins here, claims, then its arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from . import jit
+from .simd import I32, I64, emitter, get_i64, i64, set_i64, target
+
+ROW = 32  # int64 values of an instruction
+ROW_BYTES = ROW * 8
+PIECES, CHUNK, BEGINS, CLAIMS = 8, 16, 24, 32  # bytes into a row
+ARGS = 5  # where its arguments begin
+LINE = 64  # bytes: shared counters stand on cache lines of their own
+GENERATION, NEXT, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, PARKED = (LINE * i for i in range(8))
+SPIN = 1500  # pauses before sleeping: some 50 microseconds
+SHIFT = 32  # the generation's place in the counters
+CLOSED = (1 << 31) - 1  # a ticket beyond every program's end
+
+
+def _address(e, p):
+    return e.b.inttoptr(p, I64.as_pointer())
+
+
+@emitter(i64, i64)
+def atomic_load(e, p):
+    """The value at an address, seen no earlier than what was written before it."""
+    return e.b.load_atomic(_address(e, p), "acquire", 8)
+
+
+@emitter(types.void, i64, i64)
+def atomic_store(e, p, v):
+    """A value to an address, after everything written before."""
+    e.b.store_atomic(v, _address(e, p), "seq_cst", 8)
+
+
+@emitter(i64, i64, i64)
+def atomic_add(e, p, v):
+    """Add to the value at an address; the value before."""
+    return e.b.atomic_rmw("add", _address(e, p), v, "seq_cst")
+
+
+@emitter(i64, i64, i64, i64)
+def compare_and_swap(e, p, old, new):
+    """1 if the value at an address was old and now is new."""
+    pair = e.b.cmpxchg(_address(e, p), old, new, "seq_cst", "seq_cst")
+    return e.b.zext(e.b.extract_value(pair, 1), I64)
+
+
+@emitter(types.void, i64, i64, i64, i64, i64)
+def call_kernel(e, address, args, first, last, worker):
+    """Call a compiled kernel."""
+    ty = ir.FunctionType(ir.VoidType(), [I64] * 4)
+    e.b.call(e.b.inttoptr(address, ty.as_pointer()), [args, first, last, worker])
+
+
+def _syscall(e, *values):
+    ty = ir.FunctionType(I64, [I64], var_arg=True)
+    return e.b.call(cgutils.get_or_insert_function(e.b.module, ty, "syscall"), values)
+
+
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine, 0) if sys.platform == "linux" else 0
+
+
+@emitter(types.void, i64, i64)
+def sleep_while(e, p, value):
+    """Sleep while the low 32 bits at an address are those of value; elsewhere than on Linux, yield."""
+    if _FUTEX:
+        low = e.b.zext(e.b.trunc(value, I32), I64)
+        _syscall(e, I64(_FUTEX), p, I64(128), low, I64(0), I64(0), I64(0))
+    else:
+        _yield(e)
+
+
+@emitter(types.void, i64)
+def wake_all(e, p):
+    """Wake every thread that sleeps on an address."""
+    if _FUTEX:
+        _syscall(e, I64(_FUTEX), p, I64(129), I64(1 << 20), I64(0), I64(0), I64(0))
+
+
+def _yield(e):
+    if sys.platform == "win32":
+        e.call("Sleep", ir.VoidType(), I32(0))
+    else:
+        e.call("sched_yield", I32)
+
+
+@emitter(types.void)
+def pause(e):
+    """Tell the processor that this is a waiting loop."""
+    triple = target()[0]
+    if triple.startswith(("x86_64", "i686")):
+        e.call("llvm.x86.sse2.pause", ir.VoidType())
+    elif triple.startswith(("aarch64", "arm64")):
+        e.call("llvm.aarch64.hint", ir.VoidType(), I32(1))
+
+
+@numba.njit(nogil=True)
+def wait(state, field, goal, spin):
+    """Until a counter reaches the goal: spin a little, then sleep."""
+    spent = 0
+    seen = atomic_load(state + field)
+    while seen < goal:
+        spent += 1
+        if spent < spin:
+            pause()
+        else:
+            atomic_add(state + SLEEPERS, 1)
+            sleep_while(state + field, seen)
+            atomic_add(state + SLEEPERS, -1)
+        seen = atomic_load(state + field)
+
+
+@numba.njit(nogil=True)
+def wake(state, field):
+    """After a counter changed: wake those who sleep on it, if anybody sleeps."""
+    if atomic_load(state + SLEEPERS) > 0:
+        wake_all(state + field)
+
+
+@numba.njit(nogil=True)
+def do_claim(row, ticket, worker):
+    """Call the kernel that the ticket of a stage (counted from row's first) stands for."""
+    while ticket >= get_i64(row + CLAIMS):
+        ticket -= get_i64(row + CLAIMS)
+        row += ROW_BYTES
+    chunk = get_i64(row + CHUNK)
+    first = ticket * chunk
+    last = min(first + chunk, get_i64(row + PIECES))
+    call_kernel(get_i64(row), row + ARGS * 8, first, last, worker)
+
+
+@numba.njit(nogil=True)
+def take_part(state, program, generation, worker, spin):
+    """Walk the program, claiming and doing pieces, until all is done or another generation has begun."""
+    base = generation << SHIFT
+    row, stage_first = program + ROW_BYTES, 0
+    end = row + get_i64(program) * ROW_BYTES
+    while row < end:
+        stop, stage_last = row, stage_first  # the stage: rows [row, stop), tickets [first, last)
+        while True:
+            stage_last += get_i64(stop + CLAIMS)
+            stop += ROW_BYTES
+            if stop >= end or get_i64(stop + BEGINS) != 0:
+                break
+        while True:
+            ticket = atomic_load(state + NEXT)
+            if ticket >> SHIFT != generation:
+                return
+            if ticket - base >= stage_last:
+                break
+            if compare_and_swap(state + NEXT, ticket, ticket + 1) == 1:
+                do_claim(row, ticket - base - stage_first, worker)
+                if atomic_add(state + DONE, 1) + 1 == base + stage_last:
+                    wake(state, DONE)
+        wait(state, DONE, base + stage_last, spin)
+        row, stage_first = stop, stage_last
+
+
+def lead(state, program, limit, spin):
+    """The caller's part: open a generation, wake the others, take part, and close it when all is done."""
+    generation = atomic_load(state + GENERATION) + 1
+    set_i64(state + PROGRAM, program)
+    set_i64(state + LIMIT, limit)
+    atomic_store(state + DONE, generation << SHIFT)
+    atomic_store(state + NEXT, generation << SHIFT)
+    atomic_store(state + GENERATION, generation)
+    if limit > 1:
+        wake(state, GENERATION)
+    take_part(state, program, generation, 0, spin)
+    atomic_store(state + NEXT, (generation << SHIFT) + CLOSED)
+
+
+def work(state, worker, seen, spin):
+    """A thread's life: wait for a generation, take part, park."""
+    while True:
+        wait(state, GENERATION, seen + 1, spin)
+        if atomic_load(state + STOP) != 0:
+            return
+        seen = atomic_load(state + GENERATION)
+        if worker < get_i64(state + LIMIT):
+            take_part(state, get_i64(state + PROGRAM), seen, worker, spin)
+        atomic_store(state + PARKED + LINE * worker, seen)
+
+
+def cores() -> list[int]:
+    """One logical processor of each physical core that this process may use."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if not allowed:
+        return list(range(os.cpu_count() or 1))
+    seen, first = set(), []
+    for cpu in allowed:
+        path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        try:
+            with open(path) as f:
+                siblings = f.read()
+        except OSError:
+            siblings = str(cpu)
+        if siblings not in seen:
+            seen.add(siblings)
+            first.append(cpu)
+    return first
+
+
+class Pool:
+    """The threads of this process; programs of several Python threads run one after another."""
+
+    def __init__(self) -> None:
+        self.size = max(len(cores()), 1)
+        self._lock = threading.Lock()
+        self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
+        self._state = -(-self._memory.ctypes.data // LINE) * LINE
+        self._lead = _foreign(lead)
+        self._work = _foreign(work)
+        self._started = 1  # the caller is worker 0
+        self._retired: list[tuple[int, object]] = []
+
+    def run(self, program: int, n_threads: int) -> None:
+        """Run the program at an address to its end on up to n_threads threads."""
+        with self._lock:
+            n_threads = min(n_threads, self.size)
+            while self._started < n_threads:
+                self._start(self._started)
+            self._lead(self._state, program, n_threads, SPIN)
+
+    def _start(self, worker: int) -> None:
+        seen = self._counter(GENERATION)
+        args = (self._state, worker, seen, SPIN)
+        threading.Thread(target=self._work, args=args, name="tinyllm", daemon=True).start()
+        self._started += 1
+
+    def _counter(self, field: int) -> int:
+        return ctypes.c_int64.from_address(self._state + field).value
+
+    def retire(self, memory: object) -> None:
+        """Keep a program's memory until no late thread can still look at it."""
+        with self._lock:
+            now = self._counter(GENERATION)
+            parked = [self._counter(PARKED + LINE * w) for w in range(1, self._started)]
+            oldest = min(parked, default=now)
+            self._retired = [r for r in self._retired if r[0] > oldest] + [(now, memory)]
+
+
+def _foreign(body) -> ctypes._CFuncPtr:
+    """A compiled function of four integers as Python calls it: without the interpreter's lock."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(body))
+
+
+_pool: Pool | None = None
+_pool_lock = threading.Lock()
+
+
+def pool() -> Pool:
+    """The process's pool, made when first needed."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = Pool()
+        return _pool
+
+
+def _forget() -> None:
+    """In a forked child there are no threads and any lock may be held: start afresh."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
