@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Write docs/malformed.md: what tinyllm, the gguf package and llama.cpp do with malformed files.
+
+    python scripts/malformed_table.py                  # writes docs/malformed.md
+    python scripts/malformed_table.py --check          # fails if tinyllm accepts, dies or takes too long
+
+Each file is opened by each reader in a process of its own, which may take 10 seconds and 2 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gguf")]
+
+import malformed  # noqa: E402  # the table of cases lies with the tests
+
+SECONDS = 10
+BYTES = 2 << 30
+Opener = Callable[[str], None]
+
+
+def tinyllm_file() -> Opener:
+    from tinyllm import gguf
+
+    return lambda path: gguf.open(path).close()
+
+
+def package_file() -> Opener:
+    import gguf
+
+    def open_file(path: str) -> None:
+        gguf.GGUFReader(path)
+
+    return open_file
+
+
+def llama_cpp_file() -> Opener:
+    """ggml's own parser, called as llama.cpp calls it before anything else."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise ImportError("llama_cpp")
+    library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libggml-base.so"))
+    parse = library.gguf_init_from_file
+    parse.restype, parse.argtypes = ctypes.c_void_p, [ctypes.c_char_p, Parameters]
+
+    def open_file(path: str) -> None:
+        if not parse(path.encode(), Parameters(no_alloc=True)):
+            raise ValueError("refused")
+
+    return open_file
+
+
+class Parameters(ctypes.Structure):
+    """``struct gguf_init_params``."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+FILE_READERS = {
+    "tinyllm": tinyllm_file,
+    "gguf": package_file,
+    "llama.cpp": llama_cpp_file,
+}
+
+
+def outcome(opener: Opener, path: str) -> dict[str, object]:
+    """Open the file in a forked process: what happened, in how much time and memory."""
+    receive, send = os.pipe()
+    start = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        os.close(receive)
+        attempt(opener, path, send)
+    os.close(send)
+    says = listen(receive, child)
+    os.close(receive)
+    _, status, usage = os.wait4(child, 0)
+    seconds = time.perf_counter() - start
+    return {"what": describe(says, status), "seconds": seconds, "kib": usage.ru_maxrss}
+
+
+def attempt(opener: Opener, path: str, send: int) -> None:
+    """In the child: silence the library, set the limits, open, report, end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
+    try:
+        opener(path)
+        says = "accepted"
+    except BaseException as error:
+        says = f"{type(error).__name__}: {error}".replace(path, "FILE")
+    os.write(send, says.encode("utf-8", "backslashreplace")[:1000])
+    os._exit(0)
+
+
+def listen(receive: int, child: int) -> str:
+    """What the child reports, or an empty text when it dies or takes too long."""
+    ready, _, _ = select.select([receive], [], [], SECONDS)
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+        return f"still busy after {SECONDS} s"
+    return os.read(receive, 1000).decode(errors="replace")
+
+
+def describe(says: str, status: int) -> str:
+    if says:
+        return says
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"ended with exit code {os.waitstatus_to_exitcode(status)}"
+
+
+def verdict(what: str) -> str:
+    """One word for the table."""
+    kind = what.partition(":")[0]
+    if kind == "accepted":
+        return "**accepted**"
+    if kind.startswith(("killed", "still", "ended")):
+        return f"**{kind}**"
+    if kind == "MemoryError":
+        return "**out of memory**"
+    return (
+        "refused"
+        if kind in ("GGUFError", "UnsupportedModel") or kind == "ValueError"
+        else f"{kind}"
+    )
+
+
+def run(cases: list[malformed.Case], readers: dict[str, Callable[[], Opener]]) -> list[dict]:
+    """Every case by every reader that is installed."""
+    rows: list[dict] = [{"case": name, "bytes": len(raw)} for name, raw, _ in cases]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.gguf" for i in range(len(cases))]
+        for path, (_, raw, _) in zip(paths, cases, strict=True):
+            path.write_bytes(raw)
+        for reader, prepare in readers.items():
+            opener = prepare()
+            for row, path in zip(rows, paths, strict=True):
+                row[reader] = outcome(opener, str(path))
+    return rows
+
+
+def installed(readers: dict[str, Callable[[], Opener]]) -> dict[str, Callable[[], Opener]]:
+    names = {"tinyllm": "tinyllm", "gguf": "gguf", "llama.cpp": "llama_cpp"}
+    return {r: f for r, f in readers.items() if importlib.util.find_spec(names[r])}
+
+
+def page(rows: list[dict], readers: list[str]) -> Iterator[str]:
+    yield INTRODUCTION.format(n=len(rows), gguf=version("gguf"), llama=version("llama-cpp-python"))
+    yield "| | refused | accepted | died, hung or ran out of memory | other exceptions |"
+    yield "|---|---|---|---|---|"
+    for reader in readers:
+        words = Counter(classify(verdict(str(row[reader]["what"]))) for row in rows)
+        counts = " | ".join(str(words[k]) for k in ("refused", "accepted", "died", "other"))
+        yield f"| {reader} | {counts} |"
+    yield ""
+    yield f"| case | bytes | {' | '.join(readers)} | what tinyllm says |"
+    yield "|---|---|" + "---|" * (len(readers) + 1)
+    for row in rows:
+        words = " | ".join(verdict(str(row[r]["what"])) for r in readers)
+        says = str(row["tinyllm"]["what"]).partition(": ")[2].removeprefix("FILE, ")
+        yield f"| {cell(row['case'], 50)} | {row['bytes']} | {words} | {cell(says, 150)} |"
+
+
+def classify(word: str) -> str:
+    if word in ("refused", "**accepted**"):
+        return word.strip("*")
+    return "died" if word.startswith("**") else "other"
+
+
+def cell(text: str, n: int) -> str:
+    text = text if len(text) <= n else text[: n - 3] + "..."
+    return "`" + text.replace("|", "\\|").replace("`", "'").replace("\n", " ") + "`"
+
+
+INTRODUCTION = """# Malformed files
+
+A model file is a program from a stranger. These {n} files are each wrong in one place; every one must be
+refused with an error that says where, in less than a second and without taking the memory it claims to need.
+The table is made by `scripts/malformed_table.py`, which opens each file with tinyllm, with the `gguf` package
+{gguf} and with the parser of llama.cpp (`gguf_init_from_file` of llama-cpp-python {llama}), each in a process
+of its own with 10 seconds and 2 GiB. "Accepted" means that the reader reported nothing: some of these files
+are harmless to a reader that looks no further, others are refused later.
+"""
+
+
+def bad(rows: list[dict]) -> list[str]:
+    """Where tinyllm itself falls short of its promise."""
+    base = min(row["tinyllm"]["kib"] for row in rows)
+    return [
+        f"{row['case']}: {row['tinyllm']}"
+        for row in rows
+        if verdict(str(row["tinyllm"]["what"])) != "refused"
+        or row["tinyllm"]["seconds"] > 1
+        or row["tinyllm"]["kib"] - base > 64 << 10
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="run tinyllm only; write nothing")
+    parser.add_argument("--json", type=Path, help="also keep the raw results")
+    args = parser.parse_args()
+    readers = {"tinyllm": tinyllm_file} if args.check else installed(FILE_READERS)
+    rows = run(list(malformed.cases()), readers)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    if not args.check:
+        (ROOT / "docs" / "malformed.md").write_text("\n".join(page(rows, list(readers))) + "\n")
+    for line in bad(rows):
+        print(line, file=sys.stderr)
+    return int(bool(bad(rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
