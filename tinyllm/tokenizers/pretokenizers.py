@@ -52,6 +52,7 @@ _GPT2 = r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 _QWEN2_NO_CONTRACTION = rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_SYMBOLS}|{_TAIL}"
 _QWEN2 = rf"{_CONTRACTION}|{_QWEN2_NO_CONTRACTION}"
 _LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_SYMBOLS}|{_TAIL}"
+_FAR_EASTERN = r"(?:(?!\s)[\u0800-\u9fa5\uac00-\ud7ff])+"
 _CJK = "[一-龥぀-ゟ゠-ヿ]+"
 _DEEPSEEK3 = (
     r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _TAIL
@@ -336,12 +337,12 @@ TABLE: dict[str, PreTokenizer] = {
             rf"\s?[{_LETTERS_WITH_CASE}]+",
             r"\s?[!-/:-~！-／：-～‘-‟\u3001\u3002]+",
             r"\s+\Z",
-            "[一-龥ࠀ-一가-퟿]+",
+            _FAR_EASTERN,
             r"\p{N}+",
         )
     ),
     "deepseek-coder": PreTokenizer(
-        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _FAR_EASTERN, r"\p{N}")
     ),
     "falcon": PreTokenizer((r"[\p{P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
     "chameleon": PreTokenizer(
