@@ -16,6 +16,7 @@ TABLES = {"iq_tables.py", "unassigned.py"}  # data, not code
 
 BELOW_GENERATE = {"errors", "gguf", "tokenizers", "kernels", "models", "sampling", "text"}
 BELOW_MODEL = BELOW_GENERATE | {"generate", "chat"}
+DOWNLOADS = {"sdk.download", "sdk.catalogue", "sdk.locks"}  # load() takes "hf:..." and listed names
 ALLOWED = {
     "errors": set(),
     "gguf": {"errors"},
@@ -28,13 +29,15 @@ ALLOWED = {
     "metering": {"errors"},
     "sandbox": {"errors", "metering"},
     "chat": {"errors", "tokenizers", "sandbox", "metering"},
-    "model": BELOW_MODEL | {"sdk.download"},
-    "sdk.download": {"errors", "sdk.locks"},  # so that load() may take "hf:..." and listed names
-    "sdk.locks": {"errors"},
+    "model": BELOW_MODEL | DOWNLOADS,
+    **dict.fromkeys(DOWNLOADS, {"errors", *DOWNLOADS}),
     "sdk": BELOW_MODEL | {"model"},
     "repl": BELOW_MODEL | {"model", "sdk"},
     "server": BELOW_MODEL | {"model", "sdk"},
-    "cli": BELOW_MODEL | {"model", "sdk", "repl", "server"},
+    "bench": BELOW_MODEL | {"model"},
+    "perplexity": BELOW_MODEL | {"model"},
+    "info": BELOW_MODEL | {"model"},
+    "cli": BELOW_MODEL | {"model", "sdk", "repl", "server", "bench", "perplexity", "info"},
     "__main__": {"cli"},
     "__init__": {"errors", "gguf", "tokenizers", "model", "sdk"},
 }
@@ -49,6 +52,7 @@ THIRD_PARTY = {
     "requests",
     "tqdm",
 }
+THIRD_PARTY |= {"urllib3"}  # part of requests: the errors that it lets through
 
 
 def imports(source: str, package: str) -> Iterator[str]:

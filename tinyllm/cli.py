@@ -1,0 +1,409 @@
+"""The command line: one function per command, from its parsed arguments to what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+from .errors import ArgumentError, TinyLLMError
+
+if TYPE_CHECKING:
+    from .gguf import GGUFFile
+    from .model import Model
+
+Arguments = argparse.Namespace
+USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+MODEL_HELP = (
+    "a .gguf file, hf:owner/repo/file.gguf, or a name of GPT4All's list; default: the bundled model"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: ``arguments`` declares what it takes, ``run`` does it."""
+
+    summary: str
+    example: str
+    arguments: Callable[[Parser], None]
+    run: Callable[[Arguments], None]
+
+    def parser(self, name: str) -> Parser:
+        parser = Parser(
+            prog=f"tinyllm {name}",
+            description=self.summary,
+            epilog=f"example:\n  {self.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.arguments(parser)
+        return parser
+
+
+# ---- arguments that several commands share
+
+
+def model_argument(p: Parser) -> None:
+    p.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
+
+
+def load_options(p: Parser) -> None:
+    p.add_argument("--device", help="cpu (default), auto, reference, cuda[:i], opencl[:i]")
+    p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: the physical cores")
+    p.add_argument("-c", "--n-ctx", type=int, metavar="N", help="tokens of context")
+    p.add_argument("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU; default: all")
+    p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
+    p.add_argument("--no-strict", action="store_true", help="warn of what is not understood")
+
+
+def load_model(args: Arguments) -> Model:
+    import tinyllm
+
+    return tinyllm.load(
+        locate(args.model),
+        device=args.device,
+        n_ctx=args.n_ctx,
+        n_threads=args.n_threads,
+        n_gpu_layers=args.n_gpu_layers,
+        kv_type=args.kv_type,
+        strict=not args.no_strict,
+    )
+
+
+def locate(name: str | None) -> Path:
+    """The model's file, perhaps downloaded; what goes wrong on the way is one line."""
+    from .model import locate as locate_model
+
+    try:
+        return locate_model(name)
+    except (TinyLLMError, OSError):
+        raise
+    except (
+        ValueError,
+        RuntimeError,
+    ) as e:  # a server that refused, a file that was not the expected
+        raise TinyLLMError(f"{name}: {e}") from e
+
+
+def open_file(name: str | None) -> GGUFFile:
+    """A model's metadata and tensors, weights unread."""
+    from . import gguf
+
+    return gguf.open(locate(name))
+
+
+def text_argument(text: str) -> str:
+    """The text itself, or all of standard input for "-"."""
+    return sys.stdin.read() if text == "-" else text
+
+
+def refuse_lonely_model(command: str, model: str | None, text: str) -> None:
+    """A single argument is the text; if it looks like a model, the text was forgotten."""
+    if model is None and text.endswith(".gguf"):
+        raise ArgumentError(
+            f'after the model comes a text: tinyllm {command} {text} "Once upon a time"'
+        )
+
+
+# ---- run
+
+
+def run_arguments(p: Parser) -> None:
+    model_argument(p)
+    p.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads standard input")
+    load_options(p)
+    p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="-1: no limit")
+    for name, kind, default in SAMPLING:
+        p.add_argument(
+            f"--{name}", type=kind, default=default, metavar="X", help="default %(default)s"
+        )
+    p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    p.add_argument("--overflow", default="error", choices=("error", "shift", "truncate"),
+                   help="when the context is full")  # fmt: skip
+    p.add_argument("--no-echo", action="store_true", help="do not repeat the prompt")
+
+
+SAMPLING: tuple[tuple[str, Callable[[str], Any], float], ...] = (
+    ("temperature", float, 0.8),
+    ("top-k", int, 40),
+    ("top-p", float, 0.95),
+    ("min-p", float, 0.0),
+    ("typical-p", float, 1.0),
+    ("repeat-penalty", float, 1.0),
+    ("repeat-last-n", int, 64),
+    ("presence-penalty", float, 0.0),
+    ("frequency-penalty", float, 0.0),
+)
+
+
+def run(args: Arguments) -> None:
+    from .sampling import SamplingParams
+
+    refuse_lonely_model("run", args.model, args.prompt)
+    prompt = text_argument(args.prompt)
+    names = [name.replace("-", "_") for name, _, _ in SAMPLING]
+    sampling = {name: getattr(args, name) for name in [*names, "seed"]}
+    SamplingParams(**sampling)  # a wrong value is told before a large file is read
+    with load_model(args) as model:
+        pieces = model.generate(
+            prompt, args.max_tokens, **sampling, stop=args.stop, overflow=args.overflow, stream=True
+        )
+        print("" if args.no_echo else prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+# ---- embed
+
+
+def embed_arguments(p: Parser) -> None:
+    model_argument(p)
+    p.add_argument("text", metavar="TEXT", nargs="+", help="- reads one text per line")
+    load_options(p)
+    p.add_argument("--pooling", choices=("mean", "cls", "last"), help="default: as the file says")
+    p.add_argument("--no-normalize", action="store_true", help="keep the vectors' lengths")
+
+
+def embed(args: Arguments) -> None:
+    refuse_lonely_model("embed", args.model, args.text[0])
+    texts = sys.stdin.read().splitlines() if args.text == ["-"] else args.text
+    with load_model(args) as model:
+        for vector in model.embed(texts, args.pooling, not args.no_normalize):
+            print(json.dumps([float(f"{x:.7g}") for x in vector]))
+
+
+# ---- info
+
+
+def info_arguments(p: Parser) -> None:
+    model_argument(p)
+    p.add_argument("-c", "--n-ctx", type=int, metavar="N", help="context to reckon the memory of")
+    p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
+    p.add_argument("--keys", action="store_true", help="every metadata key instead")
+    p.add_argument("--tensors", action="store_true", help="every tensor instead")
+
+
+def info(args: Arguments) -> None:
+    from . import info as about
+
+    with open_file(args.model) as file:
+        if args.keys:
+            lines = about.keys(file.metadata)
+        elif args.tensors:
+            lines = about.tensor_lines(file.tensors)
+        else:
+            lines = about.report(file, args.n_ctx, args.kv_type)
+        for line in lines:
+            print(line)
+
+
+# ---- tokenize
+
+
+def tokenize_arguments(p: Parser) -> None:
+    model_argument(p)
+    p.add_argument("text", metavar="TEXT", help="- reads standard input")
+    p.add_argument("--ids", action="store_true", help="only the ids, on one line")
+    p.add_argument("--no-special", action="store_true", help="add no special tokens")
+    p.add_argument("--no-parse-special", action="store_true", help="<s> in the text is just text")
+
+
+def tokenize(args: Arguments) -> None:
+    from . import tokenizers
+
+    refuse_lonely_model("tokenize", args.model, args.text)
+    with open_file(args.model) as file:
+        tokenizer = tokenizers.load(file.metadata)
+    ids = tokenizer.encode(text_argument(args.text), not args.no_special, not args.no_parse_special)
+    if args.ids:
+        print(*ids)
+        return
+    for i in ids:
+        shown = tokenizer.token_bytes(i) or tokenizer.token_text(i).encode()
+        print(f"{i:>8}  {shown.decode('utf-8', 'backslashreplace')!r}")
+
+
+# ---- devices
+
+
+def no_arguments(p: Parser) -> None:
+    """The command takes none."""
+
+
+def devices(args: Arguments) -> None:
+    import tinyllm
+
+    for d in tinyllm.list_devices():
+        print(f"{d.name:<40} {d.kind:<8} {d.memory / 1e9:>8.1f} GB")
+
+
+# ---- bench
+
+
+def bench_arguments(p: Parser) -> None:
+    model_argument(p)
+    load_options(p)
+    p.add_argument(
+        "-p", "--n-prompt", type=int, default=512, metavar="N", help="default %(default)s"
+    )
+    p.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="default %(default)s")
+    p.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="tokens in the context")
+    p.add_argument("-r", "--repeat", type=int, default=3, metavar="N", help="default %(default)s")
+    p.add_argument("--json", action="store_true", help="one line of JSON")
+
+
+def bench(args: Arguments) -> None:
+    from . import bench as benchmark
+
+    with load_model(args) as model:
+        results = benchmark.measure(model, args.n_prompt, args.n_gen, args.depth, args.repeat)
+        about = benchmark.describe(model, args.n_threads)
+    print(
+        json.dumps(benchmark.as_json(about, results))
+        if args.json
+        else benchmark.as_table(about, results)
+    )
+
+
+# ---- perplexity
+
+
+def perplexity_arguments(p: Parser) -> None:
+    model_argument(p)
+    p.add_argument("file", metavar="FILE", help="a text in UTF-8; - reads standard input")
+    load_options(p)
+    p.add_argument(
+        "--window", type=int, default=512, metavar="N", help="tokens, half of them scored"
+    )
+    p.add_argument("--n-windows", type=int, metavar="N", help="at most; default: all")
+
+
+def perplexity(args: Arguments) -> None:
+    from tqdm import tqdm
+
+    from .perplexity import perplexity as score
+
+    text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text("utf-8")
+    with load_model(args) as model:
+        ids = model.tokenizer.encode(text, parse_special=False)
+        found = score(model, ids, args.window, args.n_windows,
+                      lambda starts, n: tqdm(starts, "scoring", n, leave=False, disable=None))  # fmt: skip
+    print(
+        f"perplexity {found.value:.4f} ± {found.error:.4f} "
+        f"({found.n_scored} tokens of {found.n_windows} windows of {args.window})"
+    )
+
+
+# ---- all of them
+
+
+COMMANDS = {
+    "run": Command(
+        "Continue a text, word by word.",
+        'tinyllm run model.gguf "Once upon a time" -n 100 --seed 1',
+        run_arguments, run,
+    ),
+    "embed": Command(
+        "Print each text's embedding as a line of JSON.",
+        'tinyllm embed all-MiniLM-L6-v2.gguf2.f16.gguf "A first text" "A second"',
+        embed_arguments, embed,
+    ),
+    "info": Command(
+        "Say what a file holds and how it would run; no weights are read.",
+        "tinyllm info model.gguf -c 8192",
+        info_arguments, info,
+    ),
+    "tokenize": Command(
+        "Print a text's tokens; a vocabulary-only file is enough.",
+        'tinyllm tokenize model.gguf "Hello, world"',
+        tokenize_arguments, tokenize,
+    ),
+    "devices": Command(
+        "List what models can run on.", "tinyllm devices", no_arguments, devices,
+    ),
+    "bench": Command(
+        "Measure tokens per second, of a prompt (pp) and one by one (tg), as llama-bench does.",
+        "tinyllm bench model.gguf -p 512 -n 64 -t 2 -r 3",
+        bench_arguments, bench,
+    ),
+    "perplexity": Command(
+        "Score a text, as llama.cpp's tool of that name does.",
+        "tinyllm perplexity model.gguf wiki.test.raw --window 512",
+        perplexity_arguments, perplexity,
+    ),
+}  # fmt: skip
+ELSEWHERE = {"chat": "Talk with a model."}
+
+
+def overview() -> str:
+    summaries = {name: c.summary for name, c in COMMANDS.items()} | ELSEWHERE
+    lines = [f"  {name:<12} {summary}" for name, summary in summaries.items()]
+    return "\n".join([
+        "usage: tinyllm COMMAND ...\n\nRun language models from GGUF files.\n\ncommands:", *lines,
+        "\nexample:\n  tinyllm run \"Once upon a time\"\n\nEach command explains itself: tinyllm run --help",
+    ])  # fmt: skip
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Run the command that the first argument names with the others."""
+    name, rest = (argv[0], list(argv[1:])) if argv else ("", [])
+    if name in ("-h", "--help"):
+        print(overview())
+    elif name == "--version":
+        print(f"tinyllm {__version__}")
+    elif name == "chat":
+        from .repl import main as chat
+
+        chat(rest)
+    elif name in COMMANDS:
+        command = COMMANDS[name]
+        command.run(command.parser(name).parse_intermixed_args(rest))
+    else:
+        raise ArgumentError(unknown_command(name))
+
+
+def unknown_command(name: str) -> str:
+    known = [*COMMANDS, *ELSEWHERE]
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    return f"unknown command {name!r}; {hint}" if name else f"no command; {hint}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code.
+
+    0 when it worked, 2 for a wrong argument, 1 for any other error (one line on stderr says which), 130
+    after Ctrl-C.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    try:
+        dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (TinyLLMError, OSError, MemoryError) as e:
+        message = " ".join(str(e).split()) or type(e).__name__
+        print(f"tinyllm: {message}", file=sys.stderr)
+        return USAGE_ERROR if isinstance(e, ArgumentError) else FAILED
