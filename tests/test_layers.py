@@ -30,7 +30,7 @@ ALLOWED = {
     "sandbox": {"errors", "metering"},
     "chat": {"errors", "tokenizers", "sandbox", "metering"},
     "model": BELOW_MODEL | DOWNLOADS,
-    **dict.fromkeys(DOWNLOADS, {"errors", *DOWNLOADS}),
+    **{module: {"errors", *DOWNLOADS} for module in DOWNLOADS},
     "sdk": BELOW_MODEL | {"model"},
     "repl": BELOW_MODEL | {"model", "sdk"},
     "server": BELOW_MODEL | {"model", "sdk"},
