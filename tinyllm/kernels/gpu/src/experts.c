@@ -41,39 +41,36 @@ KERNEL void route(GLOBAL const float* logits, GLOBAL const float* bias, GLOBAL i
     const ulong row = (ulong)GROUP_ID(0);
     for (int i = tid; i < n; i += THREADS) score[i] = logits[row * n + i];
     BARRIER();
-    if (gating == 0) {
-        const float top = score[largest(score, n, best, where)];
-        float total = 0.0f;
-        for (int i = 0; i < n; ++i) total += exp(score[i] - top);
-        for (int i = tid; i < n; i += THREADS) choice[i] = exp(score[i] - top) / total;
-        BARRIER();
-        for (int i = tid; i < n; i += THREADS) score[i] = choice[i];
-    } else if (gating == 1) {
-        for (int i = tid; i < n; i += THREADS) score[i] = 0.5f + 0.5f * tanh(0.5f * score[i]);
+    /* No barrier stands in a branch: some OpenCL compilers cannot have it there. */
+    const float top = score[largest(score, n, best, where)];
+    float total = 0.0f;
+    for (int i = 0; i < n; ++i) total += exp(score[i] - top);
+    BARRIER();
+    for (int i = tid; i < n; i += THREADS) {
+        if (gating == 0) score[i] = exp(score[i] - top) / total;
+        if (gating == 1) score[i] = 0.5f + 0.5f * tanh(0.5f * score[i]);
+        choice[i] = bias ? score[i] + bias[i] : score[i];
     }
     BARRIER();
-    for (int i = tid; i < n; i += THREADS) choice[i] = bias ? score[i] + bias[i] : score[i];
+    /* Of several groups keep those whose two best scores sum highest (DeepSeek-V3). */
+    const int size = n / n_group;
+    for (int g = tid; g < n_group; g += THREADS) {
+        float first = LOWEST, second = LOWEST;
+        for (int i = g * size; i < (g + 1) * size; ++i) {
+            second = fmax(second, fmin(first, choice[i]));
+            first = fmax(first, choice[i]);
+        }
+        group[g] = size > 1 ? first + second : first;
+    }
     BARRIER();
-    if (n_group > 1) { /* keep the groups whose two best scores sum highest (DeepSeek-V3) */
-        const int size = n / n_group;
-        for (int g = tid; g < n_group; g += THREADS) {
-            float first = LOWEST, second = LOWEST;
-            for (int i = g * size; i < (g + 1) * size; ++i) {
-                second = fmax(second, fmin(first, choice[i]));
-                first = fmax(first, choice[i]);
-            }
-            group[g] = size > 1 ? first + second : first;
-        }
-        BARRIER();
-        for (int i = 0; i < n_group_used; ++i) {
-            const int g = largest(group, n_group, best, where);
-            if (tid == 0) group[g] = LOWEST;
-            BARRIER();
-        }
-        for (int i = tid; i < n; i += THREADS)
-            if (group[i / size] > LOWEST) choice[i] = LOWEST;
+    for (int i = 0; i < n_group_used; ++i) {
+        const int g = largest(group, n_group, best, where);
+        if (tid == 0) group[g] = LOWEST;
         BARRIER();
     }
+    for (int i = tid; i < n; i += THREADS)
+        if (group[i / size] > LOWEST) choice[i] = LOWEST;
+    BARRIER();
     for (int i = 0; i < k; ++i) {
         const int e = largest(choice, n, best, where);
         if (tid == 0) {
@@ -85,9 +82,10 @@ KERNEL void route(GLOBAL const float* logits, GLOBAL const float* bias, GLOBAL i
     }
     if (tid) return;
     GLOBAL float* w = weights + row * k;
-    float total = 0.0f, top = w[0];
+    const float first = w[0];
+    total = 0.0f;
     if (gating == 2)
-        for (int i = 0; i < k; ++i) w[i] = exp(w[i] - top);
+        for (int i = 0; i < k; ++i) w[i] = exp(w[i] - first);
     for (int i = 0; i < k; ++i) total += w[i];
     for (int i = 0; i < k; ++i) w[i] = (gating == 2 || renormalise ? w[i] / total : w[i]) * scale;
 }

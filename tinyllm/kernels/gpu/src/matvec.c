@@ -6,6 +6,7 @@
 #define LANES 32
 #define WARPS 4
 #define ROWS 2
+#define MOST 8 /* rows of x at once */
 #define PAD 33 /* so that the threads that add up do not meet in one bank */
 
 #define OUTPUT(i) GLOBAL const uchar *w##i, const ulong total##i, const int n_out##i, GLOBAL const float *bias##i, GLOBAL float *y##i
@@ -17,18 +18,20 @@ INLINE void matvec(const int m_tile, WEIGHT_ARGS, const ulong first, X_ARGS, GLO
     const int lane = LOCAL_ID(0), warp = LOCAL_ID(1);
     const int n_units = (n_in + UNIT - 1) / UNIT;
     const int row0 = (group * (WARPS / split) + warp / split) * ROWS;
-    float acc[ROWS * 8];
-    UNROLL for (int i = 0; i < ROWS * 8; ++i) acc[i] = 0.0f;
+    float acc[ROWS * MOST];
+    UNROLL for (int i = 0; i < ROWS * MOST; ++i) acc[i] = 0.0f;
     for (int k = (warp % split) * LANES + lane; k < n_units; k += split * LANES) {
         Unit u[ROWS];
         UNROLL for (int r = 0; r < ROWS; ++r)
             u[r] = weight_unit(w, total, grid, first + (ulong)(row0 + r < n_out ? row0 + r : n_out - 1), k, n_in);
-        UNROLL for (int m = 0; m < m_tile; ++m) {
+        UNROLL for (int m = 0; m < MOST; ++m) {
+            if (m >= m_tile) continue; /* m_tile is a constant where this is inlined */
             const XUnit x = x_unit(xq, xd, xs, (t0 + m < n_x ? t0 + m : n_x - 1) / t_step, k, n_in);
             UNROLL for (int r = 0; r < ROWS; ++r) acc[m * ROWS + r] += unit_dot(&u[r], &x);
         }
     }
-    UNROLL for (int i = 0; i < ROWS * m_tile; ++i) sums[(i * WARPS + warp) * PAD + lane] = acc[i];
+    UNROLL for (int i = 0; i < ROWS * MOST; ++i)
+        if (i < ROWS * m_tile) sums[(i * WARPS + warp) * PAD + lane] = acc[i];
     BARRIER();
     /* Thread j adds up output j: (token and row) i of the warps that share these rows. */
     const int n_sums = ROWS * m_tile * (WARPS / split);
