@@ -91,6 +91,15 @@ def render(
     return _run(template, variables, clock or datetime.now)
 
 
+def check(template: str) -> None:
+    """Raise TemplateError if a template is malformed or larger than any real one."""
+    try:
+        _environment().meter.reset(0, 0)
+        _compile(template)
+    except Exception as error:
+        raise TemplateError(_explain(error)) from error
+
+
 def _run(template: str, variables: dict[str, Any], clock: Clock) -> str:
     from tinyllm.metering import weight_of
 

@@ -81,7 +81,7 @@ def download_listed(entry: ConfigType, directory: Path, verbose: bool = True) ->
     )
 
 
-def download_hf(name: str, verbose: bool = True) -> Path:
+def download_hf(name: str, verbose: bool = True, allow_download: bool = True) -> Path:
     """The file ``hf:owner/repo/file.gguf`` (or ``hf:owner/repo@revision/file.gguf``), downloaded once.
 
     A repository that needs permission is opened with the token in $HF_TOKEN; $HF_ENDPOINT names another
@@ -93,6 +93,8 @@ def download_hf(name: str, verbose: bool = True) -> Path:
         The name does not have that form.
     ValueError
         There is no such file, or it needs permission.
+    FileNotFoundError
+        It is not on this machine, and must not be downloaded.
     """
     match = HF_NAME.fullmatch(name)
     if not match or any(part in ("", ".", "..") for part in name[3:].split("/")):
@@ -103,6 +105,8 @@ def download_hf(name: str, verbose: bool = True) -> Path:
         for part in (owner, repo + (f"@{revision}" if revision else ""), *file.split("/"))
     ]
     path = cache_directory() / "hf" / Path(*parts)
+    if not allow_download and not path.exists():
+        raise FileNotFoundError(f"Model file does not exist: {path!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     hub = os.environ.get("HF_ENDPOINT") or HUB_URL
     token = os.environ.get("HF_TOKEN")
@@ -128,7 +132,7 @@ def find_model(
         There is no such file, and none can be downloaded under this name.
     """
     if isinstance(name, str) and name.startswith("hf:"):
-        return download_hf(name, verbose)
+        return download_hf(name, verbose, allow_download)
     path = Path(name)
     here = [path, DEFAULT_MODEL_DIRECTORY / _with_extension(str(name))]
     found = next((p for p in here if p.is_file()), None)

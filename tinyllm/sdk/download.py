@@ -155,7 +155,7 @@ class _Transfer:
                 self.have, self.total, self.note = 0, None, {}
                 raise
             part.flush()
-            os.fsync(part.fileno())
+            _fsync(part)
 
     # what an earlier call left
 
@@ -371,6 +371,11 @@ def _bar(desc: str, total: int | None, initial: int = 0) -> Any:
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
     while block := file.read(BLOCK):
         yield block
+
+
+def _fsync(file: IO[bytes] | int) -> None:
+    """Force a file's content onto the disk."""
+    os.fsync(file if isinstance(file, int) else file.fileno())
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,0 +1,231 @@
+"""Embeddings as GPT4All makes them: task prefixes, chunks of long texts, Matryoshka dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tinyllm.model import Model
+
+CancelCallback = Callable[[list[int], str], bool]
+
+ATLAS_MAX_LENGTH = 8192  # tokens
+CHUNK_OVERLAP = 8  # tokens
+EMPTY_PLACEHOLDER = "24df574ea1c998de59d5be15e769658e"  # MD5 of "nomic empty"
+
+
+class Canceled(Exception):
+    """The cancel callback said so."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a family of embedding models was trained with."""
+
+    document: str
+    query: str
+    others: tuple[str, ...] = ()
+    recommended: tuple[int, ...] = ()  # Matryoshka dimensions; none: only the full one
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        return (self.document, self.query, *self.others)
+
+
+NOMIC = ("search_document", "search_query", ("clustering", "classification"))
+SPECS: dict[Spec, str] = {
+    Spec("", ""): "all-MiniLM-L6-v1 all-MiniLM-L12-v1 all-MiniLM-L6-v2 all-MiniLM-L12-v2",
+    Spec(
+        *NOMIC
+    ): "nomic-embed-text-v1 nomic-embed-text-v1-ablated nomic-embed-text-v1-unsupervised",
+    Spec(*NOMIC, (768, 512, 384, 256, 128)): "nomic-embed-text-v1.5",
+    Spec(
+        "Represent this document for retrieval",
+        "Represent this query for retrieving relevant documents",
+    ): "llm-embedder",
+    Spec("", "Represent this sentence for searching relevant passages"): (
+        "bge-small-en bge-base-en bge-large-en bge-small-en-v1.5 bge-base-en-v1.5 bge-large-en-v1.5"
+    ),
+    Spec("passage", "query"): (
+        "e5-small e5-base e5-large e5-small-unsupervised e5-base-unsupervised e5-large-unsupervised"
+        " e5-small-v2 e5-base-v2 e5-large-v2"
+    ),
+    Spec("", "Instruct: Given a query, retrieve relevant passages that answer the query\nQuery"): (
+        "e5-mistral-7b-instruct multilingual-e5-small multilingual-e5-base multilingual-e5-large"
+        " multilingual-e5-large-instruct"
+    ),
+}
+SPEC_OF = {name: spec for spec, names in SPECS.items() for name in names.split()}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of ``embed``, as LLModel takes it."""
+
+    texts: Sequence[str]
+    prefix: str | None
+    dimensionality: int  # -1: all
+    do_mean: bool
+    atlas: bool
+    cancel_cb: CancelCallback | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a text, with what goes around it."""
+
+    text: int
+    ids: list[int]
+
+
+def embed(
+    model: Model, request: Request, n_ctx: int, backend: str
+) -> tuple[NDArray[np.float32], int]:
+    """Embeddings float32 [n_texts, dimensionality], and how many tokens of text they took.
+
+    Raises
+    ------
+    ValueError
+        The model, the prefix or the dimensionality does not fit; the message is GPT4All's.
+    Canceled
+        ``cancel_cb`` returned true.
+    """
+    name, spec = name_of(model), SPEC_OF.get(name_of(model))
+    if not supports_embedding(model):
+        raise ValueError(f"not an embedding model: {name}")
+    width = check_dimensionality(request.dimensionality, int(model.config.n_embd), name, spec)
+    prefix = check_prefix(request.prefix, name, spec)
+    chunks, n_tokens = split(model, request, prefix, n_ctx)
+    if request.cancel_cb and request.cancel_cb(batch_sizes(chunks, n_ctx), backend):
+        raise Canceled("operation was canceled")
+    rows = model._embed([chunk.ids for chunk in chunks], None, False)
+    return combine(
+        rows, chunks, len(request.texts), width, bool(spec and spec.recommended)
+    ), n_tokens
+
+
+def name_of(model: Model) -> str:
+    return str(model.metadata.get("general.name", ""))
+
+
+def supports_embedding(model: Model) -> bool:
+    """Encoders, and decoders whose file says how rows are pooled."""
+    return not model.config.causal or f"{model.arch}.pooling_type" in model.metadata
+
+
+def check_dimensionality(wanted: int, n_embd: int, name: str, spec: Spec | None) -> int:
+    if wanted < 0 or wanted == n_embd:
+        return n_embd
+    message = f"unsupported dimensionality {wanted} for model {name}"
+    if spec is None and wanted < n_embd:
+        return wanted
+    if spec is None or not spec.recommended:
+        raise ValueError(f"{message} (supported: {n_embd})")
+    if wanted == 0 or wanted > n_embd:
+        raise ValueError(f"{message} (recommended: {list(spec.recommended)})")
+    return wanted
+
+
+def check_prefix(prefix: str | None, name: str, spec: Spec | None) -> str:
+    if prefix is None:
+        if spec is None:
+            raise ValueError(
+                f"unknown model {name}, specify a prefix if applicable or an empty string"
+            )
+        return spec.document
+    if spec is not None and prefix not in spec.prefixes:
+        quoted = prefix.replace("\\", "\\\\").replace('"', '\\"')
+        raise ValueError(f'"{quoted}" is not a valid task type for model {name}')
+    return prefix
+
+
+def split(model: Model, request: Request, prefix: str, n_ctx: int) -> tuple[list[Chunk], int]:
+    """The chunks to compute, overlapping where a text is longer than the model takes; tokens in all."""
+    before, after = surroundings(model)
+    if prefix:
+        before = before + plain_ids(model, prefix + ":")
+    room = min(int(model.config.n_ctx_train), n_ctx) - len(before) - len(after)
+    if room <= CHUNK_OVERLAP:
+        raise ValueError(
+            f"max chunk length of {room} is smaller than overlap of {CHUNK_OVERLAP} tokens"
+        )
+    chunks = []
+    for i, text in enumerate(request.texts):
+        ids = text_ids(model, text, i, request)
+        for start in starts(len(ids), room, request.do_mean):
+            chunks.append(Chunk(i, [*before, *ids[start : start + room], *after]))
+    around = len(before) + len(after)
+    return chunks, sum(len(chunk.ids) - around for chunk in chunks)
+
+
+def starts(n: int, room: int, do_mean: bool) -> list[int]:
+    """Where the chunks of n tokens begin."""
+    found, start = [0], room
+    while do_mean and start < n:
+        found.append(start - CHUNK_OVERLAP)
+        start += room - CHUNK_OVERLAP
+    return found
+
+
+def text_ids(model: Model, text: str, index: int, request: Request) -> list[int]:
+    """A text's tokens; a text without any is embedded as a placeholder, as Atlas does."""
+    ids = plain_ids(model, text)
+    if request.atlas and len(ids) > ATLAS_MAX_LENGTH:
+        if request.do_mean:
+            raise ValueError(
+                f"length of text at index {index} is {len(ids)} tokens"
+                f" which exceeds limit of {ATLAS_MAX_LENGTH}"
+            )
+        ids = ids[:ATLAS_MAX_LENGTH]
+    return ids or plain_ids(model, EMPTY_PLACEHOLDER)
+
+
+def plain_ids(model: Model, text: str) -> list[int]:
+    return model.tokenizer.encode(text, add_special=False, parse_special=False)
+
+
+def surroundings(model: Model) -> tuple[list[int], list[int]]:
+    """The tokens that the vocabulary puts before and after a text."""
+    inner = plain_ids(model, "a")
+    whole = model.tokenizer.encode("a", add_special=True, parse_special=False)
+    at = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    return whole[:at], whole[at + len(inner) :]
+
+
+def batch_sizes(chunks: Sequence[Chunk], n_batch: int) -> list[int]:
+    """Tokens of each batch of at most n_batch, in order, as ``cancel_cb`` is told."""
+    sizes = [0]
+    for chunk in chunks:
+        if sizes[-1] + len(chunk.ids) > n_batch:
+            sizes.append(0)
+        sizes[-1] += len(chunk.ids)
+    return sizes
+
+
+def combine(
+    rows: Sequence[NDArray[Any]],
+    chunks: Sequence[Chunk],
+    n_texts: int,
+    width: int,
+    matryoshka: bool,
+) -> NDArray[np.float32]:
+    """Mean of each text's normalised chunks, normalised -> float32 [n_texts, width]."""
+    chunk_rows = np.asarray(rows, np.float64)  # [n_chunks, n_embd]
+    if matryoshka:
+        chunk_rows = chunk_rows - chunk_rows.mean(axis=1, keepdims=True)
+        variance = chunk_rows.var(axis=1, ddof=1, keepdims=True)
+        chunk_rows = chunk_rows / np.sqrt(variance + 1e-5)
+    sums = np.zeros((n_texts, width))
+    np.add.at(sums, [chunk.text for chunk in chunks], unit_rows(chunk_rows[:, :width]))
+    return unit_rows(sums).astype(np.float32)
+
+
+def unit_rows(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows scaled to length 1 -> [n, width]."""
+    norms = np.sqrt(np.einsum("ij,ij->i", x, x))
+    return np.asarray(x / np.maximum(norms, 1e-12)[:, None])

@@ -1,0 +1,151 @@
+"""A chat session: its messages, and the tokens of them that the model has read."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllm.errors import StateError, TemplateError
+from tinyllm.sdk.templates import MessageType, Template
+
+if TYPE_CHECKING:
+    from tinyllm.models.state import State
+    from tinyllm.sdk._pyllmodel import LLModel
+
+MAX_HISTORY_BYTES = 64 << 20
+
+
+@dataclass
+class ChatSession:
+    """Messages and the model's state after them; used by the thread that opened it."""
+
+    template: Template
+    history: list[MessageType]
+    state: State | None = None
+    stream: Generator[str, None, None] | None = None
+    running: bool = False
+
+    def begin(self, prompt: str, model: LLModel) -> tuple[str, str]:
+        """Add the user's message; the whole conversation's text, and the last message's alone.
+
+        When the template refuses, the history is as it was.
+        """
+        self.end_stream()
+        message = {"role": "user", "content": prompt}
+        self.history.append(message)
+        try:
+            tokens = model.special_tokens_map
+            whole = self.template.render(self.history, tokens)
+            last = whole
+            if len(self.history) > 1:
+                with suppress(TemplateError):  # some templates refuse a conversation cut short
+                    last = self.template.render(self.history[-1:], tokens)
+        except BaseException:
+            self.take_back()
+            raise
+        if self.state is None:
+            self.state = model.new_state()
+        return whole, last
+
+    def take_back(self) -> None:
+        """Remove the user's message at the end: nothing was answered."""
+        if self.history and self.history[-1]["role"] == "user":
+            self.history.pop()
+
+    @contextmanager
+    def turn(self, parts: list[str]) -> Iterator[None]:
+        """While an answer comes, its parts being collected; then it is a message.
+
+        An answer that was interrupted is one too, as far as it came.
+        """
+        self.running = True
+        try:
+            yield
+        except BaseException:
+            if parts:
+                self._add_answer(parts)
+            else:
+                self.take_back()
+            raise
+        else:
+            self._add_answer(parts)
+        finally:
+            self.running = False
+
+    def _add_answer(self, parts: list[str]) -> None:
+        self.history.append({"role": "assistant", "content": "".join(parts)})
+
+    def end_stream(self) -> None:
+        """End the answer that is still being streamed, if there is one."""
+        state = None if self.stream is None else inspect.getgeneratorstate(self.stream)
+        if self.running and state != inspect.GEN_SUSPENDED:
+            raise RuntimeError("this chat session is answering already; wait until it has")
+        if state == inspect.GEN_CREATED:  # nobody began to read it
+            self.take_back()
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.close()
+
+    # files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write messages and state to one file, atomically."""
+        path = Path(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / "session"
+            with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr("history.json", json.dumps(self.history))
+                if self.state is not None:
+                    self.state.save(Path(folder) / "state.npz")
+                    archive.write(Path(folder) / "state.npz", "state.npz")
+            os.replace(whole, path)
+
+    def load(self, path: str | os.PathLike[str], model: LLModel) -> None:
+        """Become the session that `save` wrote, with this session's template.
+
+        Raises
+        ------
+        StateError
+            The file is no saved session, is damaged, or belongs to another model.
+        """
+        self.end_stream()
+        try:
+            history, state = self._read(Path(path), model)
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            raise StateError(f"{path}: not a saved session ({error})") from error
+        self.history[:], self.state = history, state
+
+    def _read(self, path: Path, model: LLModel) -> tuple[list[MessageType], State | None]:
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            stored = {info.filename: info for info in archive.infolist()}
+            if any(info.compress_type != zipfile.ZIP_STORED for info in stored.values()):
+                raise ValueError("compressed entries")
+            if stored["history.json"].file_size > MAX_HISTORY_BYTES:
+                raise ValueError(f"a history of {stored['history.json'].file_size} bytes")
+            history = checked_history(json.loads(archive.read("history.json")))
+            if "state.npz" not in stored:
+                return history, None
+            state = model.new_state()
+            state.restore(archive.extract("state.npz", folder))
+            return history, state
+
+
+def checked_history(messages: Any) -> list[MessageType]:
+    """Messages of a file, if they are a list of texts by role."""
+    good = isinstance(messages, list) and all(
+        isinstance(m, dict)
+        and isinstance(m.get("role"), str)
+        and all(isinstance(v, str) for v in m.values())
+        for m in messages
+    )
+    if not good:
+        raise ValueError("its history is not a list of messages")
+    return [dict(m) for m in messages]
