@@ -162,8 +162,7 @@ class CPUBackend(Backend):
         finally:
             self._local.tape = mine
         while len(self._steps) >= KEPT_STEPS:
-            _, old = self._steps.popitem(last=False)
-            pool().retire(old.tape.rows)
+            self._steps.popitem(last=False)
         return recorded
 
     def _record(self, fn: Callable[[Batch], Array], batch: Batch, tape: Tape) -> Recorded:
@@ -192,8 +191,6 @@ class CPUBackend(Backend):
         known.tape.run(self._workers)
 
     def close(self) -> None:
-        for recorded in self._steps.values():
-            pool().retire(recorded.tape.rows)
         self._steps.clear()
 
     # ---- matrices
@@ -388,14 +385,15 @@ class CPUBackend(Backend):
         slopes: Array | None = None,
     ) -> CPUArray:
         dims = (k.shape[1] // n_head_kv, v.shape[1] // n_head_kv)
-        past = [*self._stored_once(batch, k, v, n_head_kv, dims), batch.n_seq, 0]
+        stored, _places = self._stored_once(batch, k, v, n_head_kv, dims)  # held until recorded
+        past = [*stored, batch.n_seq, 0]
         how = [float_bits(scale), window, 0, slopes.address if slopes is not None else 0, 0, False]
         self._tape.keep(slopes, batch)
         return self._attend(batch, q, (n_head, n_head_kv), dims, "f32", past, how)
 
     def _stored_once(
         self, batch: Batch, k: CPUArray, v: CPUArray, n_head_kv: int, dims: tuple[int, int]
-    ) -> list[int]:
+    ) -> tuple[list[int], list[Any]]:
         """Keys and values of an encoder's rows, laid out as in a cache, for this step only."""
         lengths = np.diff(batch.starts.view())
         tables = np.zeros((batch.n_seq, attention.LAYER // 8), np.int64)
@@ -410,7 +408,7 @@ class CPUBackend(Backend):
         past = [caches.ctypes.data, batch.starts.address, none_past.address]
         args = [k.address, v.address, *past, 0, n_head_kv, *dims, 0]
         self._op(attention.cache_write, batch.n_rows, args, [*kept, caches])
-        return past
+        return past, kept
 
     def _attend(
         self,

@@ -8,6 +8,7 @@ values. A tape kept under a key is a whole step of a model: running it again cos
 from __future__ import annotations
 
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -116,7 +117,9 @@ class CPUArray:
 
     def reshape(self, *shape: int) -> CPUArray:
         """The same values under another shape."""
-        return CPUArray(shape, self.dtype, self.address, self)
+        known = -int(np.prod(shape))  # the product of the others when one is -1
+        whole = [self.size // known if n == -1 else n for n in shape]
+        return CPUArray(whole, self.dtype, self.address, self)
 
     def view(self) -> np.ndarray:
         """The memory as a NumPy array, whatever it holds at the moment."""
@@ -168,6 +171,10 @@ class Tape:
         n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         place = _Place(self.arena, n_bytes)
         return CPUArray(shape, dtype, place.place[1], place)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            pool().retire(self.rows)
 
     @contextmanager
     def one_stage(self) -> Iterator[None]:

@@ -247,6 +247,7 @@ class Pool:
 
     def _start(self, worker: int) -> None:
         seen = self._counter(GENERATION)
+        ctypes.c_int64.from_address(self._state + PARKED + LINE * worker).value = seen
         args = (self._state, worker, seen, SPIN)
         threading.Thread(target=self._work, args=args, name="tinyllm", daemon=True).start()
         self._started += 1
@@ -260,7 +261,9 @@ class Pool:
             now = self._counter(GENERATION)
             parked = [self._counter(PARKED + LINE * w) for w in range(1, self._started)]
             oldest = min(parked, default=now)
-            self._retired = [r for r in self._retired if r[0] > oldest] + [(now, memory)]
+            self._retired = [r for r in self._retired if r[0] > oldest]
+            if oldest < now:
+                self._retired.append((now, memory))
 
 
 def _foreign(body) -> ctypes._CFuncPtr:
