@@ -273,6 +273,20 @@ def test_other_malformed_data_is_refused(data):
         assert str(path) in str(caught.value)
 
 
+def test_errors_about_values_are_located(tmp_path):
+    path = tmp_path / "x.gguf"
+    with written(path, METADATA, tensors()) as file:
+        key = file.located(GGUFError("is odd", name="a.u8"))
+        tensor = file.located(GGUFError("is odd", name="odd"))
+        absent = file.located(GGUFError("is missing", name="b"))
+    assert str(key) == f"{path}, byte {file.key_offsets['a.u8']}, a.u8: is odd"
+    assert str(tensor) == f"{path}, byte {file.tensors['odd'].offset}, odd: is odd"
+    assert str(absent) == f"{path}, b: is missing"
+    assert file.located(key) is key
+    start = file.key_offsets["a.u8"] + 8
+    assert path.read_bytes()[start : start + 4] == b"a.u8"
+
+
 def test_written_to_an_open_file(tmp_path):
     out = io.BytesIO()
     gguf.write(out, METADATA, tensors())

@@ -63,6 +63,20 @@ class GGUFFile:
             for key, value in self.metadata.items()
         }
 
+    def located(self, error: GGUFError) -> GGUFError:
+        """The same error, saying also the file and where its key or tensor begins.
+
+        For those who check what the values mean and know only a name.
+        """
+        name = error.name
+        if error.path is not None or name is None:
+            return error
+        message = str(error).removeprefix(f"{name}: ")
+        tensor = self.tensors.get(name)
+        path = self.path if tensor is None else tensor.path
+        offset = self.key_offsets.get(name) if tensor is None else tensor.offset
+        return GGUFError(message, path=path, offset=offset, name=name)
+
     def close(self) -> None:
         """Close the file; arrays already given out stay valid."""
         for part in self._parts:
