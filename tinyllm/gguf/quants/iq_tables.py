@@ -3,8 +3,7 @@
 A codebook is a set of rows of four or eight values, each value one of a few levels. Read as
 a number, the first value being its lowest digit, a row is below levels ** length; rows are
 in ascending order. So one bit for each possible row says everything: the sets are bitmaps,
-in hexadecimal, lowest bit first. They are lattice points that ggml's author chose by the
-statistics of real weights; the data is ggml's, the packing is not.
+in hexadecimal, lowest bit first. Which rows are in a set is ggml's choice (`ggml-common.h`).
 """
 
 from __future__ import annotations
