@@ -19,6 +19,8 @@ except ImportError as e:  # pragma: no cover
     raise DeviceError("device 'opencl' needs PyOpenCL: pip install 'tinyllm[opencl]'") from e
 
 OPTIONS = ["-cl-std=CL1.2", "-Werror"]
+# OpenCL on a CPU is for tests: there kernels are to compile fast, not to run fast
+CPU_OPTIONS = ["-DCPU_DEVICE", "-cl-opt-disable"]
 
 
 class OpenCLBackend(GPUBackend):
@@ -40,6 +42,8 @@ class OpenCLBackend(GPUBackend):
         self.index, self.device = devices.choose_opencl(which)
         self.name = f"opencl:{self.index} {self.device.name.strip()}"
         self.n_cores = self.device.max_compute_units
+        on_cpu = self.device.type & cl.device_type.CPU
+        self.options = OPTIONS + CPU_OPTIONS if on_cpu else OPTIONS
         self.context = cl.Context([self.device])
         self.queue = cl.CommandQueue(self.context)
         self._kernels: dict[tuple[Program, str], Any] = {}
@@ -90,7 +94,7 @@ class OpenCLBackend(GPUBackend):
     def _kernel(self, program: Program, kernel: str) -> Any:
         if program not in self._programs:
             text = sources.text("prelude_opencl.h", program)
-            self._programs[program] = cl.Program(self.context, text).build(OPTIONS)
+            self._programs[program] = cl.Program(self.context, text).build(self.options)
         self._kernels[program, kernel] = cl.Kernel(self._programs[program], kernel)
         return self._kernels[program, kernel]
 

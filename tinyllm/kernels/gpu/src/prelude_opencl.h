@@ -6,7 +6,11 @@ typedef char schar;
 /* LOCAL declares memory of the group, SHARED stands before a pointer to it. */
 #define SHARED __local
 #define INLINE static inline
+#ifdef CPU_DEVICE /* the compiler of a CPU driver decides for itself */
+#define UNROLL
+#else
 #define UNROLL _Pragma("unroll")
+#endif
 #define BARRIER() barrier(CLK_LOCAL_MEM_FENCE)
 #define LOCAL_ID(d) ((int)get_local_id(d))
 #define LOCAL_SIZE(d) ((int)get_local_size(d))
