@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ Want = Literal["all", "last", "none"]
 Segment = tuple[
     State, int, Want
 ]  # this many of the state's pending tokens; rows whose logits are wanted
+NUMBERS = itertools.count()
 Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
 
 
@@ -39,6 +41,7 @@ class Network:
         self.config, self.arch, self.decoder, self.be = config, arch, decoder, be
         self.kv_type: KVType = kv_type
         self.lock = threading.RLock()
+        self.number = next(NUMBERS)  # several networks may share a backend and its recorded steps
         self.fingerprint = fingerprint(config, kv_type)
 
     @property
@@ -102,7 +105,7 @@ class Network:
 
     def run(self, batch: Batch, n_ctx: int, tap: Tap | None, fn: Callable[[Step], Array]) -> Array:
         """One step of the backend; it may be replayed when nothing but the batch's values differ."""
-        key = None if tap else (fn.__name__, self.rope_class(n_ctx), batch.key)
+        key = None if tap else (self.number, fn.__name__, self.rope_class(n_ctx), batch.key)
         return self.be.step(key, lambda b: fn(Step(self.be, b, n_ctx, tap)), batch)
 
     def rope_class(self, n_ctx: int) -> bool:
