@@ -27,7 +27,7 @@ from ..backend import (
     Routing,
     Source,
 )
-from . import attention, elementwise, jit, matmul
+from . import attention, elementwise, jit, matmul, recurrent
 from .attention import padded
 from .kvcache import CPUCache
 from .program import CPUArray, Tape, aligned, float_bits
@@ -492,3 +492,59 @@ class CPUBackend(Backend):
         order = np.argsort(-x[ids], kind="stable")[:k]
         ids = ids[order].astype(np.int32)
         return ids, x[ids]
+
+    # ---- recurrent layers
+
+    def conv1d(self, batch: Batch, layer: int, x: Array, w: Array, bias: Array | None) -> CPUArray:
+        n, width = w.shape
+        more = [w.address, bias.address if bias is not None else 0]
+        keep = [w, bias]
+        return self._carry(recurrent.conv1d, batch, layer, "conv", x, n, [n, width, *more], keep)
+
+    def scan(
+        self, batch: Batch, layer: int, x: Array, dt: Array, a: Array, b: Array, c: Array, d: Array
+    ) -> CPUArray:
+        n, size = a.shape
+        more = [dt, a, b, c, d]
+        args = [n, size, *(m.address for m in more)]
+        return self._carry(recurrent.scan, batch, layer, "ssm", x, n, args, more)
+
+    def shift_rows(self, batch: Batch, layer: int, x: Array, name: str) -> CPUArray:
+        args = [4 * x.shape[1]]
+        return self._carry(recurrent.shift_rows, batch, layer, name, x, 1, args, [])
+
+    def wkv6(
+        self, batch: Batch, layer: int, r: Array, k: Array, v: Array, w: Array, u: Array
+    ) -> CPUArray:
+        return self._mix(recurrent.wkv6, batch, layer, r, [k, v, w, u])
+
+    def wkv7(
+        self, batch: Batch, layer: int, r: Array, w: Array, k: Array, v: Array, a: Array, b: Array
+    ) -> CPUArray:
+        return self._mix(recurrent.wkv7, batch, layer, r, [w, k, v, a, b])
+
+    def _mix(
+        self, body: Callable, batch: Batch, layer: int, r: CPUArray, more: list[CPUArray]
+    ) -> CPUArray:
+        n_head, dim = batch.caches[0].arrays[layer]["wkv"].shape[:2]
+        args = [n_head, dim, *(m.address for m in more)]
+        return self._carry(body, batch, layer, "wkv", r, n_head, args, more)
+
+    def _carry(
+        self,
+        body: Callable,
+        batch: Batch,
+        layer: int,
+        name: str,
+        x: CPUArray,
+        parts: int,
+        args: list[int],
+        keep: list[Any],
+    ) -> CPUArray:
+        """A kernel that goes through each sequence's rows, ``parts`` pieces a sequence."""
+        y = self._new(x.shape)
+        field_ = batch.caches[0].index(layer, name)
+        caches, starts, _ = self._past(batch)
+        common = [x.address, y.address, caches, starts, layer, field_]
+        self._op(body, parts * batch.n_seq, [*common, *args], [x, batch, self._step, *keep])
+        return y
