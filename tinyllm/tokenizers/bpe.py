@@ -17,7 +17,7 @@ import regex
 from .base import Tokenizer, Words, to_bytes
 from .merges import merge
 from .pretokenizers import pretokenizer
-from .spm import SPACE, WORDS
+from .spm import SPACE, words_apart
 from .vocab import Vocab, key_error
 
 # GPT-2's alphabet: visible Latin-1 characters stand for themselves, the other bytes from U+0100 on.
@@ -27,7 +27,7 @@ TO_ALPHABET = {b: 0x100 + n for n, b in enumerate(_OTHERS)}
 FROM_ALPHABET = {c: b for b, c in TO_ALPHABET.items()}
 
 _SOLID = regex.compile(r"\S+")
-_CROSSING = regex.compile(f"[^{SPACE} \0] ?{SPACE}")  # in "left right": a word's end, then a space
+_CROSSING = regex.compile(f"([^{SPACE} \0]) ?{SPACE}")  # in "left right": a word's end, then ▁
 
 
 class BPE(Tokenizer):
@@ -70,9 +70,7 @@ class BPE(Tokenizer):
         if not self._recipe.escape_spaces:
             return self._recipe.split(text)
         lines = self._recipe.split(text.replace(" ", SPACE))
-        return (
-            [w for line in lines for w in WORDS.findall(line)] if self._words_are_apart else lines
-        )
+        return [w for line in lines for w in self._words_of.findall(line)]
 
     def _encode_word(self, word: str) -> Iterable[int]:
         recipe, ids, ranks = self._recipe, self.vocab.ids, self._ranks
@@ -94,9 +92,9 @@ class BPE(Tokenizer):
         return [i for i in parts if i is not None]
 
     @cached_property
-    def _words_are_apart(self) -> bool:
-        """Whether no merge reaches over a word's end, so that words can be merged one by one."""
-        return not _CROSSING.search("\0".join(self._ranks))
+    def _words_of(self) -> regex.Pattern[str]:
+        """Matches what can be merged by itself: no merge reaches over a word's end."""
+        return words_apart(_CROSSING.findall("\0".join(self._ranks)))
 
     def _piece(self, token: str) -> bytes:
         if self._recipe.escape_spaces:

@@ -341,9 +341,7 @@ TABLE: dict[str, PreTokenizer] = {
             r"\p{N}+",
         )
     ),
-    "deepseek-coder": PreTokenizer(
-        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _FAR_EASTERN, r"\p{N}")
-    ),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _FAR_EASTERN, r"\p{N}")),
     "falcon": PreTokenizer((r"[\p{P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
     "chameleon": PreTokenizer(
         (

@@ -16,7 +16,7 @@ from .vocab import Vocab, key_error
 
 SPACE = "▁"  # how the vocabulary spells a space
 
-WORDS = regex.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
+_CROSSING = regex.compile(f"([^{SPACE}\0]){SPACE}")
 
 
 class SPM(Tokenizer):
@@ -33,8 +33,7 @@ class SPM(Tokenizer):
     def _encode_text(self, text: str, after_special: bool) -> Iterable[int]:
         prefix = SPACE if self.add_space_prefix and after_special else ""
         text = prefix + text.replace(" ", SPACE)
-        words = WORDS.findall(text) if self._words_are_apart else [text]
-        return chain.from_iterable(map(self._words.__getitem__, words))
+        return chain.from_iterable(map(self._words.__getitem__, self._words_of.findall(text)))
 
     def _encode_word(self, word: str) -> Iterable[int]:
         ids, ranks = self.vocab.ids, self._ranks
@@ -56,9 +55,22 @@ class SPM(Tokenizer):
         return dict(zip(self.vocab.tokens, ranks.tolist(), strict=True))
 
     @cached_property
-    def _words_are_apart(self) -> bool:
-        """Whether no token goes on after a word's end, so that words can be merged one by one."""
-        return not any(SPACE in t.lstrip(SPACE) for t in self.vocab.tokens if SPACE in t)
+    def _words_of(self) -> regex.Pattern[str]:
+        """Matches what can be merged by itself: no token goes on after a word's end."""
+        return words_apart(_CROSSING.findall("\0".join(self.vocab.tokens)))
 
     def _piece(self, token: str) -> bytes:
         return to_bytes(token.replace(SPACE, " "))
+
+
+def words_apart(joining: Iterable[str]) -> regex.Pattern[str]:
+    """An expression for words with the spaces before them, so that each can be merged by itself.
+
+    Parameters
+    ----------
+    joining : iterable of str
+        Characters that the vocabulary joins to a space after them; no word ends there.
+    """
+    join = "".join(f"\\U{ord(c):08x}" for c in sorted(set(joining)))
+    inner = f"[^{SPACE}]|(?<=[{join}]){SPACE}+" if join else f"[^{SPACE}]"
+    return regex.compile(f"{SPACE}*(?:{inner})+|{SPACE}+")

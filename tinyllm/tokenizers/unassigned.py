@@ -7,7 +7,7 @@ the newest version. A character assigned since then must split as it did when th
 
 from __future__ import annotations
 
-import re
+from bisect import bisect_right
 from functools import cache
 
 NONCHARACTER = "\uffff"
@@ -84,13 +84,20 @@ E0002-E001F E0080-E00FF E01F0-EFFFF FFFFE-FFFFF 10FFFE-10FFFF
 
 
 @cache
-def _unassigned() -> re.Pattern[str]:
-    """Matches one such character; of `re`, which makes a bitmap of a large set."""
+def _bounds() -> list[int]:
+    """Where ranges begin and where they have ended, in turn, ascending."""
     ranges = (r.partition("-") for r in RANGES.split())
-    members = "".join(f"{chr(int(a, 16))}-{chr(int(b or a, 16))}" for a, _, b in ranges)
-    return re.compile(rf"[{members}]")
+    return [bound for a, _, b in ranges for bound in (int(a, 16), int(b or a, 16) + 1)]
+
+
+def is_unassigned(character: str) -> bool:
+    """Whether Unicode 15.1 leaves the character unassigned."""
+    return bisect_right(_bounds(), ord(character)) % 2 == 1
 
 
 def hide_new(text: str) -> str:
     """`text` with every character that Unicode 15.1 does not know replaced, one for one."""
-    return text if text.isascii() else _unassigned().sub(NONCHARACTER, text)
+    if text.isascii():
+        return text
+    new = {ord(c): NONCHARACTER for c in set(text) if is_unassigned(c)}
+    return text.translate(new) if new else text
