@@ -184,6 +184,11 @@ def test_info_shows_a_template_whole_and_makes_control_characters_visible(out, t
     assert "runs           no: architecture 'nonesuch' is not supported" in shown
 
 
+def test_devices_begin_with_the_cpu(out):
+    first = out("devices").splitlines()[0]
+    assert re.fullmatch(r"cpu +\d+\.\d GB  \S.*", first)
+
+
 def test_bench_prints_a_table_and_json(out, tiny):
     argv = ["bench", tiny, "-p", "8", "-n", "4", "-r", "2", "-d", "3", *REFERENCE]
     rows = out(*argv).splitlines()

@@ -104,7 +104,7 @@ def bytes_per_token(tensors: Mapping[str, gguf.Tensor], n_expert: int, n_expert_
     return total
 
 
-def describe(model: Model, n_threads: int | None) -> dict[str, Any]:
+def describe(model: Model) -> dict[str, Any]:
     """What was measured: the columns of llama-bench's table that do not change between tests."""
     with gguf.open(model.path) as file:
         tensors = file.tensors
@@ -116,7 +116,7 @@ def describe(model: Model, n_threads: int | None) -> dict[str, Any]:
             "n_params": sum(t.n_elements for t in tensors.values()),
             "bytes_per_token": bytes_per_token(tensors, config.n_expert, config.n_expert_used),
             "device": model.device,
-            "n_threads": n_threads,
+            "n_threads": getattr(model.network.be, "n_threads", None),  # only the cpu has some
             "tinyllm": __version__,
         }
 
@@ -139,7 +139,7 @@ def as_json(about: dict[str, Any], results: list[Result]) -> dict[str, Any]:
 
 def as_table(about: dict[str, Any], results: list[Result]) -> str:
     """llama-bench's Markdown table."""
-    threads = about["n_threads"] or "auto"
+    threads = about["n_threads"] or "-"
     lines = [
         f"| {'model':<30} | {'size':>10} | {'params':>10} | {'backend':<10} | {'threads':>7} "
         f"| {'test':>15} | {'t/s':>20} |",

@@ -251,7 +251,7 @@ def devices(args: Arguments) -> None:
     import tinyllm
 
     for d in tinyllm.list_devices():
-        print(f"{d.name:<40} {d.kind:<8} {d.memory / 1e9:>8.1f} GB")
+        print(f"{d.id:<12} {d.memory / 1e9:>7.1f} GB  {d.name}")
 
 
 # ---- bench
@@ -274,7 +274,7 @@ def bench(args: Arguments) -> None:
 
     with load_model(args) as model:
         results = benchmark.measure(model, args.n_prompt, args.n_gen, args.depth, args.repeat)
-        about = benchmark.describe(model, args.n_threads)
+        about = benchmark.describe(model)
     print(
         json.dumps(benchmark.as_json(about, results))
         if args.json
