@@ -143,7 +143,10 @@ class CPUBackend(Backend):
     def step(self, key: Hashable | None, fn: Callable[[Batch], Array], batch: Batch) -> Array:
         self._settle()
         if key is None or batch.n_rows > REPLAYED_ROWS:
-            return self._record(fn, batch, self._tape).result
+            try:
+                return self._record(fn, batch, self._tape).result
+            finally:
+                self._tape.clear()
         key = (key, batch.starts.tobytes(), tuple(c.kv_type for c in batch.caches))
         known = self._steps.pop(key, None)
         if known is None:
@@ -176,8 +179,6 @@ class CPUBackend(Backend):
             tape.run(self._workers)
         finally:
             self._local.step = outer
-            if tape is self._tape:
-                tape.clear()
         return recorded
 
     def _replay(self, known: Recorded, batch: Batch) -> None:
