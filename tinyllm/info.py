@@ -151,15 +151,14 @@ def format_line(name: str, tensors: Sequence[Tensor]) -> str:
 
 def kernel_of(name: str) -> str:
     """How the cpu backend multiplies by a matrix of this format."""
-    from .gguf.quants import FORMATS
     from .kernels.cpu import formats, simd, weights
 
     unit = simd.instruction_set()
     if name in formats.FORMATS:
         return f"cpu: int8 products ({unit})"
     if name in weights.repacked():
-        return f"cpu: int8 products ({unit}), repacked when loaded"
-    if name in FORMATS and name in ("F32", "F16", "BF16"):
+        return f"cpu: int8 products ({unit}), repacked to 9 or 10 bits when loaded"
+    if name in ("F32", "F16", "BF16"):
         return "cpu: float32 products"
     return "cpu: not supported"
 
@@ -168,10 +167,10 @@ def memory(file: GGUFFile, network: Network, n_ctx: int | None, kv_type: KVType)
     """Bytes of weights and of one conversation."""
     loaded = readable(sum(t.nbytes for t in file.tensors.values()))
     if not network.config.causal:
-        return f"{loaded} of weights"
+        return f"{loaded} of weights as stored"
     n = n_ctx or network.config.n_ctx_train
     cache = readable(cache_bytes(network.decoder.caches, n, kv_type))
-    return f"{loaded} of weights, {cache} for each conversation of {n} tokens ({kv_type})"
+    return f"{loaded} of weights as stored, {cache} for each conversation of {n} tokens ({kv_type})"
 
 
 # ---- tokenizer
