@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from ...errors import ArgumentError, DeviceError
+from ...errors import ArgumentError
 from ..backend import Batch, KVType, LayerCache
 from . import batch as batches
 from . import sources
@@ -65,14 +63,19 @@ class Attention(Matrices):
     ) -> None:
         """Rows x [T, n_head * dim] to positions [T] of the sequences seqs [T]."""
         piece = 32 if side.kv_type == "q8_0" else 4
-        where = store.pages.buffer, pages, seqs, positions, u64(store.pages.nbytes), u64(side.offset)
+        where = (
+            store.pages.buffer,
+            pages,
+            seqs,
+            positions,
+            u64(store.pages.nbytes),
+            u64(side.offset),
+        )
         shape = (i32(v) for v in (n_pages, side.n_head, side.dim, side.width))
         count = positions.size * side.n_head * (side.width // piece)
         self.each(_cache_program(side), "cache_write", count, x, *where, *shape)
 
-    def read_cache(
-        self, store: Store, side: Side, pages: GPUArray, first: int, n: int
-    ) -> GPUArray:
+    def read_cache(self, store: Store, side: Side, pages: GPUArray, first: int, n: int) -> GPUArray:
         """Positions first .. first + n of one sequence, float32 [n, n_head * dim]."""
         x = self.empty((n, side.n_head * side.dim))
         where = store.pages.buffer, pages, x, u64(store.pages.nbytes), u64(side.offset)

@@ -23,7 +23,7 @@ class DeviceBatch(Batch):
     """A Batch on the device.
 
     ``seqs`` [T] is each row's sequence, ``pages`` [n_seq, n_pages] where its positions are stored,
-    ``slots`` [n_seq] where its recurrent arrays are.
+    ``slots`` [n_seq] where its recurrent arrays are; ``whole`` holds them all.
     """
 
     host: Batch
@@ -31,9 +31,11 @@ class DeviceBatch(Batch):
     pages: GPUArray
     slots: GPUArray
     n_pages: int
+    whole: GPUArray
     tiles: dict[int, Tiles] = field(default_factory=dict)
 
 
+ALIGNMENT = 512  # bytes; OpenCL devices ask for 128 to 512 at the start of a part of a buffer
 NAMES = ("ids", "positions", "starts", "n_past", "outputs", "seqs", "pages", "slots")
 
 
@@ -61,18 +63,41 @@ def page_stride(caches: list[GPUCache]) -> int:
     return 1 << max(most - 1, 0).bit_length()
 
 
-def upload(be: GPUBackend, batch: Batch) -> DeviceBatch:
-    """Copy a batch to the device."""
-    arrays = host_arrays(batch)
-    on_device = {name: be.array(x) for name, x in arrays.items()}
+def upload(
+    be: GPUBackend, batch: Batch, arrays: dict[str, np.ndarray] | None = None
+) -> DeviceBatch:
+    """Copy a batch to the device, all arrays at once."""
+    arrays = host_arrays(batch) if arrays is None else arrays
+    packed = pack(arrays)
+    whole = be.array(packed)
+    on_device, at = {}, 0
+    for name, x in arrays.items():
+        part = be.view(whole.buffer, at, max(x.nbytes, 4))
+        on_device[name] = GPUArray(x.shape, np.int32, part, None, whole)
+        at += aligned(x.nbytes)
     rest = {f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in on_device}
-    return DeviceBatch(**on_device, **rest, host=batch, n_pages=arrays["pages"].shape[1])
+    n_pages = arrays["pages"].shape[1]
+    return DeviceBatch(**on_device, **rest, host=batch, n_pages=n_pages, whole=whole)
 
 
-def refill(be: GPUBackend, target: DeviceBatch, batch: Batch) -> None:
-    """Write another batch of the same key into the arrays of one on the device."""
-    for name, x in host_arrays(batch).items():
-        be.write(getattr(target, name), x)
+def refill(target: DeviceBatch, arrays: dict[str, np.ndarray], be: GPUBackend) -> None:
+    """Write the arrays of another batch of the same key over those of one on the device."""
+    be.put(target.whole.buffer, 0, pack(arrays))
+
+
+def pack(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """All arrays in one, each where a device may address it."""
+    out = np.zeros(sum(aligned(x.nbytes) for x in arrays.values()) // 4, np.int32)
+    at = 0
+    for x in arrays.values():
+        out[at : at + x.size] = x.reshape(-1)
+        at += aligned(x.nbytes) // 4
+    return out
+
+
+def aligned(nbytes: int) -> int:
+    """Room for an array that others follow."""
+    return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
 
 
 def row_tiles(be: GPUBackend, batch: DeviceBatch, rows: int) -> Tiles:

@@ -41,7 +41,9 @@ class Side:
     @property
     def nbytes(self) -> int:
         rows = self.n_head * PAGE
-        per_row = self.width + self.width // 16 if self.kv_type == "q8_0" else self.item * self.width
+        per_row = (
+            self.width + self.width // 16 if self.kv_type == "q8_0" else self.item * self.width
+        )
         return -(-rows * per_row // 16) * 16
 
     @property
@@ -95,7 +97,9 @@ class Layout:
         self.page_bytes = self.slot_floats = 0
         for layer in layers:
             dims = {"k": layer.head_dim, "v": layer.head_dim_v} if layer.n_head_kv else {}
-            self.sides.append({name: self._side(layer.n_head_kv, dim) for name, dim in dims.items()})
+            self.sides.append(
+                {name: self._side(layer.n_head_kv, dim) for name, dim in dims.items()}
+            )
             self.arrays.append({name: (self._room(shape), shape) for name, shape in layer.arrays})
 
     def _side(self, n_head: int, dim: int) -> Side:
@@ -224,7 +228,9 @@ class GPUCache(Cache):
         for row, page in zip(raw, self.pages, strict=False):
             row[:] = self.be.get(self.store.pages.buffer, page * size, size)
         out = {}
-        for i, (sides, arrays) in enumerate(zip(self.layout.sides, self.layout.arrays, strict=True)):
+        for i, (sides, arrays) in enumerate(
+            zip(self.layout.sides, self.layout.arrays, strict=True)
+        ):
             for name, side in sides.items():
                 out[f"{i}.{name}"] = np.ascontiguousarray(side.decode(raw)[:n_past])
             for name, (first, shape) in arrays.items():
@@ -259,13 +265,17 @@ class GPUCache(Cache):
             for name, (_, shape) in slots.items():
                 expected[f"{i}.{name}"] = np.dtype(np.float32), shape
         if set(arrays) != set(expected):
-            raise StateError(f"saved state has arrays {sorted(arrays)}; expected {sorted(expected)}")
+            raise StateError(
+                f"saved state has arrays {sorted(arrays)}; expected {sorted(expected)}"
+            )
         lengths = set()
         for key, (dtype, shape) in expected.items():
             x = arrays[key]
             stored = key.split(".", 1)[1] in ("k", "v")
             if x.dtype != dtype or (x.shape[1:] if stored else x.shape) != shape:
-                raise StateError(f"saved array {key} is {x.dtype} {x.shape}; expected {dtype} {shape}")
+                raise StateError(
+                    f"saved array {key} is {x.dtype} {x.shape}; expected {dtype} {shape}"
+                )
             lengths |= {len(x)} if stored else set()
         if len(lengths) > 1:
             raise StateError(f"saved arrays hold different numbers of positions: {sorted(lengths)}")

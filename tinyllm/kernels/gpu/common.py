@@ -6,7 +6,7 @@ computed in Python but the number of groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 
 import numpy as np
@@ -21,6 +21,7 @@ from .cache import GPUCache
 from .device import f32, i32
 from .matrices import EXPERTS, MAX_EXPERTS, ROWWISE
 from .recurrent import Recurrent
+from .steps import MOST_ROWS, Recording, Steps
 
 ACTIVATIONS = (
     *("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus"),
@@ -33,8 +34,20 @@ N_BINS = 4096  # as in src/choose.c
 CANDIDATES = 16384  # that top_k brings to the host; with more it brings all the logits
 
 
-class GPUBackend(Recurrent, Backend):
+class GPUBackend(Recurrent, Recording, Backend):
     """The operations of ``Backend`` on a GPU; see there for what each promises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = Steps(self)
+
+    def step(self, key: Hashable | None, fn: Callable[[Batch], GPUArray], batch: Batch) -> GPUArray:
+        if key is None or batch.n_rows > MOST_ROWS:
+            return fn(self.upload(batch))
+        return self._steps.run(key, fn, batch)
+
+    def forget(self) -> None:
+        self._steps.forget()
 
     def new_cache(self, layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> GPUCache:
         return GPUCache(self, self.store(layers, kv_type), n_ctx)
@@ -78,12 +91,10 @@ class GPUBackend(Recurrent, Backend):
         sizes = (0 if p is None else p.size for p in (w, bias))
         shape = (i32(v) for v in (n, *sizes, centre))
         groups = (x.size // n, 1, 1)
-        self.launch(ROWWISE, "norm", groups, (128, 1, 1), x, w, bias, y, *shape, f32(eps))
+        self.launch(ROWWISE, "norm_runs", groups, (128, 1, 1), x, w, bias, y, *shape, f32(eps))
         return y
 
-    def rope(
-        self, x: GPUArray, positions: GPUArray, spec: RopeSpec, head_dim: int
-    ) -> GPUArray:
+    def rope(self, x: GPUArray, positions: GPUArray, spec: RopeSpec, head_dim: int) -> GPUArray:
         y = self.empty(x.shape)
         shape = (i32(v) for v in (x.shape[-1], head_dim, spec.first, spec.freqs.size))
         how = i32(spec.pairing == "adjacent"), f32(spec.scale)

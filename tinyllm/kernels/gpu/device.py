@@ -27,7 +27,8 @@ class Device(ABC):
     closed = False
 
     def __init__(self) -> None:
-        self.pool = Pool(self.allocate, self.free)
+        self.pool = Pool(self.allocate, self.free)  # of arrays that belong to a step
+        self.kept = Pool(self.allocate, self.free)  # of those that outlive it
         self._weights: weakref.WeakSet[GPUWeight] = weakref.WeakSet()
         self._grids: dict[str, GPUArray] = {}
         self._stores: dict[Any, Any] = {}  # layers and kv_type -> Store
@@ -56,6 +57,10 @@ class Device(ABC):
         """The first bytes of a buffer into another."""
 
     @abstractmethod
+    def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
+        """A part of a buffer, which must outlive it."""
+
+    @abstractmethod
     def launch(
         self, program: Program, kernel: str, groups: Size, threads: Size, *args: Any
     ) -> None:
@@ -70,6 +75,7 @@ class Device(ABC):
         if self.closed:
             return
         self.closed = True
+        self.forget()
         for w in list(self._weights):
             self.free(w.buffer)
             w.buffer = None
@@ -79,6 +85,10 @@ class Device(ABC):
         self._grids.clear()
         self._heads.clear()
         self.pool.close()
+        self.kept.close()
+
+    def forget(self) -> None:  # noqa: B027 (only some devices record steps)
+        """Drop what holds on to spare buffers."""
 
     # ---- arrays
 
@@ -89,7 +99,9 @@ class Device(ABC):
                 return self._allocate(max(nbytes, 256))
             except MemoryError as e:
                 if retry:
+                    self.forget()
                     self.pool.trim()
+                    self.kept.trim()
                     continue
                 free, total = self.memory()
                 raise DeviceError(
@@ -100,20 +112,19 @@ class Device(ABC):
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> GPUArray:
         """An array of this step, its values undefined."""
-        nbytes = prod(shape) * np.dtype(dtype).itemsize
-        return GPUArray(shape, dtype, self.pool.take(nbytes), self.pool)
+        return self._new(shape, dtype, self.pool)
+
+    def _new(self, shape: tuple[int, ...], dtype: Any, pool: Pool) -> GPUArray:
+        return GPUArray(shape, dtype, pool.take(prod(shape) * np.dtype(dtype).itemsize), pool)
 
     def array(self, x: np.ndarray) -> GPUArray:
+        # never a buffer of `pool`: recorded steps write to those although they are spare
         x = np.asarray(x)
         x = np.ascontiguousarray(x, _NARROW.get(x.dtype, x.dtype)).reshape(x.shape)
-        y = self.empty(x.shape, x.dtype)
+        y = self._new(x.shape, x.dtype, self.kept)
         if x.size:
             self.put(y.buffer, 0, x)
         return y
-
-    def write(self, target: GPUArray, x: np.ndarray) -> None:
-        """New values of an array."""
-        self.put(target.buffer, 0, np.ascontiguousarray(x, target.dtype))
 
     def numpy(self, x: GPUArray | np.ndarray) -> np.ndarray:
         if isinstance(x, np.ndarray):

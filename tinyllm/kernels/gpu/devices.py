@@ -7,6 +7,11 @@ from typing import Any
 
 from ...errors import DeviceError
 
+NO_CUPY = (
+    "device 'cuda' needs CuPy: pip install 'tinyllm[cuda13]' (or [cuda12] with an older driver)"
+)
+NO_PYOPENCL = "device 'opencl' needs PyOpenCL: pip install 'tinyllm[opencl]'"
+
 
 @dataclass(frozen=True)
 class Device:
@@ -30,16 +35,14 @@ def list() -> list[Device]:  # noqa: A001 (read as devices.list())
 
 def opencl_devices() -> Any:
     """(index, name, memory) of each OpenCL device; DeviceError without package or driver."""
-    return [
-        (i, d.name.strip(), int(d.global_mem_size)) for i, d in enumerate(_all_opencl())
-    ]
+    return [(i, d.name.strip(), int(d.global_mem_size)) for i, d in enumerate(_all_opencl())]
 
 
 def _all_opencl() -> Any:
     try:
         import pyopencl as cl
     except ImportError as e:
-        raise DeviceError("device 'opencl' needs PyOpenCL: pip install 'tinyllm[opencl]'") from e
+        raise DeviceError(NO_PYOPENCL) from e
     try:
         return [d for platform in cl.get_platforms() for d in platform.get_devices()]
     except cl.Error as e:
@@ -60,9 +63,7 @@ def cuda_devices() -> Any:
     try:
         import cupy
     except ImportError as e:
-        raise DeviceError(
-            "device 'cuda' needs CuPy: pip install 'tinyllm[cuda13]' (or [cuda12] with an older driver)"
-        ) from e
+        raise DeviceError(NO_CUPY) from e
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as e:

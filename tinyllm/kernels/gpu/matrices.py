@@ -83,7 +83,9 @@ class Matrices(Device):
         groups = (-(-w.n_in // (unit * LANES)), ids.size, 1)
         program = sources.matrix(w.kind, "matvec.c")
         matrix = w.buffer, u64(w.total), self.grid(w.kind)
-        self.launch(program, "embed", groups, (LANES, 1, 1), *matrix, ids, y, i32(w.n_in), f32(scale))
+        self.launch(
+            program, "embed", groups, (LANES, 1, 1), *matrix, ids, y, i32(w.n_in), f32(scale)
+        )
         return y
 
     def matmul(self, w: GPUWeight, x: GPUArray, bias: GPUArray | None = None) -> GPUArray:
@@ -228,7 +230,9 @@ class Matrices(Device):
                 self.empty((n // 32,)),
                 self.empty((n // 16,)),
             )
-            self.launch(ROWWISE, "quantise", (-(-n // 512), 1, 1), (128, 1, 1), x, *x.int8, i32(n // 4))
+            self.launch(
+                ROWWISE, "quantise", (-(-n // 512), 1, 1), (128, 1, 1), x, *x.int8, i32(n // 4)
+            )
         return x.int8
 
 

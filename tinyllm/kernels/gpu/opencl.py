@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from .arrays import Buffer, GPUArray
 from .common import GPUBackend
 from .device import Size
 from .sources import Program
+from .steps import NotRecordable
 
 try:
     import pyopencl as cl
 except ImportError as e:  # pragma: no cover
-    raise DeviceError("device 'opencl' needs PyOpenCL: pip install 'tinyllm[opencl]'") from e
+    raise DeviceError(devices.NO_PYOPENCL) from e
 
 OPTIONS = ["-cl-std=CL1.2", "-Werror"]
 # OpenCL on a CPU is for tests: there kernels are to compile fast, not to run fast
@@ -46,6 +48,7 @@ class OpenCLBackend(GPUBackend):
         self.options = OPTIONS + CPU_OPTIONS if on_cpu else OPTIONS
         self.context = cl.Context([self.device])
         self.queue = cl.CommandQueue(self.context)
+        self._tape: list[tuple[Any, ...]] | None = None
         self._kernels: dict[tuple[Program, str], Any] = {}
         self._programs: dict[Program, Any] = {}
         super().__init__()
@@ -64,9 +67,11 @@ class OpenCLBackend(GPUBackend):
         buffer.release()
 
     def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
+        self._refuse_recording()
         cl.enqueue_copy(self.queue, buffer, x, dst_offset=offset, is_blocking=True)
 
     def get(self, buffer: Buffer, offset: int, nbytes: int) -> np.ndarray:
+        self._refuse_recording()
         out = np.empty(nbytes, np.uint8)
         if nbytes:
             cl.enqueue_copy(self.queue, out, buffer, src_offset=offset, is_blocking=True)
@@ -75,9 +80,16 @@ class OpenCLBackend(GPUBackend):
     def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
         cl.enqueue_copy(self.queue, target, source, byte_count=nbytes)
 
+    def _refuse_recording(self) -> None:
+        if self._tape is not None:
+            raise NotRecordable
+
     def memory(self) -> tuple[int, int]:
         total = self.device.global_mem_size
-        return total - self.pool.nbytes, total
+        return total - self.pool.nbytes - self.kept.nbytes, total
+
+    def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
+        return buffer.get_sub_region(offset, nbytes)
 
     # ---- programs
 
@@ -89,7 +101,23 @@ class OpenCLBackend(GPUBackend):
             compiled = self._kernel(program, kernel)
         plain = [a.buffer if isinstance(a, GPUArray) else a for a in args]
         total = tuple(g * t for g, t in zip(groups, threads, strict=True))
-        compiled(self.queue, total, threads, *plain)
+        if self._tape is None:
+            compiled(self.queue, total, threads, *plain)
+        else:
+            self._tape.append((compiled, total, threads, plain))
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self._tape = tape = []
+        try:
+            result = run()
+        finally:
+            self._tape = None
+
+        def replay() -> None:
+            for compiled, total, threads, args in tape:
+                compiled(self.queue, total, threads, *args)
+
+        return replay, result
 
     def _kernel(self, program: Program, kernel: str) -> Any:
         if program not in self._programs:

@@ -26,7 +26,9 @@ class Recurrent(Attention):
     def _shape(self, b: DeviceBatch, layer: int, name: str) -> tuple[int, ...]:
         return self.shared_store(b).layout.arrays[layer][name][1]
 
-    def _channels(self, program: Program, kernel: str, b: DeviceBatch, n: int, *args: object) -> None:
+    def _channels(
+        self, program: Program, kernel: str, b: DeviceBatch, n: int, *args: object
+    ) -> None:
         """A thread for each channel of each sequence."""
         self.launch(program, kernel, (-(-n // 64), b.n_seq, 1), (64, 1, 1), *args)
 

@@ -95,7 +95,13 @@ PLAIN: dict[str, dict[str, str | int]] = {
     "F16": {"WEIGHT_BYTES": 2},
     "BF16": {"WEIGHT_BYTES": 2, "BF16": 1},
 }
-WIDENED = ("F64", "I8", "I16", "I32", "I64")  # plain numbers that no model multiplies with: kept as F32
+WIDENED = (
+    "F64",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+)  # plain numbers that no model multiplies with: kept as F32
 
 
 @dataclass(eq=False)
@@ -122,7 +128,9 @@ def stored_kind(source: Source) -> str:
     """The format that the tensor will have on the device; DeviceError if it can have none."""
     kind = "F32" if source.type in WIDENED else source.type
     if kind not in PLAIN and kind not in LAYOUTS:
-        raise DeviceError(f"{source.name}: type {source.type} does not run on a GPU; use device='cpu'")
+        raise DeviceError(
+            f"{source.name}: type {source.type} does not run on a GPU; use device='cpu'"
+        )
     block = 1 if kind in PLAIN else FORMATS[kind].block_size
     if source.shape[-1] % block:
         raise DeviceError(

@@ -10,7 +10,7 @@ typedef unsigned long long ulong;
 #define LOCAL __shared__
 /* LOCAL declares memory of the group, SHARED stands before a pointer to it. */
 #define SHARED
-#define INLINE static __device__ __forceinline__
+#define INLINE [[maybe_unused]] static __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define BARRIER() __syncthreads()
 #define PICK(v, d) ((d) == 0 ? (int)v.x : (d) == 1 ? (int)v.y : (int)v.z)

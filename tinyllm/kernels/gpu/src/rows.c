@@ -16,7 +16,7 @@ INLINE float group_sum(const float x, SHARED float* part) {
 
 /* (x - mean) / sqrt(variance + eps) * w + bias over runs of n values, mean taken as 0 unless `centre`.
    w has n_w values, n or a row's; the run of this group is number GROUP_ID(0). */
-KERNEL void norm(GLOBAL const float* x, GLOBAL const float* w, GLOBAL const float* bias, GLOBAL float* y, const int n,
+KERNEL void norm_runs(GLOBAL const float* x, GLOBAL const float* w, GLOBAL const float* bias, GLOBAL float* y, const int n,
                  const int n_w, const int n_bias, const int centre, const float eps) {
     LOCAL float part[THREADS];
     const ulong first = (ulong)GROUP_ID(0) * (ulong)n;

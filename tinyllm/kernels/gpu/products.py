@@ -1,0 +1,92 @@
+"""Prefill through a library's matrix product, on weights decoded to half floats piece by piece.
+
+A piece is small enough to stay in the second-level cache between its decoding and its use, so that
+memory sees little more than the quantised bytes. Plain weights are used as they lie; their
+activations are cut into several half-precision terms, which keeps the precision of float32.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+
+from . import sources
+from .arrays import Buffer, GPUArray
+from .device import i32, u64
+from .matrices import LANES, Matrices
+from .weights import PLAIN, GPUWeight
+
+PIECE = 16 << 20  # bytes of decoded weights at a time
+MOST_ROWS = 32768  # of a piece: the second dimension of a CUDA grid ends at 65535
+TERMS = {"F16": 2, "BF16": 3}
+PRODUCTS = sources.plain("products.c")
+
+
+class LibraryProducts(Matrices):
+    """``many_rows`` by ``gemm``."""
+
+    @abstractmethod
+    def gemm(
+        self,
+        kind: str,
+        w: Buffer,
+        x: GPUArray,
+        term: int,
+        y: GPUArray,
+        first: int,
+        rows: int,
+        w_row: int,
+    ) -> None:
+        """y[:, first:first + rows] = x w^T, or += from the second term on.
+
+        w [rows, w_row] of ``kind`` (F32, F16, BF16), its first n_in columns used; x [terms, T, n_in] of the
+        same kind; y [T, n_out] float32.
+        """
+
+    def many_rows(
+        self, w: GPUWeight, bias: GPUArray | None, y: GPUArray, x: GPUArray, n_x: int
+    ) -> None:
+        if w.kind == "F32":
+            self.gemm("F32", w.buffer, x.reshape(1, n_x, w.n_in), 0, y, 0, w.n_out, _padded(w.n_in))
+            if bias is not None:
+                self._finish(y, None, bias, w.n_out)
+            return
+        cut, scales = self._cut(w.kind, x, n_x, w.n_in)
+        if w.kind in PLAIN:
+            for term in range(cut.shape[0]):
+                self.gemm(w.kind, w.buffer, cut, term, y, 0, w.n_out, _padded(w.n_in))
+        else:
+            self._by_pieces(w, cut, y)
+        self._finish(y, scales, bias, w.n_out)
+
+    def _by_pieces(self, w: GPUWeight, cut: GPUArray, y: GPUArray) -> None:
+        """Decode some rows, multiply, and so on."""
+        step = min(max(PIECE // (2 * w.n_in), 1), MOST_ROWS, w.n_out)
+        piece = self.empty((step, w.n_in), np.uint16)
+        program = sources.matrix(w.kind, "matvec.c")
+        for first in range(0, w.n_out, step):
+            rows = min(step, w.n_out - first)
+            groups = (-(-w.n_in // (32 * LANES)), rows, 1)
+            matrix = w.buffer, u64(w.total), self.grid(w.kind)
+            args = *matrix, piece, u64(first), i32(w.n_in)
+            self.launch(program, "decode_rows", groups, (LANES, 1, 1), *args)
+            self.gemm("F16", piece.buffer, cut, 0, y, first, rows, w.n_in)
+
+    def _cut(self, kind: str, x: GPUArray, n_x: int, n_in: int) -> tuple[GPUArray, GPUArray]:
+        """The activations in half precision, [terms, T, n_in], and each row's scale."""
+        terms = TERMS.get(kind, 1)
+        cut, scales = self.empty((terms, n_x, n_in), np.uint16), self.empty((n_x,))
+        shape = (i32(v) for v in (n_in, n_x, terms, kind == "BF16"))
+        self.launch(PRODUCTS, "cut_rows", (n_x, 1, 1), (128, 1, 1), x, cut, scales, *shape)
+        return cut, scales
+
+    def _finish(
+        self, y: GPUArray, scales: GPUArray | None, bias: GPUArray | None, n_out: int
+    ) -> None:
+        self.each(PRODUCTS, "finish_rows", y.size, y, scales, bias, i32(n_out))
+
+
+def _padded(n_in: int) -> int:
+    """Weights in a row of a plain matrix as it lies on the device."""
+    return -(-n_in // 8) * 8

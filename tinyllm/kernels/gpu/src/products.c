@@ -1,0 +1,54 @@
+/* What surrounds a library's half-precision matrix product: the activations as halves, and the result's scale.
+
+   A row is scaled by a power of two so that its largest value is below 2^15, and cut into `terms` numbers of
+   which each holds what the ones before lost: one term is as good as int8 activations, two terms of half or three
+   of bfloat16 are as good as float. */
+#define THREADS 128
+
+INLINE ushort bf16_bits(const float x) {
+    const uint b = FLOAT_BITS(x);
+    return (ushort)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+}
+
+/* x [T, n] -> y [terms, T, n], and scales [T] that the product must be multiplied with; a group for each row. */
+KERNEL void cut_rows(GLOBAL const float* x, GLOBAL ushort* y, GLOBAL float* scales, const int n, const int n_rows,
+                     const int terms, const int bf16) {
+    LOCAL float part[THREADS];
+    const int tid = LOCAL_ID(0), row = GROUP_ID(0);
+    GLOBAL const float* in = x + (ulong)row * (ulong)n;
+    float top = 0.0f;
+    for (int i = tid; i < n; i += THREADS) top = fmax(top, fabs(in[i]));
+    part[tid] = top;
+    for (int o = THREADS / 2; o > 0; o >>= 1) {
+        BARRIER();
+        if (tid < o) part[tid] = fmax(part[tid], part[tid + o]);
+    }
+    BARRIER();
+    const int exponent = (int)(FLOAT_BITS(part[0]) >> 23) - 127; /* of the largest value; -127 for a row of zeros */
+    const int shift = exponent > 14 ? exponent - 14 : exponent < -8 && exponent > -100 ? exponent + 8 : 0;
+    const float down = ldexp(1.0f, -shift);
+    if (tid == 0) scales[row] = ldexp(1.0f, shift);
+    for (int i = tid; i < n; i += THREADS) {
+        float left = in[i] * down;
+        for (int term = 0; term < terms; ++term) {
+            GLOBAL ushort* out = y + ((ulong)term * (ulong)n_rows + (ulong)row) * (ulong)n + i;
+            if (bf16) {
+                const ushort bits = bf16_bits(left);
+                *out = bits;
+                left -= BITS_FLOAT((uint)bits << 16);
+            } else {
+                half_store(out, left);
+                left -= half_at(out);
+            }
+        }
+    }
+}
+
+/* y [T, n] * scales [T] + bias [n], in place. */
+KERNEL void finish_rows(GLOBAL float* y, GLOBAL const float* scales, GLOBAL const float* bias, const int n,
+                        const int count) {
+    const int i = GLOBAL_ID(0);
+    if (i >= count) return;
+    const float v = scales ? y[i] * scales[i / n] : y[i];
+    y[i] = bias ? v + bias[i % n] : v;
+}

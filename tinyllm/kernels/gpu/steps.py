@@ -1,0 +1,86 @@
+"""Recorded steps: the launches of a step, replayed without running Python again.
+
+A step whose key has come before differs only in the values of its batch, which kernels read from
+device memory. The first time it runs as it is (kernels are compiled, memory is taken), the second
+time it is recorded, and from then on replayed.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from ..backend import Batch
+from . import batch as batches
+from .batch import DeviceBatch
+from .cache import GPUCache
+
+MOST_ROWS = 64  # longer steps are kernels rather than launches
+MOST_STEPS = 32  # recorded at a time
+
+
+class NotRecordable(Exception):
+    """The step copies something to or from the device."""
+
+
+@dataclass
+class Recorded:
+    """A step seen before: its batch on the device, and, once recorded, how to replay it."""
+
+    batch: DeviceBatch
+    replay: Callable[[], None] | None = None
+    result: Any = None
+    refused: bool = False
+
+
+class Steps:
+    """The recorded steps of one backend, the least recently used forgotten first."""
+
+    def __init__(self, be: Recording) -> None:
+        self.be = be
+        self._known: dict[Hashable, Recorded] = {}
+
+    def forget(self) -> None:
+        """Drop all: their buffers are going to be freed."""
+        self._known.clear()
+
+    def run(self, key: Hashable, fn: Callable[[Batch], Any], batch: Batch) -> Any:
+        """The result of fn on the batch, by replay where there is a recording."""
+        arrays = batches.host_arrays(batch)  # takes pages, and so may move the store
+        stores = {id(c.store): c.store.version for c in batch.caches if isinstance(c, GPUCache)}
+        full = key, arrays["pages"].shape, tuple(sorted(stores.items()))
+        known = self._known.pop(full, None)
+        if known is None:
+            known = Recorded(batches.upload(self.be, batch, arrays))
+            self._remember(full, known)
+            return fn(known.batch)
+        self._remember(full, known)
+        batches.refill(known.batch, arrays, self.be)
+        if known.refused:
+            return fn(known.batch)
+        if known.replay is None:
+            try:
+                known.replay, known.result = self.be.record(lambda: fn(known.batch))
+            except NotRecordable:
+                known.refused = True
+                return fn(known.batch)
+        known.replay()
+        return known.result
+
+    def _remember(self, key: Hashable, known: Recorded) -> None:
+        self._known[key] = known
+        while len(self._known) > MOST_STEPS:
+            del self._known[next(iter(self._known))]
+
+
+class Recording:
+    """A backend that can record: what ``Steps`` asks of it."""
+
+    @abstractmethod
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Record the launches of ``run`` without carrying them out: how to replay them, and its result.
+
+        Raises NotRecordable if it copies between host and device.
+        """
