@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,13 +83,17 @@ class Run:
 
 
 def generate_tokens(
-    net: Network, runs: Sequence[Run], tap: Tap | None = None
+    net: Network,
+    runs: Sequence[Run],
+    tap: Tap | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Generator[tuple[int, Token], None, None]:
     """Continue all runs together, yielding (index of the run, token) as each is chosen.
 
     Each step computes the pending tokens of as many runs as fit into ``net.n_batch`` rows, so prompts are
     read and answers written in the same passes. A run ends when its ``finish_reason`` is set, here or by
-    the caller between two tokens; closing the iterator ends all at once.
+    the caller between two tokens; closing the iterator ends all at once. ``progress`` is told the number of
+    prompt tokens each step has read.
 
     Raises
     ------
@@ -105,7 +109,11 @@ def generate_tokens(
         if run.max_tokens == 0:
             run.finish_reason = "length"
     while active := [i for i, run in enumerate(runs) if run.finish_reason is None]:
-        yield from step(net, runs, active, tap)
+        read = sum(run.timings.n_prompt for run in runs)
+        tokens = step(net, runs, active, tap)
+        if progress is not None:
+            progress(sum(run.timings.n_prompt for run in runs) - read)
+        yield from tokens
 
 
 def step(

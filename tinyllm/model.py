@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from .tokenizers import Tokenizer
 
 BUNDLED = Path(__file__).parent / "data" / "bundled.gguf"
 SMALLEST_CONTEXT = 8
+LONG_PROMPT = 256  # tokens from which reading shows a bar
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,10 @@ class Job:
 
 def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Completion]:
     """All jobs to their ends."""
-    with closing(generate_tokens(net, [j.run for j in jobs], tap)) as tokens:
+    with (
+        reading(jobs) as read,
+        closing(generate_tokens(net, [j.run for j in jobs], tap, read)) as tokens,
+    ):
         for i, token in tokens:
             jobs[i].accept(token)
     return [j.completion() for j in jobs]
@@ -352,12 +356,35 @@ def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Complet
 
 def stream_text(net: Network, job: Job) -> Iterator[str]:
     """One job's text, piece by piece."""
-    with closing(generate_tokens(net, [job.run], job.options.tap)) as tokens:
+    with (
+        reading([job]) as read,
+        closing(generate_tokens(net, [job.run], job.options.tap, read)) as tokens,
+    ):
         for _, token in tokens:
             if piece := job.accept(token):
                 yield piece
     if piece := job.text.finish():
         yield piece
+
+
+@contextmanager
+def reading(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal while long prompts are read; it goes when they are."""
+    total = sum(len(j.run.pending()) for j in jobs)
+    if total < LONG_PROMPT:
+        yield lambda n: None
+        return
+    from tqdm import tqdm
+
+    def update(n: int) -> None:
+        bar.update(n)
+        if bar.n >= total:
+            bar.close()
+
+    with tqdm(
+        total=total, desc="reading", leave=False, unit="token", delay=1.0, disable=None
+    ) as bar:
+        yield update
 
 
 def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int]:
