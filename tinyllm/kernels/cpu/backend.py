@@ -258,7 +258,7 @@ class CPUBackend(Backend):
 
     def _rope_table(self, positions: CPUArray, spec: RopeSpec, t: int, pairs: int) -> CPUArray:
         """Cosines and sines, once for all layers that turn the same positions alike."""
-        key = (spec.freqs.address, spec.scale)
+        key = (spec.freqs.view().tobytes(), spec.scale)  # layers hold equal copies
         if key not in positions.derived:
             table = self._new((t, 2, pairs))
             args = [positions.address, spec.freqs.address, table.address, pairs]
