@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import gguf, tokenizers
-from .errors import ArgumentError, ContextOverflow, TinyLLMError
+from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError
 from .generate import Overflow, Run, Timings, Token, generate_tokens
 from .kernels.backend import KVType, open_backend
 from .models.memory import available_bytes
@@ -254,6 +254,55 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             return stream_text(self.network, jobs[0])
         completions = complete(self.network, jobs, tap)
         return completions if many else completions[0]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template: str | None = None,
+        tools: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Answer a conversation, in the form that the file's own chat template gives it.
+
+        Parameters
+        ----------
+        messages : sequence of mapping
+            ``{"role": "user" | "assistant" | "system" | ..., "content": str}``, oldest first.
+        template : str, optional
+            A Jinja template to use instead of the file's.
+        tools : sequence, optional
+            Handed to the template.
+        **options
+            As ``generate``. With ``state=``, what the state holds already is not read again.
+
+        Returns
+        -------
+        Completion, or an iterator of str with ``stream=True``
+
+        Raises
+        ------
+        TemplateError
+            The file has no template, or it refuses these messages.
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
+        """
+        from .chat import chat_ids, pick_template
+
+        chosen = template or pick_template(self.metadata)
+        if chosen is None:
+            raise TemplateError("the file has no chat template; give one with template=")
+        t = self.tokenizer
+        ids = chat_ids(t, chosen, messages, bos_id=t.bos, eos_id=t.eos, tools=tools)
+        state = options.get("state")
+        if state is not None:
+            kept = state.reuse(ids)
+            state.truncate(kept)
+            ids = ids[kept:]
+        return self.generate(ids, **options)
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens; an empty one is the beginning-of-text token."""
