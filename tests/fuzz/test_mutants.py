@@ -19,9 +19,12 @@ def mutate(*args, folder):
     )
 
 
-@pytest.mark.parametrize("target", ["gguf"])
-def test_mutants_raise_only_our_errors(tmp_path, target):
-    done = mutate("--count", 3000, "--seconds", 20, "--targets", target, folder=tmp_path)
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [("gguf", 2000), ("tokenizer", 200), ("template", 200), ("model", 60), ("state", 100)],
+)
+def test_mutants_raise_only_our_errors(tmp_path, target, count):
+    done = mutate("--count", count, "--seconds", 20, "--targets", target, folder=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     assert f"{target} refused" in done.stdout  # damage is noticed
     assert f"{target} accepted" in done.stdout  # and not everything is taken for damage
