@@ -52,7 +52,7 @@ THIRD_PARTY = {
     "requests",
     "tqdm",
 }
-THIRD_PARTY |= {"urllib3"}  # part of requests: the errors that it lets through
+THIRD_PARTY |= {"urllib3", "cupy_backends"}  # parts of requests and of cupy
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:

@@ -88,5 +88,6 @@ def window_losses(model: Model, ids: list[int]) -> np.ndarray:
 def losses_of(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """-log softmax(logits [n, V]) at targets [n] -> float64 [n]."""
     largest = logits.max(axis=1, keepdims=True)
-    total = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
-    return np.log(total) - (logits[np.arange(len(targets)), targets] - largest[:, 0])
+    total: np.ndarray = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
+    chosen = logits[np.arange(len(targets)), targets] - largest[:, 0]
+    return np.asarray(np.log(total) - chosen)
