@@ -13,6 +13,7 @@ import pytest
 
 import tinyllm
 from tinyllm.errors import ArgumentError, ContextOverflow, StateError, TinyLLMError
+from tinyllm.perplexity import perplexity
 
 DEVICES = ["reference", "cpu"]
 LILY = (
@@ -259,3 +260,12 @@ def test_a_closed_model_says_so(stories260k: Path) -> None:
         m.close()
         with pytest.raises(TinyLLMError, match="closed"):
             m.generate("Once")
+
+
+def test_perplexity_equals_llama_cpp(stories260k: Path, data: Path) -> None:
+    """llama.cpp gives 9.871934 on the same windows (float16 cache, logits of the second half)."""
+    text = (data / "text" / "tinystories.txt").read_bytes()[:100_000].decode(errors="ignore")
+    m = model(stories260k, "cpu")
+    result = perplexity(m, m.tokenizer.encode(text, parse_special=False))
+    assert (result.n_windows, result.n_scored) == (99, 99 * 255)
+    assert abs(result.value / 9.871934 - 1) < 1e-3
