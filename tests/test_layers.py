@@ -15,7 +15,7 @@ MAX_LINES = 600
 TABLES = {"iq_tables.py", "unassigned.py"}  # data, not code
 
 BELOW_GENERATE = {"errors", "gguf", "tokenizers", "kernels", "models", "sampling", "text"}
-BELOW_MODEL = BELOW_GENERATE | {"generate", "chat"}
+BELOW_MODEL = BELOW_GENERATE | {"generate", "chat", "completion"}
 DOWNLOADS = {"sdk.download", "sdk.catalogue", "sdk.locks"}  # load() takes "hf:..." and listed names
 ALLOWED = {
     "errors": set(),
@@ -26,6 +26,7 @@ ALLOWED = {
     "sampling": {"errors"},
     "generate": {"errors", "models", "sampling"},
     "text": {"errors", "tokenizers"},
+    "completion": {"errors", "models", "sampling", "text", "generate", "model"},  # model: for types
     "metering": {"errors"},
     "sandbox": {"errors", "metering"},
     "chat": {"errors", "tokenizers", "sandbox", "metering"},

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors, gguf, tokenizers
-    from .model import Completion, Model, list_devices, load
+    from .completion import Completion
+    from .model import Model, list_devices, load
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,0 +1,180 @@
+"""A call of ``generate``: prompts in, texts out, whole or as they are written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ArgumentError
+from .generate import Overflow, Run, Timings, Token, generate_tokens
+from .sampling import Sampler, SamplingParams
+from .text import TextStream
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .models.network import Network
+    from .models.state import State
+    from .models.step import Tap
+
+SMALLEST_CONTEXT = 8
+LONG_PROMPT = 256  # tokens from which reading shows a bar
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    ``text`` is what was written, without the prompt; ``ids`` its tokens; ``logprobs`` one Token each, where
+    asked for; ``finish_reason`` is "stop" (the model or a stop string ended it), "length" (max_tokens),
+    "context" (no room was left) or "cancelled".
+    """
+
+    text: str
+    ids: list[int]
+    finish_reason: str
+    prompt_ids: list[int]
+    logprobs: list[Token] | None = None
+    prompt_logprobs: list[Token] | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call of ``generate`` asks for, the same for all of its prompts."""
+
+    params: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...]
+    logprobs: int | None
+    echo: bool
+    tap: Tap | None
+    overflow: Overflow
+
+
+class Job:
+    """One prompt being continued: its run through the decode loop, and its text."""
+
+    def __init__(self, model: Model, ids: list[int], o: Options, state: State | None) -> None:
+        self.tokenizer = model.tokenizer
+        self.prompt_ids, self.tokens = ids, []  # type: tuple[list[int], list[Token]]
+        keep = 1 if self.tokenizer.add_bos else 0
+        if state is None:
+            room = model.n_ctx if o.max_tokens < 0 else min(model.n_ctx, len(ids) + o.max_tokens)
+            whole = o.overflow == "shift" or len(ids) > model.n_ctx
+            state = model.new_state(model.n_ctx if whole else max(room, SMALLEST_CONTEXT))
+        if o.overflow == "truncate":
+            ids = truncated(ids, state.n_ctx - len(state.ids), keep, o.max_tokens)
+        state.append(ids)
+        limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
+        sampler = Sampler(o.params, model.network.n_vocab, model.network.be.top_k)
+        self.run = Run(
+            state, sampler, limit, self.tokenizer.eog, o.overflow, keep, o.logprobs,
+            o.echo and o.logprobs is not None,
+        )  # fmt: skip
+        self.text = TextStream(self.tokenizer, o.stop)
+        self.options = o
+
+    def accept(self, token: Token) -> str:
+        """Take one token; the text that may be shown because of it."""
+        self.tokens.append(token)
+        if self.run.finish_reason == "stop":
+            return ""
+        piece = self.text.push(token.id)
+        if self.text.stopped is not None:
+            self.run.finish_reason = "stop"
+        return piece
+
+    def completion(self) -> Completion:
+        self.text.finish()
+        ids = [t.id for t in self.tokens]
+        if ids and ids[-1] in self.run.eog:
+            ids = ids[:-1]
+        o = self.options
+        return Completion(
+            self.text.text, ids, self.run.finish_reason or "cancelled", self.prompt_ids,
+            self.tokens if o.logprobs is not None else None,
+            self.run.prompt if self.run.prompt_logprobs else None, self.run.timings,
+        )  # fmt: skip
+
+
+def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Completion]:
+    """All jobs to their ends."""
+    with (
+        reading(jobs) as read,
+        closing(generate_tokens(net, [j.run for j in jobs], tap, read)) as tokens,
+    ):
+        for i, token in tokens:
+            jobs[i].accept(token)
+    return [j.completion() for j in jobs]
+
+
+def stream_text(net: Network, job: Job) -> Iterator[str]:
+    """One job's text, piece by piece."""
+    with (
+        reading([job]) as read,
+        closing(generate_tokens(net, [job.run], job.options.tap, read)) as tokens,
+    ):
+        for _, token in tokens:
+            if piece := job.accept(token):
+                yield piece
+    if piece := job.text.finish():
+        yield piece
+
+
+@contextmanager
+def reading(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal while long prompts are read; it goes when they are."""
+    total = sum(len(j.run.pending()) for j in jobs)
+    if total < LONG_PROMPT:
+        yield lambda n: None
+        return
+    from tqdm import tqdm
+
+    def update(n: int) -> None:
+        bar.update(n)
+        if bar.n >= total:
+            bar.close()
+
+    with tqdm(
+        total=total, desc="reading", leave=False, unit="token", delay=1.0, disable=None
+    ) as bar:
+        yield update
+
+
+def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int]:
+    """The prompt without so much of its middle-left that the answer, or half the room, is free."""
+    limit = room - min(max(max_tokens, 0) or room // 2, room // 2)
+    return ids if len(ids) <= limit else ids[:keep] + ids[len(ids) - (limit - keep) :]
+
+
+def split_prompts(prompt: str | Sequence[Any]) -> tuple[list[Any], bool]:
+    """One prompt or a list of them, told apart by the first element."""
+    if isinstance(prompt, str):
+        return [prompt], False
+    items = list(prompt)
+    if items and not isinstance(items[0], (int, np.integer)):
+        return items, True
+    if not all(isinstance(i, (int, np.integer)) for i in items):
+        raise ArgumentError("prompt mixes ids and texts; give text, ids, or a list of either")
+    return [items], False
+
+
+def strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in found):
+        raise ArgumentError(f"stop={stop!r:.80}; expected non-empty strings")
+    return found
+
+
+def check_max_tokens(n: int) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < -1:
+        raise ArgumentError(f"max_tokens={n!r}; expected a whole number, or -1 for no limit")
+    return int(n)
