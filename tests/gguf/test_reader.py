@@ -195,6 +195,17 @@ def test_shrunken_file_is_an_error_and_not_a_crash(tmp_path):
         assert file.tensors["w"].read_rows(0, 2).size == 8192
 
 
+def test_reading_without_positioned_reads(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "preadv")  # as on Windows
+    path = tmp_path / "x.gguf"
+    with written(path, METADATA, {"w": np.arange(999, dtype=np.float32)}) as file:
+        assert file.metadata["a.strings"][4] == "☃"
+        assert np.array_equal(file.tensors["w"].dequantize(), np.arange(999))
+        os.truncate(path, 2000)
+        with pytest.raises(GGUFError, match="shrunk"):
+            file.tensors["w"].read()
+
+
 def test_replaced_file_has_no_effect(tmp_path):
     path = tmp_path / "x.gguf"
     with written(path, {}, {"w": np.ones(8, np.float32)}) as file:

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import GGUFError
+from ..errors import ArgumentError, GGUFError
 
 _PIECE = 64 << 20  # bytes in one read call; Linux refuses more than 2 GiB
 
@@ -60,7 +60,7 @@ class RandomAccessFile:
 
     def _read_piece(self, offset: int, view: memoryview) -> int:
         if self._fd < 0:
-            raise ValueError(f"{self.path}: the file is closed")
+            raise ArgumentError(f"{self.path}: the file is closed")
         if hasattr(os, "preadv"):
             return os.preadv(self._fd, [view], offset)
         with self._lock:  # Windows has no positioned read
@@ -72,7 +72,7 @@ class RandomAccessFile:
     def map(self, offset: int, n: int) -> npt.NDArray[np.uint8]:
         """A read-only view, uint8 [n], of the mapped file."""
         if self._fd < 0:
-            raise ValueError(f"{self.path}: the file is closed")
+            raise ArgumentError(f"{self.path}: the file is closed")
         if os.fstat(self._fd).st_size < offset + n:  # touching such a page would end the process
             raise GGUFError(
                 "the file has shrunk since it was opened", path=self.path, offset=offset
