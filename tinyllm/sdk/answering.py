@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tinyllm.completion import Completion
 from tinyllm.generate import ERASED, Run, Token, step
-from tinyllm.model import Completion
 from tinyllm.sampling import Sampler, SamplingParams
 from tinyllm.text import TextStream
 
