@@ -269,3 +269,14 @@ def test_perplexity_equals_llama_cpp(stories260k: Path, data: Path) -> None:
     result = perplexity(m, m.tokenizer.encode(text, parse_special=False))
     assert (result.n_windows, result.n_scored) == (99, 99 * 255)
     assert abs(result.value / 9.871934 - 1) < 1e-3
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(stories260k: Path, tmp_path: Path) -> None:
+    with tinyllm.gguf.open(stories260k) as f:
+        metadata = dict(f.metadata)
+        tensors = {n: t.dequantize() for n, t in f.tensors.items()}
+    embeddings = tensors["token_embd.weight"]
+    tensors["token_embd.weight"] = np.concatenate([embeddings, embeddings[:1]])
+    tinyllm.gguf.write(tmp_path / "bad.gguf", metadata, tensors)
+    with pytest.raises(tinyllm.errors.GGUFError, match=r"512 tokens.*513 rows"):
+        tinyllm.load(tmp_path / "bad.gguf", device="reference")

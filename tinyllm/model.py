@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +20,14 @@ from .completion import (
     stream_text,
     strings,
 )
-from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError
+from .errors import (
+    ArgumentError,
+    ContextOverflow,
+    GGUFError,
+    TemplateError,
+    TinyLLMError,
+    UnsupportedModel,
+)
 from .generate import Overflow
 from .kernels.backend import KVType, open_backend
 from .models.memory import available_bytes
@@ -38,9 +44,12 @@ BUNDLED = Path(__file__).parent / "data" / "bundled.gguf"
 class Model:
     """One loaded model; made by ``tinyllm.load``. Safe to use from several threads."""
 
-    def __init__(self, file: gguf.GGUFFile, network: Network, n_ctx: int) -> None:
+    def __init__(
+        self, file: gguf.GGUFFile, network: Network, n_ctx: int, tokenizer: Tokenizer | None
+    ) -> None:
         self.path, self.metadata = file.path, file.metadata
         self._file, self._network, self.n_ctx = file, network, n_ctx
+        self._tokenizer = tokenizer
 
     # ---- what it is
 
@@ -66,10 +75,12 @@ class Model:
         """What really runs: "cpu", "reference", "cuda:0 NVIDIA H200"."""
         return str(self.network.be.name)
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """Text to ids and back, as the file's vocabulary has it."""
-        return tokenizers.load(self.metadata)
+        if self._tokenizer is None:
+            raise UnsupportedModel(f"{self.path} has no vocabulary; give token ids, not text")
+        return self._tokenizer
 
     # ---- numbers
 
@@ -382,12 +393,28 @@ def load(
     wanted = check_n_ctx(n_ctx)
     file = gguf.open(locate(path))
     try:
+        tokenizer = vocabulary(file)
         be = open_backend(choose_device(device), n_threads)
         network = build(file.metadata, file.tensors, be, kv_type, strict, progress)
     except BaseException:
         file.close()
         raise
-    return Model(file, network, wanted or default_n_ctx(network, kv_type))
+    return Model(file, network, wanted or default_n_ctx(network, kv_type), tokenizer)
+
+
+def vocabulary(file: gguf.GGUFFile) -> Tokenizer | None:
+    """The file's tokenizer, if it has one; it must name as many tokens as there are embeddings."""
+    if "tokenizer.ggml.model" not in file.metadata:
+        return None
+    embeddings = file.tensors.get("token_embd.weight")
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    if embeddings is not None and len(tokens) != embeddings.shape[0]:
+        raise GGUFError(
+            f"names {len(tokens)} tokens; token_embd.weight has {embeddings.shape[0]} rows",
+            path=str(file.path),
+            name="tokenizer.ggml.tokens",
+        )
+    return tokenizers.load(file.metadata)
 
 
 def locate(path: str | Path | None) -> Path:
