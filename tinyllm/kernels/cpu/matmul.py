@@ -6,7 +6,7 @@ memory and runs all tokens past them, so that unpacking costs little. Experts: `
 
 from __future__ import annotations
 
-from . import jit, micro
+from . import amx, jit, micro
 from .floats import (
     GROUP,
     TOKENS,
@@ -37,6 +37,8 @@ from .weights import CPUWeight
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
 multiply = multiply2 = multiply4 = multiply8 = unpack = quantise = None
+start = stop = None  # of the matrix unit, where there is one
+WHOLE = False  # multiply8 takes all tokens of a record at once
 
 
 def quantise_rows(args, first, last, worker):
@@ -92,6 +94,7 @@ def matmul(args, first, last, worker):
     )
     slots, scratch = arg(args, 12), arg(args, 13) + worker * arg(args, 14)
     out = scratch + GROUP * panel_bytes
+    start()
     for piece in range(first, last):
         begin, end = piece * GROUP, min(piece * GROUP + GROUP, tiles)
         for tile in range(begin, end):
@@ -101,20 +104,24 @@ def matmul(args, first, last, worker):
             n = min(slots, n_tokens - token)
             for tile in range(begin, end):
                 panel = scratch + (tile - begin) * panel_bytes
-                slot = 0
-                while slot < n:
-                    to = out + 64 * slot
-                    if n - slot > 4:
-                        multiply8(panel, records, slot, n_steps, to)
-                        slot += 8
-                    elif n - slot > 2:
-                        multiply4(panel, records, slot, n_steps, to)
-                        slot += 4
-                    else:
-                        multiply2(panel, records, slot, n_steps, to)
-                        slot += 2
+                if WHOLE:
+                    multiply8(panel, records, 0, n_steps, out)
+                else:
+                    slot = 0
+                    while slot < n:
+                        to = out + 64 * slot
+                        if n - slot > 4:
+                            multiply8(panel, records, slot, n_steps, to)
+                            slot += 8
+                        elif n - slot > 2:
+                            multiply4(panel, records, slot, n_steps, to)
+                            slot += 4
+                        else:
+                            multiply2(panel, records, slot, n_steps, to)
+                            slot += 2
                 corner = y + 4 * (token * n_out + 16 * tile)
                 store_tile(out, corner, n, n_out, 16 * tile, bias)
+    stop()
 
 
 def embed(args, first, last, worker):
@@ -237,10 +244,14 @@ def _record_many(
 
 
 def _matmul_quantised(w: CPUWeight) -> int:
-    form = micro.unpacked(w.format)
+    form, unpack = micro.unpacked(w.format), micro.unpacker(w.format)
+    if amx.available():
+        unit = {"start": amx.starter(form.group), "stop": amx.stop, "WHOLE": True}
+        names = {f"multiply{m}": amx.multiplier(form) for m in (2, 4, 8)}
+        return jit.kernel(matmul, f"matmul_amx_{w.kind}", unpack=unpack, **names, **unit)
     names = {f"multiply{m}": micro.multiplier(form, m, micro.SLOTS) for m in (2, 4, 8)}
-    unpack = micro.unpacker(w.format)
-    return jit.kernel(matmul, f"matmul_{w.kind}", unpack=unpack, **names)
+    nothing = {"start": micro.nothing, "stop": micro.nothing, "WHOLE": False}
+    return jit.kernel(matmul, f"matmul_{w.kind}", unpack=unpack, **names, **nothing)
 
 
 def record_experts(

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from . import amx
 from .formats import Format, Part, Tile, int8_format
 from .simd import F32, I8, I32, I64, LANES, Emit, V, emitter, i64, instruction_set, lanes, types
 
@@ -84,10 +85,10 @@ def _multiply(e: Emit, fmt: Format, part: Part, x: Activations, tokens: range, a
             for i, t in enumerate(tokens):
                 total[i] = e.dot(total[i], codes, x.codes(t, c), fmt.signed)
         totals.append(total)
-    return [_scaled(e, part, [s[i] for s in totals], x, t, acc[i]) for i, t in enumerate(tokens)]
+    return [scaled(e, part, [s[i] for s in totals], x, t, acc[i]) for i, t in enumerate(tokens)]
 
 
-def _scaled(e: Emit, part: Part, totals: list, x: Activations, token: int, acc):
+def scaled(e: Emit, part: Part, totals: list, x: Activations, token: int, acc):
     value = e.b.fmul(e.to_float(totals[0]), part.scales[0])
     for total, scale in zip(totals[1:], part.scales[1:], strict=True):
         value = e.fma(e.to_float(total), scale, value)
@@ -138,11 +139,17 @@ def multiplier(fmt: Format, n_tokens: int, slots: int) -> Callable:
 def unpacked(fmt: Format) -> Format:
     """The form in which a tile is kept while many tokens are multiplied with it: codes as bytes."""
     plain = int8_format(fmt.group, fmt.minima)
-    if fmt.signed and not is_vnni():
+    if amx.available() or (fmt.signed and not is_vnni()):
         return plain
     offset = 128 if fmt.signed else fmt.offset
     name = f"{plain.name}_{offset}"
     return Format(name, 32, plain.fields, plain.take, offset, False, fmt.group, fmt.minima)
+
+
+def subtract_bytes(e: Emit, v, n: int):
+    """n from each byte of the lanes."""
+    ty = V(I8, 4 * v.type.count)
+    return e.b.bitcast(e.b.sub(e.b.bitcast(v, ty), e.const(n, ty)), v.type)
 
 
 @lru_cache
@@ -154,8 +161,10 @@ def unpacker(fmt: Format) -> Callable:
 
     def put(e: Emit, part: Part, out, first: int):
         vectors = [code() for code in part.codes]
-        if fmt.signed and is_vnni():
+        if fmt.signed and not form.signed:
             vectors = [e.b.xor(v, e.const(0x80808080, v.type)) for v in vectors]
+        elif form.signed and fmt.offset:
+            vectors = [subtract_bytes(e, v, fmt.offset) for v in vectors]
         for i, v in enumerate(vectors + part.scales + part.minima):
             e.store(v, out, 4 * (LANES * i + first))
 
@@ -208,3 +217,8 @@ def quantiser(slots: int) -> Callable:
             e.store(value, planes, 4 * slots * i)
 
     return quantise
+
+
+@emitter(types.void)
+def nothing(e):
+    """Where a processor has no matrix unit to start or stop."""

@@ -1,0 +1,107 @@
+"""Intel AMX: a matrix unit for int8, 16 tokens x 16 rows x 32 columns in one instruction.
+
+It computes the same exact integer sums as the byte dot products; scaling follows in the order that ``micro``
+states, so results are equal to the bit. A tile of sums leaves the unit through memory (first-level cache).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from .formats import Format, Tile
+from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, target, types
+
+SLOTS = 16
+VOID = ir.VoidType()
+SUMS, LEFT, RIGHT = (0, 1), (2, 3), (4, 5)  # tile registers, two of each to overlap
+
+
+@lru_cache(1)
+def available() -> bool:
+    """Whether numba compiles for AMX and the system lets this process use it (Linux must be asked)."""
+    if not {"amx-int8", "amx-tile", "avx512f"} <= target()[2] or sys.platform != "linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+@lru_cache
+def starter(group: int) -> Callable:
+    """start(): shape the tile registers for ``group`` columns at once."""
+
+    @emitter(types.void)
+    def start(e):
+        """See ``starter``."""
+        config = cgutils.alloca_once(e.b, ir.ArrayType(I8, 64))
+        config.align = 64
+        p = e.b.bitcast(config, e.ptr(I64(0)).type)
+        e.store(ir.Constant(V(I8, 64), [0] * 64), p)
+        e.store(I8(1), p)  # palette 1
+        shapes = {**dict.fromkeys(SUMS, (16, 64)), **dict.fromkeys(LEFT, (16, group))}
+        shapes |= dict.fromkeys(RIGHT, (group // 4, 64))
+        for register, (rows, row_bytes) in shapes.items():
+            e.store(I16(row_bytes), p, 16 + 2 * register)
+            e.store(I8(rows), p, 48 + register)
+        e.call("llvm.x86.ldtilecfg", VOID, p)
+
+    return start
+
+
+@emitter(types.void)
+def stop(e):
+    """Give the tile registers back, so that the system need not save them."""
+    e.call("llvm.x86.tilerelease", VOID)
+
+
+def _sums(e: Emit, record, codes, group: int, half: int, out) -> None:
+    """The sums of ``group`` columns for 16 tokens x 16 rows, to ``out`` [16][16] int32."""
+    c, a, b = (I8(r[half % 2]) for r in (SUMS, LEFT, RIGHT))
+    e.call("llvm.x86.tilezero", VOID, c)
+    e.call("llvm.x86.tileloadd64", VOID, a, e.at(record, group * half), I64(32))
+    e.call("llvm.x86.tileloadd64", VOID, b, e.at(codes, 16 * group * half), I64(64))
+    e.call("llvm.x86.tdpbssd", VOID, c, a, b)
+    e.call("llvm.x86.tilestored64", VOID, c, out, I64(64))
+
+
+@lru_cache
+def multiplier(form: Format) -> Callable:
+    """multiply(panel, records, slot, n_steps, y): an unpacked tile of signed codes times 16 tokens."""
+    n_groups = 32 // form.group
+
+    @emitter(types.void, i64, i64, i64, i64, i64)
+    def multiply(e, panel, records, slot, n_steps, y):
+        """See ``multiplier``."""
+        memory = cgutils.alloca_once(e.b, ir.ArrayType(I8, 4096))
+        memory.align = 64
+        sums = e.b.bitcast(memory, e.ptr(I64(0)).type)
+
+        def step(i, acc):
+            record = e.at(e.ptr(records), e.b.mul(i, I64(64 * SLOTS)))
+            codes = e.at(e.ptr(panel), e.b.mul(i, I64(form.tile_bytes)))
+            here = e.at(sums, e.b.mul(e.b.and_(i, I64(1)), I64(2048)))
+            for g in range(n_groups):
+                _sums(e, record, codes, form.group, g, e.at(here, 1024 * g))
+            part = next(iter(form.take(e, Tile(e, codes, form, 0, LANES))))
+            return [_scale(e, part, here, record, t, a) for t, a in enumerate(acc)]
+
+        acc = e.loop(n_steps, [e.const(0.0, V(F32, LANES))] * SLOTS, step)
+        for t, v in enumerate(acc):
+            e.store(v, e.ptr(y), 64 * t)
+
+    return multiply
+
+
+def _scale(e: Emit, part, sums, record, token: int, acc):
+    from .micro import Activations, scaled  # it imports this module
+
+    x = Activations(e, record, e.at(record, 32 * SLOTS), SLOTS, LANES)
+    totals = [
+        e.load(sums, V(I32, LANES), 1024 * g + 64 * token) for g in range(len(part.scales))
+    ]
+    return scaled(e, part, totals, x, token, acc)
