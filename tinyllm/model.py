@@ -29,6 +29,7 @@ from .errors import (
     UnsupportedModel,
 )
 from .generate import Overflow
+from .kernels import devices
 from .kernels.backend import KVType, open_backend
 from .models.memory import available_bytes
 from .models.network import Network, build, cache_bytes
@@ -366,7 +367,8 @@ def load(
         A file; the first shard of a split one; "hf:owner/repo/file.gguf"; a name of GPT4All's list. None is
         the small model that comes with the package.
     device : str, optional
-        "cpu" (default), "auto", "reference", "cuda[:i]", "opencl[:i]".
+        "cpu" (default), "auto", "gpu", "reference", "cuda[:i]", "opencl[:i]", a maker ("nvidia", "amd",
+        "intel") or a part of a device's name.
     n_ctx : int, optional
         Tokens of a conversation; default: the trained length, or what half of the free memory holds.
     n_threads : int, optional
@@ -394,7 +396,7 @@ def load(
     file = gguf.open(locate(path))
     try:
         tokenizer = vocabulary(file)
-        be = open_backend(choose_device(device), n_threads)
+        be = open_backend(devices.resolve(device), n_threads)
         network = build(file.metadata, file.tensors, be, kv_type, strict, progress)
     except BaseException:
         file.close()
@@ -428,19 +430,9 @@ def locate(path: str | Path | None) -> Path:
     return Path(resolve(path))
 
 
-def choose_device(device: str | None) -> str:
-    """ "auto" takes the first GPU that is there, else the CPU."""
-    if device != "auto":
-        return device or "cpu"
-    gpus = [d.name for d in list_devices() if d.kind != "cpu"]
-    return gpus[0] if gpus else "cpu"
-
-
 def list_devices() -> list[Any]:
     """The devices that ``load`` can use, each with name, kind and memory."""
-    from .kernels.devices import list_devices as found
-
-    return list(found())
+    return list(devices.list_devices())
 
 
 def default_n_ctx(net: Network, kv_type: KVType) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from ..errors import DeviceError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -28,9 +30,44 @@ def cpu() -> Device:
 
 
 def gpus() -> list[Device]:
-    """GPUs (and OpenCL devices of any kind); nothing when no package for them is installed."""
+    """What CUDA and OpenCL reach; nothing when no package for them is installed."""
     if find_spec("cupy") is None and find_spec("pyopencl") is None:
         return []
-    from .gpu.devices import list_gpus
+    from .gpu import devices
 
-    return list_gpus()
+    found = (d.name.partition(" ")[::2] + (d.kind, d.memory) for d in devices.list())
+    return [Device(*fields) for fields in found]
+
+
+def resolve(device: str | None) -> str:
+    """The engine's name of a device, "cpu" or "cuda:1", for whatever a caller may say.
+
+    "auto" is the first real GPU, else the CPU; "gpu" the first real GPU; "kompute" means OpenCL; a maker
+    ("nvidia", "amd", "intel") or a part of a device's name finds that device.
+
+    Raises
+    ------
+    DeviceError
+        Nothing here answers to that name.
+    """
+    wanted = device or "cpu"
+    kind, _, which = wanted.partition(":")
+    if kind in ("cpu", "reference", "cuda", "opencl"):
+        return wanted
+    if kind == "kompute":
+        return "opencl" + wanted[len(kind) :]
+    present = gpus()
+    real = [d for d in present if not d.name.lower().startswith(("cpu", "pthread"))]  # PoCL's
+    if wanted in ("auto", "gpu"):
+        if wanted == "auto" and not real:
+            return "cpu"
+        matches = real
+    else:
+        matches = [d for d in present if wanted.lower() in d.name.lower()]
+    if not matches:
+        names = ", ".join(f"{d.id} ({d.name})" for d in present) or "none"
+        raise DeviceError(
+            f"no device answers to {wanted!r:.60}; GPUs that are reached: {names}. For NVIDIA install "
+            "tinyllm[cuda13] or [cuda12], for others tinyllm[opencl]"
+        )
+    return matches[0].id
