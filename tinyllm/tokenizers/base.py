@@ -14,6 +14,8 @@ from .vocab import Vocab, key_error
 LONG_WORD = 256  # characters; longer words hardly repeat and are not remembered
 MAX_WORDS = 1 << 17
 
+_HIDDEN = frozenset((CONTROL, UNKNOWN))
+
 
 class Tokenizer(ABC):
     """Text to ids and back, for one vocabulary.
@@ -57,6 +59,7 @@ class Tokenizer(ABC):
         self.add_eos = vocab.flag("add_eos_token", add_eos)
         self.add_sep = vocab.flag("add_sep_token", add_sep)
         self.add_space_prefix = vocab.flag("add_space_prefix", add_space_prefix)
+        self._types = vocab.types.tobytes()  # indexed much faster than the array
         self._special = SpecialTokens(vocab)
         self._before, self._after = self._surroundings()
 
@@ -133,8 +136,7 @@ class Tokenizer(ABC):
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one id as they stream: with the leading space, nothing for control tokens."""
-        self._check_id(i)
-        type_ = self.vocab.types[i]
+        type_ = self._type(i)
         if type_ == NORMAL:
             return self._piece(self.vocab.tokens[i])
         if type_ == BYTE:
@@ -143,7 +145,7 @@ class Tokenizer(ABC):
 
     def token_text(self, i: int) -> str:
         """The token as the vocabulary spells it, control tokens too."""
-        self._check_id(i)
+        self._type(i)
         return self.vocab.tokens[i]
 
     @abstractmethod
@@ -165,8 +167,7 @@ class Tokenizer(ABC):
 
     def is_byte(self, i: int) -> bool:
         """Whether the token stands for one byte, such as ``<0x0A>``."""
-        self._check_id(i)
-        return bool(self.vocab.types[i] == BYTE)
+        return self._type(i) == BYTE
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -175,12 +176,12 @@ class Tokenizer(ABC):
         return {tokens[i]: i for i in self.vocab.of_types(CONTROL, UNKNOWN)}
 
     def _is_hidden(self, i: int) -> bool:
-        self._check_id(i)
-        return bool(self.vocab.types[i] in (CONTROL, UNKNOWN))
+        return self._type(i) in _HIDDEN
 
-    def _check_id(self, i: int) -> None:
-        if not 0 <= i < self.n_vocab:
-            raise ArgumentError(f"token id {i}: the vocabulary has the ids 0 to {self.n_vocab - 1}")
+    def _type(self, i: int) -> int:
+        if 0 <= i < self.n_vocab:
+            return self._types[i]
+        raise ArgumentError(f"token id {i}: the vocabulary has the ids 0 to {self.n_vocab - 1}")
 
     def __repr__(self) -> str:
         pre = f", pre={self.pre!r}" if self.pre else ""

@@ -336,7 +336,7 @@ TABLE: dict[str, PreTokenizer] = {
             r"[\r\n]",
             rf"\s?[{_LETTERS_WITH_CASE}]+",
             r"\s?[!-/:-~！-／：-～‘-‟\u3001\u3002]+",
-            r"\s+\Z",
+            r"(?<!\s)\s++\Z",
             _FAR_EASTERN,
             r"\p{N}+",
         )
