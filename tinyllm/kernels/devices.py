@@ -35,7 +35,7 @@ def gpus() -> list[Device]:
         return []
     from .gpu import devices
 
-    found = (d.name.partition(" ")[::2] + (d.kind, d.memory) for d in devices.list())
+    found = ((*d.name.partition(" ")[::2], d.kind, d.memory) for d in devices.list())
     return [Device(*fields) for fields in found]
 
 
@@ -51,7 +51,7 @@ def resolve(device: str | None) -> str:
         Nothing here answers to that name.
     """
     wanted = device or "cpu"
-    kind, _, which = wanted.partition(":")
+    kind = wanted.partition(":")[0]
     if kind in ("cpu", "reference", "cuda", "opencl"):
         return wanted
     if kind == "kompute":
