@@ -1,0 +1,40 @@
+"""What the README shows is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tinyllm import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"^(?:.*&& )?tinyllm (.*)$", README, re.M)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
+def test_python_runs(code, capsys):
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(line):
+    name, *args = shlex.split(line, comments=True)
+    if name != "chat":
+        cli.COMMANDS[name].parser(name).parse_intermixed_args(args)
+
+
+def test_there_is_something_to_run():
+    assert PYTHON
+    assert COMMANDS
+
+
+def test_named_files_exist():
+    names = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"^(scripts/\w+)$", README, re.M)
+    assert names
+    assert [n for n in names if not (ROOT / n).exists()] == []
