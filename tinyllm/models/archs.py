@@ -42,8 +42,7 @@ class Arch:
     renormalise: bool = True  # the chosen experts' weights sum to 1
     roles: dict[str, str] = field(default_factory=dict)  # our name of a tensor -> this file's
     mixer: Any = Attention
-    ffn: Any = None  # None: FFN or MoE, as the tensors say
-    has_ffn: bool = True
+    ffn: Any = "file"  # None: no such half; "file": FFN or MoE, as the tensors say
     adjust: Callable[[Config], Config] = lambda c: c
 
 
@@ -107,7 +106,7 @@ def baichuan(c: Config) -> Config:
 
 
 def jais(c: Config) -> Config:
-    return replace(c, attn_scale=1 / c.head_dim)
+    return replace(c, attn_scale=1 / max(1, c.head_dim))
 
 
 def divided_logits(c: Config) -> Config:
@@ -176,7 +175,7 @@ ROWS = (
     Arch("arctic", "hf.co/Snowflake/snowflake-arctic-instruct", pairing="adjacent"),
     Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
-    Arch("mamba", "arXiv:2312.00752", position="none", has_ffn=False, mixer=Mamba),
+    Arch("mamba", "arXiv:2312.00752", position="none", ffn=None, mixer=Mamba),
     Arch(
         "rwkv6", "arXiv:2404.05892", position="none", roles={"ffn_norm": "attn_norm_2"},
         mixer=TimeMix6, ffn=ChannelMix,
@@ -195,6 +194,17 @@ ROWS = (
     Arch("modern-bert", "arXiv:2412.13663", norm="layer", act="gelu"),
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}
+
+# Tensors that a model could be built without, but that these architectures always have.
+OWN_HEAD = """baichuan gpt-oss gptneox internlm2 jais nemotron olmoe orion qwen qwen2moe stablelm
+xverse""".split()
+NORMED_EMBEDDING = "bert bloom jina-bert-v2 modern-bert nomic-bert nomic-bert-moe".split()
+REQUIRED = {
+    **dict.fromkeys(OWN_HEAD, ("output.weight",)),
+    **dict.fromkeys(NORMED_EMBEDDING, ("token_embd_norm.weight",)),
+    **dict.fromkeys(["phi2", "phimoe"], ("output.weight", "output.bias")),
+    **dict.fromkeys(["rwkv6", "rwkv7"], ("output.weight", "token_embd_norm.weight")),
+}
 
 
 def find(name: str) -> Arch:

@@ -37,6 +37,7 @@ class Attention:
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
         self.be, self.i, self.causal = w.be, i, c.causal
         self.n_head, self.n_head_kv = c.n_head[i], c.n_head_kv[i]
+        check_has_heads(c, i)
         self.head_dim, self.head_dim_v = c.head_dim, c.head_dim_v
         self.q, self.k, self.v = projections(c, i, w)
         self.o = w.linear("attn_output", c.n_embd, self.n_head * c.head_dim_v)
@@ -88,6 +89,15 @@ class Attention:
         )  # fmt: skip
 
 
+def check_has_heads(c: Config, i: int) -> None:
+    """An attention layer needs heads, and they need values."""
+    for key, n in (("head_count", c.n_head[i]), ("key_length", c.head_dim)):
+        if not n:
+            raise GGUFError(
+                f"is 0 in layer {i}, which has attention", name=f"{c.arch}.attention.{key}"
+            )
+
+
 def projections(c: Config, i: int, w: Tensors) -> tuple[Linear, Linear, Linear]:
     """q, k and v as three matrices, also where the file stores them as one; biases all or none."""
     n_q, n_k = c.n_head[i] * c.head_dim, c.n_head_kv[i] * c.head_dim
@@ -127,6 +137,10 @@ def head_norm(w: Tensors, name: str, n_head: int, head_dim: int) -> Norm | None:
 
 def make_rope(c: Config, a: Arch, i: int, w: Tensors, first: int = 0) -> Rope:
     """The rotation of layer i: its base, its scaling, and the file's table of factors, if any."""
+    if not c.rope_dim:
+        raise GGUFError(
+            "is 0, yet this architecture rotates", name=f"{c.arch}.rope.dimension_count"
+        )
     local = bool(c.window[i]) and c.rope_freq_base_swa > 0
     base = c.rope_freq_base_swa if local else c.rope_freq_base
     scaling = RopeScaling() if c.window[i] and not c.rope_scaling_swa else c.rope_scaling
@@ -137,7 +151,7 @@ def make_rope(c: Config, a: Arch, i: int, w: Tensors, first: int = 0) -> Rope:
         freqs = frequencies(c.rope_dim, base, scaling, factors)
         return RopeSpec(w.be.array(freqs), a.pairing, first, magnitude(scaling))
 
-    if root.has("rope_factors_long.weight"):
+    if root.has("rope_factors_long.weight", "rope_factors_short.weight"):
         return Rope(
             spec("rope_factors_short.weight"),
             spec("rope_factors_long.weight"),

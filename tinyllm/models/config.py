@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import GGUFError, UnsupportedModel
 
 POOLING = ("none", "mean", "cls", "last", "rank")
-GATING = {1: "softmax", 2: "sigmoid", 3: "softmax_selected"}
+GATING = ("", "softmax", "sigmoid", "softmax_selected")  # "": the row says
 LAYERS, WIDTH, CONTEXT = (
     512,
     1 << 20,
@@ -21,7 +21,6 @@ LAYERS, WIDTH, CONTEXT = (
 
 # Keys that change no arithmetic of ours: what they say is also in the tensors, or is advice to others.
 HARMLESS = {
-    "vocab_size",
     "tensor_data_layout",
     "rope.scaling.finetuned",
     "rope.scaling.yarn_beta_fast",  # fixed at 32 and 1 by llama.cpp for every architecture here
@@ -74,13 +73,22 @@ class Keys:
             )
         return value
 
-    def number(self, key: str, default: float | None = None, positive: bool = False) -> float:
-        """A finite number; greater than 0 if ``positive``."""
+    def number(
+        self,
+        key: str,
+        default: float | None = None,
+        positive: bool = False,
+        low: float = -math.inf,
+    ) -> float:
+        """A finite number of at least ``low``; greater than 0 if ``positive``."""
         value = self.get(key, default)
         fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not fine or not math.isfinite(value) or (positive and value <= 0):
+        if not fine or not math.isfinite(value) or (positive and value <= 0) or value < low:
             kind = "positive" if positive else "finite"
-            raise GGUFError(f"is {value!r:.60}; expected a {kind} number", name=self.prefix + key)
+            least = f" of at least {low:g}" if low > -math.inf else ""
+            raise GGUFError(
+                f"is {value!r:.60}; expected a {kind} number{least}", name=self.prefix + key
+            )
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -219,35 +227,33 @@ def read_config(keys: Keys) -> Config:
         norm=norm,
         norm_eps=norm_eps,
         rope_dim=read_rope_dim(k, head_dim),
-        rope_freq_base=k.number("rope.freq_base", 10000.0, positive=True),
-        rope_freq_base_swa=k.number("rope.freq_base_swa", 0.0),
+        rope_freq_base=k.number("rope.freq_base", 10000.0, low=1.001),
+        rope_freq_base_swa=k.number("rope.freq_base_swa", 0.0, low=0.0),
         rope_scaling=read_scaling(k),
         rope_scaling_swa=True,
         rope_on=(True,) * n_layer,
         window=read_windows(k, n_layer),
         attn_scale=k.number("attention.scale", 0.0)
         or (head_dim_mla**-0.5 if head_dim_mla else 0.0),
-        attn_softcap=k.number("attn_logit_softcapping", 0.0),
-        attn_clamp=k.number("attention.clamp_kqv", 0.0),
-        logit_softcap=k.number("final_logit_softcapping", 0.0),
-        logit_scale=k.number("logit_scale", 1.0),
+        attn_softcap=k.number("attn_logit_softcapping", 0.0, low=0.0),
+        attn_clamp=k.number("attention.clamp_kqv", 0.0, low=0.0),
+        logit_softcap=k.number("final_logit_softcapping", 0.0, low=0.0),
+        logit_scale=k.number("logit_scale", 1.0, positive=True),
         embedding_scale=k.number("embedding_scale", 1.0),
         residual_scale=k.number("residual_scale", 1.0),
-        max_alibi_bias=k.number("attention.max_alibi_bias", 0.0),
+        max_alibi_bias=k.number("attention.max_alibi_bias", 0.0, low=0.0),
         causal=k.flag("attention.causal", True),
         pooling=read_pooling(k),
         parallel_residual=k.flag("use_parallel_residual", False),
         n_expert=n_expert,
-        n_expert_used=k.whole(
-            "expert_used_count", 0 if not n_expert else None, 1 if n_expert else 0, n_expert
-        ),
-        expert_gating=GATING.get(k.whole("expert_gating_func", 0), ""),
+        n_expert_used=read_experts_used(k, n_expert),
+        expert_gating=GATING[k.whole("expert_gating_func", 0, high=len(GATING) - 1)],
         expert_renormalise=k.flag("expert_weights_norm", False)
         if k.has("expert_weights_norm")
         else None,
         expert_weights_scale=k.number("expert_weights_scale", 1.0),
-        n_expert_group=k.whole("expert_group_count", 1, 1),
-        n_expert_group_used=k.whole("expert_group_used_count", 1, 1),
+        n_expert_group=read_groups(k, n_expert),
+        n_expert_group_used=read_groups_used(k, read_groups(k, n_expert)),
         q_lora_rank=k.whole("attention.q_lora_rank", 0),
         kv_lora_rank=kv_lora_rank,
         ssm_conv=k.whole("ssm.conv_kernel", 0, high=64),
@@ -257,6 +263,39 @@ def read_config(keys: Keys) -> Config:
         ssm_norm=k.flag("ssm.dt_b_c_rms", False),
         wkv_head_dim=k.whole("wkv.head_size", 0, high=4096),
     )
+
+
+def read_experts_used(k: Keys, n_expert: int) -> int:
+    """How many experts each row goes through."""
+    used = k.whole("expert_used_count", 0 if not n_expert else None)
+    if used > n_expert or (n_expert and not used):
+        raise GGUFError(
+            f"is {used}; expected 1 to {n_expert}, which is {k.prefix}expert_count",
+            name=k.prefix + "expert_used_count",
+        )
+    return used
+
+
+def read_groups(k: Keys, n_expert: int) -> int:
+    """Into how many groups of the same size the experts are divided."""
+    n = k.whole("expert_group_count", 1, 1)
+    if n_expert % n:
+        raise GGUFError(
+            f"is {n}, which does not divide {k.prefix}expert_count {n_expert}",
+            name=k.prefix + "expert_group_count",
+        )
+    return n
+
+
+def read_groups_used(k: Keys, n_group: int) -> int:
+    """From how many of the groups experts are chosen."""
+    used = k.whole("expert_group_used_count", 1, 1)
+    if used > n_group:
+        raise GGUFError(
+            f"is {used}; expected 1 to {n_group}, which is {k.prefix}expert_group_count",
+            name=k.prefix + "expert_group_used_count",
+        )
+    return used
 
 
 def check_heads(k: Keys, n_embd: int, n_head: tuple[int, ...], n_head_kv: tuple[int, ...]) -> None:
@@ -269,7 +308,8 @@ def check_heads(k: Keys, n_embd: int, n_head: tuple[int, ...], n_head_kv: tuple[
             )
         if h and n_embd % h and not k.has("attention.key_length"):
             raise GGUFError(
-                f"is {h}, which does not divide embedding_length {n_embd}, and there is no key_length",
+                f"is {h}, which does not divide embedding_length {n_embd}, "
+                f"and there is no {k.prefix}attention.key_length",
                 name=k.prefix + "attention.head_count",
             )
 
@@ -286,7 +326,7 @@ def read_norm(k: Keys) -> tuple[str, float]:
     ]
     if not found:
         raise GGUFError(
-            "neither it nor layer_norm_epsilon is given",
+            f"neither it nor {k.prefix}attention.layer_norm_epsilon is given",
             name=k.prefix + "attention.layer_norm_rms_epsilon",
         )
     return found[0]
@@ -297,7 +337,8 @@ def read_rope_dim(k: Keys, head_dim: int) -> int:
     dim = k.whole("rope.dimension_count", head_dim // 2 * 2)
     if dim % 2 or dim > head_dim > 0:
         raise GGUFError(
-            f"is {dim}; expected an even number, at most the {head_dim} values of a head",
+            f"is {dim}; expected an even number, at most the {head_dim} values of a head "
+            f"({k.prefix}attention.key_length, or embedding_length / head_count)",
             name=k.prefix + "rope.dimension_count",
         )
     return dim
@@ -317,6 +358,7 @@ def read_scaling(k: Keys) -> RopeScaling:
         n_ctx_original=k.whole(
             "rope.scaling.original_context_length",
             k.whole("context_length", high=CONTEXT),
+            low=1,
             high=CONTEXT,
         ),
         attn_factor=k.number("rope.scaling.attn_factor", 1.0, positive=True),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..kernels.backend import Array, LayerCache
-from .archs import Arch
+from .archs import REQUIRED, Arch
 from .config import Config
 from .ffn import FFN, MoE
 from .step import Step
@@ -61,13 +61,12 @@ class Block:
 
 def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:
     """The feed-forward half: the row's own, experts where there is a router, else a plain one."""
-    if not a.has_ffn:
-        return None
-    if a.ffn is not None:
-        return a.ffn(c, a, i, w)
+    if a.ffn != "file":
+        return a.ffn and a.ffn(c, a, i, w)
     if w.has("ffn_norm_exps.weight"):
         return FFN(c, a, w, w.source("ffn_up.weight").shape[0])
-    return MoE(c, a, w) if w.has("ffn_gate_inp.weight") else FFN(c, a, w, c.n_ff[i])
+    routed = w.has("ffn_gate_inp.weight", *(f"ffn_{n}_exps.weight" for n in ("up", "gate", "down")))
+    return MoE(c, a, w) if routed else FFN(c, a, w, c.n_ff[i])
 
 
 def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
@@ -94,7 +93,7 @@ def norms_before(c: Config, a: Arch, i: int, w: Tensors) -> tuple[Norm | None, N
         return w.norm("attn_norm_2", e), w.norm("attn_norm", e)
     first_of_encoder = i == 0 and not c.causal  # ModernBERT has normalised the embeddings already
     attn_norm = w.norm_if("attn_norm", e) if first_of_encoder else w.norm("attn_norm", e)
-    if not a.has_ffn:
+    if a.ffn is None:
         return attn_norm, None
     optional = a.residual in ("parallel", "norms")
     return attn_norm, (w.norm_if(name, e) if optional else w.norm(name, e))
@@ -117,6 +116,7 @@ class Decoder:
 
     def __init__(self, c: Config, a: Arch, w: Tensors, layers: Sequence[Tensors]) -> None:
         self.be, self.config = w.be, c
+        w.require(*REQUIRED.get(a.name, ()))
         self.n_vocab = w.source("token_embd.weight").shape[0]
         self.token_embd = w.matrix("token_embd.weight", self.n_vocab, c.n_embd)
         self.position_embd = None

@@ -63,9 +63,12 @@ class MoE:
         self.up = Experts(w, "ffn_up_exps", n, n_ff, e)
         self.gate = Experts(w, "ffn_gate_exps", n, n_ff, e) if a.gated else None
         self.down = Experts(w, "ffn_down_exps", n, e, n_ff)
-        self.bias = w.optional("exp_probs_b.bias", n)
+        needs_bias = c.expert_gating == "sigmoid"  # DeepSeek-V3's choice, and of those after it
+        self.bias = (
+            w.array("exp_probs_b.bias", n) if needs_bias else w.optional("exp_probs_b.bias", n)
+        )
         self.shared = self.shared_gate = None
-        if w.has("ffn_up_shexp.weight"):
+        if w.has(*(f"ffn_{n}_shexp.weight" for n in ("up", "gate", "down"))):
             self.shared = FFN(c, a, w, w.source("ffn_up_shexp.weight").shape[0], "_shexp")
         if w.has("ffn_gate_inp_shexp.weight"):
             self.shared_gate = shared_gate(w, e)

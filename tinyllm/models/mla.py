@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.backend import Array, LayerCache
-from .attention import make_rope
+from .attention import check_has_heads, make_rope
 from .config import Config
 from .rope import attention_scale
 from .step import Step
@@ -27,12 +27,13 @@ class LatentAttention:
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
         self.be, self.i, self.n_head = w.be, i, c.n_head[i]
+        check_has_heads(c, i)
         self.rank, self.head_dim, self.head_dim_v = c.kv_lora_rank, c.head_dim, c.head_dim_v
         plain, turned = c.head_dim - c.rope_dim, c.rope_dim
         self.scale = attention_scale(c)
         self.q_a = self.q_a_norm = None
         source, n_in = "attn_q", c.n_embd
-        if w.has("attn_q_a.weight"):
+        if w.has("attn_q_a.weight", "attn_q_a_norm.weight", "attn_q_b.weight"):
             self.q_a = w.linear("attn_q_a", c.q_lora_rank, c.n_embd)
             self.q_a_norm = w.norm("attn_q_a_norm", c.q_lora_rank)
             source, n_in = "attn_q_b", c.q_lora_rank
@@ -45,7 +46,7 @@ class LatentAttention:
         self.latent = w.linear("attn_kv_a_mqa", n_a, c.n_embd, slice(0, self.rank))
         self.k_turned = w.linear("attn_kv_a_mqa", n_a, c.n_embd, slice(self.rank, n_a))
         self.latent_norm = w.norm("attn_kv_a_norm", self.rank)
-        self.absorbed = w.has("attn_k_b.weight")
+        self.absorbed = w.has("attn_k_b.weight", "attn_v_b.weight")
         if self.absorbed:
             self.k_b = w.matrix("attn_k_b.weight", self.n_head, self.rank, plain)
             self.v_b = w.matrix("attn_v_b.weight", self.n_head, c.head_dim_v, self.rank)

@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import DeviceError, UnsupportedModel
+from ..errors import DeviceError, GGUFError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from .archs import Arch, find
-from .config import Config, Keys, architecture, read_config
+from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
 from .memory import available_bytes, readable
 from .state import State
 from .step import Step, Tap
-from .weights import Tensors, check_uniform
+from .weights import Tensors, check_layers
 
 Want = Literal["all", "last", "none"]
 Segment = tuple[
@@ -174,13 +174,28 @@ def build(
     config = arch.adjust(read_config(keys))
     if arch.norm:
         config = replace(config, norm=arch.norm)
+    check_vocabulary(metadata, keys, tensors)
     refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
-    check_uniform(tensors, config.n_layer, frozenset({"attn_norm.weight", "attn_norm.bias"}))
+    check_layers(tensors, config.n_layer, arch.gated)
     root = Tensors(tensors, be, config)
+    if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
+        root.require("token_types.weight")
     layers = [root.below(f"blk.{i}.") for i in range(config.n_layer)]
     decoder = Decoder(config, arch, root, list(progress(layers, config.n_layer)))
     refuse(root.leftovers(), "tensors that this architecture does not use", strict)
     return Network(config, arch, decoder, be, kv_type)
+
+
+def check_vocabulary(metadata: Mapping[str, Any], keys: Keys, tensors: Mapping[str, Any]) -> None:
+    """Every row of the embedding has a token, and every token a row."""
+    embedding = tensors.get("token_embd.weight")
+    n_rows = 0 if embedding is None else embedding.shape[0]
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    counts = {"tokenizer.ggml.tokens": len(tokens) if len(tokens) else n_rows}
+    counts[keys.prefix + "vocab_size"] = keys.whole("vocab_size", n_rows, high=CONTEXT)
+    for name, n in counts.items():
+        if n_rows and n != n_rows:
+            raise GGUFError(f"counts {n} tokens; token_embd.weight has {n_rows} rows", name=name)
 
 
 def refuse(names: Sequence[str], what: str, strict: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import GGUFError
 from ..kernels.backend import Array, LayerCache
 from .config import Config
 from .ffn import Row
@@ -34,6 +35,8 @@ class TimeMix:
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
         self.be, self.i, e = w.be, i, c.n_embd
+        if not c.wkv_head_dim or e % c.wkv_head_dim:
+            raise GGUFError(f"is {c.wkv_head_dim}; must divide {e}", name=f"{c.arch}.wkv.head_size")
         self.head_dim, self.n_head = c.wkv_head_dim, e // c.wkv_head_dim
         self.n_embd = e
         lerp = w.host("time_mix_lerp_fused.weight").reshape(self.n_mix, e)

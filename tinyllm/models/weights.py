@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,24 @@ MAY_BE_LEFT = {
     "attn_rot_embd": "a table of angles that old converters stored",
     "rotary_emb.inv_freq": "likewise",
 }
+# Tensors without which a file is a whole model of its architecture too, each with its reason.
+MAY_BE_ABSENT = {
+    "output.weight": "the embedding is the head too (tied), unless the row says otherwise",
+    "token_types.weight": "DistilBERT has none; where the vocabulary counts two types, it is needed",
+    "rope_freqs.weight": "only some files of an architecture stretch the rotation; no key says which",
+}
+MAY_DIFFER = {"attn_norm.weight", "attn_norm.bias"}  # ModernBERT's first layer has none
+BIAS_ALONE = ("exp_probs_b", "ssm_dt")  # names that have a bias and may have no weight
+STREAM_NORMS = tuple(  # of the residual stream
+    f"{name}.weight"
+    for name in """attn_norm attn_norm_2 ffn_norm attn_output_norm layer_output_norm token_embd_norm
+    output_norm""".split()
+)
+BIASED_TOGETHER = (  # in models whose feed-forward half has no gate
+    ("attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output"),
+    ("ffn_up", "ffn_down"),
+)
+NO_WEIGHTS = {"I8", "I16", "I32", "I64", "F64"}  # types of the format that hold no weights
 
 
 @dataclass(frozen=True)
@@ -67,8 +85,9 @@ class Tensors:
         """The same tensors under a longer prefix, perhaps on another backend."""
         return Tensors(self.tensors, be or self.be, self.c, self.prefix + prefix, self.taken)
 
-    def has(self, name: str) -> bool:
-        return f"{self.prefix}{name}" in self.tensors
+    def has(self, *names: str) -> bool:
+        """Is one of these tensors there?"""
+        return any(f"{self.prefix}{name}" in self.tensors for name in names)
 
     def source(self, name: str, *shape: int) -> Any:
         """The tensor, with its shape checked where one is given, marked as used."""
@@ -76,10 +95,18 @@ class Tensors:
         if full not in self.tensors:
             raise GGUFError(f"tensor is missing; architecture {self.c.arch!r} needs it", name=full)
         tensor = self.tensors[full]
+        if tensor.type in NO_WEIGHTS:
+            raise GGUFError(f"is of type {tensor.type}, which holds no weights", name=full)
         if shape and tuple(tensor.shape) != shape:
             raise GGUFError(f"has shape {tuple(tensor.shape)}; expected {shape}", name=full)
         self.taken.add(full)
         return tensor
+
+    def require(self, *names: str) -> None:
+        """These tensors must be there, although a model could be built without."""
+        for name in names:
+            if not self.has(name):
+                self.source(name)
 
     def array(self, name: str, *shape: int) -> Array:
         """Any small tensor as float32 on the device."""
@@ -124,28 +151,84 @@ class Tensors:
         )
 
 
-def check_uniform(tensors: Mapping[str, Any], n_layer: int, ignore: frozenset[str]) -> None:
-    """Layers of one kind (dense, experts; attention, recurrent) have the same tensors.
+def check_layers(tensors: Mapping[str, Any], n_layer: int, gated: bool) -> None:
+    """Layers of one kind have the same tensors, and biases stand together.
 
-    ``ignore`` names suffixes that a row allows to differ. GGUFError names the first tensor that is missing.
+    Raises
+    ------
+    UnsupportedModel
+        A tensor belongs to a layer that is not there.
+    GGUFError
+        A tensor is missing; the message names it.
     """
+    layers = by_layer(tensors, n_layer)
+    check_uniform(layers)
+    check_biases(tensors)
+    if not gated:
+        for i, names in enumerate(layers):
+            for group in BIASED_TOGETHER:
+                check_together(f"blk.{i}.", names, group)
+
+
+def by_layer(tensors: Mapping[str, Any], n_layer: int) -> list[set[str]]:
+    """The names below ``blk.i.`` of each layer."""
     layers: list[set[str]] = [set() for _ in range(n_layer)]
     for name in tensors:
         head, _, rest = name.partition(".")
         number, _, suffix = rest.partition(".")
-        if head == "blk":
-            if not number.isdigit() or int(number) >= n_layer:
-                raise UnsupportedModel(
-                    f"tensor {name!r:.80} belongs to no layer; there are {n_layer}"
-                )
-            layers[int(number)].add(suffix)
-    kinds: dict[tuple[bool, bool], tuple[int, set[str]]] = {}
+        if head != "blk":
+            continue
+        if not number.isdecimal() or len(number) > 4 or int(number) >= n_layer:
+            raise UnsupportedModel(f"tensor {name!r:.80} belongs to no layer; there are {n_layer}")
+        layers[int(number)].add(suffix)
+    return layers
+
+
+def check_uniform(layers: list[set[str]]) -> None:
+    """All layers with experts have the same feed-forward tensors, all with attention the same others, ..."""
+    first: dict[tuple[bool, ...], tuple[int, set[str]]] = {}
     for i, names in enumerate(layers):
-        kind = ("ffn_gate_inp.weight" in names, "attn_output.weight" in names)
-        first, expected = kinds.setdefault(kind, (i, names))
-        for suffix in sorted((expected ^ names) - ignore):
-            there, absent = (first, i) if suffix in expected else (i, first)
-            raise GGUFError(
-                f"tensor is missing; layer {there} has it and is of the same kind",
-                name=f"blk.{absent}.{suffix}",
-            )
+        for kind, part in parts(names).items():
+            j, expected = first.setdefault(kind, (i, part))
+            for suffix in sorted((expected ^ part) - MAY_DIFFER):
+                there, absent = (j, i) if suffix not in names else (i, j)
+                raise GGUFError(
+                    f"tensor is missing; blk.{there}.{suffix} is there, in a layer of the same kind",
+                    name=f"blk.{absent}.{suffix}",
+                )
+
+
+def parts(names: set[str]) -> dict[tuple[bool, ...], set[str]]:
+    """A layer's names as those of its feed-forward half and the others, each under what kind it is."""
+    ffn = {n for n in names if n.startswith(("ffn_", "exp_probs_b"))}
+    mixer = tuple(
+        any(n.startswith(p) for n in names) for p in ("attn_output.", "ssm_", "shortconv.")
+    )
+    return {(has_experts(names),): ffn, mixer: names - ffn}
+
+
+def has_experts(names: Iterable[str]) -> bool:
+    """Is this a layer with a mixture of experts?"""
+    return any("_exps." in n or n.startswith("ffn_gate_inp.") for n in names)
+
+
+def check_biases(tensors: Mapping[str, Any]) -> None:
+    """A bias has its weight; the norms of the residual stream have biases all or none."""
+    for name in tensors:
+        base = name.removesuffix(".bias")
+        if base != name and not base.endswith(BIAS_ALONE) and f"{base}.weight" not in tensors:
+            raise GGUFError("tensor is missing, though its bias is there", name=f"{base}.weight")
+    norms = [n.removesuffix(".weight") for n in tensors if n.endswith(STREAM_NORMS)]
+    check_together("", set(tensors), norms)
+
+
+def check_together(prefix: str, names: set[str], group: Sequence[str]) -> None:
+    """Those of the group that are there have biases all or none."""
+    here = [g for g in group if f"{g}.weight" in names]
+    without = [g for g in here if f"{g}.bias" not in names]
+    if 0 < len(without) < len(here):
+        other = next(g for g in here if g not in without)
+        raise GGUFError(
+            f"tensor is missing; {prefix}{other}.bias is there, and they come all or none",
+            name=f"{prefix}{without[0]}.bias",
+        )

@@ -1,0 +1,186 @@
+"""Nothing of a file is ignored: each tensor and each key is needed, and nothing else may be there.
+
+Generated over the golden files. A network is built on a backend that outlines weights instead of reading them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllm import gguf
+from tinyllm.errors import TinyLLMError, UnsupportedModel
+from tinyllm.info import Outlines
+from tinyllm.models.archs import ARCHS, REQUIRED
+from tinyllm.models.config import HARMLESS
+from tinyllm.models.network import build
+from tinyllm.models.weights import MAY_BE_ABSENT
+
+OURS = Path(__file__).parent / "golden"
+
+
+class Sketch(Outlines):
+    """Loads nothing at all."""
+
+    def array(self, x: Any) -> Any:
+        return x
+
+
+def golden(data: Path) -> list[Path]:
+    files = [*(data / "golden" / "models").glob("*.gguf"), *OURS.glob("*.gguf")]
+    assert len(files) >= 73
+    return sorted(files)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+    """A file's metadata and tensors (unread), and the prefix of its keys."""
+    with gguf.open(path) as f:
+        yield dict(f.metadata), dict(f.tensors), f"{f.metadata['general.architecture']}."
+
+
+def refusal(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """Why the file is refused; empty if it is not."""
+    try:
+        build(metadata, tensors, Sketch(), "f32")
+    except TinyLLMError as e:
+        return str(e)
+    return ""
+
+
+def worth_dropping(tensors: Mapping[str, Any], n_layer: int) -> Iterator[str]:
+    """All tensors but those of the layers in the middle, which are like others."""
+    for name in tensors:
+        layer = re.match(r"blk\.(\d+)\.", name)
+        if layer is None or int(layer[1]) in (0, 1, n_layer - 1):
+            yield name
+
+
+def test_no_tensor_may_be_missing(data: Path) -> None:
+    unexplained, seen = [], set()
+    for path in golden(data):
+        with opened(path) as (metadata, tensors, prefix):
+            assert refusal(metadata, tensors) == "", path.stem
+            for name in worth_dropping(tensors, metadata[f"{prefix}block_count"]):
+                said = refusal(metadata, {k: v for k, v in tensors.items() if k != name})
+                if not said and name in MAY_BE_ABSENT:
+                    seen.add(name)
+                elif name not in said:
+                    unexplained.append((path.stem, name, said))
+    assert unexplained == []
+    assert seen == set(MAY_BE_ABSENT)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nonsense.weight", "blk.0.nonsense.weight", "blk.99.attn_norm.weight", "blk.x.a.weight"],
+)
+def test_no_tensor_may_be_added(name: str, data: Path) -> None:
+    for path in golden(data):
+        with opened(path) as (metadata, tensors, _):
+            more = tensors | {name: tensors["token_embd.weight"]}
+            assert name in refusal(metadata, more), path.stem
+
+
+def test_no_key_may_be_misspelt(data: Path) -> None:
+    for path in golden(data):
+        with opened(path) as (metadata, tensors, prefix):
+            for key in [k for k in metadata if k.startswith(prefix)]:
+                renamed = {(f"{k}_" if k == key else k): v for k, v in metadata.items()}
+                assert key in refusal(renamed, tensors), (path.stem, key)
+
+
+def test_what_is_not_understood_may_be_overlooked_on_request(data: Path) -> None:
+    with opened(data / "golden" / "models" / "llama-mha.gguf") as (metadata, tensors, _):
+        metadata["llama.nonsense"] = 1
+        with pytest.raises(UnsupportedModel, match=r"llama\.nonsense"):
+            build(metadata, tensors, Sketch())
+        with pytest.warns(UserWarning, match=r"llama\.nonsense"):
+            build(metadata, tensors, Sketch(), strict=False)
+
+
+def test_the_written_lists_are_short_and_give_reasons() -> None:
+    assert len(MAY_BE_ABSENT) <= 10
+    assert all(len(reason) > 20 for reason in MAY_BE_ABSENT.values())
+    assert len(HARMLESS) <= 40
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "named"),
+    [
+        ("llama-mha", "block_count", 0, "llama.block_count"),
+        ("llama-mha", "block_count", 513, "llama.block_count"),
+        ("llama-mha", "block_count", 1, "blk.1."),
+        ("llama-mha", "block_count", 3, "blk.2."),
+        ("llama-mha", "embedding_length", 128, "token_embd.weight"),
+        ("llama-mha", "attention.head_count", 0, "llama.attention.head_count"),
+        ("llama-mha", "attention.head_count", 7, "llama.attention.head_count"),
+        ("llama-mha", "attention.head_count_kv", 3, "llama.attention.head_count_kv"),
+        ("llama-mha", "attention.head_count", [4, 4, 4], "llama.attention.head_count"),
+        ("llama-mistral", "attention.key_length", 0, "llama.attention.key_length"),
+        ("llama-mistral", "attention.key_length", 23, "llama.rope.dimension_count"),
+        ("llama-mha", "rope.dimension_count", 18, "llama.rope.dimension_count"),
+        ("llama-mha", "rope.dimension_count", 7, "llama.rope.dimension_count"),
+        ("llama-mha", "rope.dimension_count", 0, "llama.rope.dimension_count"),
+        ("llama-mha", "rope.freq_base", 1.0, "llama.rope.freq_base"),
+        ("llama-mha", "context_length", 0, "llama.context_length"),
+        ("llama-mha", "context_length", 1 << 63, "llama.context_length"),
+        ("llama-mixtral", "expert_count", 1_000_000, "llama.expert_count"),
+        ("llama-mixtral", "expert_used_count", 5, "llama.expert_used_count"),
+        ("llama-mixtral", "expert_used_count", 0, "llama.expert_used_count"),
+        ("deepseek2-v3", "expert_gating_func", 77, "deepseek2.expert_gating_func"),
+        ("deepseek2-v3", "expert_group_count", 3, "deepseek2.expert_group_count"),
+        ("gemma2", "attention.sliding_window", -1, "gemma2.attention.sliding_window"),
+        ("gemma2", "attn_logit_softcapping", -50.0, "gemma2.attn_logit_softcapping"),
+        ("granite", "logit_scale", 0.0, "granite.logit_scale"),
+        ("llama-mha", "attention.layer_norm_rms_epsilon", 0.0, "layer_norm_rms_epsilon"),
+        ("llama-mha", "attention.layer_norm_rms_epsilon", -1e-5, "layer_norm_rms_epsilon"),
+        ("llama-mha", "attention.layer_norm_rms_epsilon", float("nan"), "layer_norm_rms_epsilon"),
+        ("llama-mha", "vocab_size", 511, "llama.vocab_size"),
+        ("jais", "attention.head_count", 0, "jais.attention.head_count"),
+        ("rwkv7", "wkv.head_size", 0, "rwkv7.wkv.head_size"),
+        ("rwkv6", "wkv.head_size", 7, "rwkv6.wkv.head_size"),
+        ("mamba", "ssm.conv_kernel", 0, "ssm_conv1d"),
+        ("mamba", "ssm.state_size", 0, "ssm_"),
+        ("openelm", "attention.head_count", [4], "openelm.attention.head_count"),
+        ("openelm", "feed_forward_length", [128, 190], "blk.1.ffn_"),
+    ],
+)
+def test_senseless_sizes_are_refused(
+    file: str, key: str, value: Any, named: str, data: Path
+) -> None:
+    with opened(data / "golden" / "models" / f"{file}.gguf") as (metadata, tensors, prefix):
+        assert named in refusal({**metadata, prefix + key: value}, tensors)
+
+
+def test_an_output_matrix_may_not_be_missing_where_the_row_says_so(data: Path) -> None:
+    with opened(data / "golden" / "models" / "gptneox.gguf") as (metadata, tensors, _):
+        assert "output.weight" in REQUIRED["gptneox"]
+        del tensors["output.weight"]
+        assert refusal(metadata, tensors).startswith("output.weight: tensor is missing")
+
+
+def test_a_vocabulary_has_as_many_tokens_as_the_embedding_has_rows(data: Path) -> None:
+    with opened(data / "golden" / "models" / "llama-mha.gguf") as (metadata, tensors, _):
+        metadata["tokenizer.ggml.tokens"] = list(metadata["tokenizer.ggml.tokens"])[:-1]
+        assert refusal(metadata, tensors).startswith("tokenizer.ggml.tokens: counts 511 tokens")
+
+
+def test_architectures_are_named_in_the_table_only() -> None:
+    spelt = re.compile("|".join(rf"[\"']{re.escape(name)}[\"']" for name in ARCHS))
+    for path in Path(build.__code__.co_filename).parent.glob("*.py"):
+        if path.name != "archs.py":
+            assert not spelt.search(path.read_text("utf-8")), path.name
+
+
+def test_budgets_hold() -> None:
+    folder = Path(build.__code__.co_filename).parent
+    text = (folder / "decoder.py").read_text()
+    assert len(text.splitlines()) <= 250
+    call = text[text.index("    def __call__") : text.index("    def feed")]
+    assert len(call.strip().splitlines()) <= 30
