@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,20 @@ OPTIONS = ["-cl-std=CL1.2", "-Werror"]
 CPU_OPTIONS = ["-DCPU_DEVICE", "-cl-opt-disable"]
 
 
+@cache
+def _context(device: Any) -> Any:
+    """One context for all backends of a device, so that they share compiled programs."""
+    return cl.Context([device])
+
+
+@cache
+def _build(device: Any, program: Program) -> Any:
+    """A program compiled for a device; PyOpenCL keeps the result on disk, too."""
+    on_cpu = device.type & cl.device_type.CPU
+    text = sources.text("prelude_opencl.h", program)
+    return cl.Program(_context(device), text).build(OPTIONS + CPU_OPTIONS if on_cpu else OPTIONS)
+
+
 class OpenCLBackend(GPUBackend):
     """Buffers, programs and launches of one OpenCL device.
 
@@ -44,13 +59,10 @@ class OpenCLBackend(GPUBackend):
         self.index, self.device = devices.choose_opencl(which)
         self.name = f"opencl:{self.index} {self.device.name.strip()}"
         self.n_cores = self.device.max_compute_units
-        on_cpu = self.device.type & cl.device_type.CPU
-        self.options = OPTIONS + CPU_OPTIONS if on_cpu else OPTIONS
-        self.context = cl.Context([self.device])
+        self.context = _context(self.device)
         self.queue = cl.CommandQueue(self.context)
         self._tape: list[tuple[Any, ...]] | None = None
         self._kernels: dict[tuple[Program, str], Any] = {}
-        self._programs: dict[Program, Any] = {}
         super().__init__()
 
     # ---- memory
@@ -107,7 +119,8 @@ class OpenCLBackend(GPUBackend):
             self._tape.append((compiled, total, threads, plain))
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        self._tape = tape = []
+        tape: list[tuple[Any, ...]] = []
+        self._tape = tape
         try:
             result = run()
         finally:
@@ -120,13 +133,9 @@ class OpenCLBackend(GPUBackend):
         return replay, result
 
     def _kernel(self, program: Program, kernel: str) -> Any:
-        if program not in self._programs:
-            text = sources.text("prelude_opencl.h", program)
-            self._programs[program] = cl.Program(self.context, text).build(self.options)
-        self._kernels[program, kernel] = cl.Kernel(self._programs[program], kernel)
+        self._kernels[program, kernel] = cl.Kernel(_build(self.device, program), kernel)
         return self._kernels[program, kernel]
 
     def close(self) -> None:
         super().close()
         self._kernels.clear()
-        self._programs.clear()

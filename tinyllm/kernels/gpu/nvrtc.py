@@ -1,0 +1,82 @@
+"""Compile kernels to CUDA machine code without a GPU, and report what they take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...errors import DeviceError
+from . import devices, sources
+from .sources import Program
+from .weights import LAYOUTS, PLAIN
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes: registers of a thread, bytes of stack, spills and local memory."""
+
+    kernel: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+def compile_program(program: Program, arch: str) -> tuple[bytes, list[Usage]]:
+    """Machine code of a program for one architecture, and its kernels' usage; warnings are errors."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+    except ImportError as e:
+        raise DeviceError(f"{devices.NO_CUPY}; NVRTC is missing") from e
+    text = sources.text("prelude_cuda.h", program)
+    handle = nvrtc.createProgram(text, f"{program[0][-1]}.cu", (), ())
+    options = [f"-arch={arch}", "-std=c++17", "--ptxas-options=-v", "-Werror=all-warnings"]
+    try:
+        nvrtc.compileProgram(handle, options)
+        return nvrtc.getCUBIN(handle), list(_usage(nvrtc.getProgramLog(handle)))
+    except nvrtc.NVRTCError as e:
+        log = nvrtc.getProgramLog(handle)
+        raise DeviceError(f"{program[0][-1]} does not compile for {arch}: {log}") from e
+    finally:
+        nvrtc.destroyProgram(handle)
+
+
+def _usage(log: str) -> Iterator[Usage]:
+    """Read ptxas's report, three lines a kernel."""
+    name, stack, spills = "", 0, 0
+    for line in log.splitlines():
+        if entry := _ENTRY.search(line):
+            name = entry[1]
+        elif frame := _STACK.search(line):
+            stack, spills = int(frame[1]), int(frame[2]) + int(frame[3])
+        elif used := _USED.search(line):
+            yield Usage(name, int(used[1]), stack, spills, int(used[2] or 0))
+
+
+def programs() -> dict[str, Program]:
+    """Every program there is, by a name; those that depend on shapes for the usual ones."""
+    named = {
+        f"{kind} {file}": sources.matrix(kind, file)
+        for kind in (*PLAIN, *LAYOUTS)
+        for file in ("matvec.c", "matmul.c")
+    }
+    for file in ("rows.c", "elementwise.c", "experts.c", "choose.c", "products.c"):
+        named[file] = sources.plain(file)
+    for size in (16, 64):
+        named[f"recurrent.c {size}"] = sources.plain("recurrent.c", SIZE=size)
+    for name, kv in (("f32", 0), ("f16", 1), ("q8_0", 2)):
+        named[f"cache.c {name}"] = sources.plain("kv.h", "cache.c", KV=kv)
+        for dim in (64, 128, 256):
+            for queries in (8, 16) if dim < 256 else (8,):
+                program = sources.attention(kv, dim, dim, queries, dense=False)
+                named[f"attention.c {name} {dim} x {queries}"] = program
+    named["attention.c f16 576 x 8"] = sources.attention(1, 576, 512, 8, dense=False)
+    for dim in (32, 64):
+        named[f"attention.c dense {dim}"] = sources.attention(0, dim, dim, 16, dense=True)
+    return named
