@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tinyllm import cli
+from tinyllm.gguf import quants
+from tinyllm.models.archs import ARCHS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -38,3 +40,12 @@ def test_named_files_exist():
     names = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"^(scripts/\w+)$", README, re.M)
     assert names
     assert [n for n in names if not (ROOT / n).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("caption", "names"), [("formats", quants.FORMATS), ("architectures", ARCHS)]
+)
+def test_the_table_lists_what_there_is(caption, names):
+    listed = re.search(rf"^\| {caption} \| (.*) \|$", README, re.M)
+    assert listed
+    assert sorted(listed[1].split()) == sorted(names)
