@@ -1,0 +1,96 @@
+"""Prefill through a library's matrix product: NumPy in the library's place, OpenCL kernels around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinyllm.errors import DeviceError
+from tinyllm.gguf import quants
+from tinyllm.kernels.gpu import products
+from tinyllm.kernels.gpu.products import LibraryProducts
+from tinyllm.kernels.reference import ReferenceBackend
+
+pytestmark = pytest.mark.device
+pytest.importorskip("pyopencl", reason="needs PyOpenCL")
+REFERENCE = ReferenceBackend()
+F32 = np.float32
+
+
+class Stored:
+    """Bytes as a tensor of a file."""
+
+    def __init__(self, type_name: str, weights: np.ndarray) -> None:
+        self.name, self.type, self.shape = "w", type_name, weights.shape
+        self.raw = quants.quantize(type_name, weights)
+
+    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        return self.raw[start:stop]
+
+
+def as_float(kind: str, raw: np.ndarray) -> np.ndarray:
+    """Raw bytes of plain numbers -> float32."""
+    if kind == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(F32)
+    return raw.view({"F32": F32, "F16": np.float16}[kind]).astype(F32)
+
+
+@pytest.fixture(scope="module")
+def be() -> Any:
+    from tinyllm.kernels.gpu.opencl import OpenCLBackend
+
+    class NumPyProducts(LibraryProducts, OpenCLBackend):
+        """``gemm`` as cuBLAS does it: the same buffers, leading dimensions and accumulation."""
+
+        def gemm(
+            self,
+            kind: str,
+            w: Any,
+            x: Any,
+            term: int,
+            y: Any,
+            first: int,
+            rows: int,
+            w_row: int,
+        ) -> None:
+            size = 4 if kind == "F32" else 2
+            matrix = as_float(kind, self.get(w, 0, rows * w_row * size)).reshape(rows, w_row)
+            terms = as_float(kind, self.get(x.buffer, 0, x.nbytes)).reshape(x.shape)
+            out = np.array(self.numpy(y))
+            product = terms[term] @ matrix[:, : x.shape[2]].T
+            out[:, first : first + rows] = product + (out[:, first : first + rows] if term else 0)
+            self.put(y.buffer, 0, out)
+
+    try:
+        return NumPyProducts()
+    except DeviceError as e:
+        return pytest.skip(str(e))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1, 1e6])
+@pytest.mark.parametrize(
+    ("kind", "bound"),
+    [("F32", 1e-6), ("F16", 2e-6), ("BF16", 2e-6), ("Q4_0", 1e-3), ("Q6_K", 1e-3)],
+)
+def test_library_products_are_as_exact_as_their_format(
+    be: Any, kind: str, bound: float, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "PIECE", 2 * 256 * 20)  # 20 rows at a time, 8 at the end
+    rng = np.random.default_rng(0)
+    source = Stored(kind, rng.standard_normal((48, 256), dtype=F32))
+    x = rng.standard_normal((20, 256), dtype=F32) * F32(size)
+    x[3], bias = 0, rng.standard_normal(48, dtype=F32)
+    want = REFERENCE.matmul(REFERENCE.load(source), x, bias)
+    got = be.numpy(be.matmul(be.load(source), be.array(x), be.array(bias)))
+    assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < bound
+
+
+def test_rows_that_are_not_whole_words_are_padded(be: Any) -> None:
+    rng = np.random.default_rng(0)
+    source = Stored("F16", rng.standard_normal((9, 37), dtype=F32))
+    x = rng.standard_normal((18, 37), dtype=F32)
+    want = REFERENCE.matmul(REFERENCE.load(source), x)
+    got = be.numpy(be.matmul(be.load(source), be.array(x)))
+    assert np.abs(got - want).max() < 1e-5
