@@ -118,9 +118,9 @@ class Attention(Matrices):
         slopes: GPUArray | None = None,
     ) -> GPUArray:
         b = self.on_device(batch)
-        sides = [Side(0, n_head_kv, x.shape[-1] // n_head_kv, 0, "f32") for x in (k, v)]
+        k_side, v_side = (Side(0, n_head_kv, x.shape[-1] // n_head_kv, 0, "f32") for x in (k, v))
         how = f32(scale), i32(window), f32(0.0)
-        return self._attend(b, q, (k, v), *sides, n_head, slopes, None, how, 0)
+        return self._attend(b, q, (k, v), k_side, v_side, n_head, slopes, None, how, 0)
 
     def _attend(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,12 +70,15 @@ def upload(
     arrays = host_arrays(batch) if arrays is None else arrays
     packed = pack(arrays)
     whole = be.array(packed)
-    on_device, at = {}, 0
+    on_device: dict[str, Any] = {}
+    at = 0
     for name, x in arrays.items():
         part = be.view(whole.buffer, at, max(x.nbytes, 4))
         on_device[name] = GPUArray(x.shape, np.int32, part, None, whole)
         at += aligned(x.nbytes)
-    rest = {f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in on_device}
+    rest: dict[str, Any] = {
+        f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in on_device
+    }
     n_pages = arrays["pages"].shape[1]
     return DeviceBatch(**on_device, **rest, host=batch, n_pages=n_pages, whole=whole)
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PAGE = 64  # as in src/kv.h
 KV_CODE = {"f32": 0, "f16": 1, "q8_0": 2}
 _PIECE = {"f32": 4, "f16": 4, "q8_0": 32}
-_DTYPE = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
+_DTYPE: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Side:
             raw[:, : rows * self.width * self.item] = padded.view(np.uint8).reshape(n, -1)
 
     @property
-    def stored(self) -> tuple[np.dtype, int]:
+    def stored(self) -> tuple[np.dtype[Any], int]:
         """Type and length of an exported row."""
         if self.kv_type == "q8_0":
             return np.dtype(np.uint8), self.width // 32 * 34
@@ -257,7 +257,7 @@ class GPUCache(Cache):
 
     def _check(self, arrays: dict[str, np.ndarray]) -> int:
         """The number of positions in saved arrays; StateError if they are not of these layers."""
-        expected: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        expected: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         for i, (sides, slots) in enumerate(zip(self.layout.sides, self.layout.arrays, strict=True)):
             for name, side in sides.items():
                 dtype, length = side.stored

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from ...errors import ArgumentError, DeviceError, NumericError
-from ..backend import Activation, Backend, Batch, KVType, LayerCache, RopeSpec, Routing
+from ..backend import Activation, Batch, KVType, LayerCache, RopeSpec, Routing
 from . import batch as batches
 from . import sources
 from .arrays import GPUArray
@@ -34,7 +34,7 @@ N_BINS = 4096  # as in src/choose.c
 CANDIDATES = 16384  # that top_k brings to the host; with more it brings all the logits
 
 
-class GPUBackend(Recurrent, Recording, Backend):
+class GPUBackend(Recurrent, Recording):
     """The operations of ``Backend`` on a GPU; see there for what each promises."""
 
     def __init__(self) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from ...errors import DeviceError
+from ..backend import Backend
 from .arrays import Buffer, GPUArray, Pool
 from .sources import Program
 from .weights import GPUWeight
@@ -19,7 +20,7 @@ Size = tuple[int, int, int]
 _NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 
 
-class Device(ABC):
+class Device(Backend):
     """One device with its pool of arrays. Subclasses implement the primitives."""
 
     name: str
@@ -87,7 +88,7 @@ class Device(ABC):
         self.pool.close()
         self.kept.close()
 
-    def forget(self) -> None:  # noqa: B027 (only some devices record steps)
+    def forget(self) -> None:
         """Drop what holds on to spare buffers."""
 
     # ---- arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,9 @@ class Device:
     memory: int  # bytes
 
 
-def list() -> list[Device]:  # noqa: A001 (read as devices.list())
+def list() -> Sequence[Device]:  # noqa: A001 (read as devices.list())
     """All GPUs that an installed package and driver reach; none is no error."""
-    found = []
+    found: MutableSequence[Device] = []
     for kind, look in (("cuda", cuda_devices), ("opencl", opencl_devices)):
         try:
             found += [Device(f"{kind}:{i} {name}", kind, memory) for i, name, memory in look()]

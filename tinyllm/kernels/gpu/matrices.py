@@ -77,7 +77,7 @@ class Matrices(Device):
 
     # ---- products
 
-    def embed(self, w: GPUWeight, ids: GPUArray, scale: float = 1.0) -> GPUArray:
+    def embed(self, w: GPUWeight, ids: GPUArray, scale: float = 1.0) -> GPUArray:  # type: ignore[override]
         y = self.empty((*ids.shape, w.n_in))
         unit = 8 if w.kind in PLAIN else 32
         groups = (-(-w.n_in // (unit * LANES)), ids.size, 1)
@@ -88,10 +88,10 @@ class Matrices(Device):
         )
         return y
 
-    def matmul(self, w: GPUWeight, x: GPUArray, bias: GPUArray | None = None) -> GPUArray:
+    def matmul(self, w: GPUWeight, x: GPUArray, bias: GPUArray | None = None) -> GPUArray:  # type: ignore[override]
         return self.matmuls([w], x, [bias])[0]
 
-    def matmuls(
+    def matmuls(  # type: ignore[override]
         self, ws: Sequence[GPUWeight], x: GPUArray, biases: Sequence[GPUArray | None]
     ) -> list[GPUArray]:
         n_x = x.size // x.shape[-1]
@@ -151,7 +151,7 @@ class Matrices(Device):
         program = sources.matrix(w.kind, "matmul.c")
         self.launch(program, "matmul", groups, (TILE_THREADS, 1, 1), *args)
 
-    def matmul_experts(
+    def matmul_experts(  # type: ignore[override]
         self, w: GPUWeight, x: GPUArray, experts: GPUArray, bias: GPUArray | None = None
     ) -> GPUArray:
         y = self.empty((*experts.shape, w.n_out))
@@ -163,7 +163,7 @@ class Matrices(Device):
             self._many_choices(w, x, experts, bias, y, n_choices, share)
         return y
 
-    def matmul_heads(self, w: GPUWeight, x: GPUArray) -> GPUArray:
+    def matmul_heads(self, w: GPUWeight, x: GPUArray) -> GPUArray:  # type: ignore[override]
         h, n_out, n_in = w.shape
         t = x.shape[0]
         if (t, h) not in self._heads:

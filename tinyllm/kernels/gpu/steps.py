@@ -38,7 +38,7 @@ class Recorded:
 class Steps:
     """The recorded steps of one backend, the least recently used forgotten first."""
 
-    def __init__(self, be: Recording) -> None:
+    def __init__(self, be: Any) -> None:
         self.be = be
         self._known: dict[Hashable, Recorded] = {}
 

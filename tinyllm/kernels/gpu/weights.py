@@ -179,7 +179,7 @@ def split_planes(kind: str, raw: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
 def plane_bytes(kind: str) -> int:
     """Bytes of a block on the device."""
     fields = FORMATS[kind].dtype.fields
-    return sum(fields[name][0].itemsize for name in LAYOUTS[kind].planes)  # type: ignore[index]
+    return sum(int(fields[name][0].itemsize) for name in LAYOUTS[kind].planes)  # type: ignore[index]
 
 
 def padded_rows(source_type: str, kind: str, raw: np.ndarray) -> np.ndarray:
