@@ -19,9 +19,8 @@ MAX_STRINGS = 1 << 21  # strings in the arrays of a file; the largest known has 
 MAX_NESTED = 1 << 16  # arrays inside arrays
 MAX_DEPTH = 4
 _FIRST_READ = 1 << 20
-_WALK = (
-    4096  # a leap over fewer strings is not worth its time: so many are walked before the next one
-)
+# A leap over fewer strings than this is not worth its time; so many are walked before the next one.
+_WALK = 4096
 _LEAP = 1 << 18  # bytes looked at together for the strings in them
 _FORMATS = {"U32": "I", "U64": "Q"}
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ..errors import GGUFError
 from ._file import RandomAccessFile
@@ -191,7 +190,7 @@ def _read_info(header: Header) -> _Info:
     at = header.pos
     shape = tuple(header.uint("U64", "a dimension") for _ in range(n_dims))[::-1]
     kind = _tensor_type(header)
-    n_elements = int(np.prod(shape, dtype=object))
+    n_elements = math.prod(shape)
     if n_elements == 0:
         raise header.error(f"shape {shape} holds nothing; every dimension must be at least 1", at)
     if shape[-1] % kind.block_size:

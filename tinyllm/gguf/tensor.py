@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -42,7 +44,7 @@ class Tensor:
         self.name, self.shape, self.offset = name, shape, offset
         self._kind, self._file = kind, file
         self._swapped = byteorder == "big" and bool(kind.words)
-        self.n_elements = int(np.prod(shape, dtype=object))
+        self.n_elements = math.prod(shape)
         self.nbytes = kind.row_nbytes(self.n_elements)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,7 +136,7 @@ class _Stored:
 
     @property
     def nbytes(self) -> int:
-        return self.kind.row_nbytes(int(np.prod(self.shape, dtype=object)))
+        return self.kind.row_nbytes(math.prod(self.shape))
 
     def blocks(self) -> npt.NDArray[np.uint8]:
         """The little-endian bytes, uint8 [nbytes]."""
