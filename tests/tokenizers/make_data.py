@@ -163,7 +163,6 @@ def charsmap(rules: Mapping[str, str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def save(path: Path, value: object) -> None:
     text = json.dumps(value, separators=(",", ":"))
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
-    print(path, path.stat().st_size)
 
 
 def make_families(data: Path) -> None:
@@ -183,8 +182,7 @@ def make_families(data: Path) -> None:
             "pieces": [oracle.piece(i) for i in range(n_vocab)],
             "eog": oracle.eog(n_vocab),
         }
-        print(path, path.stat().st_size)
-    save(OUT / "tokenizers.json.gz", cases)
+        save(OUT / "tokenizers.json.gz", cases)
 
 
 def lengths(ids: Iterable[int]) -> str:

@@ -3,6 +3,25 @@
 >>> tokenizer = load(tinyllm.gguf.open(path).metadata)                         # doctest: +SKIP
 >>> tokenizer.encode("Hello")                                                  # doctest: +SKIP
 [1, 15043]
+
+Ids are llama.cpp's, token for token; text split by a pre-tokenizer too, where that differs from the original
+tokenizer (see `pretokenizers`). We differ on purpose in this:
+
+=================================  ===============================  ====================================
+what                               here                             llama.cpp
+=================================  ===============================  ====================================
+WordPiece, word of > 100 letters   the unknown token, as in the     matched by pieces
+                                   original
+decode                             the bytes the ids stand for,     with `clean_spaces`, spaces before
+                                   always                           punctuation are removed
+decode after a beginning token     the space that encode added is   it stays
+                                   dropped
+SPM, byte without a token          the unknown token                an exception
+BPE, token outside the alphabet    decodes to its spelling          decodes to ``[UNK_BYTE_0x...]``
+special id beyond the vocabulary   GGUFError                        a warning, and the default id
+duplicate tokens                   GGUFError                        ends the process
+text with a lone surrogate         ArgumentError                    U+FFFD for each byte
+=================================  ===============================  ====================================
 """
 
 from __future__ import annotations

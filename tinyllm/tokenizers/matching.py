@@ -23,11 +23,13 @@ class Matcher(Generic[S]):
     """
 
     def __init__(self, tokens: Iterable[S]) -> None:
-        self.tokens = frozenset(t for t in tokens if t)
+        self.tokens: frozenset[S] = frozenset(t for t in tokens if t)
         lengths: defaultdict[S, set[int]] = defaultdict(set)
         for token in self.tokens:
             lengths[token[:2]].add(len(token))
-        self._lengths = {head: tuple(sorted(n)) for head, n in lengths.items()}
+        self._lengths: dict[S, tuple[int, ...]] = {
+            head: tuple(sorted(n)) for head, n in lengths.items()
+        }
 
     def ends(self, text: S, at: int) -> Iterator[int]:
         """Where the tokens that begin at `at` end, ascending."""

@@ -131,11 +131,13 @@ class Vocab:
         if isinstance(value, (str, bytes, Mapping)):
             raise key_error(key, f"an array of numbers is expected, not {_kind(value)}")
         out = np.asarray(value)
-        if out.ndim != 1 or out.dtype.kind not in "iuf":
+        kinds = "iuf" if np.dtype(dtype).kind == "f" else "iu"
+        if out.ndim != 1 or out.dtype.kind not in kinds:
             raise key_error(key, f"an array of numbers is expected, not {_kind(value)}")
         if len(out) != len(self.tokens):
             raise key_error(key, f"{len(out)} values for {len(self.tokens)} tokens")
-        return out.astype(dtype)
+        with np.errstate(over="ignore"):  # a score beyond float32 is as good as infinite
+            return out.astype(dtype)
 
     def scores(self) -> npt.NDArray[np.float32]:
         """The score of every token, float32 [n_vocab]; zeros when the file has none."""
