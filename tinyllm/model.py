@@ -150,16 +150,51 @@ class Model:
             return np.empty((0, self.config.n_embd), np.float32)
         return np.stack(self._embed(ids, pooling, normalize))
 
+    def rank(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """How well each document answers the query, by a reranker -> float32 [n]; more is better.
+
+        Parameters
+        ----------
+        query : str
+        documents : sequence of str
+            Each is read together with the query, as the vocabulary joins a pair.
+
+        Raises
+        ------
+        UnsupportedModel
+            The model has no ranking head, or one with several labels.
+        ContextOverflow
+            A query and a document together have more tokens than the model was trained for.
+        """
+        net, head = self.network, self.network.decoder.rank
+        if head is None or head.n_label != 1:
+            what = "no ranking head" if head is None else f"a head of {head.n_label} labels"
+            raise UnsupportedModel(f"the model has {what}; load a reranker, or compare embeddings")
+        if isinstance(documents, str):
+            raise ArgumentError("documents is a single string; expected a list of them")
+        pairs = [encode_pair(self.tokenizer, query, text) for text in documents]
+        lengths = [len(ids) for ids, _ in pairs]
+        self._check_lengths(lengths)
+        scores = np.empty(len(pairs), np.float32)
+        for part in pack(lengths, net.n_batch):
+            ids, types = zip(*(pairs[i] for i in part), strict=True)
+            for i, rows in zip(part, net.hidden(ids, types=types), strict=True):
+                scores[i] = head(rows)[0]
+        return scores
+
+    def _check_lengths(self, lengths: Iterable[int]) -> None:
+        for n in lengths:
+            if not 0 < n <= self.config.n_ctx_train:
+                raise ContextOverflow(
+                    f"a text has {n} tokens; the model takes 1 to {self.config.n_ctx_train}"
+                )
+
     def _embed(
         self, ids: list[list[int]], pooling: str | None, normalize: bool
     ) -> list[np.ndarray]:
         """Sequences sorted by length and packed into steps, so that nothing is padded."""
         net, kind = self.network, pooling or self.config.pooling or "mean"
-        for sequence in ids:
-            if not 0 < len(sequence) <= self.config.n_ctx_train:
-                raise ContextOverflow(
-                    f"a text has {len(sequence)} tokens; the model takes 1 to {self.config.n_ctx_train}"
-                )
+        self._check_lengths(len(sequence) for sequence in ids)
         out: list[np.ndarray] = [np.empty(0)] * len(ids)
         for part in pack([len(i) for i in ids], net.n_batch):
             for i, rows in zip(part, net.hidden([ids[i] for i in part]), strict=True):
@@ -334,6 +369,18 @@ def check_n_ctx(n: int | None) -> int | None:
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n < 1 << 31:
         raise ArgumentError(f"n_ctx={n!r}; expected a whole number of at least 1, or None")
     return max(int(n), SMALLEST_CONTEXT)
+
+
+def encode_pair(t: Tokenizer, first: str, second: str) -> tuple[list[int], list[int]]:
+    """Two texts as one sequence, and each token's segment: [CLS] first [SEP] second [SEP].
+
+    Vocabularies that end a text with ``</s>`` (RoBERTa's) put two of them between.
+    """
+    head, tail = t.encode(first), t.encode(second)[int(t.add_bos) :]
+    end = t.eos if t.eos is not None else t.sep
+    if end is not None and t.token_text(end) == "</s>":
+        tail = [end, *tail]
+    return head + tail, [0] * len(head) + [1] * len(tail)
 
 
 def pack(lengths: Sequence[int], n_rows: int) -> Iterator[list[int]]:

@@ -21,7 +21,7 @@ from tinyllm.models.config import HARMLESS
 from tinyllm.models.network import build
 from tinyllm.models.weights import MAY_BE_ABSENT
 
-OURS = Path(__file__).parent / "golden"
+OURS = Path(__file__).parent.parent / "data" / "models"
 
 
 class Sketch(Outlines):

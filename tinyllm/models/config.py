@@ -29,7 +29,7 @@ HARMLESS = {
     "expert_shared_feed_forward_length",
     "expert_feed_forward_length",  # likewise
     "hidden_activation",
-    "classifier.pooling_type",
+    "classifier.output_labels",  # names of the scores; how many there are, the tensors say
     "interleave_moe_layer_step",
     "moe_every_n_layers",  # which layers have experts is seen from the tensors
     "leading_dense_block_count",
@@ -169,6 +169,7 @@ class Config:
     max_alibi_bias: float
     causal: bool
     pooling: str
+    rank_pooling: str  # the row that a reranker's head reads: "cls" or "mean"
     parallel_residual: bool
     n_expert: int
     n_expert_used: int
@@ -243,7 +244,8 @@ def read_config(keys: Keys) -> Config:
         residual_scale=k.number("residual_scale", 1.0),
         max_alibi_bias=k.number("attention.max_alibi_bias", 0.0, low=0.0),
         causal=k.flag("attention.causal", True),
-        pooling=read_pooling(k),
+        pooling=read_pooling(k, "pooling_type"),
+        rank_pooling=read_pooling(k, "classifier.pooling_type") or "cls",
         parallel_residual=k.flag("use_parallel_residual", False),
         n_expert=n_expert,
         n_expert_used=read_experts_used(k, n_expert),
@@ -383,7 +385,6 @@ def read_windows(k: Keys, n_layer: int) -> tuple[int, ...]:
     return tuple(size if flag else 0 for flag in flags)
 
 
-def read_pooling(k: Keys) -> str:
-    return (
-        POOLING[k.whole("pooling_type", 0, high=len(POOLING) - 1)] if k.has("pooling_type") else ""
-    )
+def read_pooling(k: Keys, key: str) -> str:
+    """How rows become one vector; "" when the file does not say."""
+    return POOLING[k.whole(key, 0, high=len(POOLING) - 1)] if k.has(key) else ""

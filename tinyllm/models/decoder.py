@@ -9,6 +9,7 @@ from ..kernels.backend import Array, LayerCache
 from .archs import REQUIRED, Arch
 from .config import Config
 from .ffn import FFN, MoE
+from .rank import RankHead
 from .step import Step
 from .weights import Linear, Norm, Tensors
 
@@ -122,13 +123,16 @@ class Decoder:
         self.position_embd = None
         if a.position == "learned":
             self.position_embd = w.matrix("position_embd.weight", c.n_ctx_train, c.n_embd)
-        self.token_type = (
-            w.be.array(w.host("token_types.weight")[0]) if w.has("token_types.weight") else None
-        )
+        self.token_type = self.token_types = None
+        if w.has("token_types.weight"):
+            n_type = w.source("token_types.weight").shape[0]
+            self.token_types = w.matrix("token_types.weight", n_type, c.n_embd)
+            self.token_type = w.be.array(w.host("token_types.weight")[0])
         self.embd_norm = w.norm_if("token_embd_norm", c.n_embd)
         self.blocks = [Block(c, a, i, layer) for i, layer in enumerate(layers)]
         self.output_norm = output_norm(c, a, w)
         self.output = self.head(w) if c.causal else None
+        self.rank = RankHead(c, w) if c.pooling == "rank" else None
 
     def head(self, w: Tensors) -> Linear:
         """The output matrix; without one of its own, the embedding's rows serve ("tied")."""
@@ -148,7 +152,9 @@ class Decoder:
         x = be.embed(self.token_embd, batch.ids, c.embedding_scale)
         if self.position_embd is not None:
             x = be.add(x, be.embed(self.position_embd, batch.positions))
-        if self.token_type is not None:
+        if step.types is not None and self.token_types is not None:
+            x = be.add(x, be.embed(self.token_types, step.types))
+        elif self.token_type is not None:
             x = be.add(x, self.token_type)
         x = step.tap("embd", self.embd_norm(x) if self.embd_norm else x)
         for block in self.blocks:

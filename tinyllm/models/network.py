@@ -91,8 +91,16 @@ class Network:
             s.n_past += n
         return np.split(rows, np.cumsum(counts)[:-1])
 
-    def hidden(self, ids: Sequence[Sequence[int]], tap: Tap | None = None) -> list[np.ndarray]:
-        """Normalised activations of every row of independent sequences -> float32 [len, n_embd] each."""
+    def hidden(
+        self,
+        ids: Sequence[Sequence[int]],
+        tap: Tap | None = None,
+        types: Sequence[Sequence[int]] | None = None,
+    ) -> list[np.ndarray]:
+        """Normalised activations of every row of independent sequences -> float32 [len, n_embd] each.
+
+        ``types`` gives each token's segment, for models that tell the halves of a pair apart.
+        """
         self.check_ids(ids)
         lengths = [len(i) for i in ids]
         caches = []
@@ -100,13 +108,31 @@ class Network:
             caches = [self.new_state(n).cache for n in lengths]
         batch = Batch.of(ids, [0] * len(ids), range(sum(lengths)), caches)
         with self.lock:
-            y = np.array(self.be.numpy(self.run(batch, max(lengths), tap, self.decoder.hidden)))
+            y = self.run(batch, max(lengths), tap, self.decoder.hidden, self.segments(types))
+            y = np.array(self.be.numpy(y))
         return np.split(y, np.cumsum(lengths)[:-1])
 
-    def run(self, batch: Batch, n_ctx: int, tap: Tap | None, fn: Callable[[Step], Array]) -> Array:
+    def segments(self, types: Sequence[Sequence[int]] | None) -> np.ndarray | None:
+        """All rows' token types; None where the model has but one."""
+        known = self.decoder.token_types
+        if types is None or known is None or known.shape[0] < 2:
+            return None
+        return np.concatenate([np.asarray(t, np.int32) for t in types])
+
+    def run(
+        self,
+        batch: Batch,
+        n_ctx: int,
+        tap: Tap | None,
+        fn: Callable[[Step], Array],
+        types: np.ndarray | None = None,
+    ) -> Array:
         """One step of the backend; it may be replayed when nothing but the batch's values differ."""
-        key = None if tap else (self.number, fn.__name__, self.rope_class(n_ctx), batch.key)
-        return self.be.step(key, lambda b: fn(Step(self.be, b, n_ctx, tap)), batch)
+        key = (self.number, fn.__name__, self.rope_class(n_ctx), batch.key)
+        if tap is None and types is None:
+            return self.be.step(key, lambda b: fn(Step(self.be, b, n_ctx)), batch)
+        uploaded = None if types is None else self.be.array(types)
+        return self.be.step(None, lambda b: fn(Step(self.be, b, n_ctx, tap, uploaded)), batch)
 
     def rope_class(self, n_ctx: int) -> bool:
         """LongRoPE rotates long contexts by another table."""

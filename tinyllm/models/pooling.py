@@ -15,6 +15,8 @@ def pool(rows: np.ndarray, kind: str) -> np.ndarray:
         return np.asarray(rows.mean(0, dtype=np.float64).astype(np.float32))
     if kind in ("cls", "last"):
         return np.asarray(rows[0 if kind == "cls" else -1])
+    if kind == "rank":
+        raise ArgumentError("this is a reranker; use rank(query, documents), or another pooling")
     raise ArgumentError(f"pooling={kind!r}; expected 'none', 'mean', 'cls' or 'last'")
 
 

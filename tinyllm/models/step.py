@@ -21,6 +21,7 @@ class Step:
     batch: Batch
     n_ctx: int = 0
     user_tap: Tap | None = None
+    types: Array | None = None  # [T] int32: the segment of a pair that a row is of (BERT)
     carried: dict[str, Array] = field(
         default_factory=dict
     )  # from one layer of this pass to later ones

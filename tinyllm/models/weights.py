@@ -22,6 +22,9 @@ MAY_BE_LEFT = {
 MAY_BE_ABSENT = {
     "output.weight": "the embedding is the head too (tied), unless the row says otherwise",
     "token_types.weight": "DistilBERT has none; where the vocabulary counts two types, it is needed",
+    "cls.bias": "a ranking head has two to four parts; no key says which",
+    "cls.norm.weight": "likewise: ModernBERT's has it",
+    "cls.output.bias": "likewise: Qwen's has none",
     "rope_freqs.weight": "only some files of an architecture stretch the rotation; no key says which",
 }
 MAY_DIFFER = {"attn_norm.weight", "attn_norm.bias"}  # ModernBERT's first layer has none
