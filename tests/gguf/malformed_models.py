@@ -291,7 +291,8 @@ def vocabulary_cases() -> Iterator[Case]:
             label = short(
                 value if isinstance(value, (str, int, float)) or value is None else list(value)
             )
-            yield f"vocabulary/{key}={label}", model({t + key: value}), t
+            named = "" if key == "model" else t  # without that key there is no vocabulary to blame
+            yield f"vocabulary/{key}={label}", model({t + key: value}), named
     empty = gguf.StringArray.of([])
     yield "vocabulary/tokens=none", model({t + "tokens": empty}), t + "tokens"
     for n in (V - 1, V + 1):

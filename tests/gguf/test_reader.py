@@ -99,6 +99,10 @@ def test_strings_keep_bytes_that_are_no_text(tmp_path):
     assert len(set(strings)) == 5
     assert strings.lengths().tolist() == [0, 1, 2, 1, 3]
     assert "b" in strings
+    assert strings == ["", "b", "\udce2\udc82", "\udcac", "☃"]
+    assert strings != ["b"]
+    assert strings != 5
+    assert repr(strings[:2]) == "StringArray(['', 'b'], n=2)"
     with pytest.raises(IndexError):
         strings[5]
 

@@ -212,6 +212,11 @@ def test_many_strings_of_all_lengths(tmp_path):
     with gguf.open(path) as file:
         assert file.metadata["k"].tobytes_list() == strings
         assert file.metadata["after"] == 7
+    long = [b"a", b"z" * (3 << 20), b"", b"y" * (1 << 20), b"b"]  # more than is fetched at a time
+    gguf.write(path, {"k": long, "after": 7}, {})
+    with gguf.open(path) as file:
+        assert file.metadata["k"].tobytes_list() == long
+        assert file.metadata["after"] == 7
     plain = [s for s in strings if s and b"\0" not in s]
     gguf.write(path, {"k": plain}, {})
     with gguf.open(path) as file:

@@ -192,7 +192,7 @@ class Header:
                 self.take(8, f"the length of string {i}")
                 fetched = len(self._buf) - 8
             (length,) = unpack(self._buf, pos)
-            if length > self.file.size - 8 - pos:
+            if length > min(self.file.size - 8 - pos, MAX_HEADER):
                 self.pos = pos
                 self._length(f"string {i}")
             lengths.append(length)
