@@ -14,7 +14,16 @@ from tinyllm.sdk import Embed4All, GPT4All
 
 N_THREADS, N_CALLS = 8, 50
 GREEDY: dict[str, Any] = {"max_tokens": 6, "temp": 0}
-PROMPTS = ["Once upon a time", "The dog", "She went", "One day", "Lily", "A cat", "They saw", "He was"]
+PROMPTS = [
+    "Once upon a time",
+    "The dog",
+    "She went",
+    "One day",
+    "Lily",
+    "A cat",
+    "They saw",
+    "He was",
+]
 STORY = "{% for m in messages %}{{ m.content }}{{ ' ' }}{% endfor %}"
 
 

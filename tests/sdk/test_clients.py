@@ -1,0 +1,171 @@
+"""Real packages that use gpt4all, unmodified, on the shim. Each runs in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.clients
+ROOT = Path(__file__).resolve().parents[2]
+PRELUDE = (
+    "from tinyllm.sdk import install_as_gpt4all\ninstall_as_gpt4all(replace=True)\nimport json\n"
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, data: Path) -> Path:
+    """A home directory whose GPT4All models are ours, under the names that clients ask for."""
+    directory = tmp_path / ".cache" / "gpt4all"
+    directory.mkdir(parents=True)
+    sources = {
+        "all-MiniLM-L6-v2.gguf2.f16.gguf": data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf",
+        "stories260K.gguf": data / "models" / "stories260K.gguf",
+        "nomic-embed-text-v1.f16.gguf": data / "golden" / "models" / "nomic-bert.gguf",
+        "nomic-embed-text-v1.5.f16.gguf": data / "golden" / "models" / "nomic-bert.gguf",
+    }
+    for name, source in sources.items():
+        (directory / name).symlink_to(source)
+    return tmp_path
+
+
+def run(home: Path, package: str, code: str) -> Any:
+    """What the code tells; it runs in a new process, after the shim is installed."""
+    return printed(home, package, code)[1]
+
+
+def printed(home: Path, package: str, code: str) -> tuple[str, Any]:
+    """What the code prints, and what it tells."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "LLM_USER_PATH": str(home / "llm"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, _, told = done.stdout.partition("RESULT")
+    return before, json.loads(told)
+
+
+def test_langchain_llm(home: Path, llm: Any) -> None:
+    model = home / ".cache" / "gpt4all" / "stories260K.gguf"
+    texts = run(
+        home,
+        "langchain_community",
+        f"""
+from langchain_community.llms import GPT4All
+from langchain_core.callbacks import StreamingStdOutCallbackHandler
+one = GPT4All(model={str(model)!r}, n_threads=4, temp=0, n_predict=20)
+two = GPT4All(model={str(model)!r}, temp=0, n_predict=20, streaming=True)
+batch = one.batch(["Once upon a time", "The dog"])
+tell(([one.invoke("Once upon a time"), two.invoke("Once upon a time"), *batch]))
+""",
+    )
+    want = llm.generate("Once upon a time", temp=0, max_tokens=20)
+    assert texts == [want, want, want, llm.generate("The dog", temp=0, max_tokens=20)]
+
+
+def test_langchain_embeddings(home: Path, embedder: Any) -> None:
+    vectors = run(
+        home,
+        "langchain_community",
+        """
+from langchain_community.embeddings import GPT4AllEmbeddings
+default = GPT4AllEmbeddings()
+named = GPT4AllEmbeddings(
+    model_name="all-MiniLM-L6-v2.gguf2.f16.gguf", gpt4all_kwargs={"allow_download": "True"}
+)
+tell(([default.embed_query("Hello"), *named.embed_documents(["Hello", "world"])]))
+""",
+    )
+    assert vectors == [embedder.embed("Hello"), embedder.embed("Hello"), embedder.embed("world")]
+
+
+def test_nomic_local_and_dynamic(home: Path) -> None:
+    results = run(
+        home,
+        "nomic",
+        """
+from nomic import embed
+texts = ["a"]  # more is sent away by the dynamic mode
+one = embed.text(texts, model="nomic-embed-text-v1", inference_mode="local", task_type="search_document")
+two = embed.text(texts, model="nomic-embed-text-v1", inference_mode="dynamic", task_type="search_document")
+query = embed.text(texts, model="nomic-embed-text-v1.5", inference_mode="local", task_type="search_query")
+embed.free_embedding_model()
+tell(([one, two, query]))
+""",
+    )
+    one, two, query = results
+    assert one["inference_mode"] == "local"
+    assert one["usage"]["prompt_tokens"] > 0
+    assert one["embeddings"] == two["embeddings"]
+    assert one["embeddings"] != query["embeddings"]
+    assert all(sum(x * x for x in v) == pytest.approx(1, abs=1e-5) for v in one["embeddings"])
+
+
+def test_llm_with_its_gpt4all_plugin(home: Path, data: Path, llm: Any) -> None:
+    models = json.loads((data / "models3.json").read_text(encoding="utf-8"))
+    models.append({**models[1], "filename": "stories260K.gguf", "promptTemplate": "%1"})
+    (home / "llm").mkdir()
+    (home / "llm" / "gpt4all_models3.json").write_text(json.dumps(models))
+    streamed, (plugins, listed, answered) = printed(
+        home,
+        "llm_gpt4all",
+        """
+from click.testing import CliRunner
+from llm.cli import cli
+ask = ["-m", "stories260K", "Once upon a time", "-o", "temp", "0", "-o", "max_tokens", "20"]
+told = [CliRunner().invoke(cli, a) for a in (["plugins"], ["models", "list"], [*ask, "--no-stream"])]
+cli(ask, standalone_mode=False)
+tell([r.output for r in told])
+""",
+    )
+    assert "llm-gpt4all" in plugins
+    assert "gpt4all: stories260K" in listed
+    assert "(installed)" in next(line for line in listed.splitlines() if "stories260K" in line)
+    want = llm.generate("Once upon a time", temp=0, max_tokens=20)
+    assert (streamed, answered) == (want + "\n", want + "\n")
+
+
+def test_openlit_instruments_the_classes(home: Path) -> None:
+    spans, pieces, n = run(
+        home,
+        "openlit",
+        """
+import openlit
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+exporter, provider = InMemorySpanExporter(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+openlit.init(tracer=provider.get_tracer("test"), disable_metrics=True)
+import gpt4all
+llm = gpt4all.GPT4All("stories260K.gguf", allow_download=False)
+llm.generate("Once upon a time", max_tokens=5)
+pieces = list(llm.generate("Once upon a time", max_tokens=5, streaming=True))
+n = len(gpt4all.Embed4All().embed("Hello"))
+names = [(s.name, str(s.attributes.get("gen_ai.request.model"))) for s in exporter.get_finished_spans()]
+tell(([names, pieces, n]))
+""",
+    )
+    assert [name for name, _ in spans] == ["gpt4all.generate", "gpt4all.generate", "gpt4all.embed"]
+    assert all("stories260K.gguf" in model for _, model in spans[:2])
+    assert len(pieces) == 5
+    assert n == 384
