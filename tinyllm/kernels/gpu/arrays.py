@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,9 +14,13 @@ Buffer = Any  # a device's own handle
 
 
 class GPUArray:
-    """A dense array on the device. ``int8`` caches its quantised form, which several matrices read."""
+    """A dense array on the device.
 
-    __slots__ = ("_base", "_pool", "buffer", "dtype", "int8", "shape")
+    ``int8`` caches its quantised form, which several matrices read. ``pending``, where set, computes the
+    values when the buffer is asked for, unless another kernel has done its work along the way.
+    """
+
+    __slots__ = ("_base", "_buffer", "_pool", "dtype", "int8", "pending", "shape")
 
     def __init__(
         self,
@@ -25,9 +30,23 @@ class GPUArray:
         pool: Pool | None = None,
         base: GPUArray | None = None,
     ) -> None:
-        self.shape, self.dtype, self.buffer = tuple(shape), np.dtype(dtype), buffer
+        self.shape, self.dtype, self._buffer = tuple(shape), np.dtype(dtype), buffer
+        self.pending: Sum | None = None
         self._pool, self._base = pool, base
         self.int8: tuple[GPUArray, GPUArray, GPUArray] | None = None
+
+    @property
+    def buffer(self) -> Buffer:
+        """The memory, its values computed or queued to be."""
+        if self.pending is not None:
+            self.pending.compute(self)
+            self.pending = None
+        return self._buffer
+
+    @property
+    def raw_buffer(self) -> Buffer:
+        """The memory for the kernel that computes what is pending."""
+        return self._buffer
 
     @property
     def size(self) -> int:
@@ -48,7 +67,17 @@ class GPUArray:
 
     def __del__(self) -> None:
         if self._pool is not None:
-            self._pool.give(self.buffer, self.nbytes)
+            self._pool.give(self._buffer, self.nbytes)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """x + scale * y, not yet computed: a norm that follows takes it along."""
+
+    x: GPUArray
+    y: GPUArray
+    scale: float
+    compute: Callable[[GPUArray], None]
 
 
 class Pool:

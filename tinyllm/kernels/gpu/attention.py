@@ -47,33 +47,30 @@ class Attention(Matrices):
     def cache_write(self, batch: Batch, layer: int, k: GPUArray, v: GPUArray) -> None:
         b = self.on_device(batch)
         store = self.shared_store(b)
-        for name, x in (("k", k), ("v", v)):
-            side = store.layout.sides[layer][name]
-            self.write_cache(store, side, b.pages, b.n_pages, b.seqs, b.positions, x)
+        sides = store.layout.sides[layer]["k"], store.layout.sides[layer]["v"]
+        self.write_cache(store, sides, (k, v), b.pages, b.n_pages, b.seqs, b.positions)
 
     def write_cache(
         self,
         store: Store,
-        side: Side,
+        sides: Sequence[Side],
+        xs: Sequence[GPUArray],
         pages: GPUArray,
         n_pages: int,
         seqs: GPUArray,
         positions: GPUArray,
-        x: GPUArray,
     ) -> None:
-        """Rows x [T, n_head * dim] to positions [T] of the sequences seqs [T]."""
-        piece = 32 if side.kv_type == "q8_0" else 4
-        where = (
-            store.pages.buffer,
-            pages,
-            seqs,
-            positions,
-            u64(store.pages.nbytes),
-            u64(side.offset),
-        )
-        shape = (i32(v) for v in (n_pages, side.n_head, side.dim, side.width))
-        count = positions.size * side.n_head * (side.width // piece)
-        self.each(_cache_program(side), "cache_write", count, x, *where, *shape)
+        """Rows [T, n_head * dim] of keys, values or both to positions [T] of the sequences seqs [T]."""
+        first, last = sides[0], sides[-1]
+        piece = 32 if first.kv_type == "q8_0" else 4
+        widest = max(side.width for side in sides)
+        groups = -(-positions.size * first.n_head * (widest // piece) // 128), len(sides), 1
+        where = store.pages.buffer, pages, seqs, positions, u64(store.pages.nbytes)
+        offsets = u64(first.offset), u64(last.offset)
+        dims = first.dim, last.dim, first.width, last.width
+        shape = (i32(v) for v in (n_pages, first.n_head, *dims, positions.size))
+        args = xs[0], xs[-1], *where, *offsets, *shape
+        self.launch(_cache_program(first), "cache_write", groups, (128, 1, 1), *args)
 
     def read_cache(self, store: Store, side: Side, pages: GPUArray, first: int, n: int) -> GPUArray:
         """Positions first .. first + n of one sequence, float32 [n, n_head * dim]."""

@@ -219,7 +219,7 @@ class GPUCache(Cache):
                 back = self.be.array(np.full(n, -discard, np.int32))
                 turn = RopeSpec(rope.freqs, rope.pairing, rope.first)
                 x = self.be.rope(x, back, turn, side.dim)
-            self.be.write_cache(self.store, side, pages, 0, seqs, places, x)
+            self.be.write_cache(self.store, (side,), (x,), pages, 0, seqs, places)
 
     def export(self, n_past: int) -> dict[str, np.ndarray]:
         n_pages = -(-n_past // PAGE)

@@ -15,7 +15,7 @@ from ...errors import ArgumentError, DeviceError, NumericError
 from ..backend import Activation, Batch, KVType, LayerCache, RopeSpec, Routing
 from . import batch as batches
 from . import sources
-from .arrays import GPUArray
+from .arrays import GPUArray, Sum
 from .batch import DeviceBatch
 from .cache import GPUCache
 from .device import f32, i32
@@ -28,8 +28,9 @@ ACTIVATIONS = (
     "swiglu_oai",
 )
 GATINGS = ("softmax", "sigmoid", "softmax_selected")
-ELEMENTWISE = sources.plain("elementwise.c")
+ELEMENTWISE = sources.plain("activations.h", "elementwise.c")
 CHOOSE = sources.plain("choose.c")
+MOST_THREADS = 512  # as in src/rows.c
 N_BINS = 4096  # as in src/choose.c
 CANDIDATES = 16384  # that top_k brings to the host; with more it brings all the logits
 
@@ -86,12 +87,19 @@ class GPUBackend(Recurrent, Recording):
         group: int,
         centre: int,
     ) -> GPUArray:
-        y = self.empty(x.shape)
-        n = group or x.shape[-1]
+        """The norm; a pending sum before it and the int8 form behind it are made in the same launch."""
+        y, n = self.empty(x.shape), group or x.shape[-1]
+        before, x.pending = x.pending, None
+        inputs = (x, None, None) if before is None else (before.x, before.y, x)
+        if n == x.shape[-1] and self.wants_int8(y):
+            y.int8 = self.new_int8(y.size)
         sizes = (0 if p is None else p.size for p in (w, bias))
-        shape = (i32(v) for v in (n, *sizes, centre))
-        groups = (x.size // n, 1, 1)
-        self.launch(ROWWISE, "norm_runs", groups, (128, 1, 1), x, w, bias, y, *shape, f32(eps))
+        shape = (i32(v) for v in (n, *sizes, n // 4 if y.int8 else 0, centre))
+        outputs = y, *(y.int8 or (None, None, None))
+        numbers = f32(eps), f32(1.0 if before is None else before.scale)
+        args = *inputs, w, bias, *outputs, *shape, *numbers
+        threads = 128 if n < 2048 else min(MOST_THREADS, self.max_threads)
+        self.launch(ROWWISE, "norm_runs", (x.size // n, 1, 1), (threads, 1, 1), *args)
         return y
 
     def rope(self, x: GPUArray, positions: GPUArray, spec: RopeSpec, head_dim: int) -> GPUArray:
@@ -107,20 +115,42 @@ class GPUBackend(Recurrent, Recording):
         return y
 
     def act_mul(self, gate: GPUArray, up: GPUArray, kind: Activation) -> GPUArray:
-        y = self.empty(gate.shape)
-        self.each(ELEMENTWISE, "act_mul", y.size, gate, up, y, _code(ACTIVATIONS, kind))
+        y, code = self.empty(gate.shape), _code(ACTIVATIONS, kind)
+        if not self.wants_int8(y):
+            self.each(ELEMENTWISE, "act_mul", y.size, gate, up, y, code)
+            return y
+        y.int8 = self.new_int8(y.size)
+        groups, args = (-(-y.size // 512), 1, 1), (gate, up, y, *y.int8, code, i32(y.size // 4))
+        self.launch(ROWWISE, "act_mul_int8", groups, (128, 1, 1), *args)
         return y
 
     def add(self, x: GPUArray, *ys: GPUArray, scale: float = 1.0) -> GPUArray:
         for y in ys:
-            x = self._pairwise(x, y, scale, product=0)
+            x = (
+                self._sum(x, y, scale)
+                if y.size == x.size
+                else self._pairwise(x, y, scale, product=0)
+            )
         return x
+
+    def _sum(self, x: GPUArray, y: GPUArray, scale: float) -> GPUArray:
+        """A sum that is computed when it is read."""
+        out = self.empty(x.shape)
+        out.pending = Sum(x, y, scale, lambda out: self._pairwise_into(out, x, y, scale, product=0))
+        return out
 
     def mul(self, x: GPUArray, y: GPUArray) -> GPUArray:
         return self._pairwise(x, y, 1.0, product=1)
 
     def _pairwise(self, x: GPUArray, b: GPUArray, scale: float, product: int) -> GPUArray:
-        """X with b [T, n], [T, 1] or [n]."""
+        y = self.empty(x.shape)
+        self._pairwise_into(y, x, b, scale, product)
+        return y
+
+    def _pairwise_into(
+        self, y: GPUArray, x: GPUArray, b: GPUArray, scale: float, product: int
+    ) -> None:
+        """Y = x with b [T, n], [T, 1] or [n]."""
         n = x.shape[-1]
         if b.size == x.size:
             row, column = n, 1
@@ -130,10 +160,11 @@ class GPUBackend(Recurrent, Recording):
             row, column = 0, 1
         else:
             raise ArgumentError(f"{b.shape} does not match {x.shape}")
-        y = self.empty(x.shape)
-        strides = i32(n), i32(row), i32(column)
-        self.each(ELEMENTWISE, "combine_two", x.size, x, b, y, *strides, f32(scale), i32(product))
-        return y
+        strides, how = (i32(n), i32(row), i32(column)), (f32(scale), i32(product))
+        program, count = ELEMENTWISE, i32(x.size)
+        groups = (-(-x.size // 256), 1, 1)
+        out = y.raw_buffer
+        self.launch(program, "combine_two", groups, (256, 1, 1), x, b, out, *strides, *how, count)
 
     def scale_softcap(self, x: GPUArray, scale: float = 1.0, cap: float = 0.0) -> GPUArray:
         y = self.empty(x.shape)

@@ -25,7 +25,9 @@ class Device(Backend):
 
     name: str
     n_cores: int  # multiprocessors, compute units
+    max_threads = 512  # of a group; a power of two
     closed = False
+    _any_quantised = False  # among the weights
 
     def __init__(self) -> None:
         self.pool = Pool(self.allocate, self.free)  # of arrays that belong to a step

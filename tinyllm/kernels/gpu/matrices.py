@@ -26,7 +26,7 @@ LANES, WARPS, ROWS = 32, 4, 2  # as in src/matvec.c
 TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # as in src/matmul.c
 MAX_EXPERTS = 1024  # as in src/experts.c
 EXPERTS = sources.plain("experts.c")
-ROWWISE = sources.plain("rows.c")
+ROWWISE = sources.plain("activations.h", "rows.c")
 
 Operand = tuple[GPUArray | None, GPUArray | None, GPUArray | None]
 
@@ -41,6 +41,7 @@ class Matrices(Device):
         chosen, shape = weights.chosen_rows(source, rows)
         if kind in PLAIN:
             return self._load_plain(source, kind, chosen, shape)
+        self._any_quantised = True
         n_in, block = shape[-1], FORMATS[kind].block_size
         total = prod(shape) // block
         nbytes = total * weights.plane_bytes(kind)
@@ -234,6 +235,14 @@ class Matrices(Device):
                 ROWWISE, "quantise", (-(-n // 512), 1, 1), (128, 1, 1), x, *x.int8, i32(n // 4)
             )
         return x.int8
+
+    def new_int8(self, n: int) -> tuple[GPUArray, GPUArray, GPUArray]:
+        """Room for the int8 form of n values: codes, scales, sums."""
+        return self.empty((n,), np.int8), self.empty((n // 32,)), self.empty((n // 16,))
+
+    def wants_int8(self, x: GPUArray) -> bool:
+        """Whether quantised matrices are likely to read x, whole runs of 32 values."""
+        return self._any_quantised and x.shape[-1] % 32 == 0
 
 
 Job = tuple[GPUWeight, GPUArray | None, GPUArray]

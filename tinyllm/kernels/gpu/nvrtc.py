@@ -66,7 +66,9 @@ def programs() -> dict[str, Program]:
         for kind in (*PLAIN, *LAYOUTS)
         for file in ("matvec.c", "matmul.c")
     }
-    for file in ("rows.c", "elementwise.c", "experts.c", "choose.c", "products.c"):
+    for file in ("rows.c", "elementwise.c"):
+        named[file] = sources.plain("activations.h", file)
+    for file in ("experts.c", "choose.c", "products.c"):
         named[file] = sources.plain(file)
     for size in (16, 64):
         named[f"recurrent.c {size}"] = sources.plain("recurrent.c", SIZE=size)

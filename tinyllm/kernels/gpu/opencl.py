@@ -59,6 +59,7 @@ class OpenCLBackend(GPUBackend):
         self.index, self.device = devices.choose_opencl(which)
         self.name = f"opencl:{self.index} {self.device.name.strip()}"
         self.n_cores = self.device.max_compute_units
+        self.max_threads = 1 << (int(self.device.max_work_group_size).bit_length() - 1)
         self.context = _context(self.device)
         self.queue = cl.CommandQueue(self.context)
         self._tape: list[tuple[Any, ...]] | None = None

@@ -14,7 +14,7 @@ import numpy as np
 from . import sources
 from .arrays import Buffer, GPUArray
 from .device import i32, u64
-from .matrices import LANES, Matrices
+from .matrices import LANES, MATVEC_ROWS, Matrices
 from .weights import PLAIN, GPUWeight
 
 PIECE = 16 << 20  # bytes of decoded weights at a time
@@ -43,6 +43,9 @@ class LibraryProducts(Matrices):
         w [rows, w_row] of ``kind`` (F32, F16, BF16), its first n_in columns used; x [terms, T, n_in] of the
         same kind; y [T, n_out] float32.
         """
+
+    def wants_int8(self, x: GPUArray) -> bool:
+        return x.size // x.shape[-1] <= MATVEC_ROWS and super().wants_int8(x)
 
     def many_rows(
         self, w: GPUWeight, bias: GPUArray | None, y: GPUArray, x: GPUArray, n_x: int

@@ -33,12 +33,18 @@ class Recurrent(Attention):
         self.launch(program, kernel, (-(-n // 64), b.n_seq, 1), (64, 1, 1), *args)
 
     def conv1d(
-        self, batch: Batch, layer: int, x: GPUArray, w: GPUArray, bias: GPUArray | None
+        self,
+        batch: Batch,
+        layer: int,
+        x: GPUArray,
+        w: GPUArray,
+        bias: GPUArray | None,
+        name: str = "conv",
     ) -> GPUArray:
         b = self.on_device(batch)
         y = self.empty(x.shape)
         n, width = w.shape
-        state = self._state(b, layer, "conv")
+        state = self._state(b, layer, name)
         self._channels(PLAIN, "conv1d", b, n, x, w, bias, y, *state, i32(n), i32(width))
         return y
 
@@ -57,7 +63,8 @@ class Recurrent(Attention):
         y = self.empty(x.shape)
         n, size = self._shape(on, layer, "ssm")
         state = self._state(on, layer, "ssm")
-        program = sources.plain("recurrent.c", SIZE=size)
+        groups = b.shape[-1] // size
+        program = sources.plain("recurrent.c", SIZE=size, N_DECAY=a.shape[-1], N_GROUP=groups)
         self._channels(program, "scan", on, n, x, dt, a, b, c, d, y, *state, i32(n))
         return y
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..backend import Batch
 from . import batch as batches
+from .arrays import GPUArray
 from .batch import DeviceBatch
 from .cache import GPUCache
 
@@ -62,7 +63,7 @@ class Steps:
             return fn(known.batch)
         if known.replay is None:
             try:
-                known.replay, known.result = self.be.record(lambda: fn(known.batch))
+                known.replay, known.result = self.be.record(lambda: settled(fn(known.batch)))
             except NotRecordable:
                 known.refused = True
                 return fn(known.batch)
@@ -73,6 +74,13 @@ class Steps:
         self._known[key] = known
         while len(self._known) > MOST_STEPS:
             del self._known[next(iter(self._known))]
+
+
+def settled(result: Any) -> Any:
+    """The result of a step, with nothing left to compute."""
+    if isinstance(result, GPUArray):
+        _ = result.buffer
+    return result
 
 
 class Recording:

@@ -1,38 +1,12 @@
 /* One thread for each value. */
-INLINE float sigmoid(const float x) {
-    return 0.5f + 0.5f * tanh(0.5f * x);
-}
-
-/* kind: the place of the name in ACTIVATIONS of common.py. */
-INLINE float activate(const float x, const int kind) {
-    switch (kind) {
-        case 0: return x * sigmoid(x);
-        case 1: return 0.5f * x * (1.0f + erf(x * 0.70710678f));
-        case 2: return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
-        case 3: return fmax(x, 0.0f);
-        case 4: return x > 0.0f ? x * x : 0.0f;
-        case 5: return sigmoid(x);
-        case 6: return tanh(x);
-        case 7: return exp(x);
-        default: return fmax(x, 0.0f) + log1p(exp(-fabs(x)));
-    }
-}
-
 KERNEL void act(GLOBAL const float* x, GLOBAL float* y, const int kind, const int n) {
     const int i = GLOBAL_ID(0);
     if (i < n) y[i] = activate(x[i], kind);
 }
 
-/* kind 9 is swiglu_oai. */
 KERNEL void act_mul(GLOBAL const float* gate, GLOBAL const float* up, GLOBAL float* y, const int kind, const int n) {
     const int i = GLOBAL_ID(0);
-    if (i >= n) return;
-    if (kind == 9) {
-        const float g = fmin(gate[i], 7.0f), u = fmin(fmax(up[i], -7.0f), 7.0f);
-        y[i] = g * sigmoid(1.702f * g) * (u + 1.0f);
-    } else {
-        y[i] = activate(gate[i], kind) * up[i];
-    }
+    if (i < n) y[i] = gated(gate[i], up[i], kind);
 }
 
 /* x [T, n] + scale * b, or x * b when `product`; b's strides say whether it is [T, n], [T, 1] or [n]. */

@@ -14,6 +14,7 @@ typedef unsigned long long ulong;
 #define UNROLL _Pragma("unroll")
 #define BARRIER() __syncthreads()
 #define PICK(v, d) ((d) == 0 ? (int)v.x : (d) == 1 ? (int)v.y : (int)v.z)
+#define BARRIER_GLOBAL() __syncthreads()
 #define LOCAL_ID(d) PICK(threadIdx, d)
 #define LOCAL_SIZE(d) PICK(blockDim, d)
 #define GROUP_ID(d) PICK(blockIdx, d)

@@ -12,6 +12,7 @@ typedef char schar;
 #define UNROLL _Pragma("unroll")
 #endif
 #define BARRIER() barrier(CLK_LOCAL_MEM_FENCE)
+#define BARRIER_GLOBAL() barrier(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE)
 #define LOCAL_ID(d) ((int)get_local_id(d))
 #define LOCAL_SIZE(d) ((int)get_local_size(d))
 #define GROUP_ID(d) ((int)get_group_id(d))

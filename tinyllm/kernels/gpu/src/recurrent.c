@@ -27,7 +27,12 @@ KERNEL void conv1d(GLOBAL const float* x, GLOBAL const float* w, GLOBAL const fl
     }
 }
 
-/* h = exp(dt a) h + dt x b; y = h c + d x. A thread for each channel; SIZE values of h in registers. */
+/* h = exp(dt a) h + dt x b; y = h c + d x. A thread for each channel; SIZE values of h in registers. N_DECAY is
+   SIZE, or 1 where a channel decays as one; N_GROUP groups of channels have a b and c each. */
+#ifndef N_GROUP
+#define N_GROUP 1
+#define N_DECAY SIZE
+#endif
 KERNEL void scan(GLOBAL const float* x, GLOBAL const float* dt, GLOBAL const float* a, GLOBAL const float* b,
                  GLOBAL const float* c, GLOBAL const float* d, GLOBAL float* y, STATE_ARGS, const int n) {
     const int i = GLOBAL_ID(0);
@@ -36,14 +41,15 @@ KERNEL void scan(GLOBAL const float* x, GLOBAL const float* dt, GLOBAL const flo
     float h[SIZE], decay[SIZE];
     for (int s = 0; s < SIZE; ++s) {
         h[s] = state[s];
-        decay[s] = a[(ulong)i * SIZE + s];
+        decay[s] = a[(ulong)i * N_DECAY + (N_DECAY > 1 ? s : 0)];
     }
     for ROWS_OF_SEQUENCE {
         const float step = dt[(ulong)t * n + i], in = x[(ulong)t * n + i];
+        const ulong row = ((ulong)t * N_GROUP + (ulong)i * N_GROUP / n) * SIZE;
         float sum = 0.0f;
         for (int s = 0; s < SIZE; ++s) {
-            h[s] = exp(step * decay[s]) * h[s] + step * in * b[(ulong)t * SIZE + s];
-            sum += h[s] * c[(ulong)t * SIZE + s];
+            h[s] = exp(step * decay[s]) * h[s] + step * in * b[row + s];
+            sum += h[s] * c[row + s];
         }
         y[(ulong)t * n + i] = sum + d[i] * in;
     }
