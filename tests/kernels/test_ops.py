@@ -464,6 +464,12 @@ def test_scan(be: Backend) -> None:
     recurrent(be, (("ssm", (12, 8)),), lambda b, d, *i: b.scan(d, 0, *i), x, dt, a, *rest)
 
 
+def test_scan_of_heads_in_groups(be: Backend) -> None:
+    x, dt, a = normal(7, 12), np.abs(normal(7, 12, seed=1)), -np.abs(normal(12, 1, seed=2))
+    rest = normal(7, 16, seed=3), normal(7, 16, seed=4), normal(12, seed=5)
+    recurrent(be, (("ssm", (12, 8)),), lambda b, d, *i: b.scan(d, 0, *i), x, dt, a, *rest)
+
+
 def test_shift_rows(be: Backend) -> None:
     recurrent(be, (("att", (10,)),), lambda b, d, x: b.shift_rows(d, 0, x, "att"), normal(7, 10))
 

@@ -391,9 +391,17 @@ class Backend(ABC):
 
     # ---- recurrent layers; a backend without them raises DeviceError when such a model is loaded
 
-    def conv1d(self, batch: Batch, layer: int, x: Array, w: Array, bias: Array | None) -> Array:
+    def conv1d(
+        self,
+        batch: Batch,
+        layer: int,
+        x: Array,
+        w: Array,
+        bias: Array | None,
+        name: str = "conv",
+    ) -> Array:
         """Causal depthwise convolution of x [T, n] with w [n, width]; the last width - 1 rows are kept
-        in the layer's array "conv" [width - 1, n].
+        in the layer's array ``name`` [width - 1, n].
         """
         raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
 
@@ -402,7 +410,8 @@ class Backend(ABC):
     ) -> Array:
         """Selective scan (Mamba): h = exp(dt a) h + dt x b; y = h c + d x; h is the layer's array "ssm".
 
-        x, dt [T, n]; a [n, S]; b, c [T, S]; d [n]; h [n, S] -> [T, n]. arXiv:2312.00752.
+        x, dt [T, n]; a [n, S], or [n, 1] where a channel decays as one; b, c [T, G * S], each for the next
+        n / G channels; d [n]; h [n, S] -> [T, n]. arXiv:2312.00752, arXiv:2405.21060.
         """
         raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
 

@@ -372,11 +372,17 @@ class ReferenceBackend(Backend):
     # ---- recurrent layers
 
     def conv1d(
-        self, batch: Batch, layer: int, x: np.ndarray, w: np.ndarray, bias: Array | None
+        self,
+        batch: Batch,
+        layer: int,
+        x: np.ndarray,
+        w: np.ndarray,
+        bias: Array | None,
+        name: str = "conv",
     ) -> np.ndarray:
         width, out = w.shape[1], np.empty_like(x)
         for cache, rows, _ in sequences(batch):
-            kept = cache.arrays[layer]["conv"]  # [width - 1, n]
+            kept = cache.arrays[layer][name]  # [width - 1, n]
             line = np.concatenate([kept, x[rows]])
             t = len(line) - width + 1
             out[rows] = sum(line[i : i + t] * w[:, i] for i in range(width))
@@ -389,10 +395,14 @@ class ReferenceBackend(Backend):
         y = np.empty_like(x)
         for cache, rows, _ in sequences(batch):
             h = cache.arrays[layer]["ssm"]  # [n, S]
+            n, size = h.shape
             for t in range(rows.start, rows.stop):
+                bt, ct = (
+                    np.repeat(z[t].reshape(-1, size), n * size // z[t].size, 0) for z in (b, c)
+                )
                 h *= np.exp(dt[t][:, None] * a)
-                h += (dt[t] * x[t])[:, None] * b[t]
-                y[t] = h @ c[t] + d * x[t]
+                h += (dt[t] * x[t])[:, None] * bt
+                y[t] = (h * ct).sum(1) + d * x[t]
         return y
 
     def shift_rows(self, batch: Batch, layer: int, x: np.ndarray, name: str) -> np.ndarray:

@@ -496,18 +496,26 @@ class CPUBackend(Backend):
 
     # ---- recurrent layers
 
-    def conv1d(self, batch: Batch, layer: int, x: Array, w: Array, bias: Array | None) -> CPUArray:
+    def conv1d(
+        self,
+        batch: Batch,
+        layer: int,
+        x: Array,
+        w: Array,
+        bias: Array | None,
+        name: str = "conv",
+    ) -> CPUArray:
         n, width = w.shape
         more = [w.address, bias.address if bias is not None else 0]
         keep = [w, bias]
-        return self._carry(recurrent.conv1d, batch, layer, "conv", x, n, [n, width, *more], keep)
+        return self._carry(recurrent.conv1d, batch, layer, name, x, n, [n, width, *more], keep)
 
     def scan(
         self, batch: Batch, layer: int, x: Array, dt: Array, a: Array, b: Array, c: Array, d: Array
     ) -> CPUArray:
-        n, size = a.shape
+        n, size = batch.caches[0].arrays[layer]["ssm"].shape
         more = [dt, a, b, c, d]
-        args = [n, size, *(m.address for m in more)]
+        args = [n, size, *(m.address for m in more), a.shape[1], b.shape[1] // size]
         return self._carry(recurrent.scan, batch, layer, "ssm", x, n, args, more)
 
     def shift_rows(self, batch: Batch, layer: int, x: Array, name: str) -> CPUArray:

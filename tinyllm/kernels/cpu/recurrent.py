@@ -50,18 +50,23 @@ def scan(args, first, last, worker):
     x, y, caches, starts = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     layer, field, n, size = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
     dt, a, b, c, d = arg(args, 8), arg(args, 9), arg(args, 10), arg(args, 11), arg(args, 12)
+    n_decay, n_group = arg(args, 13), arg(args, 14)
     for piece in range(first, last):
         seq, i = piece // n, piece % n
+        group = i * n_group // n
         h = state_of(caches, seq, layer, field) + 4 * i * size
         begin, end = get_i32(starts + 4 * seq), get_i32(starts + 4 * seq + 4)
         for t in range(begin, end):
             step, here = get_f32(dt + 4 * (t * n + i)), get_f32(x + 4 * (t * n + i))
             total = np.float32(0)
+            decay = np.float32(math.exp(step * get_f32(a + 4 * i * n_decay)))
+            row = 4 * (t * n_group + group) * size
             for s in range(size):
-                decay = np.float32(math.exp(step * get_f32(a + 4 * (i * size + s))))
-                new = get_f32(h + 4 * s) * decay + step * here * get_f32(b + 4 * (t * size + s))
+                if n_decay > 1 and s > 0:
+                    decay = np.float32(math.exp(step * get_f32(a + 4 * (i * size + s))))
+                new = get_f32(h + 4 * s) * decay + step * here * get_f32(b + row + 4 * s)
                 set_f32(h + 4 * s, new)
-                total += new * get_f32(c + 4 * (t * size + s))
+                total += new * get_f32(c + row + 4 * s)
             set_f32(y + 4 * (t * n + i), total + get_f32(d + 4 * i) * here)
 
 
