@@ -105,6 +105,8 @@ MUTATIONS: tuple[Callable[[bytearray, random.Random], None], ...] = (
 def mutant(target: Target, seed: int, number: int) -> bytes:
     """The mutant with this number: a few changes to one input, or two inputs spliced."""
     rng = random.Random(f"{target.name} {seed} {number}")
+    if target.structured is not None and rng.random() < 0.7:
+        return target.structured(rng)
     raw = bytearray(rng.choice(target.inputs))
     if rng.random() < 0.1:
         other = rng.choice(target.inputs)

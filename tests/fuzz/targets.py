@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,8 @@ sys.path.append(str(Path(__file__).parents[1] / "gguf"))  # as pytest does for t
 from malformed import VALID, written
 from malformed_models import BPE, SPM, UNIGRAM, WPM, use
 from malformed_models import VALID as MODELS
+
+from . import structured  # it imports them too
 
 RWKV = {
     "tokenizer.ggml.model": "rwkv",
@@ -51,6 +54,7 @@ class Target:
     name: str
     inputs: list[bytes]
     feed: Callable[[bytes], Any]
+    structured: Callable[[random.Random], bytes] | None = None  # makes a mutant in another way
 
 
 def scratch_file() -> Path:
@@ -111,7 +115,8 @@ def tokenizer() -> Target:
             vocabulary.decode(ids)
             vocabulary.decode_bytes(ids[::-1], skip_special=True)
 
-    return Target("tokenizer", inputs, feed)
+    files = structured.opened(inputs, path.parent)
+    return Target("tokenizer", inputs, feed, lambda rng: structured.mutant(files, rng))
 
 
 def template() -> Target:
@@ -148,7 +153,9 @@ def model() -> Target:
         path.write_bytes(raw)
         use(str(path))
 
-    return Target("model", list(MODELS.values()), feed)
+    inputs = list(MODELS.values())
+    files = structured.opened(inputs, path.parent)
+    return Target("model", inputs, feed, lambda rng: structured.mutant(files, rng))
 
 
 def state() -> Target:
