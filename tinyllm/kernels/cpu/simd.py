@@ -224,6 +224,19 @@ class Emit:
         b.position_at_end(after)
         return new
 
+    def loop_maybe(self, n, init: Sequence, body: Callable) -> list:
+        """The same for n >= 0."""
+        b = self.b
+        before = b.block
+        with b.if_then(b.icmp_signed(">", n, I64(0))):
+            new = self.loop(n, init, body)
+            end = b.block
+        out = [b.phi(v.type) for v in init]
+        for phi, v, w in zip(out, init, new, strict=True):
+            phi.add_incoming(v, before)
+            phi.add_incoming(w, end)
+        return out
+
     # ---- dot products of bytes
 
     def dot(self, total, codes, x4, signed=False):

@@ -152,7 +152,7 @@ def _form_of(source: Source, n_in: int) -> tuple[Format | None, str]:
     if file_format is None or file_format.int8_form is None:
         raise DeviceError(f"{source.name}: type {source.type} is not supported on cpu")
     group = 16 if file_format.group_size == 16 else 32
-    fmt = int8_format(group, source.type in ("Q8_1",))
+    fmt = int8_format(group, minima=False)  # those with minima all have kernels
     return fmt, fmt.name
 
 
