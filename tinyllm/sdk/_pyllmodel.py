@@ -73,6 +73,8 @@ class LLModel:
         Layers to put on the GPU.
     backend : {"cpu", "kompute", "cuda", "metal", "auto"}
         Where ``init_gpu`` looks.
+    n_threads : int, optional
+        CPU threads; default: as many as are good for this machine.
 
     Raises
     ------
@@ -82,7 +84,9 @@ class LLModel:
         ``n_ctx`` is not positive.
     """
 
-    def __init__(self, model_path: str, n_ctx: int, ngl: int, backend: str) -> None:
+    def __init__(
+        self, model_path: str, n_ctx: int, ngl: int, backend: str, n_threads: int | None = None
+    ) -> None:
         if n_ctx <= 0:
             raise ValueError(f"n_ctx must be positive, got {n_ctx}")
         self.model_path = model_path.encode()
@@ -93,7 +97,7 @@ class LLModel:
         self.model: Model | None = None
         self._path, self._wanted_backend = model_path, backend
         self._gpu: devices.GPU | None = None
-        self._n_threads: int | None = None
+        self._n_threads = n_threads
         self._closed = False
         self._lock = threading.RLock()
         self._check_file()
@@ -198,8 +202,8 @@ class LLModel:
             raise ValueError(f"n_threads must be positive, got {n_threads}")
         be = self._open().network.be
         self._n_threads = n_threads
-        if hasattr(be, "n_threads"):
-            be.n_threads = n_threads
+        if hasattr(be, "set_threads"):  # a GPU has none
+            be.set_threads(n_threads)
 
     def thread_count(self) -> int:
         """The number of threads asked for, or in use by default."""

@@ -112,12 +112,10 @@ class GPT4All(ModelFiles, LegacyNames):
             model_name, model_path=model_path, allow_download=allow_download, verbose=verbose
         )
         self.config.setdefault("filename", os.path.basename(self.config["path"]))
-        self.model = LLModel(self.config["path"], n_ctx, ngl, backend)
+        self.model = LLModel(self.config["path"], n_ctx, ngl, backend, n_threads)
         if gpu is not None:
             self.model.init_gpu(gpu)
         self.model.load_model()
-        if n_threads is not None:
-            self.model.set_thread_count(n_threads)
 
     def __enter__(self) -> Self:
         return self
