@@ -111,3 +111,33 @@ def test_every_row_of_the_table_is_proven(data: Path) -> None:
     for f in files.values():
         f.close()
     assert proven == set(ARCHS)
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "bloom", "jina-bert-v2", "modern-bert"])
+def test_a_tap_sees_and_changes_attention_probabilities(name: str, device: str, data: Path) -> None:
+    net = network(data / "golden" / "models", name, device)
+    ids = list(range(5, 25))
+    seen: dict[str, np.ndarray] = {}
+
+    def look(point: str, x: np.ndarray) -> None:
+        seen[point] = x
+
+    def uniform(point: str, x: np.ndarray) -> np.ndarray | None:
+        return np.full_like(x, 0.05) if point.endswith("1.attn_probs") else None
+
+    def run(tap: Any) -> np.ndarray:
+        if not net.config.causal:
+            return net.hidden([ids], tap)[0]
+        state = net.new_state(N_CTX)
+        state.append(ids)
+        return np.array(net.forward([(state, len(ids), "all")], tap)[0])
+
+    look.attn_probs = uniform.attn_probs = True  # type: ignore[attr-defined]
+    plain = run(None)
+    assert np.abs(run(look) - plain).max() <= 1e-4 * plain.std()
+    probs = seen["blk.0.attn_probs"]
+    assert probs.shape == (net.config.n_head[0], 20, 20)
+    if name != "gpt-oss":  # sinks take a share
+        assert np.allclose(probs.sum(-1), 1, atol=1e-5)
+    assert np.abs(run(uniform) - plain).max() > 0.1 * plain.std()

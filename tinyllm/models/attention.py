@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import GGUFError
-from ..kernels.backend import Array, Batch, LayerCache, RopeSpec
+from ..kernels.backend import Array, LayerCache, RopeSpec
+from . import probe
 from .config import Config, RopeScaling
+from .probe import Scoring
 from .rope import alibi_slopes, attention_scale, frequencies, magnitude
 from .step import Step
 from .weights import Linear, Norm, Tensors
@@ -39,7 +42,7 @@ class Attention:
         self.n_head, self.n_head_kv = c.n_head[i], c.n_head_kv[i]
         check_has_heads(c, i)
         self.head_dim, self.head_dim_v = c.head_dim, c.head_dim_v
-        self.q, self.k, self.v = projections(c, i, w)
+        self.q, self.k, self.v = projections(c, i, w, self.queries)
         self.o = w.linear("attn_output", c.n_embd, self.n_head * c.head_dim_v)
         self.q_norm = head_norm(w, "attn_q_norm", self.n_head, c.head_dim)
         self.k_norm = head_norm(w, "attn_k_norm", self.n_head_kv, c.head_dim)
@@ -51,6 +54,14 @@ class Attention:
         self.slopes = None
         if c.max_alibi_bias:
             self.slopes = w.be.array(alibi_slopes(self.n_head, c.max_alibi_bias))
+
+    @property
+    def scoring(self) -> Scoring:
+        """For a tap that asks for probabilities."""
+        return Scoring(
+            self.i, self.n_head, self.n_head_kv, self.causal, self.scale, self.window,
+            self.softcap, self.slopes, self.sinks,
+        )  # fmt: skip
 
     @property
     def cache(self) -> LayerCache:
@@ -65,40 +76,76 @@ class Attention:
         q, k, v = be.matmuls([p.weight for p in linears], x, [p.bias for p in linears])
         if self.clamp:
             q, k, v = (be.clamp(y, self.clamp) for y in (q, k, v))
-        q = self.q_norm(q) if self.q_norm else q
-        k = self.k_norm(k) if self.k_norm else k
-        if self.rope is not None:
-            spec = self.rope.at(step.n_ctx)
-            q = be.rope(q, step.batch.positions, spec, self.head_dim)
-            k = be.rope(k, step.batch.positions, spec, self.head_dim)
+        q, k = self.place(step, *self.normed(q, k))
         q, k, v = tap(f"blk.{self.i}.q", q), tap(f"blk.{self.i}.k", k), tap(f"blk.{self.i}.v", v)
-        y = tap(f"blk.{self.i}.attn_heads", self.attend(step.batch, q, k, v))
+        y = tap(f"blk.{self.i}.attn_heads", self.attend(step, q, k, v))
+        y = self.gated(x, y)
         return self.o(self.o_norm(y) if self.o_norm else y)
 
-    def attend(self, batch: Batch, q: Array, k: Array, v: Array) -> Array:
+    def queries(self, c: Config, w: Tensors) -> Linear:
+        """The projection to queries, where it is a matrix of its own."""
+        return w.linear("attn_q", self.n_head * c.head_dim, c.n_embd)
+
+    def normed(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """Queries and keys through their norms, where there are any."""
+        return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k
+
+    def place(self, step: Step, q: Array, k: Array) -> tuple[Array, Array]:
+        """Queries and keys turned to their positions."""
+        if self.rope is None:
+            return q, k
+        spec, positions = self.rope.at(step.n_ctx), step.batch.positions
+        q = self.be.rope(q, positions, spec, self.head_dim)
+        return q, self.be.rope(k, positions, spec, self.head_dim)
+
+    def gated(self, x: Array, y: Array) -> Array:
+        """What passes of the heads' outputs y, given the layer's input x: all of them."""
+        return y
+
+    def attend(self, step: Step, q: Array, k: Array, v: Array) -> Array:
         """q [T, H D], k [T, K D], v [T, K Dv] -> [T, H Dv]; causal models store k and v first."""
+        batch = step.batch
+        if self.causal:
+            self.be.cache_write(batch, self.i, k, v)
+        if probe.asked(step):
+            return probe.attend(step, self.scoring, q, k, v)
         if not self.causal:
             return self.be.attention_full(
                 batch, q, k, v, self.n_head, self.n_head_kv,
                 scale=self.scale, window=self.window, slopes=self.slopes,
             )  # fmt: skip
-        self.be.cache_write(batch, self.i, k, v)
         return self.be.attention(
             batch, self.i, q, self.n_head, scale=self.scale, window=self.window,
             softcap=self.softcap, slopes=self.slopes, sinks=self.sinks,
         )  # fmt: skip
 
 
+class NormsBehindRope(Attention):
+    """Queries and keys are turned first and normalised then (Hunyuan)."""
+
+    def normed(self, q: Array, k: Array) -> tuple[Array, Array]:
+        return q, k
+
+    def place(self, step: Step, q: Array, k: Array) -> tuple[Array, Array]:
+        return super().normed(*super().place(step, q, k))
+
+
 def check_has_heads(c: Config, i: int) -> None:
     """An attention layer needs heads, and they need values."""
-    for key, n in (("head_count", c.n_head[i]), ("key_length", c.head_dim)):
+    for key, n in (
+        ("head_count", c.n_head[i]),
+        ("head_count_kv", c.n_head_kv[i]),
+        ("key_length", c.head_dim),
+    ):
         if not n:
             raise GGUFError(
                 f"is 0 in layer {i}, which has attention", name=f"{c.arch}.attention.{key}"
             )
 
 
-def projections(c: Config, i: int, w: Tensors) -> tuple[Linear, Linear, Linear]:
+def projections(
+    c: Config, i: int, w: Tensors, queries: Callable[[Config, Tensors], Linear]
+) -> tuple[Linear, Linear, Linear]:
     """q, k and v as three matrices, also where the file stores them as one; biases all or none."""
     n_q, n_k = c.n_head[i] * c.head_dim, c.n_head_kv[i] * c.head_dim
     n_v, e = c.n_head_kv[i] * c.head_dim_v, c.n_embd
@@ -106,7 +153,7 @@ def projections(c: Config, i: int, w: Tensors) -> tuple[Linear, Linear, Linear]:
         cuts = (slice(0, n_q), slice(n_q, n_q + n_k), slice(n_q + n_k, n_q + n_k + n_v))
         q, k, v = (w.linear("attn_qkv", n_q + n_k + n_v, e, rows) for rows in cuts)
         return q, k, v
-    parts = w.linear("attn_q", n_q, e), w.linear("attn_k", n_k, e), w.linear("attn_v", n_v, e)
+    parts = queries(c, w), w.linear("attn_k", n_k, e), w.linear("attn_v", n_v, e)
     if len({p.bias is None for p in parts}) > 1:
         missing = next(n for n in "qkv" if not w.has(f"attn_{n}.bias"))
         raise GGUFError(
