@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ Want = Literal["all", "last", "none"]
 Segment = tuple[
     State, int, Want
 ]  # this many of the state's pending tokens; rows whose logits are wanted
+FEWEST_ROWS, MOST_ROWS = 64, 512  # of a step: weights are read once for all of them
 NUMBERS = itertools.count()
 Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
 
@@ -33,7 +35,7 @@ Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
 class Network:
     """Weights on a device. Immutable; many states may be computed, each step under ``lock``."""
 
-    n_batch = 256  # rows of a step: enough for full speed, few enough to be interrupted soon
+    n_batch = 256  # rows of a step; about a second's work once one has been timed
 
     def __init__(
         self, config: Config, arch: Arch, decoder: Decoder, be: Backend, kv_type: KVType
@@ -85,11 +87,18 @@ class Network:
         batch = Batch.of(ids, [s.n_past for s in states], outputs, [s.cache for s in states])
         n_ctx = max(s.n_ctx for s in states)
         with self.lock:
+            start = time.perf_counter()
             y = self.run(batch, n_ctx, tap, self.decoder.logits if outputs else self.decoder.body)
             rows = self.be.numpy(y) if outputs else np.empty((0, self.n_vocab), np.float32)
+            self.pace(batch.n_rows, time.perf_counter() - start)
         for s, n, _ in segments:
             s.n_past += n
         return np.split(rows, np.cumsum(counts)[:-1])
+
+    def pace(self, n_rows: int, seconds: float) -> None:
+        """Choose the rows of the next steps so that each takes a second: Ctrl-C waits for one at most."""
+        if n_rows >= FEWEST_ROWS:
+            self.n_batch = int(min(max(n_rows / seconds, FEWEST_ROWS), MOST_ROWS)) // 8 * 8
 
     def hidden(
         self,
