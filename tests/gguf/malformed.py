@@ -165,6 +165,11 @@ def key_cases() -> Iterator[Case]:
     bad_names = {b"": "empty", b"\xff\xfe": "UTF-8", b"a\0b": "control", b"a\nb": "control"}
     for name, message in bad_names.items():
         yield f"key/name-{name!r}", one_key(u32(1), "U32", name), message
+    yield (
+        "key/long-name",
+        one_key(b"", "U64", b"n" * 60_000),
+        f"{'n' * 200}...: 1 U64 takes 8 bytes",
+    )
     once = text(b"k") + value
     yield "key/twice", preamble(0, 2) + once + once, "k: the key stands twice, first at byte 24"
     for type_id in (13, 255, TOP >> 32):

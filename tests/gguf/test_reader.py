@@ -235,6 +235,11 @@ def test_missing_file_is_the_usual_error(tmp_path):
         gguf.open(tmp_path / "none.gguf")
 
 
+def test_path_with_a_zero_byte_is_refused():
+    with pytest.raises(ArgumentError, match="is no path"):
+        gguf.open("a\0b")
+
+
 def test_failed_open_leaves_nothing_open(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF")

@@ -92,6 +92,10 @@ REFUSED = {
     ),
     "renamed": (lambda m: m.rename(m.parent / "x.gguf"), "NAME-00001-of-00003.gguf"),
     "not the first": (lambda m: second(m), "open .*m-00001-of-00003.gguf instead"),
+    "negative": (
+        lambda m: part(m.parent, 0, 3, {"a": tensor(0)}, **{"split.count": np.int32(-3)}),
+        "split into -3",
+    ),
     "too many": (
         lambda m: part(m.parent, 0, 2000, {"a": tensor(0)}, **{"split.count": np.uint16(2000)}),
         "at most 1000",

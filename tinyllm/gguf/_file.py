@@ -98,6 +98,8 @@ def _open_without_waiting(path: str) -> int:
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         return os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:  # a zero byte in it
+        raise ArgumentError(f"{path!r:.200} is no path") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise GGUFError("the link leads back to itself", path=path) from error

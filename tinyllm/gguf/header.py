@@ -25,6 +25,11 @@ _LEAP = 1 << 18  # bytes looked at together for the strings in them
 _FORMATS = {"U32": "I", "U64": "Q"}
 
 
+def shown(name: str | None) -> str | None:
+    """A key or tensor name as messages give it: keys may have 65535 bytes."""
+    return name if name is None or len(name) <= 200 else f"{name[:200]}..."
+
+
 class Header:
     """A position in the part of a file before the tensor data.
 
@@ -47,7 +52,7 @@ class Header:
     def error(self, message: str, offset: int | None = None) -> GGUFError:
         """A GGUFError about the byte at `offset`, by default the current position."""
         at = self.pos if offset is None else offset
-        return GGUFError(message, path=self.file.path, offset=at, name=self.name)
+        return GGUFError(message, path=self.file.path, offset=at, name=shown(self.name))
 
     @property
     def remaining(self) -> int:

@@ -139,7 +139,7 @@ def _open_other_parts(parts: list[Part]) -> None:
     """Append parts 2 to n of a split model to its first."""
     first = parts[0]
     n_parts = _split_number(first, "split.count", 1)
-    if n_parts <= 1:
+    if n_parts in (0, 1):
         return
     match = _PART_NAME.match(first.file.path)
     if match is None or int(match[3]) != n_parts or n_parts > MAX_PARTS:
@@ -187,13 +187,16 @@ def _check_part(part: Part, i: int, first: Part) -> None:
 
 
 def _check_tensors(parts: list[Part]) -> None:
-    names = [name for part in parts for name in part.tensors]
-    total = _split_number(parts[0], "split.tensors.count", len(names))
-    if total != len(names):
-        raise _split_error(parts[0], f"{total} tensors announced, {len(names)} found in the parts")
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise GGUFError("the tensor stands in two parts", path=parts[0].file.path, name=twice)
+    found = sum(len(part.tensors) for part in parts)
+    total = _split_number(parts[0], "split.tensors.count", found)
+    if total != found:
+        raise _split_error(parts[0], f"{total} tensors announced, {found} found in the parts")
+    where: dict[str, str] = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if where.setdefault(name, tensor.path) != tensor.path:
+                message = f"the tensor stands in two parts, first in {where[name]}"
+                raise GGUFError(message, path=tensor.path, offset=tensor.offset, name=name)
 
 
 def _split_number(part: Part, key: str, default: int) -> int:
