@@ -30,7 +30,7 @@ ALLOWED = {
     "metering": {"errors"},
     "sandbox": {"errors", "metering"},
     "chat": {"errors", "tokenizers", "sandbox", "metering"},
-    "model": BELOW_MODEL | DOWNLOADS,
+    "model": BELOW_MODEL | DOWNLOADS | {"completion"},
     **{module: {"errors", *DOWNLOADS} for module in DOWNLOADS},
     "sdk": BELOW_MODEL | {"model"},
     "repl": BELOW_MODEL | {"model", "sdk"},
@@ -40,7 +40,7 @@ ALLOWED = {
     "info": BELOW_MODEL | {"model"},
     "cli": BELOW_MODEL | {"model", "sdk", "repl", "server", "bench", "perplexity", "info"},
     "__main__": {"cli"},
-    "__init__": {"errors", "gguf", "tokenizers", "model", "sdk"},
+    "__init__": {"errors", "gguf", "tokenizers", "completion", "model", "sdk"},
 }
 THIRD_PARTY = {
     "cupy",
