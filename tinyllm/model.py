@@ -198,7 +198,8 @@ class Model:
         out: list[np.ndarray] = [np.empty(0)] * len(ids)
         for part in pack([len(i) for i in ids], net.n_batch):
             for i, rows in zip(part, net.hidden([ids[i] for i in part]), strict=True):
-                out[i] = unit(pool(rows, kind)) if normalize else pool(rows, kind)
+                x = net.decoder.pooled(pool(rows, kind))
+                out[i] = unit(x) if normalize else x
         return out
 
     # ---- text
@@ -247,7 +248,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         state : State, optional
             Continue this conversation; the prompt is added to it.
         tap : callable, optional
-            ``tap(name, array)`` sees, and may replace, the activations of every step.
+            ``tap(name, array)`` sees, and may replace, the activations of every step. With the attribute
+            ``attn_probs = True`` it is also shown attention probabilities [heads, rows, positions].
         overflow : {"error", "shift", "truncate"}
             When the context is full: a prompt that is too long raises ("error"), loses its beginning
             ("truncate"), or old tokens make room again and again ("shift").

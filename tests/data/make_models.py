@@ -177,6 +177,134 @@ BERT_SETTINGS = {
     "max_position_embeddings": N_CTX,
 }  # fmt: skip
 
+ROOTED = (  # a mixer of its own keeps its tensors' names
+    (r"\.(mamba|mixer|linear_attn)\.dt_bias$", ".ssm_dt.bias"),
+    (r"\.(mamba|mixer|linear_attn)\.A_log$", ".ssm_a"),
+    (r"\.(mamba|mixer)\.D$", ".ssm_d"),
+    (r"\.(mamba|mixer|linear_attn)\.conv1d\.", ".ssm_conv1d."),
+    (r"\.(mamba|mixer)\.in_proj\.", ".ssm_in."),
+    (r"\.linear_attn\.in_proj_(ba|qkvz)\.", r".ssm_\1."),
+    (r"\.(mamba|mixer|linear_attn)\.norm\.", ".ssm_norm."),
+    (r"\.(mamba|mixer|linear_attn)\.out_proj\.", ".ssm_out."),
+    (r"^backbone\.layers\.(\d+)\.norm\.", r"blk.\1.attn_norm."),
+    (r"\.conv\.conv\.", ".shortconv.conv."),
+    (r"\.conv\.(in|out)_proj\.", r".shortconv.\1_proj."),
+    (r"^(model\.)?(layers\.\d+)\.post_attention_layernorm\.", r"\2.post_attention_norm."),
+)
+AS_FFN_NORM = ROOTED[:-1]
+
+
+def recurrent(w: Arrays, c: Any) -> Arrays:
+    """Decays as they are multiplied, one value per head in a row of its own; convolutions as matrices."""
+    groups = getattr(c, "mamba_n_groups", getattr(c, "n_groups", 1))
+    out = {}
+    for name, x in w.items():
+        if name.endswith(".ssm_a"):
+            x = -np.exp(x).reshape(-1, 1)
+        elif name.endswith(".ssm_d"):
+            x = x.reshape(-1, 1)
+        elif name.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
+            x = x[:, 0]
+        elif name.endswith("ssm_norm.weight"):
+            x = x.reshape(groups, -1)
+        out[name] = x
+    return out
+
+
+def granite_hybrid(w: Arrays, c: Any) -> Arrays:
+    out = {}
+    for name, x in split_experts(recurrent(w, c)).items():
+        if ".shared_mlp.input_linear" in name:
+            for part, half in zip(("gate", "up"), np.split(x, 2), strict=True):
+                out[name.replace("shared_mlp.input_linear", f"ffn_{part}_shexp")] = half
+        else:
+            out[name.replace("shared_mlp.output_linear", "ffn_down_shexp")] = x
+    return adjacent(out, c)
+
+
+def falcon_h1(w: Arrays, c: Any) -> Arrays:
+    """The multipliers of the configuration go into the weights."""
+    z, n, g = c.ssm_multipliers, c.mamba_d_ssm, c.mamba_n_groups * c.mamba_d_state
+    parts = np.repeat(z, [n, n, g, g, c.mamba_n_heads])[:, None] * c.ssm_in_multiplier
+    scales = {
+        "attn_q": c.attention_in_multiplier, "attn_k": c.attention_in_multiplier * c.key_multiplier,
+        "attn_v": c.attention_in_multiplier, "attn_output": c.attention_out_multiplier,
+        "ffn_gate": c.mlp_multipliers[0], "ffn_down": c.mlp_multipliers[1],
+        "ssm_out": c.ssm_out_multiplier, "ssm_in": parts, "token_embd": c.embedding_multiplier,
+        "output": c.lm_head_multiplier,
+    }  # fmt: skip
+    return {n: x * scales.get(n.split(".")[-2], 1.0) for n, x in recurrent(w, c).items()}
+
+
+def qwen3next(w: Arrays, c: Any) -> Arrays:
+    """Norms are written with their 1; q, k, v and z are laid out part by part instead of head by head."""
+    hk, dk = c.linear_num_key_heads, c.linear_key_head_dim
+    dv = c.linear_num_value_heads // hk * c.linear_value_head_dim
+    out = {}
+    for name, x in split_experts(w).items():
+        if name.endswith("norm.weight") and "ssm_norm" not in name:
+            x = x + 1
+        elif name.endswith(".ssm_a"):
+            x = -np.exp(x)
+        elif "ssm_conv1d" in name:
+            x = x[:, 0]
+        elif "ffn_gate_inp_shexp" in name:
+            x = x[0]
+        if "ssm_qkvz" in name:
+            heads = x.reshape(hk, -1, x.shape[1])
+            q, k, v, z = np.split(heads, np.cumsum([dk, dk, dv]), 1)
+            flat = [y.reshape(-1, x.shape[1]) for y in (q, k, v, z)]
+            out[name.replace("ssm_qkvz", "attn_qkv")] = np.concatenate(flat[:3])
+            out[name.replace("ssm_qkvz", "attn_gate")] = flat[3]
+        else:
+            out[name] = x
+    return out
+
+
+def apertus(w: Arrays, c: Any) -> Arrays:
+    return {n: x for n, x in w.items() if ".act_fn." not in n}
+
+
+def apertus_keys(state: Any) -> dict[str, Any]:
+    """The coefficients as they multiply: softplus of what was learned, the negative one above beta."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([state[f"model.layers.{i}.mlp.act_fn.{name}"].item() for i in range(L)])
+
+    soft = {n: np.log1p(np.exp(column(n))) for n in ("alpha_p", "alpha_n")}
+    return {
+        "xielu.alpha_p": soft["alpha_p"].astype(np.float32),
+        "xielu.alpha_n": (column("beta") + soft["alpha_n"]).astype(np.float32),
+        "xielu.beta": column("beta").astype(np.float32), "xielu.eps": column("eps").astype(np.float32),
+    }  # fmt: skip
+
+
+def gemma(w: Arrays, c: Any) -> Arrays:
+    """Norms are written with their 1."""
+    return {n: x + 1 if n.endswith("norm.weight") else x for n, x in w.items()}
+
+
+GEMMA = (
+    (r"^layers\.(\d+)\.post_attention_layernorm\.", r"blk.\1.post_attention_norm."),
+    (r"^layers\.(\d+)\.pre_feedforward_layernorm\.", r"blk.\1.ffn_norm."),
+    (r"^layers\.(\d+)\.post_feedforward_layernorm\.", r"blk.\1.post_ffw_norm."),
+)
+EXPERTS = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16}
+SSM = {
+    "ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 16, "ssm.time_step_rank": 8,
+    "ssm.group_count": 1,
+}  # fmt: skip
+HYBRID = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
+    "mamba_d_conv": 4,
+}  # fmt: skip
+NO_ATTENTION = {
+    "attention.head_count": 0, "attention.head_count_kv": 0, "attention.key_length": None,
+    "attention.value_length": None, "rope.dimension_count": None, "rope.freq_base": None,
+    "feed_forward_length": 0,
+}  # fmt: skip
+
+
 GOLDEN = {
     "rank-bert": Golden(
         "bert", "BertForSequenceClassification", BERT_SETTINGS, {**ENCODER, **WPM}, bert_names, BERT, "score"),
@@ -192,6 +320,88 @@ GOLDEN = {
         {**ENCODER, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2, "classifier.pooling_type": 1,
          "rope.freq_base": 160000.0, "rope.freq_base_swa": 10000.0, "rope.dimension_count": D},
         names=MODERN, kind="score"),
+    "gptj": Golden(
+        "gptj", "GPTJForCausalLM",
+        {"n_embd": E, "n_layer": L, "n_head": H, "rotary_dim": 4, "n_inner": F, "n_positions": N_CTX,
+         "layer_norm_epsilon": 5e-3},
+        {"attention.head_count_kv": H, "rope.dimension_count": 4, "attention.layer_norm_epsilon": 5e-3,
+         "attention.layer_norm_rms_epsilon": None}),
+    "seed_oss": Golden("seed_oss", "SeedOssForCausalLM", {"attention_out_bias": False}, names=ROOTED),
+    "arcee": Golden("arcee", "ArceeForCausalLM", {}, change=adjacent),
+    "apertus": Golden("apertus", "ApertusForCausalLM", {}, change=apertus),
+    "ernie4_5": Golden("ernie4_5", "Ernie4_5ForCausalLM", {}),
+    "ernie4_5-moe": Golden(
+        "ernie4_5-moe", "Ernie4_5_MoeForCausalLM",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1,
+         "moe_num_shared_experts": 1},
+        {**EXPERTS, "leading_dense_block_count": 1, "interleave_moe_layer_step": 1},
+        lambda w, c: {n: x[0] if "exp_probs_b" in n else x for n, x in split_experts(w).items()}),
+    "hunyuan-dense": Golden("hunyuan-dense", "HunYuanDenseV1ForCausalLM", {}),
+    "hunyuan-moe": Golden(
+        "hunyuan-moe", "HunYuanMoEV1ForCausalLM",
+        {"num_experts": 4, "moe_topk": 2, "num_shared_expert": 1, "intermediate_size": 16},
+        {**EXPERTS, "feed_forward_length": 16}, split_experts),
+    "dots1": Golden(
+        "dots1", "Dots1ForCausalLM",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+         "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+         "routed_scaling_factor": 1.5, "norm_topk_prob": True},
+        {**EXPERTS, "leading_dense_block_count": 1, "expert_weights_scale": 1.5,
+         "expert_weights_norm": True, "expert_gating_func": 2}, split_experts),
+    "lfm2": Golden(
+        "lfm2", "Lfm2ForCausalLM",
+        {"layer_types": ["conv", "full_attention"], "block_ff_dim": F, "norm_eps": 5e-3,
+         "block_auto_adjust_ff_dim": False, "conv_L_cache": 3, "tie_word_embeddings": True},
+        {"attention.head_count_kv": [0, K], "shortconv.l_cache": 3}, recurrent, AS_FFN_NORM),
+    "lfm2moe": Golden(
+        "lfm2moe", "Lfm2MoeForCausalLM",
+        {"layer_types": ["conv", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 16, "num_dense_layers": 1, "norm_eps": 5e-3, "conv_L_cache": 3,
+         "tie_word_embeddings": True, "norm_topk_prob": True, "use_expert_bias": True},
+        {**EXPERTS, "attention.head_count_kv": [0, K], "shortconv.l_cache": 3,
+         "leading_dense_block_count": 1, "expert_gating_func": 2},
+        lambda w, c: split_experts(recurrent(w, c)), AS_FFN_NORM),
+    "mamba2": Golden(
+        "mamba2", "Mamba2ForCausalLM",
+        {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 1, "expand": 2, "conv_kernel": 4,
+         "layer_norm_epsilon": 5e-3},
+        {**NO_ATTENTION, **SSM}, recurrent, ROOTED),
+    "granitehybrid": Golden(
+        "granitehybrid", "GraniteMoeHybridForCausalLM",
+        {**HYBRID, "layer_types": ["mamba", "attention"], "num_local_experts": 4,
+         "num_experts_per_tok": 2, "intermediate_size": 16, "shared_intermediate_size": 24,
+         "embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25,
+         "logits_scaling": 2.0, "position_embedding_type": None},
+        {**SSM, **EXPERTS, "attention.head_count_kv": [0, K], "embedding_scale": 6.0,
+         "residual_scale": 0.5, "attention.scale": 0.25, "logit_scale": 2.0, "feed_forward_length": 16,
+         "rope.scaling.finetuned": False, "expert_shared_feed_forward_length": 24},
+        granite_hybrid, AS_FFN_NORM + ((r"\.block_sparse_moe\.router\.", ".ffn_gate_inp."),
+                                       (r"\.block_sparse_moe\.experts", ".mlp.experts"))),
+    "falcon-h1": Golden(
+        "falcon-h1", "FalconH1ForCausalLM",
+        {**HYBRID, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_rms_norm": False,
+         "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7], "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.8,
+         "attention_in_multiplier": 0.9, "attention_out_multiplier": 1.1, "key_multiplier": 0.7,
+         "mlp_multipliers": [0.9, 1.2], "embedding_multiplier": 1.5, "lm_head_multiplier": 0.5},
+        {**SSM, "ssm.group_count": 2, "ssm.inner_size": 32, "ssm.time_step_rank": 4}, falcon_h1, AS_FFN_NORM),
+    "qwen3next": Golden(
+        "qwen3next", "Qwen3NextForCausalLM",
+        {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+         "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+         "linear_conv_kernel_dim": 4, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
+         "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1,
+         "rope_parameters": {"rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": 0.5}},
+        {**EXPERTS, "rope.dimension_count": 4, "ssm.conv_kernel": 4, "ssm.state_size": 8,
+         "ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 32,
+         "full_attention_interval": 2, "expert_shared_feed_forward_length": 16}, qwen3next, ROOTED),
+    "gemma-embedding": Golden(
+        "gemma-embedding", "Gemma3TextModel",
+        {"layer_types": ["sliding_attention", "full_attention"], "use_bidirectional_attention": True,
+         "sliding_window": 8, "query_pre_attn_scalar": D, "tie_word_embeddings": True,
+         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                             "full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+        {"rope.freq_base": 1e6, "rope.freq_base_swa": 10000.0, "attention.sliding_window": 8,
+         "attention.sliding_window_pattern": [True, False], "pooling_type": 1}, gemma, GEMMA, "rows"),
 }  # fmt: skip
 
 
@@ -262,8 +472,9 @@ def make(name: str, g: Golden) -> None:
     if tied:
         raw.pop("output.weight", None)
     weights = g.change(raw, config)
+    learned = apertus_keys(state) if g.change is apertus else {}
     metadata: dict[str, Any] = {"general.architecture": g.arch, "general.name": f"{name}, random"}
-    for key, value in {**USUAL, **g.keys}.items():
+    for key, value in {**USUAL, **g.keys, **learned}.items():
         if value is not None:
             metadata[key if key.startswith("tokenizer.") else f"{g.arch}.{key}"] = value
     HERE.mkdir(exist_ok=True)

@@ -13,11 +13,16 @@ from typing import Any, Literal
 
 from ..errors import UnsupportedModel
 from ..kernels.backend import Activation, Pairing
-from .attention import Attention
+from .attention import Attention, NormsBehindRope
 from .config import Config
+from .deltanet import delta_or_attention
+from .ffn import XIELU
 from .mamba import Mamba
+from .mamba2 import AttentionBesideMamba2, Mamba2
 from .mla import LatentAttention
 from .rwkv import ChannelMix, TimeMix6, TimeMix7
+from .shortconv import ShortConv
+from .weights import Tensors
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,29 @@ def minicpm3(c: Config) -> Config:
     )
 
 
+FFN_NORM = {"ffn_norm": "post_attention_norm"}
+LFM2_NORM = {"output_norm": "token_embd_norm"}
+
+
+def granitehybrid(c: Config) -> Config:
+    """Its attention layers rotate only where the file says so."""
+    return replace(divided_logits(c), rope_on=(c.rope_finetuned,) * c.n_layer)
+
+
+def gemma_embedding(c: Config) -> Config:
+    return replace(gemma3(c), causal=False)
+
+
+def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Any:
+    """Layers without key heads are recurrent."""
+    return (Attention if c.n_head_kv[i] else Mamba2)(c, a, i, w)
+
+
+def conv_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Any:
+    """Layers without key heads are convolutions."""
+    return (Attention if c.n_head_kv[i] else ShortConv)(c, a, i, w)
+
+
 ROWS = (
     Arch("llama", "arXiv:2302.13971", pairing="adjacent"),  # also Mistral, Mixtral, Llama 2 and 3
     Arch("baichuan", "arXiv:2309.10305", pairing="adjacent", adjust=baichuan),
@@ -170,11 +198,39 @@ ROWS = (
     Arch("jais", "arXiv:2308.16149", position="alibi", adjust=jais),
     Arch(
         "gpt-oss", "arXiv:2508.10925", act="swiglu_oai", gating="softmax_selected",
-        roles={"ffn_norm": "post_attention_norm"}, adjust=lambda c: every(2, c),
+        roles=FFN_NORM, adjust=lambda c: every(2, c),
     ),
     Arch("arctic", "hf.co/Snowflake/snowflake-arctic-instruct", pairing="adjacent"),
     Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
+    Arch(
+        "gptj", "github.com/kingoflolz/mesh-transformer-jax", pairing="adjacent", act="gelu_tanh",
+        gated=False, residual="parallel",
+    ),
+    Arch("seed_oss", "hf.co/ByteDance-Seed/Seed-OSS-36B-Instruct", roles=FFN_NORM),
+    Arch("arcee", "hf.co/arcee-ai/AFM-4.5B", pairing="adjacent", act="relu2", gated=False),
+    Arch("apertus", "arXiv:2509.14233", gated=False, ffn=XIELU),
+    Arch("ernie4_5", "hf.co/baidu/ERNIE-4.5-0.3B-PT", pairing="adjacent"),
+    Arch("ernie4_5-moe", "hf.co/baidu/ERNIE-4.5-21B-A3B-PT", pairing="adjacent"),
+    Arch("hunyuan-dense", "hf.co/tencent/Hunyuan-7B-Instruct", mixer=NormsBehindRope),
+    Arch("hunyuan-moe", "hf.co/tencent/Hunyuan-A13B-Instruct", mixer=NormsBehindRope),
+    Arch("dots1", "arXiv:2506.05767", renormalise=False),
+    Arch("lfm2", "hf.co/LiquidAI/LFM2-1.2B", roles=LFM2_NORM, mixer=conv_or_attention),
+    Arch(
+        "lfm2moe", "hf.co/LiquidAI/LFM2-8B-A1B", gating="sigmoid", roles=LFM2_NORM,
+        mixer=conv_or_attention,
+    ),
+    Arch("mamba2", "arXiv:2405.21060", position="none", ffn=None, mixer=Mamba2),
+    Arch(
+        "granitehybrid", "hf.co/ibm-granite/granite-4.0-h-small", pairing="adjacent",
+        mixer=mamba2_or_attention, adjust=granitehybrid,
+    ),
+    Arch("falcon-h1", "arXiv:2507.22448", mixer=AttentionBesideMamba2),
+    Arch(
+        "qwen3next", "hf.co/Qwen/Qwen3-Next-80B-A3B-Instruct", roles=FFN_NORM,
+        mixer=delta_or_attention,
+    ),
+    Arch("gemma-embedding", "arXiv:2509.20354", act="gelu_tanh", adjust=gemma_embedding),
     Arch("mamba", "arXiv:2312.00752", position="none", ffn=None, mixer=Mamba),
     Arch(
         "rwkv6", "arXiv:2404.05892", position="none", roles={"ffn_norm": "attn_norm_2"},
@@ -202,7 +258,7 @@ NORMED_EMBEDDING = "bert bloom jina-bert-v2 modern-bert nomic-bert nomic-bert-mo
 REQUIRED = {
     **dict.fromkeys(OWN_HEAD, ("output.weight",)),
     **dict.fromkeys(NORMED_EMBEDDING, ("token_embd_norm.weight",)),
-    **dict.fromkeys(["phi2", "phimoe"], ("output.weight", "output.bias")),
+    **dict.fromkeys(["gptj", "phi2", "phimoe"], ("output.weight", "output.bias")),
     **dict.fromkeys(["rwkv6", "rwkv7"], ("output.weight", "token_embd_norm.weight")),
 }
 

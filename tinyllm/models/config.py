@@ -22,7 +22,6 @@ LAYERS, WIDTH, CONTEXT = (
 # Keys that change no arithmetic of ours: what they say is also in the tensors, or is advice to others.
 HARMLESS = {
     "tensor_data_layout",
-    "rope.scaling.finetuned",
     "rope.scaling.yarn_beta_fast",  # fixed at 32 and 1 by llama.cpp for every architecture here
     "rope.scaling.yarn_beta_slow",
     "expert_shared_count",  # the shared expert's width is its tensors'
@@ -40,7 +39,13 @@ HARMLESS = {
     "attention.value_residual_mix_lora_rank",
     "attention.gate_lora_rank",
     "rescale_every_n_layers",  # a guard against float16 overflow; our activations are float32
-    "ssm.group_count",
+    "full_attention_interval",  # which layers are recurrent is seen from the tensors
+    "attention.recurrent_layers",
+    "dense_2_feat_in",
+    "dense_2_feat_out",
+    "dense_3_feat_in",
+    "dense_3_feat_out",
+    "embedding_length_out",
 }
 T = TypeVar("T")
 
@@ -120,6 +125,14 @@ class Keys:
             )
         return tuple(int(v) for v in values)
 
+    def numbers(self, key: str, n: int) -> tuple[float, ...]:
+        """An array of n finite numbers, or one for all."""
+        value = self.get(key)
+        values = np.atleast_1d(np.asarray(value))
+        if values.dtype.kind not in "fiu" or values.shape not in ((n,), (1,)):
+            raise GGUFError(f"is {value!r:.60}; expected {n} numbers", name=self.prefix + key)
+        return tuple(np.broadcast_to(values, n).astype(float).tolist())
+
     def unknown(self) -> list[str]:
         """Keys of this architecture that nobody read and that may change the mathematics."""
         ours = (k[len(self.prefix) :] for k in self.metadata if k.startswith(self.prefix))
@@ -184,8 +197,11 @@ class Config:
     ssm_inner: int
     ssm_state: int
     ssm_dt_rank: int
+    ssm_group: int
     ssm_norm: bool
     wkv_head_dim: int
+    rope_finetuned: bool  # Granite's hybrid: do attention layers rotate?
+    xielu: tuple[tuple[float, float, float], ...]  # per layer: above 0, below 0, linear
 
     @property
     def has_rope(self) -> bool:
@@ -258,12 +274,15 @@ def read_config(keys: Keys) -> Config:
         n_expert_group_used=read_groups_used(k, read_groups(k, n_expert)),
         q_lora_rank=k.whole("attention.q_lora_rank", 0),
         kv_lora_rank=kv_lora_rank,
-        ssm_conv=k.whole("ssm.conv_kernel", 0, high=64),
+        ssm_conv=k.whole("ssm.conv_kernel", k.whole("shortconv.l_cache", 0, high=64), high=64),
         ssm_inner=k.whole("ssm.inner_size", 0),
         ssm_state=k.whole("ssm.state_size", 0, high=1 << 16),
         ssm_dt_rank=k.whole("ssm.time_step_rank", 0),
+        ssm_group=k.whole("ssm.group_count", 1, 1),
         ssm_norm=k.flag("ssm.dt_b_c_rms", False),
         wkv_head_dim=k.whole("wkv.head_size", 0, high=4096),
+        rope_finetuned=k.flag("rope.scaling.finetuned", False),
+        xielu=read_xielu(k, n_layer),
     )
 
 
@@ -303,7 +322,7 @@ def read_groups_used(k: Keys, n_group: int) -> int:
 def check_heads(k: Keys, n_embd: int, n_head: tuple[int, ...], n_head_kv: tuple[int, ...]) -> None:
     """Query heads must be whole multiples of key heads."""
     for h, kv in zip(n_head, n_head_kv, strict=True):
-        if h and (kv == 0 or kv > h or h % kv):
+        if h and kv and h % kv:  # a layer without key heads is no attention layer
             raise GGUFError(
                 f"is {kv}; expected a divisor of the {h} query heads",
                 name=k.prefix + "attention.head_count_kv",
@@ -383,6 +402,18 @@ def read_windows(k: Keys, n_layer: int) -> tuple[int, ...]:
         return tuple(0 if i % pattern == 0 else size for i in range(n_layer))
     flags = k.per_layer("attention.sliding_window_pattern", n_layer, None, 0, 1)
     return tuple(size if flag else 0 for flag in flags)
+
+
+def read_xielu(k: Keys, n_layer: int) -> tuple[tuple[float, float, float], ...]:
+    """Each layer's coefficients: quadratic above 0, exponential below, linear. () without such keys.
+
+    ``xielu.eps`` keeps the reference's exponential away from 0, where it changes nothing.
+    """
+    k.read.add("xielu.eps")
+    if not k.has("xielu.alpha_p"):
+        return ()
+    columns = [k.numbers(f"xielu.{name}", n_layer) for name in ("alpha_p", "alpha_n", "beta")]
+    return tuple(zip(*columns, strict=True))
 
 
 def read_pooling(k: Keys, key: str) -> str:

@@ -9,7 +9,7 @@ from ..kernels.backend import Array, LayerCache
 from .archs import REQUIRED, Arch
 from .config import Config
 from .ffn import FFN, MoE
-from .rank import RankHead
+from .rank import Projections, RankHead
 from .step import Step
 from .weights import Linear, Norm, Tensors
 
@@ -92,7 +92,9 @@ def norms_before(c: Config, a: Arch, i: int, w: Tensors) -> tuple[Norm | None, N
         "attn_norm_2.weight"
     ):  # Falcon 40B: the first is the feed-forward half's
         return w.norm("attn_norm_2", e), w.norm("attn_norm", e)
-    first_of_encoder = i == 0 and not c.causal  # ModernBERT has normalised the embeddings already
+    first_of_encoder = (
+        i == 0 and not c.causal and c.norm == "layer"
+    )  # ModernBERT has normalised the embeddings already
     attn_norm = w.norm_if("attn_norm", e) if first_of_encoder else w.norm("attn_norm", e)
     if a.ffn is None:
         return attn_norm, None
@@ -128,11 +130,13 @@ class Decoder:
             n_type = w.source("token_types.weight").shape[0]
             self.token_types = w.matrix("token_types.weight", n_type, c.n_embd)
             self.token_type = w.be.array(w.host("token_types.weight")[0])
-        self.embd_norm = w.norm_if("token_embd_norm", c.n_embd)
+        taken = a.roles.get("output_norm") == "token_embd_norm"  # LFM2's last norm has that name
+        self.embd_norm = None if taken else w.norm_if("token_embd_norm", c.n_embd)
         self.blocks = [Block(c, a, i, layer) for i, layer in enumerate(layers)]
         self.output_norm = output_norm(c, a, w)
         self.output = self.head(w) if c.causal else None
         self.rank = RankHead(c, w) if c.pooling == "rank" else None
+        self.pooled = Projections(w)
 
     def head(self, w: Tensors) -> Linear:
         """The output matrix; without one of its own, the embedding's rows serve ("tied")."""
@@ -182,4 +186,4 @@ def output_norm(c: Config, a: Arch, w: Tensors) -> Norm | None:
         return None
     if not a.norm_affine:
         return Norm(w.be, c.norm, c.norm_eps, None, None)
-    return w.norm("output_norm", c.n_embd)
+    return w.norm(a.roles.get("output_norm", "output_norm"), c.n_embd)

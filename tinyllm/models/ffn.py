@@ -33,6 +33,32 @@ class FFN:
         return self.down(self.be.act_mul(g, u, self.act))
 
 
+class XIELU:
+    """down(act(up(x))) with an activation that is quadratic above 0 and exponential below; each layer has
+    its own coefficients. arXiv:2411.13010. [T, E] -> [T, E].
+    """
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        self.be = w.be
+        if len(c.xielu) != c.n_layer:
+            raise GGUFError("required key is missing", name=f"{c.arch}.xielu.alpha_p")
+        self.positive, self.negative, self.linear = c.xielu[i]
+        self.up = w.linear("ffn_up", c.n_ff[i], c.n_embd)
+        self.down = w.linear("ffn_down", c.n_embd, c.n_ff[i])
+        self.minus_one = w.be.array(np.full(c.n_ff[i], -1, np.float32))
+
+    def __call__(self, step: Step | None, x: Array) -> Array:
+        return self.down(self.activated(self.up(x)))
+
+    def activated(self, x: Array) -> Array:
+        """p max(x, 0)^2 + q (e^m - 1 - m) + b x, with m = min(x, 0)."""
+        be = self.be
+        m = be.scale_softcap(be.act(be.scale_softcap(x, -1.0), "relu"), -1.0)
+        below = be.add(be.add(be.act(m, "exp"), m, scale=-1.0), self.minus_one)
+        y = be.add(be.scale_softcap(x, self.linear), be.act(x, "relu2"), scale=self.positive)
+        return be.add(y, below, scale=self.negative)
+
+
 def halves(
     a: Arch, w: Tensors, n_ff: int, n_embd: int, suffix: str
 ) -> tuple[Linear | None, Linear]:

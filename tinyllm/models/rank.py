@@ -35,6 +35,19 @@ class RankHead:
         return x if self.output is None else product(self.output, x)
 
 
+class Projections:
+    """What EmbeddingGemma and others multiply a pooled row by, in turn: [E] -> [E or another length]."""
+
+    def __init__(self, w: Tensors) -> None:
+        names = [n for n in ("dense_2", "dense_3") if w.has(f"{n}.weight")]
+        self.matrices = [(w.host(f"{n}.weight"), None) for n in names]
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        for m in self.matrices:
+            x = product(m, x)
+        return x
+
+
 def matrix(w: Tensors, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """``name.weight`` [n_out, E] and, if there, ``name.bias``; a single row may be stored flat."""
     weight = np.atleast_2d(w.host(f"{name}.weight"))
