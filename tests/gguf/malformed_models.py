@@ -264,6 +264,9 @@ def vocabulary_cases() -> Iterator[Case]:
         "model": [None, "nonsense", 1, ["llama"]],
         "tokens": [
             None,
+            7,
+            True,
+            0.5,
             "abc",
             np.arange(V, dtype=np.int32),
             PIECES[:-1],

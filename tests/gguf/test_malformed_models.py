@@ -19,6 +19,7 @@ NAMES = re.compile(
 OPEN = re.compile(
     r"vocabulary/scores=inf|vocabulary/merges=\[('a  b'|'a b c'|' '|'a '|'xxx|'zz b'|b'|'a b', 'a b')"
     r"|template/\['a'\]|model/output\.weight one -inf"
+    r"|vocabulary/tokens=(7|True|0\.5)$"
 )
 
 
