@@ -1,0 +1,254 @@
+"""A CUDA driver made of OpenCL: CuPy's names, with PoCL's kernels, buffers and NumPy's products behind them.
+
+It runs ``tinyllm.kernels.gpu.cuda`` on machines without NVIDIA's hardware: addresses, copies, launches,
+captured graphs and cuBLAS calls are carried out as the driver would, so that a wrong argument gives a
+wrong result. What it cannot show is that NVIDIA's compiler and device agree; NVRTC's tests and a
+device show that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyopencl as cl
+
+import tinyllm.kernels.gpu as package
+from tinyllm.kernels.gpu import devices, sources
+from tinyllm.kernels.gpu.opencl import CPU_OPTIONS, OPTIONS
+
+PAGE = 1 << 33  # addresses of one allocation
+UP, DOWN, ACROSS = 1, 2, 3
+NUMBER = {0: np.float32, 2: np.float16, 14: np.uint16}  # CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy's."""
+
+
+class Driver:
+    """Memory by address, one stream in order, and what was asked of it."""
+
+    def __init__(self, total: int = 1 << 30) -> None:
+        _, device = devices.choose_opencl("0")
+        self.context = cl.Context([device])
+        self.queue = cl.CommandQueue(self.context)
+        self.buffers: dict[int, cl.Buffer] = {}
+        self.sizes: dict[int, int] = {}
+        self.next, self.total, self.device = 1, total, 0
+        self.tape: list[Callable[[], None]] | None = None
+        self.launches = self.replays = self.products = 0
+
+    def allocate(self, nbytes: int) -> int:
+        if sum(self.sizes.values()) + nbytes > self.total:
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        address, self.next = self.next * PAGE, self.next + 1
+        self.buffers[address] = cl.Buffer(self.context, cl.mem_flags.READ_WRITE, nbytes)
+        self.sizes[address] = nbytes
+        return address
+
+    def free(self, address: int) -> None:
+        self.buffers.pop(address).release()
+        del self.sizes[address]
+
+    def find(self, address: int) -> tuple[cl.Buffer, int, int]:
+        """Buffer, offset and bytes that are left behind it."""
+        base = address // PAGE * PAGE
+        return self.buffers[base], address - base, self.sizes[base] - (address - base)
+
+    def region(self, address: int) -> cl.Buffer | None:
+        if address == 0:
+            return None
+        buffer, offset, left = self.find(address)
+        return buffer.get_sub_region(offset, left) if offset else buffer
+
+    def read(self, address: int, nbytes: int) -> np.ndarray:
+        buffer, offset, left = self.find(address)
+        assert nbytes <= left
+        out = np.empty(nbytes, np.uint8)
+        cl.enqueue_copy(self.queue, out, buffer, src_offset=offset)
+        return out
+
+    def write(self, address: int, x: np.ndarray) -> None:
+        buffer, offset, left = self.find(address)
+        assert x.nbytes <= left
+        cl.enqueue_copy(self.queue, buffer, np.ascontiguousarray(x), dst_offset=offset)
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Now, or when the graph being captured is launched."""
+        if self.tape is None:
+            work()
+        else:
+            self.tape.append(work)
+
+    # ---- CuPy's names
+
+    def memcpy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+        assert self.tape is None, "copies between host and device cannot be captured here"
+        if kind == UP:
+            self.write(target, host(source, nbytes).copy())
+        elif kind == DOWN:
+            host(target, nbytes)[:] = self.read(source, nbytes)
+        else:
+            self.write(target, self.read(source, nbytes))
+
+    def gemm(self, handle: int, ta: int, tb: int, m: int, n: int, k: int, *rest: Any) -> None:
+        """C [m, n] = A^T B + beta C, columns first, as cublasGemmEx."""
+        alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, _ = rest
+        assert (ta, tb, c_type, compute) == (1, 0, 0, 68)
+        assert a_type == b_type
+        assert host(alpha, 4).view(np.float32) == 1
+        keep = float(host(beta, 4).view(np.float32)[0])
+
+        def work() -> None:
+            self.products += 1
+            left = self.matrix(a, a_type, m, lda, k)
+            right = self.matrix(b, b_type, n, ldb, k)
+            out = self.read(c, 4 * (ldc * (n - 1) + m)).view(np.float32)
+            rows = np.lib.stride_tricks.as_strided(out, (n, m), (4 * ldc, 4))
+            rows[:] = right @ left.T + (keep * rows if keep else 0)
+            self.write(c, out)
+
+        self.do(work)
+
+    def matrix(self, address: int, kind: int, rows: int, stride: int, columns: int) -> np.ndarray:
+        size = np.dtype(NUMBER[kind]).itemsize
+        flat = self.read(address, size * (stride * (rows - 1) + columns)).view(NUMBER[kind])
+        if kind == 14:
+            flat = (flat.astype(np.uint32) << 16).view(np.float32)
+        padded = np.zeros(rows * stride, np.float32)
+        padded[: len(flat)] = flat
+        return padded.reshape(rows, stride)[:, :columns]
+
+
+def host(address: int, nbytes: int) -> np.ndarray:
+    """Host memory by its address."""
+    from ctypes import POINTER, c_ubyte, cast
+
+    return np.ctypeslib.as_array(cast(address, POINTER(c_ubyte)), (nbytes,))
+
+
+class Memory:
+    def __init__(self, driver: Driver, nbytes: int) -> None:
+        self.driver, self.ptr = driver, driver.allocate(nbytes)
+
+    def __del__(self) -> None:
+        if hasattr(self, "ptr"):
+            self.driver.free(self.ptr)
+
+
+class MemoryPointer:
+    def __init__(self, memory: Memory, offset: int) -> None:
+        self.mem, self.ptr = memory, memory.ptr + offset
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
+
+
+class Stream:
+    ptr = 1
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def synchronize(self) -> None:
+        assert self.driver.tape is None
+        self.driver.queue.finish()
+
+    def begin_capture(self, mode: int) -> None:
+        self.driver.tape = []
+
+    def end_capture(self) -> Any:
+        tape, self.driver.tape = self.driver.tape or [], None
+
+        def launch(stream: Stream) -> None:
+            self.driver.replays += 1
+            for work in tape:
+                work()
+
+        return SimpleNamespace(launch=launch)
+
+
+class RawModule:
+    def __init__(self, driver: Driver, code: str) -> None:
+        prelude = sources.read("prelude_cuda.h")
+        assert prelude in code
+        text = code.replace(prelude, sources.read("prelude_opencl.h"))
+        options = [*OPTIONS, *CPU_OPTIONS, "-cl-kernel-arg-info"]
+        self.driver, self.program = driver, cl.Program(driver.context, text).build(options)
+
+    def get_function(self, name: str) -> Any:
+        kernel, driver = cl.Kernel(self.program, name), self.driver
+        info, private = cl.kernel_arg_info, cl.kernel_arg_address_qualifier.PRIVATE
+        is_value = [
+            kernel.get_arg_info(i, info.ADDRESS_QUALIFIER) == private
+            for i in range(kernel.num_args)
+        ]
+
+        def call(grid: Any, block: Any, args: Any, shared: int, stream: Stream) -> None:
+            assert len(args) == len(is_value)
+            assert max(grid[1:]) < 65536
+            total = tuple(g * b for g, b in zip(grid, block, strict=True))
+
+            def work() -> None:
+                driver.launches += 1
+                given = [
+                    a if v else driver.region(int(a)) for a, v in zip(args, is_value, strict=True)
+                ]
+                kernel(driver.queue, total, tuple(block), *given)
+
+            driver.do(work)
+
+        return SimpleNamespace(kernel=call)
+
+
+def module(driver: Driver, monkeypatch: Any) -> ModuleType:
+    """``tinyllm.kernels.gpu.cuda`` on the simulated driver, beside the real one."""
+    runtime = SimpleNamespace(
+        setDevice=lambda i: setattr(driver, "device", i),
+        getDeviceCount=lambda: 1,
+        getDeviceProperties=lambda i: {
+            "name": b"Simulated",
+            "totalGlobalMem": driver.total,
+            "multiProcessorCount": 64,
+        },
+        memcpyAsync=driver.memcpy,
+        memGetInfo=lambda: (driver.total - sum(driver.sizes.values()), driver.total),
+        streamCaptureModeRelaxed=2,
+        CUDA_R_32F=0,
+        CUDA_R_16F=2,
+        CUDA_R_16BF=14,
+        CUDARuntimeError=CUDARuntimeError,
+    )
+    cuda = ModuleType("cupy.cuda")
+    cuda.__dict__.update(
+        runtime=runtime,
+        Stream=lambda non_blocking: Stream(driver),
+        Memory=lambda nbytes: Memory(driver, nbytes),
+        MemoryPointer=MemoryPointer,
+        alloc_pinned_memory=lambda nbytes: bytearray(nbytes),
+        device=SimpleNamespace(get_cublas_handle=lambda: 7),
+    )
+    cupy = ModuleType("cupy")
+    cupy.__dict__.update(
+        cuda=cuda, RawModule=lambda code, options, backend: RawModule(driver, code)
+    )
+    libs = ModuleType("cupy_backends.cuda.libs")
+    libs.cublas = SimpleNamespace(gemmEx=driver.gemm)  # type: ignore[attr-defined]
+    for name, part in (("cupy", cupy), ("cupy.cuda", cuda), (libs.__name__, libs)):
+        monkeypatch.setitem(sys.modules, name, part)
+    path = f"{package.__path__[0]}/cuda.py"
+    spec = importlib.util.spec_from_file_location("tinyllm.kernels.gpu.simulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -1,0 +1,100 @@
+"""The CUDA backend on a simulated driver: memory, launches, captured graphs, prefill through cuBLAS."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinyllm import gguf
+from tinyllm.errors import DeviceError
+from tinyllm.kernels.backend import Batch
+from tinyllm.kernels.reference import ReferenceBackend
+from tinyllm.models.network import build
+
+pytestmark = pytest.mark.device
+pytest.importorskip("pyopencl", reason="needs PyOpenCL")
+F32 = np.float32
+
+
+@pytest.fixture
+def driver() -> Any:
+    from simulated_cuda import Driver
+
+    try:
+        return Driver()
+    except DeviceError as e:
+        return pytest.skip(str(e))
+
+
+@pytest.fixture
+def be(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from simulated_cuda import module
+
+    backend = module(driver, monkeypatch).CUDABackend("0")
+    yield backend
+    backend.close()
+
+
+def logits(be: Any, path: Path, parts: list[int]) -> np.ndarray:
+    """All rows of a sequence, read in parts of these lengths."""
+    with gguf.open(path) as f:
+        net = build(f.metadata, f.tensors, be, "f16")
+    state = net.new_state(64)
+    state.append([(7 * i + 3) % 300 for i in range(sum(parts))])
+    rows = [np.array(net.forward([(state, n, "all")])[0]) for n in parts]
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("name", ["llama-h256-Q4_K", "qwen2-h256-F16"])
+def test_a_model_gives_the_references_logits(name: str, be: Any, driver: Any, data: Path) -> None:
+    path = data / "golden" / "quants" / f"{name}.gguf"
+    want = logits(ReferenceBackend(), path, [28])
+    got = logits(be, path, [20, *[1] * 8])
+    bound = 2e-3 if name.endswith("F16") else 0.2
+    assert np.abs(got - want).max() <= bound * want.std()
+    assert driver.products > 0  # prefill went through cuBLAS
+    assert (
+        driver.replays == 7
+    )  # the second step of one token was captured, and replayed from then on
+    assert "Simulated" in be.name
+
+
+def test_graphs_give_the_same_bits_as_launches(be: Any, driver: Any, data: Path) -> None:
+    path = data / "golden" / "quants" / "llama-h256-Q8_0.gguf"
+    recorded = logits(be, path, [1] * 6)
+    assert driver.replays
+    be.step = lambda key, fn, batch: fn(be.upload(batch))
+    assert np.array_equal(recorded, logits(be, path, [1] * 6))
+
+
+def test_a_capture_that_copies_is_given_up(be: Any, driver: Any) -> None:
+    def step(batch: Batch) -> Any:
+        return be.add(be.array(np.ones((1, 4), F32)), be.array(np.ones((1, 4), F32)))
+
+    for _ in range(4):
+        assert (be.numpy(be.step("copies", step, Batch.of([[1]], [0], [0]))) == 2).all()
+    assert driver.replays == 0
+
+
+def test_close_frees_everything_at_once(be: Any, driver: Any, data: Path) -> None:
+    path = data / "golden" / "quants" / "llama-h256-Q8_0.gguf"
+    with gguf.open(path) as f:
+        net = build(f.metadata, f.tensors, be, "f16")
+    state = net.new_state(64)
+    state.append([1, 2, 3])
+    net.forward([(state, 3, "last")])
+    held = sum(driver.sizes.values())
+    net.close()
+    gc.collect()
+    assert sum(driver.sizes.values()) < held // 10  # norms' weights stay as long as the network
+
+
+def test_too_little_memory_is_one_clear_line(be: Any, driver: Any) -> None:
+    driver.total = 1 << 20
+    with pytest.raises(DeviceError, match=r"cuda:0 Simulated: 4 MiB more do not fit, 1 of 1 MiB"):
+        be.allocate(4 << 20)
