@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from corpus import KINDS, pieces, read_documents, split
+from corpus import END, KINDS, pieces, read_documents, split
 
 import tinyllm
+from tinyllm.chat import render
 
 HERE = Path(__file__).parent
 EXCERPT = 700  # characters of each document: they fit 512 ids of a vocabulary of 512 tokens too
@@ -110,10 +111,14 @@ def continuations(model: tinyllm.Model, prompts: list[str]) -> list[str]:
 
 
 def answers(model: tinyllm.Model) -> list[dict[str, str]]:
-    return [
-        {"user": text, "assistant": str(model.chat([{"role": "user", "content": text}], seed=0))}
-        for text in QUESTIONS
-    ]
+    return [{"user": text, "assistant": answer(model, text)} for text in QUESTIONS]
+
+
+def answer(model: tinyllm.Model, text: str) -> str:
+    """The reply to one turn; generate adds the begin token, so the template must not."""
+    turn = {"role": "user", "content": text}
+    prompt = render(model.metadata["tokenizer.chat_template"], [turn], eos_token=END)
+    return str(model.generate(prompt, max_tokens=60, seed=0))
 
 
 def compression(model: tinyllm.Model, held_out: dict[str, list[str]]) -> dict[str, float]:

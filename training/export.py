@@ -86,17 +86,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "tinyllm/data/bundled.gguf")
     args = parser.parse_args()
     config = load_config(json.loads((HERE / "settings.json").read_text()))
+    weights = torch.load(args.run / args.checkpoint, map_location="cpu", weights_only=True)
+    n_parameters = sum(weight.numel() for weight in weights.values())
     metadata = {
         **GENERAL,
-        "general.parameter_count": 0,
+        "general.parameter_count": n_parameters,
         **shape_metadata(config),
         **vocabulary_metadata(args.run / "tokenizer.json"),
     }
-    weights = torch.load(args.run / args.checkpoint, map_location="cpu", weights_only=True)
-    metadata["general.parameter_count"] = sum(w.numel() for w in weights.values())
     tensors = {name: stored(weight) for name, weight in weights.items()}
     tinyllm.gguf.write(args.out, metadata, tensors)
-    print(f"{metadata['general.parameter_count']:,} parameters, {args.out.stat().st_size:,} bytes")
+    print(f"{n_parameters:,} parameters, {args.out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

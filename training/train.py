@@ -144,7 +144,8 @@ class Run:
             if self.elapsed() >= due:
                 self.record(step, scale, losses)
                 losses, due = [], self.elapsed() + self.options["evaluate_minutes"]
-        self.record(step, 0.0, losses)
+        if losses:
+            self.record(step, 0.0, losses)
 
     def record(self, step: int, scale: float, losses: list[float]) -> None:
         """One line of the log, and a checkpoint where the held-out loss is the lowest so far."""
