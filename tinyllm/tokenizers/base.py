@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from ..errors import ArgumentError
 from .names import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
@@ -12,7 +12,8 @@ from .special import SpecialTokens
 from .vocab import Vocab, key_error
 
 LONG_WORD = 256  # characters; longer words hardly repeat and are not remembered
-MAX_WORDS = 1 << 17
+
+V = TypeVar("V")
 
 _HIDDEN = frozenset((CONTROL, UNKNOWN))
 
@@ -188,20 +189,28 @@ class Tokenizer(ABC):
         return f"<Tokenizer {self.kind}{pre}, {self.n_vocab} tokens>"
 
 
-class Words(dict[str, tuple[int, ...]]):
-    """Remembers the ids of words that repeat: most of a text is made of few of them."""
+class Remembered(dict[str, V]):
+    """What `compute` makes of words: most of a text is made of few of them.
 
-    def __init__(self, encode: Callable[[str], Iterable[int]]) -> None:
+    Parameters
+    ----------
+    compute : callable
+        From a word to anything.
+    limit : int
+        How many words are kept before starting afresh.
+    """
+
+    def __init__(self, compute: Callable[[str], V], limit: int = 1 << 17) -> None:
         super().__init__()
-        self._encode = encode
+        self._compute, self._limit = compute, limit
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(self._encode(word))
+    def __missing__(self, word: str) -> V:
+        value = self._compute(word)
         if len(word) <= LONG_WORD:
-            if len(self) >= MAX_WORDS:
+            if len(self) >= self._limit:
                 self.clear()
-            self[word] = ids
-        return ids
+            self[word] = value
+        return value
 
 
 def to_bytes(text: str) -> bytes:

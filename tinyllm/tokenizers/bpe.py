@@ -14,7 +14,7 @@ from typing import Any
 
 import regex
 
-from .base import Tokenizer, Words, to_bytes
+from .base import Remembered, Tokenizer, to_bytes
 from .merges import merge
 from .pretokenizers import pretokenizer
 from .spm import SPACE, words_apart
@@ -51,7 +51,7 @@ class BPE(Tokenizer):
             vocab, add_bos=recipe.add_bos, add_sep=recipe.add_sep, pre=pre or "default"
         )
         self._ranks = _read_ranks(vocab, required=pre != "kimi-k2")
-        self._words = Words(self._encode_word)
+        self._words = Remembered(self._encode_word)
         self._drop_spaces = recipe.drop_spaces or model == "whitespace"
         self._lower = model == "whitespace" and vocab.flag("normalizer.lowercase", pre != model)
 
@@ -72,14 +72,14 @@ class BPE(Tokenizer):
         lines = self._recipe.split(text.replace(" ", SPACE))
         return [w for line in lines for w in self._words_of.findall(line)]
 
-    def _encode_word(self, word: str) -> Iterable[int]:
+    def _encode_word(self, word: str) -> list[int]:
         recipe, ids, ranks = self._recipe, self.vocab.ids, self._ranks
         if recipe.byte_level:
             word = word.encode().decode("latin-1").translate(TO_ALPHABET)
         if word in ids and (recipe.ignore_merges or (recipe.newline_runs and not word.strip("\n"))):
-            return (ids[word],)
+            return [ids[word]]
         symbols = merge(word, lambda a, b: ranks.get(f"{a} {b}"))
-        return chain.from_iterable(map(self._symbol, symbols))
+        return [i for symbol in symbols for i in self._symbol(symbol)]
 
     def _symbol(self, symbol: str) -> Iterable[int]:
         i = self.vocab.ids.get(symbol)

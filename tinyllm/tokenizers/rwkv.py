@@ -8,7 +8,7 @@ from typing import Any
 import regex
 
 from .base import Tokenizer, to_bytes
-from .matching import Matcher
+from .matching import Lengths, longest
 from .vocab import Vocab, key_error
 
 _ESCAPE = regex.compile(rb"\\(?:x([0-9a-f]{2})|(.))", regex.DOTALL)
@@ -25,7 +25,7 @@ class RWKV(Tokenizer):
         super().__init__(vocab, pre=vocab.text("pre"))
         pieces = map(self._piece, vocab.tokens)
         self._ids = {piece: i for i, piece in enumerate(pieces) if piece}
-        self._matcher = Matcher(self._ids)
+        self._lengths = Lengths(self._ids)
 
     def _surroundings(self) -> tuple[list[int], list[int]]:
         return [], []
@@ -33,9 +33,9 @@ class RWKV(Tokenizer):
     def _encode_text(self, text: str, after_special: bool) -> Iterable[int]:
         data, at = to_bytes(text), 0
         while at < len(data):
-            end = self._matcher.longest(data, at)
-            yield self._ids[data[at:end]] if end > at else self._unknown(data[at])
-            at = max(end, at + 1)
+            found = longest(self._lengths, self._ids, data, at)
+            at, i = found or (at + 1, self._unknown(data[at]))
+            yield i
 
     def _unknown(self, byte: int) -> int:
         if self.unk is None:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import regex
 
-from .base import Tokenizer, Words, to_bytes
+from .base import Remembered, Tokenizer, to_bytes
 from .merges import merge
 from .vocab import Vocab, key_error
 
 SPACE = "▁"  # how the vocabulary spells a space
 
-_CROSSING = regex.compile(f"([^{SPACE}\0]){SPACE}")
+CROSSING = regex.compile(f"([^{SPACE}\0]){SPACE}")
 
 
 class SPM(Tokenizer):
@@ -28,18 +28,20 @@ class SPM(Tokenizer):
         vocab = Vocab(metadata, {"bos": 1, "eos": 2, "unk": 0})
         super().__init__(vocab, add_bos=True, add_space_prefix=True, pre=vocab.text("pre"))
         self._scores = vocab.scores()
-        self._words = Words(self._encode_word)
+        self._words = Remembered(self._encode_word)
 
     def _encode_text(self, text: str, after_special: bool) -> Iterable[int]:
         prefix = SPACE if self.add_space_prefix and after_special else ""
         text = prefix + text.replace(" ", SPACE)
         return chain.from_iterable(map(self._words.__getitem__, self._words_of.findall(text)))
 
-    def _encode_word(self, word: str) -> Iterable[int]:
+    def _encode_word(self, word: str) -> list[int]:
         ids, ranks = self.vocab.ids, self._ranks
+        out: list[int] = []
         for symbol in merge(word, lambda a, b: ranks.get(a + b)):
             i = ids.get(symbol)
-            yield from (i,) if i is not None else map(self._byte, to_bytes(symbol))
+            out += (i,) if i is not None else map(self._byte, to_bytes(symbol))
+        return out
 
     def _byte(self, byte: int) -> int:
         i = self.vocab.byte_id(byte)
@@ -57,7 +59,7 @@ class SPM(Tokenizer):
     @cached_property
     def _words_of(self) -> regex.Pattern[str]:
         """Matches what can be merged by itself: no token goes on after a word's end."""
-        return words_apart(_CROSSING.findall("\0".join(self.vocab.tokens)))
+        return words_apart(CROSSING.findall("\0".join(self.vocab.tokens)))
 
     def _piece(self, token: str) -> bytes:
         return to_bytes(token.replace(SPACE, " "))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import regex
 
-from .base import Tokenizer, to_bytes
+from .base import Remembered, Tokenizer, to_bytes
 from .charsmap import CharsMap
-from .matching import Matcher
+from .matching import Lengths
 from .names import NORMAL, UNUSED, USER_DEFINED
-from .spm import SPACE
+from .spm import CROSSING, SPACE, words_apart
 from .vocab import Vocab
+
+Arc = tuple[int, float]  # length and score of a token
 
 UNKNOWN_PENALTY = 10.0  # an unknown character scores this much below the worst token
 
@@ -29,7 +33,8 @@ class Unigram(Tokenizer):
         self._unknown = self._required(True, "unk")[0]
         usable = vocab.of_types(NORMAL, USER_DEFINED, UNUSED)
         self._scores, self._unknown_score = _scores(vocab, usable)
-        self._matcher = Matcher(self._scores)
+        self._lengths = Lengths(self._scores)
+        self._arcs = Remembered(self._arcs_of, limit=1 << 14)
         self._charsmap = CharsMap(
             vocab.get("precompiled_charsmap"),
             [vocab.tokens[i] for i in vocab.of_types(USER_DEFINED)],
@@ -56,22 +61,36 @@ class Unigram(Tokenizer):
 
     def _best_cuts(self, text: str) -> list[tuple[int, int]]:
         """Start and end of each token of the best tokenization; sums are float64, left to right."""
-        n, scores, ends = len(text), self._scores, self._matcher.ends
+        n, at = len(text), 0
         best, start = [0.0] + [-np.inf] * n, [0] * (n + 1)
-        for at in range(n):
-            here, known = best[at], False
-            for end in ends(text, at):
-                known |= end == at + 1
-                score = here + scores[text[at:end]]
-                if score > best[end]:
-                    best[end], start[end] = score, at
-            if not known and here + self._unknown_score > best[at + 1]:
-                best[at + 1], start[at + 1] = here + self._unknown_score, at
+        for word in self._words_of.findall(text):
+            for arcs in self._arcs[word]:
+                here = best[at]
+                for length, score in arcs:
+                    if here + score > best[at + length]:
+                        best[at + length], start[at + length] = here + score, at
+                at += 1
         cuts = []
         while n > 0:
             cuts.append((start[n], n))
             n = start[n]
         return cuts[::-1]
+
+    def _arcs_of(self, word: str) -> list[list[Arc]]:
+        """For each place in a word, the tokens that begin there, shortest first; else an unknown one."""
+        out: list[list[Arc]] = []
+        for at in range(len(word)):
+            pieces = (word[at : at + n] for n in self._lengths.at(word, at) if at + n <= len(word))
+            arcs = [(len(p), self._scores[p]) for p in pieces if p in self._scores]
+            if not arcs or arcs[0][0] > 1:
+                arcs.append((1, self._unknown_score))
+            out.append(arcs)
+        return out
+
+    @cached_property
+    def _words_of(self) -> regex.Pattern[str]:
+        """Matches what no token reaches over."""
+        return words_apart(CROSSING.findall("\0".join(self._scores)))
 
     def _piece(self, token: str) -> bytes:
         return to_bytes(token.replace(SPACE, " "))

@@ -9,9 +9,9 @@ from typing import Any
 
 import regex
 
-from .base import Tokenizer, Words, to_bytes
+from .base import Remembered, Tokenizer, to_bytes
 from .bpe import lower
-from .matching import Matcher
+from .matching import Lengths, longest
 from .spm import SPACE
 from .unassigned import hide_new
 from .vocab import Vocab
@@ -39,9 +39,9 @@ class WPM(Tokenizer):
         self._lower = vocab.flag("normalizer.lowercase", True)
         self._strip_accents = vocab.flag("normalizer.strip_accents", self._lower)
         super().__init__(vocab, add_bos=True, add_sep=True, pre=vocab.text("pre"))
-        self._matcher = Matcher(vocab.tokens)
+        self._lengths = Lengths(vocab.tokens)
         self._unknown = self._required(True, "unk")
-        self._words = Words(self._encode_word)
+        self._words = Remembered(self._encode_word)
 
     def _surroundings(self) -> tuple[list[int], list[int]]:
         return self._required(True, "bos"), self._required(True, "sep")
@@ -59,16 +59,17 @@ class WPM(Tokenizer):
         text = _INVISIBLE.sub("", text)
         return lower(text) if self._lower else text
 
-    def _encode_word(self, word: str) -> Iterable[int]:
+    def _encode_word(self, word: str) -> list[int]:
         if len(word) > MAX_WORD:
             return self._unknown
-        word, at, pieces = SPACE + word, 0, []
+        word, at = SPACE + word, 0
+        pieces = []
         while at < len(word):
-            end = self._matcher.longest(word, at)
-            if end == at:
+            found = longest(self._lengths, self.vocab.ids, word, at)
+            if found is None:
                 return self._unknown
-            pieces.append(self.vocab.ids[word[at:end]])
-            at = end
+            at, i = found
+            pieces.append(i)
         return pieces
 
     def _piece(self, token: str) -> bytes:
