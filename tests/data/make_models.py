@@ -233,7 +233,8 @@ def falcon_h1(w: Arrays, c: Any) -> Arrays:
         "ssm_out": c.ssm_out_multiplier, "ssm_in": parts, "token_embd": c.embedding_multiplier,
         "output": c.lm_head_multiplier,
     }  # fmt: skip
-    return {n: x * scales.get(n.split(".")[-2], 1.0) for n, x in recurrent(w, c).items()}
+    out = {n: x * scales.get(n.split(".")[-2], 1.0) for n, x in recurrent(w, c).items()}
+    return {n.replace("ffn_norm.weight", "ffn_norm"): x for n, x in out.items()}
 
 
 def qwen3next(w: Arrays, c: Any) -> Arrays:
@@ -266,17 +267,13 @@ def apertus(w: Arrays, c: Any) -> Arrays:
 
 
 def apertus_keys(state: Any) -> dict[str, Any]:
-    """The coefficients as they multiply: softplus of what was learned, the negative one above beta."""
+    """The activation's coefficients as they were learned; these keys have no prefix."""
 
     def column(name: str) -> np.ndarray:
-        return np.array([state[f"model.layers.{i}.mlp.act_fn.{name}"].item() for i in range(L)])
+        values = [state[f"model.layers.{i}.mlp.act_fn.{name}"].item() for i in range(L)]
+        return np.array(values, np.float32)
 
-    soft = {n: np.log1p(np.exp(column(n))) for n in ("alpha_p", "alpha_n")}
-    return {
-        "xielu.alpha_p": soft["alpha_p"].astype(np.float32),
-        "xielu.alpha_n": (column("beta") + soft["alpha_n"]).astype(np.float32),
-        "xielu.beta": column("beta").astype(np.float32), "xielu.eps": column("eps").astype(np.float32),
-    }  # fmt: skip
+    return {f"xielu.{n}": column(n) for n in ("alpha_p", "alpha_n", "beta", "eps")}
 
 
 def gemma(w: Arrays, c: Any) -> Arrays:
@@ -334,7 +331,8 @@ GOLDEN = {
         "ernie4_5-moe", "Ernie4_5_MoeForCausalLM",
         {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1,
          "moe_num_shared_experts": 1},
-        {**EXPERTS, "leading_dense_block_count": 1, "interleave_moe_layer_step": 1},
+        {**EXPERTS, "leading_dense_block_count": 1, "interleave_moe_layer_step": 1,
+         "expert_shared_count": 1, "expert_shared_feed_forward_length": 16},
         lambda w, c: {n: x[0] if "exp_probs_b" in n else x for n, x in split_experts(w).items()}),
     "hunyuan-dense": Golden("hunyuan-dense", "HunYuanDenseV1ForCausalLM", {}),
     "hunyuan-moe": Golden(
@@ -347,7 +345,7 @@ GOLDEN = {
          "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
          "routed_scaling_factor": 1.5, "norm_topk_prob": True},
         {**EXPERTS, "leading_dense_block_count": 1, "expert_weights_scale": 1.5,
-         "expert_weights_norm": True, "expert_gating_func": 2}, split_experts),
+         "expert_weights_norm": True, "expert_gating_func": 2, "expert_shared_count": 1}, split_experts),
     "lfm2": Golden(
         "lfm2", "Lfm2ForCausalLM",
         {"layer_types": ["conv", "full_attention"], "block_ff_dim": F, "norm_eps": 5e-3,
@@ -476,7 +474,7 @@ def make(name: str, g: Golden) -> None:
     metadata: dict[str, Any] = {"general.architecture": g.arch, "general.name": f"{name}, random"}
     for key, value in {**USUAL, **g.keys, **learned}.items():
         if value is not None:
-            metadata[key if key.startswith("tokenizer.") else f"{g.arch}.{key}"] = value
+            metadata[key if key.startswith(("tokenizer.", "xielu.")) else f"{g.arch}.{key}"] = value
     HERE.mkdir(exist_ok=True)
     write(
         HERE / f"{name}.gguf",

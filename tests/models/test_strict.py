@@ -16,7 +16,7 @@ import pytest
 from tinyllm import gguf
 from tinyllm.errors import TinyLLMError, UnsupportedModel
 from tinyllm.info import Outlines
-from tinyllm.models.archs import ARCHS, REQUIRED
+from tinyllm.models.archs import ARCHS, NOT_RUN, REQUIRED, find
 from tinyllm.models.config import HARMLESS
 from tinyllm.models.network import build
 from tinyllm.models.weights import MAY_BE_ABSENT
@@ -176,6 +176,18 @@ def test_architectures_are_named_in_the_table_only() -> None:
     for path in Path(build.__code__.co_filename).parent.glob("*.py"):
         if path.name != "archs.py":
             assert not spelt.search(path.read_text("utf-8")), path.name
+
+
+@pytest.mark.parametrize("name", ["t5encoder", "llama4", "grok", "nonsense"])
+def test_architectures_that_are_not_run_are_named(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"'{name}' is not supported") as e:
+        find(name)
+    assert "; we run: apertus, arcee" in str(e.value)
+    assert NOT_RUN.get(name, "") in str(e.value)
+
+
+def test_no_architecture_is_both_run_and_not() -> None:
+    assert not set(ARCHS) & set(NOT_RUN)
 
 
 def test_budgets_hold() -> None:

@@ -263,10 +263,36 @@ REQUIRED = {
 }
 
 
+# Architectures that are known and not run, each with its reason.
+NOT_RUN = {
+    **dict.fromkeys(
+        "t5 t5encoder".split(),
+        "its attention adds a learned bias per distance, which no backend has",
+    ),
+    "llama4": "it attends in chunks and weighs experts' inputs, which no backend does",
+    **dict.fromkeys(
+        "qwen2vl qwen3vl qwen3vlmoe chameleon cogvlm paddleocr hunyuan_vl deepseek2-ocr clip".split(),
+        "it reads images; we run text only",
+    ),
+    "wavtokenizer-dec": "it writes sound; we run text only",
+    **dict.fromkeys(
+        "llada llada-moe dream rnd1".split(), "it fills in text by diffusion, not word by word"
+    ),
+    **dict.fromkeys(
+        "gemma3n gemma4 deci jamba plamo plamo2 plamo3 nemotron_h nemotron_h_moe kimi-linear rwkv6qwen2 "
+        "arwkv7 grok dbrx bitnet glm4moe exaone-moe bailingmoe bailingmoe2 minimax-m2 mimo2 afmoe "
+        "grovemoe smallthinker step35 mistral3 mistral4 qwen35 qwen35moe glm-dsa jina-bert-v3 neo-bert "
+        "eurobert jais2 maincoder pangu-embedded plm deepseek llama-embed".split(),
+        "it has no row of our table yet",
+    ),
+}
+
+
 def find(name: str) -> Arch:
     """The row of an architecture's name, as ``general.architecture`` spells it."""
     if name not in ARCHS:
+        why = f": {NOT_RUN[name]}" if name in NOT_RUN else ""
         raise UnsupportedModel(
-            f"architecture {name!r:.60} is not supported; we run: {', '.join(sorted(ARCHS))}"
+            f"architecture {name!r:.60} is not supported{why}; we run: {', '.join(sorted(ARCHS))}"
         )
     return ARCHS[name]

@@ -125,14 +125,6 @@ class Keys:
             )
         return tuple(int(v) for v in values)
 
-    def numbers(self, key: str, n: int) -> tuple[float, ...]:
-        """An array of n finite numbers, or one for all."""
-        value = self.get(key)
-        values = np.atleast_1d(np.asarray(value))
-        if values.dtype.kind not in "fiu" or values.shape not in ((n,), (1,)):
-            raise GGUFError(f"is {value!r:.60}; expected {n} numbers", name=self.prefix + key)
-        return tuple(np.broadcast_to(values, n).astype(float).tolist())
-
     def unknown(self) -> list[str]:
         """Keys of this architecture that nobody read and that may change the mathematics."""
         ours = (k[len(self.prefix) :] for k in self.metadata if k.startswith(self.prefix))
@@ -407,13 +399,30 @@ def read_windows(k: Keys, n_layer: int) -> tuple[int, ...]:
 def read_xielu(k: Keys, n_layer: int) -> tuple[tuple[float, float, float], ...]:
     """Each layer's coefficients: quadratic above 0, exponential below, linear. () without such keys.
 
+    The file has them as they were learned, before a softplus; its keys do not begin with the architecture.
     ``xielu.eps`` keeps the reference's exponential away from 0, where it changes nothing.
     """
-    k.read.add("xielu.eps")
-    if not k.has("xielu.alpha_p"):
+    if "xielu.alpha_p" not in k.metadata:
         return ()
-    columns = [k.numbers(f"xielu.{name}", n_layer) for name in ("alpha_p", "alpha_n", "beta")]
-    return tuple(zip(*columns, strict=True))
+    above, below, linear = (
+        numbers(k.metadata, f"xielu.{name}", n_layer) for name in ("alpha_p", "alpha_n", "beta")
+    )
+    return tuple(
+        (softplus(p), b + softplus(n), b) for p, n, b in zip(above, below, linear, strict=True)
+    )
+
+
+def numbers(metadata: Mapping[str, Any], key: str, n: int) -> tuple[float, ...]:
+    """An array of n finite numbers, or one for all."""
+    value = metadata.get(key)
+    values = np.atleast_1d(np.asarray(value))
+    if values.dtype.kind not in "fiu" or values.shape not in ((n,), (1,)):
+        raise GGUFError(f"is {value!r:.60}; expected {n} numbers", name=key)
+    return tuple(np.broadcast_to(values, n).astype(float).tolist())
+
+
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def read_pooling(k: Keys, key: str) -> str:

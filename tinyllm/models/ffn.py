@@ -41,7 +41,7 @@ class XIELU:
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
         self.be = w.be
         if len(c.xielu) != c.n_layer:
-            raise GGUFError("required key is missing", name=f"{c.arch}.xielu.alpha_p")
+            raise GGUFError("required key is missing", name="xielu.alpha_p")
         self.positive, self.negative, self.linear = c.xielu[i]
         self.up = w.linear("ffn_up", c.n_ff[i], c.n_embd)
         self.down = w.linear("ffn_down", c.n_embd, c.n_ff[i])

@@ -139,7 +139,8 @@ class Tensors:
     def norm(self, name: str, size: int, kind: str | None = None) -> Norm:
         """``name.weight`` [size] and, if there, ``name.bias``."""
         kind = kind or self.c.norm
-        weight = self.array(f"{name}.weight", size)
+        bare = self.has(name)  # Falcon-H1's converter leaves the ending out
+        weight = self.array(name if bare else f"{name}.weight", size)
         return Norm(self.be, kind, self.c.norm_eps, weight, self.optional(f"{name}.bias", size))
 
     def norm_if(self, name: str, size: int, kind: str | None = None) -> Norm | None:
