@@ -306,11 +306,11 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(flush=True)
 
 
-def registers() -> list[dict[str, Any]]:
-    """What every kernel takes on every architecture."""
+def registers(archs: list[str]) -> list[dict[str, Any]]:
+    """What every kernel takes on these architectures."""
     rows = []
     for name, program in nvrtc.programs().items():
-        for arch in nvrtc.ARCHITECTURES:
+        for arch in archs:
             for usage in nvrtc.compile_program(program, arch)[1]:
                 rows.append({"program": name, "arch": arch, **asdict(usage)})
     return rows
@@ -383,13 +383,20 @@ def main() -> None:
         help="llama-8b:Q4_0,llama-1b:Q8_0",
     )
     parser.add_argument("--matvec", metavar="FILE", help="a file to rank beside src/matvec.c")
+    parser.add_argument(
+        "--archs",
+        type=lambda s: s.split(","),
+        default=list(nvrtc.ARCHITECTURES),
+        help="with --only registers: sm_90,sm_100",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, as a check")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.only == "registers":
-        rows = registers()
-        (options.out / "gpu-registers.json").write_text(json.dumps(rows))
+        rows = registers(options.archs)
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        (options.out / "gpu-registers.json").write_text(f"[\n{lines}\n]\n")
         show([r for r in rows if r["spills"] or r["stack"]] or rows[:20])
         return
     try:

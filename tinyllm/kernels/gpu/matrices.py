@@ -81,7 +81,7 @@ class Matrices(Device):
     def embed(self, w: GPUWeight, ids: GPUArray, scale: float = 1.0) -> GPUArray:  # type: ignore[override]
         y = self.empty((*ids.shape, w.n_in))
         unit = 8 if w.kind in PLAIN else 32
-        groups = (-(-w.n_in // (unit * LANES)), ids.size, 1)
+        groups = (ids.size, -(-w.n_in // (unit * LANES)), 1)
         program = sources.matrix(w.kind, "matvec.c")
         matrix = w.buffer, u64(w.total), self.grid(w.kind)
         self.launch(

@@ -98,8 +98,11 @@ class OpenCLBackend(GPUBackend):
             raise NotRecordable
 
     def memory(self) -> tuple[int, int]:
-        total = self.device.global_mem_size
-        return total - self.pool.nbytes - self.kept.nbytes, total
+        """OpenCL does not say what is free: all, less what this backend holds."""
+        total = int(self.device.global_mem_size)
+        stores = [s for store in self._stores.values() for s in (store.pages, store.slots)]
+        held = sum(w.nbytes for w in self._weights) + sum(s.room * s.nbytes for s in stores)
+        return total - self.pool.nbytes - self.kept.nbytes - held, total
 
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         return buffer.get_sub_region(offset, nbytes)

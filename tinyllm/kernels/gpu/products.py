@@ -14,7 +14,7 @@ import numpy as np
 from . import sources
 from .arrays import Buffer, GPUArray
 from .device import i32, u64
-from .matrices import LANES, MATVEC_ROWS, Matrices
+from .matrices import LANES, Matrices
 from .weights import PLAIN, GPUWeight
 
 PIECE = 16 << 20  # bytes of decoded weights at a time
@@ -44,9 +44,6 @@ class LibraryProducts(Matrices):
         same kind; y [T, n_out] float32.
         """
 
-    def wants_int8(self, x: GPUArray) -> bool:
-        return x.size // x.shape[-1] <= MATVEC_ROWS and super().wants_int8(x)
-
     def many_rows(
         self, w: GPUWeight, bias: GPUArray | None, y: GPUArray, x: GPUArray, n_x: int
     ) -> None:
@@ -55,7 +52,7 @@ class LibraryProducts(Matrices):
             if bias is not None:
                 self._finish(y, None, bias, w.n_out)
             return
-        cut, scales = self._cut(w.kind, x, n_x, w.n_in)
+        cut, scales = self._cut(w, x, n_x)
         if w.kind in PLAIN:
             for term in range(cut.shape[0]):
                 self.gemm(w.kind, w.buffer, cut, term, y, 0, w.n_out, _padded(w.n_in))
@@ -76,12 +73,15 @@ class LibraryProducts(Matrices):
             self.launch(program, "decode_rows", groups, (LANES, 1, 1), *args)
             self.gemm("F16", piece.buffer, cut, 0, y, first, rows, w.n_in)
 
-    def _cut(self, kind: str, x: GPUArray, n_x: int, n_in: int) -> tuple[GPUArray, GPUArray]:
+    def _cut(self, w: GPUWeight, x: GPUArray, n_x: int) -> tuple[GPUArray, GPUArray]:
         """The activations in half precision, [terms, T, n_in], and each row's scale."""
-        terms = TERMS.get(kind, 1)
-        cut, scales = self.empty((terms, n_x, n_in), np.uint16), self.empty((n_x,))
-        shape = (i32(v) for v in (n_in, n_x, terms, kind == "BF16"))
-        self.launch(PRODUCTS, "cut_rows", (n_x, 1, 1), (128, 1, 1), x, cut, scales, *shape)
+        terms = TERMS.get(w.kind, 1)
+        cut, scales = self.empty((terms, n_x, w.n_in), np.uint16), self.empty((n_x,))
+        shape = (i32(v) for v in (w.n_in, n_x, terms, w.kind == "BF16"))
+        codes, floats, _ = self.operand(w, x)
+        source = (floats, None, None) if codes is None else (None, codes, floats)
+        args = *source, cut, scales, *shape
+        self.launch(PRODUCTS, "cut_rows", (n_x, 1, 1), (128, 1, 1), *args)
         return cut, scales
 
     def _finish(

@@ -79,7 +79,7 @@ KERNEL void matvec_experts(GLOBAL const uchar* w, const ulong total, GLOBAL cons
 
 /* Rows `ids` of the matrix, decoded: y [T, n_in]; one thread for each unit. */
 KERNEL void embed(WEIGHT_ARGS, GLOBAL const int* ids, GLOBAL float* y, const int n_in, const float scale) {
-    const int k = GLOBAL_ID(0), t = GROUP_ID(1);
+    const int k = GROUP_ID(1) * LANES + LOCAL_ID(0), t = GROUP_ID(0);
     if (k * UNIT >= n_in) return;
     const Unit u = weight_unit(w, total, grid, (ulong)ids[t], k, n_in);
     GLOBAL float* out = y + (ulong)t * (ulong)n_in + (ulong)(k * UNIT);

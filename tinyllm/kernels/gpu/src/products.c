@@ -10,14 +10,20 @@ INLINE ushort bf16_bits(const float x) {
     return (ushort)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
 }
 
-/* x [T, n] -> y [terms, T, n], and scales [T] that the product must be multiplied with; a group for each row. */
-KERNEL void cut_rows(GLOBAL const float* x, GLOBAL ushort* y, GLOBAL float* scales, const int n, const int n_rows,
-                     const int terms, const int bf16) {
+/* Value i of the activations: of their int8 form where there is one (see unit_int8.h). With it a long prompt sees
+   the same rounded activations as one token does, and a conversation does not depend on how it was cut. */
+INLINE float activation(GLOBAL const float* x, GLOBAL const schar* xq, GLOBAL const float* xd, const ulong i) {
+    return xq ? xd[i / 32] * (float)xq[i] : x[i];
+}
+
+/* Activations [T, n] -> y [terms, T, n], and scales [T] that the product must be multiplied with; a group a row. */
+KERNEL void cut_rows(GLOBAL const float* x, GLOBAL const schar* xq, GLOBAL const float* xd, GLOBAL ushort* y,
+                     GLOBAL float* scales, const int n, const int n_rows, const int terms, const int bf16) {
     LOCAL float part[THREADS];
     const int tid = LOCAL_ID(0), row = GROUP_ID(0);
-    GLOBAL const float* in = x + (ulong)row * (ulong)n;
+    const ulong first = (ulong)row * (ulong)n;
     float top = 0.0f;
-    for (int i = tid; i < n; i += THREADS) top = fmax(top, fabs(in[i]));
+    for (int i = tid; i < n; i += THREADS) top = fmax(top, fabs(activation(x, xq, xd, first + i)));
     part[tid] = top;
     for (int o = THREADS / 2; o > 0; o >>= 1) {
         BARRIER();
@@ -29,7 +35,7 @@ KERNEL void cut_rows(GLOBAL const float* x, GLOBAL ushort* y, GLOBAL float* scal
     const float down = ldexp(1.0f, -shift);
     if (tid == 0) scales[row] = ldexp(1.0f, shift);
     for (int i = tid; i < n; i += THREADS) {
-        float left = in[i] * down;
+        float left = activation(x, xq, xd, first + i) * down;
         for (int term = 0; term < terms; ++term) {
             GLOBAL ushort* out = y + ((ulong)term * (ulong)n_rows + (ulong)row) * (ulong)n + i;
             if (bf16) {
