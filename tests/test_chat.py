@@ -70,6 +70,7 @@ RENDERS = {
     "{{ missing }}|{{ messages[0].nothing }}": "|",
     "  {% if true %}\n  x\n  {% endif %}\n": "  x\n",
     "{% set x %}a{{ 1 }}{% endset %}{{ x | upper }}{% filter lower %}QQ{% endfilter %}": "A1qq",
+    "{{ 'a<think>b</think>c' | regex_replace('^[\\\\s\\\\S]*</think>', '') }}": "c",
     "{{ '3' | int + 1 }}{{ [3, 1] | sort | first }}{{ 'x' in 'xyz' }}{{ 'role' in messages[0] }}": "41TrueTrue",
 }
 
@@ -152,6 +153,10 @@ ATTACKS = {
     "deep lists": "{{ " + "[" * 90 + "]" * 90 + " }}",
     "deep blocks": "{% if true %}" * 3000 + "{% endif %}" * 3000,
     "deep loops": "{% for i in 'a' %}" * 30 + "{% endfor %}" * 30,
+    "regular expression": "{{ ('a' * 5000 ~ 'c') | regex_replace('(a|aa|a.)+(a|aa)+$', '') }}",
+    "regular expressions": "{% for i in range(9999) %}{{ ('a' * 20000) | regex_replace('a*a*a*b', '') }}{% endfor %}",
+    "replacement doubling": "{% set a = 'aaaa' %}" + "{% set a = a | regex_replace('a', a) %}" * 60,
+    "regular expression malformed": "{{ 'a' | regex_replace('(', '') }}",
     "mro": "{{ ''.__class__.__mro__ }}",
     "class printed": "{{ ''.__class__ }}",
     "class by item": "{{ ''['__class__'] }}",
@@ -296,3 +301,12 @@ def test_chat_ids_render_and_encode() -> None:
 def test_importing_chat_does_not_import_jinja2() -> None:
     code = "import sys, tinyllm.chat; sys.exit('jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_templates_of_gpt4alls_list_render(data: Path) -> None:
+    models = json.loads((data / "models3.json").read_text(encoding="utf-8"))
+    roles = ("user", "assistant", "user")
+    messages = [{"role": r, "content": f"<think>hm</think>{r} text"} for r in roles]
+    texts = [render(m["chatTemplate"], messages) for m in models if m["chatTemplate"]]
+    assert len(texts) == 25
+    assert all("user text" in text for text in texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -151,6 +152,7 @@ def _environment() -> Environment:
 
     environment = Environment()
     environment.filters["tojson"] = functools.partial(_tojson, environment)
+    environment.filters["regex_replace"] = functools.partial(_regex_replace, environment)
     environment.globals["raise_exception"] = _raise_exception
     return environment
 
@@ -192,6 +194,24 @@ def _tojson(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     return str(environment.meter.made(text))
+
+
+def _regex_replace(
+    environment: Environment, value: Any, pattern: str, replacement: str = ""
+) -> str:
+    """A filter that the templates of GPT4All's list use; all of them together get half a second."""
+    import regex
+
+    meter, text = environment.meter, str(value)
+    meter.fits(len(text) + (len(text) + 1) * len(replacement) * (1 + replacement.count("\\")))
+    meter.tick(100 + len(text) // 16)
+    start = time.perf_counter()
+    try:
+        result = regex.sub(pattern, replacement, text, timeout=max(meter.regex_s, 1e-3))
+    except TimeoutError:
+        raise TemplateError("its regular expressions take too long") from None
+    meter.regex_s -= time.perf_counter() - start
+    return str(meter.made(result))
 
 
 def pick_template(metadata: Mapping[str, Any], name: str | None = None) -> str | None:

@@ -14,6 +14,7 @@ MAX_BITS = 4096  # of a whole number
 STEPS = 100_000  # of one rendering, before what the input adds
 OUTPUT_BASE = 1 << 20  # characters of output, beyond four for each of the input
 NODE = 16  # a container's element weighs as many characters
+REGEX_S = 0.5  # seconds for the regular expressions of one rendering: nothing else bounds them
 PER_STEP = 64  # characters read or made in one step
 
 
@@ -29,9 +30,12 @@ class Meter(threading.local):
     cap: int = 1 << 20  # characters of the output, and of any one string
     limit: int = 1 << 20  # weight of any one value
 
+    regex_s: float = REGEX_S
+
     def reset(self, size: int, weight: int) -> None:
         """Allow what an input of `size` characters, and of this weight as a value, may need."""
         self.cap, self.emitted = OUTPUT_BASE + 4 * size, 0
+        self.regex_s = REGEX_S
         self.limit = self.cap + 2 * weight
         self.steps = STEPS + 4 * weight
 
