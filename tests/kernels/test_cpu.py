@@ -1,0 +1,271 @@
+"""The cpu backend beyond the contract: equal bits on every path, replayed steps, instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from llvmlite import ir
+
+from tinyllm.errors import ArgumentError, DeviceError
+from tinyllm.gguf import quants
+from tinyllm.kernels.backend import Batch, LayerCache
+from tinyllm.kernels.cpu import simd, weights
+from tinyllm.kernels.cpu.backend import CPUBackend
+
+F32 = np.float32
+ONE, TWO = CPUBackend(1), CPUBackend(2)
+
+
+class Stored:
+    """Bytes as a tensor of a file."""
+
+    name = "w"
+
+    def __init__(self, type_name: str, rows: int, n: int) -> None:
+        self.type, self.shape = type_name, (rows, n)
+        self.raw = quants.quantize(type_name, normal(rows, n, seed=7))
+
+    def read_rows(self, start: int, stop: int, out: Any = None) -> np.ndarray:
+        return self.raw[start:stop]
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=F32)
+
+
+def product(be: CPUBackend, w: Any, x: np.ndarray) -> np.ndarray:
+    return np.array(be.numpy(be.matmul(w, be.array(x))))
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q8_0", "Q4_K", "Q6_K"])
+def test_a_row_has_the_same_bits_in_any_batch(type_name: str) -> None:
+    source, x = Stored(type_name, 80, 512), normal(23, 512)
+    w = ONE.load(source)
+    singly = np.concatenate([product(ONE, w, row[None]) for row in x])
+    for n in (2, 7, 23):
+        assert np.array_equal(product(ONE, w, x[:n]), singly[:n])
+    assert np.array_equal(product(TWO, TWO.load(source), x), singly)
+
+
+LAYERS = [LayerCache(2, 32, 32)]
+
+
+def attend(be: CPUBackend, cache: Any, past: int, x: np.ndarray, key: Any = None) -> np.ndarray:
+    """Rows x [T, 8 * 32] (queries, then keys, then values) after ``past`` others."""
+    q, k, v = (be.array(np.ascontiguousarray(p)) for p in np.split(x, [128, 192], axis=1))
+
+    def fn(batch: Batch) -> Any:
+        be.cache_write(batch, 0, k, v)
+        return be.attention(batch, 0, q, 4, scale=0.2)
+
+    batch = Batch.of([[0] * len(x)], [past], [0], [cache])
+    return np.array(be.numpy(be.step(key, fn, batch)))
+
+
+def test_attention_has_the_same_bits_whole_in_chunks_or_one_by_one() -> None:
+    x, n = normal(300, 256), 300
+    whole = attend(ONE, ONE.new_cache(LAYERS, n, "f16"), 0, x)
+    for be, cuts in ((TWO, [0, 290, *range(291, n + 1)]), (ONE, [0, 7, 256, 299, 300])):
+        cache = be.new_cache(LAYERS, n, "f16")
+        parts = [attend(be, cache, a, x[a:b]) for a, b in pairwise(cuts)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_a_replayed_step_reads_the_new_batch_and_its_caches() -> None:
+    w = ONE.load(Stored("Q8_0", 64, 32))
+    calls = []
+
+    def fn(batch: Batch) -> Any:
+        calls.append(1)
+        x = ONE.embed(w, batch.ids)
+        ONE.cache_write(batch, 0, ONE.concat([x, x]), ONE.concat([x, x]))
+        return ONE.attention(batch, 0, ONE.concat([x] * 4), 4, scale=0.2)
+
+    def tokens(key: Any) -> list[np.ndarray]:
+        caches = [ONE.new_cache(LAYERS, 700, "f32") for _ in range(2)]
+        out = []
+        for i in range(4):
+            batch = Batch.of([[3 * i]], [i // 2], [0], [caches[i % 2]])
+            out.append(np.array(ONE.numpy(ONE.step(key, fn, batch))))
+        return out
+
+    plain = tokens(None)
+    replayed = tokens("decode")
+    assert len(calls) == 4 + 1
+    assert np.array_equal(plain, replayed)
+
+
+def test_a_step_that_asks_for_values_is_not_replayed() -> None:
+    seen = []
+
+    def fn(batch: Batch) -> Any:
+        x = ONE.act(ONE.mul(ONE.array(np.ones(4, F32)), ONE.array(np.full(4, 2, F32))), "relu")
+        seen.append(ONE.numpy(x).tolist())
+        return ONE.add(x, x)
+
+    for _ in range(2):
+        y = ONE.step("asks", fn, Batch.of([[1]], [0], [0]))
+        assert ONE.numpy(y).tolist() == [4.0] * 4
+    assert seen == [[2.0] * 4] * 2
+
+
+def test_an_output_is_not_overwritten_while_it_is_held() -> None:
+    x = ONE.array(np.ones(64, F32))
+    held = [ONE.scale_softcap(x, float(i)) for i in range(40)]
+    for i, y in enumerate(held):
+        assert (ONE.numpy(y) == i).all()
+
+
+def test_int8_is_only_for_types_without_a_kernel() -> None:
+    repacked = weights.repacked()
+    assert not set(repacked) & {"Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"}
+    assert "IQ2_XXS" in repacked
+
+
+def test_loading_refuses_what_has_no_matrix() -> None:
+    source = Stored("Q8_0", 8, 32)
+    source.type = "Z9_K"
+    with pytest.raises(DeviceError, match="Z9_K"):
+        ONE.load(source)
+    with pytest.raises(ArgumentError, match="n_threads"):
+        CPUBackend(0)
+
+
+def test_more_threads_than_cores_are_remembered_not_started() -> None:
+    be = CPUBackend(1000)
+    assert be.n_threads == 1000
+    assert be._workers <= (os.cpu_count() or 1)
+
+
+# ---- instruction sets
+
+
+def assembly(triple: str, features: str, emit: Any) -> str:
+    """The machine code of one emitted function for another processor."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = triple
+    pointer = simd.P8
+    f = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer] * 3), "f")
+    b = ir.IRBuilder(f.append_basic_block())
+    emit(simd.Emit(b), *f.args)
+    b.ret_void()
+    machine = llvm.Target.from_triple(triple).create_target_machine(features=features, opt=2)
+    return machine.emit_assembly(llvm.parse_assembly(str(module)))
+
+
+@pytest.mark.parametrize(
+    ("isa", "triple", "features", "lanes", "instruction"),
+    [
+        ("neon", "aarch64-linux-gnu", "+neon,+dotprod", 4, "sdot"),
+        ("avxvnni", "x86_64-linux-gnu", "+avx2,+fma,+avxvnni", 8, "{vex} vpdpbusd"),
+        ("avx2", "x86_64-linux-gnu", "+avx2,+fma", 8, "vpmaddubsw"),
+        ("avx512vnni", "x86_64-linux-gnu", "+avx512f,+avx512bw,+avx512vnni", 16, "vpdpbusd"),
+    ],
+)
+def test_dot_products_of_other_processors(
+    monkeypatch: Any, isa: str, triple: str, features: str, lanes: int, instruction: str
+) -> None:
+    monkeypatch.setattr(simd, "instruction_set", lambda: isa)
+    ty = ir.VectorType(simd.I32, lanes)
+
+    def emit(e: simd.Emit, total: Any, codes: Any, x: Any) -> None:
+        e.store(e.dot(e.load(total, ty), e.load(codes, ty), e.load(x, ty)), total)
+
+    text = assembly(triple, features, emit).replace("\t", " ")
+    assert instruction in text
+    assert ("zmm" in text) == (lanes == 16)
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+import numpy as np
+sys.path.insert(0, {tests!r})
+from test_cpu import Stored, normal, product
+from tinyllm.kernels.cpu import jit, simd
+from tinyllm.kernels.cpu.backend import CPUBackend
+be = CPUBackend(1)
+y = product(be, be.load(Stored("Q4_K", 80, 512)), normal(1, 512))
+print(simd.instruction_set(), [k.cache_hits for n, k in jit._kernels.items() if "matvec" in n])
+print("zmm" in jit._kernels["matvec_Q4_K"]._library.get_asm_str() if {asm} else "-")
+print(y.tobytes().hex())
+"""
+
+
+def elsewhere(folder: Path, asm: bool = False, **environment: str) -> list[str]:
+    """A product in a new process with its own kernel cache: its output's lines."""
+    code = IN_ANOTHER_PROCESS.format(tests=str(Path(__file__).parent), asm=asm)
+    env = {**os.environ, "TINYLLM_CACHE": str(folder), **environment}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split("\n")
+
+
+@pytest.mark.skipif(simd.instruction_set() != "avx512vnni", reason="needs AVX-512 to compare with")
+def test_avx2_alone_gives_the_same_bits_and_no_wide_registers(tmp_path: Path) -> None:
+    avx2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
+    lines = elsewhere(tmp_path, asm=True, **avx2)
+    assert lines[0].startswith("avx2 ")
+    assert lines[1] == "False"
+    here = product(ONE, ONE.load(Stored("Q4_K", 80, 512)), normal(1, 512))
+    assert lines[2] == here.tobytes().hex()
+
+
+# ---- half precision without instructions for it
+
+
+def test_halves_by_bits_are_numpys(monkeypatch: Any) -> None:
+    """Every half, and floats around the roundings, through the integer conversions."""
+    monkeypatch.setattr(simd, "has_half", lambda: False)
+    from numba import njit
+
+    load_half, store_half = (
+        simd.emitter(simd.f32x16, simd.i64)(simd_load),
+        simd.emitter(simd.types.void, simd.i64, simd.f32x16)(simd_store),
+    )
+
+    @njit
+    def convert(source: int, to: int, n: int, back: bool) -> None:
+        for i in range(0, n, 16):
+            if back:
+                store_half(to + 2 * i, simd.load(source + 4 * i))
+            else:
+                simd.store(to + 4 * i, load_half(source + 2 * i))
+
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    floats = np.empty(1 << 16, F32)
+    convert(halves.ctypes.data, floats.ctypes.data, 1 << 16, False)
+    want = halves.view(np.float16).astype(F32)
+    finite = ~np.isnan(want)
+    assert np.array_equal(floats[finite], want[finite])
+    assert np.isnan(floats[~finite]).all()
+
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(F32)
+    near = np.where(finite, want, 0)[: 1 << 15]
+    x[: 1 << 15] = near * rng.uniform(0.9995, 1.0005, 1 << 15).astype(F32)
+    got = np.empty(1 << 16, np.uint16)
+    convert(x.ctypes.data, got.ctypes.data, 1 << 16, True)
+    with np.errstate(all="ignore"):
+        expected = x.astype(np.float16)
+    ok = ~np.isnan(x)
+    assert np.array_equal(got.view(np.float16)[ok], expected[ok])
+
+
+def simd_load(e: simd.Emit, p: Any) -> Any:
+    """16 halves at an address."""
+    return e.half(e.load(e.ptr(p), ir.VectorType(simd.I16, 16)))
+
+
+def simd_store(e: simd.Emit, p: Any, v: Any) -> None:
+    """16 floats as halves."""
+    e.store(e.to_half(v), e.ptr(p))
