@@ -82,6 +82,9 @@ def test_a_missing_name_means_the_default_and_an_unknown_one_is_an_error() -> No
     metadata = merges() | {"tokenizer.ggml.pre": "no-such"}
     with pytest.raises(UnsupportedModel, match="no-such"):
         tokenizers.load(metadata)
+    with pytest.warns(UserWarning, match="no-such"):
+        lenient = tokenizers.load(metadata, strict=False)
+    assert lenient.encode("It's 12345") == tokenizers.load(merges()).encode("It's 12345")
     del metadata["tokenizer.ggml.pre"]
     assert tokenizers.load(metadata).pre == "default"
 

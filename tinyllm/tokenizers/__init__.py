@@ -4,8 +4,9 @@
 >>> tokenizer.encode("Hello")                                                  # doctest: +SKIP
 [1, 15043]
 
-Ids are llama.cpp's, token for token; text split by a pre-tokenizer too, where that differs from the original
-tokenizer (see `pretokenizers`). We differ on purpose in this:
+Ids are llama.cpp's, token for token, also where it simplifies the original tokenizer: in some
+pre-tokenizers (see `pretokenizers`), and in WordPiece, which keeps of a Korean syllable the first consonant
+only and drops spacing vowel signs along with accents. We differ on purpose in this:
 
 =================================  ===============================  ====================================
 what                               here                             llama.cpp
@@ -26,6 +27,7 @@ text with a lone surrogate         ArgumentError                    U+FFFD for e
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,13 +53,15 @@ MODELS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
 }
 
 
-def load(metadata: Mapping[str, Any]) -> Tokenizer:
+def load(metadata: Mapping[str, Any], strict: bool = True) -> Tokenizer:
     """Build the tokenizer that a file's metadata describe.
 
     Parameters
     ----------
     metadata : Mapping
         `GGUFFile.metadata`, or any mapping with the same keys and plain lists.
+    strict : bool
+        Refuse an unknown pre-tokenizer; otherwise warn, and split as the default one does.
 
     Returns
     -------
@@ -79,4 +83,10 @@ def load(metadata: Mapping[str, Any]) -> Tokenizer:
             f"tokenizer.ggml.model: {model[:60]!r} is not a vocabulary we know; known are "
             f"{', '.join(MODELS)}"
         )
-    return MODELS[model](metadata)
+    try:
+        return MODELS[model](metadata)
+    except UnsupportedModel as error:
+        if strict:
+            raise
+        warnings.warn(f"{error}. Splitting as 'default' does.", stacklevel=2)
+        return MODELS[model]({**metadata, "tokenizer.ggml.pre": "default"})
