@@ -43,9 +43,8 @@ def test_named_files_exist():
 
 
 @pytest.mark.parametrize(
-    ("caption", "names"), [("formats", quants.FORMATS), ("architectures", ARCHS)]
+    ("caption", "names"), [("formats", list(quants.FORMATS)), ("architectures", sorted(ARCHS))]
 )
 def test_the_table_lists_what_there_is(caption, names):
-    listed = re.search(rf"^\| {caption} \| (.*) \|$", README, re.M)
-    assert listed
-    assert sorted(listed[1].split()) == sorted(names)
+    line = f"| {caption} | {' '.join(names)} |"
+    assert line in README.splitlines(), f"README.md should have the line\n{line}"
