@@ -1,0 +1,152 @@
+"""How near each kernel comes to the machine: GB/s of weights for one token, GMAC/s for many.
+
+    python benchmarks/ops.py                          # the common formats
+    python benchmarks/ops.py Q4_0 F16 --threads 2 --json
+
+One token is measured on more weights than caches hold, beside plain reading of memory; 8 and 512 tokens
+on a 2048 x 2048 matrix, beside the processor's byte dot products on registers alone. Best of several runs:
+on a shared machine only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinyllm.gguf import quants
+from tinyllm.kernels.backend import Batch
+from tinyllm.kernels.cpu import jit, program, simd
+from tinyllm.kernels.cpu.backend import CPUBackend
+
+COMMON = ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "F16", "F32"]
+N = 2048
+COPIES = 32  # of the matrix: one token's weights come from memory
+CHAINS = 12  # dot products under way
+
+
+class Random:
+    """A tensor [rows, n] of random blocks with small scales."""
+
+    name = "random"
+
+    def __init__(self, type_name: str, rows: int, n: int) -> None:
+        self.type, self.shape = type_name, (rows, n)
+        block = quants.quantize(
+            type_name, np.random.default_rng(0).normal(0, 0.02, (16, n)).astype("f")
+        )
+        self._block = block.reshape(16, -1)
+
+    def read_rows(self, start: int, stop: int, out: Any = None) -> np.ndarray:
+        """The same 16 rows again and again."""
+        return np.tile(self._block, (-(-(stop - start) // 16), 1))[: stop - start]
+
+
+def read_memory(args, first, last, worker):
+    """Add up a stretch of memory; a piece is 64 KiB."""
+    source, out = simd.arg(args, 0), simd.arg(args, 1)
+    for piece in range(first, last):
+        a = b = c = d = simd.splat(np.float32(0))
+        p = source + 65536 * piece
+        for i in range(0, 65536, 256):
+            a, b = a + simd.load(p + i), b + simd.load(p + i + 64)
+            c, d = c + simd.load(p + i + 128), d + simd.load(p + i + 192)
+        simd.store(out + 64 * worker, a + b + c + d)
+
+
+@simd.emitter(simd.types.void, simd.i64, simd.i64)
+def dots(e, p, n):
+    """n rounds of dot products on registers."""
+    ty = simd.V(simd.I32, simd.lanes())
+    v = e.load(e.ptr(p), ty)
+    out = e.loop(n, [v] * CHAINS, lambda _, acc: [e.dot(a, v, v) for a in acc])
+    for o in out:
+        v = e.b.xor(v, o)
+    e.store(v, e.ptr(p))
+
+
+def multiply_registers(args, first, last, worker):
+    """The processor's byte dot products, nothing else; a piece is 10,000 rounds."""
+    for _ in range(first, last):
+        dots(simd.arg(args, 0) + 64 * worker, 10000)
+
+
+def best(run: Callable[[], Any], seconds: float) -> float:
+    """The shortest of several runs."""
+    run()
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def limits(threads: int, seconds: float) -> dict[str, float]:
+    """Read bandwidth in GB/s and byte products in GMAC/s, as our own pool of threads reaches them."""
+    memory, out = program.aligned(1 << 28), program.aligned(64 * 256)
+    memory[:] = 1
+    out[:] = 0
+    read, multiply = program.Tape(), program.Tape()
+    read.add(jit.kernel(read_memory), 4096, [memory.ctypes.data, out.ctypes.data], 16)
+    multiply.add(jit.kernel(multiply_registers), 16, [out.ctypes.data])
+    macs = 16 * 10000 * CHAINS * simd.lanes() * 4
+    return {
+        "read GB/s": memory.nbytes / best(lambda: read.run(threads), seconds) / 1e9,
+        "dot GMAC/s": macs / best(lambda: multiply.run(threads), seconds) / 1e9,
+    }
+
+
+def measure(be: CPUBackend, type_name: str, seconds: float) -> dict[str, Any]:
+    """One format: M = 1 from memory, M = 8 and 512 in cache."""
+    small, large = be.load(Random(type_name, N, N)), be.load(Random(type_name, COPIES * N, N))
+    row = {"format": type_name, "bits/weight": 8 * small.nbytes / N / N}
+    row["M=1 GB/s"] = large.nbytes / best(lambda: run(be, large, 1), seconds) / 1e9
+    for m in (8, 512):
+        row[f"M={m} GMAC/s"] = m * N * N / best(lambda m=m: run(be, small, m), seconds) / 1e9
+    return row
+
+
+def run(be: CPUBackend, w: Any, m: int) -> None:
+    """One product with m tokens, its program recorded the first time."""
+    x = be.array(np.ones((m, N), np.float32))
+    batch = Batch.of([[0] * m], [0], [0])
+    be.step((id(w), m) if m <= 32 else None, lambda _: be.matmul(w, x), batch)
+
+
+def show(report: dict[str, Any]) -> None:
+    """A table."""
+    print(f"{report['instruction set']}, {report['threads']} threads; limits:", end=" ")
+    print(", ".join(f"{k} {v:.1f}" for k, v in report["limits"].items()))
+    names = list(report["formats"][0])
+    print(" | ".join(f"{n:>13}" for n in names))
+    for row in report["formats"]:
+        print(
+            " | ".join(f"{v:>13.2f}" if isinstance(v, float) else f"{v:>13}" for v in row.values())
+        )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("formats", nargs="*", default=COMMON, help="such as Q4_K F16")
+    parser.add_argument("-t", "--threads", type=int, help="default: one per physical core")
+    parser.add_argument("--seconds", type=float, default=1.0, help="spent on each number")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    options = parser.parse_args()
+    be = CPUBackend(options.threads)
+    report = {
+        "instruction set": simd.instruction_set(),
+        "threads": be.n_threads,
+        "limits": limits(be.n_threads, options.seconds),
+        "formats": [measure(be, f, options.seconds) for f in options.formats],
+    }
+    print(json.dumps(report)) if options.json else show(report)
+
+
+if __name__ == "__main__":
+    main()
