@@ -167,6 +167,12 @@ def test_a_step_that_copies_from_the_host_is_never_recorded(be: Any) -> None:
         assert (be.numpy(y) == 2).all()
 
 
+def test_a_program_that_does_not_compile_is_an_error_of_the_device(be: Any) -> None:
+    program = ("elementwise.c",), ()  # without activations.h
+    with pytest.raises(DeviceError, match=r"does not compile elementwise\.c"):
+        be.launch(program, "act", (1, 1, 1), (1, 1, 1))
+
+
 # ---- caches and memory
 
 

@@ -98,3 +98,15 @@ def test_too_little_memory_is_one_clear_line(be: Any, driver: Any) -> None:
     driver.total = 1 << 20
     with pytest.raises(DeviceError, match=r"cuda:0 Simulated: 4 MiB more do not fit, 1 of 1 MiB"):
         be.allocate(4 << 20)
+
+
+def test_a_missing_compiler_is_one_clear_line(be: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def get_function(self, name: str) -> Any:
+            raise RuntimeError("CuPy failed to load libnvrtc.so.13\nand much more")
+
+    module = type(be).launch.__globals__["cupy"]
+    monkeypatch.setattr(module, "RawModule", lambda **options: Broken())
+    with pytest.raises(DeviceError, match=r"failed to load libnvrtc.so.13\. CUDA's .*ctk") as e:
+        be.act(be.array(np.ones((1, 4), F32)), "silu")
+    assert "\n" not in str(e.value)

@@ -121,8 +121,16 @@ class CUDABackend(LibraryProducts, GPUBackend):
         if program not in self._modules:
             text = sources.text("prelude_cuda.h", program)
             self._modules[program] = cupy.RawModule(code=text, options=OPTIONS, backend="nvrtc")
-        self._kernels[program, kernel] = self._modules[program].get_function(kernel).kernel
-        return self._kernels[program, kernel]
+        try:
+            compiled = self._modules[program].get_function(kernel).kernel
+        except Exception as e:  # CuPy passes on whatever the missing library or the compiler raised
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise DeviceError(
+                f"{self.name}: {program[0][-1]} was not compiled: {reason}. CUDA's libraries come "
+                "with pip install 'cupy-cuda13x[ctk]' (or cupy-cuda12x[ctk])"
+            ) from e
+        self._kernels[program, kernel] = compiled
+        return compiled
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         runtime.setDevice(self.index)
