@@ -22,7 +22,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tinyllm.gguf import write  # noqa: E402
+from tinyllm.gguf import write
 
 HERE = Path(__file__).parent / "models"
 V, E, F, H, K, D, L = 64, 32, 48, 4, 2, 8, 2
@@ -329,9 +329,11 @@ GOLDEN = {
     "ernie4_5": Golden("ernie4_5", "Ernie4_5ForCausalLM", {}),
     "ernie4_5-moe": Golden(
         "ernie4_5-moe", "Ernie4_5_MoeForCausalLM",
-        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1,
+        {"moe_num_experts": 4,
+            "num_hidden_layers": 3, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1,
          "moe_num_shared_experts": 1},
-        {**EXPERTS, "leading_dense_block_count": 1, "interleave_moe_layer_step": 1,
+        {**EXPERTS,
+            "block_count": 3, "leading_dense_block_count": 1, "interleave_moe_layer_step": 1,
          "expert_shared_count": 1, "expert_shared_feed_forward_length": 16},
         lambda w, c: {n: x[0] if "exp_probs_b" in n else x for n, x in split_experts(w).items()}),
     "hunyuan-dense": Golden("hunyuan-dense", "HunYuanDenseV1ForCausalLM", {}),
@@ -366,13 +368,16 @@ GOLDEN = {
         {**NO_ATTENTION, **SSM}, recurrent, ROOTED),
     "granitehybrid": Golden(
         "granitehybrid", "GraniteMoeHybridForCausalLM",
-        {**HYBRID, "layer_types": ["mamba", "attention"], "num_local_experts": 4,
-         "num_experts_per_tok": 2, "intermediate_size": 16, "shared_intermediate_size": 24,
+        {**HYBRID, "layer_types": ["mamba", "attention", "mamba"],
+            "num_hidden_layers": 3, "num_local_experts": 3,
+         "num_experts_per_tok": 2, "intermediate_size": 8, "shared_intermediate_size": 16,
          "embedding_multiplier": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25,
          "logits_scaling": 2.0, "position_embedding_type": None},
-        {**SSM, **EXPERTS, "attention.head_count_kv": [0, K], "embedding_scale": 6.0,
-         "residual_scale": 0.5, "attention.scale": 0.25, "logit_scale": 2.0, "feed_forward_length": 16,
-         "rope.scaling.finetuned": False, "expert_shared_feed_forward_length": 24},
+        {**SSM, **EXPERTS,
+            "expert_count": 3, "attention.head_count_kv": [0, K, 0],
+            "block_count": 3, "embedding_scale": 6.0,
+         "residual_scale": 0.5, "attention.scale": 0.25, "logit_scale": 2.0, "feed_forward_length": 8,
+         "rope.scaling.finetuned": False, "expert_shared_feed_forward_length": 16},
         granite_hybrid, AS_FFN_NORM + ((r"\.block_sparse_moe\.router\.", ".ffn_gate_inp."),
                                        (r"\.block_sparse_moe\.experts", ".mlp.experts"))),
     "falcon-h1": Golden(
@@ -464,7 +469,7 @@ def references(g: Golden, model: Any) -> Arrays:
 
 def make(name: str, g: Golden) -> None:
     model, config = configured(g)
-    state = {n: p for n, p in model.state_dict().items()}
+    state = dict(model.state_dict())
     tied = bool(getattr(config, "tie_word_embeddings", False))
     raw = {renamed(n, (*g.names, *NAMES)): p.float().numpy() for n, p in state.items()}
     if tied:
@@ -483,7 +488,7 @@ def make(name: str, g: Golden) -> None:
     )
     np.savez_compressed(HERE / f"{name}.npz", **references(g, model))
     size = sum((HERE / f"{name}.{e}").stat().st_size for e in ("gguf", "npz"))
-    print(f"{name:24} {len(weights):3} tensors {size:7} bytes")
+    print(f"{name:24} {len(weights):3} tensors {size:7} bytes")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -168,6 +168,8 @@ def check_layers(tensors: Mapping[str, Any], n_layer: int, gated: bool) -> None:
     layers = by_layer(tensors, n_layer)
     check_uniform(layers)
     check_biases(tensors)
+    for i, names in enumerate(layers):
+        check_pair(f"blk.{i}.", names, "attn_q_norm.weight", "attn_k_norm.weight")
     if not gated:
         for i, names in enumerate(layers):
             for group in BIASED_TOGETHER:
@@ -224,6 +226,14 @@ def check_biases(tensors: Mapping[str, Any]) -> None:
             raise GGUFError("tensor is missing, though its bias is there", name=f"{base}.weight")
     norms = [n.removesuffix(".weight") for n in tensors if n.endswith(STREAM_NORMS)]
     check_together("", set(tensors), norms)
+
+
+def check_pair(prefix: str, names: set[str], first: str, second: str) -> None:
+    """Two tensors that come together or not at all."""
+    here = {first, second} & names
+    if len(here) == 1:
+        absent = ({first, second} - here).pop()
+        raise GGUFError(f"tensor is missing; {prefix}{here.pop()} is there", name=prefix + absent)
 
 
 def check_together(prefix: str, names: set[str], group: Sequence[str]) -> None:

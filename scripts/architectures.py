@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Write docs/architectures.md and tinyllm/models/outlines.json from the table and the golden files.
+
+    python scripts/architectures.py            # measures every file on the reference backend: a minute
+    python scripts/architectures.py --check    # fails if the table has a row that the page does not
+
+The golden files of test data (``$TINYLLM_TESTDATA``, ``../shared/data``) and of tests/data/models are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tinyllm import gguf  # noqa: E402
+from tinyllm.info import row as said  # noqa: E402
+from tinyllm.kernels.backend import open_backend  # noqa: E402
+from tinyllm.models.archs import ARCHS, NOT_RUN  # noqa: E402
+from tinyllm.models.explain import OUTLINES  # noqa: E402
+from tinyllm.models.network import Network, build  # noqa: E402
+
+PAGE = ROOT / "docs" / "architectures.md"
+SHARED = Path(os.environ.get("TINYLLM_TESTDATA", ROOT.parent / "shared" / "data")) / "golden" / "models"
+OURS = ROOT / "tests" / "data" / "models"
+REFERENCES = {"hf": "transformers", "np": "float64 NumPy", "lcpp": "llama.cpp"}
+N_CTX = 256
+HEAD = """# Architectures
+
+Written by `scripts/architectures.py` from the table in `tinyllm/models/archs.py`; do not edit by hand.
+
+Each row was compared with another implementation of the same model, in float32, on tiny models with random
+weights. The difference is the largest of any logit (or embedding value), in standard deviations of the reference's,
+measured on the `reference` backend; tests allow 1e-4 there, and 1e-3 on `cpu` and on GPUs. `tinyllm explain NAME`
+shows what a layer does.
+
+| architecture | source | what its files do not say | reference | test files | largest difference |
+|---|---|---|---|---|---|
+"""
+TAIL = """
+The tests are `test_equals_the_reference` and `test_newer_ones_equal_the_reference` in
+`tests/models/test_golden.py`, and `test_scores_equal_the_reference` in `tests/models/test_rank.py`.
+
+## Known, and refused by name
+
+| architecture | why |
+|---|---|
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        missing = unmentioned(PAGE.read_text("utf-8"))
+        sys.exit(f"docs/architectures.md lacks {', '.join(missing)}" if missing else 0)
+    files = by_architecture()
+    OUTLINES.write_text(json.dumps({n: outline(ps) for n, ps in files.items()}, indent=0) + "\n")
+    rows = [table_row(name, files[name]) for name in sorted(ARCHS)]
+    refused = [f"| {name} | {why} |\n" for name, why in sorted(NOT_RUN.items())]
+    PAGE.write_text(HEAD + "".join(rows) + TAIL + "".join(refused), "utf-8")
+
+
+def unmentioned(page: str) -> list[str]:
+    """Rows that the page does not have as the table has them, and names it does not refuse."""
+    rows = [n for n, a in ARCHS.items() if f"| {n} | {a.source} | {said(a)} |" not in page]
+    return rows + [n for n, why in NOT_RUN.items() if f"| {n} | {why} |" not in page]
+
+
+def by_architecture() -> dict[str, list[Path]]:
+    """The golden files of each row, the smallest first."""
+    found = defaultdict(list)
+    for path in sorted([*SHARED.glob("*.gguf"), *OURS.glob("*.gguf")]):
+        with gguf.open(path) as f:
+            found[f.metadata["general.architecture"]].append(path)
+    return {n: sorted(found[n], key=lambda p: p.stat().st_size) for n in sorted(ARCHS)}
+
+
+def outline(paths: list[Path]) -> dict[str, Any]:
+    """Keys and shapes of the smallest file that is no reranker; layers with equal tensors together."""
+    path = next(p for p in paths if not p.stem.startswith("rank-"))
+    with gguf.open(path) as f:
+        name = f.metadata["general.architecture"]
+        keys = {k: plain(v) for k, v in f.metadata.items() if k.startswith((f"{name}.", "xielu."))}
+        groups: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+        for tensor in f.tensors.values():
+            head, _, rest = tensor.name.partition(".")
+            number, _, suffix = rest.partition(".")
+            layered = head == "blk"
+            groups[suffix if layered else tensor.name, tensor.shape].append(number if layered else "")
+    tensors = {
+        f"{','.join(layers)} {key}" if layers != [""] else key: list(shape)
+        for (key, shape), layers in groups.items()
+    }
+    return {"metadata": {"general.architecture": name, **keys}, "tensors": tensors}
+
+
+def plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def table_row(name: str, paths: list[Path]) -> str:
+    arch = ARCHS[name]
+    measured = [measure(p) for p in paths if not p.stem.startswith("rank-")]
+    worst, reference = max(measured)
+    files = ", ".join(p.stem for p in paths)
+    return f"| {name} | {arch.source} | {said(arch)} | {reference} | {files} | {worst:.0e} |\n"
+
+
+def measure(path: Path) -> tuple[float, str]:
+    """The largest difference to the most trusted reference, and which that is."""
+    with gguf.open(path) as f:
+        net = build(f.metadata, f.tensors, open_backend("reference"), "f32")
+    npz = np.load(path.with_suffix(".npz"))
+    kind = "logits" if net.config.causal else "emb_tok"
+    which = next(r for r in REFERENCES if f"{kind}_{r}_0" in npz)
+    worst = 0.0
+    for i in range(3):
+        if f"tokens_{i}" in npz:
+            want = npz[f"{kind}_{which}_{i}"]
+            worst = max(worst, float(np.abs(computed(net, npz[f"tokens_{i}"]) - want).max() / want.std()))
+    return worst, REFERENCES[which]
+
+
+def computed(net: Network, ids: np.ndarray) -> np.ndarray:
+    if not net.config.causal:
+        return net.hidden([ids.tolist()])[0]
+    state = net.new_state(N_CTX)
+    state.append(ids.tolist())
+    return np.array(net.forward([(state, len(ids), "all")])[0])
+
+
+if __name__ == "__main__":
+    main()
