@@ -54,6 +54,11 @@ def starter(group: int) -> Callable:
 
 
 @emitter(types.void)
+def nothing(e):
+    """Where a processor has no matrix unit to start or stop."""
+
+
+@emitter(types.void)
 def stop(e):
     """Give the tile registers back, so that the system need not save them."""
     e.call("llvm.x86.tilerelease", VOID)
@@ -75,7 +80,7 @@ def _sums(e: Emit, record, codes, group: int, g: int, k: int, zeros, out):
 
 @lru_cache
 def multiplier(form: Format) -> Callable:
-    """multiply(panel, records, slot, n_steps, y): an unpacked tile of signed codes times 16 tokens.
+    """multiply(panel, records, slot, n_steps, y): y += an unpacked tile of signed codes times 16 tokens.
 
     Several products are under way at once, each in a register of its own, since nothing renames them.
     """
@@ -109,7 +114,7 @@ def multiplier(form: Format) -> Callable:
 
         n_rounds = b.sdiv(n_steps, I64(at_once))
         done = b.mul(n_rounds, I64(at_once))
-        acc = [e.const(0.0, V(F32, LANES))] * SLOTS
+        acc = [e.load(e.ptr(y), V(F32, LANES), 64 * t) for t in range(SLOTS)]
         acc = e.loop_maybe(
             n_rounds, acc, lambda i, acc: steps(b.mul(i, I64(at_once)), at_once, acc)
         )

@@ -22,6 +22,7 @@ from .floats import (
 from .program import CPUArray, Tape, float_bits
 from .simd import (
     arg,
+    clear,
     copy,
     float_arg,
     get_f32,
@@ -33,12 +34,13 @@ from .simd import (
 )
 from .weights import CPUWeight
 
-
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply2 = multiply4 = multiply8 = unpack = quantise = None
+multiply = multiply_tokens = unpack = quantise = None
 start = stop = None  # of the matrix unit, where there is one
-WHOLE = False  # multiply8 takes all tokens of a record at once
+UNPACKED = 8  # tiles unpacked together: 128 rows
+STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
+TOKEN_BLOCK = 512
 
 
 def quantise_rows(args, first, last, worker):
@@ -83,44 +85,47 @@ def matvec_experts(args, first, last, worker):
 
 
 def matmul(args, first, last, worker):
-    """y [T, n_out] of many tokens; a piece is GROUP tiles."""
+    """y [T, n_out] of many tokens; a piece is UNPACKED tiles and TOKEN_BLOCK tokens.
+
+    Columns go by chunks of STEPS records, so that the records of 16 tokens stay in the first-level cache
+    while the tiles pass, and the sums of all tokens wait in ``sums`` [T / 16][UNPACKED][16][16].
+    """
     w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     tile_bytes, n_blocks, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    n_tokens, x_bytes, panel_bytes, n_steps = (
+    n_tokens, x_bytes, step_bytes, n_steps = (
         arg(args, 8),
         arg(args, 9),
         arg(args, 10),
         arg(args, 11),
     )
-    slots, scratch = arg(args, 12), arg(args, 13) + worker * arg(args, 14)
-    out = scratch + GROUP * panel_bytes
+    panels = arg(args, 12) + worker * arg(args, 13)
+    per_block, panel_bytes = n_steps // n_blocks, STEPS * step_bytes
+    sums, groups = panels + UNPACKED * panel_bytes, (tiles + UNPACKED - 1) // UNPACKED
     start()
     for piece in range(first, last):
-        begin, end = piece * GROUP, min(piece * GROUP + GROUP, tiles)
-        for tile in range(begin, end):
-            unpack(w + tile * tile_bytes, n_blocks, scratch + (tile - begin) * panel_bytes)
-        for token in range(0, n_tokens, slots):
-            records = x + (token // slots) * x_bytes
-            n = min(slots, n_tokens - token)
+        begin = piece % groups * UNPACKED
+        end = min(begin + UNPACKED, tiles)
+        token0 = piece // groups * TOKEN_BLOCK
+        token1 = min(token0 + TOKEN_BLOCK, n_tokens)
+        clear(sums, (token1 - token0 + 15) // 16 * UNPACKED * 1024)
+        for step in range(0, n_steps, STEPS):
+            steps = min(STEPS, n_steps - step)
             for tile in range(begin, end):
-                panel = scratch + (tile - begin) * panel_bytes
-                if WHOLE:
-                    multiply8(panel, records, 0, n_steps, out)
-                else:
-                    slot = 0
-                    while slot < n:
-                        to = out + 64 * slot
-                        if n - slot > 4:
-                            multiply8(panel, records, slot, n_steps, to)
-                            slot += 8
-                        elif n - slot > 2:
-                            multiply4(panel, records, slot, n_steps, to)
-                            slot += 4
-                        else:
-                            multiply2(panel, records, slot, n_steps, to)
-                            slot += 2
+                source = w + tile * tile_bytes + step // per_block * (tile_bytes // n_blocks)
+                unpack(source, steps // per_block, panels + (tile - begin) * panel_bytes)
+            to = sums
+            for token in range(token0, token1, 16):
+                records = x + (token // 16) * x_bytes + step * 1024
+                for tile in range(begin, end):
+                    panel = panels + (tile - begin) * panel_bytes
+                    multiply_tokens(panel, records, min(token1 - token, 16), steps, to)
+                    to += 1024
+        source = sums
+        for token in range(token0, token1, 16):
+            for tile in range(begin, end):
                 corner = y + 4 * (token * n_out + 16 * tile)
-                store_tile(out, corner, n, n_out, 16 * tile, bias)
+                store_tile(source, corner, min(token1 - token, 16), n_out, 16 * tile, bias)
+                source += 1024
     stop()
 
 
@@ -233,25 +238,27 @@ def _record_many(
         name = f"matmul_{w.kind}"
         address = jit.kernel(matmul_float, name, multiply=one, multiply_group=group)
     else:
-        n_steps, slots = w.n_in // 32, micro.SLOTS
-        panel = n_steps * micro.unpacked(w.format).tile_bytes
-        scratch = tape.array((n_workers, GROUP * panel + slots * 64), "u1")
-        args = [*common, w.n_tiles, w.n_out, n_tokens, n_steps * micro.record_bytes(slots)]
-        args += [panel, n_steps, slots, scratch.address, scratch.shape[1]]
+        n_steps, step_bytes = w.n_in // 32, micro.unpacked(w.format).tile_bytes
+        sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
+        scratch = tape.array((n_workers, UNPACKED * (STEPS * step_bytes + sums)), "u1")
+        x_bytes = n_steps * micro.record_bytes(micro.SLOTS)
+        args = [*common, w.n_tiles, w.n_out, n_tokens, x_bytes, step_bytes, n_steps]
+        args += [scratch.address, scratch.shape[1]]
         address = _matmul_quantised(w)
+        pieces = -(-w.n_tiles // UNPACKED) * -(-n_tokens // TOKEN_BLOCK)
     tape.add(address, pieces, args, 1, joins)
     tape.keep(scratch)
 
 
 def _matmul_quantised(w: CPUWeight) -> int:
     form, unpack = micro.unpacked(w.format), micro.unpacker(w.format)
+    unit = {"start": amx.nothing, "stop": amx.nothing}
+    kind, multiply_tokens = w.kind, micro.tokens_multiplier(form)
     if amx.available():
-        unit = {"start": amx.starter(form.group), "stop": amx.stop, "WHOLE": True}
-        names = {f"multiply{m}": amx.multiplier(form) for m in (2, 4, 8)}
-        return jit.kernel(matmul, f"matmul_amx_{w.kind}", unpack=unpack, **names, **unit)
-    names = {f"multiply{m}": micro.multiplier(form, m, micro.SLOTS) for m in (2, 4, 8)}
-    nothing = {"start": micro.nothing, "stop": micro.nothing, "WHOLE": False}
-    return jit.kernel(matmul, f"matmul_{w.kind}", unpack=unpack, **names, **nothing)
+        unit = {"start": amx.starter(form.group), "stop": amx.stop}
+        kind, multiply_tokens = f"amx_{kind}", amx.multiplier(form)
+    names = {"unpack": unpack, "multiply_tokens": multiply_tokens, **unit}
+    return jit.kernel(matmul, f"matmul_{kind}", **names)
 
 
 def record_experts(

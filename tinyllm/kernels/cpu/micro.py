@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+import numba
 import numpy as np
 
 from . import amx
@@ -100,10 +101,10 @@ def scaled(e: Emit, part: Part, totals: list, x: Activations, token: int, acc):
 
 
 @lru_cache
-def multiplier(fmt: Format, n_tokens: int, slots: int) -> Callable:
+def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> Callable:
     """multiply(w, x, slot, n_blocks, y): one tile of 16 rows times tokens [slot, slot + n_tokens).
 
-    w: the tile's blocks; x: the tokens' records; y [n_tokens][16] floats.
+    w: the tile's blocks; x: the tokens' records; y [n_tokens][16] floats, added to if ``resume``.
     """
     n = lanes()
     per_block = fmt.block // 32
@@ -122,9 +123,11 @@ def multiplier(fmt: Format, n_tokens: int, slots: int) -> Callable:
                 acc = _multiply(e, fmt, part, here, range(n_tokens), acc)
             return acc
 
-        acc = e.loop(n_blocks, [e.const(0.0, V(F32, n))] * n_tokens, block)
-        for t, v in enumerate(acc):
-            e.store(v, e.ptr(y), 4 * (LANES * t + first))
+        y, zero = e.ptr(y), e.const(0.0, V(F32, n))
+        places = [4 * (LANES * t + first) for t in range(n_tokens)]
+        acc = [e.load(y, zero.type, p) if resume else zero for p in places]
+        for p, v in zip(places, e.loop(n_blocks, acc, block), strict=True):
+            e.store(v, y, p)
 
     @emitter(types.void, i64, i64, i64, i64, i64)
     def multiply(e, w, x, slot, n_blocks, y):
@@ -219,6 +222,26 @@ def quantiser(slots: int) -> Callable:
     return quantise
 
 
-@emitter(types.void)
-def nothing(e):
-    """Where a processor has no matrix unit to start or stop."""
+@lru_cache
+def tokens_multiplier(form: Format) -> Callable:
+    """multiply(panel, records, n, n_steps, y): y += an unpacked tile times the first n tokens, by 8, 4 or 2."""
+    emit = {m: multiplier(form, m, SLOTS, resume=True) for m in (2, 4, 8)}
+    eight, four, two = emit[8], emit[4], emit[2]
+
+    @numba.njit(nogil=True)
+    def multiply(panel, records, n, n_steps, y):
+        """See ``tokens_multiplier``."""
+        slot = 0
+        while slot < n:
+            to = y + 64 * slot
+            if n - slot > 4:
+                eight(panel, records, slot, n_steps, to)
+                slot += 8
+            elif n - slot > 2:
+                four(panel, records, slot, n_steps, to)
+                slot += 4
+            else:
+                two(panel, records, slot, n_steps, to)
+                slot += 2
+
+    return multiply
