@@ -30,7 +30,9 @@ from tinyllm.models.explain import OUTLINES  # noqa: E402
 from tinyllm.models.network import Network, build  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
-SHARED = Path(os.environ.get("TINYLLM_TESTDATA", ROOT.parent / "shared" / "data")) / "golden" / "models"
+SHARED = (
+    Path(os.environ.get("TINYLLM_TESTDATA", ROOT.parent / "shared" / "data")) / "golden" / "models"
+)
 OURS = ROOT / "tests" / "data" / "models"
 REFERENCES = {"hf": "transformers", "np": "float64 NumPy", "lcpp": "llama.cpp"}
 N_CTX = 256
@@ -38,10 +40,10 @@ HEAD = """# Architectures
 
 Written by `scripts/architectures.py` from the table in `tinyllm/models/archs.py`; do not edit by hand.
 
-Each row was compared with another implementation of the same model, in float32, on tiny models with random
-weights. The difference is the largest of any logit (or embedding value), in standard deviations of the reference's,
-measured on the `reference` backend; tests allow 1e-4 there, and 1e-3 on `cpu` and on GPUs. `tinyllm explain NAME`
-shows what a layer does.
+Each row was compared with another implementation of the same model, in float32, on tiny models with
+random weights. The difference is the largest of any logit (or embedding value), in standard deviations of
+the reference's, measured on the `reference` backend; tests allow 1e-4 there, and 1e-3 on `cpu` and on GPUs.
+`tinyllm explain NAME` shows what a layer does.
 
 | architecture | source | what its files do not say | reference | test files | largest difference |
 |---|---|---|---|---|---|
@@ -58,7 +60,9 @@ The tests are `test_equals_the_reference` and `test_newer_ones_equal_the_referen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:
         missing = unmentioned(PAGE.read_text("utf-8"))
@@ -96,7 +100,9 @@ def outline(paths: list[Path]) -> dict[str, Any]:
             head, _, rest = tensor.name.partition(".")
             number, _, suffix = rest.partition(".")
             layered = head == "blk"
-            groups[suffix if layered else tensor.name, tensor.shape].append(number if layered else "")
+            groups[suffix if layered else tensor.name, tensor.shape].append(
+                number if layered else ""
+            )
     tensors = {
         f"{','.join(layers)} {key}" if layers != [""] else key: list(shape)
         for (key, shape), layers in groups.items()
@@ -127,7 +133,9 @@ def measure(path: Path) -> tuple[float, str]:
     for i in range(3):
         if f"tokens_{i}" in npz:
             want = npz[f"{kind}_{which}_{i}"]
-            worst = max(worst, float(np.abs(computed(net, npz[f"tokens_{i}"]) - want).max() / want.std()))
+            worst = max(
+                worst, float(np.abs(computed(net, npz[f"tokens_{i}"]) - want).max() / want.std())
+            )
     return worst, REFERENCES[which]
 
 

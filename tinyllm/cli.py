@@ -85,6 +85,15 @@ def load_model(args: Arguments) -> Model:
     )
 
 
+def load_decoder(args: Arguments) -> Model:
+    """A model that continues text."""
+    model = load_model(args)
+    if not model.config.causal:
+        with model:
+            raise ArgumentError(f"{model.arch} is an encoder and writes no text; use tinyllm embed")
+    return model
+
+
 def locate(name: str | None) -> Path:
     """The model's file, perhaps downloaded; what goes wrong on the way is one line."""
     from .model import locate as locate_model
@@ -160,7 +169,7 @@ def run(args: Arguments) -> None:
     names = [name.replace("-", "_") for name, _, _ in SAMPLING]
     sampling = {name: getattr(args, name) for name in [*names, "seed"]}
     SamplingParams(**sampling)  # a wrong value is told before a large file is read
-    with load_model(args) as model:
+    with load_decoder(args) as model:
         pieces = model.generate(
             prompt, args.max_tokens, **sampling, stop=args.stop, overflow=args.overflow, stream=True
         )
@@ -212,6 +221,27 @@ def info(args: Arguments) -> None:
             lines = about.report(file, args.n_ctx, args.kv_type)
         for line in lines:
             print(line)
+
+
+# ---- explain
+
+
+def explain_arguments(p: Parser) -> None:
+    p.add_argument(
+        "model", metavar="ARCH|MODEL", nargs="?", help=f"llama, bert, ...; or {MODEL_HELP}"
+    )
+
+
+def explain(args: Arguments) -> None:
+    from .models import explain as programs
+    from .models.archs import ARCHS
+
+    if args.model in ARCHS:
+        lines = list(programs.explain(*programs.example(args.model)))
+    else:
+        with open_file(args.model) as file:
+            lines = list(programs.explain(file.metadata, file.tensors))
+    print("\n".join(lines))
 
 
 # ---- tokenize
@@ -272,7 +302,7 @@ def bench_arguments(p: Parser) -> None:
 def bench(args: Arguments) -> None:
     from . import bench as benchmark
 
-    with load_model(args) as model:
+    with load_decoder(args) as model:
         results = benchmark.measure(model, args.n_prompt, args.n_gen, args.depth, args.repeat)
         about = benchmark.describe(model)
     print(
@@ -301,7 +331,7 @@ def perplexity(args: Arguments) -> None:
     from .perplexity import perplexity as score
 
     text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text("utf-8")
-    with load_model(args) as model:
+    with load_decoder(args) as model:
         ids = model.tokenizer.encode(text, parse_special=False)
         found = score(model, ids, args.window, args.n_windows,
                       lambda starts, n: tqdm(starts, "scoring", n, leave=False, disable=None))  # fmt: skip
@@ -329,6 +359,11 @@ COMMANDS = {
         "Say what a file holds and how it would run; no weights are read.",
         "tinyllm info model.gguf -c 8192",
         info_arguments, info,
+    ),
+    "explain": Command(
+        "Show a model's layers as a program, line by line with shapes.",
+        "tinyllm explain gemma2",
+        explain_arguments, explain,
     ),
     "tokenize": Command(
         "Print a text's tokens; a vocabulary-only file is enough.",

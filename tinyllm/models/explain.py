@@ -105,7 +105,8 @@ class Recorder(Backend):
         for held in (x, getattr(x, "base", None)):
             if id(held) in self.known:
                 return Value(x.shape, self.known[id(held)][1])
-        return Value(x.shape, "constants")
+        latest = next(reversed(self.known.values()), (None, "constants"))[1]  # x was made of it
+        return Value(x.shape, latest)
 
     def numpy(self, x: Any) -> Any:
         raise DeviceError("the recorder computes nothing")
@@ -176,7 +177,9 @@ class Recorder(Backend):
 
     def concat(self, xs: Sequence[Value], n_head: int = 1) -> Value:
         if len({id(x) for x in xs}) == 1:
-            return self.new(("T", len(xs) * xs[0].shape[1]), f"each part of {{}} {len(xs)} times", xs[0])
+            return self.new(
+                ("T", len(xs) * xs[0].shape[1]), f"each part of {{}} {len(xs)} times", xs[0]
+            )
         width = sum(x.shape[1] for x in xs)
         return self.new(("T", width), "beside each other: " + ", ".join(["{}"] * len(xs)), *xs)
 
@@ -191,7 +194,9 @@ class Recorder(Backend):
     def attention(self, batch: Any, layer: int, q: Value, n_head: int, **how: Any) -> Value:
         kept = [line for line in self.lines if line.result is None][-1].operands
         per_head = kept[1].shape[1] * q.shape[1] // kept[0].shape[1]
-        return self.new(("T", per_head), f"attend({{}}, all {{}}, {{}}; {said(n_head, how)})", q, *kept)
+        return self.new(
+            ("T", per_head), f"attend({{}}, all {{}}, {{}}; {said(n_head, how)})", q, *kept
+        )
 
     def attention_full(
         self, batch: Any, q: Value, k: Value, v: Value, n_head: int, n_head_kv: int, **how: Any
@@ -223,7 +228,7 @@ class Recorder(Backend):
 
     def scan(self, batch: Any, layer: int, x: Value, *more: Value) -> Value:
         dt, a, b, c, d = more
-        text = "h = exp({1} {2}) h + {1} {0} {3};  h {4} + {5} {0}"
+        text = "S = exp({1} {2}) S + {1} {0} {3};  S {4} + {5} {0}"
         return self.new(x.shape, text, x, dt, a, b, c, d)
 
     def shift_rows(self, batch: Any, layer: int, x: Value, name: str) -> Value:
@@ -300,13 +305,12 @@ def explain(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator
 
 
 def part(title: str, lines: Sequence[Line]) -> Iterator[str]:
-    """Lines with names for the values that have none yet: a, b, c and so on."""
-    free = iter("abcdefghijklmnopqrstuvwyz" + "".join(map(chr, range(0x3B1, 0x3CA))))
+    """Lines with names for the values that have none yet: t1, t2 and so on."""
     if title:
         yield f"\n{title}"
-    for line in lines:
-        if line.result is not None and len(line.result.name) < 2:
-            line.result.name = next(free)
+    nameless = (v for v in (line.result for line in lines) if v is not None and not v.name)
+    for i, value in enumerate(nameless, 1):
+        value.name = f"t{i}"
     yield from (f"  {line}" for line in lines)
 
 
