@@ -221,35 +221,38 @@ def _tensor_type(header: Header) -> GGMLType:
 
 def _place_tensors(header: Header, part: Part, infos: list[_Info]) -> None:
     """Tensors lie one after the other, each at the next multiple of the alignment, and fill the file."""
-    file, size = header.file, header.file.size
-    base, end = _aligned(header.pos, part.alignment), header.pos
+    file, alignment = header.file, part.alignment
+    base, end = _aligned(header.pos, alignment), header.pos
     for info in infos:
         header.name = info.name
         if info.name in part.tensors:
             raise header.error("the tensor stands twice", info.at)
-        expected = _aligned(end, part.alignment) - base
-        if info.offset != expected:
-            raise header.error(
-                f"the offset is {info.offset}, expected {expected}: tensors follow each other "
-                f"at multiples of {part.alignment}",
-                info.at,
-            )
-        start = base + info.offset
-        if start + info.nbytes > size:
-            raise header.error(
-                f"the data are bytes {start} to {start + info.nbytes}, but the file ends at {size}: "
-                "it is incomplete; download it again",
-                info.at,
-            )
+        start = _aligned(end, alignment)
+        _check_place(header, info, start - base, start, alignment)
         _check_padding(header, end, start)
-        part.tensors[info.name] = Tensor(
-            info.name, info.shape, info.kind, file, start, part.byteorder
-        )
+        tensor = Tensor(info.name, info.shape, info.kind, file, start, part.byteorder)
+        part.tensors[info.name] = tensor
         end = start + info.nbytes
     header.name = None
-    if size > _aligned(end, part.alignment):
-        raise header.error(f"{size - end} bytes follow the last tensor", end)
-    _check_padding(header, end, size)
+    if file.size > _aligned(end, alignment):
+        raise header.error(f"{file.size - end} bytes follow the last tensor", end)
+    _check_padding(header, end, file.size)
+
+
+def _check_place(header: Header, info: _Info, expected: int, start: int, alignment: int) -> None:
+    """The offset is where the tensor must lie, and the file holds all of it."""
+    if info.offset != expected:
+        raise header.error(
+            f"the offset is {info.offset}, expected {expected}: tensors follow each other "
+            f"at multiples of {alignment}",
+            info.at,
+        )
+    if start + info.nbytes > header.file.size:
+        raise header.error(
+            f"the data are bytes {start} to {start + info.nbytes}, but the file ends at "
+            f"{header.file.size}: it is incomplete; download it again",
+            info.at,
+        )
 
 
 def _check_padding(header: Header, start: int, stop: int) -> None:
