@@ -293,6 +293,7 @@ def test_routing_to_too_many_experts_is_an_error(be: Any) -> None:
 def test_devices_are_found_by_number_or_name() -> None:
     names = ["Tesla T4", "NVIDIA H200"]
     assert devices.pick("1", names, "cuda") == 1
+    assert devices.pick("1 NVIDIA H200", names, "cuda") == 1
     assert devices.pick("h200", names, "cuda") == 1
     with pytest.raises(DeviceError, match=r"no device cuda:2; there are: 0 \(Tesla T4\)"):
         devices.pick("2", names, "cuda")

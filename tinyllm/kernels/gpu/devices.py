@@ -74,9 +74,10 @@ def cuda_devices() -> Any:
 
 
 def pick(which: str, names: Any, kind: str) -> int:
-    """Index of a device by number or by a part of its name."""
-    matches = [i for i, name in enumerate(names) if str(i) == which]
-    if not which.isdigit():
+    """Index of a device by number ("1", or as a model says it, "1 NVIDIA H200") or by a part of its name."""
+    number = which.partition(" ")[0]
+    matches = [i for i, name in enumerate(names) if str(i) == number]
+    if not number.isdigit():
         matches = [i for i, name in enumerate(names) if which.lower() in name.lower()]
     if not matches:
         present = ", ".join(f"{i} ({name.strip()})" for i, name in enumerate(names)) or "none"
