@@ -205,10 +205,11 @@ def test_bench_prints_a_table_and_json(out, tiny):
     assert found["pp8"]["tokens_per_s"] == pytest.approx(np.mean(found["pp8"]["samples"]))
 
 
-def test_bench_refuses_an_encoder(data, capsys):
+@pytest.mark.parametrize("argv", [["run", "x"], ["bench"], ["perplexity", __file__]])
+def test_an_encoder_is_told_to_embed(argv, data, capsys):
     path = data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf"
-    assert main(["bench", str(path), *REFERENCE]) == 2
-    assert "is an encoder" in capsys.readouterr().err
+    assert main([argv[0], str(path), *argv[1:], *REFERENCE]) == 2
+    assert "bert is an encoder and writes no text; use tinyllm embed" in capsys.readouterr().err
 
 
 def test_decode_reads_all_weights_but_the_embedding_and_idle_experts():

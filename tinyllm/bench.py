@@ -48,12 +48,10 @@ def measure(model: Model, n_prompt: int, n_gen: int, depth: int, n_repeat: int) 
     Raises
     ------
     ArgumentError
-        Both are 0, one is negative, or the model has no decoder.
+        Both are 0, or one is negative.
     """
     if min(n_prompt, n_gen, depth, n_repeat - 1) < 0 or n_prompt + n_gen == 0:
         raise ArgumentError("expected -p or -n of at least 1, -d >= 0 and -r >= 1")
-    if not model.config.causal:
-        raise ArgumentError(f"{model.arch} is an encoder; bench measures models that write text")
     tests = {f"pp{n_prompt}": (read_prompt, n_prompt), f"tg{n_gen}": (write_tokens, n_gen)}
     return [repeat(model, name, work, n, depth, n_repeat) for name, (work, n) in tests.items() if n]
 
