@@ -22,15 +22,15 @@ __all__ = [
     "tokenizers",
 ]
 _MODULES = {"errors", "gguf", "tokenizers", "sdk"}
-_FROM_MODEL = {"Completion", "Model", "list_devices", "load"}
+_HOMES = {"Completion": "completion", "Model": "model", "list_devices": "model", "load": "model"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that ``import tinyllm`` stays light."""
     if name in _MODULES:
         return import_module(f".{name}", __name__)
-    if name in _FROM_MODEL:
-        return getattr(import_module(".model", __name__), name)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

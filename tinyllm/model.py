@@ -444,7 +444,7 @@ def load(
     wanted = check_n_ctx(n_ctx)
     file = gguf.open(locate(path))
     try:
-        tokenizer = vocabulary(file)
+        tokenizer = vocabulary(file, strict)
         be = open_backend(devices.resolve(device), n_threads)
         network = build(file.metadata, file.tensors, be, kv_type, strict, progress)
     except BaseException:
@@ -453,7 +453,7 @@ def load(
     return Model(file, network, wanted or default_n_ctx(network, kv_type), tokenizer)
 
 
-def vocabulary(file: gguf.GGUFFile) -> Tokenizer | None:
+def vocabulary(file: gguf.GGUFFile, strict: bool = True) -> Tokenizer | None:
     """The file's tokenizer, if it has one; it must name as many tokens as there are embeddings."""
     if "tokenizer.ggml.model" not in file.metadata:
         return None
@@ -465,7 +465,7 @@ def vocabulary(file: gguf.GGUFFile) -> Tokenizer | None:
             path=str(file.path),
             name="tokenizer.ggml.tokens",
         )
-    return tokenizers.load(file.metadata)
+    return tokenizers.load(file.metadata, strict)
 
 
 def locate(path: str | Path | None) -> Path:
