@@ -33,12 +33,14 @@ ALLOWED = {
     "model": BELOW_MODEL | DOWNLOADS | {"completion"},
     **{module: {"errors", *DOWNLOADS} for module in DOWNLOADS},
     "sdk": BELOW_MODEL | {"model"},
-    "repl": BELOW_MODEL | {"model", "sdk"},
+    "arguments": BELOW_MODEL | {"model"},
+    "repl": BELOW_MODEL | {"model", "sdk", "arguments"},
     "server": BELOW_MODEL | {"model", "sdk"},
     "bench": BELOW_MODEL | {"model"},
     "perplexity": BELOW_MODEL | {"model"},
     "info": BELOW_MODEL | {"model"},
-    "cli": BELOW_MODEL | {"model", "sdk", "repl", "server", "bench", "perplexity", "info"},
+    "cli": BELOW_MODEL
+    | {"model", "sdk", "arguments", "repl", "server", "bench", "perplexity", "info"},
     "__main__": {"cli"},
     "__init__": {"errors", "gguf", "tokenizers", "completion", "model", "sdk"},
 }

@@ -2,131 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from . import __version__
+from .arguments import (
+    MODEL_HELP,
+    USAGE_ERROR,
+    Arguments,
+    Command,
+    Parser,
+    load_decoder,
+    load_model,
+    load_options,
+    model_argument,
+    open_file,
+    refuse_lonely_model,
+    text_argument,
+)
 from .errors import ArgumentError, TinyLLMError
 
-if TYPE_CHECKING:
-    from .gguf import GGUFFile
-    from .model import Model
-
-Arguments = argparse.Namespace
-USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
-MODEL_HELP = (
-    "a .gguf file, hf:owner/repo/file.gguf, or a name of GPT4All's list; default: the bundled model"
-)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command: ``arguments`` declares what it takes, ``run`` does it."""
-
-    summary: str
-    example: str
-    arguments: Callable[[Parser], None]
-    run: Callable[[Arguments], None]
-
-    def parser(self, name: str) -> Parser:
-        parser = Parser(
-            prog=f"tinyllm {name}",
-            description=self.summary,
-            epilog=f"example:\n  {self.example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.arguments(parser)
-        return parser
-
-
-# ---- arguments that several commands share
-
-
-def model_argument(p: Parser) -> None:
-    p.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-
-
-def load_options(p: Parser) -> None:
-    p.add_argument("--device", help="cpu (default), auto, reference, cuda[:i], opencl[:i]")
-    p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: the physical cores")
-    p.add_argument("-c", "--n-ctx", type=int, metavar="N", help="tokens of context")
-    p.add_argument("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU; default: all")
-    p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
-    p.add_argument("--no-strict", action="store_true", help="warn of what is not understood")
-
-
-def load_model(args: Arguments) -> Model:
-    import tinyllm
-
-    return tinyllm.load(
-        locate(args.model),
-        device=args.device,
-        n_ctx=args.n_ctx,
-        n_threads=args.n_threads,
-        n_gpu_layers=args.n_gpu_layers,
-        kv_type=args.kv_type,
-        strict=not args.no_strict,
-    )
-
-
-def load_decoder(args: Arguments) -> Model:
-    """A model that continues text."""
-    model = load_model(args)
-    if not model.config.causal:
-        with model:
-            raise ArgumentError(f"{model.arch} is an encoder and writes no text; use tinyllm embed")
-    return model
-
-
-def locate(name: str | None) -> Path:
-    """The model's file, perhaps downloaded; what goes wrong on the way is one line."""
-    from .model import locate as locate_model
-
-    try:
-        return locate_model(name)
-    except (TinyLLMError, OSError):
-        raise
-    except (
-        ValueError,
-        RuntimeError,
-    ) as e:  # a server that refused, a file that was not the expected
-        raise TinyLLMError(f"{name}: {e}") from e
-
-
-def open_file(name: str | None) -> GGUFFile:
-    """A model's metadata and tensors, weights unread."""
-    from . import gguf
-
-    return gguf.open(locate(name))
-
-
-def text_argument(text: str) -> str:
-    """The text itself, or all of standard input for "-"."""
-    return sys.stdin.read() if text == "-" else text
-
-
-def refuse_lonely_model(command: str, model: str | None, text: str) -> None:
-    """A single argument is the text; if it looks like a model, the text was forgotten."""
-    if model is None and text.endswith(".gguf"):
-        raise ArgumentError(
-            f'after the model comes a text: tinyllm {command} {text} "Once upon a time"'
-        )
+FAILED, INTERRUPTED = 1, 130  # exit codes
 
 
 # ---- run
