@@ -281,6 +281,29 @@ def gemma(w: Arrays, c: Any) -> Arrays:
     return {n: x + 1 if n.endswith("norm.weight") else x for n, x in w.items()}
 
 
+DBRX = (
+    (r"^transformer\.blocks\.(\d+)\.norm_attn_norm\.norm_1\.", r"blk.\1.attn_norm."),
+    (r"^transformer\.blocks\.(\d+)\.norm_attn_norm\.norm_2\.", r"blk.\1.attn_output_norm."),
+    (r"^transformer\.blocks\.(\d+)\.norm_attn_norm\.attn\.Wqkv\.", r"blk.\1.attn_qkv."),
+    (r"^transformer\.blocks\.(\d+)\.norm_attn_norm\.attn\.out_proj\.", r"blk.\1.attn_output."),
+    (r"^transformer\.blocks\.(\d+)\.ffn\.router\.layer\.", r"blk.\1.ffn_gate_inp."),
+    (r"^transformer\.blocks\.(\d+)\.ffn\.experts\.mlp\.w1$", r"blk.\1.ffn_gate_exps.weight"),
+    (r"^transformer\.blocks\.(\d+)\.ffn\.experts\.mlp\.v1$", r"blk.\1.ffn_up_exps.weight"),
+    (r"^transformer\.blocks\.(\d+)\.ffn\.experts\.mlp\.w2$", r"blk.\1.ffn_down_exps.weight"),
+)
+
+
+def dbrx(w: Arrays, c: Any) -> Arrays:
+    """Experts' matrices are stacked, and the last is stored the other way round."""
+    out = {}
+    for name, x in w.items():
+        if "_exps" in name:
+            x = x.reshape(4, -1, E)
+            x = x.swapaxes(1, 2) if "down" in name else x
+        out[name] = x
+    return out
+
+
 GEMMA = (
     (r"^layers\.(\d+)\.post_attention_layernorm\.", r"blk.\1.post_attention_norm."),
     (r"^layers\.(\d+)\.pre_feedforward_layernorm\.", r"blk.\1.ffn_norm."),
@@ -348,6 +371,21 @@ GOLDEN = {
          "routed_scaling_factor": 1.5, "norm_topk_prob": True},
         {**EXPERTS, "leading_dense_block_count": 1, "expert_weights_scale": 1.5,
          "expert_weights_norm": True, "expert_gating_func": 2, "expert_shared_count": 1}, split_experts),
+    "dbrx": Golden(
+        "dbrx",
+        "DbrxForCausalLM",
+        {
+            "d_model": E, "n_heads": H, "n_layers": L, "max_seq_len": N_CTX,
+            "attn_config": {"clip_qkv": 1.0, "kv_n_heads": K, "rope_theta": THETA},
+            "ffn_config": {"ffn_hidden_size": 16, "hidden_size": E, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+        {
+            **EXPERTS, "feed_forward_length": 16, "attention.clamp_kqv": 1.0,
+            "attention.layer_norm_epsilon": 1e-5, "attention.layer_norm_rms_epsilon": None,
+        },
+        dbrx,
+        DBRX,
+    ),
     "lfm2": Golden(
         "lfm2", "Lfm2ForCausalLM",
         {"layer_types": ["conv", "full_attention"], "block_ff_dim": F, "norm_eps": 5e-3,

@@ -27,7 +27,7 @@ olmo3-swa olmoe openelm orion phi2 phi3 phi3-longrope-long phi3-longrope-short p
 qwen2-h256 qwen2moe qwen3 qwen3moe refact rwkv6 rwkv7 smollm3 stablelm stablelm-12b starcoder
 starcoder2 xverse""".split()
 OURS = Path(__file__).parent.parent / "data" / "models"  # made by make_models.py beside it
-NEWER = """apertus arcee dots1 ernie4_5 ernie4_5-moe falcon-h1 gemma-embedding gptj granitehybrid
+NEWER = """apertus arcee dbrx dots1 ernie4_5 ernie4_5-moe falcon-h1 gemma-embedding gptj granitehybrid
 hunyuan-dense hunyuan-moe lfm2 lfm2moe mamba2 qwen3next seed_oss""".split()
 BOUND = {"reference": 1e-4, "cpu": 1e-3, "opencl": 1e-3, "cuda": 1e-3}
 SAME = {"reference": 1e-5, "cpu": 0.0, "opencl": 1e-5, "cuda": 1e-5}  # x std; 0: to the bit

@@ -200,6 +200,7 @@ ROWS = (
         "gpt-oss", "arXiv:2508.10925", act="swiglu_oai", gating="softmax_selected",
         roles=FFN_NORM, adjust=lambda c: every(2, c),
     ),
+    Arch("dbrx", "hf.co/databricks/dbrx-base", roles={"ffn_norm": "attn_output_norm"}),
     Arch("arctic", "hf.co/Snowflake/snowflake-arctic-instruct", pairing="adjacent"),
     Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
@@ -252,7 +253,7 @@ ROWS = (
 ARCHS = {row.name: row for row in ROWS}
 
 # Tensors that a model could be built without, but that these architectures always have.
-OWN_HEAD = """baichuan gpt-oss gptneox internlm2 jais nemotron olmoe orion qwen qwen2moe stablelm
+OWN_HEAD = """baichuan dbrx gpt-oss gptneox internlm2 jais nemotron olmoe orion qwen qwen2moe stablelm
 xverse""".split()
 NORMED_EMBEDDING = "bert bloom jina-bert-v2 modern-bert nomic-bert nomic-bert-moe".split()
 REQUIRED = {
@@ -280,7 +281,7 @@ NOT_RUN = {
     ),
     **dict.fromkeys(
         "gemma3n gemma4 deci jamba plamo plamo2 plamo3 nemotron_h nemotron_h_moe kimi-linear rwkv6qwen2 "
-        "arwkv7 grok dbrx bitnet glm4moe exaone-moe bailingmoe bailingmoe2 minimax-m2 mimo2 afmoe "
+        "arwkv7 grok bitnet glm4moe exaone-moe bailingmoe bailingmoe2 minimax-m2 mimo2 afmoe "
         "grovemoe smallthinker step35 mistral3 mistral4 qwen35 qwen35moe glm-dsa jina-bert-v3 neo-bert "
         "eurobert jais2 maincoder pangu-embedded plm deepseek llama-embed".split(),
         "it has no row of our table yet",
