@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import requests
 
-import tinyllm
+from tinyllm.completion import Completion
 from tinyllm.sdk import CancellationError, Embed4All, GPT4All, catalogue
 from tinyllm.sdk import gpt4all as module
 from tinyllm.sdk._pyllmodel import LLModel
@@ -303,7 +303,7 @@ def test_stop_strings_end_the_answer_and_are_not_shown(
 
 def test_logprobs_come_with_the_completion(llm: GPT4All) -> None:
     completion = llm.generate(START, logprobs=3, **GREEDY)
-    assert isinstance(completion, tinyllm.Completion)
+    assert isinstance(completion, Completion)
     assert completion.text == llm.generate(START, **GREEDY)
     assert len(completion.logprobs) == len(completion.ids) == 12
     assert all(len(t.top) == 3 and max(t.top, key=t.top.get) == t.id for t in completion.logprobs)
@@ -417,6 +417,10 @@ def test_an_unloaded_model_says_so(models: Path) -> None:
     model.prompt_model(START, "%1", lambda i, s: pieces.append(s) or True, n_predict=3, temp=0)
     assert "".join(pieces) == ", there was"
     assert (model.context.n_predict, model.context.n_ctx) == (3, 64)
+    assert len(model.start("<s>", special=False).prompt_ids) > len(model.start("<s>").prompt_ids)
+    for option in ({"context_erase": 0.5}, {"reset_context": False}):
+        with pytest.raises(ValueError, match=r"context_erase is 0\.75"):
+            model.start(START, **option)
     model.close()
 
 
@@ -429,3 +433,15 @@ def test_an_embedding_model_does_not_write(embedder: Embed4All, llm: GPT4All) ->
 
 def test_cancellation_error_is_one_class() -> None:
     assert module.CancellationError is CancellationError
+
+
+def test_what_calls_have_in_common_is_read_once(
+    llm: GPT4All, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, rows = llm.model.model.network, []
+    forward = net.forward
+    monkeypatch.setattr(net, "forward", lambda s, t=None: rows.append(s[0][1]) or forward(s, t))
+    first = llm.generate("The big red ball was in the park and", **GREEDY)
+    rows.clear()
+    assert llm.generate("The big red ball was in the park and", **GREEDY) == first
+    assert rows == [1] * 12

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinyllm.errors import GGUFError, TinyLLMError, UnsupportedModel
+from tinyllm.generate import ERASED
 from tinyllm.sampling import SamplingParams
 from tinyllm.sdk import devices, embedding
 from tinyllm.sdk.answering import MIN_N_CTX, Answer, Request, pieces
@@ -99,7 +100,8 @@ class LLModel:
         self._gpu: devices.GPU | None = None
         self._n_threads = n_threads
         self._closed = False
-        self._lock = threading.RLock()
+        self._idle: list[State] = []  # of the last call: the next may begin alike
+        self._idle_lock = threading.Lock()
         self._check_file()
 
     def _check_file(self) -> None:
@@ -119,6 +121,7 @@ class LLModel:
             return
         with model.network.lock:
             self.model = None
+            self._idle.clear()
             model.close()
 
     def _raise_closed(self) -> NoReturn:
@@ -223,18 +226,35 @@ class LLModel:
         """How many tokens a prompt takes, the one at its beginning included."""
         return len(self._encode(prompt))
 
-    def _encode(self, prompt: str) -> list[int]:
-        """A prompt's tokens: special tokens read, the beginning token once."""
+    def _encode(self, prompt: str, special: bool = True) -> list[int]:
+        """A prompt's tokens: special tokens read unless told otherwise, the beginning token once."""
         from tinyllm.chat import encode_chat
 
         prompt.encode()  # GPT4All's errors: AttributeError for what is no text, UnicodeEncodeError
         tokenizer = self._open().tokenizer
         first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
-        return encode_chat(tokenizer, prompt, tokenizer.bos) or ([] if first is None else [first])
+        if special:
+            ids = encode_chat(tokenizer, prompt, tokenizer.bos)
+        else:
+            ids = tokenizer.encode(prompt, add_special=True, parse_special=False)
+        return ids or ([] if first is None else [first])
 
     def new_state(self) -> State:
         """An empty conversation."""
         return self._open().new_state()
+
+    def _take_state(self) -> State:
+        """A state that no other call uses."""
+        model = self._open()
+        with self._idle_lock:
+            if self._idle:
+                return self._idle.pop()
+        return model.new_state()
+
+    def _give_back(self, state: State) -> None:
+        with self._idle_lock:
+            if self.model is not None and not self._idle:
+                self._idle.append(state)
 
     # prompts
 
@@ -298,6 +318,8 @@ class LLModel:
         finally:
             if self.context is not None:
                 self.context.n_past = self.context.tokens_size = answer.state.n_past
+            if answer.borrowed:
+                self._give_back(answer.state)
 
     def _check_open(self) -> None:
         if self.model is None:
@@ -325,10 +347,10 @@ class LLModel:
     ) -> Answer:
         """An answer, not yet begun.
 
-        ``state`` is the conversation to continue, a new one when not given; what it has in common with the
-        prompt is not computed again. ``seed``, ``stop`` and ``logprobs`` are those of ``tinyllm``'s models,
-        the others GPT4All's. The engine reads prompts in batches of its own choice, whatever ``n_batch``
-        says.
+        ``state`` is the conversation to continue, one of this call alone when not given; what it has in
+        common with the prompt is not computed again. ``seed``, ``stop`` and ``logprobs`` are those of
+        ``tinyllm``'s models, the others GPT4All's, of which ``context_erase`` and ``reset_context`` have
+        one value only. The engine reads prompts in batches of its own choice, whatever ``n_batch`` says.
 
         Raises
         ------
@@ -340,6 +362,10 @@ class LLModel:
         model = self._open()
         if n_batch < 1:
             raise ValueError(f"n_batch must be positive, got {n_batch}")
+        if context_erase != ERASED or not reset_context:
+            raise ValueError(
+                f"context_erase is {ERASED}; to continue a conversation, pass its state"
+            )
         if not model.config.causal:
             raise RuntimeError("prompt error: this model does not support text or chat completion.")
         params = SamplingParams(
@@ -357,7 +383,10 @@ class LLModel:
             repeat_penalty, repeat_last_n, context_erase,
         )  # fmt: skip
         request = Request(params, n_predict, stops, logprobs)
-        return Answer(model, state or model.new_state(), self._encode(prompt), request)
+        ids = self._encode(prompt, special)
+        if state is None:
+            return Answer(model, self._take_state(), ids, request, borrowed=True)
+        return Answer(model, state, ids, request)
 
     @staticmethod
     def _prompt_callback(token_id: int) -> bool:

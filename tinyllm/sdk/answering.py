@@ -43,9 +43,17 @@ class Request:
 class Answer:
     """A prompt being answered in a state, which keeps what it has in common with the prompt."""
 
-    def __init__(self, model: Model, state: State, ids: list[int], request: Request) -> None:
+    def __init__(
+        self,
+        model: Model,
+        state: State,
+        ids: list[int],
+        request: Request,
+        borrowed: bool = False,
+    ) -> None:
         tokenizer = model.tokenizer
         self.model, self.state, self.lock = model, state, model.network.lock
+        self.borrowed = borrowed  # the state goes back when the answer ends
         self.keep = 1 if tokenizer.add_bos else 0
         self.prompt_ids = erase_oldest(ids, state.n_ctx, self.keep)
         self.n_reused = state.reuse(self.prompt_ids)
