@@ -255,6 +255,8 @@ def _templates(metadata: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     plain = metadata.get(key)
     if isinstance(plain, Sequence) and not isinstance(plain, str):
         entries = [entry for entry in plain if isinstance(entry, Mapping)]
+        if len(entries) < len(plain):
+            raise TemplateError(f"{key} is a list of something else than templates with names")
         yield from ((entry.get("name", "default"), entry.get("template")) for entry in entries)
     elif plain is not None:
         yield "default", plain

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .errors import ContextOverflow
+from .errors import ContextOverflow, NumericError
 from .sampling import Sampler
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ def note_prompt(run: Run, n: int, logits: np.ndarray) -> None:
 
 def choose(run: Run, logits: np.ndarray) -> Token:
     """The next token; it joins the sequence unless it ends the text."""
+    if not np.isfinite(logits.min()):
+        raise NumericError("logits hold NaN or infinity: the weights are damaged")
     report = np.array(logits) if run.logprobs is not None else logits
     chosen = run.sampler.choose(np.array(logits), run.state.ids)
     run.n_generated += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import ItemsView, Iterable, KeysView, ValuesView
+from collections.abc import Collection, ItemsView, KeysView, ValuesView
 from typing import Any
 
 from jinja2.exceptions import SecurityError
@@ -80,13 +80,15 @@ def weight_of(value: Any, limit: int, node: int = NODE) -> int:
             raise Stopped(f"it makes a number of more than {MAX_BITS} bits")
         children = _children(item)
         if children is not None:
+            if total + node * len(children) > limit:
+                return limit + 1
             if depth >= MAX_DEPTH:
                 raise Stopped(f"it nests a value deeper than {MAX_DEPTH}")
             stack.extend((child, depth + 1) for child in children)
     return total
 
 
-def _children(item: Any) -> Iterable[Any] | None:
+def _children(item: Any) -> Collection[Any] | None:
     if isinstance(item, str):
         return None
     if isinstance(item, Namespace):

@@ -447,6 +447,9 @@ def load(
         tokenizer = vocabulary(file, strict)
         be = open_backend(devices.resolve(device), n_threads)
         network = build(file.metadata, file.tensors, be, kv_type, strict, progress)
+    except GGUFError as e:
+        file.close()
+        raise file.located(e) from e
     except BaseException:
         file.close()
         raise
@@ -457,15 +460,14 @@ def vocabulary(file: gguf.GGUFFile, strict: bool = True) -> Tokenizer | None:
     """The file's tokenizer, if it has one; it must name as many tokens as there are embeddings."""
     if "tokenizer.ggml.model" not in file.metadata:
         return None
+    tokenizer = tokenizers.load(file.metadata, strict)
     embeddings = file.tensors.get("token_embd.weight")
-    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
-    if embeddings is not None and len(tokens) != embeddings.shape[0]:
+    if embeddings is not None and tokenizer.n_vocab != embeddings.shape[0]:
         raise GGUFError(
-            f"names {len(tokens)} tokens; token_embd.weight has {embeddings.shape[0]} rows",
-            path=str(file.path),
+            f"names {tokenizer.n_vocab} tokens; token_embd.weight has {embeddings.shape[0]} rows",
             name="tokenizer.ggml.tokens",
         )
-    return tokenizers.load(file.metadata, strict)
+    return tokenizer
 
 
 def locate(path: str | Path | None) -> Path:

@@ -137,6 +137,10 @@ def test_tokens_longer_than_the_text_cost_nothing(family: str) -> None:
     changed = metadata(family)
     changed[T + "tokens"][-3:] = ["a" * 16_000, "a" * 15_000, "aa" * 7_000]
     changed[T + "token_type"][-3:] = [1, 1, 1]
+    if T + "merges" in changed:
+        known = set(changed[T + "tokens"])
+        parts = [(m, m.split(" ")) for m in changed[T + "merges"]]
+        changed[T + "merges"] = [m for m, (a, b) in parts if {a, b, a + b} <= known]
     assert tokenizers.load(changed).encode("a" * 20_000)
 
 

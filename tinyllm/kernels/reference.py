@@ -6,7 +6,7 @@ here is fast; everything is as short as the definition allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import erf
 
@@ -178,6 +178,10 @@ class ReferenceBackend(Backend):
     """The NumPy backend; see ``Backend`` for what each method promises."""
 
     name = "reference"
+
+    def step(self, key: Hashable | None, fn: Callable[[Batch], Array], batch: Batch) -> Array:
+        with np.errstate(all="ignore"):  # what is not finite is found in the logits
+            return super().step(key, fn, batch)
 
     def load(self, source: Source, rows: np.ndarray | slice | None = None) -> DenseWeight:
         n_rows = int(np.prod(source.shape[:-1]))

@@ -13,6 +13,8 @@ from ..errors import ArgumentError, StateError
 if TYPE_CHECKING:
     from ..kernels.backend import Cache, LayerCache, RopeSpec
 
+HEADER = 4096  # bytes before the numbers of an array in a saved state, at most
+
 
 class State:
     """One sequence of tokens and its cache; made by ``Model.new_state``.
@@ -120,16 +122,31 @@ class State:
         """
         try:
             with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as f:
-                arrays = {k: f[k] for k in f.files}
-            fingerprint, ids = str(arrays.pop("fingerprint")), arrays.pop("ids")
-            n_past = int(arrays.pop("n_past"))
-        except (OSError, ValueError, KeyError, EOFError) as e:
-            raise StateError(f"{path}: not a saved state ({e})") from None
+                sizes = {e.filename.removesuffix(".npy"): e.file_size for e in f.zip.infolist()}
+                small = ("fingerprint", "ids", "n_past")
+                if any(sizes[name] > 4 * self.n_ctx + HEADER for name in small):
+                    raise ValueError(f"longer than the {self.n_ctx} tokens of this state")
+                fingerprint, ids, n_past = str(f["fingerprint"]), f["ids"], int(f["n_past"])
+                if (
+                    ids.dtype != np.int32
+                    or ids.ndim != 1
+                    or not 0 <= n_past <= len(ids) <= self.n_ctx
+                ):
+                    raise ValueError(f"{ids.shape} tokens, {n_past} stored; room for {self.n_ctx}")
+                if fingerprint != self.fingerprint:
+                    raise ValueError(f"saved with another model or cache type ({fingerprint:.80})")
+                expected = {f"cache.{k}": a for k, a in self.cache.export(n_past).items()}
+                for name, size in sizes.items():  # before anything is unpacked
+                    if name not in small and size > expected[name].nbytes + HEADER:
+                        raise ValueError(f"{name} has {size} bytes")
+                arrays = {k: f[k] for k in f.files if k not in small}
         except Exception as e:  # zipfile and zlib raise their own kinds for damaged files
-            raise StateError(f"{path}: damaged saved state ({e})") from None
-        if fingerprint != self.fingerprint:
-            raise StateError(f"{path}: saved with another model or cache type ({fingerprint:.80})")
-        if ids.dtype != np.int32 or ids.ndim != 1 or not 0 <= n_past <= len(ids) <= self.n_ctx:
-            raise StateError(f"{path}: {ids.shape} tokens, {n_past} stored; room for {self.n_ctx}")
+            raise StateError(f"{path}: not a saved state of this model, or damaged ({e})") from None
+        for name in expected.keys() | arrays.keys():
+            a, b = arrays.get(name), expected.get(name)
+            if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise StateError(
+                    f"{path}: the array {name} is missing, surplus or of another shape"
+                )
         self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
         self.ids, self.n_past = ids.tolist(), n_past

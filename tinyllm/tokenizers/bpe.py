@@ -123,4 +123,11 @@ def _read_ranks(vocab: Vocab, required: bool) -> dict[str, int]:
     if not all(map(contains, merges, repeat(" "))):
         i = next(i for i, m in enumerate(merges) if " " not in m)
         raise key_error("merges", f"merge {i}, {merges[i][:40]!r}, is not two tokens with a space")
+    for i, m in enumerate(merges):
+        at = m.find(" ", 1)
+        left, right = m[:at], m[at + 1 :]
+        if left + right not in vocab.ids or left not in vocab.ids or right not in vocab.ids:
+            raise key_error("merges", f"merge {i}, {m[:40]!r}, is of or to no token")
+    if len(set(merges)) < len(merges):
+        raise key_error("merges", "a merge stands twice")
     return dict(zip(reversed(merges), range(len(merges) - 1, -1, -1), strict=True))

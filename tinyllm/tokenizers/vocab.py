@@ -144,9 +144,9 @@ class Vocab:
         out = self.numbers("scores", np.float32)
         if out is None:
             return np.zeros(len(self), np.float32)
-        if np.isnan(out).any():
-            i = int(np.flatnonzero(np.isnan(out))[0])
-            raise key_error("scores", f"the score of token {i} is not a number")
+        wrong = np.flatnonzero(np.isnan(out) | (out == np.inf))
+        if len(wrong):
+            raise key_error("scores", f"the score of token {wrong[0]} is {out[wrong[0]]}")
         return out
 
     # Building
