@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinyllm.errors import ArgumentError, StateError
@@ -62,7 +62,7 @@ def test_an_unfinished_character_at_the_end_is_dropped():
     assert stream.n_held_tokens == 0
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=12), st.data())
 def test_any_cut_of_the_bytes_shows_the_same_text(text, draw):
     data = text.encode()
@@ -155,7 +155,7 @@ def test_stop_strings_are_checked(stop):
 words = st.lists(st.text("ab€", max_size=4), max_size=8)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(words, st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3))
 def test_streaming_finds_the_stop_that_a_search_finds(pieces, stop):
     """Against the simplest oracle: search the text so far, after every token."""
