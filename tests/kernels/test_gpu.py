@@ -13,7 +13,7 @@ from tinyllm.errors import ContextOverflow, DeviceError, StateError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache, Routing
 from tinyllm.kernels.gpu import devices, weights
-from tinyllm.kernels.gpu.arrays import bucket
+from tinyllm.kernels.gpu.arrays import Pool, bucket
 from tinyllm.kernels.reference import ReferenceBackend
 
 pytestmark = pytest.mark.device
@@ -250,20 +250,40 @@ def test_loads_and_closes_leave_no_memory_behind() -> None:
         b.close()
 
     try:
-        for _ in range(5):
+        for _ in range(25):  # until PoCL's threads have what they keep
             once()
         before = resident()
         for _ in range(40):
             once()
     except (DeviceError, FileNotFoundError) as e:
         pytest.skip(str(e))
-    assert resident() - before < 16 << 20  # forty models are 160 MiB
+    assert resident() - before < 32 << 20  # forty models are 160 MiB
 
 
 @pytest.mark.parametrize("nbytes", [1, 256, 257, 1000, 4097, 10**6, 10**9 + 1])
 def test_buckets_hold_what_they_are_for_and_little_more(nbytes: int) -> None:
     assert nbytes <= bucket(nbytes) <= max(256, nbytes * 1.13)
     assert bucket(bucket(nbytes)) == bucket(nbytes)
+
+
+def test_a_pool_uses_spare_buffers_that_are_not_much_too_large() -> None:
+    made = []
+
+    def allocate(nbytes: int) -> int:
+        made.append(nbytes)
+        return len(made)
+
+    pool = Pool(allocate, lambda buffer: None)
+    first, room = pool.take(1000)
+    pool.give(first, room)
+    assert pool.take(600) == (first, 1024)
+    second, _ = pool.take(600)
+    assert second != first
+    pool.give(first, 1024)
+    assert pool.take(300)[0] != first
+    assert made == [1024, 640, 320]
+    pool.trim()
+    assert pool.nbytes == 640 + 320
 
 
 # ---- formats and devices

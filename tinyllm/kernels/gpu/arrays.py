@@ -20,7 +20,7 @@ class GPUArray:
     values when the buffer is asked for, unless another kernel has done its work along the way.
     """
 
-    __slots__ = ("_base", "_buffer", "_pool", "dtype", "int8", "pending", "shape")
+    __slots__ = ("_base", "_buffer", "_pool", "_room", "dtype", "int8", "pending", "shape")
 
     def __init__(
         self,
@@ -29,10 +29,11 @@ class GPUArray:
         buffer: Buffer,
         pool: Pool | None = None,
         base: GPUArray | None = None,
+        room: int = 0,
     ) -> None:
         self.shape, self.dtype, self._buffer = tuple(shape), np.dtype(dtype), buffer
         self.pending: Sum | None = None
-        self._pool, self._base = pool, base
+        self._pool, self._base, self._room = pool, base, room
         self.int8: tuple[GPUArray, GPUArray, GPUArray] | None = None
 
     @property
@@ -67,7 +68,7 @@ class GPUArray:
 
     def __del__(self) -> None:
         if self._pool is not None:
-            self._pool.give(self._buffer, self.nbytes)
+            self._pool.give(self._buffer, self._room)
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,22 @@ class Pool:
         self.nbytes = 0
         self.closed = False
 
-    def take(self, nbytes: int) -> Buffer:
-        """A buffer of at least ``nbytes``."""
+    def take(self, nbytes: int) -> tuple[Buffer, int]:
+        """A buffer of at least ``nbytes``, and its size: a spare one of up to twice that, or a new one."""
         size = bucket(nbytes)
-        spare = self._spare[size]
-        if spare:
-            return spare.pop()
-        buffer = self._allocate(size)
-        self.nbytes += size
-        return buffer
+        if not self._spare[size]:
+            larger = [s for s, spare in self._spare.items() if spare and size < s <= 2 * size]
+            if not larger:
+                buffer = self._allocate(size)
+                self.nbytes += size
+                return buffer, size
+            size = min(larger)
+        return self._spare[size].pop(), size
 
-    def give(self, buffer: Buffer, nbytes: int) -> None:
-        """Take a buffer of ``nbytes`` back."""
+    def give(self, buffer: Buffer, size: int) -> None:
+        """Take a buffer back."""
         if not self.closed:
-            self._spare[bucket(nbytes)].append(buffer)
+            self._spare[size].append(buffer)
 
     def trim(self) -> None:
         """Free what is not in use."""

@@ -118,7 +118,8 @@ class Device(Backend):
         return self._new(shape, dtype, self.pool)
 
     def _new(self, shape: tuple[int, ...], dtype: Any, pool: Pool) -> GPUArray:
-        return GPUArray(shape, dtype, pool.take(prod(shape) * np.dtype(dtype).itemsize), pool)
+        buffer, room = pool.take(prod(shape) * np.dtype(dtype).itemsize)
+        return GPUArray(shape, dtype, buffer, pool, room=room)
 
     def array(self, x: np.ndarray) -> GPUArray:
         # never a buffer of `pool`: recorded steps write to those although they are spare
