@@ -192,6 +192,11 @@ ROOTED = (  # a mixer of its own keeps its tensors' names
     (r"^(model\.)?(layers\.\d+)\.post_attention_layernorm\.", r"\2.post_attention_norm."),
 )
 AS_FFN_NORM = ROOTED[:-1]
+GRANITE = (
+    *AS_FFN_NORM,
+    (r"\.block_sparse_moe\.router\.", ".ffn_gate_inp."),
+    (r"\.block_sparse_moe\.experts", ".mlp.experts"),
+)
 
 
 def recurrent(w: Arrays, c: Any) -> Arrays:
@@ -334,12 +339,21 @@ GOLDEN = {
         {**ENCODER}, bert_names, BERT, "score"),
     "rank-modern-bert": Golden(
         "modern-bert", "ModernBertForSequenceClassification",
-        {"norm_eps": 5e-3, "num_labels": 1, "classifier_pooling": "mean", "local_attention": 8, "num_hidden_layers": 2,
-         "global_attn_every_n_layers": 2, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 160000.0},
-         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}, "cls_token_id": 2, "sep_token_id": 3},
-        {**ENCODER, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2, "classifier.pooling_type": 1,
-         "rope.freq_base": 160000.0, "rope.freq_base_swa": 10000.0, "rope.dimension_count": D},
-        names=MODERN, kind="score"),
+        {
+            "norm_eps": 5e-3, "num_labels": 1, "classifier_pooling": "mean", "local_attention": 8,
+            "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 160000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        {
+            **ENCODER, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2,
+            "classifier.pooling_type": 1, "rope.freq_base": 160000.0, "rope.freq_base_swa": 10000.0,
+            "rope.dimension_count": D,
+        },
+        names=MODERN, kind="score",
+    ),
     "gptj": Golden(
         "gptj", "GPTJForCausalLM",
         {"n_embd": E, "n_layer": L, "n_head": H, "rotary_dim": 4, "n_inner": F, "n_positions": N_CTX,
@@ -416,8 +430,7 @@ GOLDEN = {
             "block_count": 3, "embedding_scale": 6.0,
          "residual_scale": 0.5, "attention.scale": 0.25, "logit_scale": 2.0, "feed_forward_length": 8,
          "rope.scaling.finetuned": False, "expert_shared_feed_forward_length": 16},
-        granite_hybrid, AS_FFN_NORM + ((r"\.block_sparse_moe\.router\.", ".ffn_gate_inp."),
-                                       (r"\.block_sparse_moe\.experts", ".mlp.experts"))),
+        granite_hybrid, GRANITE),
     "falcon-h1": Golden(
         "falcon-h1", "FalconH1ForCausalLM",
         {**HYBRID, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_rms_norm": False,

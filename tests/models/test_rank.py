@@ -71,6 +71,23 @@ def test_what_cannot_be_ranked_is_refused(reranker, stories260k: Path) -> None:
         m.rank("a", ["b"])
 
 
+def test_projections_follow_pooling(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    up, down = (rng.standard_normal(s).astype(np.float32) for s in ((48, 32), (16, 48)))
+    ids = [5, 9, 30, 7]
+    with gguf.open(MODELS / "gemma-embedding.gguf") as f:
+        more = {"dense_2.weight": up, "dense_3.weight": down}
+        gguf.write(tmp_path / "m.gguf", f.metadata, {**f.tensors, **more})
+    with tinyllm.load(MODELS / "gemma-embedding.gguf", device="reference") as m:
+        plain = m.embed_ids(ids, normalize=False)
+        assert plain.shape == (32,)
+    with tinyllm.load(tmp_path / "m.gguf", device="reference") as m:
+        np.testing.assert_allclose(
+            m.embed_ids(ids, normalize=False), down @ (up @ plain), rtol=1e-4, atol=1e-4
+        )
+        assert m.embed_ids(ids, pooling="none").shape == (4, 16)
+
+
 def test_a_reranker_without_its_head_is_refused() -> None:
     with gguf.open(MODELS / "rank-bert.gguf") as f:
         tensors = {n: t for n, t in f.tensors.items() if n != "cls.output.weight"}

@@ -119,20 +119,20 @@ class Recorder(Backend):
 
     # ---- matrices
 
-    def embed(self, w: Value, ids: Value, scale: float = 1.0) -> Value:
+    def embed(self, w: Any, ids: Value, scale: float = 1.0) -> Value:
         return self.new(("T", w.shape[-1]), "rows {} of {}" + times(scale), ids, w)
 
-    def matmul(self, w: Value, x: Value, bias: Value | None = None) -> Value:
+    def matmul(self, w: Any, x: Value, bias: Value | None = None) -> Value:
         more = (bias,) if bias is not None else ()
         text = "{} · {}ᵀ" + (" + {}" if more else "")
         return self.new((*x.shape[:-1], w.shape[-2]), text, x, w, *more)
 
-    def matmul_experts(self, w: Value, x: Value, experts: Value, bias: Any = None) -> Value:
+    def matmul_experts(self, w: Any, x: Value, experts: Value, bias: Any = None) -> Value:
         more = (bias,) if bias is not None else ()
         text = "{} · {}[{}]ᵀ" + (" + {}" if more else "")
         return self.new((*experts.shape, w.shape[1]), text, x, w, experts, *more)
 
-    def matmul_heads(self, w: Value, x: Value) -> Value:
+    def matmul_heads(self, w: Any, x: Value) -> Value:
         shape = ("T", w.shape[0] * w.shape[1])
         return self.new(shape, "each head of {} · its matrix of {}ᵀ", x, w)
 

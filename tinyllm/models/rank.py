@@ -36,7 +36,7 @@ class RankHead:
 
 
 class Projections:
-    """What EmbeddingGemma and others multiply a pooled row by, in turn: [E] -> [E or another length]."""
+    """What EmbeddingGemma and others multiply pooled rows by, in turn: [.., E] -> [.., E or else]."""
 
     def __init__(self, w: Tensors) -> None:
         names = [n for n in ("dense_2", "dense_3") if w.has(f"{n}.weight")]
@@ -57,9 +57,10 @@ def matrix(w: Tensors, name: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def product(m: tuple[np.ndarray, np.ndarray | None], x: np.ndarray) -> np.ndarray:
+    """x [.., n_in] times a matrix [n_out, n_in] transposed, plus its bias -> [.., n_out]."""
     weight, bias = m
-    y = (weight.astype(np.float64) @ x).astype(np.float32)
-    return y if bias is None else y + bias
+    y = (x @ weight.astype(np.float64).T).astype(np.float32)
+    return np.asarray(y if bias is None else y + bias)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
