@@ -123,11 +123,21 @@ def _read_ranks(vocab: Vocab, required: bool) -> dict[str, int]:
     if not all(map(contains, merges, repeat(" "))):
         i = next(i for i, m in enumerate(merges) if " " not in m)
         raise key_error("merges", f"merge {i}, {merges[i][:40]!r}, is not two tokens with a space")
-    for i, m in enumerate(merges):
-        at = m.find(" ", 1)
-        left, right = m[:at], m[at + 1 :]
-        if left + right not in vocab.ids or left not in vocab.ids or right not in vocab.ids:
-            raise key_error("merges", f"merge {i}, {m[:40]!r}, is of or to no token")
-    if len(set(merges)) < len(merges):
+    if not _all_known(merges, vocab.ids):
+        for i, m in enumerate(merges):
+            at = m.find(" ", 1)
+            left, right = m[:at], m[at + 1 :]
+            if not {left, right, left + right} <= vocab.ids.keys():
+                raise key_error("merges", f"merge {i}, {m[:40]!r}, is of or to no token")
+    ranks = dict(zip(merges, range(len(merges)), strict=True))
+    if len(ranks) < len(merges):
         raise key_error("merges", "a merge stands twice")
-    return dict(zip(reversed(merges), range(len(merges) - 1, -1, -1), strict=True))
+    return ranks
+
+
+def _all_known(merges: list[str], ids: dict[str, int]) -> bool:
+    """Whether all halves and wholes are tokens; False also where a token has a space in it."""
+    known = ids.__contains__
+    wholes = map(str.replace, merges, repeat(" "), repeat(""))
+    halves = chain.from_iterable(map(str.split, merges, repeat(" ")))
+    return all(map(known, wholes)) and all(map(known, halves))
