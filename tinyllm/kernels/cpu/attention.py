@@ -329,27 +329,33 @@ def write_q8_0(source, out, n):
 
 
 @numba.njit(nogil=True)
-def write_row(k, v, table, head, position, dim, dim_v, kind):
-    """One token's key and value of one head to their place in a cache."""
-    keys = get_i64(table) + head * get_i64(table + 16)
-    values = get_i64(table + 8) + head * get_i64(table + 24)
-    if kind == 2:
-        write_q8_0(k, keys + position * ((dim + 31) // 32 * 34), dim)
-        write_q8_0(v, values + position * ((dim_v + 31) // 32 * 34), dim_v)
-        return
-    size = 2 if kind == 1 else 4
-    keys += (position // 16 * 16 * dim + position % 16) * size
-    values += position * ((dim_v + 15) // 16 * 16) * size
+def write_f32(k, v, keys, values, position, dim, dim_v):
+    """A key and a value to their places."""
+    keys += 4 * (position // 16 * 16 * dim + position % 16)
     for i in range(dim):
-        if kind == 1:
-            set_half(keys + 32 * i, get_f32(k + 4 * i))
-        else:
-            set_f32(keys + 64 * i, get_f32(k + 4 * i))
+        set_f32(keys + 64 * i, get_f32(k + 4 * i))
+    copy(values + 4 * position * ((dim_v + 15) // 16 * 16), v, 4 * dim_v)
+
+
+@numba.njit(nogil=True)
+def write_f16(k, v, keys, values, position, dim, dim_v):
+    """The same, as halves."""
+    keys += 2 * (position // 16 * 16 * dim + position % 16)
+    for i in range(dim):
+        set_half(keys + 32 * i, get_f32(k + 4 * i))
+    values += 2 * position * ((dim_v + 15) // 16 * 16)
     for i in range(dim_v):
-        if kind == 1:
-            set_half(values + 2 * i, get_f32(v + 4 * i))
-        else:
-            set_f32(values + 4 * i, get_f32(v + 4 * i))
+        set_half(values + 2 * i, get_f32(v + 4 * i))
+
+
+@numba.njit(nogil=True)
+def write_blocks(k, v, keys, values, position, dim, dim_v):
+    """The same, as rows of q8_0 blocks."""
+    write_q8_0(k, keys + position * ((dim + 31) // 32 * 34), dim)
+    write_q8_0(v, values + position * ((dim_v + 31) // 32 * 34), dim_v)
+
+
+write = write_f16
 
 
 def cache_write(args, first, last, worker):
@@ -362,7 +368,6 @@ def cache_write(args, first, last, worker):
         arg(args, 4),
     )
     layer, n_head, dim, dim_v = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
-    kind = arg(args, 9)
     for t in range(first, last):
         seq = 0
         while get_i32(starts + 4 * seq + 4) <= t:
@@ -371,8 +376,17 @@ def cache_write(args, first, last, worker):
         table = get_i64(caches + 8 * seq) + layer * LAYER
         for head in range(n_head):
             row = t * n_head + head
-            source_k, source_v = k + 4 * dim * row, v + 4 * dim_v * row
-            write_row(source_k, source_v, table, head, position, dim, dim_v, kind)
+            keys = get_i64(table) + head * get_i64(table + 16)
+            values = get_i64(table + 8) + head * get_i64(table + 24)
+            write(k + 4 * dim * row, v + 4 * dim_v * row, keys, values, position, dim, dim_v)
+
+
+WRITERS = {"f32": write_f32, "f16": write_f16, "q8_0": write_blocks}
+
+
+def write_kernel(kv: str) -> int:
+    """``cache_write`` for a kind of cache."""
+    return jit.kernel(cache_write, f"cache_write_{kv}", write=WRITERS[kv])
 
 
 # ---- compiled for a kind of cache and a number of rows

@@ -278,9 +278,10 @@ class CPUBackend(Backend):
             known = ", ".join(elementwise.ACTIVATIONS)
             raise ArgumentError(f"unknown activation {kind!r}; expected one of {known}")
         y = self._new(x.shape)
-        number = elementwise.ACTIVATIONS.index(kind)
-        args = [x.address, up.address if up is not None else 0, y.address, x.size, number]
-        self._op(elementwise.act, -(-x.size // ACT_PIECE), args, [x, up, y])
+        args = [x.address, up.address if up is not None else 0, y.address, x.size]
+        pieces = -(-x.size // ACT_PIECE)
+        self._tape.add(elementwise.act_kernel(kind), pieces, args, max(1, pieces // 16))
+        self._tape.keep(x, up)
         return y
 
     def add(self, x: Array, *ys: Array, scale: float = 1.0) -> CPUArray:
@@ -341,10 +342,13 @@ class CPUBackend(Backend):
     def cache_write(self, batch: Batch, layer: int, k: Array, v: Array) -> None:
         cache = batch.caches[0]
         c = cache.layers[layer]
-        kind = attention.KINDS[cache.kv_type][0]
         args = [k.address, v.address, *self._past(batch), layer]
-        args += [c.n_head_kv, c.head_dim, c.head_dim_v, kind]
-        self._op(attention.cache_write, batch.n_rows, args, [k, v, batch, self._step])
+        args += [c.n_head_kv, c.head_dim, c.head_dim_v]
+        self._write(cache.kv_type, batch.n_rows, args, [k, v, batch, self._step])
+
+    def _write(self, kv: KVType, rows: int, args: list[int], keep: list[Any]) -> None:
+        self._tape.add(attention.write_kernel(kv), rows, args, max(1, rows // 16))
+        self._tape.keep(*keep)
 
     def _past(self, batch: Batch) -> list[int]:
         """Addresses: the caches' tables, where sequences begin, how much each has stored."""
@@ -407,8 +411,8 @@ class CPUBackend(Backend):
             kept += pair
         caches = tables.ctypes.data + attention.LAYER * np.arange(batch.n_seq, dtype=np.int64)
         past = [caches.ctypes.data, batch.starts.address, none_past.address]
-        args = [k.address, v.address, *past, 0, n_head_kv, *dims, 0]
-        self._op(attention.cache_write, batch.n_rows, args, [*kept, caches])
+        args = [k.address, v.address, *past, 0, n_head_kv, *dims]
+        self._write("f32", batch.n_rows, args, [*kept, caches])
         return past, kept
 
     def _attend(

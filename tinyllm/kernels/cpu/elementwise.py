@@ -10,6 +10,7 @@ import math
 import numba
 import numpy as np
 
+from . import jit
 from .floats import as_float
 from .simd import (
     arg,
@@ -30,12 +31,6 @@ from .simd import (
     vmax,
     vmin,
 )
-
-ACTIVATIONS = (
-    *("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp"),
-    *("softplus", "swiglu_oai"),
-)
-SOFTPLUS, SWIGLU = 8, 9
 
 
 @numba.njit(nogil=True)
@@ -139,35 +134,36 @@ def sigmoid(x):
 
 
 @numba.njit(nogil=True)
-def activate(x, kind):
-    """The activation functions, by their place in ACTIVATIONS."""
-    zero, one, half = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(0.5))
-    if kind == 0:
-        return x * sigmoid(x)
-    if kind == 1:
-        return half * x * (one + erf(x * splat(np.float32(0.7071067811865476))))
-    if kind == 2:
-        inner = x + splat(np.float32(0.044715)) * x * x * x
-        return half * x * (one + tanh(splat(np.float32(0.7978845608028654)) * inner))
-    if kind == 3:
-        return vmax(x, zero)
-    if kind == 4:
-        return vmax(x, zero) * vmax(x, zero)
-    if kind == 5:
-        return sigmoid(x)
-    if kind == 6:
-        return tanh(x)
-    return exp(x)
+def silu(x):
+    """x / (1 + e^-x)."""
+    return x * sigmoid(x)
 
 
 @numba.njit(nogil=True)
-def softplus(x, place, n):
-    """log(1 + e^x), one by one, by way of n floats of memory."""
-    store_n(place, x, n)
-    for i in range(n):
-        v = np.float64(get_f32(place + 4 * i))
-        set_f32(place + 4 * i, np.float32(max(v, 0.0) + math.log1p(math.exp(-abs(v)))))
-    return load_n(place, n)
+def gelu(x):
+    """x times the normal distribution's mass below x."""
+    mass = splat(np.float32(1)) + erf(x * splat(np.float32(0.7071067811865476)))
+    return splat(np.float32(0.5)) * x * mass
+
+
+@numba.njit(nogil=True)
+def gelu_tanh(x):
+    """The same by way of tanh."""
+    inner = x + splat(np.float32(0.044715)) * x * x * x
+    mass = splat(np.float32(1)) + tanh(splat(np.float32(0.7978845608028654)) * inner)
+    return splat(np.float32(0.5)) * x * mass
+
+
+@numba.njit(nogil=True)
+def relu(x):
+    """max(x, 0)."""
+    return vmax(x, splat(np.float32(0)))
+
+
+@numba.njit(nogil=True)
+def relu2(x):
+    """max(x, 0) squared."""
+    return relu(x) * relu(x)
 
 
 @numba.njit(nogil=True)
@@ -178,21 +174,57 @@ def swiglu_oai(gate, up):
     return g * sigmoid(splat(np.float32(1.702)) * g) * (u + splat(np.float32(1)))
 
 
+activate = silu
+
+
 def act(args, first, last, worker):
     """act(x), or act(x) * up if there is one; a piece is 1024 values."""
-    x, up, y, n, kind = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4)
+    x, up, y, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     for i in range(1024 * first, min(1024 * last, n), 16):
-        v = load_n(x + 4 * i, n - i)
-        if kind == SWIGLU:
-            v = swiglu_oai(v, load_n(up + 4 * i, n - i))
-        else:
-            if kind == SOFTPLUS:
-                v = softplus(v, y + 4 * i, min(n - i, 16))
-            else:
-                v = activate(v, kind)
-            if up != 0:
-                v = v * load_n(up + 4 * i, n - i)
+        v = activate(load_n(x + 4 * i, n - i))
+        if up != 0:
+            v = v * load_n(up + 4 * i, n - i)
         store_n(y + 4 * i, v, n - i)
+
+
+def act_swiglu(args, first, last, worker):
+    """The activation that needs both of its arguments."""
+    x, up, y, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    for i in range(1024 * first, min(1024 * last, n), 16):
+        v = swiglu_oai(load_n(x + 4 * i, n - i), load_n(up + 4 * i, n - i))
+        store_n(y + 4 * i, v, n - i)
+
+
+def act_softplus(args, first, last, worker):
+    """log(1 + e^x), one value at a time, in float64."""
+    x, up, y, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    for i in range(1024 * first, min(1024 * last, n)):
+        v = np.float64(get_f32(x + 4 * i))
+        v = np.float32(max(v, 0.0) + math.log1p(math.exp(-abs(v))))
+        set_f32(y + 4 * i, v * get_f32(up + 4 * i) if up != 0 else v)
+
+
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": relu,
+    "relu2": relu2,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
+    "exp": exp,
+    "softplus": None,
+    "swiglu_oai": None,
+}
+
+
+def act_kernel(kind: str) -> int:
+    """The kernel of an activation function."""
+    if kind == "softplus":
+        return jit.kernel(act_softplus)
+    if kind == "swiglu_oai":
+        return jit.kernel(act_swiglu)
+    return jit.kernel(act, f"act_{kind}", activate=ACTIVATIONS[kind])
 
 
 def add(args, first, last, worker):

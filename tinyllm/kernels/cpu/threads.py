@@ -179,6 +179,7 @@ def take_part(state, program, generation, worker, spin):
         row, stage_first = stop, stage_last
 
 
+@numba.njit(nogil=True)
 def lead(state, program, limit, spin):
     """The caller's part: open a generation, wake the others, take part, and close it when all is done."""
     generation = atomic_load(state + GENERATION) + 1
@@ -193,16 +194,22 @@ def lead(state, program, limit, spin):
     atomic_store(state + NEXT, (generation << SHIFT) + CLOSED)
 
 
-def work(state, worker, seen, spin):
-    """A thread's life: wait for a generation, take part, park."""
+def work(state, worker, value, spin):
+    """A thread's life (value: the last generation it knows): wait for a generation, take part, park.
+
+    Worker 0 is the caller, and leads one program (value: its address; spin: the threads' number instead).
+    """
+    if worker == 0:
+        lead(state, value, spin, SPIN)
+        return
     while True:
-        wait(state, GENERATION, seen + 1, spin)
+        wait(state, GENERATION, value + 1, spin)
         if atomic_load(state + STOP) != 0:
             return
-        seen = atomic_load(state + GENERATION)
+        value = atomic_load(state + GENERATION)
         if worker < get_i64(state + LIMIT):
-            take_part(state, get_i64(state + PROGRAM), seen, worker, spin)
-        atomic_store(state + PARKED + LINE * worker, seen)
+            take_part(state, get_i64(state + PROGRAM), value, worker, spin)
+        atomic_store(state + PARKED + LINE * worker, value)
 
 
 def cores() -> list[int]:
@@ -232,7 +239,6 @@ class Pool:
         self._lock = threading.Lock()
         self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
-        self._lead = _foreign(lead)
         self._work = _foreign(work)
         self._started = 1  # the caller is worker 0
         self._retired: list[tuple[int, object]] = []
@@ -243,7 +249,7 @@ class Pool:
             n_threads = min(n_threads, self.size)
             while self._started < n_threads:
                 self._start(self._started)
-            self._lead(self._state, program, n_threads, SPIN)
+            self._work(self._state, 0, program, n_threads)
 
     def _start(self, worker: int) -> None:
         seen = self._counter(GENERATION)
