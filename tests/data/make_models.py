@@ -286,6 +286,48 @@ def gemma(w: Arrays, c: Any) -> Arrays:
     return {n: x + 1 if n.endswith("norm.weight") else x for n, x in w.items()}
 
 
+def qwen35(w: Arrays, c: Any) -> Arrays:
+    """Like qwen3next's, but value heads are reordered so that key heads repeat as a whole."""
+    g, h, d = c.linear_num_key_heads, c.linear_num_value_heads, c.linear_value_head_dim
+
+    def tiled(x: np.ndarray) -> np.ndarray:
+        return x.reshape(g, h // g, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    out = {}
+    for name, x in qwen3next(w, c).items():
+        if name.endswith(
+            ("ssm_a", "ssm_dt.bias", "ssm_alpha.weight", "ssm_beta.weight", "attn_gate.weight")
+        ):
+            x = tiled(x)
+        elif name.endswith(("attn_qkv.weight", "ssm_conv1d.weight")):
+            x = np.concatenate([x[: -h * d], tiled(x[-h * d :])])
+        elif name.endswith("ssm_out.weight"):
+            x = tiled(x.T).T
+        out[name] = x
+    return out
+
+
+QWEN35 = (
+    *ROOTED,
+    (r"\.linear_attn\.in_proj_qkv\.", ".attn_qkv."),
+    (r"\.linear_attn\.in_proj_z\.", ".attn_gate."),
+    (r"\.linear_attn\.in_proj_b\.", ".ssm_beta."),
+    (r"\.linear_attn\.in_proj_a\.", ".ssm_alpha."),
+)
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": THETA, "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 0], "mrope_interleaved": True,
+    },
+}  # fmt: skip
+LINEAR_KEYS = {
+    "rope.dimension_count": 4, "ssm.conv_kernel": 4, "ssm.state_size": 8, "ssm.group_count": 2,
+    "ssm.time_step_rank": 4, "ssm.inner_size": 32, "full_attention_interval": 2,
+    "rope.dimension_sections": [1, 1, 0, 0],
+}  # fmt: skip
 DBRX = (
     (r"^transformer\.blocks\.(\d+)\.norm_attn_norm\.norm_1\.", r"blk.\1.attn_norm."),
     (r"^transformer\.blocks\.(\d+)\.norm_attn_norm\.norm_2\.", r"blk.\1.attn_output_norm."),
@@ -448,6 +490,13 @@ GOLDEN = {
         {**EXPERTS, "rope.dimension_count": 4, "ssm.conv_kernel": 4, "ssm.state_size": 8,
          "ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 32,
          "full_attention_interval": 2, "expert_shared_feed_forward_length": 16}, qwen3next, ROOTED),
+    "qwen35": Golden("qwen35", "Qwen3_5ForCausalLM", LINEAR, LINEAR_KEYS, qwen35, QWEN35),
+    "qwen35moe": Golden(
+        "qwen35moe", "Qwen3_5MoeForCausalLM",
+        {**LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+         "shared_expert_intermediate_size": 16},
+        {**LINEAR_KEYS, **EXPERTS, "expert_shared_feed_forward_length": 16}, qwen35, QWEN35,
+    ),
     "gemma-embedding": Golden(
         "gemma-embedding", "Gemma3TextModel",
         {"layer_types": ["sliding_attention", "full_attention"], "use_bidirectional_attention": True,

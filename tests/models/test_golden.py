@@ -28,7 +28,7 @@ qwen2-h256 qwen2moe qwen3 qwen3moe refact rwkv6 rwkv7 smollm3 stablelm stablelm-
 starcoder2 xverse""".split()
 OURS = Path(__file__).parent.parent / "data" / "models"  # made by make_models.py beside it
 NEWER = """apertus arcee dbrx dots1 ernie4_5 ernie4_5-moe falcon-h1 gemma-embedding gptj granitehybrid
-hunyuan-dense hunyuan-moe lfm2 lfm2moe mamba2 qwen3next seed_oss""".split()
+hunyuan-dense hunyuan-moe lfm2 lfm2moe mamba2 qwen35 qwen35moe qwen3next seed_oss""".split()
 BOUND = {"reference": 1e-4, "cpu": 1e-3, "opencl": 1e-3, "cuda": 1e-3}
 SAME = {"reference": 1e-5, "cpu": 0.0, "opencl": 1e-5, "cuda": 1e-5}  # x std; 0: to the bit
 DEVICES = [

@@ -231,6 +231,8 @@ ROWS = (
         "qwen3next", "hf.co/Qwen/Qwen3-Next-80B-A3B-Instruct", roles=FFN_NORM,
         mixer=delta_or_attention,
     ),
+    Arch("qwen35", "hf.co/Qwen/Qwen3.5-4B", roles=FFN_NORM, mixer=delta_or_attention),
+    Arch("qwen35moe", "hf.co/Qwen/Qwen3.5-35B-A3B", roles=FFN_NORM, mixer=delta_or_attention),
     Arch("gemma-embedding", "arXiv:2509.20354", act="gelu_tanh", adjust=gemma_embedding),
     Arch("mamba", "arXiv:2312.00752", position="none", ffn=None, mixer=Mamba),
     Arch(
@@ -282,7 +284,7 @@ NOT_RUN = {
     **dict.fromkeys(
         "gemma3n gemma4 deci jamba plamo plamo2 plamo3 nemotron_h nemotron_h_moe kimi-linear rwkv6qwen2 "
         "arwkv7 grok bitnet glm4moe exaone-moe bailingmoe bailingmoe2 minimax-m2 mimo2 afmoe "
-        "grovemoe smallthinker step35 mistral3 mistral4 qwen35 qwen35moe glm-dsa jina-bert-v3 neo-bert "
+        "grovemoe smallthinker step35 mistral3 mistral4 glm-dsa jina-bert-v3 neo-bert "
         "eurobert jais2 maincoder pangu-embedded plm deepseek llama-embed".split(),
         "it has no row of our table yet",
     ),

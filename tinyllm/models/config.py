@@ -41,6 +41,7 @@ HARMLESS = {
     "rescale_every_n_layers",  # a guard against float16 overflow; our activations are float32
     "full_attention_interval",  # which layers are recurrent is seen from the tensors
     "attention.recurrent_layers",
+    "rope.dimension_sections",  # axes of a picture; of text all have the same position
     "dense_2_feat_in",
     "dense_2_feat_out",
     "dense_3_feat_in",

@@ -1,4 +1,4 @@
-"""Qwen3-Next's mixers: gated delta net (arXiv:2412.06464) and softmax attention behind a gate.
+"""The mixers of Qwen3-Next and Qwen 3.5: gated delta net (arXiv:2412.06464) and softmax attention behind a gate.
 
 The delta rule S = g S (I - beta k k^T) + beta v k^T is RWKV 7's with decay g, a = k and b = -beta g k.
 """
@@ -37,10 +37,8 @@ class DeltaNet:
         self.inputs = [w.linear("attn_qkv", 2 * g * d + n, c.n_embd, rows) for rows in cuts]
         self.convs = convolutions(w, c, cuts)
         self.gate = w.linear("attn_gate", n, c.n_embd)
-        both = np.arange(2 * h).reshape(g, 2, h // g)  # group by group: betas, then decays
-        self.beta, self.decay = (
-            w.linear("ssm_ba", 2 * h, c.n_embd, both[:, j].ravel()) for j in range(2)
-        )
+        self.tiled = w.has("ssm_beta.weight", "ssm_alpha.weight")
+        self.beta, self.decay = rates(c, w, self.tiled)
         self.dt_bias, self.a = w.array("ssm_dt.bias", h), w.array("ssm_a", h)
         self.norm = Norm(w.be, "rms", c.norm_eps, w.array("ssm_norm.weight", d), None, d)
         self.out = w.linear("ssm_out", c.n_embd, n)
@@ -69,10 +67,25 @@ class DeltaNet:
         """Heads of length sqrt(D) * scale, each key head for its value heads: [T, G D] -> [T, H D]."""
         be, d = self.be, self.dim
         x = be.rms_norm(x, None, UNIT_EPS / d, None, d)
-        return be.concat([be.scale_softcap(x, scale)] * (self.n_head // self.n_group), self.n_group)
+        copies = [be.scale_softcap(x, scale)] * (self.n_head // self.n_group)
+        return be.concat(copies, 1 if self.tiled else self.n_group)
 
     def per_channel(self, x: Array) -> Array:
         return widened(self.be, x, self.n_head, self.dim)
+
+
+def rates(c: Config, w: Tensors, tiled: bool) -> tuple[Linear, Linear]:
+    """How fast each value head learns and forgets.
+
+    Qwen 3.5 stores two matrices, and value head i reads key head i modulo G ("tiled"). Qwen3-Next stores one,
+    group by group, and the heads of a group stand together.
+    """
+    g, h = c.ssm_group, c.ssm_dt_rank
+    if tiled:
+        return w.linear("ssm_beta", h, c.n_embd), w.linear("ssm_alpha", h, c.n_embd)
+    both = np.arange(2 * h).reshape(g, 2, h // g)
+    beta, decay = (w.linear("ssm_ba", 2 * h, c.n_embd, both[:, j].ravel()) for j in range(2))
+    return beta, decay
 
 
 class GatedAttention(Attention):
@@ -91,6 +104,6 @@ class GatedAttention(Attention):
 
 def delta_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> DeltaNet | GatedAttention:
     """The mixer that the layer has tensors of."""
-    names = ("ssm_in", "ssm_ba", "ssm_out", "ssm_norm", "ssm_conv1d", "attn_qkv", "attn_gate")
-    recurrent = w.has("ssm_a", "ssm_dt.bias", *(f"{n}.weight" for n in names))
+    matrices = "attn_qkv attn_gate ssm_alpha ssm_ba ssm_beta ssm_conv1d ssm_norm ssm_out".split()
+    recurrent = w.has("ssm_a", "ssm_dt.bias", *(f"{n}.weight" for n in matrices))
     return DeltaNet(c, a, i, w) if recurrent else GatedAttention(c, a, i, w)

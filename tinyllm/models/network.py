@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import DeviceError, GGUFError, UnsupportedModel
+from ..errors import GGUFError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from .archs import Arch, find
 from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
-from .memory import available_bytes, readable
+from .memory import check_fits
 from .state import State
 from .step import Step, Tap
 from .weights import Tensors, check_layers
@@ -59,12 +59,9 @@ class Network:
             The full cache would not fit into the memory that is free now.
         """
         layers = self.decoder.caches
-        need, free = cache_bytes(layers, n_ctx, self.kv_type), available_bytes()
-        if need > free:
-            raise DeviceError(
-                f"a cache for n_ctx={n_ctx} takes {readable(need)}; {readable(free)} are free. "
-                "Use a smaller n_ctx, or kv_type='q8_0'"
-            )
+        need = cache_bytes(layers, n_ctx, self.kv_type)
+        advice = "Use a smaller n_ctx, or kv_type='q8_0'"
+        check_fits(self.be, need, f"a cache for n_ctx={n_ctx}", advice)
         with self.lock:
             cache = self.be.new_cache(layers, n_ctx, self.kv_type)
         return State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint)
@@ -212,6 +209,8 @@ def build(
     check_vocabulary(metadata, keys, tensors)
     refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
     check_layers(tensors, config.n_layer, arch.gated)
+    weights = sum(t.nbytes for t in tensors.values())
+    check_fits(be, weights, "the model's weights", "Use a smaller model or a smaller format")
     root = Tensors(tensors, be, config)
     if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
         root.require("token_types.weight")
