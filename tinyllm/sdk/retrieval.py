@@ -64,7 +64,7 @@ class ModelFiles:
 
     @classmethod
     def _models_for(cls, filename: str, directory: Path) -> list[ConfigType]:
-        """The list for a file that must be downloaded: today's, or without a network the last one."""
+        """The list, for a file that must be downloaded; without a network, one line that says what to do."""
         try:
             return cls.list_models()
         except requests.exceptions.ConnectionError as error:
