@@ -1,4 +1,4 @@
-"""The mixers of Qwen3-Next and Qwen 3.5: gated delta net (arXiv:2412.06464) and softmax attention behind a gate.
+"""The mixers of Qwen3-Next and Qwen 3.5: a gated delta net (arXiv:2412.06464), and attention behind a gate.
 
 The delta rule S = g S (I - beta k k^T) + beta v k^T is RWKV 7's with decay g, a = k and b = -beta g k.
 """

@@ -61,6 +61,7 @@ class Outlined:
     shape: tuple[int, ...]
     type: str = "F32"
     known: dict[int, tuple[Any, str]] = field(default_factory=dict)
+    nbytes = 0  # nothing is loaded
 
     def dequantize(self) -> np.ndarray:
         ones = np.ones(self.shape, np.float32)

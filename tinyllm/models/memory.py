@@ -11,7 +11,7 @@ def check_fits(be: Backend, need: int, what: str, advice: str) -> None:
     free = be.memory()[0]
     if need > free:
         raise DeviceError(
-            f"{be.name}: {what} takes {readable(need)}; {readable(free)} are free. {advice}"
+            f"{be.name}: {what} need {readable(need)}; {readable(free)} are free. {advice}"
         )
 
 

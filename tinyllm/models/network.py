@@ -61,7 +61,7 @@ class Network:
         layers = self.decoder.caches
         need = cache_bytes(layers, n_ctx, self.kv_type)
         advice = "Use a smaller n_ctx, or kv_type='q8_0'"
-        check_fits(self.be, need, f"a cache for n_ctx={n_ctx}", advice)
+        check_fits(self.be, need, f"the keys and values of n_ctx={n_ctx}", advice)
         with self.lock:
             cache = self.be.new_cache(layers, n_ctx, self.kv_type)
         return State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint)
@@ -210,7 +210,7 @@ def build(
     refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
     check_layers(tensors, config.n_layer, arch.gated)
     weights = sum(t.nbytes for t in tensors.values())
-    check_fits(be, weights, "the model's weights", "Use a smaller model or a smaller format")
+    check_fits(be, weights, "the weights", "Use a smaller model or a smaller format")
     root = Tensors(tensors, be, config)
     if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
         root.require("token_types.weight")
