@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 import tinyllm
-from tinyllm.errors import ArgumentError, ContextOverflow, StateError, TinyLLMError
+from tinyllm.errors import (
+    ArgumentError,
+    ContextOverflow,
+    DeviceError,
+    StateError,
+    TinyLLMError,
+)
 from tinyllm.perplexity import perplexity
 
 DEVICES = ["reference", "cpu"]
@@ -255,6 +261,16 @@ def test_wrong_arguments_are_named(stories: tinyllm.Model, options: dict[str, An
         stories.generate(**{"prompt": "Once", **options})
 
 
+def test_an_encoder_writes_no_text(minilm: tinyllm.Model) -> None:
+    with pytest.raises(ArgumentError, match="use embed"):
+        minilm.generate("Once")
+
+
+def test_a_control_token_can_be_a_stop_string(stories: tinyllm.Model) -> None:
+    done = stories.generate("Once", stop="<s>", temperature=0, logit_bias={1: 1e9}, max_tokens=5)
+    assert (done.finish_reason, done.text) == ("stop", "")
+
+
 def test_a_closed_model_says_so(stories260k: Path) -> None:
     with tinyllm.load(stories260k, device="reference") as m:
         m.close()
@@ -280,3 +296,14 @@ def test_a_vocabulary_that_does_not_fit_is_refused(stories260k: Path, tmp_path: 
     tinyllm.gguf.write(tmp_path / "bad.gguf", metadata, tensors)
     with pytest.raises(tinyllm.errors.GGUFError, match=r"512 tokens.*513 rows"):
         tinyllm.load(tmp_path / "bad.gguf", device="reference")
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_sizes(
+    stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m = tinyllm.load(stories260k, device="reference")
+    with pytest.raises(DeviceError, match=r"n_ctx=1000000000 need .* GB; .* are free"):
+        m.new_state(10**9)
+    monkeypatch.setattr(type(m.network.be), "memory", lambda self: (10**6, 10**9))
+    with pytest.raises(DeviceError, match=r"weights need 1\.\d MB; 1\.0 MB are free"):
+        tinyllm.load(stories260k, device="reference")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .models.network import Network
     from .models.state import State
     from .models.step import Tap
+    from .tokenizers import Tokenizer
 
 SMALLEST_CONTEXT = 8
 LONG_PROMPT = 256  # tokens from which reading shows a bar
@@ -79,7 +80,7 @@ class Job:
             state, sampler, limit, self.tokenizer.eog, o.overflow, keep, o.logprobs,
             o.echo and o.logprobs is not None,
         )  # fmt: skip
-        self.text = TextStream(self.tokenizer, o.stop)
+        self.text = TextStream(self.tokenizer, o.stop, control_stops(self.tokenizer, o.stop))
         self.options = o
 
     def accept(self, token: Token) -> str:
@@ -147,6 +148,12 @@ def reading(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
         total=total, desc="reading", leave=False, unit="token", delay=1.0, disable=None
     ) as bar:
         yield update
+
+
+def control_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
+    """Stop strings that are control tokens, by id: such tokens have no text to match."""
+    special = tokenizer.special_tokens
+    return {special[s]: s for s in stop if s in special}
 
 
 def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int]:

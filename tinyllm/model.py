@@ -31,7 +31,6 @@ from .errors import (
 from .generate import Overflow
 from .kernels import devices
 from .kernels.backend import KVType, open_backend
-from .models.memory import available_bytes
 from .models.network import Network, build, cache_bytes
 from .models.pooling import pool, unit
 from .models.state import State
@@ -156,6 +155,7 @@ class Model:
         Parameters
         ----------
         query : str
+            What is asked.
         documents : sequence of str
             Each is read together with the query, as the vocabulary joins a pair.
 
@@ -271,6 +271,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> len(m.generate("Once upon a time", max_tokens=5, temperature=0).ids)
         5
         """
+        if not self.config.causal:
+            raise ArgumentError(f"{self.arch} reads texts and writes none; use embed")
         params = SamplingParams(
             temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n,
             presence_penalty, frequency_penalty, logit_bias, logits_processor, seed,
@@ -490,7 +492,7 @@ def default_n_ctx(net: Network, kv_type: KVType) -> int:
     """The trained length, or less where a full cache would take more than half of the free memory."""
     trained = net.config.n_ctx_train
     each = cache_bytes(net.decoder.caches, 1, kv_type)
-    return min(trained, max(512, available_bytes() // 2 // each)) if each else trained
+    return min(trained, max(512, net.be.memory()[0] // 2 // each)) if each else trained
 
 
 def progress(layers: Iterable[Any], total: int) -> Iterable[Any]:

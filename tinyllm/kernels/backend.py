@@ -45,9 +45,16 @@ class Source(Protocol):
 class Weight(Protocol):
     """A loaded matrix [n_out, n_in], or a stack of them [n, n_out, n_in] (experts, heads)."""
 
-    type: str  # as in the file, "Q4_K"
-    shape: tuple[int, ...]
-    nbytes: int  # on the device
+    @property
+    def type(self) -> str:
+        """As in the file, "Q4_K"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,12 @@ class Backend(ABC):
             batch.n_seq,
             batch.n_out,
         )
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all, where weights and caches live."""
+        from .hardware import available_bytes, memory_bytes
+
+        return available_bytes(), memory_bytes()
 
     def close(self) -> None:  # noqa: B027 (most backends hold nothing but memory)
         """Free what the device holds; the backend is not used afterwards."""

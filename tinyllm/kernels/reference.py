@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import erf
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class ReferenceCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        recurrent = [a for layer in self.arrays for a in layer.values()]
+        recurrent: list[Any] = [a for layer in self.arrays for a in layer.values()]
         return sum(a.nbytes for a in [*self.k, *self.v, *recurrent])
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
@@ -86,7 +87,7 @@ class ReferenceCache(Cache):
         return out
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        targets = {}
+        targets: dict[str, Any] = {}
         for i, layer in enumerate(self.layers):
             if layer.n_head_kv:
                 targets[f"{i}.k"], targets[f"{i}.v"] = self.k[i], self.v[i]
@@ -204,15 +205,15 @@ class ReferenceBackend(Backend):
 
     # ---- matrices
 
-    def embed(self, w: DenseWeight, ids: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    def embed(self, w: Any, ids: np.ndarray, scale: float = 1.0) -> np.ndarray:
         return w.data[ids] * F32(scale)
 
-    def matmul(self, w: DenseWeight, x: np.ndarray, bias: Array | None = None) -> np.ndarray:
+    def matmul(self, w: Any, x: np.ndarray, bias: Array | None = None) -> np.ndarray:
         y = product(x, w.data)
         return y if bias is None else y + bias
 
     def matmul_experts(
-        self, w: DenseWeight, x: np.ndarray, experts: np.ndarray, bias: Array | None = None
+        self, w: Any, x: np.ndarray, experts: np.ndarray, bias: Array | None = None
     ) -> np.ndarray:
         if x.ndim == 2:
             x = np.repeat(x[:, None], experts.shape[1], axis=1)

@@ -64,7 +64,9 @@ class Network:
         check_fits(self.be, need, f"the keys and values of n_ctx={n_ctx}", advice)
         with self.lock:
             cache = self.be.new_cache(layers, n_ctx, self.kv_type)
-        return State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint)
+        state = State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint)
+        state.can_shift = all(getattr(b.mixer, "can_shift", True) for b in self.decoder.blocks)
+        return state
 
     def ropes(self, n_ctx: int) -> list[RopeSpec | None]:
         """Each layer's rotation in a state of this length."""

@@ -178,8 +178,8 @@ def split_planes(kind: str, raw: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
 
 def plane_bytes(kind: str) -> int:
     """Bytes of a block on the device."""
-    fields = FORMATS[kind].dtype.fields
-    return sum(int(fields[name][0].itemsize) for name in LAYOUTS[kind].planes)  # type: ignore[index]
+    fields = FORMATS[kind].dtype
+    return sum(fields[name].itemsize for name in LAYOUTS[kind].planes)
 
 
 def padded_rows(source_type: str, kind: str, raw: np.ndarray) -> np.ndarray:
