@@ -344,7 +344,7 @@ class CPUBackend(Backend):
         c = cache.layers[layer]
         args = [k.address, v.address, *self._past(batch), layer]
         args += [c.n_head_kv, c.head_dim, c.head_dim_v]
-        self._write(cache.kv_type, batch.n_rows, args, [k, v, batch, self._step])
+        self._write(cache.kv_type, batch.n_rows, args, [k, v, batch])
 
     def _write(self, kv: KVType, rows: int, args: list[int], keep: list[Any]) -> None:
         self._tape.add(attention.write_kernel(kv), rows, args, max(1, rows // 16))
@@ -372,7 +372,7 @@ class CPUBackend(Backend):
         dims = (cache.layers[layer].head_dim, cache.layers[layer].head_dim_v)
         how = [float_bits(scale), window, float_bits(softcap)]
         how += [a.address if a is not None else 0 for a in (slopes, sinks)] + [True]
-        self._tape.keep(slopes, sinks, batch, self._step)
+        self._tape.keep(slopes, sinks, batch)
         past = [*self._past(batch), batch.n_seq, layer]
         return self._attend(batch, q, heads, dims, cache.kv_type, past, how)
 
@@ -559,5 +559,5 @@ class CPUBackend(Backend):
         field_ = batch.caches[0].index(layer, name)
         caches, starts, _ = self._past(batch)
         common = [x.address, y.address, caches, starts, layer, field_]
-        self._op(body, parts * batch.n_seq, [*common, *args], [x, batch, self._step, *keep])
+        self._op(body, parts * batch.n_seq, [*common, *args], [x, batch, *keep])
         return y

@@ -4,8 +4,8 @@ At load, 16 rows of a matrix become a *tile*: field i of a block (4 bytes of cod
 stored for all 16 rows side by side before field i + 1. So one load brings the same field of 16 rows, one per
 lane, and no sum across lanes is ever needed. The bits themselves are the file's: a tile has exactly its size.
 
-A format's ``take`` yields, for each 32 columns of a block, a ``Part``: 8 vectors of codes (4 neighbouring columns
-in each lane) and the scales and minima of their rows: weight = scale * (code - offset) + minimum.
+A format's ``take`` yields, for each 32 columns of a block, a ``Part``: 8 vectors of codes (4 neighbouring
+columns in each lane) and the scales and minima of their rows: weight = scale * (code - offset) + minimum.
 Layouts of the blocks: ``tinyllm.gguf.quants``.
 """
 

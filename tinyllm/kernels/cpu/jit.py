@@ -41,7 +41,7 @@ _spent = 0.0  # seconds of compiling so far, to tell the user when it is many
 def kernel(
     body: Callable, name: str | None = None, signature: Any = SIGNATURE, **names: Any
 ) -> int:
-    """The address of ``body`` compiled with the global ``names`` replaced; ``name`` must tell variants apart."""
+    """The address of ``body`` compiled with the global ``names`` replaced; ``name`` tells variants apart."""
     name = name or body.__name__
     with _lock:
         if name not in _kernels:

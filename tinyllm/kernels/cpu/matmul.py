@@ -175,8 +175,7 @@ def record_matmul(
 
 def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """The form of x that w's kernels read, made once for all that share x."""
-    n_tokens, n = x.shape
-    if w.format is None and n_tokens == 1:
+    if w.format is None and x.shape[0] == 1:
         return x
     form = "packed" if w.format is None else "records"
     if form not in x.derived:

@@ -1,7 +1,7 @@
 """Micro-kernels for quantised weights: 16 rows times a few tokens, and unpacking a tile.
 
 Activations are int8 in *records* of 32 columns for S tokens side by side (S = 1 in decode, else 16):
-``codes [S][32] int8``, then eight planes ``[S]`` of 4 bytes (``FIELDS``). A plane's value is broadcast to all rows.
+``codes [S][32] int8``, then eight planes ``[S]`` of 4 bytes (``FIELDS``), broadcast to all rows when read.
 
 Every path (decode, batches, prefill, all instruction sets) computes for each output, for each 32 columns in
 ascending order, with exact integer sums t:

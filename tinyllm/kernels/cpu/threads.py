@@ -236,7 +236,9 @@ class Pool:
 
     def __init__(self) -> None:
         self.size = max(len(cores()), 1)
-        self._lock = threading.Lock()
+        self._lock = (
+            threading.RLock()
+        )  # reentrant: a collected program calls ``retire`` from anywhere
         self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
         self._work = _foreign(work)
@@ -278,7 +280,7 @@ def _foreign(body) -> ctypes._CFuncPtr:
 
 
 _pool: Pool | None = None
-_pool_lock = threading.Lock()
+_pool_lock = threading.RLock()
 
 
 def pool() -> Pool:
@@ -293,7 +295,7 @@ def pool() -> Pool:
 def _forget() -> None:
     """In a forked child there are no threads and any lock may be held: start afresh."""
     global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+    _pool, _pool_lock = None, threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
