@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tinyllm import gguf
-from tinyllm.errors import DeviceError
+from tinyllm.errors import DeviceError, StateError
 from tinyllm.kernels.backend import open_backend
 from tinyllm.models.archs import ARCHS
 from tinyllm.models.network import Network, build
@@ -105,6 +105,12 @@ def compare(folder: Path, name: str, device: str) -> None:
     for batch in batches(net, sequences):
         for got, whole in zip(batch, wholes, strict=True):
             assert np.abs(got - whole).max() <= bound
+
+
+def test_keys_normalised_behind_their_rotation_are_not_shifted() -> None:
+    state = network(OURS, "hunyuan-dense", "reference").new_state(32)
+    with pytest.raises(StateError, match="cannot be turned"):
+        state.shift(0, 1)
 
 
 def batches(net: Network, sequences: list[list[int]]) -> list[list[np.ndarray]]:

@@ -123,6 +123,8 @@ class Attention:
 class NormsBehindRope(Attention):
     """Queries and keys are turned first and normalised then (Hunyuan)."""
 
+    can_shift = False  # what is stored is no longer a rotation
+
     def normed(self, q: Array, k: Array) -> tuple[Array, Array]:
         return q, k
 

@@ -33,6 +33,7 @@ class State:
     ) -> None:
         self.cache, self.layers, self.ropes = cache, layers, ropes
         self.n_ctx, self.fingerprint = n_ctx, fingerprint
+        self.can_shift = True  # may stored keys be turned to other positions?
         self.ids: list[int] = []
         self.n_past = 0
 
@@ -86,6 +87,8 @@ class State:
         """Drop ``discard`` tokens after the first ``keep``; later keys are rotated to their new positions."""
         if not self.can_truncate:
             raise StateError("a recurrent state has no context to shift")
+        if not self.can_shift:
+            raise StateError("keys normalised behind their rotation cannot be turned; start anew")
         if keep < 0 or discard < 1 or keep + discard > self.n_past:
             raise ArgumentError(
                 f"cannot drop {discard} tokens after {keep}: {self.n_past} are stored"
