@@ -117,7 +117,7 @@ class Model:
         self, ids: Sequence[int], pooling: str | None = None, normalize: bool = True
     ) -> np.ndarray:
         """The embedding of one sequence -> float32 [n_embd], or [len(ids), n_embd] with pooling "none"."""
-        return self._embed([[int(i) for i in ids]], pooling, normalize)[0]
+        return self.embed_batch([[int(i) for i in ids]], pooling, normalize)[0]
 
     def embed(
         self, texts: str | Sequence[str], pooling: str | None = None, normalize: bool = True
@@ -147,7 +147,7 @@ class Model:
         ids = [self.tokenizer.encode(t) for t in texts]
         if not ids:
             return np.empty((0, self.config.n_embd), np.float32)
-        return np.stack(self._embed(ids, pooling, normalize))
+        return np.stack(self.embed_batch(ids, pooling, normalize))
 
     def rank(self, query: str, documents: Sequence[str]) -> np.ndarray:
         """How well each document answers the query, by a reranker -> float32 [n]; more is better.
@@ -189,10 +189,16 @@ class Model:
                     f"a text has {n} tokens; the model takes 1 to {self.config.n_ctx_train}"
                 )
 
-    def _embed(
-        self, ids: list[list[int]], pooling: str | None, normalize: bool
+    def embed_batch(
+        self,
+        ids: Sequence[Sequence[int]],
+        pooling: str | None = None,
+        normalize: bool = True,
     ) -> list[np.ndarray]:
-        """Sequences sorted by length and packed into steps, so that nothing is padded."""
+        """The embedding of each of many sequences of ids, as ``embed_ids`` gives it.
+
+        They are sorted by length and packed into steps, so that nothing is padded.
+        """
         net, kind = self.network, pooling or self.config.pooling or "mean"
         self._check_lengths(len(sequence) for sequence in ids)
         out: list[np.ndarray] = [np.empty(0)] * len(ids)

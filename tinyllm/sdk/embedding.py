@@ -103,7 +103,7 @@ def embed(
     chunks, n_tokens = split(model, request, prefix, n_ctx)
     if request.cancel_cb and request.cancel_cb(batch_sizes(chunks, n_ctx), backend):
         raise Canceled("operation was canceled")
-    rows = model._embed([chunk.ids for chunk in chunks], None, False)
+    rows = model.embed_batch([chunk.ids for chunk in chunks], None, False)
     return combine(
         rows, chunks, len(request.texts), width, bool(spec and spec.recommended)
     ), n_tokens
