@@ -34,7 +34,8 @@ ALLOWED = {
     **{module: {"errors", *DOWNLOADS} for module in DOWNLOADS},
     "sdk": BELOW_MODEL | {"model"},
     "arguments": BELOW_MODEL | {"model"},
-    "repl": BELOW_MODEL | {"model", "sdk", "arguments"},
+    "conversation": {"errors", "generate", "chat", "model"},  # model: for types
+    "repl": BELOW_MODEL | {"model", "sdk", "arguments", "conversation"},
     "server": BELOW_MODEL | {"model", "sdk"},
     "bench": BELOW_MODEL | {"model"},
     "perplexity": BELOW_MODEL | {"model"},

@@ -1,0 +1,294 @@
+"""``tinyllm chat``: a conversation in a terminal, or one message per line through a pipe."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import MODEL_HELP, Arguments, Command, Parser, load_decoder, load_options
+from .conversation import Conversation, load, save
+from .errors import ArgumentError, ContextOverflow, TinyLLMError
+from .generate import Timings
+from .sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from .model import Model
+
+QUOTES = '"""'
+PROMPT, MORE = "> ", ". "
+SAMPLING = [f for f in fields(SamplingParams) if isinstance(f.default, (int, float))]
+WHAT_LEAVES = "(Ctrl-C again, Ctrl-D or /exit leaves)"
+
+
+# ---- what the user sees
+
+
+@dataclass
+class Screen:
+    """Answers go to standard output, everything else to standard error."""
+
+    interactive: bool
+
+    def note(self, text: str) -> None:
+        dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
+        sys.stderr.flush()
+
+    def show(self, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def ask(self, prompt: str) -> str:
+        """A line of input without its end; EOFError after the last."""
+        if self.interactive:
+            return input(prompt)
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line.removesuffix("\n")
+
+
+def read_message(ask: Callable[[str], str]) -> tuple[str, bool]:
+    r"""One message, and whether it may be a command.
+
+    A line that ends with ``\`` goes on in the next; lines between two of three quotes are one message.
+    """
+    line = ask(PROMPT)
+    if line.strip() == QUOTES:
+        return read_block(ask), False
+    lines = []
+    while line.endswith("\\"):
+        lines.append(line[:-1])
+        line = ask(MORE)
+    return "\n".join([*lines, line]).strip(), True
+
+
+def read_block(ask: Callable[[str], str]) -> str:
+    lines: list[str] = []
+    try:
+        while (line := ask(MORE)).strip() != QUOTES:
+            lines.append(line)
+    except EOFError:
+        raise TinyLLMError(f"the message has no end; expected a line of {QUOTES}") from None
+    return "\n".join(lines)
+
+
+# ---- commands
+
+
+@dataclass
+class Repl:
+    """Reads messages and commands until there are no more."""
+
+    chat: Conversation
+    screen: Screen
+
+    def run(self) -> None:
+        """The loop; on a terminal an error is told and the next line read, in a pipe it is the end."""
+        interrupted = False
+        while True:
+            try:
+                text, plain = read_message(self.screen.ask)
+                interrupted = False
+                if not self.obey(text, plain):
+                    return
+            except EOFError:
+                if self.screen.interactive:
+                    self.screen.note("")
+                return
+            except KeyboardInterrupt:
+                if interrupted or not self.screen.interactive:
+                    raise
+                interrupted = True
+                self.screen.note(f"\n{WHAT_LEAVES}")
+            except (TinyLLMError, OSError) as e:
+                if not self.screen.interactive:
+                    raise
+                self.screen.note(" ".join(str(e).split()))
+
+    def obey(self, text: str, plain: bool) -> bool:
+        """Do what a message asks; False to leave."""
+        name, _, rest = text.partition(" ")
+        if not plain or not re.fullmatch(r"/[a-z]*", name):
+            if text.strip():
+                self.say(text)
+            return True
+        if name not in COMMANDS:
+            raise ArgumentError(f"unknown command {name}; /help lists them")
+        _, takes, command = COMMANDS[name]
+        if rest.strip() and not takes:
+            raise ArgumentError(f"{name} takes nothing after it; found {rest.strip()!r:.40}")
+        command(self, rest.strip())
+        return name != "/exit"
+
+    def say(self, text: str) -> None:
+        self.chat.messages.append({"role": "user", "content": text})
+        try:
+            dropped, needed = self.chat.fit(), self.chat.n_tokens()
+        finally:
+            self.chat.messages.pop()
+        if dropped:
+            self.screen.note(f"(the context is full: {dropped} oldest turns were dropped)")
+        if needed >= self.chat.state.n_ctx:
+            raise ContextOverflow(
+                f"the message makes a prompt of {needed} tokens; the context has "
+                f"{self.chat.state.n_ctx}: shorten it, or give a larger --n-ctx"
+            )
+        finished = self.chat.say(text, self.screen.show)
+        self.screen.show("\n")
+        if not finished and not self.screen.interactive:
+            raise KeyboardInterrupt
+        self.conclude(finished)
+
+    def conclude(self, finished: bool) -> None:
+        """What there is to say after an answer."""
+        if finished and self.chat.full:
+            self.screen.note("(the context is full: the answer was cut)")
+        if self.screen.interactive:
+            t = self.chat.timings[-1]
+            stopped = "" if finished else "stopped; "
+            self.screen.note(f"({stopped}{t.n_generated} tokens, {t.generated_per_s:.1f} tokens/s)")
+
+    def reset(self, _: str) -> None:
+        self.chat.reset()
+        self.screen.note("(a new conversation)")
+
+    def system(self, text: str) -> None:
+        if text:
+            self.chat.system = text
+        self.screen.note(f"(system: {self.chat.system or 'none'})")
+
+    def save(self, name: str) -> None:
+        path = file_argument("/save", name)
+        save(self.chat.messages, path)
+        self.screen.note(f"({len(self.chat.messages)} messages saved in {path})")
+
+    def load(self, name: str) -> None:
+        path = file_argument("/load", name)
+        self.chat.messages = load(path)
+        self.screen.note(f"({len(self.chat.messages)} messages read from {path})")
+
+    def regen(self, _: str) -> None:
+        self.say(self.chat.last_message())
+
+    def stats(self, _: str) -> None:
+        state, t = self.chat.state, self.chat.timings[-1] if self.chat.timings else Timings()
+        self.screen.note(
+            f"{Path(self.chat.model.path).name} on {self.chat.model.device}\n"
+            f"context: {len(state.ids)} of {state.n_ctx} tokens, {len(self.chat.messages)} messages\n"
+            f"last prompt: {t.n_prompt} tokens read, {t.n_reused} known before, "
+            f"{t.prompt_s:.2f} s to the first word\n"
+            f"last answer: {t.n_generated} tokens, {t.generated_per_s:.1f} tokens/s"
+        )
+
+    def help(self, _: str) -> None:
+        lines = [
+            f"{name + ' ' + takes:<14} {about}" for name, (about, takes, _) in COMMANDS.items()
+        ]
+        self.screen.note("\n".join([*lines, MULTILINE]))
+
+    def exit(self, _: str) -> None:
+        """Leaving is the loop's part."""
+
+
+COMMANDS: dict[str, tuple[str, str, Callable[[Repl, str], None]]] = {
+    "/reset": ("forget the conversation; the system message stays", "", Repl.reset),
+    "/system": ("set the system message; alone: show it", "TEXT", Repl.system),
+    "/save": ("write the conversation as JSON", "FILE", Repl.save),
+    "/load": ("go on with a saved conversation", "FILE", Repl.load),
+    "/regen": ("answer the last message again", "", Repl.regen),
+    "/stats": ("tokens and times", "", Repl.stats),
+    "/help": ("this list", "", Repl.help),
+    "/exit": ("leave; Ctrl-D too", "", Repl.exit),
+}
+MULTILINE = f"""Ctrl-C stops an answer.
+A line that ends with \\ goes on in the next; so do all lines between two lines of {QUOTES}."""
+
+
+def file_argument(command: str, name: str) -> Path:
+    if not name:
+        raise ArgumentError(f"{command} takes the name of a file: {command} chat.json")
+    return Path(name).expanduser()
+
+
+# ---- the command line
+
+
+def chat_arguments(p: Parser) -> None:
+    p.add_argument("file", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    p.add_argument("-m", "--model", metavar="MODEL", help="the same")
+    load_options(p)
+    p.add_argument("-d", dest="device", metavar="DEVICE", help="the same as --device")
+    p.add_argument("--system", default="", metavar="TEXT", help="the system message")
+    p.add_argument("--template", metavar="FILE", help="a Jinja chat template; default: the model's")
+    p.add_argument("-n", "--max-tokens", type=int, default=-1, metavar="N", help="of an answer")
+    for f in SAMPLING:
+        flag, default = f"--{f.name.replace('_', '-')}", f.default
+        p.add_argument(
+            flag, type=type(default), default=default, metavar="X", help="default %(default)s"
+        )
+    p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answers")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+
+
+def talk(args: Arguments) -> None:
+    from .completion import check_max_tokens
+
+    if args.file and args.model:
+        raise ArgumentError(f"two models: {args.file} and {args.model}; expected one")
+    args.model = args.file or args.model
+    sampling = {f.name: getattr(args, f.name) for f in SAMPLING}
+    SamplingParams(**sampling, seed=args.seed)  # a wrong value is told before a large file is read
+    max_tokens, template = check_max_tokens(args.max_tokens), read_template(args.template)
+    with load_decoder(args) as model:
+        options = {**sampling, "stop": args.stop}
+        chosen = template or own_template(model)
+        chat = Conversation(model, chosen, max_tokens, args.seed, options)
+        chat.system = args.system
+        Repl(chat, open_screen(model)).run()
+
+
+def read_template(name: str | None) -> str | None:
+    from .chat import check
+
+    if name is None:
+        return None
+    text = Path(name).read_text("utf-8", "replace")
+    check(text)
+    return text
+
+
+def own_template(model: Model) -> str:
+    from .chat import pick_template
+
+    template = pick_template(model.metadata)
+    if template is None:
+        raise ArgumentError(f"{model.path} has no chat template; give one with --template FILE")
+    return template
+
+
+def open_screen(model: Model) -> Screen:
+    screen = Screen(sys.stdin.isatty() and sys.stdout.isatty())
+    if screen.interactive:
+        try:
+            import readline  # noqa: F401 (input() then edits lines and remembers them)
+        except ImportError:  # Windows: the console does that itself
+            pass
+        screen.note(
+            f"{Path(model.path).name} on {model.device}, {model.n_ctx} tokens of context; "
+            "/help lists the commands"
+        )
+    return screen
+
+
+COMMAND = Command("Talk with a model.", "tinyllm chat -m model.gguf --system \"Answer briefly.\"",
+                  chat_arguments, talk)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``tinyllm chat`` with these arguments."""
+    COMMAND.run(COMMAND.parser("chat").parse_intermixed_args(argv))
