@@ -64,7 +64,7 @@ class Answer:
             Sampler(request.params, model.network.n_vocab, model.network.be.top_k),
             limit,
             eog=tokenizer.eog,
-            overflow="shift" if state.can_truncate else "error",
+            overflow="shift" if state.can_truncate and state.can_shift else "error",
             keep=self.keep,
             logprobs=request.logprobs,
             finish_reason="length" if limit == 0 else None,
