@@ -90,38 +90,48 @@ class Conversation:
         return True
 
     def _answer(self, pieces: list[str], show: Callable[[str], None]) -> None:
-        seed = None if self.seed is None else self.seed + len(self.timings)
-        t = Timings()
-        self.timings.append(t)
-        start = time.perf_counter()
+        """Stream the answer into ``pieces``; an answer, even a stopped one, adds its timings."""
+        t, start = Timings(), time.perf_counter()
         stream = self.model.chat(
             self.messages, self.template, state=self.state, stream=True,
-            max_tokens=self.max_tokens, seed=seed, **self.options,
+            max_tokens=self.max_tokens, seed=self._next_seed(), **self.options,
         )  # fmt: skip
         n_prompt, t.n_reused = len(self.state.ids), self.state.n_past
-        with closing(stream):
-            for piece in stream:
-                if not pieces:
-                    t.n_prompt, t.prompt_s = n_prompt - t.n_reused, time.perf_counter() - start
-                pieces.append(piece)
-                t.n_generated = len(self.state.ids) - n_prompt
-                t.generated_s = time.perf_counter() - start - t.prompt_s
-                show(piece)
-        if not pieces:  # the model ended at once: an empty answer is an answer
-            pieces.append("")
+        t.n_prompt = n_prompt - t.n_reused
+        try:
+            with closing(stream):
+                for piece in stream:
+                    t.prompt_s = t.prompt_s or time.perf_counter() - start
+                    pieces.append(piece)
+                    show(piece)
+            pieces.append("")  # the model may end at once: an empty answer is an answer
+        finally:
+            t.n_generated = len(self.state.ids) - n_prompt
+            t.generated_s = time.perf_counter() - start - t.prompt_s
+            if pieces:
+                self.timings.append(t)
+
+    def _next_seed(self) -> int | None:
+        """Each answer has its own, so that one written again differs."""
+        return None if self.seed is None else self.seed + len(self.timings)
 
     @property
     def full(self) -> bool:
         """The last answer ended because no token more had room."""
         return len(self.state.ids) >= self.state.n_ctx
 
-    def last_message(self) -> str:
-        """Take the last turn away; returns what the user said in it."""
-        if len(self.messages) < self.first + 2:
+    def again(self, answer: Callable[[str], None]) -> None:
+        """Have ``answer`` say the last message again; the old answer stays if there is no new one."""
+        turn = self.messages[max(self.first, len(self.messages) - 2) :]
+        if not turn:
             raise ArgumentError("there is no answer yet to write again")
-        text = self.messages[-2]["content"]
         del self.messages[-2:]
-        return text
+        n_answers = len(self.timings)
+        try:
+            answer(turn[0]["content"])
+        finally:
+            if len(self.timings) == n_answers:
+                self.messages.extend(turn)
 
 
 # ---- files

@@ -132,26 +132,30 @@ class Repl:
         finally:
             self.chat.messages.pop()
         if dropped:
-            self.screen.note(f"(the context is full: {dropped} oldest turns were dropped)")
+            turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+            self.screen.note(f"(the context is full: the oldest {turns} dropped)")
         if needed >= self.chat.state.n_ctx:
             raise ContextOverflow(
                 f"the message makes a prompt of {needed} tokens; the context has "
                 f"{self.chat.state.n_ctx}: shorten it, or give a larger --n-ctx"
             )
+        n_answers = len(self.chat.timings)
         finished = self.chat.say(text, self.screen.show)
         self.screen.show("\n")
         if not finished and not self.screen.interactive:
             raise KeyboardInterrupt
-        self.conclude(finished)
+        self.conclude(finished, len(self.chat.timings) > n_answers)
 
-    def conclude(self, finished: bool) -> None:
+    def conclude(self, finished: bool, answered: bool) -> None:
         """What there is to say after an answer."""
         if finished and self.chat.full:
             self.screen.note("(the context is full: the answer was cut)")
         if self.screen.interactive:
-            t = self.chat.timings[-1]
-            stopped = "" if finished else "stopped; "
-            self.screen.note(f"({stopped}{t.n_generated} tokens, {t.generated_per_s:.1f} tokens/s)")
+            notes = [] if finished else ["stopped"]
+            if answered:
+                t = self.chat.timings[-1]
+                notes.append(f"{t.n_generated} tokens, {t.generated_per_s:.1f} tokens/s")
+            self.screen.note(f"({'; '.join(notes)})")
 
     def reset(self, _: str) -> None:
         self.chat.reset()
@@ -173,7 +177,7 @@ class Repl:
         self.screen.note(f"({len(self.chat.messages)} messages read from {path})")
 
     def regen(self, _: str) -> None:
-        self.say(self.chat.last_message())
+        self.chat.again(self.say)
 
     def stats(self, _: str) -> None:
         state, t = self.chat.state, self.chat.timings[-1] if self.chat.timings else Timings()
@@ -257,7 +261,10 @@ def read_template(name: str | None) -> str | None:
 
     if name is None:
         return None
-    text = Path(name).read_text("utf-8", "replace")
+    try:
+        text = Path(name).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ArgumentError(f"{name}: a template is a text in UTF-8 ({e})") from None
     check(text)
     return text
 
