@@ -6,7 +6,8 @@ import io
 import json
 import os
 import select
-import signal
+import shlex
+import subprocess
 import sys
 import time
 
@@ -16,7 +17,7 @@ import tinyllm
 from tinyllm.cli import main
 from tinyllm.conversation import Conversation, load, save
 from tinyllm.errors import ContextOverflow, TinyLLMError
-from tinyllm.repl import COMMANDS, Repl, Screen, read_message
+from tinyllm.repl import COMMAND, COMMANDS, Repl, Screen, read_message
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 TURNS = [
@@ -163,9 +164,11 @@ def test_ctrl_c_keeps_what_was_shown(chat, model):
 
 def test_ctrl_c_twice_at_the_prompt_leaves_and_once_does_not(chat):
     screen = Typed(KeyboardInterrupt(), "/stats", KeyboardInterrupt(), KeyboardInterrupt(), "x")
+    Repl(chat, screen).run()
+    assert screen.lines == ["x"]
+    screen = Typed(KeyboardInterrupt(), "x", interactive=False)
     with pytest.raises(KeyboardInterrupt):
         Repl(chat, screen).run()
-    assert screen.lines == ["x"]
 
 
 # ---- commands
@@ -300,6 +303,19 @@ def test_an_error_ends_a_pipe(monkeypatch, capsys):
     assert err == "tinyllm: unknown command /nonesuch; /help lists them\n"
 
 
+def test_bytes_that_are_no_text_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"bad \xff\n"), "utf-8"))
+    assert main(["chat", "--device", "reference"]) == 1
+    assert capsys.readouterr().err.startswith("tinyllm: the input is not a text in utf-8")
+
+
+def test_help_ends_with_an_example_that_parses(capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    assert capsys.readouterr().out.rstrip().endswith(f"example:\n  {COMMAND.example}")
+    COMMAND.parser("chat").parse_args(shlex.split(COMMAND.example)[2:])
+
+
 def test_a_model_without_a_template_asks_for_one(monkeypatch, capsys, stories260k, tmp_path):
     rc, out, err = piped(monkeypatch, capsys, "Hello\n", "-m", str(stories260k))
     assert (rc, out) == (2, "")
@@ -333,7 +349,7 @@ def test_wrong_arguments_are_one_line(monkeypatch, capsys, argv, complaint):
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_program(stories260k, tmp_path):
     (tmp_path / "t.jinja").write_text(PLAIN)
     argv = ["-m", str(stories260k), "--template", str(tmp_path / "t.jinja"), "--n-ctx", "100000"]
-    terminal = Terminal([sys.executable, "-m", "tinyllm", "chat", *argv, "-d", "reference"])
+    terminal = Terminal(["chat", *argv, "-d", "reference"])
     try:
         terminal.wait_for("> ")
         terminal.send("Once upon a time\n")
@@ -344,19 +360,25 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_program(stories260k, 
         terminal.send("/exit\n")
         assert terminal.exit_code() == 0
     finally:
-        terminal.kill()
+        terminal.close()
+
+
+TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "os.execv(sys.executable, [sys.executable, '-m', 'tinyllm', *sys.argv[1:]])"
+)
 
 
 class Terminal:
-    """A program on a pseudo-terminal of its own."""
+    """The program on a pseudo-terminal of its own, which turns Ctrl-C into a signal."""
 
     def __init__(self, argv: list[str]) -> None:
-        import pty
-
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execv(argv[0], argv)
-        self.status: int | None = None
+        self.fd, inside = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TAKE_TERMINAL, *argv],
+            stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+        )  # fmt: skip
+        os.close(inside)
 
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
@@ -371,17 +393,9 @@ class Terminal:
         return seen
 
     def exit_code(self) -> int:
-        while True:
-            try:
-                if not os.read(self.fd, 4096):
-                    break
-            except OSError:  # Linux: the other side is closed
-                break
-        self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.status
+        return self.process.wait(60)
 
-    def kill(self) -> None:
-        if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
         os.close(self.fd)

@@ -45,9 +45,13 @@ class Screen:
 
     def ask(self, prompt: str) -> str:
         """A line of input without its end; EOFError after the last."""
-        if self.interactive:
-            return input(prompt)
-        if not (line := sys.stdin.readline()):
+        try:
+            if self.interactive:
+                return input(prompt)
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as e:
+            raise TinyLLMError(f"the input is not a text in {e.encoding} ({e})") from None
+        if not line:
             raise EOFError
         return line.removesuffix("\n")
 
@@ -101,8 +105,11 @@ class Repl:
                     self.screen.note("")
                 return
             except KeyboardInterrupt:
-                if interrupted or not self.screen.interactive:
+                if not self.screen.interactive:
                     raise
+                if interrupted:
+                    self.screen.note("")
+                    return
                 interrupted = True
                 self.screen.note(f"\n{WHAT_LEAVES}")
             except (TinyLLMError, OSError) as e:
