@@ -162,6 +162,15 @@ def test_ctrl_c_keeps_what_was_shown(chat, model):
     assert chat.messages[3]["content"] == expected
 
 
+def test_ctrl_c_does_not_confuse_a_recurrent_model(data):
+    with tinyllm.load(data / "golden" / "models" / "mamba.gguf", device="reference") as mamba:
+        chat = Conversation(mamba, PLAIN, 6, options={"temperature": 0})
+        assert chat.say("Hello", stop_at(2)[1]) is False
+        assert chat.say("And now?", lambda piece: None) is True
+        expected = mamba.chat(chat.messages[:3], PLAIN, max_tokens=6, temperature=0).text
+    assert chat.messages[3]["content"] == expected
+
+
 def test_ctrl_c_twice_at_the_prompt_leaves_and_once_does_not(chat):
     screen = Typed(KeyboardInterrupt(), "/stats", KeyboardInterrupt(), KeyboardInterrupt(), "x")
     Repl(chat, screen).run()
