@@ -309,4 +309,6 @@ def test_the_templates_of_gpt4alls_list_render(data: Path) -> None:
     messages = [{"role": r, "content": f"<think>hm</think>{r} text"} for r in roles]
     texts = [render(m["chatTemplate"], messages) for m in models if m["chatTemplate"]]
     assert len(texts) == 25
-    assert sum("user text" in text for text in texts) == 24  # WizardLM's names a variable it never sets
+    assert (
+        sum("user text" in text for text in texts) == 24
+    )  # WizardLM's names a variable it never sets

@@ -26,7 +26,7 @@ ALLOWED = {
     "sampling": {"errors"},
     "generate": {"errors", "models", "sampling"},
     "text": {"errors", "tokenizers"},
-    "completion": {"errors", "models", "sampling", "text", "generate", "model"},  # model: for types
+    "completion": {"errors", "tokenizers", "models", "sampling", "text", "generate", "model"},
     "metering": {"errors"},
     "sandbox": {"errors", "metering"},
     "chat": {"errors", "tokenizers", "sandbox", "metering"},
@@ -34,7 +34,7 @@ ALLOWED = {
     **{module: {"errors", *DOWNLOADS} for module in DOWNLOADS},
     "sdk": BELOW_MODEL | {"model"},
     "arguments": BELOW_MODEL | {"model"},
-    "conversation": {"errors", "generate", "chat", "model"},  # model: for types
+    "conversation": {"errors", "generate", "chat", "model"},
     "repl": BELOW_MODEL | {"model", "sdk", "arguments", "conversation"},
     "server": BELOW_MODEL | {"model", "sdk"},
     "bench": BELOW_MODEL | {"model"},

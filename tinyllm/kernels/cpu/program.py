@@ -11,7 +11,7 @@ import mmap
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -185,8 +185,8 @@ class Tape:
         place = _Place(self.arena, n_bytes)
         return CPUArray(shape, dtype, place.place[1], place)
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing():  # a default argument outlives the module's names
             pool().retire(self.rows)
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ class GPUArray:
             raise ValueError(f"{self.shape} does not reshape to {shape}")
         return GPUArray(shape, self.dtype, self.buffer, None, self)
 
-    def __del__(self) -> None:
-        if self._pool is not None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._pool is not None and not finalizing():
             self._pool.give(self._buffer, self._room)
 
 
