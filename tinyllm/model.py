@@ -431,7 +431,7 @@ def load(
     n_threads : int, optional
         Default: the physical cores.
     n_gpu_layers : int, optional
-        Layers on the GPU; the rest run on the CPU. Default: all.
+        Layers on the GPU. All of a model's layers run on one device so far: fewer than all is refused.
     kv_type : {"f16", "f32", "q8_0"}
         How keys and values are stored.
     strict : bool
@@ -455,6 +455,7 @@ def load(
         tokenizer = vocabulary(file, strict)
         be = open_backend(devices.resolve(device), n_threads)
         network = build(file.metadata, file.tensors, be, kv_type, strict, progress)
+        check_gpu_layers(n_gpu_layers, network)
     except GGUFError as e:
         file.close()
         raise file.located(e) from e
@@ -462,6 +463,17 @@ def load(
         file.close()
         raise
     return Model(file, network, wanted or default_n_ctx(network, kv_type), tokenizer)
+
+
+def check_gpu_layers(n: int | None, net: Network) -> None:
+    """A share of the layers on another device is not supported yet, and must not be ignored."""
+    if n is None or net.be.name in ("cpu", "reference"):
+        return
+    if n < net.config.n_layer:
+        raise ArgumentError(
+            f"n_gpu_layers={n}; all {net.config.n_layer} layers run on one device. Leave it out, or use "
+            "device='cpu'"
+        )
 
 
 def vocabulary(file: gguf.GGUFFile, strict: bool = True) -> Tokenizer | None:

@@ -203,10 +203,11 @@ class LLModel:
         """Use so many threads; more than there are cores are remembered and not used."""
         if n_threads < 1:
             raise ValueError(f"n_threads must be positive, got {n_threads}")
-        be = self._open().network.be
+        network = self._open().network
         self._n_threads = n_threads
-        if hasattr(be, "set_threads"):  # a GPU has none
-            be.set_threads(n_threads)
+        if hasattr(network.be, "set_threads"):  # a GPU has none
+            with network.lock:
+                network.be.set_threads(n_threads)
 
     def thread_count(self) -> int:
         """The number of threads asked for, or in use by default."""

@@ -72,12 +72,17 @@ class CPUBackend(Backend):
     name = "cpu"
 
     def __init__(self, n_threads: int | None = None) -> None:
-        if n_threads is not None and n_threads < 1:
-            raise ArgumentError(f"n_threads is {n_threads}; expected 1 or more")
-        self.n_threads = n_threads or pool().size  # as asked
-        self._workers = min(self.n_threads, pool().size)
         self._local = threading.local()
         self._steps: OrderedDict[Hashable, Recorded] = OrderedDict()
+        self.set_threads(pool().size if n_threads is None else n_threads)
+
+    def set_threads(self, n_threads: int) -> None:
+        """Use up to so many threads from the next step on; call it between steps."""
+        if n_threads < 1:
+            raise ArgumentError(f"n_threads is {n_threads}; expected 1 or more")
+        self.n_threads = n_threads  # as asked
+        self._workers = min(n_threads, pool().size)
+        self._steps.clear()  # recorded steps have room for the old number of workers
 
     # ---- the tape
 
