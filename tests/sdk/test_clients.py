@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -153,6 +154,11 @@ tell([r.output for r in told])
 
 
 def test_openlit_instruments_the_classes(home: Path) -> None:
+    if importlib.util.find_spec("openlit") is None:
+        pytest.skip("openlit is not installed")
+    major, minor, *_ = importlib.metadata.version("openlit").split(".")
+    if (int(major), int(minor)) < (1, 40):
+        pytest.skip("openlit before 1.40 downloads a tokenizer")
     (home / "pricing.json").write_text("{}")
     spans, pieces, n = run(
         home,
@@ -165,8 +171,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 exporter, provider = InMemorySpanExporter(), TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(exporter))
 trace.set_tracer_provider(provider)
+import inspect
 import openlit
-openlit.init(disable_metrics=True, disable_events=True, pricing_json={str(home / "pricing.json")!r})
+wanted = dict(disable_metrics=True, disable_events=True, pricing_json={str(home / "pricing.json")!r})
+known = inspect.signature(openlit.init).parameters  # versions differ
+openlit.init(**{{name: value for name, value in wanted.items() if name in known}})
 import gpt4all
 llm = gpt4all.GPT4All("stories260K.gguf", allow_download=False)
 llm.generate("Once upon a time", max_tokens=5)
