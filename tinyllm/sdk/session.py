@@ -109,7 +109,7 @@ class ChatSession:
             os.replace(whole, path)
 
     def load(self, path: str | os.PathLike[str], model: LLModel) -> None:
-        """Become the session that `save` wrote, with this session's template.
+        """Take over the conversation that `save` wrote, under the template in use here.
 
         Raises
         ------
