@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 
 from tinyllm import sampling
 from tinyllm.errors import ArgumentError, NumericError
-from tinyllm.sampling import Sampler, SamplingParams
+from tinyllm.kernels import choose
+from tinyllm.sampling import SamplingParams
+
+Sampler = partial(sampling.Sampler, top_k=choose.top_k)
 
 GREEDY = {"temperature": 0.0}
 NO_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -81,7 +85,7 @@ def test_sampler_refuses_a_bias_outside_the_vocabulary():
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(1, 50))
 def test_top_k_is_the_head_of_a_stable_sort(values, k):
     logits = np.array(values, np.float32)
-    ids, found = sampling.top_k(logits, k)
+    ids, found = choose.top_k(logits, k)
     expected = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
     assert ids.tolist() == expected
     assert found.tolist() == [values[i] for i in expected]
@@ -94,7 +98,7 @@ def test_top_k_of_a_large_vocabulary_with_many_ties(n, k):
     logits = np.random.default_rng(n).integers(0, 50, n).astype(np.float32)
     logits[::3] = -np.inf
     expected = np.lexsort((np.arange(n), -logits))[:k]
-    assert sampling.top_k(logits, k)[0].tolist() == expected.tolist()
+    assert choose.top_k(logits, k)[0].tolist() == expected.tolist()
 
 
 # ---- what must never be drawn

@@ -477,17 +477,10 @@ def check_gpu_layers(n: int | None, net: Network) -> None:
 
 
 def vocabulary(file: gguf.GGUFFile, strict: bool = True) -> Tokenizer | None:
-    """The file's tokenizer, if it has one; it must name as many tokens as there are embeddings."""
+    """The file's tokenizer, if it has one."""
     if "tokenizer.ggml.model" not in file.metadata:
         return None
-    tokenizer = tokenizers.load(file.metadata, strict)
-    embeddings = file.tensors.get("token_embd.weight")
-    if embeddings is not None and tokenizer.n_vocab != embeddings.shape[0]:
-        raise GGUFError(
-            f"names {tokenizer.n_vocab} tokens; token_embd.weight has {embeddings.shape[0]} rows",
-            name="tokenizer.ggml.tokens",
-        )
-    return tokenizer
+    return tokenizers.load(file.metadata, strict)
 
 
 def locate(path: str | Path | None) -> Path:
@@ -496,9 +489,9 @@ def locate(path: str | Path | None) -> Path:
         return BUNDLED
     if Path(path).exists() or isinstance(path, Path):
         return Path(path)
-    from .sdk.download import resolve
+    from .sdk.catalogue import find_model
 
-    return Path(resolve(path))
+    return Path(find_model(path))
 
 
 def list_devices() -> list[Any]:

@@ -136,30 +136,6 @@ _CHECKS: dict[str, _Check] = {
 }
 
 
-def top_k(logits: Floats, k: int) -> tuple[Ids, Floats]:
-    """The k largest of logits [n]: ids int32 and values, largest first, equal ones in the order of their ids.
-
-    Raises NumericError for NaN, for +inf, and when every logit is -inf.
-    """
-    check_finite(float(logits.max()))
-    ids = np.array([logits.argmax()]) if k == 1 else _candidates(logits, k)
-    ids = ids[np.argsort(-logits[ids], kind="stable")[:k]]
-    return ids.astype(np.int32), logits[ids]
-
-
-def _candidates(logits: Floats, k: int) -> Ids:
-    """Ids, in order, of all logits [n] not below a bound that k of them reach, and few more do.
-
-    The k-th largest of the maxima of n / 64 columns is such a bound, at a third of a partition's cost.
-    """
-    n, columns = len(logits), len(logits) // 64
-    if k >= n:
-        return np.arange(n)
-    heads = logits[: 64 * columns].reshape(64, columns).max(axis=0) if k < columns else logits
-    bound = np.partition(heads, len(heads) - k)[len(heads) - k]
-    return np.flatnonzero(logits >= bound)
-
-
 def check_finite(largest: float) -> None:
     """Raise NumericError unless the largest logit is a finite number."""
     if math.isfinite(largest):
@@ -224,7 +200,7 @@ class Sampler:
     params : SamplingParams
     n_vocab : int
     top_k : callable
-        ``top_k(logits, k)``; a backend's is faster than this module's.
+        ``top_k(logits, k)`` -> ids and values, largest first; a backend has one.
 
     Raises
     ------
@@ -232,7 +208,7 @@ class Sampler:
         ``params.logit_bias`` names an id outside the vocabulary.
     """
 
-    def __init__(self, params: SamplingParams, n_vocab: int, top_k: TopK = top_k) -> None:
+    def __init__(self, params: SamplingParams, n_vocab: int, top_k: TopK) -> None:
         self.params, self.n_vocab, self._top_k = params, n_vocab, top_k
         k = 1 if params.temperature == 0 else params.top_k
         self._k = min(k, n_vocab) if k > 0 else n_vocab

@@ -196,10 +196,6 @@ class Config:
     rope_finetuned: bool  # Granite's hybrid: do attention layers rotate?
     xielu: tuple[tuple[float, float, float], ...]  # per layer: above 0, below 0, linear
 
-    @property
-    def has_rope(self) -> bool:
-        return self.rope_dim > 0
-
 
 def architecture(metadata: Mapping[str, Any]) -> str:
     """The name in ``general.architecture``."""

@@ -386,10 +386,3 @@ def _sync_directory(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def resolve(name: str) -> Path:
-    """The file of a name: a path, ``hf:owner/repo/file.gguf``, or a name of GPT4All's list."""
-    from tinyllm.sdk.catalogue import find_model
-
-    return find_model(name)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ArgumentError, NumericError
+from ...errors import ArgumentError
+from .. import choose
 from ..backend import (
     Activation,
     Array,
@@ -490,17 +491,7 @@ class CPUBackend(Backend):
     # ---- choosing
 
     def top_k(self, logits: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
-        x = self.numpy(logits).reshape(-1)
-        most = x.max()
-        if np.isnan(most) or np.isinf(most):
-            raise NumericError(
-                "logits hold NaN, or no finite largest value: the weights are damaged"
-            )
-        k = min(k, len(x))
-        ids = np.flatnonzero(x >= _lower_bound(x, k))
-        order = np.argsort(-x[ids], kind="stable")[:k]
-        ids = ids[order].astype(np.int32)
-        return ids, x[ids]
+        return choose.top_k(self.numpy(logits).reshape(-1), k)
 
     # ---- recurrent layers
 
@@ -565,12 +556,3 @@ class CPUBackend(Backend):
         common = [x.address, y.address, caches, starts, layer, field_]
         self._op(body, parts * batch.n_seq, [*common, *args], [x, batch, *keep])
         return y
-
-
-def _lower_bound(x: np.ndarray, k: int) -> float:
-    """A value that at least k of x reach, and few others: the k-th largest among the maxima of runs of 64."""
-    n = len(x) // 64 * 64
-    if n < 64 * k:
-        return np.partition(x, len(x) - k)[len(x) - k]
-    most = x[:n].reshape(-1, 64).max(1)
-    return np.partition(most, len(most) - k)[len(most) - k]
