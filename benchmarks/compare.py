@@ -1,0 +1,359 @@
+"""Whole models beside other engines: the same file, the same threads, in turn within the same minute.
+
+    python benchmarks/compare.py llama-1b-Q4_0.gguf --engines tinyllm,llamacpp,gpt4all \\
+        --python llamacpp=peers/bin/python -t 2 --rounds 5 --json benchmarks/results/compare.json
+    python benchmarks/compare.py model.gguf --depth 4096 --engines tinyllm,llamacpp-fa   # decode far in
+    python benchmarks/compare.py model.gguf --sequences 8 --engines tinyllm              # eight at once
+    python benchmarks/compare.py small.gguf --reference     # logits beside the dequantised product's
+
+Each engine lives in a process of its own for the whole comparison and is asked for one measurement at a
+time: round after round, one engine after the other. A ratio is the median over rounds of ours to theirs
+within the round, because the speed of a shared machine drifts by more than engines differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+from common import HERE, Worker, ratios, show, spread
+
+OURS = "tinyllm"
+LIMIT_S = 0.5  # spent on measuring the read bandwidth, each round
+SPINNING = 0.02  # of a core: an idle engine that uses more is reported
+
+
+def compare(model: Path, o: argparse.Namespace) -> dict[str, Any]:
+    """All rounds on one file."""
+    with ExitStack() as stack:
+        workers = {e: stack.enter_context(worker(e, o.python)) for e in o.engines}
+        n_ctx = max(o.prompt, o.depth or 0) + o.tokens + 16
+        args = {"model": str(model), "threads": o.threads, "n_ctx": n_ctx}
+        loaded, refused = load(workers, args)
+        ids = prompt(o.depth or o.prompt, min(x["n_vocab"] or 30000 for x in loaded.values()))
+        engines = {e: about(w, loaded[e]) for e, w in workers.items()}
+        report = {"model": model.stem, "file_bytes": model.stat().st_size, "engines": engines}
+        report["refused"] = refused
+        machine = stack.enter_context(worker("limits", {}))
+        rounds = []
+        for i in range(-1, o.rounds):
+            found = {
+                "read_bandwidth": machine.ask("read_bandwidth", threads=o.threads, seconds=LIMIT_S)
+            }
+            rounds.append(found | one_round(workers, loaded, ids, o, i))
+        report |= summary(rounds[1:], engines, len(ids), o)
+        report["logits"] = fidelity(model, workers, args, ids, o)
+        for e, w in workers.items():
+            engines[e]["peak_rss_bytes"] = w.ask("memory")
+    return report
+
+
+def load(
+    workers: dict[str, Worker], args: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What the engines say of the loaded file; those that refuse it are taken out, with their reasons."""
+    loaded, refused = {}, {}
+    for name, w in list(workers.items()):
+        try:
+            loaded[name] = w.ask("load", **args)
+        except RuntimeError as e:
+            refused[name] = str(e)
+            del workers[name]
+    if not loaded:
+        sys.exit("; ".join(refused.values()))
+    return loaded, refused
+
+
+@contextmanager
+def worker(engine: str, pythons: dict[str, str]) -> Iterator[Worker]:
+    """An engine's process; "llamacpp-fa" runs where "llamacpp" does."""
+    python = pythons.get(engine, pythons.get(engine.partition("-")[0], sys.executable))
+    w = Worker(python, HERE / "engines.py", engine)
+    try:
+        yield w
+    finally:
+        w.close()
+
+
+def prompt(n: int, n_vocab: int) -> list[int]:
+    """Ids of ordinary tokens, the same for all engines."""
+    low = min(100, n_vocab // 4)
+    return [low + (i * 7919) % min(30000, n_vocab // 2) for i in range(n)]
+
+
+def about(w: Worker, loaded: dict[str, Any]) -> dict[str, Any]:
+    """What is known of an engine before it is timed."""
+    known = {k: loaded[k] for k in ("version", "load_s")}
+    return known if w.name == "gpt4all" else known | {"about": w.ask("about")}
+
+
+# ---- measuring
+
+
+def one_round(
+    workers: dict[str, Worker],
+    loaded: dict[str, Any],
+    ids: list[int],
+    o: argparse.Namespace,
+    i: int,
+) -> dict[str, Any]:
+    """Every engine once, each way.
+
+    Round -1 warms up: it compiles, touches memory and finds the steps' sizes.
+    """
+    found: dict[str, Any] = {}
+    for name, w in workers.items():
+        found[name] = {"idle": w.ask("idle")}
+        for way in [way for way in o.ways if way in loaded[name]["ways"]]:
+            keep = o.depth is not None
+            found[name][way] = w.ask("measure", way=way, ids=ids, n=o.tokens, keep=keep)
+        if name == OURS and o.sequences:
+            args = {"ids": ids, "n": o.tokens, "sequences": o.sequences}
+            found["together_s"] = w.ask("together", **args)
+    say(f"{'warm-up' if i < 0 else f'round {i + 1} of {o.rounds}'}: {line(found, ids, o)}")
+    return found
+
+
+def line(found: dict[str, Any], ids: list[int], o: argparse.Namespace) -> str:
+    """One round's rates, for those who watch."""
+    parts = []
+    for name, ways in found.items():
+        for way, t in ways.items() if isinstance(ways, dict) else ():
+            if way in o.ways:
+                read = "" if o.depth else f"{len(ids) / t['prefill_s']:.0f} / "
+                parts.append(f"{name} {way} {read}{o.tokens / t['decode_s']:.1f}")
+    return ", ".join(parts)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def fidelity(
+    model: Path,
+    workers: dict[str, Worker],
+    args: dict[str, Any],
+    ids: list[int],
+    o: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """How far the engines' logits after the prompt are from each other, or from the reference's."""
+    ids = ids[: o.prompt]
+    with tempfile.TemporaryDirectory() as folder:
+        logits = {}
+        for name, w in workers.items():
+            if name != "gpt4all":  # it has none to show
+                logits[name] = last_logits(w, ids, folder)
+        if o.reference:
+            with worker("reference", o.python) as w:
+                w.ask("load", **args)
+                logits["reference"] = last_logits(w, ids, folder)
+    base = "reference" if o.reference else OURS
+    return [difference(n, x, base, logits[base]) for n, x in logits.items() if n != base]
+
+
+def last_logits(w: Worker, ids: list[int], folder: str) -> np.ndarray:
+    path = os.path.join(folder, f"{w.name}.npy")
+    w.ask("logits", ids=ids, path=path)
+    return np.load(path).astype(np.float64)
+
+
+def difference(name: str, x: np.ndarray, base: str, y: np.ndarray) -> dict[str, Any]:
+    """In standard deviations of the logits that are compared with."""
+    error = (x - y) / y.std()
+    return {
+        "engine": name,
+        "compared_with": base,
+        "max_error": float(np.abs(error).max()),
+        "rms_error": float(np.sqrt((error**2).mean())),
+        "same_argmax": bool(x.argmax() == y.argmax()),
+    }
+
+
+# ---- reporting
+
+
+def summary(
+    rounds: list[dict[str, Any]], engines: dict[str, Any], n_read: int, o: argparse.Namespace
+) -> dict[str, Any]:
+    """Rates of each engine and way, and ours to each other's."""
+    rates: dict[str, Any] = {}
+    for name in engines:
+        for way in [w for w in o.ways if w in rounds[0][name]]:
+            times = [r[name][way] for r in rounds]
+            row = {f"tg{o.tokens}": spread(o.tokens / t["decode_s"] for t in times)}
+            if o.depth is None:
+                row = {f"pp{n_read}": spread(n_read / t["prefill_s"] for t in times)} | row
+            rates.setdefault(name, {})[way] = row
+        cpu, wall = np.sum([r[name]["idle"] for r in rounds], axis=0)
+        engines[name]["idle_share"] = float(cpu / max(wall, 1e-3))
+    out: dict[str, Any] = {"depth": n_read, "tokens_per_s": rates, "ratios": against(rates)}
+    if OURS in engines:
+        out |= limits(rounds, engines[OURS]["about"], rates[OURS], o)
+    return out
+
+
+def against(rates: dict[str, Any]) -> dict[str, Any]:
+    """Ours to each other engine's, way by way, test by test."""
+    ours = rates.get(OURS, {})
+    return {
+        name: {
+            way: {t: ratios(ours[way][t]["all"], s["all"]) for t, s in tests.items()}
+            for way, tests in ways.items()
+            if way in ours
+        }
+        for name, ways in rates.items()
+        if name != OURS and ours
+    }
+
+
+def limits(
+    rounds: list[dict[str, Any]], known: dict[str, Any], ours: dict[str, Any], o: argparse.Namespace
+) -> dict[str, Any]:
+    """Our decoding beside the machine's read bandwidth, and many sequences beside one."""
+    bandwidth = [r["read_bandwidth"] for r in rounds]
+    per_token = known["bytes_per_token"]
+    out: dict[str, Any] = {
+        "read_gb_per_s": spread(b / 1e9 for b in bandwidth),
+        "weights_gb_per_token": per_token / 1e9,
+        "fraction_of_bandwidth": {
+            way: ratios([per_token * x for x in tests[f"tg{o.tokens}"]["all"]], bandwidth)
+            for way, tests in ours.items()
+        },
+    }
+    if o.sequences and "step" in ours:
+        together = [o.sequences * o.tokens / r["together_s"] for r in rounds]
+        out["sequences"] = {
+            "count": o.sequences,
+            "tokens_per_s": spread(together),
+            "to_one": ratios(together, ours["step"][f"tg{o.tokens}"]["all"]),
+        }
+    return out
+
+
+def as_text(r: dict[str, Any]) -> str:
+    """One file's results as tables."""
+    head = ["engine", "way", *next(iter(next(iter(r["tokens_per_s"].values())).values()))]
+    rows = []
+    for name, ways in r["tokens_per_s"].items():
+        for way, tests in ways.items():
+            rows.append([name, way, *(show(s) for s in tests.values())])
+    for name, ways in r["ratios"].items():
+        for way, tests in ways.items():
+            rows.append([f"ours / {name}", way, *(show(s, 2) + " x" for s in tests.values())])
+    at = f"{r['file_bytes'] / 1e6:.0f} MB; tokens/s, decoding from depth {r['depth']}"
+    parts = [f"## {r['model']} ({at})", common.table(head, rows), engine_table(r)]
+    return "\n\n".join([*parts, "\n".join(remarks(r))])
+
+
+def engine_table(r: dict[str, Any]) -> str:
+    """Loading and memory."""
+    rows = [
+        [e["version"], f"{e['load_s']:.2f}", f"{e['peak_rss_bytes'] / 1e6:.0f}",
+         f"{e['peak_rss_bytes'] / r['file_bytes']:.2f}", f"{e['idle_share']:.3f}"]
+        for e in r["engines"].values()
+    ]  # fmt: skip
+    return common.table(["engine", "load s", "peak MB", "peak / file", "cores while idle"], rows)
+
+
+def remarks(r: dict[str, Any]) -> Iterator[str]:
+    """What does not fit a table."""
+    if "read_gb_per_s" in r:
+        yield f"Reading memory: {show(r['read_gb_per_s'])} GB/s. Weights read by decoding, of that:"
+        for way, s in r["fraction_of_bandwidth"].items():
+            yield f"  {way}: {show(s, 2)}"
+    if s := r.get("sequences"):
+        rate, to_one = show(s["tokens_per_s"]), show(s["to_one"], 2)
+        yield f"{s['count']} sequences together: {rate} tokens/s, {to_one} x one"
+    for d in r["logits"]:
+        same = "the same" if d["same_argmax"] else "another"
+        yield (
+            f"Logits of {d['engine']} beside {d['compared_with']}'s: largest difference {d['max_error']:.4f} "
+            f"standard deviations, RMS {d['rms_error']:.5f}; {same} likeliest token"
+        )
+    for reason in r["refused"].values():
+        yield f"Refused: {reason}"
+    for name, e in r["engines"].items():
+        if e["idle_share"] > SPINNING:
+            yield f"WARNING: {name} kept {e['idle_share']:.0%} of a core busy while others were measured"
+
+
+# ---- command line
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("models", nargs="+", type=Path, help="GGUF files")
+    add(
+        "--engines",
+        type=names,
+        default=[OURS, "llamacpp"],
+        help="tinyllm,llamacpp,llamacpp-fa,gpt4all",
+    )
+    add("--ways", type=names, default=["generate", "step"], help="generate,step")
+    add("-p", "--prompt", type=int, default=512, help="tokens of prompt")
+    add("-n", "--tokens", type=int, default=64, help="tokens to decode after it")
+    add(
+        "-d",
+        "--depth",
+        type=int,
+        help="decode after so many tokens, read once; no prefill is timed",
+    )
+    add("-t", "--threads", type=int, default=os.cpu_count(), help="of each engine")
+    add("--rounds", type=int, default=5, help="after one to warm up")
+    add("--sequences", type=int, help="also decode so many together (ours only)")
+    add(
+        "--reference",
+        action="store_true",
+        help="compare logits with the dequantised product's (slow)",
+    )
+    add("--python", type=pair, action="append", default=[], help="ENGINE=python of its environment")
+    add("--json", type=Path, help="file for the results")
+    o = parser.parse_args(argv)
+    o.python = dict(o.python)
+    return o
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def pair(text: str) -> tuple[str, str]:
+    engine, _, python = text.partition("=")
+    if not python:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected ENGINE=PYTHON")
+    return engine, python
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare, print tables, write JSON."""
+    o = options(argv)
+    settings = {
+        k: getattr(o, k) for k in ("prompt", "tokens", "depth", "threads", "rounds", "sequences")
+    }
+    report: dict[str, Any] = {
+        "benchmark": "compare",
+        "machine": common.machine(),
+        "settings": settings,
+    }
+    report["models"] = []
+    for model in o.models:
+        say(model.name)
+        report["models"].append(compare(model, o))
+        print(as_text(report["models"][-1]), flush=True)
+        if o.json:
+            common.write_json(o.json, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The engines that compare.py asks, each in a process of its own: python engines.py NAME.
+
+Every engine does the same work: read a prompt from an empty state, then decode single tokens from there.
+``way`` is "generate" (what a user calls: greedy, sampling included) or "step" (the engine's forward pass,
+tokens given, nothing chosen). An engine's own modules are imported when it loads, so that this file runs in
+any virtual environment.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+
+clock = time.perf_counter
+ATTEMPTS = 8  # of an engine that may end its answer early
+
+
+class Engine:
+    """What compare.py may ask of an engine; times are seconds of wall clock."""
+
+    ways: tuple[str, ...] = ("generate", "step")
+
+    def load(self, model: str, threads: int, n_ctx: int) -> dict[str, Any]:
+        """Load a file; ``n_vocab`` is None where the engine does not tell."""
+        start = clock()
+        version = self.open(model, threads, n_ctx)
+        seconds = clock() - start
+        return {"version": version, "load_s": seconds, "ways": self.ways, "n_vocab": self.n_vocab()}
+
+    def measure(self, way: str, ids: Sequence[int], n: int, keep: bool) -> dict[str, Any]:
+        """Seconds to read ``ids`` and to decode ``n`` tokens after them.
+
+        With ``keep`` the ids may still be stored from the last call: the first number then means nothing.
+        """
+        work = {"generate": self.generate, "step": self.step}[way]
+        return dict(zip(("prefill_s", "decode_s"), work(list(ids), n, keep), strict=True))
+
+    def memory(self) -> int:
+        """Peak bytes in main memory, pages of a mapped file included."""
+        return common.peak_rss()
+
+    def open(self, model: str, threads: int, n_ctx: int) -> str:
+        """Load; returns the engine's name with its version."""
+        raise NotImplementedError
+
+    def n_vocab(self) -> int | None:
+        return None
+
+    def generate(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def step(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def logits(self, ids: Sequence[int], path: str) -> None:
+        """Write the logits after the last of ``ids`` to an .npy file."""
+        raise NotImplementedError
+
+
+class TinyLLM(Engine):
+    """This project."""
+
+    device = "cpu"
+    kv_type: Any = "f16"
+
+    def open(self, model: str, threads: int, n_ctx: int) -> str:
+        import tinyllm
+
+        self.model = tinyllm.load(
+            model, self.device, n_ctx=n_ctx, n_threads=threads, kv_type=self.kv_type
+        )
+        self.state = self.model.new_state()
+        return f"tinyllm {tinyllm.__version__}"
+
+    def n_vocab(self) -> int:
+        return self.model.network.n_vocab
+
+    def about(self) -> dict[str, Any]:
+        """Bytes that a token reads, and the instruction set of the kernels."""
+        from tinyllm import bench
+        from tinyllm.kernels.cpu import simd
+
+        return {**bench.describe(self.model), "instruction set": simd.instruction_set()}
+
+    def read(self, ids: list[int], keep: bool) -> float:
+        """Make the state hold exactly ids."""
+        from tinyllm import bench
+
+        start = clock()
+        if keep and self.state.ids[: len(ids)] == ids:
+            self.state.truncate(len(ids))
+        else:
+            self.state.truncate(0)
+            bench.read_prompt(self.model.network, self.state, ids)
+        return clock() - start
+
+    def generate(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        """One token ends the reading; n more are decoded, each in a step of its own."""
+        bias = dict.fromkeys(self.model.tokenizer.eog, -math.inf)
+        if keep and self.state.ids[: len(ids)] == ids:
+            start, first = clock(), ids[0]
+        else:
+            self.state.truncate(0)
+            start = clock()
+            done = self.model.generate(ids, 1, temperature=0, logit_bias=bias, state=self.state)
+            first = done.ids[0]
+        read = clock()
+        self.state.truncate(len(ids))
+        done = self.model.generate([first], n, temperature=0, logit_bias=bias, state=self.state)
+        end = clock()
+        if len(done.ids) != n:
+            raise RuntimeError(f"{len(done.ids)} tokens were decoded; expected {n}")
+        return read - start, end - read
+
+    def step(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        from tinyllm import bench
+
+        prefill, start = self.read(ids, keep), clock()
+        bench.write_tokens(self.model.network, self.state, following(ids, n))
+        return prefill, clock() - start
+
+    def together(self, ids: list[int], n: int, sequences: int) -> float:
+        """Seconds to decode n tokens of each of many sequences, all in each step, after ids each."""
+        from tinyllm import bench
+
+        net = self.model.network
+        states = [self.model.new_state(len(ids) + n) for _ in range(sequences)]
+        for i, state in enumerate(states):
+            bench.read_prompt(net, state, ids[i:] + ids[:i])
+        start = clock()
+        for token in following(ids, n):
+            for state in states:
+                state.append([token])
+            net.forward([(state, 1, "last") for state in states])
+        return clock() - start
+
+    def logits(self, ids: Sequence[int], path: str) -> None:
+        import numpy as np
+
+        state = self.model.new_state(len(ids))
+        state.append(list(ids))
+        while state.n_past < len(ids):
+            n = min(self.model.network.n_batch, len(ids) - state.n_past)
+            rows = self.model.network.forward([(state, n, "last")])
+        np.save(path, np.array(rows[0][-1]))
+
+
+class Reference(TinyLLM):
+    """The product of the dequantised weights in float32, in plain NumPy: what the others approximate."""
+
+    device, kv_type = "reference", "f32"
+
+
+class LlamaCpp(Engine):
+    """llama-cpp-python."""
+
+    flash_attn = False
+
+    def open(self, model: str, threads: int, n_ctx: int) -> str:
+        import llama_cpp
+
+        self.model = llama_cpp.Llama(
+            model, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, n_batch=512,
+            n_ubatch=512, flash_attn=self.flash_attn, verbose=False,
+        )  # fmt: skip
+        return f"llama-cpp-python {llama_cpp.__version__}"
+
+    def n_vocab(self) -> int:
+        return int(self.model.n_vocab())
+
+    def about(self) -> dict[str, Any]:
+        """What its build uses of this processor."""
+        import llama_cpp
+
+        return {"build": llama_cpp.llama_print_system_info().decode().strip()}
+
+    def generate(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        if not keep:
+            self.model.reset()
+        tokens = self.tokens(ids)
+        start = clock()
+        next(tokens)
+        read = clock()
+        for _ in range(n):
+            next(tokens)
+        return read - start, clock() - read
+
+    def tokens(self, ids: list[int]) -> Iterator[int]:
+        """Greedy; ends of text are tokens like others."""
+        return iter(self.model.generate(ids, temp=0.0, repeat_penalty=1.0))
+
+    def step(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        start = clock()
+        if keep and self.model.input_ids[: len(ids)].tolist() == ids:
+            self.model.n_tokens = len(ids)  # eval drops what is stored behind
+        else:
+            self.model.reset()
+            start = clock()
+            self.model.eval(ids)
+        read = clock()
+        for token in following(ids, n):
+            self.model.eval([token])
+        return read - start, clock() - read
+
+    def logits(self, ids: Sequence[int], path: str) -> None:
+        import llama_cpp
+        import numpy as np
+
+        self.model.reset()
+        self.model.eval(list(ids))
+        last = llama_cpp.llama_get_logits_ith(self.model.ctx, -1)
+        np.save(path, np.array(np.ctypeslib.as_array(last, (self.n_vocab(),))))
+
+
+class LlamaCppFlash(LlamaCpp):
+    """llama-cpp-python with its flash attention, which pays at depth."""
+
+    flash_attn = True
+
+
+class GPT4All(Engine):
+    """GPT4All, which takes text only: its prompts are words of one token each, counted as it reads them."""
+
+    ways = ("generate",)
+
+    def open(self, model: str, threads: int, n_ctx: int) -> str:
+        from importlib.metadata import version
+
+        from gpt4all import GPT4All
+
+        path = Path(model).resolve()
+        self.model = GPT4All(
+            path.name, model_path=path.parent, allow_download=False, n_threads=threads,
+            n_ctx=n_ctx + 64, device="cpu",
+        )  # fmt: skip
+        self.surplus, self.calls = 0, 0  # of tokens in a prompt over its words; prompts read
+        return f"gpt4all {version('gpt4all')}"
+
+    def generate(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        """Reading ends with the first token of the answer, whose time is taken before its text is decoded.
+
+        It cannot be told to ignore an end of text: of a few tries, one that goes half of the way is scaled.
+        """
+        if self.calls == 0:
+            self.surplus = self.timed(len(ids), 1)[0] - len(ids)
+        for _ in range(ATTEMPTS):
+            n_read, n_written, prefill, decode = self.timed(len(ids) - self.surplus, n + 1)
+            if n_written - 1 >= n / 2:
+                return prefill * len(ids) / n_read, decode * n / (n_written - 1)
+        raise RuntimeError(f"{ATTEMPTS} answers ended within {n // 2} tokens; ask for fewer")
+
+    def timed(self, words: int, n: int) -> tuple[int, int, float, float]:
+        """Tokens read, tokens written; seconds until the first was written, and from there to the last."""
+        read, written = [], []
+
+        def on_prompt(token: int) -> bool:
+            read.append(token)
+            return True
+
+        def on_answer(token: int, text: bytes) -> bool:
+            written.append(clock())
+            return True
+
+        engine = self.model.model
+        engine._prompt_callback = on_prompt
+        engine._callback_decoder = lambda _: on_answer
+        first = "one two three four five six seven eight nine ten".split()[self.calls % 10]
+        self.calls += 1
+        start = clock()
+        self.model.generate(
+            first + " hello" * (words - 1), max_tokens=n, temp=0.7, repeat_penalty=1.0, n_batch=128,
+        )  # fmt: skip
+        return len(read), len(written), written[0] - start, written[-1] - written[0]
+
+
+class Limits:
+    """The machine itself, measured in a process apart: its buffer is no engine's memory."""
+
+    def read_bandwidth(self, threads: int, seconds: float) -> float:
+        """Bytes per second of plain reading."""
+        import ops
+
+        return ops.limits(threads, seconds)["read GB/s"] * 1e9
+
+
+def following(ids: Sequence[int], n: int) -> list[int]:
+    """Tokens to decode after a prompt: some of it again."""
+    return [ids[i % len(ids)] for i in range(n)]
+
+
+ENGINES: dict[str, Callable[[], Any]] = {
+    "tinyllm": TinyLLM,
+    "reference": Reference,
+    "llamacpp": LlamaCpp,
+    "llamacpp-fa": LlamaCppFlash,
+    "gpt4all": GPT4All,
+    "limits": Limits,
+}
+
+if __name__ == "__main__":
+    common.serve(ENGINES[sys.argv[1]]())
