@@ -30,6 +30,7 @@ from ..backend import (
 )
 from . import attention, elementwise, jit, matmul, recurrent
 from .attention import padded
+from .experts import record_experts
 from .kvcache import CPUCache
 from .program import CPUArray, Tape, aligned, float_bits
 from .threads import pool
@@ -222,7 +223,7 @@ class CPUBackend(Backend):
     def matmul_experts(
         self, w: CPUWeight, x: Array, experts: Array, bias: Array | None = None
     ) -> CPUArray:
-        return matmul.record_experts(self._tape, w, x, experts, bias, self._workers)
+        return record_experts(self._tape, w, x, experts, bias, self._workers)
 
     # ---- elementwise and rows
 

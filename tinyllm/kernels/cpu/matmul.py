@@ -23,7 +23,6 @@ from .program import CPUArray, Tape, float_bits
 from .simd import (
     arg,
     clear,
-    copy,
     float_arg,
     get_f32,
     get_i8,
@@ -63,25 +62,6 @@ def matvec(args, first, last, worker):
         multiply(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile)
         if bias != 0:
             store(y + 64 * tile, load(y + 64 * tile) + load(bias + 64 * tile))
-
-
-def matvec_experts(args, first, last, worker):
-    """y [rows, n_out], row r through the matrix experts[r]; a piece is a tile of one row."""
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, n_blocks, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    experts, x_bytes, choices, scratch = arg(args, 8), arg(args, 9), arg(args, 10), arg(args, 11)
-    out = scratch + 64 * worker
-    for piece in range(first, last):
-        row, tile = piece // tiles, piece % tiles
-        expert = get_i32(experts + 4 * row)
-        source = x + (row // choices) * x_bytes
-        multiply(w + (expert * tiles + tile) * tile_bytes, source, 0, n_blocks, out)
-        n = min(16, n_out - 16 * tile)
-        if bias != 0:
-            for i in range(n):
-                b = get_f32(bias + 4 * (expert * n_out + 16 * tile + i))
-                set_f32(out + 4 * i, get_f32(out + 4 * i) + b)
-        copy(y + 4 * (row * n_out + 16 * tile), out, 4 * n)
 
 
 def matmul(args, first, last, worker):
@@ -204,49 +184,55 @@ def quantise_array(tape: Tape, x: CPUArray, single: bool = False) -> CPUArray:
 
 
 def _record_matvec(tape: Tape, w: CPUWeight, common: list[int], joins: bool) -> None:
-    if w.format is None:
-        args, pieces = [*common, w.n_tiles], -(-w.n_tiles // GROUP)
-        tape.add(_matvec_float(w.kind), pieces, args, _chunk(pieces), joins)
-    else:
-        name, multiply = f"matvec_{w.kind}", micro.multiplier(w.format, 1, 1)
-        address = jit.kernel(matvec, name, multiply=multiply)
-        tape.add(address, w.n_tiles, common, _chunk(w.n_tiles), joins)
+    address, more = matvec_kernel(w)
+    pieces = w.n_tiles if w.format else -(-w.n_tiles // GROUP)
+    tape.add(address, pieces, [*common, *more], chunk(pieces), joins)
 
 
-def _chunk(pieces: int) -> int:
+def matvec_kernel(w: CPUWeight) -> tuple[int, list[int]]:
+    """The kernel for one token, and its arguments after the first six."""
+    if w.format is not None:
+        one = micro.multiplier(w.format, 1, 1)
+        return jit.kernel(matvec, f"matvec_{w.kind}", multiply=one), []
+    one, group = multiplier(w.kind, 1, 1, 1), multiplier(w.kind, 1, GROUP, 1)
+    name = f"matvec_{w.kind}"
+    return jit.kernel(matvec_float, name, multiply=one, multiply_group=group), [w.n_tiles]
+
+
+def chunk(pieces: int) -> int:
     """Pieces claimed at once: a claim should take some ten microseconds."""
     return max(1, min(8, pieces // 16))
-
-
-def _matvec_float(kind: str) -> int:
-    one, group = multiplier(kind, 1, 1, 1), multiplier(kind, 1, GROUP, 1)
-    return jit.kernel(matvec_float, f"matvec_{kind}", multiply=one, multiply_group=group)
 
 
 def _record_many(
     tape: Tape, w: CPUWeight, common: list[int], n_tokens: int, n_workers: int, joins: bool
 ) -> None:
-    pieces = -(-w.n_tiles // GROUP)
+    address, more, pieces, scratch = matmul_kernel(tape, w, n_tokens, n_workers)
+    tape.add(address, pieces, [*common, *more], 1, joins)
+    tape.keep(scratch)
+
+
+def matmul_kernel(
+    tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int
+) -> tuple[int, list[int], int, CPUArray]:
+    """The kernel for up to so many tokens, its arguments after the first six, its pieces, its scratch."""
+    more = [w.n_tiles, w.n_out, n_tokens]
     if w.format is None:
         scratch = tape.array((n_workers, GROUP * TOKENS * 64), "u1")
-        args = [*common, w.n_tiles, w.n_out, n_tokens, scratch.address, scratch.shape[1]]
-        one, group = (
-            multiplier(w.kind, TOKENS, 1, TOKENS),
-            multiplier(w.kind, TOKENS, GROUP, TOKENS),
+        one, group = (multiplier(w.kind, TOKENS, n, TOKENS) for n in (1, GROUP))
+        names = {"multiply": one, "multiply_group": group}
+        address, pieces = (
+            jit.kernel(matmul_float, f"matmul_{w.kind}", **names),
+            -(-w.n_tiles // GROUP),
         )
-        name = f"matmul_{w.kind}"
-        address = jit.kernel(matmul_float, name, multiply=one, multiply_group=group)
     else:
         n_steps, step_bytes = w.n_in // 32, micro.unpacked(w.format).tile_bytes
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
         scratch = tape.array((n_workers, UNPACKED * (STEPS * step_bytes + sums)), "u1")
-        x_bytes = n_steps * micro.record_bytes(micro.SLOTS)
-        args = [*common, w.n_tiles, w.n_out, n_tokens, x_bytes, step_bytes, n_steps]
-        args += [scratch.address, scratch.shape[1]]
+        more += [n_steps * micro.record_bytes(micro.SLOTS), step_bytes, n_steps]
         address = _matmul_quantised(w)
         pieces = -(-w.n_tiles // UNPACKED) * -(-n_tokens // TOKEN_BLOCK)
-    tape.add(address, pieces, args, 1, joins)
-    tape.keep(scratch)
+    return address, [*more, scratch.address, scratch.shape[1]], pieces, scratch
 
 
 def _matmul_quantised(w: CPUWeight) -> int:
@@ -258,31 +244,6 @@ def _matmul_quantised(w: CPUWeight) -> int:
         kind, multiply_tokens = f"amx_{kind}", amx.multiplier(form)
     names = {"unpack": unpack, "multiply_tokens": multiply_tokens, **unit}
     return jit.kernel(matmul, f"matmul_{kind}", **names)
-
-
-def record_experts(
-    tape: Tape, w: CPUWeight, x: CPUArray, experts: CPUArray, bias: CPUArray | None, n_workers: int
-) -> CPUArray:
-    """Each row and choice through its own matrix: [T, k, n_out]."""
-    n_tokens, k = experts.shape
-    flat = x.reshape(-1, w.n_in) if len(x.shape) == 3 else x
-    forms, x_bytes = flat, 4 * w.n_in
-    if w.format is not None:
-        forms = quantise_array(tape, flat, single=True)
-        x_bytes = w.n_in // 32 * micro.record_bytes(1)
-        multiply = micro.multiplier(w.format, 1, 1)
-    else:
-        multiply = multiplier(w.kind, 1, 1, 1)
-    y = tape.array((n_tokens, k, w.n_out))
-    scratch = tape.array((n_workers, 64), "u1")
-    args = [w.address, forms.address, y.address, bias.address if bias is not None else 0]
-    args += [w.tile_bytes, w.n_blocks, w.n_tiles, w.n_out, experts.address, x_bytes]
-    args += [1 if len(x.shape) == 3 else k, scratch.address]
-    address = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}", multiply=multiply)
-    pieces = n_tokens * k * w.n_tiles
-    tape.add(address, pieces, args, _chunk(pieces))
-    tape.keep(w, x, flat, forms, experts, bias, scratch, y)
-    return y
 
 
 def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_workers: int) -> CPUArray:
