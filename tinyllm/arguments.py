@@ -61,6 +61,7 @@ def load_options(p: Parser) -> None:
     p.add_argument("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU; default: all")
     p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
     p.add_argument("--no-strict", action="store_true", help="warn of what is not understood")
+    p.add_argument("--check-weights", action="store_true", help="look for NaN and infinity first")
 
 
 def load_model(args: Arguments) -> Model:
@@ -74,6 +75,7 @@ def load_model(args: Arguments) -> Model:
         n_gpu_layers=args.n_gpu_layers,
         kv_type=args.kv_type,
         strict=not args.no_strict,
+        check_weights=args.check_weights,
     )
 
 

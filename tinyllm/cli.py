@@ -109,10 +109,15 @@ def info_arguments(p: Parser) -> None:
     p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
     p.add_argument("--keys", action="store_true", help="every metadata key instead")
     p.add_argument("--tensors", action="store_true", help="every tensor instead")
+    p.add_argument(
+        "--check", action="store_true", help="read all weights; NaN or infinity is an error"
+    )
 
 
 def info(args: Arguments) -> None:
     from . import info as about
+    from .gguf.finite import check_finite
+    from .model import checking
 
     with open_file(args.model) as file:
         if args.keys:
@@ -123,6 +128,9 @@ def info(args: Arguments) -> None:
             lines = about.report(file, args.n_ctx, args.kv_type)
         for line in lines:
             print(line)
+        if args.check:
+            check_finite(file, checking)
+            print(f"weights      all of {len(file.tensors)} tensors are finite")
 
 
 # ---- explain
@@ -258,7 +266,7 @@ COMMANDS = {
         embed_arguments, embed,
     ),
     "info": Command(
-        "Say what a file holds and how it would run; no weights are read.",
+        "Say what a file holds and how it would run; no weights are read, but with --check.",
         "tinyllm info model.gguf -c 8192",
         info_arguments, info,
     ),

@@ -138,7 +138,13 @@ class Conversation:
 
 
 def save(messages: Sequence[Message], path: Path) -> None:
-    path.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    """Write them as JSON; an older file stays whole until the new one is."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(path: Path) -> list[Message]:

@@ -29,6 +29,8 @@ from .errors import (
     UnsupportedModel,
 )
 from .generate import Overflow
+from .gguf.finite import check_finite
+from .gguf.tensor import Tensor
 from .kernels import devices
 from .kernels.backend import KVType, open_backend
 from .models.network import Network, build, cache_bytes
@@ -415,6 +417,7 @@ def load(
     n_gpu_layers: int | None = None,
     kv_type: KVType = "f16",
     strict: bool = True,
+    check_weights: bool = False,
 ) -> Model:
     """Load a GGUF file.
 
@@ -436,6 +439,9 @@ def load(
         How keys and values are stored.
     strict : bool
         Refuse files with keys or tensors that we do not understand (True), or warn (False).
+    check_weights : bool
+        Look for NaN and infinity in all weights and scales first, and refuse the file that has any. Reads the
+        file twice; without it, they are refused once they reach the logits.
 
     Raises
     ------
@@ -453,9 +459,12 @@ def load(
     file = gguf.open(locate(path))
     try:
         tokenizer = vocabulary(file, strict)
+        if check_weights:
+            check_finite(file, checking)
         be = open_backend(devices.resolve(device), n_threads)
         network = build(file.metadata, file.tensors, be, kv_type, strict, progress)
         check_gpu_layers(n_gpu_layers, network)
+        file.check_unchanged()
     except GGUFError as e:
         file.close()
         raise file.located(e) from e
@@ -504,6 +513,13 @@ def default_n_ctx(net: Network, kv_type: KVType) -> int:
     trained = net.config.n_ctx_train
     each = cache_bytes(net.decoder.caches, 1, kv_type)
     return min(trained, max(512, net.be.memory()[0] // 2 // each)) if each else trained
+
+
+def checking(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    """The same bar while weights are checked."""
+    from tqdm import tqdm
+
+    return tqdm(tensors, "checking", leave=False, disable=None, delay=1.0, unit="tensor")
 
 
 def progress(layers: Iterable[Any], total: int) -> Iterable[Any]:

@@ -36,7 +36,7 @@ class RandomAccessFile:
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise GGUFError("not a regular file; give the path of a .gguf file", path=path)
-        self.size = status.st_size
+        self.size, self._written = status.st_size, status.st_mtime_ns
 
     def read(self, offset: int, n: int) -> bytearray:
         """`n` bytes at `offset`; GGUFError if the file ends before."""
@@ -81,6 +81,17 @@ class RandomAccessFile:
             if self._map is None:
                 self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
         return np.frombuffer(self._map, np.uint8, count=n, offset=offset)
+
+    def check_unchanged(self) -> None:
+        """GGUFError if somebody has written to the file since it was opened."""
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._written):
+            raise GGUFError(
+                "the file was written to while it was read, and what was read may be of two files; "
+                "load it again once it is complete",
+                path=self.path,
+                offset=0,
+            )
 
     def close(self) -> None:
         """Close the file; views given out by `map` stay valid."""

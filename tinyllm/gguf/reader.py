@@ -77,6 +77,11 @@ class GGUFFile:
         offset = self.key_offsets.get(name) if tensor is None else tensor.offset
         return GGUFError(message, path=path, offset=offset, name=name)
 
+    def check_unchanged(self) -> None:
+        """Raise GGUFError if a part was written to since it was opened (not: another put in its place)."""
+        for part in self._parts:
+            part.file.check_unchanged()
+
     def close(self) -> None:
         """Close the file; arrays already given out stay valid."""
         for part in self._parts:

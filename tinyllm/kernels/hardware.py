@@ -24,9 +24,9 @@ def memory_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Main memory that can be taken without swapping; a cgroup's limit counts where there is one."""
+    """Main memory that can be taken without swapping, within the limits of a cgroup and of ``ulimit -v``."""
     free = _meminfo() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min(free, _cgroup_left())
+    return min(free, _cgroup_left(), _address_space_left())
 
 
 def _meminfo() -> int:
@@ -46,3 +46,17 @@ def _cgroup_left() -> int:
     except (OSError, ValueError):
         return 1 << 62
     return (1 << 62) if limit == "max" else max(0, int(limit) - used)
+
+
+def _address_space_left() -> int:
+    """What RLIMIT_AS leaves to this process."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        return 1 << 62
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return 1 << 62
+    return max(0, limit - pages * resource.getpagesize())

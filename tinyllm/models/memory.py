@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ..errors import DeviceError
 from ..kernels.backend import Backend
 
@@ -13,6 +16,15 @@ def check_fits(be: Backend, need: int, what: str, advice: str) -> None:
         raise DeviceError(
             f"{be.name}: {what} need {readable(need)}; {readable(free)} are free. {advice}"
         )
+
+
+@contextmanager
+def allocating(what: str, advice: str) -> Iterator[None]:
+    """What fitted a moment ago may not fit now: that is a DeviceError too."""
+    try:
+        yield
+    except MemoryError as e:
+        raise DeviceError(f"the system gave no memory for {what}. {advice}") from e
 
 
 def readable(n: float) -> str:

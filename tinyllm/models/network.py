@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from .archs import Arch, find
 from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
-from .memory import check_fits
+from .memory import allocating, check_fits
 from .state import State
 from .step import Step, Tap
 from .weights import Tensors, check_layers
@@ -29,6 +31,7 @@ Segment = tuple[
 ]  # this many of the state's pending tokens; rows whose logits are wanted
 FEWEST_ROWS, MOST_ROWS = 64, 512  # of a step: weights are read once for all of them
 NUMBERS = itertools.count()
+NETWORKS: weakref.WeakSet[Network] = weakref.WeakSet()
 Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
 
 
@@ -43,6 +46,7 @@ class Network:
         self.config, self.arch, self.decoder, self.be = config, arch, decoder, be
         self.kv_type: KVType = kv_type
         self.lock = threading.RLock()
+        NETWORKS.add(self)
         self.number = next(NUMBERS)  # several networks may share a backend and its recorded steps
         self.fingerprint = fingerprint(config, kv_type)
 
@@ -62,7 +66,7 @@ class Network:
         need = cache_bytes(layers, n_ctx, self.kv_type)
         advice = "Use a smaller n_ctx, or kv_type='q8_0'"
         check_fits(self.be, need, f"the keys and values of n_ctx={n_ctx}", advice)
-        with self.lock:
+        with self.lock, allocating(f"the keys and values of n_ctx={n_ctx}", advice):
             cache = self.be.new_cache(layers, n_ctx, self.kv_type)
         state = State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint)
         state.can_shift = all(getattr(b.mixer, "can_shift", True) for b in self.decoder.blocks)
@@ -80,18 +84,26 @@ class Network:
         while using them, or copy.
         """
         states = [s for s, _, _ in segments]
+        for s in states:
+            s.check_whole()
         ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
         self.check_ids(ids)
         outputs, counts = output_rows(segments)
         batch = Batch.of(ids, [s.n_past for s in states], outputs, [s.cache for s in states])
         n_ctx = max(s.n_ctx for s in states)
-        with self.lock:
-            start = time.perf_counter()
-            y = self.run(batch, n_ctx, tap, self.decoder.logits if outputs else self.decoder.body)
-            rows = self.be.numpy(y) if outputs else np.empty((0, self.n_vocab), np.float32)
-            self.pace(batch.n_rows, time.perf_counter() - start)
-        for s, n, _ in segments:
-            s.n_past += n
+        end = self.decoder.logits if outputs else self.decoder.body
+        try:
+            with self.lock:
+                start = time.perf_counter()
+                y = self.run(batch, n_ctx, tap, end)
+                rows = self.be.numpy(y) if outputs else np.empty((0, self.n_vocab), np.float32)
+                self.pace(batch.n_rows, time.perf_counter() - start)
+            for s, n, _ in segments:
+                s.n_past += n
+        except BaseException:  # Ctrl-C, or an error in a tap
+            for s in states:
+                s.spoil()
+            raise
         return np.split(rows, np.cumsum(counts)[:-1])
 
     def pace(self, n_rows: int, seconds: float) -> None:
@@ -157,6 +169,16 @@ class Network:
     def close(self) -> None:
         with self.lock:
             self.be.close()
+
+
+def unlock() -> None:
+    """In a forked child, the thread that held a lock does not exist."""
+    for network in list(NETWORKS):
+        network.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=unlock)
 
 
 def output_rows(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:

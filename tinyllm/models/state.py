@@ -36,6 +36,7 @@ class State:
         self.can_shift = True  # may stored keys be turned to other positions?
         self.ids: list[int] = []
         self.n_past = 0
+        self.spoilt = False  # did a step end in its middle? Then recurrent layers are lost
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +66,7 @@ class State:
             raise StateError("a recurrent state cannot be cut back; start a new one")
         if n == 0 and not self.can_truncate:
             self.cache.restore({k: np.zeros_like(v) for k, v in self.cache.export(0).items()})
+            self.spoilt = False
         del self.ids[n:]
         self.n_past = min(self.n_past, n)
 
@@ -77,7 +79,7 @@ class State:
         limit = min(self.n_past, len(ids) - 1)
         while same < limit and self.ids[same] == ids[same]:
             same += 1
-        if not self.can_truncate and same < self.n_past:
+        if not self.can_truncate and (same < self.n_past or self.spoilt):
             same = 0
         self.truncate(same)
         self.append(ids[same:])
@@ -99,8 +101,20 @@ class State:
         del self.ids[keep : keep + discard]
         self.n_past -= discard
 
+    def spoil(self) -> None:
+        """Note that a step did not come to its end; keys and values are then written again, sums are lost."""
+        self.spoilt = self.spoilt or not self.can_truncate
+
+    def check_whole(self) -> None:
+        """Raise StateError if the state lost what its recurrent layers had summed up."""
+        if self.spoilt:
+            raise StateError(
+                "a step of this recurrent state was interrupted; truncate(0) and read its text again"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write tokens and cache to a ``.npz`` file (no pickle), atomically."""
+        self.check_whole()
         path = Path(path)
         part = path.with_name(path.name + ".part")
         arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
@@ -143,6 +157,8 @@ class State:
                     if name not in small and size > expected[name].nbytes + HEADER:
                         raise ValueError(f"{name} has {size} bytes")
                 arrays = {k: f[k] for k in f.files if k not in small}
+                if not all(isinstance(a, np.ndarray) for a in arrays.values()):
+                    raise ValueError("an entry is no array")
         except Exception as e:  # zipfile and zlib raise their own kinds for damaged files
             raise StateError(f"{path}: not a saved state of this model, or damaged ({e})") from None
         for name in expected.keys() | arrays.keys():
@@ -152,4 +168,4 @@ class State:
                     f"{path}: the array {name} is missing, surplus or of another shape"
                 )
         self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
-        self.ids, self.n_past = ids.tolist(), n_past
+        self.ids, self.n_past, self.spoilt = ids.tolist(), n_past, False

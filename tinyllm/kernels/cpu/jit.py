@@ -12,6 +12,7 @@ ever run. numba's own cache folder, which belongs to the user, is restored after
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import platform
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import FunctionType
@@ -60,16 +62,32 @@ def _compile(function: FunctionType, signature: Any) -> Any:
     global _spent
     if numba.config.DISABLE_JIT:
         raise DeviceError("NUMBA_DISABLE_JIT is set; the cpu backend needs the compiler: unset it")
-    start, theirs = time.perf_counter(), numba.config.CACHE_DIR
-    folder = cache_folder()
+    start, folder = time.perf_counter(), cache_folder()
     try:
-        numba.config.CACHE_DIR = str(folder or "")
-        decorate = cfunc(signature, cache=folder is not None, error_model="numpy")
-        compiled = decorate(function)
-    finally:
-        numba.config.CACHE_DIR = theirs
+        compiled = _compiled(function, signature, folder)
+    except Exception:  # a full disk, or a file that a crash cut short
+        if folder is None:
+            raise
+        _remove(folder, function.__name__)
+        compiled = _compiled(function, signature, None)
     _spent = _tell(_spent, _spent + time.perf_counter() - start)
     return compiled
+
+
+def _compiled(function: FunctionType, signature: Any, folder: Path | None) -> Any:
+    theirs = numba.config.CACHE_DIR
+    try:
+        numba.config.CACHE_DIR = str(folder or "")
+        return cfunc(signature, cache=folder is not None, error_model="numpy")(function)
+    finally:
+        numba.config.CACHE_DIR = theirs
+
+
+def _remove(folder: Path, name: str) -> None:
+    """Forget what the cache has of a kernel."""
+    for path in folder.rglob(f"*.{glob.escape(name)}-*"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def _tell(before: float, after: float) -> float:

@@ -159,7 +159,8 @@ class _Place:
         self.arena, self.place = arena, arena.take(n_bytes)
 
     def __del__(self) -> None:
-        self.arena.give(self.place)
+        if hasattr(self, "place"):  # Ctrl-C may have come before it was taken
+            self.arena.give(self.place)
 
 
 def float_bits(x: float) -> int:

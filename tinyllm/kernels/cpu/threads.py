@@ -257,8 +257,8 @@ class Pool:
         seen = self._counter(GENERATION)
         ctypes.c_int64.from_address(self._state + PARKED + LINE * worker).value = seen
         args = (self._state, worker, seen, SPIN)
+        self._started += 1  # first: Ctrl-C below must not make two threads of one number
         threading.Thread(target=self._work, args=args, name="tinyllm", daemon=True).start()
-        self._started += 1
 
     def _counter(self, field: int) -> int:
         return ctypes.c_int64.from_address(self._state + field).value
