@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -232,3 +233,19 @@ def call(target: Any, op: str, **args: Any) -> dict[str, Any]:
     except Exception as e:
         traceback.print_exc()
         return {"error": f"{type(e).__name__}: {e}"}
+
+
+# ---- command line
+
+
+def names(text: str) -> list[str]:
+    """The elements of a list on the command line."""
+    return text.split(",")
+
+
+def pair(text: str) -> tuple[str, str]:
+    """ENGINE=PYTHON."""
+    engine, _, python = text.partition("=")
+    if not python:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected ENGINE=PYTHON")
+    return engine, python

@@ -296,11 +296,11 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("models", nargs="+", type=Path, help="GGUF files")
     add(
         "--engines",
-        type=names,
+        type=common.names,
         default=[OURS, "llamacpp"],
         help="tinyllm,llamacpp,llamacpp-fa,gpt4all",
     )
-    add("--ways", type=names, default=["generate", "step"], help="generate,step")
+    add("--ways", type=common.names, default=["generate", "step"], help="generate,step")
     add("-p", "--prompt", type=int, default=512, help="tokens of prompt")
     add("-n", "--tokens", type=int, default=64, help="tokens to decode after it")
     add(
@@ -317,22 +317,17 @@ def options(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="compare logits with the dequantised product's (slow)",
     )
-    add("--python", type=pair, action="append", default=[], help="ENGINE=python of its environment")
+    add(
+        "--python",
+        type=common.pair,
+        action="append",
+        default=[],
+        help="ENGINE=python of its environment",
+    )
     add("--json", type=Path, help="file for the results")
     o = parser.parse_args(argv)
     o.python = dict(o.python)
     return o
-
-
-def names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def pair(text: str) -> tuple[str, str]:
-    engine, _, python = text.partition("=")
-    if not python:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected ENGINE=PYTHON")
-    return engine, python
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -286,7 +286,7 @@ class Limits:
         """Bytes per second of plain reading."""
         import ops
 
-        return ops.limits(threads, seconds)["read GB/s"] * 1e9
+        return ops.read_bandwidth(threads, seconds)
 
 
 def following(ids: Sequence[int], n: int) -> list[int]:

@@ -1,7 +1,7 @@
 """How near each kernel comes to the machine: GB/s of weights for one token, GMAC/s for many.
 
     python benchmarks/ops.py                          # the common formats
-    python benchmarks/ops.py Q4_0 F16 --threads 2 --json
+    python benchmarks/ops.py Q4_0 F16 --threads 2 --json benchmarks/results/ops.json
 
 One token is measured on more weights than caches hold, beside plain reading of memory; 8 and 512 tokens
 on a 2048 x 2048 matrix, beside the processor's byte dot products on registers alone. Best of several runs:
@@ -12,11 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch
@@ -75,6 +80,23 @@ def multiply_registers(args, first, last, worker):
         dots(simd.arg(args, 0) + 64 * worker, 10000)
 
 
+@simd.emitter(simd.types.void, simd.i64, simd.i64)
+def multiply_adds(e, p, n):
+    """n rounds of float multiply-adds on registers."""
+    ty = simd.V(simd.F32, simd.lanes())
+    v = e.load(e.ptr(p), ty)
+    out = e.loop(n, [v] * CHAINS, lambda _, acc: [e.fma(v, v, a) for a in acc])
+    for o in out:
+        v = e.b.fadd(v, o)
+    e.store(v, e.ptr(p))
+
+
+def multiply_floats(args, first, last, worker):
+    """The processor's float multiply-adds, nothing else; a piece is 10,000 rounds."""
+    for _ in range(first, last):
+        multiply_adds(simd.arg(args, 0) + 64 * worker, 10000)
+
+
 def best(run: Callable[[], Any], seconds: float) -> float:
     """The shortest of several runs."""
     run()
@@ -86,18 +108,36 @@ def best(run: Callable[[], Any], seconds: float) -> float:
     return min(times)
 
 
-def limits(threads: int, seconds: float) -> dict[str, float]:
-    """Read bandwidth in GB/s and byte products in GMAC/s, as our own pool of threads reaches them."""
+def read_bandwidth(threads: int, seconds: float) -> float:
+    """Bytes per second of plain reading, as our own pool of threads reaches it."""
     memory, out = program.aligned(1 << 28), program.aligned(64 * 256)
     memory[:] = 1
     out[:] = 0
-    read, multiply = program.Tape(), program.Tape()
-    read.add(jit.kernel(read_memory), 4096, [memory.ctypes.data, out.ctypes.data], 16)
-    multiply.add(jit.kernel(multiply_registers), 16, [out.ctypes.data])
-    macs = 16 * 10000 * CHAINS * simd.lanes() * 4
+    tape = program.Tape()
+    tape.add(jit.kernel(read_memory), 4096, [memory.ctypes.data, out.ctypes.data], 16)
+    return memory.nbytes / best(lambda: tape.run(threads), seconds)
+
+
+def peak(body: Callable, threads: int, seconds: float) -> float:
+    """Multiply-adds per second and lane of a kernel that works on registers alone."""
+    out = program.aligned(64 * 256)
+    out[:] = 0
+    tape = program.Tape()
+    tape.add(jit.kernel(body), 16, [out.ctypes.data])
+    return 16 * 10000 * CHAINS * simd.lanes() / best(lambda: tape.run(threads), seconds)
+
+
+def float_peak(threads: int, seconds: float) -> float:
+    """Float32 operations per second, two for each multiply-add."""
+    return 2 * peak(multiply_floats, threads, seconds)
+
+
+def limits(threads: int, seconds: float) -> dict[str, float]:
+    """Read bandwidth, products of bytes (four to a lane), products of floats."""
     return {
-        "read GB/s": memory.nbytes / best(lambda: read.run(threads), seconds) / 1e9,
-        "dot GMAC/s": macs / best(lambda: multiply.run(threads), seconds) / 1e9,
+        "read GB/s": read_bandwidth(threads, seconds) / 1e9,
+        "dot GMAC/s": 4 * peak(multiply_registers, threads, seconds) / 1e9,
+        "float GMAC/s": peak(multiply_floats, threads, seconds) / 1e9,
     }
 
 
@@ -136,16 +176,20 @@ def main() -> None:
     parser.add_argument("formats", nargs="*", default=COMMON, help="such as Q4_K F16")
     parser.add_argument("-t", "--threads", type=int, help="default: one per physical core")
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each number")
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--json", nargs="?", const="-", help="a file; alone: one line of JSON")
     options = parser.parse_args()
     be = CPUBackend(options.threads)
     report = {
+        "benchmark": "ops",
+        "machine": common.machine(),
         "instruction set": simd.instruction_set(),
         "threads": be.n_threads,
         "limits": limits(be.n_threads, options.seconds),
         "formats": [measure(be, f, options.seconds) for f in options.formats],
     }
-    print(json.dumps(report)) if options.json else show(report)
+    print(json.dumps(report)) if options.json == "-" else show(report)
+    if options.json not in (None, "-"):
+        common.write_json(options.json, report)
 
 
 if __name__ == "__main__":
