@@ -6,7 +6,7 @@
 Four threads generate, stream, abandon streams, chat, embed, and make, save, restore and drop states of the
 bundled model and of MiniLM (where the test data is; else nothing is embedded). Every call was made alone
 before, and must give the same again: the same text, the same bits of a vector. A watchdog ends the run with
-every thread's stack when one finishes nothing for two minutes. Exit code 1 if anything is not as it should be.
+every thread's stack when one finishes nothing for ten minutes. Exit code 1 if anything is not as it should be.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tinyllm.kernels.hardware import cpu_name  # noqa: E402
 
 DATA = Path(os.environ.get("TINYLLM_TESTDATA", ROOT.parent / "shared" / "data"))
 EMBEDDER = DATA / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf"
-STALL = 120.0  # seconds without a finished call
+STALL = 600.0  # seconds without a finished call: a machine may be busy with other things
 GROWTH = (
     24 << 20
 )  # bytes that the resident memory may grow from the second fifth of the run to the last
@@ -204,7 +204,7 @@ def resident() -> int:
 
 def soak(all_jobs: list[Job], seconds: float, n_threads: int, seed: int) -> dict[str, Any]:
     """Run the mix; the result as it is recorded."""
-    run, start = Soak(all_jobs), time.monotonic()
+    run, start, cpu = Soak(all_jobs), time.monotonic(), time.process_time()
     run.beats = dict.fromkeys(range(n_threads), start)
     threads = [
         threading.Thread(target=run.work, args=(n, seed), daemon=True) for n in range(n_threads)
@@ -212,12 +212,13 @@ def soak(all_jobs: list[Job], seconds: float, n_threads: int, seed: int) -> dict
     for t in threads:
         t.start()
     memory = watch(run, start + seconds)
+    stalled = len(run.stalled())
+    if stalled:
+        faulthandler.dump_traceback(all_threads=True)
     run.stop.set()
     for t in threads:
         t.join(STALL)
     hung = sum(t.is_alive() for t in threads)
-    if hung:
-        faulthandler.dump_traceback(all_threads=True)
     return {
         "minutes": round((time.monotonic() - start) / 60, 2),
         "threads": n_threads,
@@ -226,6 +227,8 @@ def soak(all_jobs: list[Job], seconds: float, n_threads: int, seed: int) -> dict
         "wrong": run.faults[:20],
         "n_wrong": len(run.faults),
         "hung_threads": hung,
+        "stalled_threads": stalled,
+        "cpu_seconds": round(time.process_time() - cpu, 1),
         **flatness(memory),
     }
 
@@ -278,7 +281,8 @@ def commit() -> str:
 
 
 def good(result: dict[str, Any]) -> bool:
-    return result["flat"] and not result["n_wrong"] and not result["hung_threads"]
+    bad = result["n_wrong"] or result["hung_threads"] or result["stalled_threads"]
+    return result["flat"] and not bad
 
 
 def arguments() -> argparse.Namespace:
