@@ -6,7 +6,6 @@ import json
 import threading
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from tinyllm.errors import (
     StateError,
     TinyLLMError,
 )
-from tinyllm.model import check_gpu_layers
 from tinyllm.perplexity import perplexity
 
 DEVICES = ["reference", "cpu"]
@@ -156,14 +154,6 @@ def test_threads_can_change_between_steps(stories260k: Path) -> None:
     first = m.generate("Once", max_tokens=20, seed=3).ids
     m.network.be.set_threads(2)
     assert m.generate("Once", max_tokens=20, seed=3).ids == first
-
-
-def test_a_share_of_the_layers_on_a_gpu_is_refused(stories: tinyllm.Model) -> None:
-    check_gpu_layers(2, stories.network)  # on the CPU the number means nothing
-    gpu = SimpleNamespace(be=SimpleNamespace(name="cuda:0"), config=stories.config)
-    check_gpu_layers(5, gpu)
-    with pytest.raises(ArgumentError, match="n_gpu_layers=2; all 5 layers"):
-        check_gpu_layers(2, gpu)
 
 
 def test_a_stream_is_the_text_in_pieces(stories: tinyllm.Model) -> None:

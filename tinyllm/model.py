@@ -35,6 +35,7 @@ from .kernels import devices
 from .kernels.backend import KVType, open_backend
 from .models.network import Network, build, cache_bytes
 from .models.pooling import pool, unit
+from .models.stages import Place, Stage, divide
 from .models.state import State
 from .models.step import Tap
 from .sampling import SamplingParams
@@ -74,8 +75,12 @@ class Model:
 
     @property
     def device(self) -> str:
-        """What really runs: "cpu", "reference", "cuda:0 NVIDIA H200"."""
-        return str(self.network.be.name)
+        """What really runs: "cpu", "reference", "cuda:0 NVIDIA H200"; of several, with the layers of each."""
+        stages = self.network.stages
+        if len(stages) == 1:
+            return stages[0].be.name
+        gpus_first = sorted(stages, key=lambda s: s.be.name == "cpu")
+        return " + ".join(f"{s.be.name} ({s.said})" for s in gpus_first)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -428,13 +433,15 @@ def load(
         the small model that comes with the package.
     device : str, optional
         "cpu" (default), "auto", "gpu", "reference", "cuda[:i]", "opencl[:i]", a maker ("nvidia", "amd",
-        "intel") or a part of a device's name.
+        "intel") or a part of a device's name. Several, as "cuda:0,cuda:1", share the layers in proportion to
+        their free memory.
     n_ctx : int, optional
         Tokens of a conversation; default: the trained length, or what half of the free memory holds.
     n_threads : int, optional
         Default: the physical cores.
     n_gpu_layers : int, optional
-        Layers on the GPU. All of a model's layers run on one device so far: fewer than all is refused.
+        The last so many layers, and the head, go to the GPU, the layers before them to the CPU; 0: all to
+        the CPU. Default, or -1: all to the GPU.
     kv_type : {"f16", "f32", "q8_0"}
         How keys and values are stored.
     strict : bool
@@ -461,9 +468,8 @@ def load(
         tokenizer = vocabulary(file, strict)
         if check_weights:
             check_finite(file, checking)
-        be = open_backend(devices.resolve(device), n_threads)
-        network = build(file.metadata, file.tensors, be, kv_type, strict, progress)
-        check_gpu_layers(n_gpu_layers, network)
+        place = placing(device, n_threads, n_gpu_layers)
+        network = build(file.metadata, file.tensors, place, kv_type, strict, progress)
         file.check_unchanged()
     except GGUFError as e:
         file.close()
@@ -474,15 +480,26 @@ def load(
     return Model(file, network, wanted or default_n_ctx(network, kv_type), tokenizer)
 
 
-def check_gpu_layers(n: int | None, net: Network) -> None:
-    """A share of the layers on another device is not supported yet, and must not be ignored."""
-    if n is None or net.be.name in ("cpu", "reference"):
-        return
-    if n < net.config.n_layer:
-        raise ArgumentError(
-            f"n_gpu_layers={n}; all {net.config.n_layer} layers run on one device. Leave it out, or use "
-            "device='cpu'"
-        )
+def placing(device: str | None, n_threads: int | None, n_gpu_layers: int | None) -> Place:
+    """Where the layers of a model go: the last ``n_gpu_layers`` to the devices named, the others to the CPU."""
+    names = devices.resolve_all(device)
+    if not any(map(devices.on_gpu, names)):
+        if n_gpu_layers and device != "auto":
+            raise ArgumentError(
+                f"n_gpu_layers={n_gpu_layers}, but the device is {names[0]!r}; give device='gpu', 'cuda:0' "
+                "or a name of `tinyllm devices`, or leave n_gpu_layers out"
+            )
+        n_gpu_layers = None
+
+    def place(n_layer: int) -> list[Stage]:
+        wanted = n_layer if n_gpu_layers is None or n_gpu_layers < 0 else n_gpu_layers
+        first = max(n_layer - wanted, 0)
+        rest = [Stage(open_backend("cpu", n_threads), range(first))] if first else []
+        if first == n_layer:
+            return rest
+        return rest + divide([open_backend(n, n_threads) for n in names], range(first, n_layer))
+
+    return place
 
 
 def vocabulary(file: gguf.GGUFFile, strict: bool = True) -> Tokenizer | None:
@@ -510,9 +527,11 @@ def list_devices() -> list[Any]:
 
 def default_n_ctx(net: Network, kv_type: KVType) -> int:
     """The trained length, or less where a full cache would take more than half of the free memory."""
-    trained = net.config.n_ctx_train
-    each = cache_bytes(net.decoder.caches, 1, kv_type)
-    return min(trained, max(512, net.be.memory()[0] // 2 // each)) if each else trained
+    fits = net.config.n_ctx_train
+    for stage in net.stages:
+        each = cache_bytes(stage.own(net.decoder.caches), 1, kv_type)
+        fits = min(fits, max(512, stage.be.memory()[0] // 2 // each)) if each else fits
+    return fits
 
 
 def checking(tensors: Iterable[Tensor]) -> Iterable[Tensor]:

@@ -2,8 +2,11 @@
 
 It runs ``tinyllm.kernels.gpu.cuda`` on machines without NVIDIA's hardware: addresses, copies, launches,
 captured graphs and cuBLAS calls are carried out as the driver would, so that a wrong argument gives a
-wrong result. What it cannot show is that NVIDIA's compiler and device agree; NVRTC's tests and a
-device show that.
+wrong result. As on a device, nothing is carried out before the host waits: a copy from host memory that has
+been written again by then, or an address that has been freed, shows. There are two devices, and memory,
+streams and handles of one cannot be used while the other is current.
+
+What it cannot show is that NVIDIA's compiler and device agree; NVRTC's tests and a device show that.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ import numpy as np
 import pyopencl as cl
 
 import tinyllm.kernels.gpu as package
-from tinyllm.kernels.gpu import devices, sources
+from tinyllm.kernels.gpu import cublas, devices, sources
 from tinyllm.kernels.gpu.opencl import CPU_OPTIONS, OPTIONS
 
 PAGE = 1 << 33  # addresses of one allocation
-UP, DOWN, ACROSS = 1, 2, 3
+STREAM = 100  # address of the first device's
+UP, DOWN = 1, 2
 NUMBER = {0: np.float32, 2: np.float16, 14: np.uint16}  # CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF
 
 
@@ -31,7 +35,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 class Driver:
-    """Memory by address, one stream in order, and what was asked of it."""
+    """Memory by address, one queue in order, and what was asked of it."""
 
     def __init__(self, total: int = 1 << 30) -> None:
         _, device = devices.choose_opencl("0")
@@ -39,8 +43,10 @@ class Driver:
         self.queue = cl.CommandQueue(self.context)
         self.buffers: dict[int, cl.Buffer] = {}
         self.sizes: dict[int, int] = {}
+        self.owner: dict[int, int] = {}
         self.next, self.total, self.device = 1, total, 0
         self.tape: list[Callable[[], None]] | None = None
+        self.pending: list[Callable[[], None]] = []
         self.launches = self.replays = self.products = 0
 
     def allocate(self, nbytes: int) -> int:
@@ -48,17 +54,23 @@ class Driver:
             raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
         address, self.next = self.next * PAGE, self.next + 1
         self.buffers[address] = cl.Buffer(self.context, cl.mem_flags.READ_WRITE, nbytes)
-        self.sizes[address] = nbytes
+        self.sizes[address], self.owner[address] = nbytes, self.device
         return address
 
     def free(self, address: int) -> None:
+        """As cudaFree: when all that was queued before is done."""
+        self.finish()
         self.buffers.pop(address).release()
-        del self.sizes[address]
+        del self.sizes[address], self.owner[address]
 
     def find(self, address: int) -> tuple[cl.Buffer, int, int]:
         """Buffer, offset and bytes that are left behind it."""
         base = address // PAGE * PAGE
         return self.buffers[base], address - base, self.sizes[base] - (address - base)
+
+    def check_here(self, address: int) -> None:
+        """The memory belongs to the current device."""
+        assert address == 0 or self.owner[address // PAGE * PAGE] == self.device
 
     def region(self, address: int) -> cl.Buffer | None:
         if address == 0:
@@ -79,41 +91,33 @@ class Driver:
         cl.enqueue_copy(self.queue, buffer, np.ascontiguousarray(x), dst_offset=offset)
 
     def do(self, work: Callable[[], None]) -> None:
-        """Now, or when the graph being captured is launched."""
-        if self.tape is None:
-            work()
-        else:
-            self.tape.append(work)
+        """When the host waits, or when the graph being captured is launched."""
+        (self.pending if self.tape is None else self.tape).append(work)
+
+    def finish(self) -> None:
+        """Carry out what is queued."""
+        work, self.pending = self.pending, []
+        for each in work:
+            each()
+        self.queue.finish()
 
     # ---- CuPy's names
 
     def memcpy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         assert self.tape is None, "copies between host and device cannot be captured here"
+        assert stream == STREAM + self.device
         if kind == UP:
-            self.write(target, host(source, nbytes).copy())
+            self.check_here(target)
+            self.do(lambda: self.write(target, host(source, nbytes).copy()))
         elif kind == DOWN:
-            host(target, nbytes)[:] = self.read(source, nbytes)
+            self.check_here(source)
+
+            def down() -> None:
+                host(target, nbytes)[:] = self.read(source, nbytes)
+
+            self.do(down)
         else:
-            self.write(target, self.read(source, nbytes))
-
-    def gemm(self, handle: int, ta: int, tb: int, m: int, n: int, k: int, *rest: Any) -> None:
-        """C [m, n] = A^T B + beta C, columns first, as cublasGemmEx."""
-        alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, _ = rest
-        assert (ta, tb, c_type, compute) == (1, 0, 0, 68)
-        assert a_type == b_type
-        assert host(alpha, 4).view(np.float32) == 1
-        keep = float(host(beta, 4).view(np.float32)[0])
-
-        def work() -> None:
-            self.products += 1
-            left = self.matrix(a, a_type, m, lda, k)
-            right = self.matrix(b, b_type, n, ldb, k)
-            out = self.read(c, 4 * (ldc * (n - 1) + m)).view(np.float32)
-            rows = np.lib.stride_tricks.as_strided(out, (n, m), (4 * ldc, 4))
-            rows[:] = right @ left.T + (keep * rows if keep else 0)
-            self.write(c, out)
-
-        self.do(work)
+            self.do(lambda: self.write(target, self.read(source, nbytes)))
 
     def matrix(self, address: int, kind: int, rows: int, stride: int, columns: int) -> np.ndarray:
         size = np.dtype(NUMBER[kind]).itemsize
@@ -130,6 +134,60 @@ def host(address: int, nbytes: int) -> np.ndarray:
     from ctypes import POINTER, c_ubyte, cast
 
     return np.ctypeslib.as_array(cast(address, POINTER(c_ubyte)), (nbytes,))
+
+
+class CuBLAS:
+    """The library's functions that ``gpu.cublas`` calls; they return 0."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.handles: dict[int, dict[str, int]] = {}
+
+    def cublasCreate_v2(self, place: Any) -> int:
+        handle = 7 + len(self.handles)
+        self.handles[handle] = {"device": self.driver.device}
+        place._obj.value = handle
+        return 0
+
+    def cublasSetStream_v2(self, handle: Any, stream: int) -> int:
+        device = self.handles[handle.value]["device"]
+        self.handles[handle.value] = {"device": device, "stream": stream}  # the workspace is reset
+        return 0
+
+    def cublasSetWorkspace_v2(self, handle: Any, workspace: int, nbytes: int) -> int:
+        assert nbytes <= self.driver.find(workspace)[2]
+        self.handles[handle.value]["workspace"] = workspace
+        return 0
+
+    def cublasDestroy_v2(self, handle: Any) -> int:
+        del self.handles[handle.value]
+        return 0
+
+    def cublasGemmEx(
+        self, handle: Any, ta: int, tb: int, m: int, n: int, k: int, *rest: Any
+    ) -> int:
+        """C [m, n] = A^T B + beta C, columns first."""
+        alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, _ = rest
+        assert (ta, tb, c_type, compute) == (1, 0, 0, 68)
+        assert a_type == b_type
+        assert alpha._obj.value == 1
+        driver, keep, bound = self.driver, beta._obj.value, self.handles[handle.value]
+        assert bound["device"] == driver.device
+        assert bound["stream"] == STREAM + driver.device
+        for address in (a, b, c, bound["workspace"]):
+            driver.check_here(address)
+
+        def work() -> None:
+            driver.products += 1
+            left = driver.matrix(a, a_type, m, lda, k)
+            right = driver.matrix(b, b_type, n, ldb, k)
+            out = driver.read(c, 4 * (ldc * (n - 1) + m)).view(np.float32)
+            rows = np.lib.stride_tricks.as_strided(out, (n, m), (4 * ldc, 4))
+            rows[:] = right @ left.T + (keep * rows if keep else 0)
+            driver.write(c, out)
+
+        driver.do(work)
+        return 0
 
 
 class Memory:
@@ -150,29 +208,26 @@ class MemoryPointer:
 
 
 class Stream:
-    ptr = 1
-
     def __init__(self, driver: Driver) -> None:
-        self.driver = driver
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+        self.driver, self.device = driver, driver.device
+        self.ptr = STREAM + driver.device
 
     def synchronize(self) -> None:
         assert self.driver.tape is None
-        self.driver.queue.finish()
+        self.driver.finish()
 
     def begin_capture(self, mode: int) -> None:
+        assert self.driver.device == self.device
         self.driver.tape = []
 
     def end_capture(self) -> Any:
         tape, self.driver.tape = self.driver.tape or [], None
 
         def launch(stream: Stream) -> None:
+            assert stream is self
+            assert self.driver.device == self.device
             self.driver.replays += 1
-            for work in tape:
-                work()
+            self.driver.pending += tape
 
         return SimpleNamespace(launch=launch)
 
@@ -196,10 +251,14 @@ class RawModule:
         def call(grid: Any, block: Any, args: Any, shared: int, stream: Stream) -> None:
             assert len(args) == len(is_value)
             assert max(grid[1:]) < 65536
+            assert stream.device == driver.device
+            driver.launches += 1
+            for a, v in zip(args, is_value, strict=True):
+                if not v:
+                    driver.check_here(int(a))
             total = tuple(g * b for g, b in zip(grid, block, strict=True))
 
             def work() -> None:
-                driver.launches += 1
                 given = [
                     a if v else driver.region(int(a)) for a, v in zip(args, is_value, strict=True)
                 ]
@@ -214,18 +273,17 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
     """``tinyllm.kernels.gpu.cuda`` on the simulated driver, beside the real one."""
     runtime = SimpleNamespace(
         setDevice=lambda i: setattr(driver, "device", i),
-        getDeviceCount=lambda: 1,
+        getDeviceCount=lambda: 2,
         getDeviceProperties=lambda i: {
             "name": b"Simulated",
             "totalGlobalMem": driver.total,
             "multiProcessorCount": 64,
+            "major": 9,
         },
+        runtimeGetVersion=lambda: 13000,
         memcpyAsync=driver.memcpy,
         memGetInfo=lambda: (driver.total - sum(driver.sizes.values()), driver.total),
         streamCaptureModeRelaxed=2,
-        CUDA_R_32F=0,
-        CUDA_R_16F=2,
-        CUDA_R_16BF=14,
         CUDARuntimeError=CUDARuntimeError,
     )
     cuda = ModuleType("cupy.cuda")
@@ -235,16 +293,14 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
         Memory=lambda nbytes: Memory(driver, nbytes),
         MemoryPointer=MemoryPointer,
         alloc_pinned_memory=lambda nbytes: bytearray(nbytes),
-        device=SimpleNamespace(get_cublas_handle=lambda: 7),
     )
     cupy = ModuleType("cupy")
     cupy.__dict__.update(
         cuda=cuda, RawModule=lambda code, options, backend: RawModule(driver, code)
     )
-    libs = ModuleType("cupy_backends.cuda.libs")
-    libs.cublas = SimpleNamespace(gemmEx=driver.gemm)  # type: ignore[attr-defined]
-    for name, part in (("cupy", cupy), ("cupy.cuda", cuda), (libs.__name__, libs)):
+    for name, part in (("cupy", cupy), ("cupy.cuda", cuda)):
         monkeypatch.setitem(sys.modules, name, part)
+    monkeypatch.setattr(cublas, "library", lambda cuda_major: CuBLAS(driver))
     path = f"{package.__path__[0]}/cuda.py"
     spec = importlib.util.spec_from_file_location("tinyllm.kernels.gpu.simulated", path)
     assert spec is not None

@@ -13,8 +13,10 @@ import pytest
 from tinyllm import gguf
 from tinyllm.errors import DeviceError
 from tinyllm.kernels.backend import Batch
+from tinyllm.kernels.gpu import pinned
 from tinyllm.kernels.reference import ReferenceBackend
 from tinyllm.models.network import build
+from tinyllm.models.stages import Stage
 
 pytestmark = pytest.mark.device
 pytest.importorskip("pyopencl", reason="needs PyOpenCL")
@@ -32,18 +34,23 @@ def driver() -> Any:
 
 
 @pytest.fixture
-def be(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cuda(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     from simulated_cuda import module
 
-    backend = module(driver, monkeypatch).CUDABackend("0")
+    return module(driver, monkeypatch)
+
+
+@pytest.fixture
+def be(cuda: Any) -> Iterator[Any]:
+    backend = cuda.CUDABackend("0")
     yield backend
     backend.close()
 
 
-def logits(be: Any, path: Path, parts: list[int]) -> np.ndarray:
+def logits(where: Any, path: Path, parts: list[int]) -> np.ndarray:
     """All rows of a sequence, read in parts of these lengths."""
     with gguf.open(path) as f:
-        net = build(f.metadata, f.tensors, be, "f16")
+        net = build(f.metadata, f.tensors, where, "f16")
     state = net.new_state(64)
     state.append([(7 * i + 3) % 300 for i in range(sum(parts))])
     rows = [np.array(net.forward([(state, n, "all")])[0]) for n in parts]
@@ -62,6 +69,61 @@ def test_a_model_gives_the_references_logits(name: str, be: Any, driver: Any, da
         driver.replays == 7
     )  # the second step of one token was captured, and replayed from then on
     assert "Simulated" in be.name
+
+
+def test_steps_of_some_rows_are_captured_with_their_products(
+    be: Any, driver: Any, data: Path
+) -> None:
+    path = data / "golden" / "quants" / "llama-h256-Q4_K.gguf"
+    want = logits(ReferenceBackend(), path, [60])
+    got = logits(be, path, [20, 20, 20])
+    assert np.abs(got - want).max() <= 0.2 * want.std()
+    assert driver.replays == 2
+
+
+def test_two_devices_share_the_layers(cuda: Any, driver: Any, data: Path) -> None:
+    path = data / "golden" / "quants" / "llama-h256-Q8_0.gguf"
+    want = logits(cuda.CUDABackend("0"), path, [20, *[1] * 4])
+
+    def place(n_layer: int) -> list[Stage]:
+        first, second = cuda.CUDABackend("0"), cuda.CUDABackend("1")
+        return [Stage(first, range(1)), Stage(second, range(1, n_layer))]
+
+    got = logits(place, path, [20, *[1] * 4])
+    assert np.abs(got - want).max() <= 1e-5 * want.std()
+    assert set(driver.owner.values()) == {0, 1}
+    assert driver.replays == 3 + 2 * 3
+
+
+def test_many_small_copies_in_flight_keep_their_values(
+    be: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinned, "ROOM", 4096)
+    monkeypatch.setattr(pinned, "PIECE", 1024)
+    host = np.empty(700, F32)
+    arrays = []
+    for i in range(20):
+        host[:] = i  # the same memory again and again
+        arrays.append(be.array(host))
+    assert [be.numpy(x).min() for x in arrays] == list(range(20))
+    assert [be.numpy(x).max() for x in arrays] == list(range(20))
+
+
+def test_memory_that_a_recording_lacks_ends_the_recording(be: Any, driver: Any) -> None:
+    """Spare buffers may be part of what is recorded: they must not be freed to make room."""
+
+    def step(batch: Batch) -> Any:
+        y = be.act(be.act(batch.ids, "exp"), "exp")
+        return be.add(y, be.empty((1, 4 << 20)).reshape(4 << 20)) if steps > 1 else y
+
+    batch = Batch.of([[1]], [0], [0])
+    steps = 1
+    be.step("k", step, batch)
+    driver.total, steps = sum(driver.sizes.values()) + (1 << 20), 2
+    with pytest.raises(DeviceError, match="do not fit"):
+        be.step("k", step, batch)
+    assert driver.tape is None
+    assert not be.recording
 
 
 def test_graphs_give_the_same_bits_as_launches(be: Any, driver: Any, data: Path) -> None:

@@ -45,22 +45,15 @@ def be() -> Any:
         """``gemm`` as cuBLAS does it: the same buffers, leading dimensions and accumulation."""
 
         def gemm(
-            self,
-            kind: str,
-            w: Any,
-            x: Any,
-            term: int,
-            y: Any,
-            first: int,
-            rows: int,
-            w_row: int,
+            self, kind: str, w: Any, w_row: int, x: Any, term: int, y: Any, columns: range
         ) -> None:
             size = 4 if kind == "F32" else 2
+            rows, here = len(columns), slice(columns.start, columns.stop)
             matrix = as_float(kind, self.get(w, 0, rows * w_row * size)).reshape(rows, w_row)
             terms = as_float(kind, self.get(x.buffer, 0, x.nbytes)).reshape(x.shape)
             out = np.array(self.numpy(y))
             product = terms[term] @ matrix[:, : x.shape[2]].T
-            out[:, first : first + rows] = product + (out[:, first : first + rows] if term else 0)
+            out[:, here] = product + (out[:, here] if term else 0)
             self.put(y.buffer, 0, out)
 
     try:

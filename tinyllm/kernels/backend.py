@@ -122,7 +122,7 @@ class Batch:
     device. Row t of sequence s stands at position ``positions[t] = n_past[s] + t - starts[s]``.
     """
 
-    ids: Array  # [T] int32
+    ids: Array  # [T] int32; behind layers of another device [T, E] float32, what those computed
     positions: Array  # [T] int32
     starts: Array  # [n_seq + 1] int32: sequence s has the rows starts[s]:starts[s + 1]
     n_past: Array  # [n_seq] int32: positions stored before this step

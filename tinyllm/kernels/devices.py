@@ -71,3 +71,13 @@ def resolve(device: str | None) -> str:
             "tinyllm[cuda13] or [cuda12], for others tinyllm[opencl]"
         )
     return matches[0].id
+
+
+def resolve_all(device: str | None) -> list[str]:
+    """The engine's names of one device, or of several with commas between them: "cuda:0,cuda:1"."""
+    return [resolve(part.strip()) for part in (device or "cpu").split(",")]
+
+
+def on_gpu(name: str) -> bool:
+    """Is the device of this engine's name one that layers can be moved to?"""
+    return name.partition(":")[0] in ("cuda", "opencl")

@@ -115,10 +115,15 @@ def norms_after(c: Config, a: Arch, w: Tensors) -> tuple[Norm | None, Norm | Non
 
 
 class Decoder:
-    """Embedding, blocks, final norm and head of one file. Immutable; the states are elsewhere."""
+    """Embedding, blocks, final norm and head of one file. Immutable; the states are elsewhere.
 
-    def __init__(self, c: Config, a: Arch, w: Tensors, layers: Sequence[Tensors]) -> None:
-        self.be, self.config = w.be, c
+    ``w`` holds the tensors before the layers and ``end`` those behind them, which may be on another backend.
+    """
+
+    def __init__(
+        self, c: Config, a: Arch, w: Tensors, layers: Sequence[Tensors], end: Tensors
+    ) -> None:
+        self.first, self.last, self.config = w.be, end.be, c
         w.require(*REQUIRED.get(a.name, ()))
         self.n_vocab = w.source("token_embd.weight").shape[0]
         self.token_embd = w.matrix("token_embd.weight", self.n_vocab, c.n_embd)
@@ -133,26 +138,28 @@ class Decoder:
         taken = a.roles.get("output_norm") == "token_embd_norm"  # LFM2's last norm has that name
         self.embd_norm = None if taken else w.norm_if("token_embd_norm", c.n_embd)
         self.blocks = [Block(c, a, i, layer) for i, layer in enumerate(layers)]
-        self.output_norm = output_norm(c, a, w)
-        self.output = self.head(w) if c.causal else None
-        self.rank = RankHead(c, w) if c.pooling == "rank" else None
-        self.pooled = Projections(w)
+        self.output_norm = output_norm(c, a, end)
+        self.output = self.head(end) if c.causal else None
+        self.rank = RankHead(c, end) if c.pooling == "rank" else None
+        self.pooled = Projections(end)
 
     def head(self, w: Tensors) -> Linear:
         """The output matrix; without one of its own, the embedding's rows serve ("tied")."""
-        c = self.config
+        size = self.n_vocab, self.config.n_embd
         if w.has("output.weight"):
-            return w.linear("output", self.n_vocab, c.n_embd)
-        return Linear(self.be, self.token_embd, w.optional("output.bias", self.n_vocab))
+            return w.linear("output", *size)
+        here = w.be is self.first
+        rows = self.token_embd if here else w.matrix("token_embd.weight", *size)
+        return Linear(w.be, rows, w.optional("output.bias", self.n_vocab))
 
     @property
     def caches(self) -> list[LayerCache]:
         """What each layer keeps of the past."""
         return [b.mixer.cache for b in self.blocks]
 
-    def body(self, step: Step) -> Array:
-        """Activations of all rows after the last block -> [T, E]."""
-        be, batch, c = self.be, step.batch, self.config
+    def embed(self, step: Step) -> Array:
+        """Activations before the first block -> [T, E]."""
+        be, batch, c = self.first, step.batch, self.config
         x = be.embed(self.token_embd, batch.ids, c.embedding_scale)
         if self.position_embd is not None:
             x = be.add(x, be.embed(self.position_embd, batch.positions))
@@ -160,23 +167,30 @@ class Decoder:
             x = be.add(x, be.embed(self.token_types, step.types))
         elif self.token_type is not None:
             x = be.add(x, self.token_type)
-        x = step.tap("embd", self.embd_norm(x) if self.embd_norm else x)
-        for block in self.blocks:
+        return step.tap("embd", self.embd_norm(x) if self.embd_norm else x)
+
+    def through(self, step: Step, x: Array, layers: range) -> Array:
+        """Activations x [T, E] after these blocks -> [T, E]."""
+        for block in self.blocks[layers.start : layers.stop]:
             x = block(step, x)
         return x
 
-    def hidden(self, step: Step) -> Array:
+    def body(self, step: Step, x: Array) -> Array:
+        """Activations after the last block as they are: all that is wanted are the caches."""
+        return x
+
+    def hidden(self, step: Step, x: Array) -> Array:
         """Normalised activations of the rows in ``batch.outputs`` -> [n_out, E]."""
-        x = self.be.take(self.body(step), step.batch.outputs)
+        x = self.last.take(x, step.batch.outputs)
         return step.tap("output_norm", self.output_norm(x) if self.output_norm else x)
 
-    def logits(self, step: Step) -> Array:
+    def logits(self, step: Step, x: Array) -> Array:
         """Logits of the rows in ``batch.outputs`` -> [n_out, V]."""
         assert self.output is not None
         c = self.config
-        y = self.output(self.hidden(step))
+        y = self.output(self.hidden(step, x))
         if c.logit_scale != 1 or c.logit_softcap:
-            y = self.be.scale_softcap(y, c.logit_scale, c.logit_softcap)
+            y = self.last.scale_softcap(y, c.logit_scale, c.logit_softcap)
         return step.tap("logits", y)
 
 

@@ -282,7 +282,9 @@ def recorded(
     ids, rows = Value(("T",), "ids"), Value(("T",), "positions")
     batch = Batch(ids, rows, None, None, rows, (), 1, 1, 1)
     step = Naming(be, batch, net.config.n_ctx_train)
-    (net.decoder.hidden if net.decoder.output is None else net.decoder.logits)(step)
+    d = net.decoder
+    x = d.through(step, d.embed(step), range(net.config.n_layer))
+    (d.hidden if d.output is None else d.logits)(step, x)
     return net, be.lines, step.marks
 
 

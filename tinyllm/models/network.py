@@ -21,6 +21,7 @@ from .archs import Arch, find
 from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
 from .memory import allocating, check_fits
+from .stages import Place, Stage, caches_of, new_cache, stage_bytes
 from .state import State
 from .step import Step, Tap
 from .weights import Tensors, check_layers
@@ -35,20 +36,36 @@ NETWORKS: weakref.WeakSet[Network] = weakref.WeakSet()
 Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
 
 
+End = Callable[[Step, Array], Array]  # what is made of the last activations
+
+
 class Network:
-    """Weights on a device. Immutable; many states may be computed, each step under ``lock``."""
+    """Weights on their devices. Immutable; many states may be computed, each step under ``lock``."""
 
     n_batch = 256  # rows of a step; about a second's work once one has been timed
 
     def __init__(
-        self, config: Config, arch: Arch, decoder: Decoder, be: Backend, kv_type: KVType
+        self,
+        config: Config,
+        arch: Arch,
+        decoder: Decoder,
+        stages: Sequence[Stage],
+        kv_type: KVType,
     ) -> None:
-        self.config, self.arch, self.decoder, self.be = config, arch, decoder, be
+        self.config, self.arch, self.decoder, self.stages = config, arch, decoder, tuple(stages)
         self.kv_type: KVType = kv_type
         self.lock = threading.RLock()
         NETWORKS.add(self)
         self.number = next(NUMBERS)  # several networks may share a backend and its recorded steps
         self.fingerprint = fingerprint(config, kv_type)
+
+        carried = any(getattr(b.mixer, "carries", False) for b in decoder.blocks)
+        self.repeats = not carried or len(stages) == 1  # may steps be recorded and replayed?
+
+    @property
+    def be(self) -> Backend:
+        """The backend that results come from: the last stage's."""
+        return self.stages[-1].be
 
     @property
     def n_vocab(self) -> int:
@@ -63,11 +80,12 @@ class Network:
             The full cache would not fit into the memory that is free now.
         """
         layers = self.decoder.caches
-        need = cache_bytes(layers, n_ctx, self.kv_type)
         advice = "Use a smaller n_ctx, or kv_type='q8_0'"
-        check_fits(self.be, need, f"the keys and values of n_ctx={n_ctx}", advice)
+        for stage in self.stages:
+            need = cache_bytes(stage.own(layers), n_ctx, self.kv_type)
+            check_fits(stage.be, need, f"the keys and values of n_ctx={n_ctx}", advice)
         with self.lock, allocating(f"the keys and values of n_ctx={n_ctx}", advice):
-            cache = self.be.new_cache(layers, n_ctx, self.kv_type)
+            cache = new_cache(self.stages, layers, n_ctx, self.kv_type)
         state = State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint)
         state.can_shift = all(getattr(b.mixer, "can_shift", True) for b in self.decoder.blocks)
         return state
@@ -144,15 +162,35 @@ class Network:
         batch: Batch,
         n_ctx: int,
         tap: Tap | None,
-        fn: Callable[[Step], Array],
+        end: End,
         types: np.ndarray | None = None,
     ) -> Array:
-        """One step of the backend; it may be replayed when nothing but the batch's values differ."""
-        key = (self.number, fn.__name__, self.rope_class(n_ctx), batch.key)
-        if tap is None and types is None:
-            return self.be.step(key, lambda b: fn(Step(self.be, b, n_ctx)), batch)
-        uploaded = None if types is None else self.be.array(types)
-        return self.be.step(None, lambda b: fn(Step(self.be, b, n_ctx, tap, uploaded)), batch)
+        """One pass: a step of each stage's backend. Between two, activations cross by way of the host."""
+        carried: dict[str, np.ndarray] = {}
+        for i, stage in enumerate(self.stages):
+            step = Step(stage.be, batch, n_ctx, tap)
+            if types is not None and i == 0:
+                step = replace(step, types=stage.be.array(types))
+            step.carried.update((name, stage.be.array(x)) for name, x in carried.items())
+            y = self.step(i, step, end)
+            if i + 1 < len(self.stages):
+                carried = {name: np.array(stage.be.numpy(x)) for name, x in step.carried.items()}
+                batch = replace(batch, ids=stage.be.numpy(y))
+        return y
+
+    def step(self, i: int, step: Step, end: End) -> Array:
+        """Stage i; it may be replayed when nothing but the batch's values differ."""
+        batch, stage, d = caches_of(step.batch, i), self.stages[i], self.decoder
+
+        def compute(b: Batch) -> Array:
+            now = replace(step, batch=b)
+            x = d.embed(now) if i == 0 else b.ids
+            x = d.through(now, x, stage.layers)
+            return end(now, x) if i + 1 == len(self.stages) else x
+
+        plain = step.user_tap is None and step.types is None and self.repeats
+        key = (self.number, i, end.__name__, self.rope_class(step.n_ctx), batch.key)
+        return stage.be.step(key if plain else None, compute, batch)
 
     def rope_class(self, n_ctx: int) -> bool:
         """LongRoPE rotates long contexts by another table."""
@@ -168,7 +206,8 @@ class Network:
 
     def close(self) -> None:
         with self.lock:
-            self.be.close()
+            for stage in self.stages:
+                stage.be.close()
 
 
 def unlock() -> None:
@@ -211,12 +250,12 @@ def fingerprint(c: Config, kv_type: KVType) -> str:
 def build(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Any],
-    be: Backend,
+    where: Backend | Place,
     kv_type: KVType = "f16",
     strict: bool = True,
     progress: Progress = lambda layers, n: layers,
 ) -> Network:
-    """Load the weights of a file and check that all of it is understood.
+    """Load the weights of a file to one backend, or to several stages, and check that all is understood.
 
     Raises
     ------
@@ -233,15 +272,21 @@ def build(
     check_vocabulary(metadata, keys, tensors)
     refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
     check_layers(tensors, config.n_layer, arch.gated)
-    weights = sum(t.nbytes for t in tensors.values())
-    check_fits(be, weights, "the weights", "Use a smaller model or a smaller format")
-    root = Tensors(tensors, be, config)
+    stages = (
+        [Stage(where, range(config.n_layer))]
+        if isinstance(where, Backend)
+        else where(config.n_layer)
+    )
+    for stage, need in zip(stages, stage_bytes(tensors, stages), strict=True):
+        check_fits(stage.be, need, "the weights", "Use a smaller model or a smaller format")
+    root = Tensors(tensors, stages[0].be, config)
     if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
         root.require("token_types.weight")
-    layers = [root.below(f"blk.{i}.") for i in range(config.n_layer)]
-    decoder = Decoder(config, arch, root, list(progress(layers, config.n_layer)))
+    layers = [root.below(f"blk.{i}.", s.be) for s in stages for i in s.layers]
+    end = root.below("", stages[-1].be)
+    decoder = Decoder(config, arch, root, list(progress(layers, config.n_layer)), end)
     refuse(root.leftovers(), "tensors that this architecture does not use", strict)
-    return Network(config, arch, decoder, be, kv_type)
+    return Network(config, arch, decoder, stages, kv_type)
 
 
 def check_vocabulary(metadata: Mapping[str, Any], keys: Keys, tensors: Mapping[str, Any]) -> None:

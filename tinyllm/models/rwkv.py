@@ -102,6 +102,7 @@ class TimeMix7(TimeMix):
     """RWKV 7: the state is also corrected along a learned direction (delta rule). [T, E] -> [T, E]."""
 
     n_mix = 6
+    carries = True  # the first layer's values, to all others
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
         super().__init__(c, a, i, w)

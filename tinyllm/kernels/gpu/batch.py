@@ -40,9 +40,9 @@ NAMES = ("ids", "positions", "starts", "n_past", "outputs", "seqs", "pages", "sl
 
 
 def host_arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """All int32 arrays of a batch; room for its new rows is taken in the caches first."""
+    """All arrays of a batch; room for its new rows is taken in the caches first."""
     lengths = np.diff(batch.starts)
-    arrays = {name: np.asarray(getattr(batch, name), np.int32) for name in NAMES[:5]}
+    arrays = {name: np.asarray(getattr(batch, name)) for name in NAMES[:5]}
     arrays["seqs"] = np.repeat(np.arange(batch.n_seq, dtype=np.int32), lengths)
     caches = [cache for cache in batch.caches if isinstance(cache, GPUCache)]
     if len(caches) != len(batch.caches):
@@ -74,7 +74,7 @@ def upload(
     at = 0
     for name, x in arrays.items():
         part = be.view(whole.buffer, at, max(x.nbytes, 4))
-        on_device[name] = GPUArray(x.shape, np.int32, part, None, whole)
+        on_device[name] = GPUArray(x.shape, x.dtype, part, None, whole)
         at += aligned(x.nbytes)
     rest: dict[str, Any] = {
         f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in on_device
@@ -93,7 +93,7 @@ def pack(arrays: dict[str, np.ndarray]) -> np.ndarray:
     out = np.zeros(sum(aligned(x.nbytes) for x in arrays.values()) // 4, np.int32)
     at = 0
     for x in arrays.values():
-        out[at : at + x.size] = x.reshape(-1)
+        out[at : at + x.size] = np.ascontiguousarray(x).reshape(-1).view(np.int32)
         at += aligned(x.nbytes) // 4
     return out
 

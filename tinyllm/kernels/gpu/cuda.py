@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from ...errors import DeviceError
-from . import devices, sources
+from . import cublas, devices, sources
 from .arrays import Buffer, GPUArray
 from .common import GPUBackend
 from .device import Size
+from .matrices import Matrices
+from .pinned import Pinned
 from .products import LibraryProducts
 from .sources import Program
-from .steps import NotRecordable
+from .weights import GPUWeight
 
 try:
     import cupy
@@ -24,7 +26,7 @@ except ImportError as e:  # pragma: no cover
 
 OPTIONS = ("-std=c++17",)
 UP, DOWN, ACROSS = 1, 2, 3  # cudaMemcpyKind
-CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_GEMM_DEFAULT, CUBLAS_COMPUTE_32F = 0, 1, -1, 68
+FIRST_WITH_BF16 = 8  # compute capability, of products in a library
 
 
 class CUDABackend(LibraryProducts, GPUBackend):
@@ -46,14 +48,15 @@ class CUDABackend(LibraryProducts, GPUBackend):
         self.index = devices.pick(which, [name for _, name, _ in found], "cuda")
         self.name = f"cuda:{self.index} {found[self.index][1]}"
         runtime.setDevice(self.index)
-        self.n_cores = runtime.getDeviceProperties(self.index)["multiProcessorCount"]
+        properties = runtime.getDeviceProperties(self.index)
+        self.n_cores, self.capability = properties["multiProcessorCount"], properties["major"]
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[Program, str], Any] = {}
         self._modules: dict[Program, Any] = {}
-        self._recording = False
-        self._pinned: np.ndarray | None = None
-        self._one, self._zero = np.array(1, np.float32), np.array(0, np.float32)
-        self._cublas = _load_cublas()
+        self._pinned = Pinned(cupy.cuda.alloc_pinned_memory, self.stream.synchronize)
+        self._cublas = cublas.library(runtime.runtimeGetVersion() // 1000)
+        self._products: cublas.Products | None = None
+        self._workspace: Buffer = None
         super().__init__()
 
     # ---- memory
@@ -71,29 +74,22 @@ class CUDABackend(LibraryProducts, GPUBackend):
         """Nothing: the memory goes with the last reference to the pointer."""
 
     def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
-        self._refuse_recording()
-        x = np.ascontiguousarray(x)
+        self.refuse_recording()
         runtime.setDevice(self.index)
-        target, source = buffer.ptr + offset, x.ctypes.data
-        runtime.memcpyAsync(target, source, x.nbytes, UP, self.stream.ptr)
+        for start, host in self._pinned.staged(x):
+            target, source = buffer.ptr + offset + start, host.ctypes.data
+            runtime.memcpyAsync(target, source, host.nbytes, UP, self.stream.ptr)
 
     def get(self, buffer: Buffer, offset: int, nbytes: int) -> np.ndarray:
-        self._refuse_recording()
+        self.refuse_recording()
         runtime.setDevice(self.index)
-        host = self._host(nbytes)
-        runtime.memcpyAsync(host.ctypes.data, buffer.ptr + offset, nbytes, DOWN, self.stream.ptr)
-        self.stream.synchronize()
-        return host.copy()
-
-    def _host(self, nbytes: int) -> np.ndarray:
-        """Page-locked memory, from which copies run at full speed."""
-        if self._pinned is None or len(self._pinned) < nbytes:
-            room = max(nbytes, 1 << 20)
-            memory = cupy.cuda.alloc_pinned_memory(room)
-            self._pinned = np.frombuffer(memory, np.uint8, room)
-        return self._pinned[:nbytes]
+        source, stream = buffer.ptr + offset, self.stream.ptr
+        return self._pinned.fetched(
+            nbytes, lambda target: runtime.memcpyAsync(target, source, nbytes, DOWN, stream)
+        )
 
     def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
+        self.refuse_recording()
         runtime.setDevice(self.index)
         runtime.memcpyAsync(target.ptr, source.ptr, nbytes, ACROSS, self.stream.ptr)
         self.stream.synchronize()  # the source is freed next
@@ -134,14 +130,13 @@ class CUDABackend(LibraryProducts, GPUBackend):
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         runtime.setDevice(self.index)
-        self._recording = True
-        with self.stream:
-            self.stream.begin_capture(runtime.streamCaptureModeRelaxed)
-            try:
-                result = run()
-            finally:
-                self._recording = False
-                graph = self.stream.end_capture()
+        self.recording = True
+        self.stream.begin_capture(runtime.streamCaptureModeRelaxed)
+        try:
+            result = run()
+        finally:
+            self.recording = False
+            graph = self.stream.end_capture()
 
         def replay() -> None:
             runtime.setDevice(self.index)
@@ -149,52 +144,49 @@ class CUDABackend(LibraryProducts, GPUBackend):
 
         return replay, result
 
-    def _refuse_recording(self) -> None:
-        if self._recording:
-            raise NotRecordable
-
     # ---- prefill
 
-    def many_rows(self, *args: Any) -> None:
-        if self._cublas is None:  # our own tiles need no library
-            GPUBackend.many_rows(self, *args)
+    def many_rows(
+        self, w: GPUWeight, bias: GPUArray | None, y: GPUArray, x: GPUArray, n_x: int
+    ) -> None:
+        too_old = w.kind == "BF16" and self.capability < FIRST_WITH_BF16
+        if self._cublas is None or too_old:  # our own tiles need no library
+            Matrices.many_rows(self, w, bias, y, x, n_x)
         else:
-            LibraryProducts.many_rows(self, *args)
+            LibraryProducts.many_rows(self, w, bias, y, x, n_x)
 
     def gemm(
-        self,
-        kind: str,
-        w: Buffer,
-        x: GPUArray,
-        term: int,
-        y: GPUArray,
-        first: int,
-        rows: int,
-        w_row: int,
+        self, kind: str, w: Buffer, w_row: int, x: GPUArray, term: int, y: GPUArray, columns: range
     ) -> None:
-        """cuBLAS counts columns first: it computes y^T = (w^T)^T x^T."""
-        number = {"F32": runtime.CUDA_R_32F, "F16": runtime.CUDA_R_16F, "BF16": runtime.CUDA_R_16BF}
         _, n_x, n_in = x.shape
-        x_ptr = x.buffer.ptr + term * n_x * n_in * x.dtype.itemsize
-        n_out = y.shape[-1]
-        beta = self._one if term else self._zero
-        with self.stream:
-            self._cublas.gemmEx(
-                *(cupy.cuda.device.get_cublas_handle(), CUBLAS_OP_T, CUBLAS_OP_N, rows, n_x, n_in),
-                *(self._one.ctypes.data, w.ptr, number[kind], w_row),
-                *(x_ptr, number[kind], n_in, beta.ctypes.data),
-                *(y.buffer.ptr + 4 * first, runtime.CUDA_R_32F, n_out),
-                *(CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-            )
+        left = x.buffer.ptr + term * n_x * n_in * x.dtype.itemsize, n_in
+        out = y.buffer.ptr + 4 * columns.start, y.shape[-1]
+        runtime.setDevice(self.index)
+        shape = len(columns), n_x, n_in
+        self._library().add_product(kind, shape, (w.ptr, w_row), left, out, keep=term > 0)
+
+    def _library(self) -> cublas.Products:
+        """cuBLAS for this device and stream, made at first use."""
+        if self._products is None:
+            self.refuse_recording()
+            self._workspace = self.allocate(cublas.WORKSPACE)
+            runtime.setDevice(self.index)
+            place = self.stream.ptr, self._workspace.ptr, cublas.WORKSPACE
+            self._products = cublas.Products(self._cublas, *place)
+        return self._products
 
     def close(self) -> None:
-        if not self.closed:
-            runtime.setDevice(self.index)
-            self.stream.synchronize()
+        if self.closed:
+            return
+        runtime.setDevice(self.index)
+        self.stream.synchronize()
         super().close()
+        if self._products is not None:
+            self._products.close()
+        self._products = self._workspace = None
         self._kernels.clear()
         self._modules.clear()
-        self._pinned = None
+        self._pinned = Pinned(cupy.cuda.alloc_pinned_memory, self.stream.synchronize)
 
 
 def _argument(a: Any) -> Any:
@@ -204,12 +196,3 @@ def _argument(a: Any) -> Any:
     if a is None:
         return np.uint64(0)
     return np.uint64(a.ptr) if isinstance(a, cupy.cuda.MemoryPointer) else a
-
-
-def _load_cublas() -> Any:
-    """CuPy's binding of cuBLAS, or None where the library is not installed."""
-    try:
-        from cupy_backends.cuda.libs import cublas
-    except ImportError:
-        return None
-    return cublas

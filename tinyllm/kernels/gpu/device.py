@@ -13,6 +13,7 @@ from ...errors import DeviceError
 from ..backend import Backend
 from .arrays import Buffer, GPUArray, Pool
 from .sources import Program
+from .steps import NotRecordable
 from .weights import GPUWeight
 
 i32, u64, f32 = np.int32, np.uint64, np.float32
@@ -27,6 +28,7 @@ class Device(Backend):
     n_cores: int  # multiprocessors, compute units
     max_threads = 512  # of a group; a power of two
     closed = False
+    recording = False  # launches, to be carried out later
     _any_quantised = False  # among the weights
 
     def __init__(self) -> None:
@@ -93,6 +95,11 @@ class Device(Backend):
     def forget(self) -> None:
         """Drop what holds on to spare buffers."""
 
+    def refuse_recording(self) -> None:
+        """Give a recording up: what comes now is done at once, or would take what it refers to."""
+        if self.recording:
+            raise NotRecordable
+
     # ---- arrays
 
     def allocate(self, nbytes: int) -> Buffer:
@@ -102,6 +109,7 @@ class Device(Backend):
                 return self._allocate(max(nbytes, 256))
             except MemoryError as e:
                 if retry:
+                    self.refuse_recording()
                     self.forget()
                     self.pool.trim()
                     self.kept.trim()

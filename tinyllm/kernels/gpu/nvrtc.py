@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ def compile_program(program: Program, arch: str) -> tuple[bytes, list[Usage]]:
         raise DeviceError(f"{program[0][-1]} does not compile for {arch}: {log}") from e
     finally:
         nvrtc.destroyProgram(handle)
+
+
+def text_hash(program: Program) -> str:
+    """Names the text that NVRTC compiles."""
+    text = sources.text("prelude_cuda.h", program)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _usage(log: str) -> Iterator[Usage]:

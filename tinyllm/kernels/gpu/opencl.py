@@ -15,7 +15,6 @@ from .arrays import Buffer, GPUArray
 from .common import GPUBackend
 from .device import Size
 from .sources import Program
-from .steps import NotRecordable
 
 try:
     import pyopencl as cl
@@ -73,7 +72,7 @@ class OpenCLBackend(GPUBackend):
         self.max_threads = 1 << (int(self.device.max_work_group_size).bit_length() - 1)
         self.context = _context(self.device)
         self.queue = cl.CommandQueue(self.context)
-        self._tape: list[tuple[Any, ...]] | None = None
+        self._tape: list[tuple[Any, ...]] = []
         self._kernels: dict[tuple[Program, str], Any] = {}
         super().__init__()
 
@@ -91,11 +90,11 @@ class OpenCLBackend(GPUBackend):
         buffer.release()
 
     def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
-        self._refuse_recording()
+        self.refuse_recording()
         cl.enqueue_copy(self.queue, buffer, x, dst_offset=offset, is_blocking=True)
 
     def get(self, buffer: Buffer, offset: int, nbytes: int) -> np.ndarray:
-        self._refuse_recording()
+        self.refuse_recording()
         out = np.empty(nbytes, np.uint8)
         if nbytes:
             cl.enqueue_copy(self.queue, out, buffer, src_offset=offset, is_blocking=True)
@@ -103,10 +102,6 @@ class OpenCLBackend(GPUBackend):
 
     def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
         cl.enqueue_copy(self.queue, target, source, byte_count=nbytes)
-
-    def _refuse_recording(self) -> None:
-        if self._tape is not None:
-            raise NotRecordable
 
     def memory(self) -> tuple[int, int]:
         """OpenCL does not say what is free: all, less what this backend holds."""
@@ -128,18 +123,19 @@ class OpenCLBackend(GPUBackend):
             compiled = self._kernel(program, kernel)
         plain = [a.buffer if isinstance(a, GPUArray) else a for a in args]
         total = tuple(g * t for g, t in zip(groups, threads, strict=True))
-        if self._tape is None:
-            compiled(self.queue, total, threads, *plain)
-        else:
+        if self.recording:
             self._tape.append((compiled, total, threads, plain))
+        else:
+            compiled(self.queue, total, threads, *plain)
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         tape: list[tuple[Any, ...]] = []
         self._tape = tape
+        self.recording = True
         try:
             result = run()
         finally:
-            self._tape = None
+            self.recording, self._tape = False, []
 
         def replay() -> None:
             for compiled, total, threads, args in tape:

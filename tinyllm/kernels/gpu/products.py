@@ -28,34 +28,27 @@ class LibraryProducts(Matrices):
 
     @abstractmethod
     def gemm(
-        self,
-        kind: str,
-        w: Buffer,
-        x: GPUArray,
-        term: int,
-        y: GPUArray,
-        first: int,
-        rows: int,
-        w_row: int,
+        self, kind: str, w: Buffer, w_row: int, x: GPUArray, term: int, y: GPUArray, columns: range
     ) -> None:
-        """y[:, first:first + rows] = x w^T, or += from the second term on.
+        """y[:, columns] = x[term] w^T, or += from the second term on.
 
-        w [rows, w_row] of ``kind`` (F32, F16, BF16), its first n_in columns used; x [terms, T, n_in] of the
-        same kind; y [T, n_out] float32.
+        w [len(columns), w_row] of ``kind`` (F32, F16, BF16), its first n_in columns used; x [terms, T, n_in]
+        of the same kind; y [T, n_out] float32.
         """
 
     def many_rows(
         self, w: GPUWeight, bias: GPUArray | None, y: GPUArray, x: GPUArray, n_x: int
     ) -> None:
         if w.kind == "F32":
-            self.gemm("F32", w.buffer, x.reshape(1, n_x, w.n_in), 0, y, 0, w.n_out, _padded(w.n_in))
+            dense = x.reshape(1, n_x, w.n_in)
+            self.gemm("F32", w.buffer, _padded(w.n_in), dense, 0, y, range(w.n_out))
             if bias is not None:
                 self._finish(y, None, bias, w.n_out)
             return
         cut, scales = self._cut(w, x, n_x)
         if w.kind in PLAIN:
             for term in range(cut.shape[0]):
-                self.gemm(w.kind, w.buffer, cut, term, y, 0, w.n_out, _padded(w.n_in))
+                self.gemm(w.kind, w.buffer, _padded(w.n_in), cut, term, y, range(w.n_out))
         else:
             self._by_pieces(w, cut, y)
         self._finish(y, scales, bias, w.n_out)
@@ -71,7 +64,7 @@ class LibraryProducts(Matrices):
             matrix = w.buffer, u64(w.total), self.grid(w.kind)
             args = *matrix, piece, u64(first), i32(w.n_in)
             self.launch(program, "decode_rows", groups, (LANES, 1, 1), *args)
-            self.gemm("F16", piece.buffer, cut, 0, y, first, rows, w.n_in)
+            self.gemm("F16", piece.buffer, w.n_in, cut, 0, y, range(first, first + rows))
 
     def _cut(self, w: GPUWeight, x: GPUArray, n_x: int) -> tuple[GPUArray, GPUArray]:
         """The activations in half precision, [terms, T, n_in], and each row's scale."""

@@ -1,0 +1,59 @@
+"""Page-locked host memory, through which everything crosses to the device and back.
+
+Copies from it run at full speed, and they are truly asynchronous: a part is written again only when the copy
+from it is known to be done. A copy from ordinary memory may or may not have been staged when it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+PIECE = 8 << 20  # bytes of a copy
+ROOM = 4 * PIECE  # of copies under way
+ALIGNMENT = 64
+
+
+class Pinned:
+    """Room for copies to the device, used from front to back and then anew, and for one copy from it.
+
+    ``allocate`` gives page-locked memory; ``wait`` returns when all copies queued before have been made.
+    """
+
+    def __init__(self, allocate: Callable[[int], Any], wait: Callable[[], None]) -> None:
+        self._allocate, self._wait = allocate, wait
+        self._up = self._down = np.empty(0, np.uint8)
+        self._used = 0
+
+    def staged(self, x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The bytes of x in pieces, each with its offset, in memory that stays until the next ``wait``."""
+        flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+        for start in range(0, flat.nbytes, PIECE):
+            piece = flat[start : start + PIECE]
+            here = self._take(piece.nbytes)
+            here[:] = piece
+            yield start, here
+
+    def _take(self, nbytes: int) -> np.ndarray:
+        if not self._up.nbytes:
+            self._up = self._new(ROOM)
+        if self._used + nbytes > ROOM:
+            self._wait()
+            self._used = 0
+        here = self._up[self._used : self._used + nbytes]
+        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return here
+
+    def fetched(self, nbytes: int, copy: Callable[[int], None]) -> np.ndarray:
+        """What ``copy`` brings to an address, when it and all before it are done."""
+        if self._down.nbytes < nbytes:
+            self._down = self._new(max(nbytes, 1 << 20))
+        copy(self._down.ctypes.data)
+        self._wait()
+        self._used = 0
+        return self._down[:nbytes].copy()
+
+    def _new(self, nbytes: int) -> np.ndarray:
+        return np.frombuffer(self._allocate(nbytes), np.uint8, nbytes)
