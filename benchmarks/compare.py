@@ -27,6 +27,8 @@ import numpy as np
 from common import HERE, Worker, ratios, show, spread
 
 OURS = "tinyllm"
+KNOWN = (OURS, "llamacpp", "llamacpp-fa", "gpt4all")
+WAYS = ("generate", "step")
 LIMIT_S = 0.5  # spent on measuring the read bandwidth, each round
 SPINNING = 0.02  # of a core: an idle engine that uses more is reported
 
@@ -266,23 +268,24 @@ def engine_table(r: dict[str, Any]) -> str:
 def remarks(r: dict[str, Any]) -> Iterator[str]:
     """What does not fit a table."""
     if "read_gb_per_s" in r:
-        yield f"Reading memory: {show(r['read_gb_per_s'])} GB/s. Weights read by decoding, of that:"
-        for way, s in r["fraction_of_bandwidth"].items():
-            yield f"  {way}: {show(s, 2)}"
+        parts = [f"{show(s, 2)} ({way})" for way, s in r["fraction_of_bandwidth"].items()]
+        yield f"- Reading memory: {show(r['read_gb_per_s'])} GB/s; weights read in decoding, of that: "
+        yield "  " + ", ".join(parts)
     if s := r.get("sequences"):
         rate, to_one = show(s["tokens_per_s"]), show(s["to_one"], 2)
-        yield f"{s['count']} sequences together: {rate} tokens/s, {to_one} x one"
+        yield f"- {s['count']} sequences together: {rate} tokens/s, {to_one} x one"
     for d in r["logits"]:
         same = "the same" if d["same_argmax"] else "another"
         yield (
-            f"Logits of {d['engine']} beside {d['compared_with']}'s: largest difference {d['max_error']:.4f} "
+            f"- Logits of {d['engine']} beside {d['compared_with']}'s: largest difference {d['max_error']:.4f} "
             f"standard deviations, RMS {d['rms_error']:.5f}; {same} likeliest token"
         )
     for reason in r["refused"].values():
-        yield f"Refused: {reason}"
+        yield f"- Refused: {reason}"
     for name, e in r["engines"].items():
         if e["idle_share"] > SPINNING:
-            yield f"WARNING: {name} kept {e['idle_share']:.0%} of a core busy while others were measured"
+            share = f"{e['idle_share']:.0%}"
+            yield f"- WARNING: {name} kept {share} of a core busy while others were measured"
 
 
 # ---- command line
@@ -294,12 +297,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("models", nargs="+", type=Path, help="GGUF files")
-    add(
-        "--engines",
-        type=common.names,
-        default=[OURS, "llamacpp"],
-        help="tinyllm,llamacpp,llamacpp-fa,gpt4all",
-    )
+    add("--engines", type=common.names, default=[OURS, "llamacpp"], help=",".join(KNOWN))
     add("--ways", type=common.names, default=["generate", "step"], help="generate,step")
     add("-p", "--prompt", type=int, default=512, help="tokens of prompt")
     add("-n", "--tokens", type=int, default=64, help="tokens to decode after it")
@@ -327,6 +325,11 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="file for the results")
     o = parser.parse_args(argv)
     o.python = dict(o.python)
+    for what, known in (("engines", KNOWN), ("ways", WAYS)):
+        if unknown := set(getattr(o, what)) - set(known):
+            parser.error(f"--{what} {','.join(unknown)}; expected some of {','.join(known)}")
+    if min(o.prompt, o.tokens, o.threads or 1, o.rounds, o.depth or 1) < 1:
+        parser.error("-p, -n, -d, -t and --rounds must be at least 1")
     return o
 
 
