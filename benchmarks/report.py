@@ -118,7 +118,7 @@ def roofs(ax: Any, limits: dict[str, float]) -> None:
     """Slanted: reading memory. Flat: arithmetic on registers."""
     bandwidth, x = limits["read GB/s"], ax.get_xlim()
     ax.plot(x, [bandwidth * v for v in x], color=SOFT, lw=1.2, zorder=1)
-    note(ax, f"reading memory\n{bandwidth:.0f} GB/s", (0.6, 0.6 * bandwidth), (-8, 4), "right")
+    note(ax, f"reading memory\n{bandwidth:.0f} GB/s", (2, 2 * bandwidth), (-8, 2), "right")
     for key, what in {"dot GMAC/s": "byte dot products", "float GMAC/s": "float32"}.items():
         if key in limits:
             ax.axhline(limits[key], color=SOFT, lw=1.2, ls=(0, (5, 3)), zorder=1)
@@ -135,22 +135,36 @@ def name_lines(ax: Any, ends: dict[str, tuple[float, float]], colours: Any) -> N
     """Names in a column on the right, as high as their lines end where there is room."""
     low, high = (math.log(y) for y in ax.get_ylim())
     wanted = {name: (math.log(y) - low) / (high - low) for name, (_, y) in ends.items()}
+    places = spaced(wanted)
     for name, colour in zip(ends, colours, strict=True):
         ax.annotate(
-            name, ends[name], xytext=(1.03, spaced(wanted)[name]), textcoords="axes fraction",
+            name, ends[name], xytext=(1.03, places[name]), textcoords="axes fraction",
             va="center", fontsize=9, color=colour, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": colour, "shrinkA": 1, "shrinkB": 4},
         )  # fmt: skip
 
 
 def spaced(wanted: dict[str, float], gap: float = 0.047) -> dict[str, float]:
-    """Heights at least ``gap`` apart, in the same order, as near to the wanted ones as their middle allows."""
-    order = sorted(wanted, key=wanted.__getitem__)
-    heights = [wanted[name] for name in order]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    over = max(heights[-1] - 1.0, (sum(heights) - sum(wanted.values())) / len(heights))
-    return {name: h - over for name, h in zip(order, heights, strict=True)}
+    """Heights at least ``gap`` apart: names that crowd stand around the middle of what they want."""
+    crowds: list[list[str]] = []
+    for name in sorted(wanted, key=wanted.__getitem__):
+        crowd = [name]
+        while (
+            crowds and heights(crowds[-1], wanted, gap)[-1] + gap > heights(crowd, wanted, gap)[0]
+        ):
+            crowd = crowds.pop() + crowd
+        crowds.append(crowd)
+    return {
+        name: h
+        for crowd in crowds
+        for name, h in zip(crowd, heights(crowd, wanted, gap), strict=True)
+    }
+
+
+def heights(crowd: list[str], wanted: dict[str, float], gap: float) -> list[float]:
+    middle, half = sum(wanted[name] for name in crowd) / len(crowd), gap * (len(crowd) - 1) / 2
+    bottom = min(middle, 1 - half) - half
+    return [bottom + gap * i for i in range(len(crowd))]
 
 
 Bar = tuple[str, dict[str, Any], float | None]  # engine, rate, our ratio to the next best
