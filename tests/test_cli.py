@@ -231,6 +231,32 @@ def test_perplexity_of_a_file(out, tiny, tmp_path):
     assert 1 < float(found[1]) < 512
 
 
+def test_quantize_writes_a_smaller_file_that_runs(out, tiny, tmp_path):
+    small = str(tmp_path / "small.gguf")
+    lines = out("quantize", tiny, small, "q8_0").splitlines()
+    assert lines[0].split() == ["Q8_0", "31", "tensors"]
+    assert re.search(r"small\.gguf: 0\.3 MB, 10\.\d\d bits per weight$", lines[-1])
+    shown = out("run", small, "Once upon a time", "-n", "4", "--temperature", "0", *REFERENCE)
+    assert shown == "Once upon a time, there was a\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["Q9_9"], "invalid choice: 'Q9_9'"),
+        (["q4_0", "-t", "0"], "n_threads=0; expected at least 1"),
+    ],
+)
+def test_quantize_refuses_what_it_cannot_do(options, complaint, tiny, tmp_path, capsys):
+    try:
+        code = main(["quantize", tiny, str(tmp_path / "x.gguf"), *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert complaint in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_perplexity_needs_a_whole_window(tiny, tmp_path, capsys):
     path = tmp_path / "text.txt"
     path.write_text("Once")

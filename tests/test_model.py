@@ -163,6 +163,22 @@ def test_a_stream_is_the_text_in_pieces(stories: tinyllm.Model) -> None:
     assert len(pieces) > 15
 
 
+def test_a_stream_has_the_whole_completion_at_its_end(stories: tinyllm.Model) -> None:
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 0, "logprobs": 0}
+    whole = stories.generate("Once upon a time", **options)
+    pieces = stories.generate("Once upon a time", stream=True, **options)
+    first = next(pieces)
+    assert (pieces.completion.text, pieces.completion.finish_reason) == (first, "cancelled")
+    assert first + "".join(pieces) == whole.text
+    done = pieces.completion
+    assert (done.text, done.ids, done.finish_reason) == (whole.text, whole.ids, "length")
+    assert done.logprobs == whole.logprobs
+    assert (done.timings.n_prompt, done.timings.n_generated) == (len(whole.prompt_ids), 30)
+    stopped = stories.generate("Once upon a time", stop="girl", stream=True, temperature=0)
+    assert "".join(stopped) == ", there was a little "
+    assert stopped.completion.finish_reason == "stop"
+
+
 def test_a_closed_stream_stops(stories: tinyllm.Model) -> None:
     steps = []
     pieces = stories.generate(
@@ -172,6 +188,8 @@ def test_a_closed_stream_stops(stories: tinyllm.Model) -> None:
     done = len(steps)
     pieces.close()
     assert len(steps) == done
+    assert list(pieces) == []
+    assert pieces.completion.finish_reason == "cancelled"
 
 
 def test_stop_strings_end_the_text_and_are_not_part_of_it(stories: tinyllm.Model) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .arguments import (
     text_argument,
 )
 from .errors import ArgumentError, TinyLLMError
+from .gguf.mixtures import MIXTURES
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
 
@@ -251,6 +253,41 @@ def perplexity(args: Arguments) -> None:
     )
 
 
+# ---- quantize
+
+
+def quantize_arguments(p: Parser) -> None:
+    p.add_argument(
+        "source", metavar="IN", help="an F16, BF16 or F32 file; of a split one the first"
+    )
+    p.add_argument("target", metavar="OUT", help="the file to write")
+    p.add_argument("format", metavar="FORMAT", nargs="?", type=str.upper, default="Q4_K_M",
+                   choices=tuple(MIXTURES), help=f"default Q4_K_M; one of {' '.join(MIXTURES)}")  # fmt: skip
+    p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: all cores")
+    p.add_argument(
+        "--requantize", action="store_true", help="also from quantised types; adds their errors"
+    )
+
+
+def quantize(args: Arguments) -> None:
+    from tqdm import tqdm
+
+    from .gguf.quantize import quantize_file
+
+    with open_file(args.source) as file:
+        n_tensors = len(file.tensors)
+        n_weights = sum(tensor.n_elements for tensor in file.tensors.values())
+    with tqdm(total=n_tensors, desc="quantizing", leave=False, unit="tensor", disable=None) as bar:
+        types = quantize_file(
+            args.source, args.target, args.format, requantize=args.requantize,
+            n_threads=args.n_threads, report=lambda *_: bar.update(),
+        )  # fmt: skip
+    for kind, n in Counter(types.values()).most_common():
+        print(f"{kind:<8} {n} tensors")
+    nbytes = Path(args.target).stat().st_size
+    print(f"{args.target}: {nbytes / 1e6:.1f} MB, {8 * nbytes / n_weights:.2f} bits per weight")
+
+
 # ---- all of them
 
 
@@ -292,6 +329,11 @@ COMMANDS = {
         "Score a text, as llama.cpp's tool of that name does.",
         "tinyllm perplexity model.gguf wiki.test.raw --window 512",
         perplexity_arguments, perplexity,
+    ),
+    "quantize": Command(
+        "Write a model again in fewer bits.",
+        "tinyllm quantize model-f16.gguf model-q4.gguf Q4_K_M",
+        quantize_arguments, quantize,
     ),
 }  # fmt: skip
 ELSEWHERE = {"chat": "Talk with a model."}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -56,54 +56,65 @@ class Options:
     stop: tuple[str, ...]
     logprobs: int | None
     echo: bool
-    tap: Tap | None
     overflow: Overflow
 
 
 class Job:
     """One prompt being continued: its run through the decode loop, and its text."""
 
-    def __init__(self, model: Model, ids: list[int], o: Options, state: State | None) -> None:
-        self.tokenizer = model.tokenizer
-        self.prompt_ids, self.tokens = ids, []  # type: tuple[list[int], list[Token]]
-        keep = 1 if self.tokenizer.add_bos else 0
-        if state is None:
-            room = model.n_ctx if o.max_tokens < 0 else min(model.n_ctx, len(ids) + o.max_tokens)
-            whole = o.overflow == "shift" or len(ids) > model.n_ctx
-            state = model.new_state(model.n_ctx if whole else max(room, SMALLEST_CONTEXT))
-        if o.overflow == "truncate":
-            ids = truncated(ids, state.n_ctx - len(state.ids), keep, o.max_tokens)
-        state.append(ids)
-        limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
-        sampler = Sampler(o.params, model.network.n_vocab, model.network.be.top_k)
-        self.run = Run(
-            state, sampler, limit, self.tokenizer.eog, o.overflow, keep, o.logprobs,
-            o.echo and o.logprobs is not None,
-        )  # fmt: skip
-        self.text = TextStream(self.tokenizer, o.stop, control_stops(self.tokenizer, o.stop))
-        self.options = o
+    def __init__(
+        self, tokenizer: Tokenizer, run: Run, stop: Sequence[str], prompt_ids: list[int]
+    ) -> None:
+        self.run, self.prompt_ids = run, prompt_ids
+        self.text = TextStream(tokenizer, stop, control_stops(tokenizer, stop))
+        self.tokens: list[Token] = []
+
+    @property
+    def done(self) -> bool:
+        return self.run.finish_reason is not None
 
     def accept(self, token: Token) -> str:
         """Take one token; the text that may be shown because of it."""
         self.tokens.append(token)
-        if self.run.finish_reason == "stop":
-            return ""
-        piece = self.text.push(token.id)
+        piece = "" if self.run.finish_reason == "stop" else self.text.push(token.id)
         if self.text.stopped is not None:
             self.run.finish_reason = "stop"
-        return piece
+        return piece + self.text.finish() if self.done else piece
 
     def completion(self) -> Completion:
-        self.text.finish()
-        ids = [t.id for t in self.tokens]
-        if ids and ids[-1] in self.run.eog:
-            ids = ids[:-1]
-        o = self.options
+        """The text so far."""
+        run = self.run
         return Completion(
-            self.text.text, ids, self.run.finish_reason or "cancelled", self.prompt_ids,
-            self.tokens if o.logprobs is not None else None,
-            self.run.prompt if self.run.prompt_logprobs else None, self.run.timings,
+            self.text.text, [t.id for t in self.tokens if t.id not in run.eog],
+            run.finish_reason or "cancelled", self.prompt_ids,
+            self.tokens if run.logprobs is not None else None,
+            run.prompt if run.prompt_logprobs else None, run.timings,
         )  # fmt: skip
+
+
+def begin(model: Model, ids: list[int], o: Options, state: State | None) -> Job:
+    """A prompt's job; nothing is computed yet."""
+    tokenizer = model.tokenizer
+    keep = 1 if tokenizer.add_bos else 0
+    if state is None:
+        state = model.new_state(room_for(ids, o, model.n_ctx))
+    rest = state.n_ctx - len(state.ids)
+    state.append(truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids)
+    limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
+    sampler = Sampler(o.params, model.network.n_vocab, model.network.be.top_k)
+    run = Run(
+        state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
+        o.echo and o.logprobs is not None,
+    )  # fmt: skip
+    return Job(tokenizer, run, o.stop, ids)
+
+
+def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:
+    """Tokens of context for a prompt and its answer: all there are, if it may come to that."""
+    needed = len(ids) + o.max_tokens
+    if o.max_tokens < 0 or o.overflow == "shift" or needed > n_ctx:
+        return n_ctx
+    return max(needed, SMALLEST_CONTEXT)
 
 
 def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Completion]:
@@ -114,19 +125,41 @@ def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Complet
     ):
         for i, token in tokens:
             jobs[i].accept(token)
-    return [j.completion() for j in jobs]
+    for job in jobs:
+        job.text.finish()
+    return [job.completion() for job in jobs]
 
 
-def stream_text(net: Network, job: Job) -> Iterator[str]:
-    """One job's text, piece by piece."""
+class Pieces(Iterator[str]):
+    """A text, piece by piece, as ``generate(stream=True)`` gives it; closing it stops the work."""
+
+    def __init__(self, net: Network, job: Job, tap: Tap | None) -> None:
+        self._job, self._pieces = job, pieces_of(net, job, tap)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._pieces.close()
+
+    @property
+    def completion(self) -> Completion:
+        """The text so far, with its ids, log-probabilities and timings.
+
+        Its ``finish_reason`` is "cancelled" until the text has ended.
+        """
+        return self._job.completion()
+
+
+def pieces_of(net: Network, job: Job, tap: Tap | None) -> Generator[str, None, None]:
     with (
         reading([job]) as read,
-        closing(generate_tokens(net, [job.run], job.options.tap, read)) as tokens,
+        closing(generate_tokens(net, [job.run], tap, read)) as tokens,
     ):
         for _, token in tokens:
             if piece := job.accept(token):
                 yield piece
-    if piece := job.text.finish():
+    if piece := job.text.finish():  # the context was full
         yield piece
 
 

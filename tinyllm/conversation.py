@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -91,25 +90,19 @@ class Conversation:
 
     def _answer(self, pieces: list[str], show: Callable[[str], None]) -> None:
         """Stream the answer into ``pieces``; an answer, even a stopped one, adds its timings."""
-        t, start = Timings(), time.perf_counter()
         stream = self.model.chat(
             self.messages, self.template, state=self.state, stream=True,
             max_tokens=self.max_tokens, seed=self._next_seed(), **self.options,
         )  # fmt: skip
-        n_prompt, t.n_reused = len(self.state.ids), self.state.n_past
-        t.n_prompt = n_prompt - t.n_reused
         try:
             with closing(stream):
                 for piece in stream:
-                    t.prompt_s = t.prompt_s or time.perf_counter() - start
                     pieces.append(piece)
                     show(piece)
             pieces.append("")  # the model may end at once: an empty answer is an answer
         finally:
-            t.n_generated = len(self.state.ids) - n_prompt
-            t.generated_s = time.perf_counter() - start - t.prompt_s
             if pieces:
-                self.timings.append(t)
+                self.timings.append(stream.completion.timings)
 
     def _next_seed(self) -> int | None:
         """Each answer has its own, so that one written again differs."""

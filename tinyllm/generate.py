@@ -66,6 +66,9 @@ class Run:
     finish_reason: str | None = None  # "stop" | "length" | "context" | what the caller sets
     timings: Timings = field(default_factory=Timings)
 
+    def __post_init__(self) -> None:
+        self.timings.n_reused = self.state.n_past
+
     def pending(self) -> list[int]:
         """Tokens that the next step computes."""
         return self.state.ids[self.state.n_past :]

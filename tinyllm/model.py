@@ -12,12 +12,12 @@ import numpy as np
 from . import gguf, tokenizers
 from .completion import (
     SMALLEST_CONTEXT,
-    Job,
     Options,
+    Pieces,
+    begin,
     check_max_tokens,
     complete,
     split_prompts,
-    stream_text,
     strings,
 )
 from .errors import (
@@ -267,11 +267,12 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             When the context is full: a prompt that is too long raises ("error"), loses its beginning
             ("truncate"), or old tokens make room again and again ("shift").
         stream : bool
-            Return an iterator of pieces of text. Closing it stops the work.
+            Return an iterator of pieces of text. Closing it stops the work; its ``completion`` has the
+            ``finish_reason``, ids and timings once it has ended.
 
         Returns
         -------
-        Completion, list of Completion, or iterator of str
+        Completion, list of Completion, or Pieces (an iterator of str)
 
         Raises
         ------
@@ -291,14 +292,14 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             presence_penalty, frequency_penalty, logit_bias, logits_processor, seed,
         )  # fmt: skip
         options = Options(
-            params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, tap, overflow
+            params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow
         )
         prompts, many = split_prompts(prompt)
         if (stream or state is not None) and many:
             raise ArgumentError("stream and state take a single prompt, not a list")
-        jobs = [Job(self, ids, options, state) for ids in map(self._ids, prompts)]
+        jobs = [begin(self, ids, options, state) for ids in map(self._ids, prompts)]
         if stream:
-            return stream_text(self.network, jobs[0])
+            return Pieces(self.network, jobs[0], tap)
         completions = complete(self.network, jobs, tap)
         return completions if many else completions[0]
 
@@ -324,7 +325,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
 
         Returns
         -------
-        Completion, or an iterator of str with ``stream=True``
+        Completion, or Pieces (an iterator of str) with ``stream=True``
 
         Raises
         ------

@@ -21,11 +21,6 @@ def test_type_equals_the_reference_package(name):
     assert (ours.id, ours.block_size, ours.type_size) == (reference.value, block, size)
 
 
-def test_bits_per_weight():
-    wanted = {"F32": 32, "BF16": 16, "Q8_0": 8.5, "Q4_K": 4.5, "Q6_K": 6.5625, "TQ1_0": 1.6875}
-    assert {name: TYPES[name].bits_per_weight for name in wanted} == wanted
-
-
 def test_every_id_is_live_or_removed():
     assert sorted([*BY_ID, *REMOVED]) == list(range(43))
     assert set(TYPES) - set(KNOWN) <= {"Q2_0", "NVFP4", "Q1_0"}

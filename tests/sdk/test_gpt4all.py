@@ -55,14 +55,8 @@ def test_signature_is_the_pages(function: Any) -> None:
 def test_module_has_the_names_that_programs_import() -> None:
     from tinyllm.sdk import _pyllmodel
 
-    names = "CancellationError Embed4All EmbedResult GPT4All LLModel DEFAULT_MODEL_DIRECTORY DEFAULT_PROMPT_TEMPLATE"
-    for name in [
-        *names.split(),
-        "append_extension_if_missing",
-        "empty_response_callback",
-        "_fsync",
-        "_remove_prefix",
-    ]:
+    names = "CancellationError ConfigType Embed4All EmbedResult EmbCancelCallbackType GPT4All LLModel MessageType DEFAULT_MODEL_DIRECTORY DEFAULT_PROMPT_TEMPLATE ResponseCallbackType append_extension_if_missing empty_response_callback _fsync _remove_prefix sys"
+    for name in names.split():
         assert hasattr(module, name), name
     names = "LLModel LLModelPromptContext PromptCallback ResponseCallback EmbCancelCallback Sentinel cuda_found _load_cuda MODEL_LIB_PATH llmodel"
     for name in names.split():
@@ -417,6 +411,12 @@ def test_an_unloaded_model_says_so(models: Path) -> None:
     model.prompt_model(START, "%1", lambda i, s: pieces.append(s) or True, n_predict=3, temp=0)
     assert "".join(pieces) == ", there was"
     assert (model.context.n_predict, model.context.n_ctx) == (3, 64)
+    by_position: list[str] = []
+    for args in (("%1", lambda i, s: by_position.append(s) or True), (lambda i, s: True,)):
+        model.prompt_model(START, *args, 3, temp=0)
+    assert by_position == pieces
+    with pytest.raises(TypeError, match="12 options by position; expected at most 11"):
+        model.prompt_model(START, lambda i, s: True, *range(12))
     assert len(model.start("<s>", special=False).prompt_ids) > len(model.start("<s>").prompt_ids)
     for option in ({"context_erase": 0.5}, {"reset_context": False}):
         with pytest.raises(ValueError, match=r"context_erase is 0\.75"):

@@ -57,7 +57,7 @@ def quantize_file(
     GGUFError
         If `src` is damaged.
     ArgumentError
-        If the mixture is unknown, `dst` is `src`, or a tensor is quantised already.
+        If the mixture is unknown, `n_threads` is below 1, `dst` is `src`, or a tensor is quantised already.
     NumericError
         If a weight is NaN, infinite, or too large for its new type.
 
@@ -68,6 +68,8 @@ def quantize_file(
     """
     if os.path.exists(dst) and os.path.samefile(src, dst):
         raise ArgumentError(f"{os.fsdecode(dst)} is the source itself; give another name")
+    if n_threads is not None and n_threads < 1:
+        raise ArgumentError(f"n_threads={n_threads}; expected at least 1, or None for all cores")
     with open_file(src) as file, ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         types = plan(file.metadata, shapes, mixture)
@@ -85,7 +87,7 @@ def _check_sources(file: GGUFFile, types: dict[str, str]) -> None:
         if tensor.type != types[name] and all(f.int8_form for f in both):
             raise ArgumentError(
                 f"{name} is {tensor.type} already; quantise from an F16 or F32 file, "
-                "or say requantize=True"
+                "or say requantize=True (--requantize)"
             )
 
 

@@ -51,10 +51,6 @@ class GGMLType:
     type_size: int
     words: tuple[tuple[int, int, int], ...] = ()
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.type_size / self.block_size
-
     def row_nbytes(self, n: int) -> int:
         """Bytes of a row of `n` elements, which must be whole blocks."""
         return n // self.block_size * self.type_size

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tinyllm.completion import SMALLEST_CONTEXT
 from tinyllm.errors import GGUFError, TinyLLMError, UnsupportedModel
 from tinyllm.generate import ERASED
 from tinyllm.sampling import SamplingParams
 from tinyllm.sdk import devices, embedding
-from tinyllm.sdk.answering import MIN_N_CTX, Answer, Request, pieces
+from tinyllm.sdk.answering import Answer, Request, pieces
 from tinyllm.sdk.devices import BackendName
 from tinyllm.sdk.names import (
     MAX_BATCH,
     MODEL_LIB_PATH,
+    PROMPT_OPTIONS,
     CancellationError,
     EmbCancelCallback,
     EmbCancelCallbackType,
@@ -172,7 +174,7 @@ class LLModel:
         import tinyllm
 
         engine = "cpu" if self._gpu is None else self._gpu.engine
-        n_ctx = max(self.n_ctx, MIN_N_CTX)
+        n_ctx = max(self.n_ctx, SMALLEST_CONTEXT)
         try:
             self.model = tinyllm.load(
                 self._path, engine, n_ctx, n_threads=self._n_threads, n_gpu_layers=self._layers()
@@ -192,8 +194,8 @@ class LLModel:
 
     def _warn_about_context(self) -> None:
         trained = int(self._open().config.n_ctx_train)
-        if self.n_ctx < MIN_N_CTX:
-            _say(f"warning: minimum context size is {MIN_N_CTX}, using minimum size.")
+        if self.n_ctx < SMALLEST_CONTEXT:
+            _say(f"warning: minimum context size is {SMALLEST_CONTEXT}, using minimum size.")
         if self.n_ctx > trained and self._open().config.causal:
             _say(
                 f"warning: model was trained on only {trained} context tokens ({self.n_ctx} specified)"
@@ -226,6 +228,14 @@ class LLModel:
     def count_prompt_tokens(self, prompt: str) -> int:
         """How many tokens a prompt takes, the one at its beginning included."""
         return len(self._encode(prompt))
+
+    def check_length(self, prompt: str) -> None:
+        """Raise ValueError for a message that leaves no room to answer it."""
+        n, limit = self.count_prompt_tokens(prompt), self.n_ctx - 4
+        if n > limit:
+            raise ValueError(
+                f"Your message was too long and could not be processed ({n} > {limit})."
+            )
 
     def _encode(self, prompt: str, special: bool = True) -> list[int]:
         """A prompt's tokens: special tokens read unless told otherwise, the beginning token once."""
@@ -277,14 +287,8 @@ class LLModel:
         *args, **options
             As `start` has them.
         """
-        prompt, callback = _with_template(prompt, callback, args, options)
-        stream = self.pieces(prompt, **options)
-        try:
-            for token_id, text in stream:
-                if not callback(token_id, text):
-                    break
-        finally:
-            stream.close()
+        for _ in self.prompt_model_streaming(prompt, callback, *args, **options):
+            pass
 
     def prompt_model_streaming(
         self,
@@ -297,7 +301,7 @@ class LLModel:
 
         Nothing is computed ahead: closing the iterator ends the work.
         """
-        prompt, callback = _with_template(prompt, callback, args, options)
+        prompt, callback, options = _with_template(prompt, callback, args, options)
         stream = self.pieces(prompt, **options)
         try:
             for token_id, text in stream:
@@ -415,7 +419,7 @@ class LLModel:
         request = embedding.Request(texts, prefix, dimensionality, do_mean, atlas, cancel_cb)
         try:
             vectors, n_tokens = embedding.embed(
-                model, request, max(self.n_ctx, MIN_N_CTX), self.backend
+                model, request, max(self.n_ctx, SMALLEST_CONTEXT), self.backend
             )
         except embedding.Canceled as error:
             raise CancellationError(str(error)) from None
@@ -435,15 +439,17 @@ def _with_template(
     callback: ResponseCallbackType | str,
     args: tuple[Any, ...],
     options: dict[str, Any],
-) -> tuple[str, ResponseCallbackType]:
-    """The prompt and callback of either order: (prompt, callback) or 2.8's (prompt, template, callback)."""
+) -> tuple[str, ResponseCallbackType, dict[str, Any]]:
+    """Prompt, callback and options, of (prompt, callback, ...) or 2.8's (prompt, template, callback, ...)."""
     template = options.pop("prompt_template", None)
     if isinstance(callback, str):
-        template, callback = callback, args[0] if args else empty_response_callback
+        template, callback, args = callback, args[0] if args else empty_response_callback, args[1:]
+    if len(args) > len(PROMPT_OPTIONS):
+        raise TypeError(f"{len(args)} options by position; expected at most {len(PROMPT_OPTIONS)}")
     chosen: ResponseCallbackType = options.pop("callback", callback)
     if isinstance(template, str):
         prompt = template.replace("%1", prompt, 1).partition("%2")[0]
-    return prompt, chosen
+    return prompt, chosen, {**dict(zip(PROMPT_OPTIONS, args, strict=False)), **options}
 
 
 def _unsupported(path: str, error: UnsupportedModel) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from tinyllm.sdk.closing import Closing
 
+if TYPE_CHECKING:
     from tinyllm.sdk._pyllmodel import EmbCancelCallbackType
 
 
-class Embed4All:
+class Embed4All(Closing):
     """A model that turns texts into vectors.
 
     Parameters
@@ -38,17 +37,6 @@ class Embed4All:
         from tinyllm.sdk.gpt4all import GPT4All
 
         self.gpt4all = GPT4All(model_name, n_threads=n_threads, device=device, **kwargs)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        typ: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model at once."""

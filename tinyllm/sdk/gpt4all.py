@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys  # programs import it from here
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from tinyllm.completion import Completion
 from tinyllm.sdk import answering, catalogue
 from tinyllm.sdk._pyllmodel import (
     CancellationError,
+    EmbCancelCallbackType,
     EmbedResult,
     LLModel,
     ResponseCallbackType,
     empty_response_callback,
 )
 from tinyllm.sdk.catalogue import ConfigType
+from tinyllm.sdk.closing import Closing
 from tinyllm.sdk.devices import BackendName, split_device
 from tinyllm.sdk.download import _fsync
 from tinyllm.sdk.embed4all import Embed4All
@@ -42,21 +45,24 @@ __all__ = [
     "DEFAULT_PROMPT_TEMPLATE",
     "CancellationError",
     "ConfigType",
+    "EmbCancelCallbackType",
     "Embed4All",
     "EmbedResult",
     "GPT4All",
     "LLModel",
     "MessageType",
+    "ResponseCallbackType",
     "_fsync",
     "append_extension_if_missing",
     "empty_response_callback",
+    "sys",
 ]
 
 DEFAULT_MODEL_DIRECTORY = catalogue.DEFAULT_MODEL_DIRECTORY
 """Where models are kept; read at each call, so assigning it moves them."""
 
 
-class GPT4All(ModelFiles, LegacyNames):
+class GPT4All(ModelFiles, LegacyNames, Closing):
     """A language model, and conversations with it.
 
     Parameters
@@ -116,17 +122,6 @@ class GPT4All(ModelFiles, LegacyNames):
         if gpu is not None:
             self.model.init_gpu(gpu)
         self.model.load_model()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        typ: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model at once."""
@@ -234,40 +229,30 @@ class GPT4All(ModelFiles, LegacyNames):
             "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "n_batch": n_batch,
             "n_predict": max_tokens if n_predict is None else n_predict, "seed": seed, "stop": stop,
         }  # fmt: skip
+        if logprobs is not None:
+            options["logprobs"] = logprobs
+            if streaming:
+                raise ValueError(
+                    "logprobs come with the whole answer; do not ask for streaming too"
+                )
+        session = self._chat_session
         if isinstance(prompt, list):
-            if (
-                streaming
-                or self._chat_session is not None
-                or callback is not empty_response_callback
-            ):
+            if streaming or session is not None or callback is not empty_response_callback:
                 raise ValueError("a list of prompts takes no streaming, callback or chat session")
-            return self._answer_list(prompt, logprobs, options)
-        session, last = self._chat_session, prompt
-        if session is not None:
-            prompt, last = session.begin(prompt, self.model)
+            return self._answer_list(prompt, options)
+        if session is None:
+            self.model.check_length(prompt)
+        else:
+            prompt = session.begin(prompt, self.model)
             options["state"] = session.state
-        try:
-            self._check_length(last)
-            if logprobs is not None:
-                options["logprobs"] = logprobs
-                return self._answer_with_logprobs(session, prompt, streaming, callback, options)
-        except BaseException:
-            if session is not None and not session.running:
-                session.take_back()
-            raise
+        if logprobs is not None:
+            return self._completion(session, prompt, callback, options)
         if not streaming:
             return self._answer(session, prompt, callback, options)
         stream = self._stream(session, prompt, callback, options)
         if session is not None:
             session.stream = stream
         return stream
-
-    def _check_length(self, prompt: str) -> None:
-        n, limit = self.model.count_prompt_tokens(prompt), self.model.n_ctx - 4
-        if n > limit:
-            raise ValueError(
-                f"Your message was too long and could not be processed ({n} > {limit})."
-            )
 
     def _answer(
         self,
@@ -294,31 +279,30 @@ class GPT4All(ModelFiles, LegacyNames):
                 prompt, _collecting(parts, callback), **options
             )
 
-    def _answer_with_logprobs(
+    def _completion(
         self,
         session: ChatSession | None,
         prompt: str,
-        streaming: bool,
         callback: ResponseCallbackType,
         options: dict[str, Any],
-    ) -> Any:
-        if streaming:
-            raise ValueError("logprobs come with the whole answer; do not ask for streaming too")
-        answer, parts = self.model.start(prompt, **options), []  # type: ignore[var-annotated]
+    ) -> Completion:
+        parts: list[str] = []
+        collect = _collecting(parts, callback)
         with _turn(session, parts):
+            answer = self.model.start(prompt, **options)
             for token_id, text in self.model.pieces_of(answer):
-                if not _collecting(parts, callback)(token_id, text):
+                if not collect(token_id, text):
                     break
         return answer.completion()
 
     def _answer_list(
-        self, prompts: list[str], logprobs: int | None, options: dict[str, Any]
-    ) -> list[Any]:
+        self, prompts: list[str], options: dict[str, Any]
+    ) -> list[str] | list[Completion]:
         for prompt in prompts:
-            self._check_length(prompt)
-        answers = [self.model.start(p, logprobs=logprobs, **options) for p in prompts]
-        done = answering.complete(answers, self.model._check_open) if answers else []
-        return done if logprobs is not None else [completion.text for completion in done]
+            self.model.check_length(prompt)
+        answers = [self.model.start(prompt, **options) for prompt in prompts]
+        done = answering.complete(answers, self.model._check_open)
+        return done if "logprobs" in options else [completion.text for completion in done]
 
     # ---- chat sessions
 

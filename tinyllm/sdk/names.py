@@ -74,6 +74,13 @@ class LLModelGPUDevice:
     vendor: str
 
 
+# What prompt_model takes by position after the callback.
+PROMPT_OPTIONS = (
+    *("n_predict", "top_k", "top_p", "min_p", "temp", "n_batch", "repeat_penalty"),
+    *("repeat_last_n", "context_erase", "reset_context", "special"),
+)
+
+
 def empty_response_callback(token_id: int, response: str) -> bool:
     """Let the answer go on."""
     return True

@@ -33,27 +33,29 @@ class ChatSession:
     stream: Generator[str, None, None] | None = None
     running: bool = False
 
-    def begin(self, prompt: str, model: LLModel) -> tuple[str, str]:
-        """Add the user's message; the whole conversation's text, and the last message's alone.
+    def begin(self, prompt: str, model: LLModel) -> str:
+        """Add the user's message; the whole conversation's text.
 
-        When the template refuses, the history is as it was.
+        When the template refuses, or the message is too long, the history is as it was.
         """
         self.end_stream()
-        message = {"role": "user", "content": prompt}
-        self.history.append(message)
+        prompt.encode()  # GPT4All's errors: AttributeError for what is no text, UnicodeEncodeError
+        self.history.append({"role": "user", "content": prompt})
         try:
-            tokens = model.special_tokens_map
-            whole = self.template.render(self.history, tokens)
-            last = whole
-            if len(self.history) > 1:
-                with suppress(TemplateError):  # some templates refuse a conversation cut short
-                    last = self.template.render(self.history[-1:], tokens)
+            whole = self.template.render(self.history, model.special_tokens_map)
+            model.check_length(self._last_turn(model, whole))
         except BaseException:
             self.take_back()
             raise
         if self.state is None:
             self.state = model.new_state()
-        return whole, last
+        return whole
+
+    def _last_turn(self, model: LLModel, whole: str) -> str:
+        """The last message's text alone, or all of it where the template refuses to cut it short."""
+        with suppress(TemplateError):
+            return self.template.render(self.history[-1:], model.special_tokens_map)
+        return whole
 
     def take_back(self) -> None:
         """Remove the user's message at the end: nothing was answered."""
