@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from llvmlite import ir
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache
-from tinyllm.kernels.cpu import simd, weights
+from tinyllm.kernels.cpu import jit, simd, weights
 from tinyllm.kernels.cpu.backend import CPUBackend
 
 F32 = np.float32
@@ -195,8 +196,8 @@ from tinyllm.kernels.cpu import jit, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 be = CPUBackend(1)
 y = product(be, be.load(Stored("Q4_K", 80, 512)), normal(1, 512))
-print(simd.instruction_set(), [k.cache_hits for n, k in jit._kernels.items() if "matvec" in n])
-print("zmm" in jit._kernels["matvec_Q4_K"]._library.get_asm_str() if {asm} else "-")
+print(simd.instruction_set(), *jit.compiled)
+print("zmm" in jit.assembly("matvec_Q4_K") if {asm} else "numba" in sys.modules)
 print(y.tobytes().hex())
 """
 
@@ -226,21 +227,7 @@ def test_avx2_alone_gives_the_same_bits_and_no_wide_registers(tmp_path: Path) ->
 def test_halves_by_bits_are_numpys(monkeypatch: Any) -> None:
     """Every half, and floats around the roundings, through the integer conversions."""
     monkeypatch.setattr(simd, "has_half", lambda: False)
-    from numba import njit
-
-    load_half, store_half = (
-        simd.emitter(simd.f32x16, simd.i64)(simd_load),
-        simd.emitter(simd.types.void, simd.i64, simd.f32x16)(simd_store),
-    )
-
-    @njit
-    def convert(source: int, to: int, n: int, back: bool) -> None:
-        for i in range(0, n, 16):
-            if back:
-                store_half(to + 2 * i, simd.load(source + 4 * i))
-            else:
-                simd.store(to + 4 * i, load_half(source + 2 * i))
-
+    convert = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(convert_halves))
     halves = np.arange(1 << 16, dtype=np.uint16)
     floats = np.empty(1 << 16, F32)
     convert(halves.ctypes.data, floats.ctypes.data, 1 << 16, False)
@@ -261,11 +248,22 @@ def test_halves_by_bits_are_numpys(monkeypatch: Any) -> None:
     assert np.array_equal(got.view(np.float16)[ok], expected[ok])
 
 
-def simd_load(e: simd.Emit, p: Any) -> Any:
+@simd.emitter(simd.f32x16, simd.i64)
+def halves(e: simd.Emit, p: Any) -> Any:
     """16 halves at an address."""
     return e.half(e.load(e.ptr(p), ir.VectorType(simd.I16, 16)))
 
 
-def simd_store(e: simd.Emit, p: Any, v: Any) -> None:
+@simd.emitter(simd.types.void, simd.i64, simd.f32x16)
+def set_halves(e: simd.Emit, p: Any, v: Any) -> None:
     """16 floats as halves."""
     e.store(e.to_half(v), e.ptr(p))
+
+
+def convert_halves(source: int, to: int, n: int, back: int) -> None:
+    """n halves to floats, or back: a kernel."""
+    for i in range(0, n, 16):
+        if back:
+            set_halves(to + 2 * i, simd.load(source + 4 * i))
+        else:
+            simd.store(to + 4 * i, halves(source + 2 * i))

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from test_cpu import ONE, TWO, Stored, elsewhere, normal, product
@@ -22,20 +21,11 @@ def test_the_cache_is_used_by_the_next_process_and_numbas_own_is_left_alone(tmp_
     theirs.mkdir()
     first = elsewhere(mine, NUMBA_CACHE_DIR=str(theirs))
     again = elsewhere(mine, NUMBA_CACHE_DIR=str(theirs))
-    assert first[0].endswith("[0]")
-    assert again[0].endswith("[1]")
+    assert "matvec_Q4_K" in first[0].split()
+    assert len(again[0].split()) == 1  # the instruction set; nothing compiled
+    assert first[1] == again[1] == "False"  # numba, which takes long to import, was not
     assert first[2] == again[2]
     assert not list(theirs.iterdir())
-
-
-def test_compiling_restores_numbas_cache_folder() -> None:
-    before = numba.config.CACHE_DIR
-    jit.kernel(nothing_much)
-    assert numba.config.CACHE_DIR == before
-
-
-def nothing_much(args: int, first: int, last: int, worker: int) -> None:
-    """A kernel."""
 
 
 def test_a_folder_that_cannot_be_written_is_passed_over(monkeypatch: Any, tmp_path: Path) -> None:

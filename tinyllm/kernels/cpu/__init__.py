@@ -1,1 +1,1 @@
-"""The CPU backend: kernels written in Python, compiled by numba for the very processor they run on."""
+"""The CPU backend: kernels written in Python, compiled by LLVM for the very processor they run on."""

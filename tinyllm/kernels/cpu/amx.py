@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from llvmlite import ir
-from numba.core import cgutils
 
 from .formats import Format, Tile
 from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, target, types
@@ -24,7 +23,7 @@ SUMS, LEFT, RIGHT = (0, 1), (4, 5), (6, 7)  # tile registers
 
 @lru_cache(1)
 def available() -> bool:
-    """Whether numba compiles for AMX and the system lets this process use it (Linux must be asked)."""
+    """Whether kernels are compiled for AMX and the system lets this process use it (Linux must be asked)."""
     if not {"amx-int8", "amx-tile", "avx512f"} <= target()[2] or sys.platform != "linux":
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
@@ -38,7 +37,7 @@ def starter(group: int) -> Callable:
     @emitter(types.void)
     def start(e):
         """See ``starter``."""
-        config = cgutils.alloca_once(e.b, ir.ArrayType(I8, 64))
+        config = e.room(ir.ArrayType(I8, 64))
         config.align = 64
         p = e.b.bitcast(config, e.ptr(I64(0)).type)
         e.store(ir.Constant(V(I8, 64), [0] * 64), p)
@@ -91,7 +90,7 @@ def multiplier(form: Format) -> Callable:
     def multiply(e, panel, records, slot, n_steps, y):
         """See ``multiplier``."""
         b = e.b
-        memory = cgutils.alloca_once(b, ir.ArrayType(I8, 1024 * len(SUMS) + 64))
+        memory = e.room(ir.ArrayType(I8, 1024 * len(SUMS) + 64))
         memory.align = 64
         sums = b.bitcast(memory, e.ptr(I64(0)).type)
         zeros = e.at(sums, 1024 * len(SUMS))

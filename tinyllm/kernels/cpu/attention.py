@@ -12,7 +12,6 @@ A part: largest [16], sums [16], then values [Dv / 16][M][16], all float32.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from . import jit
@@ -80,7 +79,6 @@ SIZE = 2  # bytes of a stored value as the multipliers read it
 KV = 1  # 0 f32, 1 f16, 2 q8_0
 
 
-@numba.njit(nogil=True)
 def merge(into, part, rows, tiles):
     """Add a part to another."""
     ma, mb = load(into), load(part)
@@ -97,14 +95,12 @@ def merge(into, part, rows, tiles):
             store(into + at, load(into + at) * fa + load(part + at) * fb)
 
 
-@numba.njit(nogil=True)
 def begin(part, n_bytes):
     """An empty part."""
     clear(part, n_bytes)
     store(part, splat(HIDDEN))
 
 
-@numba.njit(nogil=True)
 def finish(part, rows, m, sink, has_sink, out, dim_v):
     """Row m of a part, divided by its sum -> dim_v floats."""
     most, total = get_f32(part + 4 * m), get_f32(part + 64 + 4 * m)
@@ -119,7 +115,6 @@ def finish(part, rows, m, sink, has_sink, out, dim_v):
         store_n(out + 4 * i, v, dim_v - i)
 
 
-@numba.njit(nogil=True)
 def expand_keys(source, out, n, dim, row_bytes):
     """n rows of q8_0 -> [n / 16][dim][16] floats."""
     for s in range(n):
@@ -129,7 +124,6 @@ def expand_keys(source, out, n, dim, row_bytes):
             set_f32(to + 64 * i, as_float(get_i8(block + 2 + i % 32)) * get_half(block))
 
 
-@numba.njit(nogil=True)
 def expand_values(source, out, n, dim, step, row_bytes):
     """n rows of q8_0 -> [n][step / 4] floats."""
     for s in range(n):
@@ -313,7 +307,6 @@ def merge_parts(args, first, last, worker):
 # ---- writing
 
 
-@numba.njit(nogil=True)
 def write_q8_0(source, out, n):
     """A row of n floats -> blocks of a half and 32 codes."""
     for i in range(0, n, 32):
@@ -328,7 +321,6 @@ def write_q8_0(source, out, n):
             set_i8(block + 2 + j, i64(np.rint(x * inverse)))
 
 
-@numba.njit(nogil=True)
 def write_f32(k, v, keys, values, position, dim, dim_v):
     """A key and a value to their places."""
     keys += 4 * (position // 16 * 16 * dim + position % 16)
@@ -337,7 +329,6 @@ def write_f32(k, v, keys, values, position, dim, dim_v):
     copy(values + 4 * position * ((dim_v + 15) // 16 * 16), v, 4 * dim_v)
 
 
-@numba.njit(nogil=True)
 def write_f16(k, v, keys, values, position, dim, dim_v):
     """The same, as halves."""
     keys += 2 * (position // 16 * 16 * dim + position % 16)
@@ -348,7 +339,6 @@ def write_f16(k, v, keys, values, position, dim, dim_v):
         set_half(values + 2 * i, get_f32(v + 4 * i))
 
 
-@numba.njit(nogil=True)
 def write_blocks(k, v, keys, values, position, dim, dim_v):
     """The same, as rows of q8_0 blocks."""
     write_q8_0(k, keys + position * ((dim + 31) // 32 * 34), dim)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
 from . import jit
@@ -33,7 +32,6 @@ from .simd import (
 )
 
 
-@numba.njit(nogil=True)
 def row_sum(x, n):
     """The sum of n floats: lane by lane, then the lanes."""
     total = splat(np.float32(0))
@@ -42,7 +40,6 @@ def row_sum(x, n):
     return hsum(total)
 
 
-@numba.njit(nogil=True)
 def affine(v, w, bias, i, n):
     """v * w + bias, either address 0 for none."""
     if w != 0:
@@ -126,27 +123,23 @@ def rope(args, first, last, worker):
                 set_f32(q + 4 * (i * step + apart), a * s + b * c)
 
 
-@numba.njit(nogil=True)
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     one = splat(np.float32(1))
     return one / (one + exp(splat(np.float32(0)) - x))
 
 
-@numba.njit(nogil=True)
 def silu(x):
     """x / (1 + e^-x)."""
     return x * sigmoid(x)
 
 
-@numba.njit(nogil=True)
 def gelu(x):
     """x times the normal distribution's mass below x."""
     mass = splat(np.float32(1)) + erf(x * splat(np.float32(0.7071067811865476)))
     return splat(np.float32(0.5)) * x * mass
 
 
-@numba.njit(nogil=True)
 def gelu_tanh(x):
     """The same by way of tanh."""
     inner = x + splat(np.float32(0.044715)) * x * x * x
@@ -154,19 +147,16 @@ def gelu_tanh(x):
     return splat(np.float32(0.5)) * x * mass
 
 
-@numba.njit(nogil=True)
 def relu(x):
     """max(x, 0)."""
     return vmax(x, splat(np.float32(0)))
 
 
-@numba.njit(nogil=True)
 def relu2(x):
     """max(x, 0) squared."""
     return relu(x) * relu(x)
 
 
-@numba.njit(nogil=True)
 def swiglu_oai(gate, up):
     """g sigmoid(1.702 g) (u + 1), both bounded by 7."""
     seven = splat(np.float32(7))
@@ -294,7 +284,6 @@ def combine(args, first, last, worker):
             store_n(y + 4 * (t * n + i), total, n - i)
 
 
-@numba.njit(nogil=True)
 def softmax(x, y, n):
     """Of n floats."""
     most = get_f32(x)
@@ -307,7 +296,6 @@ def softmax(x, y, n):
         store_n(y + 4 * i, load_n(y + 4 * i, n - i) / total, n - i)
 
 
-@numba.njit(nogil=True)
 def best(values, n):
     """The place of the largest of n floats, the first of equals."""
     found = 0
@@ -355,7 +343,6 @@ def route(args, first, last, worker):
             set_f32(picked + 4 * j, w * scale)
 
 
-@numba.njit(nogil=True)
 def keep_groups(choice, groups, n, n_group, n_used):
     """Leave only experts of the n_used groups whose two best scores sum highest."""
     size, never = n // n_group, np.float32(-np.inf)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-import numba
-
 from .simd import (
     F32,
     I16,
@@ -203,7 +201,6 @@ def embed_float(args, first, last, worker):
 # ---- shared with the quantised formats
 
 
-@numba.njit(nogil=True)
 def store_tile(out, corner, n, n_out, column, bias):
     """out [n][16] -> rows of y, without the columns beyond its end, plus bias."""
     width = min(16, n_out - column)

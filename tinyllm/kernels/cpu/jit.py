@@ -1,18 +1,16 @@
 """Compiling kernels, one by one, when they are first needed, with a cache on disk.
 
 A kernel is a C function ``(args, first, last, worker)``: it does the pieces [first, last) of one
-instruction, whose arguments are 64-bit values at the address ``args``. ``kernel(body, **names)`` compiles a
-copy of ``body`` in which the given global names have the given values, so that one loop serves many
-micro-kernels. (A closure would do the same, but numba's cache misses closures in the next process.)
+instruction, whose arguments are 64-bit values at the address ``args``. ``kernel(body, **names)`` compiles
+``body`` with the given values in the place of its global names, so that one loop serves many micro-kernels.
 
-The cache lives beside this file, or in the user's cache folder when that is read-only, under a name made
-of all kernel sources, the versions of Python, numba and llvmlite, and the target processor: nothing stale is
-ever run. numba's own cache folder, which belongs to the user, is restored after each compilation.
+The cache holds one object file for each kernel, with a hash of its bytes. It lives beside this file, or in the
+user's cache folder when that is read-only, under a name made of all kernel sources, the version of llvmlite,
+and the target processor: nothing stale is ever run. Files appear whole, so processes may share it.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import platform
@@ -28,73 +26,93 @@ from types import FunctionType
 from typing import Any
 
 import llvmlite
-import numba
-from numba import cfunc, types
 
-from ...errors import DeviceError
-from . import simd
+from . import machine, simd
+from .translate import translate
 
-SIGNATURE = types.void(types.int64, types.int64, types.int64, types.int64)
-_kernels: dict[str, Any] = {}  # name -> the compiled object, kept alive with its machine code
+_addresses: dict[str, int] = {}  # of the kernels in memory, by name
+_sources: dict[str, tuple[Callable, dict[str, Any]]] = {}  # what they were made of
+compiled: list[str] = []  # those that were not in the cache
 _lock = threading.RLock()
 _spent = 0.0  # seconds of compiling so far, to tell the user when it is many
+HASH = 32  # bytes before the machine code
 
 
-def kernel(
-    body: Callable, name: str | None = None, signature: Any = SIGNATURE, **names: Any
-) -> int:
+def kernel(body: Callable, name: str | None = None, **names: Any) -> int:
     """The address of ``body`` compiled with the global ``names`` replaced; ``name`` tells variants apart."""
     name = name or body.__name__
     with _lock:
-        if name not in _kernels:
-            _kernels[name] = _compile(_variant(body, name, names), signature)
-        return _kernels[name].address
+        if name not in _addresses:
+            _sources[name] = body, names
+            _addresses[name] = machine.load(name, _machine_code(body, name, names))
+        return _addresses[name]
 
 
-def _variant(body: Callable, name: str, names: dict[str, Any]) -> FunctionType:
-    """A copy of a function under a name of its own, some of its globals replaced."""
-    copy = FunctionType(body.__code__, {**body.__globals__, **names}, name)
-    copy.__qualname__, copy.__module__ = name, body.__module__
-    return copy
+def assembly(name: str) -> str:
+    """The instructions of a kernel in use, to read."""
+    body, names = _sources[name]
+    return machine.assembly(module_text(body, name, names))
 
 
-def _compile(function: FunctionType, signature: Any) -> Any:
-    global _spent
-    if numba.config.DISABLE_JIT:
-        raise DeviceError("NUMBA_DISABLE_JIT is set; the cpu backend needs the compiler: unset it")
-    start, folder = time.perf_counter(), cache_folder()
+def module_text(body: Callable, name: str, names: dict[str, Any]) -> str:
+    """A kernel as LLVM IR."""
+    variant = FunctionType(
+        body.__code__, {**body.__globals__, **names}, name, None, body.__closure__
+    )
+    return str(translate(variant, name, simd.target()[0]))
+
+
+def _machine_code(body: Callable, name: str, names: dict[str, Any]) -> bytes:
+    """From the cache, or compiled now and kept there."""
+    folder = cache_folder()
+    path = folder / f"{name}-{_origin(body)}.o" if folder else None
+    if code := _kept(path):
+        return code
+    start = time.perf_counter()
+    code = machine.machine_code(module_text(body, name, names))
+    compiled.append(name)
+    _tell(time.perf_counter() - start)
+    if path:
+        with suppress(OSError):  # the disk is full, say: it only costs compiling again next time
+            _keep(path, code)
+    return code
+
+
+def _origin(body: Callable) -> str:
+    """A name of the file in which a kernel stands, for those from outside that of its content."""
+    source = Path(body.__code__.co_filename)
+    if source.parent == Path(__file__).parent:
+        return source.stem
+    return f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+
+
+def _kept(path: Path | None) -> bytes | None:
+    """A file of the cache, if it is there and whole."""
     try:
-        compiled = _compiled(function, signature, folder)
-    except Exception:  # a full disk, or a file that a crash cut short
-        if folder is None:
-            raise
-        _remove(folder, function.__name__)
-        compiled = _compiled(function, signature, None)
-    _spent = _tell(_spent, _spent + time.perf_counter() - start)
-    return compiled
+        stored = path.read_bytes() if path else b""
+    except OSError:
+        return None
+    code = stored[HASH:]
+    return code if stored and hashlib.sha256(code).digest() == stored[:HASH] else None
 
 
-def _compiled(function: FunctionType, signature: Any, folder: Path | None) -> Any:
-    theirs = numba.config.CACHE_DIR
+def _keep(path: Path, code: bytes) -> None:
+    """Write a file that others see whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        numba.config.CACHE_DIR = str(folder or "")
-        return cfunc(signature, cache=folder is not None, error_model="numpy")(function)
-    finally:
-        numba.config.CACHE_DIR = theirs
+        part.write_bytes(hashlib.sha256(code).digest() + code)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
-def _remove(folder: Path, name: str) -> None:
-    """Forget what the cache has of a kernel."""
-    for path in folder.rglob(f"*.{glob.escape(name)}-*"):
-        with suppress(OSError):
-            path.unlink()
-
-
-def _tell(before: float, after: float) -> float:
+def _tell(seconds: float) -> None:
     """One line on a terminal's stderr when compiling begins to take long."""
-    if before < 1.0 <= after and sys.stderr is not None and sys.stderr.isatty():
+    global _spent
+    before, _spent = _spent, _spent + seconds
+    if before < 1.0 <= _spent and sys.stderr is not None and sys.stderr.isatty():
         print("tinyllm: compiling kernels for this processor (once) ...", file=sys.stderr)  # noqa: T201
-    return after
 
 
 @lru_cache(1)
@@ -127,7 +145,7 @@ def _candidates() -> list[Path]:
 def _fingerprint() -> str:
     """A hash of everything that decides the machine code."""
     triple, cpu, features = simd.target()
-    parts = [sys.version, numba.__version__, llvmlite.__version__, triple, cpu, *sorted(features)]
+    parts = [sys.version, llvmlite.__version__, triple, cpu, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())

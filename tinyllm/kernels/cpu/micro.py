@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-import numba
 import numpy as np
 
 from . import amx
@@ -233,7 +232,6 @@ def tokens_multiplier(form: Format) -> Callable:
     emit = {m: multiplier(form, m, SLOTS, resume=True) for m in (2, 4, 8)}
     eight, four, two = emit[8], emit[4], emit[2]
 
-    @numba.njit(nogil=True)
     def multiply(panel, records, n, n_steps, y):
         """See ``tokens_multiplier``."""
         slot = 0

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
 from .attention import LAYER
 from .simd import arg, copy, get_f32, get_i32, get_i64, set_f32
 
 
-@numba.njit(nogil=True)
 def state_of(caches, seq, layer, field):
     """The address of a layer's array of a sequence."""
     return get_i64(get_i64(caches + 8 * seq) + layer * LAYER + 8 * field)

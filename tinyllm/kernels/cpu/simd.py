@@ -1,10 +1,10 @@
-"""Vector types and instructions for numba kernels, on whatever instruction set numba compiles for.
+"""Vector types and instructions for kernels, on whatever instruction set they are compiled for.
 
 Two ways to write a kernel with this module:
 
-* in numba: ``v = load(p); store(q, v * splat(2.0))`` with 16 lanes of float32, addresses being integers;
+* in Python: ``v = load(p); store(q, v * splat(2.0))`` with 16 lanes of float32, addresses being integers;
 * as an *emitter*: a Python function that writes LLVM IR through ``Emit`` and so can unroll a loop over
-  tokens and rows with a plain ``for``. ``emitter`` turns it into a function that numba code calls.
+  tokens and rows with a plain ``for``. ``emitter`` turns it into a function that kernels call.
 
 Vectors have 16 lanes for every processor: LLVM splits what its registers do not hold. Only dot products
 of bytes differ between instruction sets (``Emit.dot``), and they are exact, so all sets give equal integers.
@@ -12,25 +12,19 @@ of bytes differ between instruction sets (``Emit.dot``), and they are exact, so 
 
 from __future__ import annotations
 
-import inspect
-import operator
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.core.datamodel import models, register_default
-from numba.core.imputils import lower_builtin
-from numba.core.registry import cpu_target
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic
 
 LANES = 16
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 P8 = I8.as_pointer()
 V = ir.VectorType
 V16F, V16I = V(F32, LANES), V(I32, LANES)
@@ -38,9 +32,28 @@ V16F, V16I = V(F32, LANES), V(I32, LANES)
 
 @lru_cache(1)
 def target() -> tuple[str, str, frozenset[str]]:
-    """The triple, processor name and enabled features that numba compiles for (not those of the host)."""
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()[:3]
-    return triple, cpu, frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
+    """The triple, processor name and enabled features that kernels are compiled for.
+
+    The host's, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name others, as for numba.
+    """
+    features = features_text().split(",")
+    return llvm.get_process_triple(), cpu_name(), frozenset(f[1:] for f in features if f[:1] == "+")
+
+
+def cpu_name() -> str:
+    """As LLVM calls it: "haswell", "znver4", "generic", ..."""
+    return os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+
+
+@lru_cache(1)
+def features_text() -> str:
+    """Features as LLVM reads them: "+avx2,-avx512f,..."."""
+    chosen = os.environ.get("NUMBA_CPU_FEATURES")
+    if chosen is not None:
+        return chosen
+    if cpu_name().lower() == "generic":
+        return ""
+    return llvm.get_host_cpu_features().flatten()
 
 
 @lru_cache(1)
@@ -118,8 +131,17 @@ class Emit:
         return self.splat(self.load(p, ty, offset), n)
 
     def call(self, name, ret, *args):
-        ty = ir.FunctionType(ret, [a.type for a in args])
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, ty, name), args)
+        return self.b.call(self.function(name, ir.FunctionType(ret, [a.type for a in args])), args)
+
+    def function(self, name, ty):
+        """A function of LLVM's or the C library's, declared when first used."""
+        module = self.b.module
+        return module.globals.get(name) or ir.Function(module, ty, name)
+
+    def room(self, ty):
+        """The address of a value kept on the stack."""
+        with self.b.goto_entry_block():
+            return self.b.alloca(ty)
 
     def shr(self, v, n):
         return self.b.lshr(v, self.const(n, v.type)) if n else v
@@ -283,69 +305,37 @@ class Emit:
         return self.b.ashr(self.shl(v, 24 - 8 * i), self.const(24, v.type))
 
 
-# ---- the same for numba code
+# ---- the same for kernels in Python: types, and functions that write instructions
 
 
-class Vector(types.Type):
-    """numba's name for a vector of 16 lanes."""
+class types:
+    """The types of values, by numba's names."""
 
-    def __init__(self, name, llvm):
-        self.llvm = llvm
-        super().__init__(name)
+    void, int64, float32, float64 = ir.VoidType(), I64, F32, F64
 
 
-@register_default(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, fe_type.llvm)
+i64, f32, f32x16 = I64, F32, V16F
 
 
-f32x16 = Vector("f32x16", V16F)
-i64, f32 = types.int64, types.float32
+@dataclass(frozen=True, eq=False)
+class Emitter:
+    """A function for kernels: ``emit(e, *values)`` writes what a call of it does."""
+
+    emit: Callable
+    ret: ir.Type
+    args: tuple[ir.Type, ...]
+
+    @property
+    def __name__(self) -> str:
+        return self.emit.__name__
+
+    def __call__(self, *args: Any) -> Any:
+        raise TypeError(f"{self.__name__} is an instruction of kernels; Python cannot call it")
 
 
-def emitter(ret: Any, *args: Any) -> Callable:
-    """Turn ``gen(e, *values)``, which writes IR with an Emit, into a function for numba code.
-
-    The result is an intrinsic of the given numba types; name it at module level, so that kernels that
-    call it can be cached.
-    """
-    names = ["typingctx", *(f"a{i}" for i in range(len(args)))]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-    def decorate(gen):
-        def typing(ctx, *_):
-            def codegen(context, builder, sig, values):
-                out = gen(Emit(builder), *values)
-                return context.get_dummy_value() if ret is types.void else out
-
-            return ret(*args), codegen
-
-        typing.__name__ = gen.__name__
-        typing.__doc__ = gen.__doc__
-        typing.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])
-        return intrinsic(typing)
-
-    return decorate
-
-
-def _operator(op, write):
-    @infer_global(op)
-    class _Template(AbstractTemplate):
-        def generic(self, args, kws):
-            if len(args) == 2 and args[0] is f32x16 and args[1] is f32x16:
-                return signature(f32x16, f32x16, f32x16)
-            return None
-
-    @lower_builtin(op, Vector, Vector)
-    def _lower(context, builder, sig, args):
-        return write(builder, *args)
-
-
-_operator(operator.add, lambda b, x, y: b.fadd(x, y))
-_operator(operator.sub, lambda b, x, y: b.fsub(x, y))
-_operator(operator.mul, lambda b, x, y: b.fmul(x, y))
-_operator(operator.truediv, lambda b, x, y: b.fdiv(x, y))
+def emitter(ret: ir.Type, *args: ir.Type) -> Callable[[Callable], Emitter]:
+    """Turn ``gen(e, *values)``, which writes IR with an Emit, into a function of these types for kernels."""
+    return lambda gen: Emitter(gen, ret, args)
 
 
 @emitter(f32x16, i64)

@@ -19,14 +19,11 @@ import os
 import sys
 import threading
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
 
 from . import jit
-from .simd import I32, I64, emitter, get_i64, i64, set_i64, target
+from .simd import I32, I64, emitter, get_i64, i64, set_i64, target, types
 
 ROW = 32  # int64 values of an instruction
 ROW_BYTES = ROW * 8
@@ -77,7 +74,7 @@ def call_kernel(e, address, args, first, last, worker):
 
 def _syscall(e, *values):
     ty = ir.FunctionType(I64, [I64], var_arg=True)
-    return e.b.call(cgutils.get_or_insert_function(e.b.module, ty, "syscall"), values)
+    return e.b.call(e.function("syscall", ty), values)
 
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine, 0) if sys.platform == "linux" else 0
@@ -117,7 +114,6 @@ def pause(e):
         e.call("llvm.aarch64.hint", ir.VoidType(), I32(1))
 
 
-@numba.njit(nogil=True)
 def wait(state, field, goal, spin):
     """Until a counter reaches the goal: spin a little, then sleep."""
     spent = 0
@@ -133,14 +129,12 @@ def wait(state, field, goal, spin):
         seen = atomic_load(state + field)
 
 
-@numba.njit(nogil=True)
 def wake(state, field):
     """After a counter changed: wake those who sleep on it, if anybody sleeps."""
     if atomic_load(state + SLEEPERS) > 0:
         wake_all(state + field)
 
 
-@numba.njit(nogil=True)
 def do_claim(row, ticket, worker):
     """Call the kernel that the ticket of a stage (counted from row's first) stands for."""
     while ticket >= get_i64(row + CLAIMS):
@@ -152,7 +146,6 @@ def do_claim(row, ticket, worker):
     call_kernel(get_i64(row), row + ARGS * 8, first, last, worker)
 
 
-@numba.njit(nogil=True)
 def take_part(state, program, generation, worker, spin):
     """Walk the program, claiming and doing pieces, until all is done or another generation has begun."""
     base = generation << SHIFT
@@ -179,7 +172,6 @@ def take_part(state, program, generation, worker, spin):
         row, stage_first = stop, stage_last
 
 
-@numba.njit(nogil=True)
 def lead(state, program, limit, spin):
     """The caller's part: open a generation, wake the others, take part, and close it when all is done."""
     generation = atomic_load(state + GENERATION) + 1

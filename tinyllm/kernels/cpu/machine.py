@@ -1,0 +1,58 @@
+"""LLVM's part: from a module to machine code for the target that ``simd`` names, and into memory."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from . import simd
+
+
+@lru_cache(1)
+def target_machine() -> Any:
+    """What writes machine code; the options are numba's."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return target.create_target_machine(
+        cpu=simd.cpu_name(),
+        features=simd.features_text(),
+        opt=3,
+        reloc="static" if target.name.startswith("x86") else "default",
+        codemodel="jitdefault",
+    )
+
+
+def machine_code(ir_text: str) -> bytes:
+    """Optimised machine code of a module: an object file."""
+    return target_machine().emit_object(optimised(ir_text))
+
+
+def assembly(ir_text: str) -> str:
+    """The same, to read."""
+    return target_machine().emit_assembly(optimised(ir_text))
+
+
+def optimised(ir_text: str) -> Any:
+    """A module after LLVM's passes: loops are vectorised, straight lines are not."""
+    module = llvm.parse_assembly(ir_text)
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization, options.slp_vectorization = True, False
+    passes = llvm.create_pass_builder(target_machine(), options)
+    passes.getModulePassManager().run(module, passes)
+    return module
+
+
+@lru_cache(1)
+def _engine() -> Any:
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
+
+
+def load(name: str, code: bytes) -> int:
+    """The address of a function of an object file, after loading it."""
+    engine = _engine()
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine.get_function_address(name)
