@@ -21,6 +21,7 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 PACKAGES = ("numpy", "numba", "llvmlite", "llama-cpp-python", "gpt4all", "torch", "transformers")
 SIMD = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+SPINNING = 0.02  # of a core: an idle process that uses more is reported
 
 
 # ---- facts
@@ -131,6 +132,15 @@ def show(s: dict[str, Any], digits: int = 1) -> str:
     return f"{s['median']:.{digits}f} ({s['min']:.{digits}f} to {s['max']:.{digits}f})"
 
 
+def warnings(idle: dict[str, float]) -> list[str]:
+    """Who was not idle while others were measured."""
+    return [
+        f"- WARNING: {name} kept {share:.0%} of a core busy while others were measured"
+        for name, share in idle.items()
+        if share > SPINNING
+    ]
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with its columns aligned."""
     grid = [list(head), *map(list, rows)]
@@ -161,6 +171,7 @@ class Worker:
     def __init__(self, python: str, script: Path, *args: str) -> None:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.name = args[0] if args else script.stem
+        self.waited = [0.0, 0.0]  # seconds of CPU, of wall clock
         self.process = subprocess.Popen(
             [python, str(script), *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": path},
@@ -190,6 +201,16 @@ class Worker:
         if "error" in answer:
             raise RuntimeError(f"{self.name}: {answer['error']}")
         return answer["result"]
+
+    def measure(self, **args: Any) -> Any:
+        """One measurement; how busy the process was while it waited is added up."""
+        self.waited = [a + b for a, b in zip(self.waited, self.ask("idle"), strict=True)]
+        return self.ask("measure", **args)
+
+    @property
+    def idle_share(self) -> float:
+        """Share of a core that the process used while others were measured."""
+        return self.waited[0] / max(self.waited[1], 1e-3)
 
     def close(self) -> None:
         """End the process, gently first."""

@@ -30,7 +30,6 @@ OURS = "tinyllm"
 KNOWN = (OURS, "llamacpp", "llamacpp-fa", "gpt4all")
 WAYS = ("generate", "step")
 LIMIT_S = 0.5  # spent on measuring the read bandwidth, each round
-SPINNING = 0.02  # of a core: an idle engine that uses more is reported
 
 
 def compare(model: Path, o: argparse.Namespace) -> dict[str, Any]:
@@ -45,16 +44,15 @@ def compare(model: Path, o: argparse.Namespace) -> dict[str, Any]:
         report = {"model": model.stem, "file_bytes": model.stat().st_size, "engines": engines}
         report["refused"] = refused
         machine = stack.enter_context(worker("limits", {}))
-        rounds = []
+        rounds, limit = [], {"threads": o.threads, "seconds": LIMIT_S}
         for i in range(-1, o.rounds):
-            found = {
-                "read_bandwidth": machine.ask("read_bandwidth", threads=o.threads, seconds=LIMIT_S)
-            }
-            rounds.append(found | one_round(workers, loaded, ids, o, i))
+            bandwidth = machine.ask("read_bandwidth", **limit)
+            found = one_round(workers, loaded, ids, o, i)
+            rounds.append(found | {"read_bandwidth": bandwidth})
         report |= summary(rounds[1:], engines, len(ids), o)
         report["logits"] = fidelity(model, workers, args, ids, o)
         for e, w in workers.items():
-            engines[e]["peak_rss_bytes"] = w.ask("memory")
+            engines[e] |= {"idle_share": w.idle_share, "peak_rss_bytes": w.ask("memory")}
     return report
 
 
@@ -113,10 +111,10 @@ def one_round(
     """
     found: dict[str, Any] = {}
     for name, w in workers.items():
-        found[name] = {"idle": w.ask("idle")}
+        found[name] = {}
         for way in [way for way in o.ways if way in loaded[name]["ways"]]:
             keep = o.depth is not None
-            found[name][way] = w.ask("measure", way=way, ids=ids, n=o.tokens, keep=keep)
+            found[name][way] = w.measure(way=way, ids=ids, n=o.tokens, keep=keep)
         if name == OURS and o.sequences:
             args = {"ids": ids, "n": o.tokens, "sequences": o.sequences}
             found["together_s"] = w.ask("together", **args)
@@ -157,8 +155,8 @@ def fidelity(
             with worker("reference", o.python) as w:
                 w.ask("load", **args)
                 logits["reference"] = last_logits(w, ids, folder)
-    base = "reference" if o.reference else OURS
-    return [difference(n, x, base, logits[base]) for n, x in logits.items() if n != base]
+    base = next((name for name in ("reference", OURS) if name in logits), None)
+    return [difference(n, x, base, logits[base]) for n, x in logits.items() if base and n != base]
 
 
 def last_logits(w: Worker, ids: list[int], folder: str) -> np.ndarray:
@@ -194,8 +192,6 @@ def summary(
             if o.depth is None:
                 row = {f"pp{n_read}": spread(n_read / t["prefill_s"] for t in times)} | row
             rates.setdefault(name, {})[way] = row
-        cpu, wall = np.sum([r[name]["idle"] for r in rounds], axis=0)
-        engines[name]["idle_share"] = float(cpu / max(wall, 1e-3))
     out: dict[str, Any] = {"depth": n_read, "tokens_per_s": rates, "ratios": against(rates)}
     if OURS in engines:
         out |= limits(rounds, engines[OURS]["about"], rates[OURS], o)
@@ -282,10 +278,7 @@ def remarks(r: dict[str, Any]) -> Iterator[str]:
         )
     for reason in r["refused"].values():
         yield f"- Refused: {reason}"
-    for name, e in r["engines"].items():
-        if e["idle_share"] > SPINNING:
-            share = f"{e['idle_share']:.0%}"
-            yield f"- WARNING: {name} kept {share} of a core busy while others were measured"
+    yield from common.warnings({name: e["idle_share"] for name, e in r["engines"].items()})
 
 
 # ---- command line

@@ -52,7 +52,7 @@ def compare(o: argparse.Namespace) -> dict[str, Any]:
         rounds = []
         for i in range(-1, o.rounds):
             found = {
-                load: {e: w.ask("measure", texts=t) for e, w in workers.items()}
+                load: {e: w.measure(texts=t) for e, w in workers.items()}
                 for load, t in loads.items()
             }
             found["peak"] = peak.ask("gflops", threads=o.threads, seconds=PEAK_S)
@@ -63,9 +63,13 @@ def compare(o: argparse.Namespace) -> dict[str, Any]:
             print(f"{'warm-up' if i < 0 else f'round {i + 1}'}: {rate}", file=sys.stderr)
         work = {load: workers[OURS].ask("work", texts=t) for load, t in loads.items()}
         apart = {load: differences(workers, t) for load, t in loads.items()}
-    return {"versions": versions, "work": work, "cosine_distance": apart} | summary(
-        rounds[1:], work
-    )
+    idle = {e: w.idle_share for e, w in workers.items()}
+    return {
+        "versions": versions,
+        "idle_share": idle,
+        "work": work,
+        "cosine_distance": apart,
+    } | summary(rounds[1:], work)
 
 
 @contextmanager
@@ -120,7 +124,8 @@ def as_text(r: dict[str, Any]) -> str:
         t = common.table(["engine", "texts/s", "ours / theirs", "1 - cosine, at worst"], rows)
         rate, part = show(found["gflop_per_s"]), show(found["fraction_of_peak"], 2)
         parts += [f"## {load}: {head}", t, f"Ours: {rate} GFLOP/s, {part} of the float32 peak."]
-    return "\n\n".join([*parts, f"Peak on registers: {show(r['peak_gflop_per_s'])} GFLOP/s."])
+    parts.append(f"Peak on registers: {show(r['peak_gflop_per_s'])} GFLOP/s.")
+    return "\n\n".join([*parts, *common.warnings(r["idle_share"])])
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:

@@ -68,8 +68,8 @@ class TinyLLM(Encoder):
         """Multiply-adds of all products of these texts, nothing padded; tokens."""
         c = self.model.config
         lengths = [len(self.model.tokenizer.encode(text)) for text in texts]
-        layer = 4 * c.n_embd**2 + 2 * c.n_embd * c.n_ff
-        macs = sum(c.n_layer * (n * layer + 2 * n * n * c.n_embd) for n in lengths)
+        weights = sum(4 * c.n_embd**2 + 2 * c.n_embd * n_ff for n_ff in c.n_ff)
+        macs = sum(n * weights + 2 * n * n * c.n_embd * c.n_layer for n in lengths)
         return {"texts": len(texts), "tokens": sum(lengths), "gflop": 2 * macs / 1e9}
 
 

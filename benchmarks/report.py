@@ -118,7 +118,8 @@ def roofs(ax: Any, limits: dict[str, float]) -> None:
     """Slanted: reading memory. Flat: arithmetic on registers."""
     bandwidth, x = limits["read GB/s"], ax.get_xlim()
     ax.plot(x, [bandwidth * v for v in x], color=SOFT, lw=1.2, zorder=1)
-    note(ax, f"reading memory\n{bandwidth:.0f} GB/s", (2, 2 * bandwidth), (-8, 2), "right")
+    top = 1.3 * max(limits.values())
+    note(ax, f"reading memory, {bandwidth:.0f} GB/s", (top / bandwidth, top), (-10, -3), "right")
     for key, what in {"dot GMAC/s": "byte dot products", "float GMAC/s": "float32"}.items():
         if key in limits:
             ax.axhline(limits[key], color=SOFT, lw=1.2, ls=(0, (5, 3)), zorder=1)
