@@ -36,7 +36,7 @@ def compare(model: Path, o: argparse.Namespace) -> dict[str, Any]:
     """All rounds on one file."""
     with ExitStack() as stack:
         workers = {e: stack.enter_context(worker(e, o.python)) for e in o.engines}
-        n_ctx = max(o.prompt, o.depth or 0) + o.tokens + 16
+        n_ctx = (o.depth or o.prompt) + o.tokens + 16
         args = {"model": str(model), "threads": o.threads, "n_ctx": n_ctx}
         loaded, refused = load(workers, args)
         ids = prompt(o.depth or o.prompt, min(x["n_vocab"] or 30000 for x in loaded.values()))

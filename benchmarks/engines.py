@@ -169,7 +169,8 @@ class LlamaCpp(Engine):
             model, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, n_batch=512,
             n_ubatch=512, flash_attn=self.flash_attn, verbose=False,
         )  # fmt: skip
-        return f"llama-cpp-python {llama_cpp.__version__}"
+        flash = ", flash attention" if self.flash_attn else ""
+        return f"llama-cpp-python {llama_cpp.__version__}{flash}"
 
     def n_vocab(self) -> int:
         return int(self.model.n_vocab())

@@ -6,9 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "tinyllm" / "data" / "bundled.gguf"
+SMALL = "-p 8 -n 4 -t 1 --rounds 2 --sequences 2 --engines tinyllm --reference".split()
 
 
 def run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -16,37 +20,56 @@ def run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-def test_compare_writes_rates_ratios_and_errors(tmp_path: Path) -> None:
-    out = tmp_path / "compare.json"
-    small = ["-p", "8", "-n", "4", "-t", "1", "--rounds", "2", "--sequences", "2"]
-    done = run(
-        "compare.py",
-        str(BUNDLED),
-        "--engines",
-        "tinyllm",
-        "--reference",
-        *small,
-        "--json",
-        str(out),
-    )
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The file that compare.py writes, and what it prints."""
+    out = tmp_path_factory.mktemp("results") / "compare.json"
+    done = run("compare.py", str(BUNDLED), *SMALL, "--json", str(out))
     assert done.returncode == 0, done.stderr
-    report = json.loads(out.read_text())
-    assert str(ROOT) not in out.read_text()
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def result(compared: tuple[Path, str]) -> dict[str, Any]:
+    """The results of the one model."""
+    [model] = json.loads(compared[0].read_text())["models"]
+    return model
+
+
+def test_compare_says_what_was_measured(compared: tuple[Path, str]) -> None:
+    text = compared[0].read_text()
+    report = json.loads(text)
     assert report["machine"]["cores"] > 0
-    assert report["settings"] == {
-        "prompt": 8, "tokens": 4, "depth": None, "threads": 1, "rounds": 2, "sequences": 2,
-    }  # fmt: skip
-    [model] = report["models"]
-    assert model["file_bytes"] == BUNDLED.stat().st_size
+    assert report["machine"]["packages"]["numba"]
+    settings = {"prompt": 8, "tokens": 4, "threads": 1, "rounds": 2, "sequences": 2}
+    assert report["settings"] == settings | {"depth": None}
+    assert str(ROOT) not in text
+
+
+def test_compare_measures_both_ways_in_every_round(
+    compared: tuple[Path, str], result: dict[str, Any]
+) -> None:
     for way in ("generate", "step"):
         for test in ("pp8", "tg4"):
-            s = model["tokens_per_s"]["tinyllm"][way][test]
+            s = result["tokens_per_s"]["tinyllm"][way][test]
             assert len(s["all"]) == 2
             assert 0 < s["min"] <= s["median"] <= s["max"]
-            assert f"{s['median']:.1f}" in done.stdout
-    assert model["sequences"]["count"] == 2
-    assert model["engines"]["tinyllm"]["peak_rss_bytes"] > 0
-    [error] = model["logits"]
+            assert f"{s['median']:.1f}" in compared[1]
+    assert result["sequences"]["count"] == 2
+    assert len(result["sequences"]["to_one"]["all"]) == 2
+
+
+def test_compare_knows_memory_and_bandwidth(result: dict[str, Any]) -> None:
+    assert result["file_bytes"] == BUNDLED.stat().st_size
+    assert result["engines"]["tinyllm"]["peak_rss_bytes"] > result["file_bytes"]
+    rates = result["tokens_per_s"]["tinyllm"]["step"]["tg4"]["all"]
+    read = [result["weights_gb_per_token"] * rate for rate in rates]
+    want = [r / b for r, b in zip(read, result["read_gb_per_s"]["all"], strict=True)]
+    assert result["fraction_of_bandwidth"]["step"]["all"] == pytest.approx(want, rel=0.01)
+
+
+def test_compare_holds_logits_against_the_reference(result: dict[str, Any]) -> None:
+    [error] = result["logits"]
     assert (error["engine"], error["compared_with"]) == ("tinyllm", "reference")
     assert 0 < error["rms_error"] < error["max_error"] < 0.1
     assert error["same_argmax"]
@@ -57,3 +80,16 @@ def test_compare_names_the_engines_it_knows() -> None:
     assert done.returncode == 2
     assert "nonsense" in done.stderr
     assert "llamacpp" in done.stderr
+
+
+def test_report_draws_what_was_compared(compared: tuple[Path, str]) -> None:
+    pytest.importorskip("matplotlib")
+    folder = compared[0].parent
+    done = run("report.py", str(folder))
+    assert done.returncode == 0, done.stderr
+    page = (folder / "README.md").read_text()
+    for name in ("prefill", "decode"):
+        assert f"{name}.svg" in page
+        assert "<svg" in (folder / f"{name}.svg").read_text()
+    assert not (folder / "roofline.svg").exists()  # nothing about kernels was measured
+    assert "| tinyllm | step" in page.replace("  ", "")
