@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinyllm.errors import ContextOverflow, DeviceError, StateError
+from tinyllm.errors import ContextOverflow, DeviceError, NumericError, StateError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache, Routing
 from tinyllm.kernels.gpu import devices, weights
 from tinyllm.kernels.gpu.arrays import Pool, bucket
+from tinyllm.kernels.gpu.cache import Shelf
 from tinyllm.kernels.reference import ReferenceBackend
 
 pytestmark = pytest.mark.device
@@ -110,9 +111,30 @@ def test_many_choices_are_sorted_by_expert(be: Any, type_name: str) -> None:
 
 
 def test_top_k_of_more_equals_than_candidates(be: Any) -> None:
-    ids, values = be.top_k(np.ones(40_000, F32), 3)
+    ids, values = be.top_k(be.array(np.ones(40_000, F32)), 3)
     assert ids.tolist() == [0, 1, 2]
     assert values.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("k", [1, 7, 5000])
+def test_top_k_on_the_device_is_that_of_the_host(be: Any, k: int) -> None:
+    x = np.round(normal(3000), 2)
+    x[5:9] = -np.inf
+    want, got = REFERENCE.top_k(x, k), be.top_k(be.array(x), k)
+    assert np.array_equal(got[0], want[0])
+    assert np.array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_top_k_refuses_in_the_same_words_everywhere(be: Any, bad: float) -> None:
+    x = normal(3000)
+    x[17 if np.isnan(bad) or bad > 0 else slice(None)] = bad
+    said = []
+    for run in (lambda: REFERENCE.top_k(x, 5), lambda: be.top_k(be.array(x), 5)):
+        with pytest.raises(NumericError) as e:
+            run()
+        said.append(str(e.value))
+    assert said[0] == said[1]
 
 
 # ---- recorded steps
@@ -191,6 +213,34 @@ def test_pages_are_taken_as_a_sequence_fills_and_given_back(be: Any) -> None:
     del b
     gc.collect()
     assert shelf.buffer is None
+
+
+def test_places_that_come_back_while_one_is_taken_are_no_harm() -> None:
+    class Collecting:
+        """A device whose allocations set the garbage collector to work."""
+
+        freed = 0
+
+        def allocate(self, nbytes: int) -> object:
+            shelf.give(held)
+            held.clear()
+            return object()
+
+        def copy(self, *args: object) -> None: ...
+
+        def free(self, buffer: object) -> None:
+            self.freed += buffer is not None
+
+    held: list[int] = []
+    be: Any = Collecting()
+    shelf = Shelf(be, 16)
+    held += [shelf.take() for _ in range(4)]
+    mine = shelf.take()
+    assert shelf.buffer is not None
+    assert 0 <= mine < shelf.room
+    shelf.give([mine])
+    assert shelf.buffer is None
+    assert be.freed == 2
 
 
 def test_a_growing_store_keeps_what_it_holds(be: Any) -> None:

@@ -14,14 +14,18 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises NumericError for NaN, for +inf, and when every logit is -inf.
     """
-    largest = float(logits.max())
-    if largest == -math.inf:
-        raise NumericError("every token is forbidden (all logits are -inf); allow at least one")
-    if not math.isfinite(largest):
-        raise NumericError(f"found a logit of {largest}; expected finite numbers, or -inf to forbid")
+    check_largest(float(logits.max()))
     ids = np.array([logits.argmax()]) if k == 1 else _candidates(logits, k)
     ids = ids[np.argsort(-logits[ids], kind="stable")[:k]]
     return ids.astype(np.int32), logits[ids]
+
+
+def check_largest(logit: float) -> None:
+    """NumericError unless the largest of all logits (NaN if there is one) is a number that can be drawn."""
+    if logit == -math.inf:
+        raise NumericError("every token is forbidden (all logits are -inf); allow at least one")
+    if not math.isfinite(logit):
+        raise NumericError(f"found a logit of {logit}; expected finite numbers, or -inf to forbid")
 
 
 def _candidates(logits: np.ndarray, k: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, NumericError, StateError
+from ..errors import ArgumentError, StateError
 from ..gguf import quants
 from .backend import (
     Activation,
@@ -27,6 +27,7 @@ from .backend import (
     Routing,
     Source,
 )
+from .choose import check_largest
 
 F32 = np.float32
 _erf = np.vectorize(erf, otypes=[F32])
@@ -367,10 +368,7 @@ class ReferenceBackend(Backend):
     # ---- choosing
 
     def top_k(self, logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if np.isnan(logits).any() or not np.isfinite(logits.max()):
-            raise NumericError(
-                "logits hold NaN, or no finite largest value: the weights are damaged"
-            )
+        check_largest(float(logits.max()))
         ids = np.argsort(-logits, kind="stable")[:k].astype(np.int32)
         return ids, logits[ids]
 

@@ -7,6 +7,7 @@ takes pages as it fills. Recurrent arrays lie in slots of another such buffer, o
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +116,10 @@ class Layout:
 
 
 class Shelf:
-    """Numbered places of equal size in one buffer, which doubles when it is full."""
+    """Numbered places of equal size in one buffer, which doubles when it is full.
+
+    Places come back when a cache is collected: in any thread, and even in the midst of ``take``.
+    """
 
     def __init__(self, be: GPUBackend, nbytes: int) -> None:
         self.be, self.nbytes = be, nbytes
@@ -123,24 +127,31 @@ class Shelf:
         self.room = self.used = 0
         self.version = 0  # counts the buffers there were: recorded steps hold addresses
         self._spare: list[int] = []
+        self._lock, self._taking = threading.RLock(), False
 
     def take(self) -> int:
         """The number of a free place."""
-        if self._spare:
-            return self._spare.pop()
-        if self.used == self.room:
-            self._grow()
-        self.used += 1
-        return self.used - 1
+        with self._lock:
+            self._taking = True
+            try:
+                if not self._spare and self.used == self.room:
+                    self._grow()
+                if self._spare:
+                    return self._spare.pop()
+                self.used += 1
+                return self.used - 1
+            finally:
+                self._taking = False
 
     def give(self, places: Sequence[int]) -> None:
         """Take places back; when all are back the buffer is freed."""
-        self._spare.extend(places)
-        if len(self._spare) == self.used and self.used:
-            self._spare.clear()
-            self.be.free(self.buffer)
-            self.buffer, self.room, self.used = None, 0, 0
-            self.version += 1
+        with self._lock:
+            self._spare.extend(places)
+            if self.used and len(self._spare) == self.used and not self._taking:
+                self._spare.clear()
+                self.be.free(self.buffer)
+                self.buffer, self.room, self.used = None, 0, 0
+                self.version += 1
 
     def _grow(self) -> None:
         room = max(2 * self.room, 4)

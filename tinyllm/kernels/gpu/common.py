@@ -11,7 +11,8 @@ from math import prod
 
 import numpy as np
 
-from ...errors import ArgumentError, DeviceError, NumericError
+from ...errors import ArgumentError, DeviceError
+from .. import choose
 from ..backend import Activation, Batch, KVType, LayerCache, RopeSpec, Routing
 from . import batch as batches
 from . import sources
@@ -229,25 +230,20 @@ class GPUBackend(Recurrent, Recording):
     # ---- choosing
 
     def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(logits, np.ndarray):
-            logits = self.array(logits.astype(np.float32, copy=False).reshape(-1))
+        if isinstance(logits, np.ndarray):  # choosing costs less than bringing them to the device
+            return choose.top_k(logits.astype(np.float32, copy=False).reshape(-1), k)
         n, k = logits.size, min(k, logits.size)
         bins = self.array(np.zeros(N_BINS + 2, np.int32))
         found = self.empty((CANDIDATES, 2), np.uint32)
         self.each(CHOOSE, "histogram", n, logits, bins)
         self.each(CHOOSE, "collect", n, logits, bins, found, i32(k), i32(CANDIDATES))
         count, n_nan = self.get(bins.buffer, 4 * N_BINS, 8).view(np.int32)
-        if n_nan:
-            raise NumericError("logits hold NaN: the weights are damaged")
-        if count <= CANDIDATES:
-            pairs = self.get(found.buffer, 0, 8 * int(count)).view(np.uint32).reshape(-1, 2)
-            ids, values = pairs[:, 0].astype(np.int32), pairs[:, 1].copy().view(np.float32)
-        else:
-            values = self.numpy(logits).reshape(-1)
-            ids = np.arange(n, dtype=np.int32)
+        if n_nan or count > CANDIDATES:
+            return choose.top_k(self.numpy(logits).reshape(-1), k)
+        pairs = self.get(found.buffer, 0, 8 * int(count)).view(np.uint32).reshape(-1, 2)
+        ids, values = pairs[:, 0].astype(np.int32), pairs[:, 1].copy().view(np.float32)
         best = np.lexsort((ids, -values))[:k]
-        if not np.isfinite(values[best[0]]):
-            raise NumericError("logits hold no finite largest value: the weights are damaged")
+        choose.check_largest(float(values[best[0]]))
         return ids[best], values[best]
 
 

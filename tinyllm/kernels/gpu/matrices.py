@@ -156,12 +156,12 @@ class Matrices(Device):
         self, w: GPUWeight, x: GPUArray, experts: GPUArray, bias: GPUArray | None = None
     ) -> GPUArray:
         y = self.empty((*experts.shape, w.n_out))
-        n_choices = experts.size
-        share = n_choices // (x.size // x.shape[-1])
-        if n_choices <= MATVEC_CHOICES:
-            self._few_choices(w, x, experts, bias, y, n_choices, share)
+        share = experts.size // (x.size // x.shape[-1])
+        given = w.buffer, u64(w.total), bias, y, *self.operand(w, x), self.grid(w.kind)
+        if experts.size <= MATVEC_CHOICES:
+            self._few_choices(w, given, experts, share)
         else:
-            self._many_choices(w, x, experts, bias, y, n_choices, share)
+            self._many_choices(w, given, experts, share)
         return y
 
     def matmul_heads(self, w: GPUWeight, x: GPUArray) -> GPUArray:  # type: ignore[override]
@@ -173,37 +173,21 @@ class Matrices(Device):
         return y.reshape(t, h * n_out)
 
     def _few_choices(
-        self,
-        w: GPUWeight,
-        x: GPUArray,
-        experts: GPUArray,
-        bias: GPUArray | None,
-        y: GPUArray,
-        n_choices: int,
-        share: int,
+        self, w: GPUWeight, given: tuple[object, ...], experts: GPUArray, share: int
     ) -> None:
+        """A matvec for each choice."""
+        n_choices = experts.size
         split = self._split(w.n_out * n_choices, w)
-        per_group = ROWS * WARPS // split
-        self.launch(
-            sources.matrix(w.kind, "matvec.c"),
-            "matvec_experts",
-            (-(-w.n_out // per_group), n_choices, 1),
-            (LANES, WARPS, 1),
-            *(w.buffer, u64(w.total), bias, y, *self.operand(w, x), self.grid(w.kind), experts),
-            *(i32(n) for n in (n_choices, share, w.n_in, w.n_out, split)),
-        )
+        groups = -(-w.n_out // (ROWS * WARPS // split)), n_choices, 1
+        sizes = (i32(n) for n in (n_choices, share, w.n_in, w.n_out, split))
+        program = sources.matrix(w.kind, "matvec.c")
+        self.launch(program, "matvec_experts", groups, (LANES, WARPS, 1), *given, experts, *sizes)
 
     def _many_choices(
-        self,
-        w: GPUWeight,
-        x: GPUArray,
-        experts: GPUArray,
-        bias: GPUArray | None,
-        y: GPUArray,
-        n_choices: int,
-        share: int,
+        self, w: GPUWeight, given: tuple[object, ...], experts: GPUArray, share: int
     ) -> None:
-        n_expert = w.shape[0]
+        """The choices sorted by expert, and tiles of each expert's."""
+        n_choices, n_expert = experts.size, w.shape[0]
         if n_expert > MAX_EXPERTS:
             raise DeviceError(f"{n_expert} experts; at most {MAX_EXPERTS} run on a GPU")
         n_tiles = min(n_choices, n_choices // TILE_TOKENS + n_expert)
@@ -211,14 +195,10 @@ class Matrices(Device):
         tiles = self.empty((n_tiles, 3), np.int32)
         sizes = (i32(n) for n in (n_choices, n_expert, TILE_TOKENS, n_tiles))
         self.launch(EXPERTS, "sort_choices", (1, 1, 1), (64, 1, 1), experts, order, tiles, *sizes)
-        self.launch(
-            sources.matrix(w.kind, "matmul.c"),
-            "matmul_experts",
-            (-(-w.n_out // TILE_ROWS), n_tiles, 1),
-            (TILE_THREADS, 1, 1),
-            *(w.buffer, u64(w.total), bias, y, *self.operand(w, x), self.grid(w.kind)),
-            *(order, tiles, i32(share), i32(w.n_in), i32(w.n_out)),
-        )
+        groups, shape = (-(-w.n_out // TILE_ROWS), n_tiles, 1), (share, w.n_in, w.n_out)
+        program = sources.matrix(w.kind, "matmul.c")
+        args = *given, order, tiles, *(i32(n) for n in shape)
+        self.launch(program, "matmul_experts", groups, (TILE_THREADS, 1, 1), *args)
 
     def operand(self, w: GPUWeight, x: GPUArray) -> Operand:
         """The activations as w's kernels read them: int8 codes, scales and sums, or floats alone."""
@@ -226,14 +206,9 @@ class Matrices(Device):
             return None, x, None
         if x.int8 is None:
             n = x.size
-            x.int8 = (
-                self.empty((n,), np.int8),
-                self.empty((n // 32,)),
-                self.empty((n // 16,)),
-            )
-            self.launch(
-                ROWWISE, "quantise", (-(-n // 512), 1, 1), (128, 1, 1), x, *x.int8, i32(n // 4)
-            )
+            x.int8 = self.new_int8(n)
+            groups, args = (-(-n // 512), 1, 1), (x, *x.int8, i32(n // 4))
+            self.launch(ROWWISE, "quantise", groups, (128, 1, 1), *args)
         return x.int8
 
     def new_int8(self, n: int) -> tuple[GPUArray, GPUArray, GPUArray]:
