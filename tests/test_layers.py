@@ -40,8 +40,9 @@ ALLOWED = {
     "bench": BELOW_MODEL | {"model"},
     "perplexity": BELOW_MODEL | {"model"},
     "info": BELOW_MODEL | {"model"},
+    "warmup": BELOW_MODEL | {"model"},
     "cli": BELOW_MODEL
-    | {"model", "sdk", "arguments", "repl", "server", "bench", "perplexity", "info"},
+    | {"model", "sdk", "arguments", "repl", "server", "bench", "perplexity", "info", "warmup"},
     "__main__": {"cli"},
     "__init__": {"errors", "gguf", "tokenizers", "completion", "model", "sdk"},
 }

@@ -288,6 +288,23 @@ def quantize(args: Arguments) -> None:
     print(f"{args.target}: {nbytes / 1e6:.1f} MB, {8 * nbytes / n_weights:.2f} bits per weight")
 
 
+# ---- warmup
+
+
+def warmup_arguments(p: Parser) -> None:
+    model_argument(p)
+    load_options(p)
+
+
+def warmup(args: Arguments) -> None:
+    from .kernels.cpu import jit
+    from .warmup import warm_up
+
+    with load_model(args) as model:
+        warm_up(model)
+        print(f"ready on {model.device}; {jit.report()}")
+
+
 # ---- all of them
 
 
@@ -319,6 +336,11 @@ COMMANDS = {
     ),
     "devices": Command(
         "List what models can run on.", "tinyllm devices", no_arguments, devices,
+    ),
+    "warmup": Command(
+        "Compile a model's kernels ahead of its first use; they are kept on disk.",
+        "tinyllm warmup model.gguf",
+        warmup_arguments, warmup,
     ),
     "bench": Command(
         "Measure tokens per second, of a prompt (pp) and one by one (tg), as llama-bench does.",

@@ -34,7 +34,8 @@ _addresses: dict[str, int] = {}  # of the kernels in memory, by name
 _sources: dict[str, tuple[Callable, dict[str, Any]]] = {}  # what they were made of
 compiled: list[str] = []  # those that were not in the cache
 _lock = threading.RLock()
-_spent = 0.0  # seconds of compiling so far, to tell the user when it is many
+_spent, _told = 0.0, False  # seconds of compiling so far; whether a line is open that says so
+LINE = "tinyllm: compiling kernels for this processor (once):"
 HASH = 32  # bytes before the machine code
 
 
@@ -108,11 +109,26 @@ def _keep(path: Path, code: bytes) -> None:
 
 
 def _tell(seconds: float) -> None:
-    """One line on a terminal's stderr when compiling begins to take long."""
-    global _spent
-    before, _spent = _spent, _spent + seconds
-    if before < 1.0 <= _spent and sys.stderr is not None and sys.stderr.isatty():
-        print("tinyllm: compiling kernels for this processor (once) ...", file=sys.stderr)  # noqa: T201
+    """On a terminal's stderr, a line that counts once compiling takes more than a second."""
+    global _spent, _told
+    _spent += seconds
+    if _spent > 1.0 and sys.stderr is not None and sys.stderr.isatty():
+        print(f"\r{LINE} {len(compiled)}", end="", file=sys.stderr, flush=True)  # noqa: T201
+        _told = True
+
+
+def end_line() -> None:
+    """Kernels are compiled for now: what follows on the terminal begins a line."""
+    global _told
+    if _told:
+        print(f" in {_spent:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
+        _told = False
+
+
+def report() -> str:
+    """How many kernels are in use, and where they are kept."""
+    folder = cache_folder() or "nowhere: set TINYLLM_CACHE to a folder that can be written"
+    return f"{len(compiled)} kernels compiled, {len(_addresses)} in use, kept in {folder}"
 
 
 @lru_cache(1)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from . import jit
 from .threads import ARGS, ROW, pool
 
 ALIGN = 64
@@ -231,6 +232,7 @@ class Tape:
     def run(self, n_threads: int) -> None:
         """Run all instructions; they stay recorded."""
         if self.n:
+            jit.end_line()
             self.rows[0, 0] = self.n
             pool().run(self.rows.ctypes.data, n_threads)
 

@@ -1,0 +1,29 @@
+"""Compiling ahead: run every kind of step that a model takes, so that its kernels are in the cache."""
+
+from __future__ import annotations
+
+from .model import Model
+
+PROMPTS = (1, 2, 3, 8)  # tokens: kernels differ for one, a few, many
+BEHIND = 4  # tokens written after each
+
+
+def warm_up(model: Model) -> None:
+    """Read prompts of several lengths and continue them, alone and two at once; or embed them."""
+    prompts = [[0] * n for n in PROMPTS]
+    if not model.config.causal:
+        model.network.hidden(prompts)
+        return
+    net = model.network
+    for ids in prompts:
+        states = [model.new_state(len(ids) + BEHIND) for _ in range(2)]
+        for state in states:
+            state.append(ids)
+            net.forward([(state, len(ids), "last")])
+        for together in (states[:1], states):
+            for state in together:
+                state.append([0])
+            net.forward([(state, 1, "all") for state in together])
+    state = model.new_state(max(PROMPTS))
+    state.append(prompts[-1])
+    net.forward([(state, len(prompts[-1]), "all")])
