@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import distributions
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -159,11 +160,19 @@ def recorded(be: Any, run: Callable[[], Any]) -> Callable[[], None]:
     return replay
 
 
+def packages() -> dict[str, str]:
+    """Versions of what takes part."""
+    names = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cublas", "pyopencl")
+    installed = {d.name: d.version for d in distributions()}
+    return {name: installed[name] for name in names if name in installed}
+
+
 def limits(be: Any, quick: bool) -> Iterator[dict[str, Any]]:
     """The device, the speed of a copy (read and written), and of the library's half-precision product."""
     n = 1 << (22 if quick else 30)
     a, b = be.allocate(n), be.allocate(n)
-    found = {"device": be.name, "copy_gb_s": 2 * n / seconds(be, lambda: be.copy(b, a, n)) / 1e9}
+    found: dict[str, Any] = {"device": be.name, "packages": packages()}
+    found["copy_gb_s"] = 2 * n / seconds(be, lambda: be.copy(b, a, n)) / 1e9
     be.free(a)
     be.free(b)
     if getattr(be, "_cublas", None) is not None and not quick:

@@ -55,10 +55,12 @@ def model_argument(p: Parser) -> None:
 
 
 def load_options(p: Parser) -> None:
-    p.add_argument("--device", help="cpu (default), auto, reference, cuda[:i], opencl[:i]")
+    devices = "cpu (default), auto, reference, cuda[:i], opencl[:i]; several: cuda:0,cuda:1"
+    p.add_argument("--device", help=devices)
     p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: the physical cores")
     p.add_argument("-c", "--n-ctx", type=int, metavar="N", help="tokens of context")
-    p.add_argument("--n-gpu-layers", type=int, metavar="N", help="layers on the GPU; default: all")
+    gpu_layers = "the last N layers on the GPU, the others on the CPU; default: all on the GPU"
+    p.add_argument("--n-gpu-layers", type=int, metavar="N", help=gpu_layers)
     p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
     p.add_argument("--no-strict", action="store_true", help="warn of what is not understood")
     p.add_argument("--check-weights", action="store_true", help="look for NaN and infinity first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 import tinyllm
+from tinyllm.cli import main
 from tinyllm.errors import DeviceError
+from tinyllm.sdk import GPT4All
 
 pytestmark = pytest.mark.device
 LILY = (
@@ -86,3 +89,47 @@ def test_embeddings_equal_hugging_face(data: Path) -> None:
     with load(data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf") as m:
         got = m.embed(texts)
     assert ((got * want).sum(-1) >= 0.9999).all()
+
+
+# ---- some of the layers on the CPU
+
+
+def test_the_sdk_and_the_command_line_take_a_number_of_gpu_layers(
+    stories: tinyllm.Model, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want = stories.generate("Once upon a time", max_tokens=12, temperature=0).text
+    where = {"model_path": data / "models", "allow_download": False}
+    with GPT4All("stories260K", device="kompute", ngl=2, **where) as llm:
+        got = llm.generate("Once upon a time", max_tokens=12, temp=0, repeat_penalty=1.0)
+        assert [len(s.layers) for s in llm.model.model.network.stages] == [3, 2]
+        assert llm.backend == "kompute"
+    assert got == want
+    model = str(data / "models" / "stories260K.gguf")
+    where = ["--device", "opencl", "--n-gpu-layers", "2", "--no-echo"]
+    assert main(["run", model, "Once upon a time", "-n12", "--temperature", "0", *where]) == 0
+    assert capsys.readouterr().out.strip("\n") == want
+    assert main(["run", model, "Once", "--n-gpu-layers", "2"]) != 0
+    assert "n_gpu_layers=2, but the device is 'cpu'" in capsys.readouterr().err
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    gc.collect()
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+def test_fifty_loads_and_closes_leave_no_memory_behind(stories260k: Path) -> None:
+    def once() -> None:
+        with load(stories260k) as m:
+            m.generate("Once", max_tokens=2, temperature=0)
+
+    try:
+        for _ in range(10):
+            once()
+        before = resident()
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
+    for _ in range(40):
+        once()
+    assert resident() - before < 8 << 20  # forty times the weights are 40 MiB
