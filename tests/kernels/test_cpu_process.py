@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ import numpy as np
 import pytest
 from test_cpu import ONE, TWO, Stored, elsewhere, normal, product
 
-from tinyllm.kernels.cpu import jit
+from tinyllm.kernels.cpu import jit, simd, translate
 
 
 def test_the_cache_is_used_by_the_next_process_and_numbas_own_is_left_alone(tmp_path: Path) -> None:
@@ -26,6 +31,95 @@ def test_the_cache_is_used_by_the_next_process_and_numbas_own_is_left_alone(tmp_
     assert first[1] == again[1] == "False"  # numba, which takes long to import, was not
     assert first[2] == again[2]
     assert not list(theirs.iterdir())
+
+
+def nothing_much(args: int, first: int, last: int, worker: int) -> None:
+    """A kernel."""
+
+
+def test_two_processes_fill_one_cache_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as both:
+        outputs = list(both.map(elsewhere, [tmp_path] * 2))
+    assert outputs[0][2] == outputs[1][2]
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".o"}
+    assert len(elsewhere(tmp_path)[0].split()) == 1  # nothing is left to compile
+
+
+def test_another_processor_version_or_kernel_has_another_cache(
+    monkeypatch: Any, tmp_path: Path
+) -> None:
+    def name_after(change: Callable[[Any], None]) -> str:
+        with monkeypatch.context() as m:
+            change(m)
+            return jit._fingerprint()
+
+    sources = tmp_path / "cpu"
+    shutil.copytree(
+        Path(jit.__file__).parent, sources, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    monkeypatch.setattr(jit, "__file__", str(sources / "jit.py"))
+    triple, cpu, features = simd.target()
+    names = [
+        name_after(lambda m: None),
+        name_after(lambda m: m.setattr(simd, "target", lambda: (triple, "another", features))),
+        name_after(lambda m: m.setattr(simd, "target", lambda: (triple, cpu, features | {"new"}))),
+        name_after(lambda m: m.setattr(jit.llvmlite, "__version__", "0.0.1")),
+    ]
+    with (sources / "formats.py").open("a") as f:
+        f.write("# edited")
+    names.append(name_after(lambda m: None))
+    assert len(set(names)) == len(names)
+
+
+def test_an_edited_kernel_from_elsewhere_is_compiled_anew(monkeypatch: Any, tmp_path: Path) -> None:
+    """Its source is not part of the cache's name, but of the file's."""
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    for value in (1, 2, 2):
+        source = tmp_path / "mine.py"
+        source.write_text(
+            "from tinyllm.kernels.cpu.simd import set_i64\n"
+            f"def mine(args, first, last, worker): set_i64(args, {value})\n"
+        )
+        names: dict[str, Any] = {}
+        exec(compile(source.read_text(), str(source), "exec"), names)
+        jit._addresses.pop("mine", None)
+        translate._definitions.cache_clear()
+        assert native(jit.kernel(names["mine"])) == value
+    assert jit.compiled.count("mine") == 2
+
+
+def native(address: int) -> int:
+    """What a kernel writes to an integer."""
+    out = ctypes.c_int64()
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(address)(ctypes.addressof(out), 0, 1, 0)
+    return out.value
+
+
+class Screen(io.StringIO):
+    """A terminal, or what is none."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: terminal  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("terminal", "spent"), [(True, 2.0), (True, 0.0), (False, 2.0)])
+def test_a_long_compilation_is_counted_on_a_terminal(
+    monkeypatch: Any, tmp_path: Path, terminal: bool, spent: float
+) -> None:
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(jit, "_spent", spent)
+    monkeypatch.setattr(jit, "compiled", [])
+    monkeypatch.setattr(sys, "stderr", screen := Screen(terminal))
+    for i in range(2):
+        jit.kernel(nothing_much, f"nothing_{terminal}_{spent}_{i}")
+    ONE.numpy(ONE.act(ONE.array(np.ones(4, np.float32)), "relu"))  # a program runs: the line ends
+    lines = screen.getvalue().replace("\r", "\n").strip().split("\n")
+    if terminal and spent:
+        assert [line.rpartition(": ")[2] for line in lines[:2]] == ["1", "2"]
+        assert screen.getvalue().endswith(" s\n")
+    else:
+        assert lines == [""]
 
 
 def test_a_folder_that_cannot_be_written_is_passed_over(monkeypatch: Any, tmp_path: Path) -> None:

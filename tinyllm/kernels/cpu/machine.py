@@ -38,6 +38,7 @@ def assembly(ir_text: str) -> str:
 def optimised(ir_text: str) -> Any:
     """A module after LLVM's passes: loops are vectorised, straight lines are not."""
     module = llvm.parse_assembly(ir_text)
+    module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     options.loop_vectorization, options.slp_vectorization = True, False
     passes = llvm.create_pass_builder(target_machine(), options)
