@@ -108,6 +108,13 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def read_once(path: Path) -> None:
+    """A file into the system's cache, so that the first engine to load it does not wait for the disk."""
+    with path.open("rb") as file:
+        while file.read(1 << 24):
+            pass
+
+
 # ---- numbers
 
 
@@ -262,6 +269,13 @@ def call(target: Any, op: str, **args: Any) -> dict[str, Any]:
 def names(text: str) -> list[str]:
     """The elements of a list on the command line."""
     return text.split(",")
+
+
+def existing(text: str) -> Path:
+    """The path of a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return Path(text)
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -34,6 +34,7 @@ LIMIT_S = 0.5  # spent on measuring the read bandwidth, each round
 
 def compare(model: Path, o: argparse.Namespace) -> dict[str, Any]:
     """All rounds on one file."""
+    common.read_once(model)
     with ExitStack() as stack:
         workers = {e: stack.enter_context(worker(e, o.python)) for e in o.engines}
         n_ctx = (o.depth or o.prompt) + o.tokens + 16
@@ -289,7 +290,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("models", nargs="+", type=Path, help="GGUF files")
+    add("models", nargs="+", type=common.existing, help="GGUF files")
     add("--engines", type=common.names, default=[OURS, "llamacpp"], help=",".join(KNOWN))
     add("--ways", type=common.names, default=["generate", "step"], help="generate,step")
     add("-p", "--prompt", type=int, default=512, help="tokens of prompt")

@@ -133,7 +133,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", type=Path, help="a BERT in GGUF")
+    add("model", type=common.existing, help="a BERT in GGUF")
     add(
         "--engines",
         type=common.names,

@@ -85,9 +85,7 @@ def timed(kind: str, o: argparse.Namespace, model: Path, cache: str) -> dict[str
 def compare(model: Path, o: argparse.Namespace) -> dict[str, Any]:
     """All rounds on one file."""
     found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": [], "llamacpp": []}
-    with model.open("rb") as file:
-        while file.read(1 << 24):  # into the system's cache
-            pass
+    common.read_once(model)
     with tempfile.TemporaryDirectory() as warm:
         for _ in range(o.cold):
             with tempfile.TemporaryDirectory() as empty:
@@ -135,7 +133,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("models", nargs="+", type=Path, help="GGUF files")
+    add("models", nargs="+", type=common.existing, help="GGUF files")
     add("--engines", type=common.names, default=["tinyllm", "llamacpp"], help="tinyllm,llamacpp")
     add("-t", "--threads", type=int, default=os.cpu_count(), help="of each engine")
     add("--rounds", type=int, default=5, help="of warm starts, after one to fill caches")
