@@ -278,8 +278,14 @@ def test_brief_values_say_how_long_they_are():
 # ---- processes
 
 
+HEARS_CTRL_C = (  # which the background job of a shell does not
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "runpy.run_module('tinyllm', run_name='__main__')"
+)
+
+
 def command(*argv: str) -> list[str]:
-    return [sys.executable, "-m", "tinyllm", *argv, *REFERENCE]
+    return [sys.executable, "-c", HEARS_CTRL_C, *argv, *REFERENCE]
 
 
 def test_ctrl_c_ends_quietly_with_130(tiny):

@@ -373,7 +373,8 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_program(stories260k, 
 
 
 TAKE_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "signal.signal(signal.SIGINT, signal.SIG_DFL);"  # a shell's background job ignores it
     "os.execv(sys.executable, [sys.executable, '-m', 'tinyllm', *sys.argv[1:]])"
 )
 

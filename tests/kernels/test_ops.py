@@ -293,10 +293,10 @@ ATTENTION = {
     "all": {"window": 100, "softcap": 5.0, "sinks": np.array([0.5, -1, 2, 0], F32)},
 }
 CACHE_ERROR = {"f32": FLOAT, "f16": 1e-3, "q8_0": 2e-2}
+CACHED = [*(("f32", case) for case in ATTENTION), ("f16", "plain"), ("q8_0", "plain")]
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
-@pytest.mark.parametrize("case", ATTENTION)
+@pytest.mark.parametrize(("kv", "case"), CACHED)
 @pytest.mark.parametrize(
     ("past", "new", "heads", "dim", "dim_v"),
     [
@@ -316,8 +316,6 @@ def test_attention(
     dim: int,
     dim_v: int,
 ) -> None:
-    if kv != "f32" and case != "plain":
-        pytest.skip("cache types are tested with the plain case")
     mine, theirs = written(be, past, heads, dim, dim_v, kv)
     t = sum(new)
     q, k, v = normal(t, 4 * dim), normal(t, heads * dim, seed=1), normal(t, heads * dim_v, seed=2)

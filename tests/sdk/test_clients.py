@@ -131,26 +131,35 @@ tell(([one, two, query]))
 
 def test_llm_with_its_gpt4all_plugin(home: Path, data: Path, llm: Any) -> None:
     models = json.loads((data / "models3.json").read_text(encoding="utf-8"))
-    models.append({**models[1], "filename": "stories260K.gguf", "promptTemplate": "%1"})
+    models.append(
+        {**models[1], "filename": "stories260K.gguf", "promptTemplate": "[INST] %1 [/INST]"}
+    )
     (home / "llm").mkdir()
     (home / "llm" / "gpt4all_models3.json").write_text(json.dumps(models))
-    streamed, (plugins, listed, answered) = printed(
+    streamed, (plugins, listed, answered, conversation) = printed(
         home,
         "llm_gpt4all",
         """
+import llm
 from click.testing import CliRunner
 from llm.cli import cli
 ask = ["-m", "stories260K", "Once upon a time", "-o", "temp", "0", "-o", "max_tokens", "20"]
 told = [CliRunner().invoke(cli, a) for a in (["plugins"], ["models", "list"], [*ask, "--no-stream"])]
 cli(ask, standalone_mode=False)
-tell([r.output for r in told])
+conversation = llm.get_model("stories260K").conversation()
+turns = [conversation.prompt(p, temp=0, max_tokens=20) for p in ("Once upon a time", "Then")]
+tell([*(r.output for r in told), [(t.text(), t.response_json["full_prompt"]) for t in turns]])
 """,
     )
     assert "llm-gpt4all" in plugins
-    assert "gpt4all: stories260K" in listed
+    size = "mistral-7b-instruct-v0 - Mistral Instruct, 3.83GB download, needs 8GB RAM"
+    assert f"gpt4all: {size}\n" in listed
     assert "(installed)" in next(line for line in listed.splitlines() if "stories260K" in line)
-    want = llm.generate("Once upon a time", temp=0, max_tokens=20)
+    first = "[INST] Once upon a time [/INST]"
+    want = llm.generate(first, temp=0, max_tokens=20)
     assert (streamed, answered) == (want + "\n", want + "\n")
+    second = f"{first}{want}[INST] Then [/INST]"
+    assert conversation == [[want, first], [llm.generate(second, temp=0, max_tokens=20), second]]
 
 
 def test_openlit_instruments_the_classes(home: Path) -> None:

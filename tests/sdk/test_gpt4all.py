@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from tinyllm.completion import Completion
-from tinyllm.sdk import CancellationError, Embed4All, GPT4All, catalogue
+from tinyllm.sdk import CancellationError, Embed4All, GPT4All, catalogue, devices
 from tinyllm.sdk import gpt4all as module
 from tinyllm.sdk._pyllmodel import LLModel
 
@@ -192,18 +192,27 @@ def test_devices_that_are_not_there(models: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tinyllm.model.list_devices", list)
     with pytest.raises(ValueError, match=r"^Unable to retrieve available GPU devices$"):
         GPT4All.list_gpus()
-    for device in ("gpu", "cuda", "kompute", "nvidia", "cuda:X", "Some Name"):
+    for device in ("gpu", "kompute", "kompute:0", "nvidia", "Some Name"):
         with pytest.raises(ValueError, match=r"^Unable to retrieve available GPU devices$"):
+            GPT4All("stories260K", model_path=models, allow_download=False, device=device)
+    for device in ("cuda", "cuda:0", "cuda:X"):
+        with pytest.raises(RuntimeError, match=r"^Unable to instantiate model: Could not find any"):
             GPT4All("stories260K", model_path=models, allow_download=False, device=device)
 
 
-def test_devices_that_do_not_match(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices of each kind; the last is PoCL's, which runs on the CPU."""
     there = [
         types.SimpleNamespace(id="cpu", name="A CPU", kind="cpu", memory=1 << 40),
         types.SimpleNamespace(id="cuda:0", name="NVIDIA H200", kind="cuda", memory=1 << 37),
         types.SimpleNamespace(id="opencl:0", name="Radeon", kind="opencl", memory=1000),
+        types.SimpleNamespace(id="opencl:1", name="pthread-intel", kind="opencl", memory=1 << 40),
     ]
     monkeypatch.setattr("tinyllm.model.list_devices", lambda: there)
+
+
+def test_devices_that_do_not_match(models: Path, several: None) -> None:
     assert GPT4All.list_gpus() == ["cuda:NVIDIA H200", "kompute:Radeon"]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
         GPT4All("stories260K", model_path=models, allow_download=False, device="Radeon")
@@ -211,6 +220,26 @@ def test_devices_that_do_not_match(models: Path, monkeypatch: pytest.MonkeyPatch
         "Unable to initialize model on GPU: 'Radeon'\nAvailable GPUs: ['cuda:NVIDIA H200']\n"
         "Unavailable GPUs due to insufficient memory: ['kompute:Radeon']"
     )
+    for device in ("intel", "amd", "cuda:1", "kompute:2", "cuda:Radeon"):
+        with pytest.raises(ValueError, match="Unable to initialize model on GPU"):
+            devices.choose(*devices.split_device(device))
+
+
+@pytest.mark.parametrize(
+    ("device", "engine"),
+    [
+        ("gpu", "cuda:0"),
+        ("cuda", "cuda:0"),
+        ("cuda:0", "cuda:0"),
+        ("cuda:NVIDIA H200", "cuda:0"),
+        ("nvidia", "cuda:0"),
+        ("kompute:0", "opencl:0"),
+        ("Radeon", "opencl:0"),
+        ("kompute:pthread-intel", "opencl:1"),
+    ],
+)
+def test_devices_by_kind_index_and_name(device: str, engine: str, several: None) -> None:
+    assert devices.choose(*devices.split_device(device)).engine == engine
 
 
 def test_threads(models: Path) -> None:
@@ -255,6 +284,16 @@ def test_values_out_of_range_are_refused(name: str, value: float, llm: GPT4All) 
 def test_a_prompt_that_is_no_text(prompt: Any, llm: GPT4All) -> None:
     with pytest.raises(AttributeError, match="encode"):
         llm.generate(prompt)
+    with (
+        llm.chat_session(chat_template="{{ messages[-1].content }}"),
+        pytest.raises(AttributeError, match="encode"),
+    ):
+        llm.generate(prompt)
+
+
+def test_a_number_of_tokens_is_whole(llm: GPT4All) -> None:
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        llm.generate(START, max_tokens=4.0)  # type: ignore[arg-type]
 
 
 def test_a_lone_surrogate_is_refused(llm: GPT4All) -> None:

@@ -204,12 +204,21 @@ def test_a_blank_line_follows_an_answer_that_no_format_string_ends() -> None:
     [
         ("{0}", FormatTemplate),
         ("a {0} b {1}", FormatTemplate),
-        ("plain", JinjaTemplate),
+        ("USER: {}\n", FormatTemplate),
         ("{{ messages }} {0}", JinjaTemplate),
+        ("{# {0} #}", JinjaTemplate),
     ],
 )
 def test_kinds_of_templates(source: str, kind: type) -> None:
     assert isinstance(template_of(source), kind)
+
+
+def test_a_template_that_never_shows_the_message_is_refused(llm: GPT4All) -> None:
+    with (
+        pytest.raises(ValueError, match=r"'\{x\}': expected Jinja, or a format string with \{0\}"),
+        llm.chat_session("Be kind.", "{x}"),
+    ):
+        pass
 
 
 def test_percent_placeholders_are_refused_as_before(llm: GPT4All) -> None:

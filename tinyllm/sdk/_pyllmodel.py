@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -387,7 +388,7 @@ class LLModel:
             0, 0, self.n_ctx, n_predict, top_k, top_p, min_p, temp, min(n_batch, MAX_BATCH),
             repeat_penalty, repeat_last_n, context_erase,
         )  # fmt: skip
-        request = Request(params, n_predict, stops, logprobs)
+        request = Request(params, operator.index(n_predict), stops, logprobs)
         ids = self._encode(prompt, special)
         if state is None:
             return Answer(model, self._take_state(), ids, request, borrowed=True)

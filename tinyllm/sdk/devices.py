@@ -9,6 +9,7 @@ from typing import Literal
 
 BackendName = Literal["cpu", "kompute", "cuda", "metal"]
 VENDORS = ("amd", "nvidia", "intel")
+SOFTWARE = ("cpu", "pthread")  # how PoCL's devices begin, which run on the CPU
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,20 @@ class GPU:
     @property
     def full_name(self) -> str:
         return f"{self.backend}:{self.name}"
+
+    @property
+    def is_real(self) -> bool:
+        return not self.name.lower().startswith(SOFTWARE)
+
+    def answers_to(self, backend: str, wanted: str) -> bool:
+        """Is this what was asked for? Digits are an index; what only plays a GPU answers to its name."""
+        if backend == "cuda" and self.backend != "cuda":
+            return False
+        if wanted == "gpu" or wanted in VENDORS:
+            return self.is_real and (wanted == "gpu" or wanted in self.name.lower())
+        if wanted.isdigit():
+            return self.backend == backend and self.engine.endswith(f":{wanted}")
+        return wanted in (self.name, self.full_name)
 
 
 def gpus(mem_required: int = 0) -> list[GPU]:
@@ -49,13 +64,15 @@ def list_gpus(mem_required: int = 0) -> list[str]:
     ValueError
         There is none.
     """
-    return [gpu.full_name for gpu in required(gpus(mem_required))]
+    return [gpu.full_name for gpu in real(gpus(mem_required))]
 
 
-def required(found: list[GPU]) -> list[GPU]:
-    if not found:
+def real(found: list[GPU]) -> list[GPU]:
+    """The GPUs without what only plays one."""
+    kept = [gpu for gpu in found if gpu.is_real]
+    if not kept:
         raise ValueError("Unable to retrieve available GPU devices")
-    return found
+    return kept
 
 
 def split_device(device: str | None) -> tuple[str, str | None]:
@@ -84,31 +101,28 @@ def split_device(device: str | None) -> tuple[str, str | None]:
 
 
 def choose(backend: str, device: str, mem_required: int = 0) -> GPU:
-    """The GPU that ``device`` asks for: "gpu", a vendor, or a name.
+    """The GPU that ``device`` asks for: "gpu", a vendor, an index, or a name.
 
     Raises
     ------
     ValueError
         No GPU is there, or none of this name with enough memory.
+    RuntimeError
+        CUDA was asked for, and there is none.
     """
-    everything = required(gpus())
-    enough = [gpu for gpu in everything if gpu.memory >= mem_required]
-    wanted = [gpu for gpu in enough if _matches(gpu, backend, device)]
-    if wanted:
-        return wanted[0]
-    lacking = [gpu.full_name for gpu in everything if gpu not in enough]
-    names = [gpu.full_name for gpu in enough]
+    reached = gpus()
+    wanted = [gpu for gpu in reached if gpu.answers_to(backend, device)]
+    if chosen := next((gpu for gpu in wanted if gpu.memory >= mem_required), None):
+        return chosen
+    if backend == "cuda" and not any(gpu.backend == "cuda" for gpu in reached):
+        raise RuntimeError(
+            "Unable to instantiate model: Could not find any implementations for backend: cuda"
+            " (no CUDA device is reached; its package comes with tinyllm[cuda13] or [cuda12])"
+        )
+    present = real(reached)
+    names = [gpu.full_name for gpu in present if gpu.memory >= mem_required]
+    lacking = [gpu.full_name for gpu in present if gpu.memory < mem_required]
     message = f"Unable to initialize model on GPU: {device!r}\nAvailable GPUs: {names}"
     if lacking:
         message += f"\nUnavailable GPUs due to insufficient memory: {lacking}"
     raise ValueError(message)
-
-
-def _matches(gpu: GPU, backend: str, device: str) -> bool:
-    if backend == "cuda" and gpu.backend != "cuda":
-        return False
-    if device == "gpu":
-        return True
-    if device in VENDORS:
-        return device in gpu.name.lower()
-    return device in (gpu.name, gpu.full_name)

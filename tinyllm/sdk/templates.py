@@ -14,6 +14,8 @@ MessageType = dict[str, str]
 DEFAULT_PROMPT_TEMPLATE = "### Human:\n{0}\n\n### Assistant:\n"
 AFTER_ANSWER = "\n\n"  # between the turns of a format string that says nothing about it
 JINJA = re.compile(r"\{\{|\{%|\{#")
+FIELD = re.compile(r"\{0?[}!:]")  # the message in a format string
+PERCENT = re.compile(r"%1(?![0-9])")  # the placeholder of GPT4All's list
 ANSWER = "\ue000answer\ue000"  # stands where a format string puts the answer
 
 
@@ -49,7 +51,7 @@ class FormatTemplate:
     source: str
 
     def __post_init__(self) -> None:
-        if re.search(r"%1(?![0-9])", self.source):
+        if PERCENT.search(self.source):
             raise ValueError(
                 "Prompt template containing a literal '%1' is not supported. "
                 "For a prompt placeholder, please use '{0}' instead."
@@ -88,11 +90,20 @@ class FormattingMethod:
 
 
 def template_of(source: str) -> Template:
-    """The template that a text is: Jinja, unless it can only be a format string."""
-    placeholder = "{0}" in source or re.search(r"%1(?![0-9])", source)
-    if placeholder and not JINJA.search(source):
+    """The template that a text is: Jinja, unless it has only a format string's placeholder.
+
+    Raises
+    ------
+    ValueError
+        It is neither: the model would never see the message.
+    """
+    if JINJA.search(source):
+        return JinjaTemplate(source)
+    if FIELD.search(source) or PERCENT.search(source):
         return FormatTemplate(source)
-    return JinjaTemplate(source)
+    raise ValueError(
+        f"chat template {source!r:.60}: expected Jinja, or a format string with {{0}} for the message"
+    )
 
 
 def default_source(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
