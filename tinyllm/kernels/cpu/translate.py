@@ -192,23 +192,22 @@ class Body:
             self.refuse(s.iter)
         ends = [self.value(a) for a in call.args]
         start, stop, step = [0, *ends, 1] if len(ends) == 1 else [*ends, 1][:3]
-        if not isinstance(step, int) or step == 0:
-            self.refuse(call, "the step of a range must be a constant")
-        stop, i = self.typed(stop), self.e.room(I64)
+        stop, step, i = self.typed(stop), self.typed(step), self.e.room(I64)
         self.b.store(self.typed(start), i)
         head, body, following = (self.b.append_basic_block(n) for n in ("for", "body", "next"))
         self.b.branch(head)
         with self.loop(s, following):
             self.b.position_at_end(head)
             now = self.b.load(i)
-            more = self.b.icmp_signed("<" if step > 0 else ">", now, stop)
+            up, down = (self.b.icmp_signed(sign, now, stop) for sign in "<>")
+            more = self.b.select(self.b.icmp_signed(">", step, I64(0)), up, down)
             self.b.cbranch(more, body, self.loops[-1][1])
             self.b.position_at_end(body)
             self.assign(s.target, now)
             self.run(s.body)
             self.goto(following)
             self.b.position_at_end(following)
-            self.b.store(self.b.add(self.b.load(i), I64(step), flags=["nsw"]), i)
+            self.b.store(self.b.add(self.b.load(i), step, flags=["nsw"]), i)
             self.b.branch(head)
 
     # ---- expressions: a Python object when known now, else an IR value
