@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import requests
 
 from tinyllm.sdk import catalogue
 
@@ -159,11 +158,13 @@ def test_malformed_hugging_face_names_are_refused(name: str, site: Site) -> None
     assert not site.asked
 
 
-def test_no_network_raises_what_requests_raises(
+def test_without_a_network_the_file_is_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(catalogue, "LIST_URL", "http://127.0.0.1:9/models3.json")
     monkeypatch.setattr(catalogue, "DEFAULT_MODEL_DIRECTORY", tmp_path)
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(requests.exceptions.ConnectionError):
+    with pytest.raises(
+        FileNotFoundError, match=r"'some-model'; GPT4All's list was not asked: no conn"
+    ):
         catalogue.find_model("some-model")

@@ -283,7 +283,10 @@ def test_an_unreachable_server_raises_what_requests_raises(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with pytest.raises(requests.exceptions.ConnectionError):
+    with pytest.raises(
+        requests.exceptions.ConnectionError,
+        match=r"^m.gguf cannot be downloaded: no connection to 127.0.0.1:\d+ \(ConnectionError\)$",
+    ):
         fetch(f"http://127.0.0.1:{port}/m", tmp_path / "m.gguf")
     assert waits == [0.5, 1.0, 2.0, 4.0]
     assert names(tmp_path) == ["m.gguf.part"]

@@ -139,12 +139,24 @@ def find_model(
     if found is not None:
         return found
     listed = len(path.parts) == 1 and allow_download
-    models = (known_models() or fetch_list()) if listed else []
+    models = (known_models() or _list_for(str(name))) if listed else []
     entry = entry_of(_with_extension(str(name)), models)
     if not entry:
         raise FileNotFoundError(_not_found(str(name), models))
     DEFAULT_MODEL_DIRECTORY.mkdir(parents=True, exist_ok=True)
     return download_listed(entry, DEFAULT_MODEL_DIRECTORY, verbose)
+
+
+def _list_for(name: str) -> list[ConfigType]:
+    """The list, fetched for a name that no file has; without a network the file is what is missing."""
+    import requests
+
+    try:
+        return fetch_list()
+    except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+        raise FileNotFoundError(
+            f"Model file does not exist: {name!r}; GPT4All's list was not asked: no connection to gpt4all.io"
+        ) from error
 
 
 def _not_found(name: str, models: list[ConfigType]) -> str:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from tinyllm.errors import ArgumentError
 from tinyllm.sdk.locks import locked
@@ -218,8 +219,17 @@ class _Transfer:
         except urllib3.exceptions.HTTPError:  # cut off: what came before is written
             return _stuck()
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-            return error
+            return self._unreachable(error)
         return None if self.total is None or self.have >= self.total else _stuck()
+
+    def _unreachable(self, error: Exception) -> Exception:
+        """The same error, in one line that people understand."""
+        kind, host = type(error), urlsplit(self.url).netloc
+        told = kind(
+            f"{self.path.name} cannot be downloaded: no connection to {host} ({kind.__name__})"
+        )
+        told.__cause__ = error
+        return told
 
     def _request(self) -> Any:
         import requests
