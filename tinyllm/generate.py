@@ -173,11 +173,18 @@ def note_prompt(run: Run, n: int, logits: np.ndarray) -> None:
 
 
 def choose(run: Run, logits: np.ndarray) -> Token:
-    """The next token; it joins the sequence unless it ends the text."""
-    if not np.isfinite(logits.min()):
-        raise NumericError("logits hold NaN or infinity: the weights are damaged")
+    """The next token; it joins the sequence unless it ends the text.
+
+    The sampler may edit the logits, which nobody reads again; a caller's processor might keep them.
+    """
     report = np.array(logits) if run.logprobs is not None else logits
-    chosen = run.sampler.choose(np.array(logits), run.state.ids)
+    processed = run.sampler.params.logits_processor is not None
+    try:
+        chosen = run.sampler.choose(np.array(logits) if processed else logits, run.state.ids)
+    except NumericError:
+        if np.isnan(logits).any() or logits.max() == np.inf:
+            raise NumericError("logits hold NaN or infinity: the weights are damaged") from None
+        raise
     run.n_generated += 1
     if chosen in run.eog:
         run.finish_reason = "stop"

@@ -104,6 +104,22 @@ def test_a_replayed_step_reads_the_new_batch_and_its_caches() -> None:
     assert np.array_equal(plain, replayed)
 
 
+def test_a_step_has_room_for_its_own_context_only() -> None:
+    """Parts of attention are laid out for the context's length: another length is another recording."""
+    calls = []
+
+    def fn(batch: Batch) -> Any:
+        calls.append(1)
+        x = ONE.array(np.ones((1, 64), np.float32))
+        ONE.cache_write(batch, 0, x, x)
+        return ONE.attention(batch, 0, ONE.concat([x, x]), 4, scale=0.2)
+
+    for n_ctx in (16, 700, 16):
+        cache = ONE.new_cache(LAYERS, n_ctx, "f16")
+        ONE.step("room", fn, Batch.of([[0]], [0], [0], [cache]))
+    assert len(calls) == 2
+
+
 def test_a_step_that_asks_for_values_is_not_replayed() -> None:
     seen = []
 

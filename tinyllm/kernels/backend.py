@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -140,20 +141,18 @@ class Batch:
         caches: Sequence[Cache] = (),
     ) -> Batch:
         """Lay the sequences' new ids row by row."""
-        lengths = np.array([len(i) for i in ids], np.int32)
-        starts = np.zeros(len(ids) + 1, np.int32)
-        np.cumsum(lengths, out=starts[1:])
-        past = np.asarray(n_past, np.int32)
-        within = np.arange(starts[-1], dtype=np.int32) - np.repeat(starts[:-1], lengths)
-        flat = np.concatenate([np.asarray(i, np.int32) for i in ids])
+        lengths = [len(i) for i in ids]
+        starts = np.array([0, *accumulate(lengths)], np.int32)
+        runs = [np.arange(p, p + n, dtype=np.int32) for p, n in zip(n_past, lengths, strict=True)]
+        flat = [np.asarray(i, np.int32) for i in ids]
         return Batch(
-            flat,
-            (np.repeat(past, lengths) + within).astype(np.int32),
+            flat[0] if len(flat) == 1 else np.concatenate(flat),
+            runs[0] if len(runs) == 1 else np.concatenate(runs),
             starts,
-            past,
+            np.asarray(n_past, np.int32),
             np.asarray(outputs, np.int32),
             tuple(caches),
-            len(flat),
+            int(starts[-1]),
             len(ids),
             len(outputs),
         )

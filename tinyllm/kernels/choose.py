@@ -14,8 +14,12 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises NumericError for NaN, for +inf, and when every logit is -inf.
     """
+    if k == 1:
+        ids = logits.argmax(keepdims=True).astype(np.int32)  # a NaN comes first
+        check_largest(float(logits[ids[0]]))
+        return ids, logits[ids]
     check_largest(float(logits.max()))
-    ids = np.array([logits.argmax()]) if k == 1 else _candidates(logits, k)
+    ids = _candidates(logits, k)
     ids = ids[np.argsort(-logits[ids], kind="stable")[:k]]
     return ids.astype(np.int32), logits[ids]
 

@@ -122,7 +122,8 @@ class Network:
             for s in states:
                 s.spoil()
             raise
-        return np.split(rows, np.cumsum(counts)[:-1])
+        ends = itertools.accumulate(counts)
+        return [rows[end - n : end] for n, end in zip(counts, ends, strict=True)]
 
     def pace(self, n_rows: int, seconds: float) -> None:
         """Choose the rows of the next steps so that each takes a second: Ctrl-C waits for one at most."""
@@ -278,7 +279,8 @@ def build(
         else where(config.n_layer)
     )
     for stage, need in zip(stages, stage_bytes(tensors, stages), strict=True):
-        check_fits(stage.be, need, "the weights", "Use a smaller model or a smaller format")
+        advice = "Use a smaller model or format, or another n_gpu_layers"
+        check_fits(stage.be, need, "the weights", advice)
     root = Tensors(tensors, stages[0].be, config)
     if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
         root.require("token_types.weight")

@@ -1,7 +1,7 @@
 """Attention over stored keys and values, in blocks of 256 positions merged in ascending order.
 
 Keys lie as weights do, 16 positions to a tile: ``[K][S / 16][D][16]``; values by position: ``[K][S][Dv]``, Dv
-rounded up to 16. A q8_0 cache keeps rows of blocks (a half, 32 codes) that are expanded block by block.
+rounded up to 16. A q8_0 cache keeps both as ``kvblocks`` says, and they are expanded where they are read.
 
 A piece treats M *rows*, the query heads of one key head for one or more tokens, and one block, or all
 of them. A block leaves its largest score, the sum of exponentials and the weighted values (``part``); merging
@@ -16,6 +16,14 @@ import numpy as np
 
 from . import jit
 from .floats import as_float, rows_multiplier
+from .kvblocks import (
+    BLOCK_BYTES,
+    TILE_BYTES,
+    expand_keys,
+    expand_values,
+    write_keys,
+    write_values,
+)
 from .simd import (
     arg,
     clear,
@@ -23,19 +31,15 @@ from .simd import (
     exp,
     float_arg,
     get_f32,
-    get_half,
-    get_i8,
     get_i32,
     get_i64,
     hmax,
     hsum,
     i64,
     load,
-    load_n,
     ramp,
     set_f32,
     set_half,
-    set_i8,
     splat,
     store,
     store_n,
@@ -58,6 +62,11 @@ def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
     """Of one worker: queries, scores, probabilities, two parts, a block expanded."""
     expanded = BLOCK * 4 * (dim + padded(dim_v)) if kv == "q8_0" else 0
     return m * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(m, dim_v) + expanded
+
+
+def blocks_after(n_past: np.ndarray) -> np.ndarray:
+    """Blocks that one more token than ``n_past`` positions touches, for each sequence."""
+    return n_past // BLOCK + 1
 
 
 def padded(n: int) -> int:
@@ -113,24 +122,6 @@ def finish(part, rows, m, sink, has_sink, out, dim_v):
     for i in range(0, dim_v, 16):
         v = load(part + 128 + 4 * i * rows + 64 * m) * factor
         store_n(out + 4 * i, v, dim_v - i)
-
-
-def expand_keys(source, out, n, dim, row_bytes):
-    """n rows of q8_0 -> [n / 16][dim][16] floats."""
-    for s in range(n):
-        row, to = source + s * row_bytes, out + 4 * ((s // 16) * 16 * dim + s % 16)
-        for i in range(dim):
-            block = row + (i // 32) * 34
-            set_f32(to + 64 * i, as_float(get_i8(block + 2 + i % 32)) * get_half(block))
-
-
-def expand_values(source, out, n, dim, step, row_bytes):
-    """n rows of q8_0 -> [n][step / 4] floats."""
-    for s in range(n):
-        row, to = source + s * row_bytes, out + step * s
-        for i in range(dim):
-            block = row + (i // 32) * 34
-            set_f32(to + 4 * i, as_float(get_i8(block + 2 + i % 32)) * get_half(block))
 
 
 def attend(args, first, last, worker):
@@ -195,24 +186,26 @@ def attend(args, first, last, worker):
             tiles = (n + 15) // 16
             keys, values = k_base, v_base
             if KV == 2:
-                k_row, v_row = (dim + 31) // 32 * 34, (dim_v + 31) // 32 * 34
-                expand_keys(k_base + block * BLOCK * k_row, keys_out, n, dim, k_row)
-                expand_values(
-                    v_base + block * BLOCK * v_row, values_out, n, dim_v, 4 * dim_vp, v_row
-                )
-                keys, values = keys_out, values_out
+                keys += block * (BLOCK // 16) * ((dim + 31) // 32 * TILE_BYTES)
+                v_row = (dim_v + 31) // 32 * BLOCK_BYTES
+                expand_values(v_base + block * BLOCK * v_row, values_out, n, dim_v, 4 * dim_vp)
+                values = values_out
             else:
                 keys += block * BLOCK * dim * SIZE
                 values += block * BLOCK * dim_vp * SIZE
             t, tile_bytes = i64(0), 16 * dim * SIZE
-            while t + TILES <= tiles:
-                to = scores + 64 * M * t
-                score_group(keys + t * tile_bytes, tile_bytes, 16 * SIZE, queries, dim, to)
-                t += TILES
             while t < tiles:
-                to = scores + 64 * M * t
-                score_one(keys + t * tile_bytes, tile_bytes, 16 * SIZE, queries, dim, to)
-                t += 1
+                to, at_once = scores + 64 * M * t, TILES if t + TILES <= tiles else 1
+                source = keys + t * tile_bytes
+                if KV == 2:  # a few tiles at a time stay in the first-level cache
+                    stored = keys + t * ((dim + 31) // 32 * TILE_BYTES)
+                    expand_keys(stored, keys_out, at_once, dim)
+                    source = keys_out
+                if at_once == TILES:
+                    score_group(source, tile_bytes, 16 * SIZE, queries, dim, to)
+                else:
+                    score_one(source, tile_bytes, 16 * SIZE, queries, dim, to)
+                t += at_once
             for m in range(M):
                 r = min(row0 + m, n_rows - 1)
                 i = past + r // group - block * BLOCK  # the query's place, counted from the block
@@ -307,20 +300,6 @@ def merge_parts(args, first, last, worker):
 # ---- writing
 
 
-def write_q8_0(source, out, n):
-    """A row of n floats -> blocks of a half and 32 codes."""
-    for i in range(0, n, 32):
-        block = out + (i // 32) * 34
-        a, b = load_n(source + 4 * i, n - i), load_n(source + 4 * i + 64, max(n - i - 16, 0))
-        most = hmax(vmax(vabs(a), vabs(b)))
-        scale = most / np.float32(127)
-        inverse = np.float32(1) / scale if most > 0 else np.float32(0)
-        set_half(block, scale)
-        for j in range(32):
-            x = get_f32(source + 4 * (i + j)) if i + j < n else np.float32(0)
-            set_i8(block + 2 + j, i64(np.rint(x * inverse)))
-
-
 def write_f32(k, v, keys, values, position, dim, dim_v):
     """A key and a value to their places."""
     keys += 4 * (position // 16 * 16 * dim + position % 16)
@@ -341,8 +320,8 @@ def write_f16(k, v, keys, values, position, dim, dim_v):
 
 def write_blocks(k, v, keys, values, position, dim, dim_v):
     """The same, as rows of q8_0 blocks."""
-    write_q8_0(k, keys + position * ((dim + 31) // 32 * 34), dim)
-    write_q8_0(v, values + position * ((dim_v + 31) // 32 * 34), dim_v)
+    write_keys(k, keys + position // 16 * ((dim + 31) // 32 * TILE_BYTES), dim, position % 16)
+    write_values(v, values + position * ((dim_v + 31) // 32 * BLOCK_BYTES), dim_v)
 
 
 write = write_f16

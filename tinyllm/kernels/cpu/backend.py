@@ -7,16 +7,16 @@ once; when the key comes again, only its inputs are copied and the program runs:
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...errors import ArgumentError
-from .. import choose
 from ..backend import (
     Activation,
     Array,
@@ -28,7 +28,7 @@ from ..backend import (
     Routing,
     Source,
 )
-from . import attention, elementwise, jit, matmul, recurrent
+from . import attention, choosing, elementwise, jit, matmul, recurrent
 from .attention import padded
 from .experts import record_experts
 from .kvcache import CPUCache
@@ -42,12 +42,15 @@ REPLAYED_ROWS = 32  # longer steps take long enough to be recorded anew each tim
 ACT_PIECE = 1024  # values
 
 
+INPUTS = ("ids", "positions", "starts", "n_past", "outputs")
+
+
 @dataclass
 class Growing:
     """An instruction whose amount of work depends on how many positions are stored."""
 
     row: int
-    count: Callable[[np.ndarray], int]  # positions stored before the step -> pieces
+    tiles: np.ndarray  # [n_seq]: pieces for each block of a sequence's past
 
 
 @dataclass
@@ -56,8 +59,10 @@ class Recorded:
 
     tape: Tape
     batch: Batch
+    inputs: list[np.ndarray]  # views of the batch's arrays
     caches: np.ndarray  # [n_seq] int64: addresses of the caches' tables
     growing: list[Growing] = field(default_factory=list)
+    blocks: list[int] | None = None  # [n_seq] of the past, for which ``growing`` rows are set
     result: Array = None
     replayable: bool = True
 
@@ -154,7 +159,7 @@ class CPUBackend(Backend):
                 return self._record(fn, batch, self._tape).result
             finally:
                 self._tape.clear()
-        key = (key, batch.starts.tobytes(), tuple(c.kv_type for c in batch.caches))
+        key = (key, batch.starts.tobytes(), tuple((c.kv_type, c.n_ctx) for c in batch.caches))
         known = self._steps.pop(key, None)
         if known is None:
             known = self._first_time(key, fn, batch)
@@ -178,8 +183,10 @@ class CPUBackend(Backend):
     def _record(self, fn: Callable[[Batch], Array], batch: Batch, tape: Tape) -> Recorded:
         """Call fn on the batch's device form, and run what it recorded."""
         outer = self._step
-        tables = np.array([c.table.ctypes.data for c in batch.caches] or [0], np.int64)
-        recorded = Recorded(tape, self.upload(batch), tables)
+        tables = np.array([c.address for c in batch.caches] or [0], np.int64)
+        uploaded = self.upload(batch)
+        inputs = [getattr(uploaded, name).view() for name in INPUTS]
+        recorded = Recorded(tape, uploaded, inputs, tables)
         self._local.step = recorded
         try:
             recorded.result = fn(recorded.batch)
@@ -190,12 +197,14 @@ class CPUBackend(Backend):
 
     def _replay(self, known: Recorded, batch: Batch) -> None:
         """Put a batch in the place of the recorded one, and run."""
-        for name in ("ids", "positions", "starts", "n_past", "outputs"):
-            getattr(known.batch, name).view()[...] = getattr(batch, name)
-        known.caches[:] = [c.table.ctypes.data for c in batch.caches] or [0]
-        known.batch = replace(known.batch, caches=batch.caches)
-        for g in known.growing:
-            known.tape.set_pieces(g.row, g.count(batch.n_past))
+        for view, name in zip(known.inputs, INPUTS, strict=True):
+            view[...] = getattr(batch, name)
+        known.caches[:] = [c.address for c in batch.caches] or [0]
+        blocks = attention.blocks_after(batch.n_past).tolist()
+        if known.growing and blocks != known.blocks:
+            for g in known.growing:
+                known.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))
+            known.blocks = blocks
         known.tape.run(self._workers)
 
     def close(self) -> None:
@@ -338,7 +347,7 @@ class CPUBackend(Backend):
         return out
 
     def take(self, x: Array, rows: Array) -> CPUArray:
-        n_bytes = x.dtype.itemsize * int(np.prod(x.shape[1:]))
+        n_bytes = x.dtype.itemsize * math.prod(x.shape[1:])
         out = self._new((len(rows), *x.shape[1:]), x.dtype)
         args = [x.address, rows.address, out.address, n_bytes]
         self._op(elementwise.take, len(rows), args, [x, rows, out])
@@ -453,12 +462,10 @@ class CPUBackend(Backend):
             self._tape.keep(q, y, scratch)
             return y
 
-        def count(n_past: np.ndarray) -> int:
-            return int((tiles * -(-(n_past + 1) // attention.BLOCK)).sum())
-
-        row = self._tape.add(address, count(batch.n_past.view()), args)
+        blocks = attention.blocks_after(batch.n_past.view())
+        row = self._tape.add(address, int((tiles * blocks).sum()), args)
         if self._step is not None:
-            self._step.growing.append(Growing(row, count))
+            self._step.growing.append(Growing(row, tiles))
         merged = [y.address, *past[1:4], *heads, dims[1], how[4], parts_at]
         merged += [scratch.address, scratch.shape[1]]
         self._tape.add(attention.merge_kernel(m), int(tiles.sum()), merged)
@@ -492,7 +499,7 @@ class CPUBackend(Backend):
     # ---- choosing
 
     def top_k(self, logits: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return choose.top_k(self.numpy(logits).reshape(-1), k)
+        return choosing.top_k(self.numpy(logits).reshape(-1), k)
 
     # ---- recurrent layers
 

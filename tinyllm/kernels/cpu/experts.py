@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from . import jit, matmul, micro
-from .floats import GROUP, TOKENS, multiplier
+from .floats import GROUP, multiplier
 from .program import CPUArray, Tape
 from .simd import (
     arg,
@@ -33,8 +33,9 @@ from .weights import CPUWeight
 # ---- kernels; the micro-kernel that they name is given by ``jit.kernel``
 
 multiply = None
-ROWS_AT_ONCE = 512  # of one expert: their outputs wait in a worker's scratch memory
+ROWS_AT_ONCE = 480  # of one expert: their outputs wait in a worker's scratch memory
 INNER = 256  # bytes of the arguments of the kernel that a piece calls
+FEW, FEW_FLOAT = 6, 2  # rows that go one by one: cheaper than unpacking, the tiles being in cache
 SEGMENT = 24  # bytes: an expert, its first place in ``order``, its number of rows
 
 
@@ -113,18 +114,13 @@ def gather_records(args, first, last, worker):
 
 
 def gather_floats(args, first, last, worker):
-    """x [.., n] -> [runs][n][slots]; a piece is a run of ``order``."""
+    """Rows of x [.., n], side by side as in ``order``; a piece is a row."""
     x, out, order, choices = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n, slots = arg(args, 4), arg(args, 5)
+    n_bytes = arg(args, 4)
     for piece in range(first, last):
-        run = order + 4 * slots * piece
-        for slot in range(slots):
-            row = get_i32(run + 4 * slot)
-            if row < 0:
-                break
-            source, to = x + 4 * n * (row // choices), out + 4 * (piece * n * slots + slot)
-            for i in range(n):
-                set_f32(to + 4 * slots * i, get_f32(source + 4 * i))
+        row = get_i32(order + 4 * piece)
+        if row >= 0:
+            copy(out + n_bytes * piece, x + n_bytes * (row // choices), n_bytes)
 
 
 def matmul_experts(args, first, last, worker):
@@ -140,7 +136,7 @@ def matmul_experts(args, first, last, worker):
     )
     matvec, matvec_args, per_piece = arg(args, 15), arg(args, 16), arg(args, 17)
     matmul, matmul_args = arg(args, 18), arg(args, 19)
-    inner = arg(args, 20) + worker * arg(args, 21)
+    at_most, inner = arg(args, 22), arg(args, 20) + worker * arg(args, 21)
     out, groups = inner + INNER, (tiles + at_once - 1) // at_once
     most = ROWS_AT_ONCE // slots * slots
     for piece in range(first, last):
@@ -148,15 +144,17 @@ def matmul_experts(args, first, last, worker):
         expert, place, n_rows = get_i64(segment), get_i64(segment + 8), get_i64(segment + 16)
         n_tiles = min(at_once, tiles - tile)
         width, n = 16 * n_tiles, min(16 * n_tiles, n_out - 16 * tile)
-        copy(inner, matvec_args if n_rows == 1 else matmul_args, INNER)
+        few = n_rows <= at_most
+        copy(inner, matvec_args if few else matmul_args, INNER)
         set_i64(inner, w + (expert * tiles + tile) * tile_bytes)
         set_i64(inner + 16, out)
         set_i64(inner + 48, n_tiles)
         set_i64(inner + 56, width)
-        for start in range(0, n_rows, most):
-            rows = min(most, n_rows - start)
-            if n_rows == 1:
-                row = get_i32(order + 4 * place)
+        start = 0
+        while start < n_rows:
+            rows = 1 if few else min(most, n_rows - start)
+            if few:
+                row = get_i32(order + 4 * (place + start))
                 set_i64(inner + 8, x + row // choices * x_bytes)
                 call_kernel(matvec, inner, 0, (n_tiles + per_piece - 1) // per_piece, worker)
             else:
@@ -173,6 +171,7 @@ def matmul_experts(args, first, last, worker):
                 for i in range(0, n, 16):
                     v = load_n(source + 4 * i, n - i) + load_n(b + 4 * i, n - i)
                     store_n(to + 4 * i, v, n - i)
+            start += rows
 
 
 # ---- recorded
@@ -219,7 +218,7 @@ def _row_bytes(w: CPUWeight) -> int:
 def _record_each(
     tape: Tape, w: CPUWeight, common: list[int], experts: CPUArray, choices: int, n_workers: int
 ) -> None:
-    one = micro.multiplier(w.format, 1, 1) if w.format else multiplier(w.kind, 1, 1, 1)
+    one = micro.multiplier(w.format, 1, 1) if w.format else multiplier(w.kind, 1)
     scratch = tape.array((n_workers, 64), "u1")
     args = [*common, w.tile_bytes, w.n_blocks, w.n_tiles, w.n_out, experts.address]
     args += [_row_bytes(w), choices, scratch.address]
@@ -234,7 +233,7 @@ class _Groups:
     def __init__(self, tape: Tape, experts: CPUArray, n_experts: int, slots: int) -> None:
         n_rows = experts.size
         self.slots, self.n_rows, self.n_segments = slots, n_rows, min(n_experts, n_rows)
-        self.n_runs = n_rows // slots + self.n_segments
+        self.n_runs = n_rows if slots == 1 else n_rows // slots + self.n_segments
         self.segments = tape.array((self.n_segments, SEGMENT // 8), np.int64)
         self.order = tape.array((self.n_runs, slots), np.int32)
         ends = tape.array((n_experts,), np.int32)
@@ -246,7 +245,7 @@ class _Groups:
     @staticmethod
     def of(tape: Tape, w: CPUWeight, experts: CPUArray) -> _Groups:
         """Of this choice of experts, sorted once for all products with it."""
-        slots = micro.SLOTS if w.format else TOKENS
+        slots = micro.SLOTS if w.format else 1
         key = ("groups", slots)
         if key not in experts.derived:
             experts.derived[key] = _Groups(tape, experts, w.shape[0], slots)
@@ -261,7 +260,7 @@ class _Groups:
         out = tape.array((self.n_runs * self.slots, size), "u1")
         body: Callable = gather_records if w.format else gather_floats
         args = [forms.address, out.address, self.order.address, self.n_rows * n // x.size]
-        args += [n // 32, self.slots, len(micro.FIELDS)] if w.format else [n, self.slots]
+        args += [n // 32, self.slots, len(micro.FIELDS)] if w.format else [4 * n]
         tape.add(jit.kernel(body), self.n_runs, args)
         self.packed[forms] = out
         return out
@@ -290,6 +289,7 @@ def _record_grouped(
     args += [packed.address, packed.nbytes // groups.n_runs, groups.slots]
     args += [matvec, templates[0].ctypes.data, per_piece]
     args += [product, templates[1].ctypes.data, scratch.address, scratch.shape[1]]
+    args += [FEW if w.format else FEW_FLOAT]
     pieces = groups.n_segments * -(-w.n_tiles // at_once)
     tape.add(jit.kernel(matmul_experts), pieces, args)
     tape.keep(templates, inner, scratch)

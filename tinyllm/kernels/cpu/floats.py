@@ -1,8 +1,10 @@
 """F32, F16 and BF16 weights, in float32 arithmetic.
 
 A tile is 16 rows, column after column: ``[n_in][16]``. For each output the products are added one by one in
-ascending order of columns, whatever the number of tokens, so the bits do not depend on it. Activations of
-more than one token are packed ``[n_in][TOKENS]``.
+ascending order of columns, whatever the number of tokens, so the bits do not depend on it.
+
+One token: straight from the tiles. More: some columns of a few tiles are widened to float32 side by side (a
+*panel*, which stays in the first-level cache) while all tokens pass them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from .simd import (
     Emit,
     V,
     arg,
+    clear,
     emitter,
     f32,
     float_arg,
@@ -34,6 +37,11 @@ from .simd import (
 
 TOKENS = 6  # multiplied at once: 6 x 64 accumulators just fit 32 registers of 16 lanes
 GROUP = 4  # tiles multiplied at once
+COLUMNS = 96  # of a panel
+LINE = 16  # columns of a cache line of float32
+PANEL_ROW = 4 * GROUP * LANES  # bytes
+TOKEN_BLOCK = 85 * TOKENS  # whose sums wait while the columns pass
+AHEAD = 2048  # bytes prefetched ahead in each tile of one token's product
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -93,31 +101,114 @@ def rows_multiplier(kind: str, n_tokens: int, tiles: int, x_step: int, x_token: 
 
 
 @lru_cache
-def multiplier(kind: str, n_tokens: int, tiles: int, slots: int) -> Callable:
-    """multiply(w, x, slot, n_in, y): neighbouring tiles times tokens [slot, slot + n_tokens).
+def multiplier(kind: str, tiles: int) -> Callable:
+    """multiply(w, x, slot, n_in, y): neighbouring tiles times one token x [n_in] -> y [tiles][16].
 
-    x: [n_in][slots] floats; y: [tiles][n_tokens][16] floats.
+    ``slot`` is there for the likeness to ``micro.multiplier``.
     """
     size = BYTES[kind]
-    n, tokens = lanes(), [4 * t for t in range(n_tokens)]
+    n, column_bytes = lanes(), LANES * BYTES[kind]
     at_once = tiles if n == LANES else min(tiles, 2)
+    per_line = max(64 // column_bytes, 1)
 
     @emitter(types.void, i64, i64, i64, i64, i64)
     def multiply(e, w, x, slot, n_in, y):
         """See ``multiplier``."""
-        tile_bytes = e.b.mul(n_in, I64(LANES * size))
-        w, x, y = e.ptr(w), e.at(e.ptr(x), e.b.mul(slot, I64(4))), e.ptr(y)
+        b = e.b
+        tile_bytes = b.mul(n_in, I64(column_bytes))
+        w, x, y = e.ptr(w), e.ptr(x), e.ptr(y)
         cells = [(r, first) for first in range(0, LANES, n) for r in range(tiles)]
+        whole = b.sdiv(n_in, I64(per_line))
+        done = b.mul(whole, I64(per_line))
         for i in range(0, len(cells), at_once):
             some = cells[i : i + at_once]
-            bases = [e.at(e.at(w, e.b.mul(tile_bytes, I64(r))), first * size) for r, first in some]
-            step = I64(LANES * size)
-            acc = iter(accumulate(e, kind, bases, step, x, 4 * slots, tokens, n_in, n))
-            for t in range(n_tokens):
-                for r, first in some:
-                    e.store(next(acc), y, 4 * (LANES * (r * n_tokens + t) + first))
+            bases = [e.at(e.at(w, b.mul(tile_bytes, I64(r))), first * size) for r, first in some]
+
+            def columns(first, n_columns, acc, bases=bases):
+                at, xi = b.mul(first, I64(column_bytes)), e.at(x, b.mul(first, I64(4)))
+                heads = [e.at(base, at) for base in bases]
+                for head in heads if n_columns == per_line else ():
+                    e.prefetch(head, AHEAD)
+                for c in range(n_columns):
+                    value = e.broadcast(xi, F32, n, 4 * c)
+                    ws = [widen(e, head, kind, c * column_bytes, n) for head in heads]
+                    acc = [e.fma(value, v, a) for v, a in zip(ws, acc, strict=True)]
+                return acc
+
+            def line(i, acc, columns=columns):
+                return columns(b.mul(i, I64(per_line)), per_line, acc)
+
+            def rest(i, acc, columns=columns):
+                return columns(b.add(done, i), 1, acc)
+
+            acc = e.loop_maybe(whole, [e.const(0.0, V(F32, n))] * len(some), line)
+            acc = e.loop_maybe(b.sub(n_in, done), acc, rest)
+            for (r, first), v in zip(some, acc, strict=True):
+                e.store(v, y, 4 * (LANES * r + first))
 
     return multiply
+
+
+@emitter(types.void, i64, i64, i64, i64, i64, i64)
+def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums):
+    """sums [TOKENS][PANEL_ROW] += the panel's columns times those of n_rows rows of x.
+
+    Rows that are missing repeat the last one.
+    """
+    b, n = e.b, lanes()
+    panel, x, sums = e.ptr(panel), e.ptr(x), e.ptr(sums)
+    last = b.sub(n_rows, I64(1))
+    rows = [b.select(b.icmp_signed("<", I64(t), last), I64(t), last) for t in range(TOKENS)]
+    tokens = [e.at(x, b.mul(row, row_bytes)) for row in rows]
+    ahead, lines = b.mul(row_bytes, I64(TOKENS)), b.sdiv(n_columns, I64(LINE))
+    done = b.mul(lines, I64(LINE))
+    registers = range(0, PANEL_ROW, 4 * n)
+    at_once = GROUP if n == LANES else 2  # smaller registers come in sixteens
+    for i in range(0, len(registers), at_once):
+        some = registers[i : i + at_once]
+        places = [t * PANEL_ROW + at for t in range(TOKENS) for at in some]
+
+        def column(i, acc, some=some):
+            here, xi = e.at(panel, b.mul(i, I64(PANEL_ROW))), b.mul(i, I64(4))
+            w = [e.load(here, V(F32, n), at) for at in some]
+            values = [e.broadcast(e.at(token, xi), F32, n) for token in tokens]
+            pairs = [(x, v) for x in values for v in w]
+            return [e.fma(v, x, a) for a, (x, v) in zip(acc, pairs, strict=True)]
+
+        def line(i, acc, column=column):
+            start = b.mul(i, I64(LINE))
+            for (
+                token
+            ) in tokens:  # the rows that come next, too far apart for the processor to foresee
+                e.prefetch(e.at(token, b.add(ahead, b.mul(start, I64(4)))), 0)
+            return e.loop(LINE, acc, lambda j, acc: column(b.add(start, j), acc))
+
+        acc = [e.load(sums, V(F32, n), place) for place in places]
+        acc = e.loop_maybe(lines, acc, line)
+        acc = e.loop_maybe(b.sub(n_columns, done), acc, lambda i, acc: column(b.add(done, i), acc))
+        for place, v in zip(places, acc, strict=True):
+            e.store(v, sums, place)
+
+
+@lru_cache
+def tile_widener(kind: str) -> Callable:
+    """widen_tile(w, n_columns, panel): some columns of a tile into a panel."""
+    n, size = lanes(), BYTES[kind]
+
+    @emitter(types.void, i64, i64, i64)
+    def widen_tile(e, w, n_columns, panel):
+        """See ``tile_widener``."""
+
+        def column(i, state):
+            source = e.at(e.ptr(w), e.b.mul(i, I64(LANES * size)))
+            to = e.at(e.ptr(panel), e.b.mul(i, I64(PANEL_ROW)))
+            for first in range(0, LANES, n):
+                e.store(widen(e, source, kind, first * size, n), to, 4 * first)
+            return state
+
+        e.loop(n_columns, [], column)
+
+    return widen_tile
 
 
 @lru_cache
@@ -136,18 +227,7 @@ def widener(kind: str) -> Callable:
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_group = weight = None
-
-
-def pack(args, first, last, worker):
-    """x [T, n] -> [T / TOKENS][n][TOKENS]; spare slots repeat the last row. A piece is TOKENS rows."""
-    x, out, n_rows, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    for piece in range(first, last):
-        for slot in range(TOKENS):
-            row = x + 4 * n * min(piece * TOKENS + slot, n_rows - 1)
-            to = out + 4 * (piece * n * TOKENS + slot)
-            for i in range(n):
-                set_f32(to + 4 * TOKENS * i, get_f32(row + 4 * i))
+multiply = multiply_group = widen_tile = weight = None
 
 
 def matvec_float(args, first, last, worker):
@@ -167,24 +247,30 @@ def matvec_float(args, first, last, worker):
 
 
 def matmul_float(args, first, last, worker):
-    """y [T, n_out] of many tokens; a piece is GROUP tiles."""
+    """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens."""
     w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     tile_bytes, n_in, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    n_tokens, out = arg(args, 8), arg(args, 9) + worker * arg(args, 10)
+    n_tokens, panel = arg(args, 8), arg(args, 9) + worker * arg(args, 10)
+    sums, groups = panel + COLUMNS * PANEL_ROW, (tiles + GROUP - 1) // GROUP
     for piece in range(first, last):
-        tile, stop = piece * GROUP, min(piece * GROUP + GROUP, tiles)
-        for token in range(0, n_tokens, TOKENS):
-            packed = x + 4 * token * n_in
-            n = min(TOKENS, n_tokens - token)
-            if stop - tile == GROUP:
-                multiply_group(w + tile * tile_bytes, packed, 0, n_in, out)
-            else:
-                for t in range(tile, stop):
-                    to = out + (t - tile) * TOKENS * 64
-                    multiply(w + t * tile_bytes, packed, 0, n_in, to)
-            for t in range(tile, stop):
-                source = out + (t - tile) * TOKENS * 64
-                store_tile(source, y + 4 * (token * n_out + 16 * t), n, n_out, 16 * t, bias)
+        tile, token0 = piece % groups * GROUP, piece // groups * TOKEN_BLOCK
+        n_tiles, token1 = min(GROUP, tiles - tile), min(token0 + TOKEN_BLOCK, n_tokens)
+        clear(sums, (token1 - token0 + TOKENS - 1) // TOKENS * TOKENS * PANEL_ROW)
+        for column in range(0, n_in, COLUMNS):
+            n = min(COLUMNS, n_in - column)
+            for t in range(n_tiles):
+                source = w + (tile + t) * tile_bytes + column * (tile_bytes // n_in)
+                widen_tile(source, n, panel + 64 * t)
+            to = sums
+            for token in range(token0, token1, TOKENS):
+                rows = x + 4 * (token * n_in + column)
+                multiply_panel(panel, n, rows, 4 * n_in, min(TOKENS, token1 - token), to)
+                to += TOKENS * PANEL_ROW
+        for token in range(token0, token1):
+            source = sums + (token - token0) * PANEL_ROW
+            for t in range(tile, tile + n_tiles):
+                store_tile(source, y + 4 * (token * n_out + 16 * t), 1, n_out, 16 * t, bias)
+                source += 64
 
 
 def embed_float(args, first, last, worker):

@@ -39,6 +39,7 @@ class CPUCache(Cache):
         if kv_type not in TYPES:
             raise DeviceError(f"unknown kv_type {kv_type!r}; expected one of {sorted(TYPES)}")
         self.table = np.zeros((len(self.layers), LAYER // 8), np.int64)
+        self.address = self.table.ctypes.data
         self.k, self.v = [self._keys(c) for c in layers], [self._values(c) for c in layers]
         self.arrays = [
             {name: zeros(shape, np.dtype(np.float32)) for name, shape in c.arrays} for c in layers
@@ -54,7 +55,7 @@ class CPUCache(Cache):
         if c.head_dim > MAX_DIM or c.head_dim_v > MAX_DIM:
             raise DeviceError(f"heads of {c.head_dim} values; the cpu backend goes to {MAX_DIM}")
         if self.kv_type == "q8_0":
-            shape = (c.n_head_kv, self.n_ctx, blocks_bytes(c.head_dim))
+            shape = (c.n_head_kv, -(-self.n_ctx // 16), 16 * blocks_bytes(c.head_dim))
         else:
             shape = (c.n_head_kv, -(-self.n_ctx // 16), c.head_dim, 16)
         return zeros(shape, TYPES[self.kv_type])
@@ -76,8 +77,10 @@ class CPUCache(Cache):
 
     def _read(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
         k, v, c = self.k[layer], self.v[layer], self.layers[layer]
-        if self.kv_type != "q8_0":
-            tiles = -(-n // 16)
+        tiles = -(-n // 16)
+        if self.kv_type == "q8_0":
+            k = keys_to_rows(k[:, :tiles])
+        else:
             k = k[:, :tiles].transpose(0, 1, 3, 2).reshape(c.n_head_kv, tiles * 16, c.head_dim)
             v = v[..., : c.head_dim_v]
         return k[:, :n].transpose(1, 0, 2).copy(), v[:, :n].transpose(1, 0, 2).copy()
@@ -85,7 +88,11 @@ class CPUCache(Cache):
     def _write(self, layer: int, first: int, k: np.ndarray, v: np.ndarray) -> None:
         n, to = len(k), first + np.arange(len(k))
         if self.kv_type == "q8_0":
-            self.k[layer][:, to] = k.transpose(1, 0, 2)
+            first_tile, last_tile = first // 16, -(-(first + n) // 16)
+            some = self.k[layer][:, first_tile:last_tile]
+            rows = keys_to_rows(some)
+            rows[:, to - 16 * first_tile] = k.transpose(1, 0, 2)
+            some[...] = rows_to_keys(rows)
             self.v[layer][:, to] = v.transpose(1, 0, 2)
             return
         self.k[layer][:, to // 16, :, to % 16] = k
@@ -139,6 +146,25 @@ class CPUCache(Cache):
                 self._write(i, 0, arrays[f"{i}.k"], arrays[f"{i}.v"])
             for name, a in self.arrays[i].items():
                 a[...] = arrays[f"{i}.{name}"]
+
+
+def keys_to_rows(tiles: np.ndarray) -> np.ndarray:
+    """[K, tiles, bytes] as ``kvblocks`` lays keys -> [K, 16 * tiles, bytes], a row of blocks each."""
+    heads, n_tiles, n_bytes = tiles.shape
+    blocks = tiles.reshape(heads, n_tiles, n_bytes // 544, 544)
+    scales = blocks[..., :32].reshape(*blocks.shape[:3], 16, 2)
+    codes = blocks[..., 32:].reshape(*blocks.shape[:3], 32, 16).swapaxes(-1, -2)
+    rows = np.concatenate([scales, codes], -1).swapaxes(2, 3)
+    return rows.reshape(heads, 16 * n_tiles, n_bytes // 16)
+
+
+def rows_to_keys(rows: np.ndarray) -> np.ndarray:
+    """The inverse of ``keys_to_rows``."""
+    heads, n, n_bytes = rows.shape
+    blocks = rows.reshape(heads, n // 16, 16, n_bytes // 34, 34).swapaxes(2, 3)
+    scales = blocks[..., :2].reshape(*blocks.shape[:3], 32)
+    codes = blocks[..., 2:].swapaxes(-1, -2).reshape(*blocks.shape[:3], 512)
+    return np.concatenate([scales, codes], -1).reshape(heads, n // 16, 16 * n_bytes)
 
 
 def decode_q8_0(blocks: np.ndarray, n: int) -> np.ndarray:

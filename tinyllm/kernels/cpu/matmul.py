@@ -6,17 +6,19 @@ memory and runs all tokens past them, so that unpacking costs little. Experts: `
 
 from __future__ import annotations
 
-from . import amx, jit, micro
+from . import amx, floats, jit, micro
 from .floats import (
+    COLUMNS,
     GROUP,
+    PANEL_ROW,
     TOKENS,
     as_float,
     embed_float,
     matmul_float,
     matvec_float,
     multiplier,
-    pack,
     store_tile,
+    tile_widener,
     widener,
 )
 from .program import CPUArray, Tape, float_bits
@@ -155,20 +157,11 @@ def record_matmul(
 
 def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """The form of x that w's kernels read, made once for all that share x."""
-    if w.format is None and x.shape[0] == 1:
+    if w.format is None:
         return x
-    form = "packed" if w.format is None else "records"
-    if form not in x.derived:
-        x.derived[form] = (_pack if w.format is None else quantise_array)(tape, x)
-    return x.derived[form]
-
-
-def _pack(tape: Tape, x: CPUArray) -> CPUArray:
-    n_rows, n = x.shape
-    tiles = -(-n_rows // TOKENS)
-    out = tape.array((tiles * TOKENS, n))
-    tape.add(jit.kernel(pack), tiles, [x.address, out.address, n_rows, n])
-    return out
+    if "records" not in x.derived:
+        x.derived["records"] = quantise_array(tape, x)
+    return x.derived["records"]
 
 
 def quantise_array(tape: Tape, x: CPUArray, single: bool = False) -> CPUArray:
@@ -194,7 +187,7 @@ def matvec_kernel(w: CPUWeight) -> tuple[int, list[int]]:
     if w.format is not None:
         one = micro.multiplier(w.format, 1, 1)
         return jit.kernel(matvec, f"matvec_{w.kind}", multiply=one), []
-    one, group = multiplier(w.kind, 1, 1, 1), multiplier(w.kind, 1, GROUP, 1)
+    one, group = multiplier(w.kind, 1), multiplier(w.kind, GROUP)
     name = f"matvec_{w.kind}"
     return jit.kernel(matvec_float, name, multiply=one, multiply_group=group), [w.n_tiles]
 
@@ -218,13 +211,11 @@ def matmul_kernel(
     """The kernel for up to so many tokens, its arguments after the first six, its pieces, its scratch."""
     more = [w.n_tiles, w.n_out, n_tokens]
     if w.format is None:
-        scratch = tape.array((n_workers, GROUP * TOKENS * 64), "u1")
-        one, group = (multiplier(w.kind, TOKENS, n, TOKENS) for n in (1, GROUP))
-        names = {"multiply": one, "multiply_group": group}
-        address, pieces = (
-            jit.kernel(matmul_float, f"matmul_{w.kind}", **names),
-            -(-w.n_tiles // GROUP),
-        )
+        rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
+        scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
+        names = {"widen_tile": tile_widener(w.kind)}
+        address = jit.kernel(matmul_float, f"matmul_{w.kind}", **names)
+        pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
         n_steps, step_bytes = w.n_in // 32, micro.unpacked(w.format).tile_bytes
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024

@@ -7,6 +7,7 @@ values. A tape kept under a key is a whole step of a model: running it again cos
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 import sys
@@ -112,7 +113,7 @@ class CPUArray:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +132,7 @@ class CPUArray:
 
     def reshape(self, *shape: int) -> CPUArray:
         """The same values under another shape."""
-        known = -int(np.prod(shape))  # the product of the others when one is -1
+        known = -math.prod(shape)  # the product of the others when one is -1
         whole = [self.size // known if n == -1 else n for n in shape]
         return CPUArray(whole, self.dtype, self.address, self)
 
@@ -183,7 +184,7 @@ class Tape:
         """Room for an output of the next instruction."""
         if not self._grouped:
             self.arena.begin_stage()
-        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         place = _Place(self.arena, n_bytes)
         return CPUArray(shape, dtype, place.place[1], place)
 
