@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tinyllm.errors import ContextOverflow, DeviceError, NumericError, StateError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache, Routing
-from tinyllm.kernels.gpu import devices, weights
+from tinyllm.kernels.gpu import devices, sources, weights
 from tinyllm.kernels.gpu.arrays import Pool, bucket
 from tinyllm.kernels.gpu.cache import Shelf
 from tinyllm.kernels.reference import ReferenceBackend
@@ -346,6 +347,26 @@ def test_every_quantised_type_has_a_layout_that_keeps_its_size() -> None:
             continue
         saved = {"Q8_1": 2, "Q8_K": 32}.get(name, 0)  # sums that only dot products read
         assert weights.plane_bytes(name) == f.type_size - saved
+
+
+LOADS = {"load16": 16, "load32": 16, "nibbles": 16, "pairs": 16, "half_bytes": 16, "WORDS": 4}
+
+
+@pytest.mark.parametrize("name", weights.LAYOUTS)
+def test_wide_loads_are_aligned_and_within_their_plane(name: str) -> None:
+    """A GPU refuses what is not aligned; a processor may not mind."""
+    layout, fields = weights.LAYOUTS[name], quants.FORMATS[name].dtype
+    sizes = [fields[plane].itemsize for plane in layout.planes]
+    planes = {sum(sizes[:i]): size for i, size in enumerate(sizes)}
+    source = re.sub(r"HALF\((\d+)\)", r"PLANE(\1, 2)", sources.read(layout.header))
+    source = re.sub(r"WORDS\(", "WORDS(PLANE(", source)
+    body = source.split(f"Unit {layout.unpack}(")[1].split("\n}")[0]
+    found = re.findall(r"(?:(\w+)\()?PLANE\((\d+), (\d+)\)(?: \+ (\d+) \*)?", body)
+    assert found
+    for load, before, size, step in found:
+        align = LOADS.get(load, 2 if int(size) == 2 else 1)
+        assert planes[int(before)] == int(size)
+        assert int(before) % align == int(size) % align == int(step or 0) % align == 0
 
 
 def test_plain_integers_are_widened(be: Any) -> None:

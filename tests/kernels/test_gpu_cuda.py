@@ -143,6 +143,23 @@ def test_a_capture_that_copies_is_given_up(be: Any, driver: Any) -> None:
     assert driver.replays == 0
 
 
+def test_a_capture_that_the_driver_refuses_is_told_and_done_without(be: Any, driver: Any) -> None:
+    def refuse() -> None:
+        driver.tape = None
+        raise type(be).launch.__globals__["runtime"].CUDARuntimeError("capture invalidated")
+
+    def step(batch: Batch) -> Any:
+        return be.add(be.take(w, batch.ids), be.take(w, batch.ids))
+
+    w = be.array(np.ones((2, 4), F32))
+    be.stream.end_capture = refuse
+    be.step("k", step, Batch.of([[1]], [0], [0]))
+    with pytest.warns(UserWarning, match=r"not captured \(capture invalidated\)"):
+        y = be.step("k", step, Batch.of([[1]], [0], [0]))
+    assert (be.numpy(y) == 2).all()
+    assert (be.numpy(be.step("k", step, Batch.of([[1]], [0], [0]))) == 2).all()
+
+
 def test_close_frees_everything_at_once(be: Any, driver: Any, data: Path) -> None:
     path = data / "golden" / "quants" / "llama-h256-Q8_0.gguf"
     with gguf.open(path) as f:

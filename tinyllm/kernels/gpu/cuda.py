@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from .matrices import Matrices
 from .pinned import Pinned
 from .products import LibraryProducts
 from .sources import Program
+from .steps import NotRecordable
 from .weights import GPUWeight
 
 try:
@@ -136,13 +138,22 @@ class CUDABackend(LibraryProducts, GPUBackend):
             result = run()
         finally:
             self.recording = False
-            graph = self.stream.end_capture()
+            graph = self._captured()
 
         def replay() -> None:
             runtime.setDevice(self.index)
             graph.launch(self.stream)
 
         return replay, result
+
+    def _captured(self) -> Any:
+        """The graph of what was captured; NotRecordable, with a warning, where the driver refuses."""
+        try:
+            return self.stream.end_capture()
+        except runtime.CUDARuntimeError as e:
+            told = f"{self.name}: a step was not captured ({e}); it runs kernel by kernel, which is slower"
+            warnings.warn(told, stacklevel=2)
+            raise NotRecordable from e
 
     # ---- prefill
 

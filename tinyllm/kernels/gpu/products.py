@@ -1,8 +1,8 @@
 """Prefill through a library's matrix product, on weights decoded to half floats piece by piece.
 
 A piece is meant to stay in a large GPU's second-level cache (50 MB on an H100) between its decoding and
-its use. Plain weights are used as they lie; their
-activations are cut into several half-precision terms, which keeps the precision of float32.
+its use. Plain weights are used as they lie; their activations are cut into several half-precision terms,
+which keeps the precision of float32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .matrices import LANES, Matrices
 from .weights import PLAIN, GPUWeight
 
 PIECE = 16 << 20  # bytes of decoded weights at a time
+ALIGNED_ROWS = 64  # a piece of many rows has a multiple of these: the library wants aligned columns
 MOST_ROWS = 32768  # of a piece: the second dimension of a CUDA grid ends at 65535
 TERMS = {"F16": 2, "BF16": 3}
 PRODUCTS = sources.plain("products.c")
@@ -55,7 +56,8 @@ class LibraryProducts(Matrices):
 
     def _by_pieces(self, w: GPUWeight, cut: GPUArray, y: GPUArray) -> None:
         """Decode some rows, multiply, and so on."""
-        step = min(max(PIECE // (2 * w.n_in), 1), MOST_ROWS, w.n_out)
+        fit = min(PIECE // (2 * w.n_in), MOST_ROWS)
+        step = min(max(fit // ALIGNED_ROWS * ALIGNED_ROWS or fit, 1), w.n_out)
         piece = self.empty((step, w.n_in), np.uint16)
         program = sources.matrix(w.kind, "matvec.c")
         for first in range(0, w.n_out, step):
