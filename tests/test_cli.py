@@ -95,6 +95,11 @@ def test_a_missing_file_is_one_line_and_code_1(command, capsys):
     assert "/none.gguf" in printed.err
 
 
+def test_bytes_that_are_no_text_are_one_line_and_code_2(tiny, capsys):
+    assert main(["perplexity", tiny, tiny, *REFERENCE]) == 2
+    assert capsys.readouterr().err.startswith(f"tinyllm: {tiny}: expected a text in utf-8 (")
+
+
 def test_a_malformed_file_is_one_line_and_code_1(tmp_path, capsys):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 40)

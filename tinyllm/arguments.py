@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import ArgumentError, TinyLLMError
 
@@ -66,6 +66,30 @@ def load_options(p: Parser) -> None:
     p.add_argument("--check-weights", action="store_true", help="look for NaN and infinity first")
 
 
+def sampling_defaults() -> dict[str, float]:
+    """The numbers of SamplingParams that are options, with their defaults."""
+    from .sampling import SamplingParams
+
+    return {f.name: f.default for f in fields(SamplingParams) if isinstance(f.default, int | float)}
+
+
+def sampling_options(p: Parser) -> None:
+    for name, default in sampling_defaults().items():
+        flag, kind = f"--{name.replace('_', '-')}", type(default)
+        p.add_argument(flag, type=kind, default=default, metavar="X", help="default %(default)s")
+    p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+
+
+def sampling_of(args: Arguments) -> dict[str, Any]:
+    """What ``generate`` takes; a wrong value is told before a large file is read."""
+    from .sampling import SamplingParams
+
+    found = {name: getattr(args, name) for name in [*sampling_defaults(), "seed"]}
+    SamplingParams(**found)
+    return found
+
+
 def load_model(args: Arguments) -> Model:
     import tinyllm
 
@@ -114,7 +138,15 @@ def open_file(name: str | None) -> GGUFFile:
 
 def text_argument(text: str) -> str:
     """The text itself, or all of standard input for "-"."""
-    return sys.stdin.read() if text == "-" else text
+    return read_text("-") if text == "-" else text
+
+
+def read_text(name: str) -> str:
+    """All of a text file, or of standard input for "-"."""
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ArgumentError(f"{name}: expected a text in {e.encoding} ({e})") from None
 
 
 def refuse_lonely_model(command: str, model: str | None, text: str) -> None:

@@ -8,9 +8,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import __version__
 from .arguments import (
@@ -24,11 +23,13 @@ from .arguments import (
     load_options,
     model_argument,
     open_file,
+    read_text,
     refuse_lonely_model,
+    sampling_of,
+    sampling_options,
     text_argument,
 )
 from .errors import ArgumentError, TinyLLMError
-from .gguf.mixtures import MIXTURES
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
 
@@ -41,38 +42,15 @@ def run_arguments(p: Parser) -> None:
     p.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads standard input")
     load_options(p)
     p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="-1: no limit")
-    for name, kind, default in SAMPLING:
-        p.add_argument(
-            f"--{name}", type=kind, default=default, metavar="X", help="default %(default)s"
-        )
-    p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    sampling_options(p)
     p.add_argument("--overflow", default="error", choices=("error", "shift", "truncate"),
                    help="when the context is full")  # fmt: skip
     p.add_argument("--no-echo", action="store_true", help="do not repeat the prompt")
 
 
-SAMPLING: tuple[tuple[str, Callable[[str], Any], float], ...] = (
-    ("temperature", float, 0.8),
-    ("top-k", int, 40),
-    ("top-p", float, 0.95),
-    ("min-p", float, 0.0),
-    ("typical-p", float, 1.0),
-    ("repeat-penalty", float, 1.0),
-    ("repeat-last-n", int, 64),
-    ("presence-penalty", float, 0.0),
-    ("frequency-penalty", float, 0.0),
-)
-
-
 def run(args: Arguments) -> None:
-    from .sampling import SamplingParams
-
     refuse_lonely_model("run", args.model, args.prompt)
-    prompt = text_argument(args.prompt)
-    names = [name.replace("-", "_") for name, _, _ in SAMPLING]
-    sampling = {name: getattr(args, name) for name in [*names, "seed"]}
-    SamplingParams(**sampling)  # a wrong value is told before a large file is read
+    prompt, sampling = text_argument(args.prompt), sampling_of(args)
     with load_decoder(args) as model:
         pieces = model.generate(
             prompt, args.max_tokens, **sampling, stop=args.stop, overflow=args.overflow, stream=True
@@ -96,7 +74,7 @@ def embed_arguments(p: Parser) -> None:
 
 def embed(args: Arguments) -> None:
     refuse_lonely_model("embed", args.model, args.text[0])
-    texts = sys.stdin.read().splitlines() if args.text == ["-"] else args.text
+    texts = read_text("-").splitlines() if args.text == ["-"] else args.text
     with load_model(args) as model:
         for vector in model.embed(texts, args.pooling, not args.no_normalize):
             print(json.dumps([float(f"{x:.7g}") for x in vector]))
@@ -242,7 +220,7 @@ def perplexity(args: Arguments) -> None:
 
     from .perplexity import perplexity as score
 
-    text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text("utf-8")
+    text = read_text(args.file)
     with load_decoder(args) as model:
         ids = model.tokenizer.encode(text, parse_special=False)
         found = score(model, ids, args.window, args.n_windows,
@@ -257,6 +235,8 @@ def perplexity(args: Arguments) -> None:
 
 
 def quantize_arguments(p: Parser) -> None:
+    from .gguf.mixtures import MIXTURES
+
     p.add_argument(
         "source", metavar="IN", help="an F16, BF16 or F32 file; of a split one the first"
     )
@@ -275,11 +255,11 @@ def quantize(args: Arguments) -> None:
     from .gguf.quantize import quantize_file
 
     with open_file(args.source) as file:
-        n_tensors = len(file.tensors)
+        source, n_tensors = file.path, len(file.tensors)
         n_weights = sum(tensor.n_elements for tensor in file.tensors.values())
     with tqdm(total=n_tensors, desc="quantizing", leave=False, unit="tensor", disable=None) as bar:
         types = quantize_file(
-            args.source, args.target, args.format, requantize=args.requantize,
+            source, args.target, args.format, requantize=args.requantize,
             n_threads=args.n_threads, report=lambda *_: bar.update(),
         )  # fmt: skip
     for kind, n in Counter(types.values()).most_common():

@@ -6,22 +6,30 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import MODEL_HELP, Arguments, Command, Parser, load_decoder, load_options
+from .arguments import (
+    MODEL_HELP,
+    Arguments,
+    Command,
+    Parser,
+    load_decoder,
+    load_options,
+    read_text,
+    sampling_of,
+    sampling_options,
+)
 from .conversation import Conversation, load, save
 from .errors import ArgumentError, ContextOverflow, TinyLLMError
 from .generate import Timings
-from .sampling import SamplingParams
 
 if TYPE_CHECKING:
     from .model import Model
 
 QUOTES = '"""'
 PROMPT, MORE = "> ", ". "
-SAMPLING = [f for f in fields(SamplingParams) if isinstance(f.default, (int, float))]
 WHAT_LEAVES = "(Ctrl-C again, Ctrl-D or /exit leaves)"
 
 
@@ -237,13 +245,7 @@ def chat_arguments(p: Parser) -> None:
     p.add_argument("--system", default="", metavar="TEXT", help="the system message")
     p.add_argument("--template", metavar="FILE", help="a Jinja chat template; default: the model's")
     p.add_argument("-n", "--max-tokens", type=int, default=-1, metavar="N", help="of an answer")
-    for f in SAMPLING:
-        flag, default = f"--{f.name.replace('_', '-')}", f.default
-        p.add_argument(
-            flag, type=type(default), default=default, metavar="X", help="default %(default)s"
-        )
-    p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answers")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    sampling_options(p)
 
 
 def talk(args: Arguments) -> None:
@@ -252,13 +254,11 @@ def talk(args: Arguments) -> None:
     if args.file and args.model:
         raise ArgumentError(f"two models: {args.file} and {args.model}; expected one")
     args.model = args.file or args.model
-    sampling = {f.name: getattr(args, f.name) for f in SAMPLING}
-    SamplingParams(**sampling, seed=args.seed)  # a wrong value is told before a large file is read
+    sampling = sampling_of(args)
     max_tokens, template = check_max_tokens(args.max_tokens), read_template(args.template)
     with load_decoder(args) as model:
-        options = {**sampling, "stop": args.stop}
-        chosen = template or own_template(model)
-        chat = Conversation(model, chosen, max_tokens, args.seed, options)
+        chosen, seed = template or own_template(model), sampling.pop("seed")
+        chat = Conversation(model, chosen, max_tokens, seed, {**sampling, "stop": args.stop})
         chat.system = args.system
         Repl(chat, open_screen(model)).run()
 
@@ -268,10 +268,7 @@ def read_template(name: str | None) -> str | None:
 
     if name is None:
         return None
-    try:
-        text = Path(name).read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise ArgumentError(f"{name}: a template is a text in UTF-8 ({e})") from None
+    text = read_text(name)
     check(text)
     return text
 

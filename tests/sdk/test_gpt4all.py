@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import types
 from pathlib import Path
@@ -117,9 +118,10 @@ def test_config_has_the_list_as_last_fetched(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path))
-    entry = {"filename": "stories260K.gguf", "name": "Stories", "chatTemplate": "{{ messages }}"}
-    (tmp_path / "models3.json").write_text(f"[{entry}]".replace("'", '"'))
-    assert GPT4All.retrieve_model("stories260K", models)["name"] == "Stories"
+    entry = {"filename": "stories260K.gguf", "name": "Stories", "promptTemplate": "U: %1 A: %2"}
+    (tmp_path / "models3.json").write_text(json.dumps([entry]))
+    config = GPT4All.retrieve_model("stories260K", models)
+    assert (config["name"], config["promptTemplate"]) == ("Stories", "U: {0} A: {1}")
     assert "name" not in GPT4All.retrieve_model("stories260K", models, allow_download=False)
 
 

@@ -135,7 +135,7 @@ def test_the_lists_template_and_system_message_are_the_default(
         llm.chat_session(),
     ):
         pass
-    config.update(promptTemplate="### {Q}: %1\n### A: %2 end")
+    config.update(promptTemplate=from_percent("### {Q}: %1\n### A: %2 end"))
     with llm.chat_session():
         assert llm._current_prompt_template == "### {{Q}}: {0}\n### A: {1} end"
 

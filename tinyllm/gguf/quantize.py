@@ -18,7 +18,7 @@ from .tensor import Tensor
 from .writer import RawTensor, write
 
 _CHUNK = 1 << 20  # weights that a thread converts at a time
-Report = Callable[[str, str, str], None]
+Report = Callable[[str, str, str], object]
 
 
 def quantize_file(

@@ -70,13 +70,14 @@ def entry_of(filename: str, models: Iterable[ConfigType]) -> ConfigType:
 
 
 def download_listed(entry: ConfigType, directory: Path, verbose: bool = True) -> Path:
-    """Download a file of the list into a directory, with the list's size and digest."""
+    """Download a file of the list into a directory, with the list's size and digests."""
     name, size = safe_name(entry["filename"]), entry.get("filesize")
     return fetch(
         entry.get("url") or FILES_URL + quote(name),
         directory / name,
         size=None if size is None else int(size),
         md5=entry.get("md5sum"),
+        sha256=entry.get("sha256sum"),
         verbose=verbose,
     )
 
@@ -134,13 +135,13 @@ def find_model(
     if isinstance(name, str) and name.startswith("hf:"):
         return download_hf(name, verbose, allow_download)
     path = Path(name)
-    here = [path, DEFAULT_MODEL_DIRECTORY / _with_extension(str(name))]
+    here = [path, DEFAULT_MODEL_DIRECTORY / append_extension_if_missing(str(name))]
     found = next((p for p in here if p.is_file()), None)
     if found is not None:
         return found
     listed = len(path.parts) == 1 and allow_download
     models = (known_models() or _list_for(str(name))) if listed else []
-    entry = entry_of(_with_extension(str(name)), models)
+    entry = entry_of(append_extension_if_missing(str(name)), models)
     if not entry:
         raise FileNotFoundError(_not_found(str(name), models))
     DEFAULT_MODEL_DIRECTORY.mkdir(parents=True, exist_ok=True)
@@ -166,5 +167,6 @@ def _not_found(name: str, models: list[ConfigType]) -> str:
     return f"Model file does not exist: {name!r}{also}"
 
 
-def _with_extension(name: str) -> str:
-    return name if name.endswith((".bin", ".gguf")) else f"{name}.gguf"
+def append_extension_if_missing(model_name: str) -> str:
+    """The name of a model's file."""
+    return model_name if model_name.endswith((".bin", ".gguf")) else f"{model_name}.gguf"

@@ -7,7 +7,7 @@ import sys  # programs import it from here
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tinyllm.completion import Completion
@@ -20,13 +20,13 @@ from tinyllm.sdk._pyllmodel import (
     ResponseCallbackType,
     empty_response_callback,
 )
-from tinyllm.sdk.catalogue import ConfigType
+from tinyllm.sdk.catalogue import ConfigType, append_extension_if_missing
 from tinyllm.sdk.closing import Closing
 from tinyllm.sdk.devices import BackendName, split_device
 from tinyllm.sdk.download import _fsync
 from tinyllm.sdk.embed4all import Embed4All
 from tinyllm.sdk.legacy import LegacyNames
-from tinyllm.sdk.retrieval import ModelFiles, append_extension_if_missing
+from tinyllm.sdk.retrieval import ModelFiles
 from tinyllm.sdk.session import ChatSession
 from tinyllm.sdk.templates import (
     DEFAULT_PROMPT_TEMPLATE,
@@ -420,10 +420,5 @@ def _collecting(parts: list[str], callback: ResponseCallbackType) -> ResponseCal
     return collect
 
 
-@contextmanager
-def _turn(session: ChatSession | None, parts: list[str]) -> Iterator[None]:
-    if session is None:
-        yield
-    else:
-        with session.turn(parts):
-            yield
+def _turn(session: ChatSession | None, parts: list[str]) -> AbstractContextManager[None]:
+    return nullcontext() if session is None else session.turn(parts)

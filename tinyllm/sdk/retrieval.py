@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import requests
 
 from tinyllm.sdk import catalogue
-from tinyllm.sdk.catalogue import ConfigType
+from tinyllm.sdk.catalogue import ConfigType, append_extension_if_missing
 from tinyllm.sdk.download import fetch, safe_name
+from tinyllm.sdk.templates import from_percent
 
 
 class ModelFiles:
@@ -45,11 +47,11 @@ class ModelFiles:
         config: ConfigType = {"filename": filename}
         if path.exists():
             if allow_download:
-                config |= catalogue.entry_of(filename, catalogue.known_models())
+                config |= _entry(filename, catalogue.known_models())
             if verbose:
                 print(f"Found model file at {str(path)!r}", file=sys.stderr)  # noqa: T201
         elif allow_download and len(Path(filename).parts) == 1:
-            config |= catalogue.entry_of(filename, cls._models_for(filename, directory))
+            config |= _entry(filename, cls._models_for(filename, directory))
             path = cls._download(filename, directory, config, verbose)
         else:
             raise FileNotFoundError(f"Model file does not exist: {path!r}")
@@ -125,13 +127,21 @@ class ModelFiles:
         """
         name = safe_name(model_filename)
         return fetch(
-            url or catalogue.FILES_URL + name,
+            url or catalogue.FILES_URL + quote(name),
             Path(model_path) / name,
             size=expected_size,
             md5=expected_md5,
             sha256=expected_sha256,
             verbose=verbose,
         )
+
+
+def _entry(filename: str, models: list[ConfigType]) -> ConfigType:
+    """The list's entry, with its old template as `GPT4All.chat_session` takes it."""
+    entry = catalogue.entry_of(filename, models)
+    if entry.get("promptTemplate"):
+        entry["promptTemplate"] = from_percent(str(entry["promptTemplate"]))
+    return entry
 
 
 def _default_directory() -> Path:
@@ -144,8 +154,3 @@ def _default_directory() -> Path:
     except OSError as error:
         raise RuntimeError("Failed to create model download directory") from error
     return directory
-
-
-def append_extension_if_missing(model_name: str) -> str:
-    """The name of a model's file."""
-    return model_name if model_name.endswith((".bin", ".gguf")) else f"{model_name}.gguf"

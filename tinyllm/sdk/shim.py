@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from tinyllm.errors import TinyLLMError
+from tinyllm.sdk.closing import Closing
 
 VERSION = "2.8.2"
 EXPORTS = ("CancellationError", "Embed4All", "GPT4All")
@@ -69,7 +70,7 @@ def _real_package() -> bool:
     return "gpt4all" in sys.modules or importlib.util.find_spec("gpt4all") is not None
 
 
-class Shim:
+class Shim(Closing):
     """The modules and the metadata that stand for gpt4all."""
 
     def __init__(self) -> None:
@@ -91,16 +92,7 @@ class Shim:
             del sys.modules[name]
         sys.modules.update(self._hidden)
 
-    def __enter__(self) -> Shim:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.uninstall()
+    close = uninstall  # at the end of a with block
 
 
 def _loaded() -> list[str]:

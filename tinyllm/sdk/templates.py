@@ -117,7 +117,7 @@ def default_source(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> st
     if config.get("chatTemplate"):
         return str(config["chatTemplate"])
     if config.get("promptTemplate"):
-        return from_percent(str(config["promptTemplate"]))
+        return str(config["promptTemplate"])
     if "chatTemplate" in config:
         raise ValueError(f"The model {config.get('name')!r} does not support chat.")
     source = chat.pick_template(metadata)
