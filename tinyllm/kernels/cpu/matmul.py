@@ -42,6 +42,7 @@ start = stop = None  # of the matrix unit, where there is one
 UNPACKED = 8  # tiles unpacked together: 128 rows
 STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
 TOKEN_BLOCK = 512
+FEW = 8  # tokens for which unpacking does not pay
 
 
 def quantise_rows(args, first, last, worker):
@@ -64,6 +65,16 @@ def matvec(args, first, last, worker):
         multiply(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile)
         if bias != 0:
             store(y + 64 * tile, load(y + 64 * tile) + load(bias + 64 * tile))
+
+
+def matmul_few(args, first, last, worker):
+    """y [T, n_out] of no more tokens than ``multiply`` takes, straight from the tiles; a piece is a tile."""
+    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    tile_bytes, n_blocks, n_out, n_tokens = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
+    sums = arg(args, 8) + worker * arg(args, 9)
+    for tile in range(first, last):
+        multiply(w + tile * tile_bytes, x, 0, n_blocks, sums)
+        store_tile(sums, y + 64 * tile, n_tokens, n_out, 16 * tile, bias)
 
 
 def matmul(args, first, last, worker):
@@ -149,6 +160,8 @@ def record_matmul(
     common = [w.address, forms.address, y.address, bias_at, w.tile_bytes, w.n_blocks]
     if n_tokens == 1:
         _record_matvec(tape, w, common, joins)
+    elif w.format is not None and n_tokens <= FEW:
+        _record_few(tape, w, common, n_tokens, n_workers, joins)
     else:
         _record_many(tape, w, common, n_tokens, n_workers, joins)
     tape.keep(w, x, forms, y, bias)
@@ -195,6 +208,18 @@ def matvec_kernel(w: CPUWeight) -> tuple[int, list[int]]:
 def chunk(pieces: int) -> int:
     """Pieces claimed at once: a claim should take some ten microseconds."""
     return max(1, min(8, pieces // 16))
+
+
+def _record_few(
+    tape: Tape, w: CPUWeight, common: list[int], n_tokens: int, n_workers: int, joins: bool
+) -> None:
+    slots = next(n for n in (2, 4, 8) if n >= n_tokens)  # spare ones repeat the last token
+    names = {"multiply": micro.multiplier(w.format, slots, micro.SLOTS)}
+    address = jit.kernel(matmul_few, f"matmul_{slots}_{w.kind}", **names)
+    scratch = tape.array((n_workers, slots * 64), "u1")
+    args = [*common, w.n_out, n_tokens, scratch.address, scratch.shape[1]]
+    tape.add(address, w.n_tiles, args, chunk(w.n_tiles), joins)
+    tape.keep(scratch)
 
 
 def _record_many(

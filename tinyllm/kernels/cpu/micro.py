@@ -26,7 +26,7 @@ from .simd import F32, I8, I32, I64, LANES, Emit, V, emitter, i64, instruction_s
 
 INVERSE_127 = float(np.float32(1 / 127))
 SLOTS = 16  # tokens of a record when there are more than one
-AHEAD = 6144  # bytes prefetched ahead in one token's product: 15 to 50 % where memory is slow
+AHEAD = 6144  # bytes prefetched ahead in a few tokens' product: 15 to 50 % where memory is slow
 # d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first and last 16
 FIELDS = ("d", "ds", "ds0", "ds1", "n8", "n128", "n0", "n1")
 
@@ -116,7 +116,7 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
 
         def block(i, acc):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
-            if n_tokens == 1 and first == 0:
+            if first == 0 and not resume:
                 for line in range(0, fmt.tile_bytes, 64):
                     e.prefetch(p, AHEAD + line)
             tile = Tile(e, p, fmt, first, n)
