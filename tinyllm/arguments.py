@@ -122,10 +122,7 @@ def locate(name: str | None) -> Path:
         return locate_model(name)
     except (TinyLLMError, OSError):
         raise
-    except (
-        ValueError,
-        RuntimeError,
-    ) as e:  # a server that refused, a file that was not the expected
+    except (ValueError, RuntimeError) as e:  # a server that refused, a file not the expected one
         raise TinyLLMError(f"{name}: {e}") from e
 
 

@@ -215,9 +215,9 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if owner is not None and not isinstance(owner, type(operator)):
             args = self._check_method(owner, name, args, kwargs)
         result = super().call(context, obj, *args, **kwargs)
-        return (
-            result if name in FREE_RESULTS and isinstance(owner, dict) else self.meter.made(result)
-        )
+        if name in FREE_RESULTS and isinstance(owner, dict):
+            return result
+        return self.meter.made(result)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.meter.tick()
@@ -348,9 +348,8 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             value = args[skip]
             if name in DEEP:
                 self.meter.weigh(value)
-            self.meter.tick(
-                1 + (_length(value) if name in LAZY or not isinstance(value, str) else 0)
-            )
+            by_element = name in LAZY or not isinstance(value, str)
+            self.meter.tick(1 + (_length(value) if by_element else 0))
             value = self._check_filter(name, value, args[skip + 1 :], kwargs)
             result = function(*args[:skip], value, *args[skip + 1 :], **kwargs)
             if name in PASSING:

@@ -66,9 +66,8 @@ class TextStream:
         self._shown: list[str] = []
         self._held = ""  # decoded, but it may be the beginning of a stop string
         self._n_chars = 0  # shown and held
-        self._spans: list[
-            tuple[int, int]
-        ] = []  # the characters that each token not wholly shown touches
+        # the characters that each token not wholly shown touches
+        self._spans: list[tuple[int, int]] = []
         self._ended = False
         self.stopped: str | None = None
         """The stop string that ended the text; None if none has."""

@@ -234,10 +234,8 @@ class _Transfer:
     def _request(self) -> Any:
         import requests
 
-        headers = {
-            **self.headers,
-            "Accept-Encoding": "identity",
-        }  # an encoding changes the meaning of ranges
+        # an encoding would change the meaning of ranges
+        headers = {**self.headers, "Accept-Encoding": "identity"}
         if self.have:
             headers["Range"] = f"bytes={self.have}-"
             if self.note.get("if_range"):
@@ -365,9 +363,8 @@ def _total(response: Any, start: int) -> int | None:
 def _arriving(response: Any) -> Iterator[bytes]:
     """Pieces as they arrive, so that a cut loses nothing of what came before it."""
     raw = response.raw
-    read = getattr(
-        raw, "read1", raw.read
-    )  # urllib3 1.26 has no read1, and its read does not wait for all
+    # urllib3 1.26 has no read1, and its read does not wait for all
+    read = getattr(raw, "read1", raw.read)
     while block := read(BLOCK, decode_content=False):
         yield block
 

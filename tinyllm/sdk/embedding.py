@@ -40,9 +40,9 @@ class Spec:
 NOMIC = ("search_document", "search_query", ("clustering", "classification"))
 SPECS: dict[Spec, str] = {
     Spec("", ""): "all-MiniLM-L6-v1 all-MiniLM-L12-v1 all-MiniLM-L6-v2 all-MiniLM-L12-v2",
-    Spec(
-        *NOMIC
-    ): "nomic-embed-text-v1 nomic-embed-text-v1-ablated nomic-embed-text-v1-unsupervised",
+    Spec(*NOMIC): (
+        "nomic-embed-text-v1 nomic-embed-text-v1-ablated nomic-embed-text-v1-unsupervised"
+    ),
     Spec(*NOMIC, (768, 512, 384, 256, 128)): "nomic-embed-text-v1.5",
     Spec(
         "Represent this document for retrieval",
@@ -104,9 +104,8 @@ def embed(
     if request.cancel_cb and request.cancel_cb(batch_sizes(chunks, n_ctx), backend):
         raise Canceled("operation was canceled")
     rows = model.embed_batch([chunk.ids for chunk in chunks], None, False)
-    return combine(
-        rows, chunks, len(request.texts), width, bool(spec and spec.recommended)
-    ), n_tokens
+    matryoshka = bool(spec and spec.recommended)
+    return combine(rows, chunks, len(request.texts), width, matryoshka), n_tokens
 
 
 def name_of(model: Model) -> str:

@@ -51,9 +51,7 @@ def _open_locked(path: Path) -> int:
             raise
         if _is_still(path, fd):
             return fd
-        os.close(
-            fd
-        )  # its holder removed it while we waited: what we hold is no longer at this path
+        os.close(fd)  # its holder removed it while we waited: ours is no longer at this path
 
 
 def _is_still(path: Path, fd: int) -> bool:

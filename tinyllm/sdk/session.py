@@ -44,11 +44,10 @@ class ChatSession:
         try:
             whole = self.template.render(self.history, model.special_tokens_map)
             model.check_length(self._last_turn(model, whole))
+            self.state = self.state or model.new_state()
         except BaseException:
             self.take_back()
             raise
-        if self.state is None:
-            self.state = model.new_state()
         return whole
 
     def _last_turn(self, model: LLModel, whole: str) -> str:
