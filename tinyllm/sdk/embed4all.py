@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tinyllm.sdk.closing import Closing
 
 if TYPE_CHECKING:
-    from tinyllm.sdk._pyllmodel import EmbCancelCallbackType
+    from tinyllm.sdk._pyllmodel import EmbCancelCallbackType, EmbedResult
 
 
 class Embed4All(Closing):
@@ -42,6 +42,30 @@ class Embed4All(Closing):
         """Free the model at once."""
         self.gpt4all.close()
 
+    @overload
+    def embed(
+        self, text: str, *, prefix: str | None = ..., dimensionality: int | None = ...,
+        long_text_mode: str = ..., return_dict: Literal[False] = ..., atlas: bool = ...,
+        cancel_cb: EmbCancelCallbackType | None = ...,
+    ) -> list[float]: ...  # fmt: skip
+    @overload
+    def embed(
+        self, text: list[str], *, prefix: str | None = ..., dimensionality: int | None = ...,
+        long_text_mode: str = ..., return_dict: Literal[False] = ..., atlas: bool = ...,
+        cancel_cb: EmbCancelCallbackType | None = ...,
+    ) -> list[list[float]]: ...  # fmt: skip
+    @overload
+    def embed(
+        self, text: str | list[str], *, prefix: str | None = ..., dimensionality: int | None = ...,
+        long_text_mode: str = ..., return_dict: Literal[True], atlas: bool = ...,
+        cancel_cb: EmbCancelCallbackType | None = ...,
+    ) -> EmbedResult: ...  # fmt: skip
+    @overload
+    def embed(
+        self, text: str | list[str], *, prefix: str | None = ..., dimensionality: int | None = ...,
+        long_text_mode: str = ..., return_dict: bool = ..., atlas: bool = ...,
+        cancel_cb: EmbCancelCallbackType | None = ...,
+    ) -> Any: ...  # fmt: skip
     def embed(
         self,
         text: str | list[str],
