@@ -214,7 +214,7 @@ class Network:
 def unlock() -> None:
     """In a forked child, the thread that held a lock does not exist."""
     for network in list(NETWORKS):
-        network.lock = threading.RLock()
+        network.lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does
 
 
 if hasattr(os, "register_at_fork"):

@@ -34,6 +34,8 @@ _addresses: dict[str, int] = {}  # of the kernels in memory, by name
 _sources: dict[str, tuple[Callable, dict[str, Any]]] = {}  # what they were made of
 compiled: list[str] = []  # those that were not in the cache
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # in a child, the thread that held it does not exist
+    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 _spent, _told = 0.0, False  # seconds of compiling so far; whether a line is open that says so
 LINE = "tinyllm: compiling kernels for this processor (once):"
 HASH = 32  # bytes before the machine code
