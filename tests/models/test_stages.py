@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -152,6 +153,25 @@ def test_states_are_cut_back_shifted_and_saved(
         assert (
             np.abs(m.logits([7, 8], restored(m, tmp_path / f"{saved}.npz")) - want).max() <= bound
         )
+
+
+def test_work_on_a_cache_waits_for_the_steps_of_others(
+    staged: tinyllm.Model, tmp_path: Path
+) -> None:
+    state = staged.new_state(64)
+    staged.logits([5, 6, 7, 8], state)
+    state.save(tmp_path / "saved.npz")
+    for work in (
+        lambda: state.shift(1, 1),
+        lambda: state.save(tmp_path / "again.npz"),
+        lambda: state.restore(tmp_path / "saved.npz"),
+    ):
+        thread = threading.Thread(target=work)
+        with staged.network.lock:
+            thread.start()
+            thread.join(0.05)
+            assert thread.is_alive()
+        thread.join()
 
 
 def restored(m: tinyllm.Model, path: Path) -> Any:

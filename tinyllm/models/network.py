@@ -86,7 +86,7 @@ class Network:
             check_fits(stage.be, need, f"the keys and values of n_ctx={n_ctx}", advice)
         with self.lock, allocating(f"the keys and values of n_ctx={n_ctx}", advice):
             cache = new_cache(self.stages, layers, n_ctx, self.kv_type)
-        state = State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint)
+        state = State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint, self.lock)
         state.can_shift = all(getattr(b.mixer, "can_shift", True) for b in self.decoder.blocks)
         return state
 

@@ -11,6 +11,8 @@ import numpy as np
 from ..errors import ArgumentError, StateError
 
 if TYPE_CHECKING:
+    from threading import RLock
+
     from ..kernels.backend import Cache, LayerCache, RopeSpec
 
 HEADER = 4096  # bytes before the numbers of an array in a saved state, at most
@@ -20,7 +22,8 @@ class State:
     """One sequence of tokens and its cache; made by ``Model.new_state``.
 
     ``ids`` is the whole sequence; the first ``n_past`` of them are stored in the cache, the others are
-    computed by the next step. A model may serve many states; a state serves one caller at a time.
+    computed by the next step. A model may serve many states; a state serves one caller at a time. ``lock`` is
+    the model's: what works on the cache waits for other callers' steps.
     """
 
     def __init__(
@@ -30,8 +33,9 @@ class State:
         ropes: Sequence[RopeSpec | None],
         n_ctx: int,
         fingerprint: str,
+        lock: RLock,
     ) -> None:
-        self.cache, self.layers, self.ropes = cache, layers, ropes
+        self.cache, self.layers, self.ropes, self.lock = cache, layers, ropes, lock
         self.n_ctx, self.fingerprint = n_ctx, fingerprint
         self.can_shift = True  # may stored keys be turned to other positions?
         self.ids: list[int] = []
@@ -65,7 +69,8 @@ class State:
         if n < self.n_past and n > 0 and not self.can_truncate:
             raise StateError("a recurrent state cannot be cut back; start a new one")
         if n == 0 and not self.can_truncate:
-            self.cache.restore({k: np.zeros_like(v) for k, v in self.cache.export(0).items()})
+            with self.lock:
+                self.cache.restore({k: np.zeros_like(v) for k, v in self.cache.export(0).items()})
             self.spoilt = False
         del self.ids[n:]
         self.n_past = min(self.n_past, n)
@@ -95,9 +100,10 @@ class State:
             raise ArgumentError(
                 f"cannot drop {discard} tokens after {keep}: {self.n_past} are stored"
             )
-        for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
-            if layer.n_head_kv:
-                self.cache.shift(i, keep, discard, self.n_past, rope)
+        with self.lock:
+            for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
+                if layer.n_head_kv:
+                    self.cache.shift(i, keep, discard, self.n_past, rope)
         del self.ids[keep : keep + discard]
         self.n_past -= discard
 
@@ -117,7 +123,8 @@ class State:
         self.check_whole()
         path = Path(path)
         part = path.with_name(path.name + ".part")
-        arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
+        with self.lock:
+            arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
         ids = np.asarray(self.ids, np.int32)
         try:
             with part.open("wb") as f:
@@ -152,7 +159,8 @@ class State:
                     raise ValueError(f"{ids.shape} tokens, {n_past} stored; room for {self.n_ctx}")
                 if fingerprint != self.fingerprint:
                     raise ValueError(f"saved with another model or cache type ({fingerprint:.80})")
-                expected = {f"cache.{k}": a for k, a in self.cache.export(n_past).items()}
+                with self.lock:
+                    expected = {f"cache.{k}": a for k, a in self.cache.export(n_past).items()}
                 for name, size in sizes.items():  # before anything is unpacked
                     if name not in small and size > expected[name].nbytes + HEADER:
                         raise ValueError(f"{name} has {size} bytes")
@@ -167,5 +175,6 @@ class State:
                 raise StateError(
                     f"{path}: the array {name} is missing, surplus or of another shape"
                 )
-        self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
+        with self.lock:
+            self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
         self.ids, self.n_past, self.spoilt = ids.tolist(), n_past, False
