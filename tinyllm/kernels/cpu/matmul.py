@@ -1,7 +1,7 @@
 """Matrix products: kernels around the micro-kernels of ``micro`` (quantised) and ``floats`` (F32, F16, BF16).
 
-One token: ``matvec``, straight from the tiles. More: ``matmul``; a thread unpacks a few tiles into its scratch
-memory and runs all tokens past them, so that unpacking costs little. Experts: ``matvec_experts``.
+One token: ``matvec``, straight from the tiles; up to FEW: ``matmul_few``, likewise. More: ``matmul``; a thread
+unpacks a few tiles into its scratch memory and runs all tokens past them, so that unpacking costs little.
 """
 
 from __future__ import annotations
@@ -41,20 +41,22 @@ multiply = multiply_tokens = unpack = quantise = None
 start = stop = None  # of the matrix unit, where there is one
 UNPACKED = 8  # tiles unpacked together: 128 rows
 STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
+QUANTISED = 16  # records of a piece: 512 columns
 TOKEN_BLOCK = 512
 FEW = 8  # tokens for which unpacking does not pay
 
 
 def quantise_rows(args, first, last, worker):
-    """x [T, n] -> records of S tokens; a piece is S rows."""
+    """x [T, n] -> records of S tokens, of which ``used`` are filled; a piece is QUANTISED records."""
     x, out, n_rows, n, slots = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4)
+    used, spans = arg(args, 5), (n // 32 + QUANTISED - 1) // QUANTISED
     for piece in range(first, last):
-        record = out + piece * (n // 32) * slots * 64
-        for block in range(n // 32):
-            for slot in range(slots):
-                row = min(piece * slots + slot, n_rows - 1)  # spare slots repeat the last row
+        tile, begin = piece // spans, piece % spans * QUANTISED
+        for block in range(begin, min(begin + QUANTISED, n // 32)):
+            record = out + (tile * (n // 32) + block) * slots * 64
+            for slot in range(used):
+                row = min(tile * slots + slot, n_rows - 1)  # spare slots repeat the last row
                 quantise(x + 4 * (row * n + 32 * block), record, slot)
-            record += slots * 64
 
 
 def matvec(args, first, last, worker):
@@ -183,8 +185,11 @@ def quantise_array(tape: Tape, x: CPUArray, single: bool = False) -> CPUArray:
     slots = 1 if single or n_rows == 1 else micro.SLOTS
     tiles = -(-n_rows // slots)
     out = tape.array((tiles * n // 32, micro.record_bytes(slots)), "u1")
+    used = min(slots, FEW) if n_rows <= FEW else slots
     address = jit.kernel(quantise_rows, f"quantise_{slots}", quantise=micro.quantiser(slots))
-    tape.add(address, tiles, [x.address, out.address, n_rows, n, slots])
+    spans = -(-n // 32 // QUANTISED)
+    args = [x.address, out.address, n_rows, n, slots, used]
+    tape.add(address, tiles * spans, args, spans if slots == 1 else 1)
     tape.keep(x)
     return out
 
