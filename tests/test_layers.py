@@ -35,14 +35,16 @@ ALLOWED = {
     "sdk": BELOW_MODEL | {"model"},
     "arguments": BELOW_MODEL | {"model"},
     "conversation": {"errors", "generate", "chat", "model"},
-    "repl": BELOW_MODEL | {"model", "sdk", "arguments", "conversation"},
+    "terminal": set(),
+    "repl": BELOW_MODEL | {"model", "sdk", "arguments", "conversation", "terminal"},
     "server": BELOW_MODEL | {"model", "sdk"},
     "bench": BELOW_MODEL | {"model"},
     "perplexity": BELOW_MODEL | {"model"},
     "info": BELOW_MODEL | {"model"},
     "warmup": BELOW_MODEL | {"model"},
     "cli": BELOW_MODEL
-    | {"model", "sdk", "arguments", "repl", "server", "bench", "perplexity", "info", "warmup"},
+    | {"model", "sdk", "arguments", "repl", "server", "bench", "perplexity", "info", "warmup"}
+    | {"terminal"},
     "__main__": {"cli"},
     "__init__": {"errors", "gguf", "tokenizers", "completion", "model", "sdk"},
 }

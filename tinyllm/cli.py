@@ -30,6 +30,7 @@ from .arguments import (
     text_argument,
 )
 from .errors import ArgumentError, TinyLLMError
+from .terminal import show
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
 
@@ -55,9 +56,9 @@ def run(args: Arguments) -> None:
         pieces = model.generate(
             prompt, args.max_tokens, **sampling, stop=args.stop, overflow=args.overflow, stream=True
         )
-        print("" if args.no_echo else prompt, end="", flush=True)
+        show("" if args.no_echo else prompt)
         for piece in pieces:
-            print(piece, end="", flush=True)
+            show(piece)
         print()
 
 
@@ -394,5 +395,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except (TinyLLMError, OSError, MemoryError) as e:
         message = " ".join(str(e).split()) or type(e).__name__
-        print(f"tinyllm: {message}", file=sys.stderr)
+        show(f"tinyllm: {message}\n", sys.stderr)
         return USAGE_ERROR if isinstance(e, ArgumentError) else FAILED

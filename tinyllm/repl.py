@@ -24,6 +24,7 @@ from .arguments import (
 from .conversation import Conversation, load, save
 from .errors import ArgumentError, ContextOverflow, TinyLLMError
 from .generate import Timings
+from .terminal import show, visible
 
 if TYPE_CHECKING:
     from .model import Model
@@ -44,12 +45,11 @@ class Screen:
 
     def note(self, text: str) -> None:
         dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-        sys.stderr.write(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
+        sys.stderr.write(f"\x1b[2m{visible(text)}\x1b[0m\n" if dim else f"{text}\n")
         sys.stderr.flush()
 
     def show(self, piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        show(piece)
 
     def ask(self, prompt: str) -> str:
         """A line of input without its end; EOFError after the last."""
