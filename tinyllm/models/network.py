@@ -147,9 +147,12 @@ class Network:
             caches = [self.new_state(n).cache for n in lengths]
         batch = Batch.of(ids, [0] * len(ids), range(sum(lengths)), caches)
         with self.lock:
+            start = time.perf_counter()
             y = self.run(batch, max(lengths), tap, self.decoder.hidden, self.segments(types))
             y = np.array(self.be.numpy(y))
-        return np.split(y, np.cumsum(lengths)[:-1])
+            self.pace(batch.n_rows, time.perf_counter() - start)
+        ends = itertools.accumulate(lengths)
+        return [y[end - n : end] for n, end in zip(lengths, ends, strict=True)]
 
     def segments(self, types: Sequence[Sequence[int]] | None) -> np.ndarray | None:
         """All rows' token types; None where the model has but one."""

@@ -420,11 +420,15 @@ class CPUBackend(Backend):
         tables = np.zeros((batch.n_seq, attention.LAYER // 8), np.int64)
         none_past = self.array(np.zeros(batch.n_seq, np.int32))
         kept: list[Any] = [tables, none_past, k, v, batch]
-        for i, n in enumerate(lengths):
-            n = padded(int(n))
-            pair = [self._new((n_head_kv, n, d)) for d in (dims[0], padded(dims[1]))]
-            tables[i, :4] = [a.address for a in pair] + [a.nbytes // n_head_kv for a in pair]
-            kept += pair
+        rows = padded(lengths).astype(np.int64)
+        first = n_head_kv * (
+            rows.cumsum() - rows
+        )  # of each sequence, all heads of those before it passed
+        for i, width in enumerate((dims[0], padded(dims[1]))):
+            room = self._new((n_head_kv * int(rows.sum()), width))
+            tables[:, i] = room.address + 4 * width * first
+            tables[:, i + 2] = 4 * width * rows
+            kept.append(room)
         caches = tables.ctypes.data + attention.LAYER * np.arange(batch.n_seq, dtype=np.int64)
         past = [caches.ctypes.data, batch.starts.address, none_past.address]
         args = [k.address, v.address, *past, 0, n_head_kv, *dims]

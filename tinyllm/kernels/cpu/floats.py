@@ -21,7 +21,6 @@ from .simd import (
     Emit,
     V,
     arg,
-    clear,
     emitter,
     f32,
     float_arg,
@@ -30,8 +29,10 @@ from .simd import (
     i64,
     lanes,
     load,
+    load_n,
     set_f32,
     store,
+    store_n,
     types,
 )
 
@@ -149,11 +150,11 @@ def multiplier(kind: str, tiles: int) -> Callable:
     return multiply
 
 
-@emitter(types.void, i64, i64, i64, i64, i64, i64)
-def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums):
+@emitter(types.void, i64, i64, i64, i64, i64, i64, i64)
+def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins):
     """sums [TOKENS][PANEL_ROW] += the panel's columns times those of n_rows rows of x.
 
-    Rows that are missing repeat the last one.
+    Rows that are missing repeat the last one. The sums are zero at first if ``begins`` is 0.
     """
     b, n = e.b, lanes()
     panel, x, sums = e.ptr(panel), e.ptr(x), e.ptr(sums)
@@ -183,7 +184,8 @@ def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums):
                 e.prefetch(e.at(token, b.add(ahead, b.mul(start, I64(4)))), 0)
             return e.loop(LINE, acc, lambda j, acc: column(b.add(start, j), acc))
 
-        acc = [e.load(sums, V(F32, n), place) for place in places]
+        zero, fresh = e.const(0.0, V(F32, n)), b.icmp_signed("==", begins, I64(0))
+        acc = [b.select(fresh, zero, e.load(sums, zero.type, place)) for place in places]
         acc = e.loop_maybe(lines, acc, line)
         acc = e.loop_maybe(b.sub(n_columns, done), acc, lambda i, acc: column(b.add(done, i), acc))
         for place, v in zip(places, acc, strict=True):
@@ -251,11 +253,11 @@ def matmul_float(args, first, last, worker):
     w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     tile_bytes, n_in, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
     n_tokens, panel = arg(args, 8), arg(args, 9) + worker * arg(args, 10)
-    sums, groups = panel + COLUMNS * PANEL_ROW, (tiles + GROUP - 1) // GROUP
+    groups = (tiles + GROUP - 1) // GROUP
     for piece in range(first, last):
+        sums = panel + COLUMNS * PANEL_ROW
         tile, token0 = piece % groups * GROUP, piece // groups * TOKEN_BLOCK
         n_tiles, token1 = min(GROUP, tiles - tile), min(token0 + TOKEN_BLOCK, n_tokens)
-        clear(sums, (token1 - token0 + TOKENS - 1) // TOKENS * TOKENS * PANEL_ROW)
         for column in range(0, n_in, COLUMNS):
             n = min(COLUMNS, n_in - column)
             for t in range(n_tiles):
@@ -264,13 +266,26 @@ def matmul_float(args, first, last, worker):
             to = sums
             for token in range(token0, token1, TOKENS):
                 rows = x + 4 * (token * n_in + column)
-                multiply_panel(panel, n, rows, 4 * n_in, min(TOKENS, token1 - token), to)
+                multiply_panel(panel, n, rows, 4 * n_in, min(TOKENS, token1 - token), to, column)
                 to += TOKENS * PANEL_ROW
-        for token in range(token0, token1):
-            source = sums + (token - token0) * PANEL_ROW
-            for t in range(tile, tile + n_tiles):
-                store_tile(source, y + 4 * (token * n_out + 16 * t), 1, n_out, 16 * t, bias)
-                source += 64
+        corner, n = y + 4 * (token0 * n_out + 16 * tile), n_out - 16 * tile
+        bias_here = bias + 64 * tile if bias != 0 else 0
+        for _ in range(token0, token1):
+            store_row(sums, corner, min(n, 16 * GROUP), bias_here)
+            sums += PANEL_ROW
+            corner += 4 * n_out
+
+
+def store_row(source, to, n, bias):
+    """n floats, plus bias."""
+    for i in range(0, n, 16):
+        v = load(source + 4 * i)
+        if bias != 0:
+            v = v + load_n(bias + 4 * i, n - i)
+        if n - i >= 16:
+            store(to + 4 * i, v)
+        else:
+            store_n(to + 4 * i, v, n - i)
 
 
 def embed_float(args, first, last, worker):
