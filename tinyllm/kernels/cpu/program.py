@@ -35,7 +35,7 @@ def huge(n_bytes: int) -> np.ndarray:
     """Uninitialised bytes on large pages where the system has them: kernels stride far, and page walks cost."""
     page = 1 << 21
     size = -(-n_bytes // page) * page + page
-    if hasattr(mmap, "MAP_ANONYMOUS"):  # by default, a forked child would write into its parent's memory
+    if hasattr(mmap, "MAP_ANONYMOUS"):  # else a forked child would write into its parent's memory
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:
         memory = mmap.mmap(-1, size)
