@@ -222,7 +222,9 @@ def test_layers_are_dealt_by_free_memory() -> None:
         ("small", range(4, 5)),
         ("big", range(5, 8)),
     ]
-    assert ranges(divide([big, Sized("none", 0)], range(2))) == [("big", range(2))]
+    none = Sized("none", 0)
+    assert ranges(divide([big, none], range(2))) == [("big", range(2))]
+    assert ranges(divide([none], range(2))) == [("none", range(2))]
 
 
 @pytest.mark.parametrize(

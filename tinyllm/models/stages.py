@@ -38,7 +38,7 @@ Place = Callable[[int], Sequence[Stage]]  # from a model's number of layers to w
 
 def divide(backends: Sequence[Backend], layers: range) -> list[Stage]:
     """A run of the layers for each backend, in proportion to the memory that is free there now."""
-    free = np.array([be.memory()[0] for be in backends], np.float64)
+    free = np.array([max(be.memory()[0], 1) for be in backends], np.float64)
     ends = np.rint(len(layers) * np.cumsum(free) / free.sum()).astype(int).tolist()
     starts = [0, *ends[:-1]]
     stages = [Stage(be, layers[a:b]) for be, a, b in zip(backends, starts, ends, strict=True)]
