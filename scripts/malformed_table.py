@@ -236,6 +236,26 @@ loaded, asked for three tokens and, where it has a chat template, for an answer.
 what is still to be refused.
 """
 
+MUTANTS = """## Mutants
+
+What `tests/fuzz` has tried beyond these files: damaged copies of good inputs, each of which may be accepted or
+refused with one of our exceptions, within a second of the processor and 256 MiB. A finding is a kind of
+failure, however many mutants met it; each became a test, and was mended. The long runs so far
+(`tests/fuzz/results.json`):
+
+| what is damaged | mutants | accepted | refused | findings |
+|---|---|---|---|---|"""
+
+
+def mutants() -> Iterator[str]:
+    """The section on what the fuzzer has tried."""
+    yield MUTANTS
+    runs = json.loads((ROOT / "tests" / "fuzz" / "results.json").read_text("utf-8"))
+    for what, run in runs.items():
+        counts = [run.get(k, "") for k in ("mutants", "accepted", "refused", "findings")]
+        yield f"| {what} | {' | '.join(map(str, counts))} |"
+    yield ""
+
 
 def bad(rows: list[dict]) -> list[str]:
     """Where tinyllm itself falls short of its promise."""
@@ -263,6 +283,7 @@ def tables(check: bool) -> tuple[list[dict], list[str]]:
         *page(file_rows, list(readers)),
         MODELS.format(n_models=len(models)),
         *page(model_rows, list(users)),
+        *mutants(),
     ]
     return file_rows + model_rows, lines
 

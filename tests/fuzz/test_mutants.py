@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+
+import tinyllm
+from tinyllm.errors import StateError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +35,23 @@ def test_mutants_raise_only_our_errors(tmp_path, count, targets):
         assert f"{target} refused" in done.stdout  # damage is noticed
         assert f"{target} accepted" in done.stdout  # and not everything is taken for damage
     assert "failed" not in done.stdout
+
+
+def test_a_saved_state_with_an_entry_that_is_no_array(tmp_path):
+    """Found by the fuzzer: NumPy gives the bytes of such an entry."""
+    path = tmp_path / "state.npz"
+    with tinyllm.load(device="reference") as model:
+        state = model.new_state(32)
+        model.logits([1, 2, 3], state)
+        state.save(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = {i.filename: archive.read(i) for i in archive.infolist()}
+        for name in entries:
+            with zipfile.ZipFile(path, "w") as archive:
+                for n, raw in entries.items():
+                    archive.writestr(n, raw[1:] if n == name else raw)
+            with pytest.raises(StateError, match=r"state\.npz: not a saved state"):
+                state.restore(path)
 
 
 def test_a_finding_is_reported(tmp_path):

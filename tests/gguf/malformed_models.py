@@ -236,6 +236,10 @@ def tensor_cases() -> Iterator[Case]:
         "blk.1000000000.attn_q.weight",
     ):
         yield f"model/extra {name}", model({name: weight(E, E)}), name.partition("0.")[2]
+    for shape in ((F,), (2 * F, E), (1, 2, F, E)):
+        name = "blk.0.ffn_up_exps.weight"
+        changes = {**EXPERTS, name: weight(*shape)}
+        yield f"model/experts {name} {shape}", model(changes, tensors=MIXTURE), name
     for dtype in (np.int8, np.int16, np.int32, np.int64):
         for name in ("token_embd.weight", "blk.0.ffn_up.weight", "output_norm.weight"):
             shape = DENSE[name].shape

@@ -85,7 +85,11 @@ class MoE:
             raise GGUFError("is 0, yet the file has experts", name=f"{c.arch}.expert_count")
         self.be, self.act = w.be, a.act
         self.router = w.linear("ffn_gate_inp", n, e)
-        n_ff = w.source("ffn_up_exps.weight").shape[1]
+        shape = w.source("ffn_up_exps.weight").shape
+        if len(shape) != 3:
+            name = f"{w.prefix}ffn_up_exps.weight"
+            raise GGUFError(f"has shape {shape}; expected a matrix for each expert", name=name)
+        n_ff = shape[1]
         self.up = Experts(w, "ffn_up_exps", n, n_ff, e)
         self.gate = Experts(w, "ffn_gate_exps", n, n_ff, e) if a.gated else None
         self.down = Experts(w, "ffn_down_exps", n, e, n_ff)
