@@ -15,7 +15,7 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     Raises NumericError for NaN, for +inf, and when every logit is -inf.
     """
     if k == 1:
-        ids = logits.argmax(keepdims=True).astype(np.int32)  # a NaN comes first
+        ids = np.array([logits.argmax()], np.int32)  # a NaN comes first
         check_largest(float(logits[ids[0]]))
         return ids, logits[ids]
     check_largest(float(logits.max()))
