@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 import tinyllm
 from tinyllm.model import BUNDLED
 
-pytestmark = pytest.mark.slow
-
 
 @cache
 def model(path: Path, kv_type: Any) -> tinyllm.Model:
