@@ -208,14 +208,19 @@ class LLModel:
             raise ValueError(f"n_threads must be positive, got {n_threads}")
         network = self._open().network
         self._n_threads = n_threads
-        if hasattr(network.be, "set_threads"):  # a GPU has none
-            with network.lock:
-                network.be.set_threads(n_threads)
+        with network.lock:
+            for be in self._processors():
+                be.set_threads(n_threads)
 
     def thread_count(self) -> int:
         """The number of threads asked for, or in use by default."""
-        be = self._open().network.be
-        return self._n_threads or int(getattr(be, "n_threads", None) or 1)
+        in_use = [int(be.n_threads) for be in self._processors()]
+        return self._n_threads or (in_use[0] if in_use else 1)
+
+    def _processors(self) -> list[Any]:
+        """The backends that compute with threads: a GPU has none."""
+        stages = self._open().network.stages
+        return [s.be for s in stages if hasattr(s.be, "set_threads")]
 
     # tokens
 
