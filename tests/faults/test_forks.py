@@ -55,7 +55,7 @@ assert again("Once upon a time") == text
     "code",
     [
         pytest.param(POOL, id="pool"),
-        pytest.param(BUSY, id="while another thread generates", marks=pytest.mark.slow),
+        pytest.param(BUSY, id="while another thread generates"),
     ],
 )
 def test_a_forked_child_goes_on(code: str) -> None:
@@ -76,7 +76,6 @@ def start(folder: Path) -> str:
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.slow
 def test_two_processes_fill_one_cache_together(tmp_path: Path) -> None:
     expected = str(tinyllm.load().generate("Once upon a time", max_tokens=12, temperature=0))
     with ThreadPoolExecutor(2) as pool:

@@ -18,6 +18,7 @@ import ctypes
 import os
 import sys
 import threading
+from collections import deque
 
 import numpy as np
 from llvmlite import ir
@@ -228,14 +229,12 @@ class Pool:
 
     def __init__(self) -> None:
         self.size = max(len(cores()), 1)
-        self._lock = (
-            threading.RLock()
-        )  # reentrant: a collected program calls ``retire`` from anywhere
+        self._lock = threading.Lock()
         self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
         self._work = _foreign(work)
         self._started = 1  # the caller is worker 0
-        self._retired: list[tuple[int, object]] = []
+        self._retired: deque[tuple[int, object]] = deque()
 
     def run(self, program: int, n_threads: int) -> None:
         """Run the program at an address to its end on up to n_threads threads."""
@@ -244,6 +243,7 @@ class Pool:
             while self._started < n_threads:
                 self._start(self._started)
             self._work(self._state, 0, program, n_threads)
+            self._release()
 
     def _start(self, worker: int) -> None:
         seen = self._counter(GENERATION)
@@ -256,14 +256,19 @@ class Pool:
         return ctypes.c_int64.from_address(self._state + field).value
 
     def retire(self, memory: object) -> None:
-        """Keep a program's memory until no late thread can still look at it."""
-        with self._lock:
-            now = self._counter(GENERATION)
+        """Keep a program's memory until no late thread can still look at it.
+
+        Finalisers call this at any moment, also in a forked child before ``_forget``: it waits for nobody.
+        """
+        self._retired.append((self._counter(GENERATION), memory))
+
+    def _release(self) -> None:
+        """Let go of the programs that every thread has left behind."""
+        while self._retired:
             parked = [self._counter(PARKED + LINE * w) for w in range(1, self._started)]
-            oldest = min(parked, default=now)
-            self._retired = [r for r in self._retired if r[0] > oldest]
-            if oldest < now:
-                self._retired.append((now, memory))
+            if parked and self._retired[0][0] > min(parked):
+                return
+            self._retired.popleft()
 
 
 def _foreign(body) -> ctypes._CFuncPtr:
@@ -278,10 +283,10 @@ _pool_lock = threading.RLock()
 def pool() -> Pool:
     """The process's pool, made when first needed."""
     global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = Pool()
-        return _pool
+    if _pool is None:
+        with _pool_lock:
+            _pool = _pool or Pool()
+    return _pool
 
 
 def _forget() -> None:
