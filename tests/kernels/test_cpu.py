@@ -283,3 +283,12 @@ def convert_halves(source: int, to: int, n: int, back: int) -> None:
             set_halves(to + 2 * i, simd.load(source + 4 * i))
         else:
             simd.store(to + 4 * i, halves(source + 2 * i))
+
+
+def test_small_numbers_count_as_zero_in_kernels_and_nowhere_else():
+    """Arithmetic below 2^-126 takes a hundred cycles: a model full of it would seem to hang."""
+    be = CPUBackend(2)
+    tiny = np.full((64, 64), 1e-20, np.float32)
+    assert not be.numpy(be.mul(be.array(tiny), be.array(tiny))).any()
+    assert not be.numpy(be.mul(be.array(tiny * tiny), be.array(np.ones_like(tiny)))).any()
+    assert (tiny * tiny).all()
