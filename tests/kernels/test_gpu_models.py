@@ -16,6 +16,7 @@ import tinyllm
 from tinyllm.cli import main
 from tinyllm.errors import DeviceError
 from tinyllm.sdk import GPT4All
+from tinyllm.sdk.devices import gpus
 
 pytestmark = pytest.mark.device
 LILY = (
@@ -99,7 +100,8 @@ def test_the_sdk_and_the_command_line_take_a_number_of_gpu_layers(
 ) -> None:
     want = stories.generate("Once upon a time", max_tokens=12, temperature=0).text
     where = {"model_path": data / "models", "allow_download": False}
-    with GPT4All("stories260K", device="kompute", ngl=2, **where) as llm:
+    named = gpus()[0].full_name  # "kompute" would pass over PoCL, which is a processor
+    with GPT4All("stories260K", device=named, ngl=2, **where) as llm:
         got = llm.generate("Once upon a time", max_tokens=12, temp=0, repeat_penalty=1.0)
         assert [len(s.layers) for s in llm.model.model.network.stages] == [3, 2]
         assert llm.backend == "kompute"
