@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .models.step import Tap
 
 Overflow = Literal["error", "shift", "truncate"]
+DAMAGED = "logits hold NaN or infinity: the weights are damaged"
 ERASED = 0.75  # of the context's length is dropped by a shift, as GPT4All does
 
 
@@ -177,13 +179,15 @@ def choose(run: Run, logits: np.ndarray) -> Token:
 
     The sampler may edit the logits, which nobody reads again; a caller's processor might keep them.
     """
+    if not math.isfinite(logits.min()):
+        raise NumericError(DAMAGED)
     report = np.array(logits) if run.logprobs is not None else logits
     processed = run.sampler.params.logits_processor is not None
     try:
         chosen = run.sampler.choose(np.array(logits) if processed else logits, run.state.ids)
     except NumericError:
-        if np.isnan(logits).any() or logits.max() == np.inf:
-            raise NumericError("logits hold NaN or infinity: the weights are damaged") from None
+        if logits.max() == np.inf:
+            raise NumericError(DAMAGED) from None
         raise
     run.n_generated += 1
     if chosen in run.eog:
