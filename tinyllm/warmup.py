@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .model import Model
 
-PROMPTS = (1, 2, 3, 8)  # tokens: kernels differ for one, a few, many
+PROMPTS = (1, 2, 3, 5, 8, 16)  # tokens: kernels differ for one, a few, many
+CHOICES = 40  # the sampler's default
 BEHIND = 4  # tokens written after each
 
 
@@ -26,4 +27,5 @@ def warm_up(model: Model) -> None:
             net.forward([(state, 1, "all") for state in together])
     state = model.new_state(max(PROMPTS))
     state.append(prompts[-1])
-    net.forward([(state, len(prompts[-1]), "all")])
+    logits = net.forward([(state, len(prompts[-1]), "all")])[0]
+    net.be.top_k(logits[-1], min(CHOICES, net.n_vocab))
