@@ -193,7 +193,7 @@ class Tape:
         return CPUArray(shape, dtype, place.place[1], place)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not finalizing():  # a default argument outlives the module's names
+        if hasattr(self, "rows") and not finalizing():  # a default outlives the module's names
             pool().retire(self.rows)
 
     @contextmanager

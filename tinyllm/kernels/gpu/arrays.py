@@ -34,7 +34,7 @@ class GPUArray:
     ) -> None:
         self.shape, self.dtype, self._buffer = tuple(shape), np.dtype(dtype), buffer
         self.pending: Sum | None = None
-        self._pool, self._base, self._room = pool, base, room
+        self._base, self._room, self._pool = base, room, pool
         self.int8: tuple[GPUArray, GPUArray, GPUArray] | None = None
 
     @property
@@ -68,7 +68,8 @@ class GPUArray:
         return GPUArray(shape, self.dtype, self.buffer, None, self)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if self._pool is not None and not finalizing():
+        # Ctrl-C may have come before there was a pool
+        if getattr(self, "_pool", None) is not None and not finalizing():
             self._pool.give(self._buffer, self._room)
 
 
