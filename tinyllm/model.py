@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -537,13 +538,18 @@ def default_n_ctx(net: Network, kv_type: KVType) -> int:
 
 def checking(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
     """The same bar while weights are checked."""
-    from tqdm import tqdm
-
-    return tqdm(tensors, "checking", leave=False, disable=None, delay=1.0, unit="tensor")
+    return bar(tensors, "checking", "tensor")
 
 
 def progress(layers: Iterable[Any], total: int) -> Iterable[Any]:
     """A bar on a terminal, once loading has taken a second."""
+    return bar(layers, "loading", "layer", total)
+
+
+def bar(items: Iterable[Any], doing: str, unit: str, total: int | None = None) -> Iterable[Any]:
+    """The items, counted on a terminal; elsewhere tqdm, which takes long to import, is not needed."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return items
     from tqdm import tqdm
 
-    return tqdm(layers, "loading", total, leave=False, disable=None, delay=1.0, unit="layer")
+    return tqdm(items, doing, total, leave=False, delay=1.0, unit=unit)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArgumentError, NumericError
+from .errors import ArgumentError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Ids: TypeAlias = NDArray[np.integer[Any]]
@@ -136,15 +136,6 @@ _CHECKS: dict[str, _Check] = {
 }
 
 
-def check_finite(largest: float) -> None:
-    """Raise NumericError unless the largest logit is a finite number."""
-    if math.isfinite(largest):
-        return
-    if largest == -math.inf:
-        raise NumericError("every token is forbidden (all logits are -inf); allow at least one")
-    raise NumericError(f"found a logit of {largest}; expected finite numbers, or -inf to forbid")
-
-
 def penalise(
     logits: Floats, recent: Sequence[int], repeat: float, presence: float, frequency: float
 ) -> None:
@@ -200,7 +191,7 @@ class Sampler:
     params : SamplingParams
     n_vocab : int
     top_k : callable
-        ``top_k(logits, k)`` -> ids and values, largest first; a backend has one.
+        ``top_k(logits, k)`` -> ids and values, largest first, or NumericError; a backend has one.
 
     Raises
     ------
@@ -235,7 +226,6 @@ class Sampler:
             A logit is NaN or +inf, or all tokens are forbidden.
         """
         ids, values = self._top_k(self._shape(logits, history), self._k)
-        check_finite(float(values[0]))
         if self.params.temperature == 0:
             return int(ids[0])
         ids, values = self._filter(ids, values.astype(np.float64))
@@ -247,8 +237,7 @@ class Sampler:
         Of the model's own distribution, before bias, penalties and filters: call it before ``choose``,
         which edits the logits in place.
         """
-        largest = float(logits.max())
-        check_finite(largest)
+        largest = float(self._top_k(logits, 1)[1][0])
         log_sum = largest + math.log(np.exp(logits - largest).sum(dtype=np.float64))
         if n <= 0:
             return float(logits[id]) - log_sum, {}

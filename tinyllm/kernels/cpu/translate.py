@@ -62,7 +62,6 @@ class Body:
     """The statements of one call, written where the builder stands; ``result`` is what it returns."""
 
     def __init__(self, b: ir.IRBuilder, function: Any, args: Sequence[Any]) -> None:
-        function = getattr(function, "py_func", function)  # what numba.njit decorated
         self.b, self.e, self.function = b, Emit(b), function
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
@@ -404,7 +403,7 @@ class Body:
             return self.mathematics(f, self.typed(args[0]))
         if isinstance(f, ir.Type) or f in CASTS:
             return self.converted(args[0], CASTS.get(f, f))
-        if isinstance(f, FunctionType) or hasattr(f, "py_func"):
+        if isinstance(f, FunctionType):
             return Body(self.b, f, args).result
         return self.refuse(node)
 
