@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,22 @@ def call(target: Any, op: str, **args: Any) -> dict[str, Any]:
         return {"error": f"{type(e).__name__}: {e}"}
 
 
+def each_model(
+    report: dict[str, Any],
+    o: argparse.Namespace,
+    compare: Callable[[Path, argparse.Namespace], dict[str, Any]],
+    as_text: Callable[[dict[str, Any]], str],
+) -> None:
+    """Compare on every file, print, and write what there is after each."""
+    report["models"] = []
+    for model in o.models:
+        print(model.name, file=sys.stderr, flush=True)
+        report["models"].append(compare(model, o))
+        print(as_text(report["models"][-1]), flush=True)
+        if o.json:
+            write_json(o.json, report)
+
+
 # ---- command line
 
 
@@ -276,6 +292,13 @@ def existing(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such file")
     return Path(text)
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    """``--python`` and ``--json``, of every comparison."""
+    said = "ENGINE=python of its environment"
+    parser.add_argument("--python", type=pair, action="append", default=[], help=said)
+    parser.add_argument("--json", type=Path, help="file for the results")
 
 
 def pair(text: str) -> tuple[str, str]:

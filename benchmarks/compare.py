@@ -309,14 +309,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="compare logits with the dequantised product's (slow)",
     )
-    add(
-        "--python",
-        type=common.pair,
-        action="append",
-        default=[],
-        help="ENGINE=python of its environment",
-    )
-    add("--json", type=Path, help="file for the results")
+    common.add_peers(parser)
     o = parser.parse_args(argv)
     o.python = dict(o.python)
     for what, known in (("engines", KNOWN), ("ways", WAYS)):
@@ -338,13 +331,7 @@ def main(argv: list[str] | None = None) -> None:
         "machine": common.machine(),
         "settings": settings,
     }
-    report["models"] = []
-    for model in o.models:
-        say(model.name)
-        report["models"].append(compare(model, o))
-        print(as_text(report["models"][-1]), flush=True)
-        if o.json:
-            common.write_json(o.json, report)
+    common.each_model(report, o, compare, as_text)
 
 
 if __name__ == "__main__":

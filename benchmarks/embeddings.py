@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import common
@@ -144,14 +143,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="after one to warm up")
     add("--short", type=int, default=256, help="short texts; 0 leaves them out")
     add("--long", type=int, default=20, help="texts of 512 tokens; 0 leaves them out")
-    add(
-        "--python",
-        type=common.pair,
-        action="append",
-        default=[],
-        help="ENGINE=python of its environment",
-    )
-    add("--json", type=Path, help="file for the results")
+    common.add_peers(parser)
     o = parser.parse_args(argv)
     o.python = dict(o.python)
     if OURS not in o.engines:

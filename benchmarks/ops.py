@@ -63,38 +63,31 @@ def read_memory(args, first, last, worker):
         simd.store(out + 64 * worker, a + b + c + d)
 
 
-@simd.emitter(simd.types.void, simd.i64, simd.i64)
-def dots(e, p, n):
-    """n rounds of dot products on registers."""
-    ty = simd.V(simd.I32, simd.lanes())
-    v = e.load(e.ptr(p), ty)
-    out = e.loop(n, [v] * CHAINS, lambda _, acc: [e.dot(a, v, v) for a in acc])
-    for o in out:
-        v = e.b.xor(v, o)
-    e.store(v, e.ptr(p))
+def rounds_of(element: Any, step: Callable[[Any, Any, Any], Any]) -> Any:
+    """rounds(p, n): n rounds of ``step(e, sum, v)`` on CHAINS sums in registers."""
+
+    @simd.emitter(simd.types.void, simd.i64, simd.i64)
+    def rounds(e, p, n):
+        """See ``rounds_of``."""
+        v = e.load(e.ptr(p), simd.V(element, simd.lanes()))
+        out = e.loop(n, [v] * CHAINS, lambda _, sums: [step(e, x, v) for x in sums])
+        for i, x in enumerate(out):  # each is stored: none is idle work
+            e.store(x, e.ptr(p), 4 * simd.lanes() * i)
+
+    return rounds
 
 
-def multiply_registers(args, first, last, worker):
-    """The processor's byte dot products, nothing else; a piece is 10,000 rounds."""
+REGISTERS = {  # what is done at once, by the kernel's name
+    "byte_dots": rounds_of(simd.I32, lambda e, x, v: e.dot(x, v, v)),
+    "float_adds": rounds_of(simd.F32, lambda e, x, v: e.fma(v, v, x)),
+}
+rounds = None  # given by ``jit.kernel``
+
+
+def on_registers(args, first, last, worker):
+    """The processor's arithmetic, nothing else; a piece is 10,000 rounds."""
     for _ in range(first, last):
-        dots(simd.arg(args, 0) + 64 * worker, 10000)
-
-
-@simd.emitter(simd.types.void, simd.i64, simd.i64)
-def multiply_adds(e, p, n):
-    """n rounds of float multiply-adds on registers."""
-    ty = simd.V(simd.F32, simd.lanes())
-    v = e.load(e.ptr(p), ty)
-    out = e.loop(n, [v] * CHAINS, lambda _, acc: [e.fma(v, v, a) for a in acc])
-    for o in out:
-        v = e.b.fadd(v, o)
-    e.store(v, e.ptr(p))
-
-
-def multiply_floats(args, first, last, worker):
-    """The processor's float multiply-adds, nothing else; a piece is 10,000 rounds."""
-    for _ in range(first, last):
-        multiply_adds(simd.arg(args, 0) + 64 * worker, 10000)
+        rounds(simd.arg(args, 0) + 4096 * worker, 10000)
 
 
 def best(run: Callable[[], Any], seconds: float) -> float:
@@ -118,26 +111,26 @@ def read_bandwidth(threads: int, seconds: float) -> float:
     return memory.nbytes / best(lambda: tape.run(threads), seconds)
 
 
-def peak(body: Callable, threads: int, seconds: float) -> float:
-    """Multiply-adds per second and lane of a kernel that works on registers alone."""
-    out = program.aligned(64 * 256)
+def peak(what: str, threads: int, seconds: float) -> float:
+    """Operations per second and lane of one of ``REGISTERS``."""
+    out = program.aligned(4096 * 256)
     out[:] = 0
     tape = program.Tape()
-    tape.add(jit.kernel(body), 16, [out.ctypes.data])
+    tape.add(jit.kernel(on_registers, what, rounds=REGISTERS[what]), 16, [out.ctypes.data])
     return 16 * 10000 * CHAINS * simd.lanes() / best(lambda: tape.run(threads), seconds)
 
 
 def float_peak(threads: int, seconds: float) -> float:
     """Float32 operations per second, two for each multiply-add."""
-    return 2 * peak(multiply_floats, threads, seconds)
+    return 2 * peak("float_adds", threads, seconds)
 
 
 def limits(threads: int, seconds: float) -> dict[str, float]:
     """Read bandwidth, products of bytes (four to a lane), products of floats."""
     return {
         "read GB/s": read_bandwidth(threads, seconds) / 1e9,
-        "dot GMAC/s": 4 * peak(multiply_registers, threads, seconds) / 1e9,
-        "float GMAC/s": peak(multiply_floats, threads, seconds) / 1e9,
+        "dot GMAC/s": 4 * peak("byte_dots", threads, seconds) / 1e9,
+        "float GMAC/s": peak("float_adds", threads, seconds) / 1e9,
     }
 
 

@@ -138,8 +138,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("-t", "--threads", type=int, default=os.cpu_count(), help="of each engine")
     add("--rounds", type=int, default=5, help="of warm starts, after one to fill caches")
     add("--cold", type=int, default=1, help="starts with an empty cache")
-    add("--python", type=common.pair, action="append", default=[], help="ENGINE=its python")
-    add("--json", type=Path, help="file for the results")
+    common.add_peers(parser)
     add("--first-token", metavar="ENGINE", help="do the measured work in this process")
     o = parser.parse_args(argv)
     o.python = dict(o.python)
@@ -154,12 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     settings = {"threads": o.threads, "rounds": o.rounds}
     report: dict[str, Any] = {"benchmark": "startup", "machine": common.machine()}
-    report |= {"settings": settings, "models": []}
-    for model in o.models:
-        report["models"].append(compare(model, o))
-        print(as_text(report["models"][-1]), flush=True)
-        if o.json:
-            common.write_json(o.json, report)
+    common.each_model(report | {"settings": settings}, o, compare, as_text)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -32,3 +36,19 @@ def data() -> Path:
 def stories260k(data: Path) -> Path:
     """A real trained LLaMA of 260,000 parameters."""
     return data / "models" / "stories260K.gguf"
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[[http.server.HTTPServer], None]]:
+    """serving(server): it answers in a thread of its own until the test ends."""
+    with ExitStack() as stack:
+
+        def serve(server: http.server.HTTPServer) -> None:
+            how = {"poll_interval": 0.01}
+            thread = threading.Thread(target=server.serve_forever, kwargs=how)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+
+        yield serve

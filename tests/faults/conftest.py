@@ -6,7 +6,7 @@ import http.server
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -52,12 +52,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def served() -> Iterator[Server]:
+def served(serving: Callable[[Server], None]) -> Iterator[Server]:
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
+    serving(server)
     yield server
     server.pause.clear()
-    server.shutdown()
-    server.server_close()
-    thread.join()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,8 @@ LAYERS = [LayerCache(2, 16, 16)]
 
 
 @pytest.fixture
-def be() -> Iterator[Any]:
-    from tinyllm.kernels.gpu.opencl import OpenCLBackend
-
-    try:
-        backend = OpenCLBackend()
-    except DeviceError as e:
-        pytest.skip(str(e))
-    yield backend
-    backend.close()
+def be(opencl: Any) -> Any:
+    return opencl
 
 
 class Stored:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tinyllm.errors import DeviceError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 LIMITS = [{"device": "opencl:0 Test", "copy_gb_s": 1.0}]
@@ -72,16 +69,8 @@ def test_a_process_that_dies_is_one_line(gpu: Any, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def be() -> Iterator[Any]:
-    pytest.importorskip("pyopencl", reason="needs PyOpenCL")
-    from tinyllm.kernels.gpu.opencl import OpenCLBackend
-
-    try:
-        backend = OpenCLBackend()
-    except DeviceError as e:
-        pytest.skip(str(e))
-    yield backend
-    backend.close()
+def be(opencl: Any) -> Any:
+    return opencl
 
 
 @pytest.mark.device

@@ -6,8 +6,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serving: Callable[[Site], None]) -> Site:
     site = Site()
     site.pages = {"/models3.json": json.dumps(LIST).encode(), "/gguf/Small-1B.Q4_0.gguf": MODEL}
     monkeypatch.setattr(catalogue, "LIST_URL", site.url + "/models3.json")
@@ -64,12 +63,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield site
-    site.shutdown()
-    site.server_close()
-    thread.join()
+    serving(site)
+    return site
 
 
 def test_the_list_is_kept_for_later(site: Site) -> None:

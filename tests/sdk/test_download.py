@@ -9,7 +9,7 @@ import multiprocessing
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,14 +105,10 @@ def other(content: bytes, **headers: str) -> Answer:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(serving: Callable[[Server], None]) -> Server:
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    serving(server)
+    return server
 
 
 @pytest.fixture(autouse=True)
