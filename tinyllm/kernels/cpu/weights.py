@@ -1,4 +1,4 @@
-"""Loading matrices: read in pieces, interleaved in parallel into tiles of 16 rows (see ``formats``).
+"""Loading matrices: read and interleaved in pieces, in parallel, into tiles of 16 rows (see ``tiles``).
 
 A type without a micro-kernel of its own is stored as signed bytes with a float scale per 16 or 32 columns
 (``REPACKED``): still integers, exact, but more bytes than in the file.
@@ -6,7 +6,6 @@ A type without a micro-kernel of its own is stored as signed bytes with a float 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +13,12 @@ import numpy as np
 from ...errors import DeviceError
 from ...gguf import quants
 from ..backend import Source
-from . import floats, jit
+from . import floats
 from .formats import FORMATS, Format, int8_format
-from .program import Tape, aligned
-from .simd import arg, get_i8, get_i16, get_i32, get_i64, i64, set_i8, set_i16, set_i32
+from .tiles import ROWS, RUN, interleave_rows, room, runs, share
 
-ROWS = 16  # of a tile
-PIECE = 4 << 20  # bytes read at a time
+PIECE = 2 << 20  # bytes read at a time
+ALONE = 1 << 19  # bytes of a matrix that one thread loads faster than two
 
 
 def repacked() -> list[str]:
@@ -71,63 +69,35 @@ class CPUWeight:
         return self.memory.ctypes.data
 
 
-def interleave(args, first, last, worker):
-    """Rows of blocks -> tiles, field by field; a piece is a tile. Missing rows become zeros."""
-    source, out, row_bytes, n_rows = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n_blocks, block_bytes = arg(args, 4), arg(args, 5)
-    fields, n_fields = arg(args, 6), arg(args, 7)
-    for tile in range(first, last):
-        to = out + tile * 16 * n_blocks * block_bytes
-        rows = min(16, n_rows - 16 * tile)
-        for block in range(n_blocks):
-            base = source + 16 * tile * row_bytes + block * block_bytes
-            for f in range(n_fields):
-                p, size = base + get_i64(fields + 16 * f), get_i64(fields + 16 * f + 8)
-                if size == 4:
-                    for r in range(rows):
-                        set_i32(to + 4 * r, get_i32(p + r * row_bytes))
-                    for r in range(rows, 16):
-                        set_i32(to + 4 * r, i64(0))
-                elif size == 2:
-                    for r in range(rows):
-                        set_i16(to + 2 * r, get_i16(p + r * row_bytes))
-                    for r in range(rows, 16):
-                        set_i16(to + 2 * r, i64(0))
-                else:
-                    for r in range(rows):
-                        set_i8(to + r, get_i8(p + r * row_bytes))
-                    for r in range(rows, 16):
-                        set_i8(to + r, i64(0))
-                to += 16 * size
-
-
 def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int) -> CPUWeight:
     """Read a tensor, or some of its rows, into tiles."""
     shape = _shape_of(source, rows)
     fmt, kind = _form_of(source, shape[-1])
-    fields = _fields(fmt, kind)
     n_out, n_in = shape[-2:]
-    n_blocks = n_in // fmt.block if fmt else n_in
+    fields, n_blocks = _fields(fmt, kind, n_in)
     row_bytes = n_blocks * int(fields[:, 1].sum())
-    n_mats = int(np.prod(shape[:-2]))
-    tiles = -(-n_out // ROWS)
-    memory = aligned(n_mats * tiles * ROWS * row_bytes)
+    n_mats, tiles = int(np.prod(shape[:-2])), -(-n_out // ROWS)
+    memory = room.take(n_mats * tiles * ROWS * row_bytes)
     weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory)
-    at = weight.address
-    for m in range(n_mats):
-        for raw in _pieces(source, rows, m * n_out, n_out, row_bytes):
-            raw = _recode(source.type, fmt, raw)
-            n = len(raw)
-            args = (raw.ctypes.data, at, row_bytes, n, n_blocks, row_bytes // n_blocks)
-            _interleave(raw, (*args, fields.ctypes.data, len(fields)), n_threads)
-            at += -(-n // ROWS) * weight.tile_bytes
+
+    def load(piece: tuple[int, int, int]) -> None:
+        m, start, stop = piece
+        raw = _recode(source.type, fmt, _read(source, rows, m * n_out, start, stop))
+        to = weight.address + (m * tiles + start // ROWS) * weight.tile_bytes
+        interleave_rows(raw, to, n_blocks, fields)
+
+    step = _rows_of_piece(n_out, row_bytes, n_threads)
+    pieces = [(m, i, min(i + step, n_out)) for m in range(n_mats) for i in range(0, n_out, step)]
+    share(pieces, load, n_threads)
     return weight
 
 
-def _interleave(raw: np.ndarray, args: tuple[int, ...], n_threads: int) -> None:
-    tape = Tape()
-    tape.add(jit.kernel(interleave), -(-len(raw) // ROWS), args)
-    tape.run(n_threads)
+def _rows_of_piece(n_out: int, row_bytes: int, n_threads: int) -> int:
+    """Whole tiles of at most PIECE bytes; of a matrix worth sharing, each thread has as many."""
+    n_bytes = n_out * row_bytes
+    rounds = -(-n_bytes // (PIECE * n_threads))
+    n_pieces = rounds * n_threads if n_bytes >= ALONE else 1
+    return max(-(-n_out // (n_pieces * ROWS)), 1) * ROWS
 
 
 def _shape_of(source: Source, rows: np.ndarray | slice | None) -> tuple[int, ...]:
@@ -156,26 +126,24 @@ def _form_of(source: Source, n_in: int) -> tuple[Format | None, str]:
     return fmt, fmt.name
 
 
-def _fields(fmt: Format | None, kind: str) -> np.ndarray:
-    """[n, 2] int64: byte in the block and size of each field of a tile, in its order."""
-    fields = fmt.fields if fmt else ((0, floats.BYTES[kind]),)
-    return np.array(fields, np.int64)
+def _fields(fmt: Format | None, kind: str, n_in: int) -> tuple[np.ndarray, int]:
+    """The fields of a block as ``interleave`` takes them, and the number of blocks in a row."""
+    if fmt:
+        return runs(fmt.fields), n_in // fmt.block
+    n = floats.BYTES[kind]
+    block = RUN // n if n_in % (RUN // n) == 0 else 1
+    return runs([(n * i, n) for i in range(block)]), n_in // block
 
 
-def _pieces(
-    source: Source, rows: np.ndarray | slice | None, first: int, n_out: int, row_bytes: int
-) -> Iterator[np.ndarray]:
-    """The raw rows of one matrix, some whole tiles at a time."""
-    step = max(PIECE // row_bytes // ROWS, 1) * ROWS
+def _read(
+    source: Source, rows: np.ndarray | slice | None, first: int, start: int, stop: int
+) -> np.ndarray:
+    """Raw rows of the matrix that begins with row ``first``, or of those selected."""
     if rows is None:
-        for start in range(0, n_out, step):
-            yield source.read_rows(first + start, first + min(start + step, n_out))
-        return
-    wanted = np.arange(source.shape[0])[rows]
-    for start in range(0, n_out, step):
-        some = wanted[start : start + step]
-        low, high = int(some.min()), int(some.max()) + 1
-        yield np.ascontiguousarray(source.read_rows(low, high)[some - low])
+        return source.read_rows(first + start, first + stop)
+    some = np.arange(source.shape[0])[rows][start:stop]
+    low, high = int(some.min()), int(some.max()) + 1
+    return np.ascontiguousarray(source.read_rows(low, high)[some - low])
 
 
 def _recode(type_name: str, fmt: Format | None, raw: np.ndarray) -> np.ndarray:
