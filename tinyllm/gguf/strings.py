@@ -74,6 +74,16 @@ class StringArray(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.tolist())
 
+    @property
+    def joined(self) -> Bytes:
+        """All strings, with one zero byte between them."""
+        return self._joined
+
+    @property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """Where each ends in `joined`, int64 [n]."""
+        return self._ends
+
     def lengths(self) -> npt.NDArray[np.int64]:
         """Bytes of each string, int64 [n]."""
         return np.diff(self._ends, prepend=-1) - 1

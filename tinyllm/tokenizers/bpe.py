@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from itertools import chain, repeat
-from operator import contains
+from itertools import chain
 from typing import Any
 
 import regex
 
 from .base import Remembered, Tokenizer, to_bytes
-from .merges import merge
+from .merges import merge, read_merges
 from .pretokenizers import pretokenizer
 from .spm import SPACE, words_apart
-from .vocab import Vocab, key_error
+from .vocab import Vocab
 
 # GPT-2's alphabet: visible Latin-1 characters stand for themselves, the other bytes from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -50,7 +49,7 @@ class BPE(Tokenizer):
         super().__init__(
             vocab, add_bos=recipe.add_bos, add_sep=recipe.add_sep, pre=pre or "default"
         )
-        self._ranks = _read_ranks(vocab, required=pre != "kimi-k2")
+        self._merges = read_merges(vocab, required=pre != "kimi-k2")
         self._words = Remembered(self._encode_word)
         self._drop_spaces = recipe.drop_spaces or model == "whitespace"
         self._lower = model == "whitespace" and vocab.flag("normalizer.lowercase", pre != model)
@@ -92,6 +91,11 @@ class BPE(Tokenizer):
         return [i for i in parts if i is not None]
 
     @cached_property
+    def _ranks(self) -> dict[str, int]:
+        """ "left right" to rank; keyed so, the file's strings need no splitting."""
+        return dict(zip(self._merges, range(len(self._merges)), strict=True))
+
+    @cached_property
     def _words_of(self) -> regex.Pattern[str]:
         """Matches what can be merged by itself: no merge reaches over a word's end."""
         return words_apart(_CROSSING.findall("\0".join(self._ranks)))
@@ -115,29 +119,3 @@ def _character(c: str) -> bytes:
 def lower(text: str) -> str:
     """Lower case character by character: a final sigma is not special."""
     return text.replace("Σ", "σ").lower()
-
-
-def _read_ranks(vocab: Vocab, required: bool) -> dict[str, int]:
-    """ "left right" to rank, of equal merges the first; keyed so, the file's strings need no splitting."""
-    merges = vocab.strings("merges", required)
-    if not all(map(contains, merges, repeat(" "))):
-        i = next(i for i, m in enumerate(merges) if " " not in m)
-        raise key_error("merges", f"merge {i}, {merges[i][:40]!r}, is not two tokens with a space")
-    if not _all_known(merges, vocab.ids):
-        for i, m in enumerate(merges):
-            at = m.find(" ", 1)
-            left, right = m[:at], m[at + 1 :]
-            if not {left, right, left + right} <= vocab.ids.keys():
-                raise key_error("merges", f"merge {i}, {m[:40]!r}, is of or to no token")
-    ranks = dict(zip(merges, range(len(merges)), strict=True))
-    if len(ranks) < len(merges):
-        raise key_error("merges", "a merge stands twice")
-    return ranks
-
-
-def _all_known(merges: list[str], ids: dict[str, int]) -> bool:
-    """Whether all halves and wholes are tokens; False also where a token has a space in it."""
-    known = ids.__contains__
-    wholes = map(str.replace, merges, repeat(" "), repeat(""))
-    halves = chain.from_iterable(map(str.split, merges, repeat(" ")))
-    return all(map(known, wholes)) and all(map(known, halves))

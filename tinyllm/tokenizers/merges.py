@@ -1,5 +1,7 @@
 """Merging neighbouring symbols, best pair first: the heart of BPE and of SentencePiece's BPE.
 
+And the list of merges that a file has, checked.
+
 Symbols form a doubly linked list. Every mergeable pair waits in a heap under one integer, `rank` times
 the number of symbols plus the position of its left symbol, so the best pair, and of equals the leftmost,
 comes out first. A pair that has changed since is recognised by its rank. n symbols take O(n log n).
@@ -10,6 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+
+import numpy as np
+
+from ..gguf import StringArray
+from .membership import Known, Strings, all_differ
+from .vocab import Vocab, key_error
 
 Rank = Callable[[str, str], int | None]
 
@@ -55,3 +63,58 @@ def merge(symbols: Sequence[str], rank: Rank) -> list[str]:
                 if new is not None:
                     heappush(heap, new * n + left)
     return [t for t in text if t]
+
+
+def read_merges(vocab: Vocab, required: bool) -> Sequence[str]:
+    """The merges of `tokenizer.ggml.merges`, "left right", best first.
+
+    Raises
+    ------
+    GGUFError
+        If one is not two tokens with a space between whose union is a token, or stands twice.
+    """
+    merges, tokens = vocab.stored("merges", required), vocab.get("tokens")
+    if isinstance(merges, StringArray) and isinstance(tokens, StringArray):
+        if _well_formed(merges, tokens):
+            return merges
+    _check_singly(list(merges), vocab)
+    return merges
+
+
+def _check_singly(merges: list[str], vocab: Vocab) -> None:
+    """Look at one after the other, and say which is wrong."""
+    for i, m in enumerate(merges):
+        if " " not in m:
+            raise key_error("merges", f"merge {i}, {m[:40]!r}, is not two tokens with a space")
+    for i, m in enumerate(merges):
+        at = m.find(" ", 1)
+        left, right = m[:at], m[at + 1 :]
+        if not {left, right, left + right} <= vocab.ids.keys():
+            raise key_error("merges", f"merge {i}, {m[:40]!r}, is of or to no token")
+    if len(set(merges)) < len(merges):
+        raise key_error("merges", "a merge stands twice")
+
+
+def _well_formed(merges: StringArray, tokens: StringArray) -> bool:
+    """Look at all together, in a tenth of the time; False also where a token holds a space or a zero byte."""
+    joined, ends, lengths, n = merges.joined, merges.ends, merges.lengths(), len(merges)
+    starts = ends - lengths
+    spaces = np.flatnonzero(np.frombuffer(joined, np.uint8) == ord(" "))
+    if len(spaces) != n or _holds_zeros(merges) or _holds_zeros(tokens):
+        return False
+    if not ((starts < spaces) & (spaces < ends - 1)).all():
+        return False
+    token_lengths = tokens.lengths()
+    known = Known(Strings(tokens.joined, tokens.ends - token_lengths, token_lengths))
+    unions = Strings(joined.replace(b" ", b""), starts - np.arange(n), lengths - 1)
+    half_starts = np.concatenate([starts, spaces + 1])
+    halves = Strings(joined, half_starts, np.concatenate([spaces, ends]) - half_starts)
+    return (
+        known.has_all(unions)
+        and known.has_all(halves)
+        and all_differ(Strings(joined, starts, lengths))
+    )
+
+
+def _holds_zeros(strings: StringArray) -> bool:
+    return strings.joined.count(b"\0") != max(len(strings), 1) - 1

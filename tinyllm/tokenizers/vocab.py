@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import GGUFError
+from ..gguf import StringArray
 from . import names
 from .names import BYTE, NORMAL, UNDEFINED
 
@@ -113,7 +114,13 @@ class Vocab:
 
     def strings(self, key: str, required: bool = False) -> list[str]:
         """An array of strings, empty when absent."""
+        return list(self.stored(key, required))
+
+    def stored(self, key: str, required: bool = False) -> StringArray | list[str]:
+        """The same, not yet decoded where it is a file's."""
         value = self.get(key)
+        if isinstance(value, StringArray):
+            return value
         if value is None:
             if required:
                 raise key_error(key, "missing")
@@ -157,11 +164,11 @@ class Vocab:
             raise key_error(
                 "tokens", f"{len(tokens)} tokens; between 1 and {MAX_TOKENS} are expected"
             )
-        longest = max(tokens, key=len)
-        if len(longest) > MAX_TOKEN_CHARS:
-            i = tokens.index(longest)
+        longest = max(map(len, tokens))
+        if longest > MAX_TOKEN_CHARS:
+            i = next(i for i, token in enumerate(tokens) if len(token) == longest)
             raise key_error(
-                "tokens", f"token {i} has {len(longest)} characters, more than {MAX_TOKEN_CHARS}"
+                "tokens", f"token {i} has {longest} characters, more than {MAX_TOKEN_CHARS}"
             )
         ids = dict(zip(tokens, range(len(tokens)), strict=True))
         if len(ids) != len(tokens):
