@@ -220,7 +220,14 @@ print(y.tobytes().hex())
 
 def elsewhere(folder: Path, asm: bool = False, **environment: str) -> list[str]:
     """A product in a new process with its own kernel cache: its output's lines."""
-    code = IN_ANOTHER_PROCESS.format(tests=str(Path(__file__).parent), asm=asm)
+    return in_another_process(IN_ANOTHER_PROCESS, folder, asm, **environment)
+
+
+def in_another_process(
+    template: str, folder: Path, asm: bool = False, **environment: str
+) -> list[str]:
+    """What a program prints that keeps its kernels in a folder of its own."""
+    code = template.format(tests=str(Path(__file__).parent), asm=asm)
     env = {**os.environ, "TINYLLM_CACHE": str(folder), **environment}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -235,6 +242,84 @@ def test_avx2_alone_gives_the_same_bits_and_no_wide_registers(tmp_path: Path) ->
     assert lines[1] == "False"
     here = product(ONE, ONE.load(Stored("Q4_K", 80, 512)), normal(1, 512))
     assert lines[2] == here.tobytes().hex()
+
+
+dot = None  # given by ``jit.kernel``
+
+
+def dots(p: int, n: int, step: int, worker: int) -> None:
+    """n dot products, ``step`` bytes apart: a kernel."""
+    for i in range(n):
+        dot(p + step * i)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "generic"])
+@pytest.mark.parametrize("lowest", [0, -128])
+def test_dot_products_of_all_bytes_are_exact(monkeypatch: Any, isa: str, lowest: int) -> None:
+    """Each code with each activation, in all four places at once, where sums of 16 bits are largest."""
+    lanes = 8 if isa == "avx2" else 4
+    if simd.lanes() < lanes:
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setattr(simd, "instruction_set", lambda: isa)
+
+    @simd.emitter(simd.types.void, simd.i64)
+    def emitted(e: simd.Emit, p: Any) -> None:
+        ty = ir.VectorType(simd.I32, lanes)
+        codes, x, total = (e.load(e.ptr(p), ty, 4 * lanes * i) for i in range(3))
+        e.store(e.dot(total, codes, x, lowest < 0), e.ptr(p), 8 * lanes)
+
+    codes, x = np.meshgrid(np.arange(lowest, 128), np.arange(-127, 129), indexing="ij")
+    x = np.minimum(x, 127)
+    table = np.stack([np.repeat(v, 4).astype(np.int8).view(np.int32) for v in (codes, x, x)])
+    table[2] = np.arange(table.shape[1])
+    rows = np.ascontiguousarray(table.reshape(3, -1, lanes).transpose(1, 0, 2))
+    run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(
+        jit.kernel(dots, f"dots_{isa}_{lowest < 0}", dot=emitted)
+    )
+    run(rows.ctypes.data, len(rows), rows[0].nbytes, 0)
+    want = 4 * codes.ravel() * x.ravel() + np.arange(codes.size)
+    assert np.array_equal(rows[:, 2].ravel(), want)
+
+
+EXTREMES = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_cpu import jit, products_of_extremes, simd
+found = products_of_extremes()
+wide = ["zmm" in jit.assembly(name) for name in jit.compiled if name.endswith("Q4_0")]
+print(simd.instruction_set(), len(wide), any(wide))
+for y in found:
+    print(y.tobytes().hex())
+"""
+
+
+def products_of_extremes() -> list[np.ndarray]:
+    """With the largest and the smallest codes of several sizes, and activations that all are 127 or -127."""
+    found = []
+    for type_name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0"):
+        source = Stored(type_name, 48, 512)
+        blocks = source.raw.view(quants.FORMATS[type_name].dtype).reshape(48, -1)
+        for name in {"qs", "ql", "qh"} & set(blocks.dtype.names):
+            blocks[name][:16] = 127 if type_name == "Q8_0" else 255
+            blocks[name][16:32] = -128 if type_name == "Q8_0" else 0
+        w = ONE.load(source)
+        x = np.concatenate([np.ones((2, 512)), -np.ones((1, 512)), normal(8, 512)]).astype(F32)
+        found += [product(ONE, w, x), product(ONE, w, x[2:3])]
+    return found
+
+
+@pytest.mark.skipif(simd.instruction_set() != "avx512vnni", reason="needs AVX-512 to compare with")
+@pytest.mark.parametrize("more", ["avx2", "avxvnni"])
+def test_the_largest_sums_have_the_same_bits_without_wide_registers(
+    tmp_path: Path, more: str
+) -> None:
+    """Where sums are of 16 bits, four of pairs of 5-bit codes, say, just fit."""
+    if not llvm.get_host_cpu_features().get(more):
+        pytest.skip(f"this processor has no {more}")
+    env = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": f"+avx2,+fma,+f16c,+{more}"}
+    first, *lines = in_another_process(EXTREMES, tmp_path, **env)
+    assert first == f"{more} 2 False"
+    assert lines[:-1] == [y.tobytes().hex() for y in products_of_extremes()]
 
 
 # ---- half precision without instructions for it

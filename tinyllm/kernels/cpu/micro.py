@@ -16,7 +16,8 @@ so the bits do not depend on the path.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -29,6 +30,22 @@ SLOTS = 16  # tokens of a record when there are more than one
 AHEAD = 6144  # bytes prefetched ahead in a few tokens' product: 15 to 50 % where memory is slow
 # d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first and last 16
 FIELDS = ("d", "ds", "ds0", "ds1", "n8", "n128", "n0", "n1")
+
+# how many bits hold the size of any code; 8 for formats not named
+BITS = {"Q2_K": 2, "TQ2_0": 2, "Q3_K": 3, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "MXFP4": 4}
+BITS |= {"Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q6_K": 6}
+
+
+@dataclass(frozen=True)
+class Form(Format):
+    """How a tile is kept while many tokens are multiplied with it: codes as bytes, ``bits`` of them in use."""
+
+    bits: int = 8
+
+
+def code_bits(fmt: Format) -> int:
+    """How many bits hold the size of any code."""
+    return fmt.bits if isinstance(fmt, Form) else BITS.get(fmt.name, 8)
 
 
 def record_bytes(slots: int) -> int:
@@ -76,17 +93,47 @@ def _multiply(e: Emit, fmt: Format, part: Part, x: Activations, tokens: range, a
     flip = fmt.signed and is_vnni()
     offset = 128 if flip else fmt.offset
     runs = [range(8)] if len(part.scales) == 1 else [range(4), range(4, 8)]
-    totals = []
-    for half, run in enumerate(runs):
-        total = [x.start(t, offset, None if len(runs) == 1 else half) for t in tokens]
-        for c in run:
-            codes = part.codes[c]()
-            if flip:
-                codes = e.b.xor(codes, e.const(0x80808080, codes.type))
-            for i, t in enumerate(tokens):
-                total[i] = e.dot(total[i], codes, x.codes(t, c), fmt.signed)
-        totals.append(total)
+
+    def code(c: int):
+        w = part.codes[c]()
+        return e.b.xor(w, e.const(0x80808080, w.type)) if flip else w
+
+    def start(half: int) -> list:
+        return [x.start(t, offset, half if len(runs) > 1 else None) for t in tokens]
+
+    add = _add_in_pairs if instruction_set() in ("avx2", "generic") else _add_dots
+    dots = partial(add, e, fmt, code, x, tokens)
+    totals = [dots(run, partial(start, half)) for half, run in enumerate(runs)]
     return [scaled(e, part, [s[i] for s in totals], x, t, acc[i]) for i, t in enumerate(tokens)]
+
+
+def _add_dots(
+    e: Emit, fmt: Format, code: Callable, x: Activations, tokens: range, run: range, start: Callable
+) -> list:
+    """start() + the products of the codes of ``run`` with each token's."""
+    totals = start()
+    for c in run:
+        w = code(c)
+        xs = [x.codes(t, c) for t in tokens]
+        totals = [e.dot(s, w, x4, fmt.signed) for s, x4 in zip(totals, xs, strict=True)]
+    return totals
+
+
+def _add_in_pairs(
+    e: Emit, fmt: Format, code: Callable, x: Activations, tokens: range, run: range, start: Callable
+) -> list:
+    """The same, in 16 bits as far as sums fit: with AVX2 two instructions for a dot product, not three."""
+    fit = max(1, 32767 // (2 * 127 * (2 ** code_bits(fmt) - 1)))
+    totals = []
+    for first in run[::fit]:
+        sums = []
+        for c in range(first, min(first + fit, run.stop)):
+            w = code(c)
+            more = [e.pairs(w, x.codes(t, c), fmt.signed) for t in tokens]
+            sums = [e.b.add(s, m) for s, m in zip(sums, more, strict=True)] if sums else more
+        totals = totals or start()  # not before it is needed: registers are few
+        totals = [e.add_pairs(t, s) for t, s in zip(totals, sums, strict=True)]
+    return totals
 
 
 def scaled(e: Emit, part: Part, totals: list, x: Activations, token: int, acc):
@@ -143,14 +190,13 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
 
 
 @lru_cache
-def unpacked(fmt: Format) -> Format:
-    """The form in which a tile is kept while many tokens are multiplied with it: codes as bytes."""
+def unpacked(fmt: Format) -> Form:
+    """The form of a format's tiles: as the dot product takes codes with the least work."""
     plain = int8_format(fmt.group, fmt.minima)
-    if amx.available() or (fmt.signed and not is_vnni()):
-        return plain
-    offset = 128 if fmt.signed else fmt.offset
-    name = f"{plain.name}_{offset}"
-    return Format(name, 32, plain.fields, plain.take, offset, False, fmt.group, fmt.minima)
+    signed = amx.available() or (fmt.signed and not is_vnni())
+    offset = 0 if signed else 128 if fmt.signed else fmt.offset
+    layout = (plain.fields, plain.take, offset, signed, fmt.group, fmt.minima)
+    return Form(f"{plain.name}_{offset}", 32, *layout, code_bits(fmt))
 
 
 def subtract_bytes(e: Emit, v, n: int):
@@ -228,23 +274,28 @@ def quantiser(slots: int) -> Callable:
 
 @lru_cache
 def tokens_multiplier(form: Format) -> Callable:
-    """multiply(panel, records, n, n_steps, y): y += an unpacked tile times the first n tokens, by 8, 4 or 2."""
-    emit = {m: multiplier(form, m, SLOTS, resume=True) for m in (2, 4, 8)}
-    eight, four, two = emit[8], emit[4], emit[2]
+    """multiply(panel, records, n, n_steps, y): y += an unpacked tile times the first n tokens.
+
+    They go by 8, 4 or 2 where there are 32 registers for their sums, by 4, 2 or 1 where there are 16.
+    """
+    most = 8 if instruction_set() in ("avx512vnni", "neon") else 4
+    half, quarter = most // 2, most // 4
+    emit = {m: multiplier(form, m, SLOTS, resume=True) for m in (most, half, quarter)}
+    many, some, few = emit.values()
 
     def multiply(panel, records, n, n_steps, y):
         """See ``tokens_multiplier``."""
         slot = 0
         while slot < n:
             to = y + 64 * slot
-            if n - slot > 4:
-                eight(panel, records, slot, n_steps, to)
-                slot += 8
-            elif n - slot > 2:
-                four(panel, records, slot, n_steps, to)
-                slot += 4
+            if n - slot > half:
+                many(panel, records, slot, n_steps, to)
+                slot += most
+            elif n - slot > quarter:
+                some(panel, records, slot, n_steps, to)
+                slot += half
             else:
-                two(panel, records, slot, n_steps, to)
-                slot += 2
+                few(panel, records, slot, n_steps, to)
+                slot += quarter
 
     return multiply

@@ -275,34 +275,46 @@ class Emit:
         isa, n = instruction_set(), total.type.count
         if isa in ("avx512vnni", "avxvnni"):
             return self._vnni(total, codes, x4)
-        if isa == "avx2":
-            return self.b.add(total, self._pairs_avx2(codes, x4, signed))
         if isa == "neon":
             v16b = V(I8, 16)
             a, c = self.b.bitcast(codes, v16b), self.b.bitcast(x4, v16b)
             return self.call("llvm.aarch64.neon.sdot.v4i32.v16i8", V(I32, n), total, a, c)
-        for i in range(4):
-            product = self.b.mul(self._byte(codes, i), self._byte(x4, i))
-            total = self.b.add(total, product)
-        return total
+        return self.add_pairs(total, self.pairs(codes, x4, signed))
 
     def _vnni(self, total, codes, x4):
         bits = total.type.count * 32  # AVX-VNNI shares the 256-bit name; LLVM picks the encoding
         return self.call(f"llvm.x86.avx512.vpdpbusd.{bits}", total.type, total, codes, x4)
 
-    def _pairs_avx2(self, codes, x4, signed):
-        b, n = self.b, codes.type.count * 4
-        bytes_, pairs = V(I8, n), V(I16, n // 2)
+    def pairs(self, codes, x4, signed=False):
+        """Half of a dot product, without an instruction for all: sums of 2 products, in 16-bit lanes.
+
+        They just fit: 128 * 127 * 2 is 32,512.
+        """
+        b, n = self.b, codes.type.count
+        bytes_, pairs = V(I8, 4 * n), V(I16, 2 * n)
+        if instruction_set() != "avx2":
+            u, s = self._bytes_of_pairs(codes), self._bytes_of_pairs(x4)
+            return b.add(b.mul(u[0], s[0]), b.mul(u[1], s[1]))
         u, s = b.bitcast(codes, bytes_), b.bitcast(x4, bytes_)
-        if signed:  # |w| * (x with w's sign): 128 * 127 * 2 just fits 16 bits
+        if signed:  # |w| * (x with w's sign)
             s = self.call("llvm.x86.avx2.psign.b", bytes_, s, u)
             u = self.call("llvm.abs.v32i8", bytes_, u, I1(0))
-        p = self.call("llvm.x86.avx2.pmadd.ub.sw", pairs, u, s)
-        return self.call("llvm.x86.avx2.pmadd.wd", codes.type, p, self.const(1, pairs))
+        return self.call("llvm.x86.avx2.pmadd.ub.sw", pairs, u, s)
 
-    def _byte(self, v, i):
-        """Byte i of each lane, sign-extended."""
-        return self.b.ashr(self.shl(v, 24 - 8 * i), self.const(24, v.type))
+    def add_pairs(self, total, pairs):
+        """The other half: total + the sums of 2 neighbouring 16-bit lanes."""
+        b, ty = self.b, total.type
+        if instruction_set() == "avx2":
+            sums = self.call("llvm.x86.avx2.pmadd.wd", ty, pairs, self.const(1, pairs.type))
+            return b.add(total, sums)
+        both, half = b.bitcast(pairs, ty), self.const(16, ty)
+        return b.add(b.add(total, b.ashr(b.shl(both, half), half)), b.ashr(both, half))
+
+    def _bytes_of_pairs(self, v):
+        """The lower and the upper byte of each 16-bit lane, sign-extended."""
+        v = self.b.bitcast(v, V(I16, 2 * v.type.count))
+        eight = self.const(8, v.type)
+        return self.b.ashr(self.b.shl(v, eight), eight), self.b.ashr(v, eight)
 
 
 # ---- the same for kernels in Python: types, and functions that write instructions
