@@ -18,7 +18,7 @@ from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, target, 
 
 SLOTS = 16
 VOID = ir.VoidType()
-SUMS, LEFT, RIGHT = (0, 1), (4, 5), (6, 7)  # tile registers
+SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
 
 
 @lru_cache(1)
@@ -31,8 +31,9 @@ def available() -> bool:
 
 
 @lru_cache
-def starter(group: int) -> Callable:
-    """start(): shape the tile registers for ``group`` columns at once."""
+def starter(fmt: Format) -> Callable:
+    """start(): shape the tile registers for as many columns at once as share a scale, 64 at most."""
+    group = min(64, fmt.group if fmt.span == 32 else fmt.span)
 
     @emitter(types.void)
     def start(e):
@@ -114,14 +115,14 @@ class Products:
 
 @lru_cache
 def multiplier(form: Format) -> Callable:
-    """multiply(panel, records, slot, n_steps, y): y += an unpacked tile of signed codes times 16 tokens.
+    """multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, ..): y += unpacked tiles times 16 tokens.
 
     The sums of a step are scaled while the unit is at the next one.
     """
 
-    @emitter(types.void, i64, i64, i64, i64, i64)
-    def multiply(e, panel, records, slot, n_steps, y):
-        """See ``multiplier``."""
+    @emitter(types.void, i64, i64, i64, i64)
+    def tile(e, panel, records, n_steps, y):
+        """One tile."""
         b, p = e.b, Products(e, panel, records, n_steps, form)
 
         def step(i, parity, acc):
@@ -140,6 +141,11 @@ def multiplier(form: Format) -> Callable:
         acc = e.loop_maybe(odd, acc, lambda _, acc: step(p.last, 1, acc))
         for t, v in enumerate(p.scale(p.last, odd, acc)):
             e.store(v, e.ptr(y), 64 * t)
+
+    def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
+        """See ``multiplier``."""
+        for i in range(n_tiles):
+            tile(panels + i * panel_bytes, records, n_steps, y + 1024 * i)
 
     return multiply
 

@@ -94,23 +94,21 @@ def group_rows(args, first, last, worker):
 def gather_records(args, first, last, worker):
     """Records of one token -> records of ``slots``; a piece is a run of ``order``."""
     x, out, order, choices = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n_steps, slots, n_fields = arg(args, 4), arg(args, 5), arg(args, 6)
-    record = 32 + 4 * n_fields
+    n_bytes, slots, span = arg(args, 4), arg(args, 5), arg(args, 6)
     for piece in range(first, last):
         run = order + 4 * slots * piece
         for slot in range(slots):
             row = get_i32(run + 4 * slot)
             if row < 0:
                 break
-            source = x + row // choices * n_steps * record
-            to = out + piece * n_steps * slots * record
-            for _ in range(n_steps):
-                copy(to + 32 * slot, source, 32)
-                for f in range(n_fields):
-                    value = get_i32(source + 32 + 4 * f)
-                    set_i32(to + 32 * slots + 4 * (f * slots + slot), value)
-                source += record
-                to += slots * record
+            source = x + row // choices * n_bytes
+            to = out + piece * n_bytes * slots
+            for _ in range(0, n_bytes, 2 * span):  # as many bytes of codes as of fields
+                copy(to + span * slot, source, span)
+                for i in range(0, span, 4):
+                    set_i32(to + (span + i) * slots + 4 * slot, get_i32(source + span + i))
+                source += 2 * span
+                to += slots * 2 * span
 
 
 def gather_floats(args, first, last, worker):
@@ -204,10 +202,11 @@ def _single(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """x as the kernels for one row read it, made once for all that share x."""
     if w.format is None:
         return x
-    if "single" not in x.derived:
+    key = ("single", w.format.span)
+    if key not in x.derived:
         flat = x.reshape(-1, w.n_in)
-        x.derived["single"] = matmul.quantise_array(tape, flat, single=True)
-    return x.derived["single"]
+        x.derived[key] = matmul.quantise_array(tape, flat, w.format.span, single=True)
+    return x.derived[key]
 
 
 def _row_bytes(w: CPUWeight) -> int:
@@ -260,7 +259,7 @@ class _Groups:
         out = tape.array((self.n_runs * self.slots, size), "u1")
         body: Callable = gather_records if w.format else gather_floats
         args = [forms.address, out.address, self.order.address, self.n_rows * n // x.size]
-        args += [n // 32, self.slots, len(micro.FIELDS)] if w.format else [4 * n]
+        args += [size, self.slots, w.format.span] if w.format else [4 * n]
         tape.add(jit.kernel(body), self.n_runs, args)
         self.packed[forms] = out
         return out

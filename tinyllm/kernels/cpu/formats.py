@@ -6,6 +6,8 @@ lane, and no sum across lanes is ever needed. The bits themselves are the file's
 
 A format's ``take`` yields, for each 32 columns of a block, a ``Part``: 8 vectors of codes (4 neighbouring
 columns in each lane) and the scales and minima of their rows: weight = scale * (code - offset) + minimum.
+Where a block is 256 columns with integer scales and one float, ``unit``, the sums of the whole block are added
+as integers first (``span`` = 256): weight = unit * scale * (code - offset) + minimum.
 Layouts of the blocks: ``tinyllm.gguf.quants``.
 """
 
@@ -31,6 +33,7 @@ class Part:
     codes: list[Callable[[], Any]]  # 8 x () -> i32 lanes, computed when asked for
     scales: list[Any]
     minima: list[Any]
+    unit: Any = None  # where scales are integers, what they are multiples of
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Format:
     signed: bool = False  # codes are signed bytes; else 0..127
     group: int = 32  # columns that share a scale
     minima: bool = False
+    bits: int = 8  # that hold the size of any code
+    span: int = 32  # columns whose sums are added as integers: activations share a scale as far
 
     @property
     def block_bytes(self) -> int:
@@ -184,9 +189,9 @@ def _take_q2_k(e: Emit, t: Tile) -> Iterator[Part]:
     d, less = t.half(80), e.b.fneg(t.half(82))
     for i in range(8):
         both = [_byte_of(e, words, 2 * i + g) for g in range(2)]
-        scales = [e.b.fmul(d, e.to_float(e.mask(s, 15))) for s in both]
+        scales = [e.mask(s, 15) for s in both]
         minima = [e.b.fmul(less, e.to_float(e.shr(s, 4))) for s in both]
-        yield Part(_two_bits(e, t, 16 + 32 * (i // 4), i % 4), scales, minima)
+        yield Part(_two_bits(e, t, 16 + 32 * (i // 4), i % 4), scales, minima, d)
 
 
 def _take_q3_k(e: Emit, t: Tile) -> Iterator[Part]:
@@ -204,9 +209,9 @@ def _take_q3_k(e: Emit, t: Tile) -> Iterator[Part]:
 
     for i in range(8):
         both = [_byte_of(e, words, 2 * i + g) for g in range(2)]
-        scales = [e.b.fmul(d, e.to_float(e.b.sub(s, e.const(32, s.type)))) for s in both]
+        scales = [e.b.sub(s, e.const(32, s.type)) for s in both]
         two = _two_bits(e, t, 32 + 32 * (i // 4), i % 4)
-        yield Part([lambda c=c, i=i, two=two: code(c, i, two) for c in range(8)], scales, [])
+        yield Part([lambda c=c, i=i, two=two: code(c, i, two) for c in range(8)], scales, [], d)
 
 
 def _six_bit_scales(e: Emit, t: Tile) -> tuple[list[Any], list[Any]]:
@@ -222,9 +227,9 @@ def _take_q4_k(e: Emit, t: Tile, codes: Callable | None = None) -> Iterator[Part
     scales, minima = _six_bit_scales(e, t)
     d, less = t.half(0), e.b.fneg(t.half(2))
     for i in range(8):
-        scale = e.b.fmul(d, e.to_float(_byte_of(e, scales, i)))
+        scale = _byte_of(e, scales, i)
         least = e.b.fmul(less, e.to_float(_byte_of(e, minima, i)))
-        yield Part((codes or _pair_nibbles)(e, t, i), [scale], [least])
+        yield Part((codes or _pair_nibbles)(e, t, i), [scale], [least], d)
 
 
 def _pair_nibbles(e: Emit, t: Tile, i: int, start: int = 16) -> list[Callable]:
@@ -253,7 +258,7 @@ def _take_q6_k(e: Emit, t: Tile) -> Iterator[Part]:
 
     def scale(i):
         byte = e.shl(words[i // 4], 24 - 8 * (i % 4))
-        return e.b.fmul(d, e.to_float(e.b.ashr(byte, e.const(24, byte.type))))
+        return e.b.ashr(byte, e.const(24, byte.type))
 
     def code(c, n, q):
         four = e.mask(e.shr(t.word(64 * n + 32 * (q % 2) + 4 * c), 4 * (q // 2)), NIBBLES)
@@ -263,7 +268,7 @@ def _take_q6_k(e: Emit, t: Tile) -> Iterator[Part]:
     for i in range(8):
         n, q = divmod(i, 4)
         codes = [lambda c=c, n=n, q=q: code(c, n, q) for c in range(8)]
-        yield Part(codes, [scale(2 * i), scale(2 * i + 1)], [])
+        yield Part(codes, [scale(2 * i), scale(2 * i + 1)], [], d)
 
 
 def _take_iq4_xs(e: Emit, t: Tile) -> Iterator[Part]:
@@ -272,13 +277,13 @@ def _take_iq4_xs(e: Emit, t: Tile) -> Iterator[Part]:
         four, two = e.mask(e.shr(low, 4 * i), 15), e.mask(e.shr(high, 2 * i), 3)
         scale = e.b.sub(e.b.or_(four, e.shl(two, 4)), e.const(32, low.type))
         codes = _looked_up(e, _nibbles(e, t, 8 + 16 * i), IQ4_VALUES)
-        yield Part(codes, [e.b.fmul(d, e.to_float(scale))], [])
+        yield Part(codes, [scale], [], d)
 
 
 def _take_tq2_0(e: Emit, t: Tile) -> Iterator[Part]:
-    d = t.half(64)
+    d, one = t.half(64), e.const(1, V(I32, t.n))
     for i in range(8):
-        yield Part(_two_bits(e, t, 32 * (i // 4), i % 4), [d], [])
+        yield Part(_two_bits(e, t, 32 * (i // 4), i % 4), [one], [], d)
 
 
 def _take_int8(group: int, minima: bool) -> Callable:
@@ -303,8 +308,31 @@ def int8_format(group: int, minima: bool) -> Format:
     return Format(name, 32, fields, _take_int8(group, minima), 0, True, group, minima)
 
 
+def _take_whole(group: int) -> Callable:
+    """256 columns as ``_take_int8`` has 32, but with integer scales, and last their unit."""
+    n = 32 // group
+    size = 32 + 4 * n
+
+    def take(e: Emit, t: Tile) -> Iterator[Part]:
+        unit = e.b.bitcast(t.word(8 * size), V(F32, t.n))
+        for at in range(0, 8 * size, size):
+            codes = [lambda c=c, at=at: t.word(at + 4 * c) for c in range(8)]
+            yield Part(codes, [t.word(at + 32 + 4 * j) for j in range(n)], [], unit)
+
+    return take
+
+
+def whole_format(group: int, offset: int, signed: bool, bits: int) -> Format:
+    """Unpacked blocks of 256 columns: codes as bytes, integer scales; one float for all. No minima."""
+    name = f"whole_{group}_{'signed' if signed else offset}_{bits}"
+    fields = _words(0, 8 * (32 + 4 * (32 // group)) + 4)
+    layout = (name, 256, fields, _take_whole(group), offset, signed, group)
+    return Format(*layout, bits=bits, span=256)
+
+
 # in the order in which they are read: memory is fastest so (Q6_K: 10 % against the file's order)
 _D, _M = (0, 2), (2, 2)
+_Q2_K = ((80, 2), (82, 2), *_words(0, 80))
 _Q3_K = ((108, 2), *_words(96, 108), *_words(0, 96))
 _Q6_K = ((208, 2), *_words(192, 208))
 for _n in range(2):  # 128 columns: low bits of 32 bytes, high bits of 32 bytes, low bits of 32 more
@@ -313,19 +341,19 @@ for _n in range(2):  # 128 columns: low bits of 32 bytes, high bits of 32 bytes,
 FORMATS = {
     f.name: f
     for f in (
-        Format("Q4_0", 32, (_D, *_words(2, 18)), _take_q4_0, offset=8),
-        Format("Q4_1", 32, (_D, _M, *_words(4, 20)), _take_q4_1, minima=True),
-        Format("Q5_0", 32, (_D, *_words(2, 22)), _take_q5_0, offset=16),
-        Format("Q5_1", 32, (_D, _M, *_words(4, 24)), _take_q5_1, minima=True),
+        Format("Q4_0", 32, (_D, *_words(2, 18)), _take_q4_0, offset=8, bits=4),
+        Format("Q4_1", 32, (_D, _M, *_words(4, 20)), _take_q4_1, minima=True, bits=4),
+        Format("Q5_0", 32, (_D, *_words(2, 22)), _take_q5_0, offset=16, bits=5),
+        Format("Q5_1", 32, (_D, _M, *_words(4, 24)), _take_q5_1, minima=True, bits=5),
         Format("Q8_0", 32, (_D, *_words(2, 34)), _take_q8_0, signed=True),
         Format("IQ4_NL", 32, (_D, *_words(2, 18)), _take_iq4_nl, signed=True),
-        Format("MXFP4", 32, ((0, 1), *_words(1, 17)), _take_mxfp4, signed=True),
-        Format("Q2_K", 256, ((80, 2), (82, 2), *_words(0, 80)), _take_q2_k, group=16, minima=True),
-        Format("Q3_K", 256, _Q3_K, _take_q3_k, offset=4, group=16),
-        Format("Q4_K", 256, (_D, _M, *_words(4, 144)), _take_q4_k, minima=True),
-        Format("Q5_K", 256, (_D, _M, *_words(4, 176)), _take_q5_k, minima=True),
-        Format("Q6_K", 256, _Q6_K, _take_q6_k, offset=32, group=16),
-        Format("IQ4_XS", 256, (_D, _M, *_words(4, 136)), _take_iq4_xs, signed=True),
-        Format("TQ2_0", 256, ((64, 2), *_words(0, 64)), _take_tq2_0, offset=1),
+        Format("MXFP4", 32, ((0, 1), *_words(1, 17)), _take_mxfp4, signed=True, bits=4),
+        Format("Q2_K", 256, _Q2_K, _take_q2_k, group=16, minima=True, span=256, bits=2),
+        Format("Q3_K", 256, _Q3_K, _take_q3_k, offset=4, group=16, span=256, bits=3),
+        Format("Q4_K", 256, (_D, _M, *_words(4, 144)), _take_q4_k, minima=True, span=256, bits=4),
+        Format("Q5_K", 256, (_D, _M, *_words(4, 176)), _take_q5_k, minima=True, span=256, bits=5),
+        Format("Q6_K", 256, _Q6_K, _take_q6_k, offset=32, group=16, span=256, bits=6),
+        Format("IQ4_XS", 256, (_D, _M, *_words(4, 136)), _take_iq4_xs, signed=True, span=256),
+        Format("TQ2_0", 256, ((64, 2), *_words(0, 64)), _take_tq2_0, offset=1, span=256, bits=2),
     )
 }

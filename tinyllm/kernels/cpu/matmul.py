@@ -6,7 +6,7 @@ unpacks a few tiles into its scratch memory and runs all tokens past them, so th
 
 from __future__ import annotations
 
-from . import amx, floats, jit, micro
+from . import amx, floats, jit, micro, minima, planes
 from .floats import (
     COLUMNS,
     GROUP,
@@ -17,7 +17,7 @@ from .floats import (
     matmul_float,
     matvec_float,
     multiplier,
-    store_tile,
+    store_tiles,
     tile_widener,
     widener,
 )
@@ -37,26 +37,27 @@ from .weights import CPUWeight
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_tokens = unpack = quantise = None
+multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = None
 start = stop = None  # of the matrix unit, where there is one
 UNPACKED = 8  # tiles unpacked together: 128 rows
 STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
-QUANTISED = 16  # records of a piece: 512 columns
+QUANTISED = 512  # columns of a piece
 TOKEN_BLOCK = 512
+PAST = 1 << 20  # outputs that had better not pass through the caches
 FEW = 8  # tokens for which unpacking does not pay
 
 
 def quantise_rows(args, first, last, worker):
-    """x [T, n] -> records of S tokens, of which ``used`` are filled; a piece is QUANTISED records."""
+    """x [T, n] -> records of S tokens, of which ``used`` are filled; a piece is QUANTISED columns."""
     x, out, n_rows, n, slots = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4)
-    used, spans = arg(args, 5), (n // 32 + QUANTISED - 1) // QUANTISED
+    used, span, pieces = arg(args, 5), arg(args, 6), (n + QUANTISED - 1) // QUANTISED
     for piece in range(first, last):
-        tile, begin = piece // spans, piece % spans * QUANTISED
-        for block in range(begin, min(begin + QUANTISED, n // 32)):
-            record = out + (tile * (n // 32) + block) * slots * 64
+        tile, begin = piece // pieces, piece % pieces * QUANTISED
+        for column in range(begin, min(begin + QUANTISED, n), span):
+            record = out + (tile * n + column) * slots * 2
             for slot in range(used):
                 row = min(tile * slots + slot, n_rows - 1)  # spare slots repeat the last row
-                quantise(x + 4 * (row * n + 32 * block), record, slot)
+                quantise(x + 4 * (row * n + column), record, slot)
 
 
 def matvec(args, first, last, worker):
@@ -76,13 +77,13 @@ def matmul_few(args, first, last, worker):
     sums = arg(args, 8) + worker * arg(args, 9)
     for tile in range(first, last):
         multiply(w + tile * tile_bytes, x, 0, n_blocks, sums)
-        store_tile(sums, y + 64 * tile, n_tokens, n_out, 16 * tile, bias)
+        store_tiles(sums, y + 64 * tile, n_tokens, 1, n_out, 16 * tile, bias, False)
 
 
 def matmul(args, first, last, worker):
     """y [T, n_out] of many tokens; a piece is UNPACKED tiles and TOKEN_BLOCK tokens.
 
-    Columns go by chunks of STEPS records, so that the records of 16 tokens stay in the first-level cache
+    Columns go by chunks of ``at_once`` records, so that those of 16 tokens stay in the first-level cache
     while the tiles pass, and the sums of all tokens wait in ``sums`` [T / 16][UNPACKED][16][16].
     """
     w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
@@ -93,9 +94,12 @@ def matmul(args, first, last, worker):
         arg(args, 10),
         arg(args, 11),
     )
-    panels = arg(args, 12) + worker * arg(args, 13)
-    per_block, panel_bytes = n_steps // n_blocks, STEPS * step_bytes
-    sums, groups = panels + UNPACKED * panel_bytes, (tiles + UNPACKED - 1) // UNPACKED
+    wide, least_bytes, panels = arg(args, 12), arg(args, 13), arg(args, 14) + worker * arg(args, 15)
+    at_once = arg(args, 16)
+    per_block, panel_bytes = n_steps // n_blocks, at_once * step_bytes
+    least, groups = panels + UNPACKED * panel_bytes, (tiles + UNPACKED - 1) // UNPACKED
+    sums = least + UNPACKED * least_bytes
+    past = n_out % 16 == 0 and n_tokens * n_out >= PAST
     start()
     for piece in range(first, last):
         begin = piece % groups * UNPACKED
@@ -103,24 +107,30 @@ def matmul(args, first, last, worker):
         token0 = piece // groups * TOKEN_BLOCK
         token1 = min(token0 + TOKEN_BLOCK, n_tokens)
         clear(sums, (token1 - token0 + 15) // 16 * UNPACKED * 1024)
-        for step in range(0, n_steps, STEPS):
-            steps = min(STEPS, n_steps - step)
+        for step in range(0, n_steps, at_once):
+            steps = min(at_once, n_steps - step)
             for tile in range(begin, end):
                 source = w + tile * tile_bytes + step // per_block * (tile_bytes // n_blocks)
                 unpack(source, steps // per_block, panels + (tile - begin) * panel_bytes)
-            to = sums
-            for token in range(token0, token1, 16):
+            y_bytes = (end - begin) * 1024
+            for token in range(token0, token1, wide):
                 records = x + (token // 16) * x_bytes + step * 1024
-                for tile in range(begin, end):
-                    panel = panels + (tile - begin) * panel_bytes
-                    multiply_tokens(panel, records, min(token1 - token, 16), steps, to)
-                    to += 1024
+                n, to = min(token1 - token, wide), sums + (token - token0) // 16 * y_bytes
+                multiply_tokens(
+                    panels, panel_bytes, records, n, steps, end - begin, to, x_bytes, y_bytes
+                )
+        if least_bytes != 0:
+            for tile in range(begin, end):
+                to = least + (tile - begin) * least_bytes
+                unpack_minima(w + tile * tile_bytes, n_blocks, to)
         source = sums
         for token in range(token0, token1, 16):
-            for tile in range(begin, end):
-                corner = y + 4 * (token * n_out + 16 * tile)
-                store_tile(source, corner, min(token1 - token, 16), n_out, 16 * tile, bias)
-                source += 1024
+            corner, n = y + 4 * (token * n_out + 16 * begin), min(token1 - token, 16)
+            if least_bytes != 0:
+                records = x + (token // 16) * x_bytes
+                add_minima(least, least_bytes, records, n_blocks, source, n, end - begin)
+            store_tiles(source, corner, n, end - begin, n_out, 16 * begin, bias, past)
+            source += (end - begin) * 1024
     stop()
 
 
@@ -174,22 +184,24 @@ def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """The form of x that w's kernels read, made once for all that share x."""
     if w.format is None:
         return x
-    if "records" not in x.derived:
-        x.derived["records"] = quantise_array(tape, x)
-    return x.derived["records"]
+    key = ("records", w.format.span)
+    if key not in x.derived:
+        x.derived[key] = quantise_array(tape, x, w.format.span)
+    return x.derived[key]
 
 
-def quantise_array(tape: Tape, x: CPUArray, single: bool = False) -> CPUArray:
+def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> CPUArray:
     """x as int8 records, of one token each if ``single``."""
     n_rows, n = x.shape
     slots = 1 if single or n_rows == 1 else micro.SLOTS
     tiles = -(-n_rows // slots)
     out = tape.array((tiles * n // 32, micro.record_bytes(slots)), "u1")
     used = min(slots, FEW) if n_rows <= FEW else slots
-    address = jit.kernel(quantise_rows, f"quantise_{slots}", quantise=micro.quantiser(slots))
-    spans = -(-n // 32 // QUANTISED)
-    args = [x.address, out.address, n_rows, n, slots, used]
-    tape.add(address, tiles * spans, args, spans if slots == 1 else 1)
+    name, quantise = f"quantise_{slots}_{span}", micro.quantiser(slots, span)
+    pieces = -(-n // QUANTISED)
+    args = [x.address, out.address, n_rows, n, slots, used, span]
+    address = jit.kernel(quantise_rows, name, quantise=quantise)
+    tape.add(address, tiles * pieces, args, pieces if slots == 1 else 1)
     tape.keep(x)
     return out
 
@@ -239,7 +251,7 @@ def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int
 ) -> tuple[int, list[int], int, CPUArray]:
     """The kernel for up to so many tokens, its arguments after the first six, its pieces, its scratch."""
-    more = [w.n_tiles, w.n_out, n_tokens]
+    more, last = [w.n_tiles, w.n_out, n_tokens], []
     if w.format is None:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
@@ -247,24 +259,34 @@ def matmul_kernel(
         address = jit.kernel(matmul_float, f"matmul_{w.kind}", **names)
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
-        n_steps, step_bytes = w.n_in // 32, micro.unpacked(w.format).tile_bytes
+        address, step_bytes, at_once, wide = _matmul_quantised(w)
+        n_steps = w.n_in // 32
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
-        scratch = tape.array((n_workers, UNPACKED * (STEPS * step_bytes + sums)), "u1")
-        more += [n_steps * micro.record_bytes(micro.SLOTS), step_bytes, n_steps]
-        address = _matmul_quantised(w)
+        least = w.n_blocks * minima.n_minima(w.format) * 64
+        scratch = tape.array((n_workers, UNPACKED * (at_once * step_bytes + least + sums)), "u1")
+        more += [n_steps * micro.record_bytes(micro.SLOTS), step_bytes, n_steps, wide, least]
         pieces = -(-w.n_tiles // UNPACKED) * -(-n_tokens // TOKEN_BLOCK)
-    return address, [*more, scratch.address, scratch.shape[1]], pieces, scratch
+        last = [at_once]
+    return address, [*more, scratch.address, scratch.shape[1], *last], pieces, scratch
 
 
-def _matmul_quantised(w: CPUWeight) -> int:
-    form, unpack = micro.unpacked(w.format), micro.unpacker(w.format)
+def _matmul_quantised(w: CPUWeight) -> tuple[int, int, int, int]:
+    """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
+    fmt, kind, at_once, wide = w.format, w.kind, STEPS, 16
     unit = {"start": amx.nothing, "stop": amx.nothing}
-    kind, multiply_tokens = w.kind, micro.tokens_multiplier(form)
     if amx.available():
-        unit = {"start": amx.starter(form.group), "stop": amx.stop}
-        kind, multiply_tokens = f"amx_{kind}", amx.multiplier(form)
-    names = {"unpack": unpack, "multiply_tokens": multiply_tokens, **unit}
-    return jit.kernel(matmul, f"matmul_{kind}", **names)
+        kind, unit = f"amx_{kind}", {"start": amx.starter(fmt), "stop": amx.stop}
+    if amx.available() and fmt.span == 256:
+        unpack, multiply = planes.unpacker(fmt), planes.multiplier(fmt)
+        size, at_once, wide = planes.panel_bytes(fmt) // 8, 8, 32
+    else:
+        form = micro.unpacked(fmt, whole=True)
+        many = amx.multiplier if amx.available() else micro.tokens_multiplier
+        unpack, multiply = micro.unpacker(fmt, form), many(form)
+        size = form.tile_bytes * 32 // form.block
+    names = {"unpack": unpack, "multiply_tokens": multiply, **unit}
+    names |= {"unpack_minima": minima.unpacker(fmt), "add_minima": minima.tiles_adder(fmt)}
+    return jit.kernel(matmul, f"matmul_{kind}", **names), size, at_once, wide
 
 
 def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_workers: int) -> CPUArray:
@@ -280,7 +302,7 @@ def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_worker
         scratch = tape.array((n_workers, w.n_in // 32 * form.tile_bytes), "u1")
         args += [w.n_blocks, w.n_in, form.offset, form.group, form.minima, form.signed]
         args += [form.tile_bytes, scratch.address, scratch.shape[1]]
-        unpack = micro.unpacker(w.format)
+        unpack = micro.unpacker(w.format, form)
         tape.add(jit.kernel(embed, f"embed_{w.kind}", unpack=unpack), n, args)
         tape.keep(scratch)
     tape.keep(w, ids, y)

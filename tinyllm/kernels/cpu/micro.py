@@ -1,7 +1,8 @@
 """Micro-kernels for quantised weights: 16 rows times a few tokens, and unpacking a tile.
 
-Activations are int8 in *records* of 32 columns for S tokens side by side (S = 1 in decode, else 16):
-``codes [S][32] int8``, then eight planes ``[S]`` of 4 bytes (``FIELDS``), broadcast to all rows when read.
+Activations are int8 in *records* of a format's ``span`` (32 or 256 columns, which share a scale) for S tokens
+side by side (S = 1 in decode, else 16): ``codes [S][span] int8``, then for each 32 columns eight planes ``[S]``
+of 4 bytes (``FIELDS``), broadcast to all rows when read.
 
 Every path (decode, batches, prefill, all instruction sets) computes for each output, for each 32 columns in
 ascending order, with exact integer sums t:
@@ -10,19 +11,26 @@ ascending order, with exact integer sums t:
     acc = fma(fma(float(t1), scale1, float(t0) * scale0), d, acc)                   one per 16 columns
     acc = fma(minimum, d * sum of codes, acc)                                       for each minimum
 
+and where the span is 256, scales being integers, with the minima added up apart until the end,
+
+    acc = fma(float(sum of t * scale) * unit, d, acc)                               once a block
+    least = fma(minimum, d * sum of codes, least)
+    y = acc + least
+
 so the bits do not depend on the path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
 from . import amx
-from .formats import Format, Part, Tile, int8_format
+from .formats import Format, Part, Tile, int8_format, whole_format
 from .simd import F32, I8, I32, I64, LANES, Emit, V, emitter, i64, instruction_set, lanes, types
 
 INVERSE_127 = float(np.float32(1 / 127))
@@ -30,22 +38,6 @@ SLOTS = 16  # tokens of a record when there are more than one
 AHEAD = 6144  # bytes prefetched ahead in a few tokens' product: 15 to 50 % where memory is slow
 # d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first and last 16
 FIELDS = ("d", "ds", "ds0", "ds1", "n8", "n128", "n0", "n1")
-
-# how many bits hold the size of any code; 8 for formats not named
-BITS = {"Q2_K": 2, "TQ2_0": 2, "Q3_K": 3, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "MXFP4": 4}
-BITS |= {"Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q6_K": 6}
-
-
-@dataclass(frozen=True)
-class Form(Format):
-    """How a tile is kept while many tokens are multiplied with it: codes as bytes, ``bits`` of them in use."""
-
-    bits: int = 8
-
-
-def code_bits(fmt: Format) -> int:
-    """How many bits hold the size of any code."""
-    return fmt.bits if isinstance(fmt, Form) else BITS.get(fmt.name, 8)
 
 
 def record_bytes(slots: int) -> int:
@@ -59,14 +51,14 @@ def is_vnni() -> bool:
 
 
 class Activations:
-    """One record of S tokens: ``x`` is the address of its codes, ``f`` that of its planes."""
+    """32 columns of S tokens: ``x`` is the address of their codes, ``f`` that of their planes."""
 
-    def __init__(self, e: Emit, x, f, slots: int, n: int) -> None:
-        self.e, self.x, self.f, self.slots, self.n = e, x, f, slots, n
+    def __init__(self, e: Emit, x, f, slots: int, n: int, span: int = 32) -> None:
+        self.e, self.x, self.f, self.slots, self.n, self.span = e, x, f, slots, n, span
 
     def codes(self, token: int, c: int):
         """4 codes of a token in all lanes."""
-        return self.e.broadcast(self.x, I32, self.n, 32 * token + 4 * c)
+        return self.e.broadcast(self.x, I32, self.n, self.span * token + 4 * c)
 
     def field(self, token: int, name: str):
         """A value of a token in all lanes."""
@@ -88,8 +80,10 @@ class Activations:
         return self.e.b.ashr(n8, self.e.const(-shift, n8.type))
 
 
-def _multiply(e: Emit, fmt: Format, part: Part, x: Activations, tokens: range, acc: list) -> list:
-    """acc[token] + these 32 columns; the formula in the module's text."""
+def _sums(
+    e: Emit, fmt: Format, part: Part, x: Activations, tokens: range
+) -> Iterator[tuple[Any, list]]:
+    """Each scale of these 32 columns and the exact sums of its columns, one per token."""
     flip = fmt.signed and is_vnni()
     offset = 128 if flip else fmt.offset
     runs = [range(8)] if len(part.scales) == 1 else [range(4), range(4, 8)]
@@ -101,10 +95,9 @@ def _multiply(e: Emit, fmt: Format, part: Part, x: Activations, tokens: range, a
     def start(half: int) -> list:
         return [x.start(t, offset, half if len(runs) > 1 else None) for t in tokens]
 
-    add = _add_in_pairs if instruction_set() in ("avx2", "generic") else _add_dots
-    dots = partial(add, e, fmt, code, x, tokens)
-    totals = [dots(run, partial(start, half)) for half, run in enumerate(runs)]
-    return [scaled(e, part, [s[i] for s in totals], x, t, acc[i]) for i, t in enumerate(tokens)]
+    add = _add_in_pairs if instruction_set() == "avx2" else _add_dots
+    for half, run in enumerate(runs):
+        yield part.scales[half], add(e, fmt, code, x, tokens, run, partial(start, half))
 
 
 def _add_dots(
@@ -123,7 +116,7 @@ def _add_in_pairs(
     e: Emit, fmt: Format, code: Callable, x: Activations, tokens: range, run: range, start: Callable
 ) -> list:
     """The same, in 16 bits as far as sums fit: with AVX2 two instructions for a dot product, not three."""
-    fit = max(1, 32767 // (2 * 127 * (2 ** code_bits(fmt) - 1)))
+    fit = max(1, 32767 // (2 * 127 * (2**fmt.bits - 1)))
     totals = []
     for first in run[::fit]:
         sums = []
@@ -137,14 +130,53 @@ def _add_in_pairs(
 
 
 def scaled(e: Emit, part: Part, totals: list, x: Activations, token: int, acc):
+    """acc + the sums of 32 columns, scaled: the formula in the module's text."""
     value = e.b.fmul(e.to_float(totals[0]), part.scales[0])
     for total, scale in zip(totals[1:], part.scales[1:], strict=True):
         value = e.fma(e.to_float(total), scale, value)
-    acc = e.fma(value, x.field(token, "d"), acc)
-    sums = ("ds",) if len(part.minima) == 1 else ("ds0", "ds1")
-    for minimum, name in zip(part.minima, sums, strict=False):
+    return with_minima(e, part.minima, x, token, e.fma(value, x.field(token, "d"), acc))
+
+
+def with_minima(e: Emit, minima: list, x: Activations, token: int, acc):
+    """acc + the minima of 32 columns."""
+    sums = ("ds",) if len(minima) == 1 else ("ds0", "ds1")
+    for minimum, name in zip(minima, sums, strict=False):
         acc = e.fma(minimum, x.field(token, name), acc)
     return acc
+
+
+def _add_parts(
+    e: Emit, fmt: Format, parts: Callable, at: Callable, tokens: range, acc: list
+) -> list:
+    """acc[token] + the columns of a block; ``at(j)``: the activations of its part j."""
+    for j, part in enumerate(parts()):
+        x = at(j)
+        sums = zip(*(total for _, total in _sums(e, fmt, part, x, tokens)), strict=True)
+        acc = [scaled(e, part, s, x, t, a) for s, t, a in zip(sums, tokens, acc, strict=True)]
+    return acc
+
+
+def _add_whole(
+    e: Emit, fmt: Format, parts: Callable, at: Callable, tokens: range, acc: list
+) -> list:
+    """The same where the sums of the block are added as integers; minima have sums of their own, the last."""
+    acc, least = acc[: len(tokens)], acc[len(tokens) :]
+    whole = [e.const(0, V(I32, acc[0].type.count))] * len(acc)
+    if least:  # first, while registers are free
+        for j, part in enumerate(parts()):
+            x = at(j)
+            least = [with_minima(e, part.minima, x, t, least[t]) for t in tokens]
+    for j, part in enumerate(parts()):
+        x = at(j)
+        for scale, sums in _sums(e, fmt, part, x, tokens):
+            whole = [e.b.add(w, e.b.mul(s, scale)) for w, s in zip(whole, sums, strict=True)]
+    ready = zip(whole, tokens, acc, strict=True)
+    return [add_unit(e, s, part.unit, x.field(t, "d"), a) for s, t, a in ready] + least
+
+
+def add_unit(e: Emit, whole, unit, d, acc):
+    """acc + the integer sum of a block, scaled."""
+    return e.fma(e.b.fmul(e.to_float(whole), unit), d, acc)
 
 
 @lru_cache
@@ -153,13 +185,12 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
 
     w: the tile's blocks; x: the tokens' records; y [n_tokens][16] floats, added to if ``resume``.
     """
-    n = lanes()
-    per_block = fmt.block // 32
+    n, span = lanes(), fmt.span
 
     def rows(e: Emit, w, x, slot, n_blocks, y, first: int):
         x = e.ptr(x)
-        codes = e.at(x, e.b.mul(slot, I64(32)))
-        planes = e.at(x, e.b.add(I64(32 * slots), e.b.mul(slot, I64(4))))
+        codes = e.at(x, e.b.mul(slot, I64(span)))
+        planes = e.at(x, e.b.add(I64(span * slots), e.b.mul(slot, I64(4))))
 
         def block(i, acc):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
@@ -167,17 +198,27 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
                 for line in range(0, fmt.tile_bytes, 64):
                     e.prefetch(p, AHEAD + line)
             tile = Tile(e, p, fmt, first, n)
-            step = e.b.mul(i, I64(per_block * record_bytes(slots)))
-            for j, part in enumerate(fmt.take(e, tile)):
-                at = e.b.add(step, I64(j * record_bytes(slots)))
-                here = Activations(e, e.at(codes, at), e.at(planes, at), slots, n)
-                acc = _multiply(e, fmt, part, here, range(n_tokens), acc)
-            return acc
+            step = e.b.mul(i, I64(fmt.block // 32 * record_bytes(slots)))
+
+            def at(j):
+                record, part = divmod(32 * j, span)
+                here = e.b.add(step, I64(record * span // 32 * record_bytes(slots)))
+                x, f = e.at(codes, here), e.at(planes, here)
+                return Activations(e, e.at(x, part), e.at(f, part * slots), slots, n, span)
+
+            add = _add_parts if span == 32 else _add_whole
+            return add(e, fmt, lambda: fmt.take(e, tile), at, range(n_tokens), acc)
 
         y, zero = e.ptr(y), e.const(0.0, V(F32, n))
         places = [4 * (LANES * t + first) for t in range(n_tokens)]
         acc = [e.load(y, zero.type, p) if resume else zero for p in places]
-        for p, v in zip(places, e.loop(n_blocks, acc, block), strict=True):
+        apart = span == 256 and fmt.minima
+        acc = e.loop(n_blocks, acc + [zero] * (n_tokens * apart), block)
+        if apart:
+            acc = [
+                e.b.fadd(v, least) for v, least in zip(acc[:n_tokens], acc[n_tokens:], strict=True)
+            ]
+        for p, v in zip(places, acc, strict=True):
             e.store(v, y, p)
 
     @emitter(types.void, i64, i64, i64, i64, i64)
@@ -190,13 +231,20 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
 
 
 @lru_cache
-def unpacked(fmt: Format) -> Form:
-    """The form of a format's tiles: as the dot product takes codes with the least work."""
+def unpacked(fmt: Format, whole: bool = False) -> Format:
+    """The form of a tile while many tokens are multiplied with it: codes as the dot product takes them best.
+
+    ``whole``: blocks with integer scales stay so; else every 32 columns have floats.
+    """
+    signed = fmt.signed and not is_vnni()
+    if whole and fmt.span == 256:
+        offset = 0 if signed else 128 if fmt.signed else fmt.offset
+        return whole_format(fmt.group, offset, signed, fmt.bits)
     plain = int8_format(fmt.group, fmt.minima)
-    signed = amx.available() or (fmt.signed and not is_vnni())
+    signed |= amx.available()
     offset = 0 if signed else 128 if fmt.signed else fmt.offset
-    layout = (plain.fields, plain.take, offset, signed, fmt.group, fmt.minima)
-    return Form(f"{plain.name}_{offset}", 32, *layout, code_bits(fmt))
+    name = f"{plain.name}_{offset}_{fmt.bits}"
+    return replace(plain, name=name, offset=offset, signed=signed, bits=fmt.bits)
 
 
 def subtract_bytes(e: Emit, v, n: int):
@@ -206,20 +254,28 @@ def subtract_bytes(e: Emit, v, n: int):
 
 
 @lru_cache
-def unpacker(fmt: Format) -> Callable:
-    """unpack(w, n_blocks, out): a tile of 16 rows into the form ``unpacked(fmt)``."""
+def unpacker(fmt: Format, form: Format) -> Callable:
+    """unpack(w, n_blocks, out): a tile of 16 rows into a form of ``unpacked``."""
     n = lanes()
-    per_block = fmt.block // 32
-    form = unpacked(fmt)
+    part_bytes = form.tile_bytes * 32 // form.block // 64 * 64
 
-    def put(e: Emit, part: Part, out, first: int):
-        vectors = [code() for code in part.codes]
+    def vectors(e: Emit, part: Part) -> list:
+        codes = [code() for code in part.codes]
         if fmt.signed and not form.signed:
-            vectors = [e.b.xor(v, e.const(0x80808080, v.type)) for v in vectors]
+            codes = [e.b.xor(v, e.const(0x80808080, v.type)) for v in codes]
         elif form.signed and fmt.offset:
-            vectors = [subtract_bytes(e, v, fmt.offset) for v in vectors]
-        for i, v in enumerate(vectors + part.scales + part.minima):
-            e.store(v, out, 4 * (LANES * i + first))
+            codes = [subtract_bytes(e, v, fmt.offset) for v in codes]
+        scales = part.scales
+        if part.unit is not None and form.span == 32:
+            scales = [e.b.fmul(part.unit, e.to_float(s)) for s in scales]
+        return codes + scales + part.minima
+
+    def put(e: Emit, p, to, first: int):
+        for j, part in enumerate(fmt.take(e, Tile(e, p, fmt, first, n))):
+            for i, v in enumerate(vectors(e, part)):
+                e.store(v, to, j * part_bytes + 4 * (LANES * i + first))
+        if form.span == 256:
+            e.store(part.unit, to, form.tile_bytes - 64 + 4 * first)
 
     @emitter(types.void, i64, i64, i64)
     def unpack(e, w, n_blocks, out):
@@ -227,11 +283,9 @@ def unpacker(fmt: Format) -> Callable:
 
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
-            to = e.at(e.ptr(out), e.b.mul(i, I64(per_block * form.tile_bytes)))
+            to = e.at(e.ptr(out), e.b.mul(i, I64(fmt.block // form.block * form.tile_bytes)))
             for first in range(0, LANES, n):
-                parts = fmt.take(e, Tile(e, p, fmt, first, n))
-                for j, part in enumerate(parts):
-                    put(e, part, e.at(to, j * form.tile_bytes), first)
+                put(e, p, to, first)
             return state
 
         e.loop(n_blocks, [], block)
@@ -240,62 +294,80 @@ def unpacker(fmt: Format) -> Callable:
 
 
 @lru_cache
-def quantiser(slots: int) -> Callable:
-    """quantise(x, record, slot): 32 floats into a record, as int8 with one scale."""
+def quantiser(slots: int, span: int) -> Callable:
+    """quantise(x, record, slot): ``span`` floats into a record, as int8 with one scale."""
 
     @emitter(types.void, i64, i64, i64)
     def quantise(e, x, record, slot):
         """See ``quantiser``."""
-        b, half, ints = e.b, V(F32, LANES), V(I32, LANES)
+        b, ty = e.b, V(F32, LANES)
         source, record = e.ptr(x), e.ptr(record)
-        v = [e.load(source, half, 64 * i) for i in range(2)]
-        size = [e.call("llvm.fabs.v16f32", half, p) for p in v]
-        most = e.fold(
-            e.select("<", size[0], size[1], size[1], size[0]),
-            lambda p, q: e.select("<", p, q, q, p),
-        )
+        v = [e.load(source, ty, 4 * i) for i in range(0, span, LANES)]
+        most = _largest(e, [e.call("llvm.fabs.v16f32", ty, p) for p in v])
         d = b.fmul(most, F32(INVERSE_127))
         some = b.fcmp_ordered(">", most, F32(0.0))
         inverse = e.splat(b.select(some, b.fdiv(F32(127.0), most), F32(0.0)), LANES)
-        codes = [b.fptosi(e.call("llvm.rint.v16f32", half, b.fmul(p, inverse)), ints) for p in v]
-        to = e.at(record, b.mul(slot, I64(32)))
-        for i, c in enumerate(codes):
-            e.store(b.trunc(c, V(I8, LANES)), to, 16 * i)
-        s = [e.fold(c, b.add) for c in codes]
-        both = b.add(*s)
-        scaled = [b.fmul(d, b.sitofp(k, F32)) for k in (both, *s)]
-        whole = [b.mul(both, I32(-8)), b.mul(both, I32(-128)), *(b.neg(k) for k in s)]
-        planes = e.at(record, b.add(I64(32 * slots), b.mul(slot, I64(4))))
-        for i, value in enumerate([d, *scaled, *whole]):
-            e.store(value, planes, 4 * slots * i)
+        to = e.at(record, b.mul(slot, I64(span)))
+        planes = e.at(record, b.add(I64(span * slots), b.mul(slot, I64(4))))
+        for i in range(span // 32):
+            codes = [_rounded(e, b.fmul(p, inverse)) for p in v[2 * i : 2 * i + 2]]
+            for j, c in enumerate(codes):
+                e.store(b.trunc(c, V(I8, LANES)), to, 32 * i + 16 * j)
+            for j, value in enumerate(_fields(e, d, codes)):
+                e.store(value, planes, 4 * slots * (len(FIELDS) * i + j))
 
     return quantise
 
 
+def _largest(e: Emit, vectors: list):
+    """The largest of all lanes; NaN if one is."""
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [e.select("<", p, q, q, p) for p, q in pairs]
+    return e.fold(vectors[0], lambda p, q: e.select("<", p, q, q, p))
+
+
+def _rounded(e: Emit, v):
+    """The nearest integers."""
+    return e.b.fptosi(e.call("llvm.rint.v16f32", v.type, v), V(I32, LANES))
+
+
+def _fields(e: Emit, d, codes: list) -> list:
+    """``FIELDS`` of 32 columns, from their codes."""
+    b = e.b
+    s = [e.fold(c, b.add) for c in codes]
+    both = b.add(*s)
+    scaled = [b.fmul(d, b.sitofp(k, F32)) for k in (both, *s)]
+    whole = [b.mul(both, I32(-8)), b.mul(both, I32(-128)), *(b.neg(k) for k in s)]
+    return [d, *scaled, *whole]
+
+
 @lru_cache
 def tokens_multiplier(form: Format) -> Callable:
-    """multiply(panel, records, n, n_steps, y): y += an unpacked tile times the first n tokens.
+    """multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, ..): y += unpacked tiles times n tokens.
 
     They go by 8, 4 or 2 where there are 32 registers for their sums, by 4, 2 or 1 where there are 16.
     """
     most = 8 if instruction_set() in ("avx512vnni", "neon") else 4
-    half, quarter = most // 2, most // 4
+    half, quarter, per_block = most // 2, most // 4, form.block // 32
     emit = {m: multiplier(form, m, SLOTS, resume=True) for m in (most, half, quarter)}
     many, some, few = emit.values()
 
-    def multiply(panel, records, n, n_steps, y):
+    def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
         """See ``tokens_multiplier``."""
-        slot = 0
-        while slot < n:
-            to = y + 64 * slot
-            if n - slot > half:
-                many(panel, records, slot, n_steps, to)
-                slot += most
-            elif n - slot > quarter:
-                some(panel, records, slot, n_steps, to)
-                slot += half
-            else:
-                few(panel, records, slot, n_steps, to)
-                slot += quarter
+        n_blocks = n_steps // per_block
+        for tile in range(n_tiles):
+            panel, slot = panels + tile * panel_bytes, 0
+            while slot < n:
+                to = y + 1024 * tile + 64 * slot
+                if n - slot > half:
+                    many(panel, records, slot, n_blocks, to)
+                    slot += most
+                elif n - slot > quarter:
+                    some(panel, records, slot, n_blocks, to)
+                    slot += half
+                else:
+                    few(panel, records, slot, n_blocks, to)
+                    slot += quarter
 
     return multiply

@@ -1,0 +1,120 @@
+"""The minima of formats whose blocks are summed as integers: a small product of floats beside the large one.
+
+y += sum over groups of columns of minimum * (d * sum of the group's codes), in ascending order and apart
+from the other sums (``micro`` states it), so that registers are used as in any product of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from .formats import Format, Tile
+from .micro import SLOTS, Activations, record_bytes
+from .simd import F32, I64, LANES, Emit, V, emitter, i64, lanes, types
+
+TOKENS = 8  # at once
+PARTS = 8  # of a block
+
+
+def n_minima(fmt: Format) -> int:
+    """Minima of a block and row, as vectors of 16 rows."""
+    return fmt.block // fmt.group if fmt.minima and fmt.span == 256 else 0
+
+
+@lru_cache
+def unpacker(fmt: Format) -> Callable:
+    """unpack(w, n_blocks, out): the minima of a tile of 16 rows, [n_blocks][minima of a block][16]."""
+    n = lanes()
+
+    @emitter(types.void, i64, i64, i64)
+    def unpack(e, w, n_blocks, out):
+        """See ``unpacker``."""
+        if n_minima(fmt) == 0:
+            return
+
+        def block(i, state):
+            p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
+            to = e.at(e.ptr(out), e.b.mul(i, I64(64 * n_minima(fmt))))
+            for first in range(0, LANES, n):
+                parts = fmt.take(e, Tile(e, p, fmt, first, n))
+                for j, v in enumerate(v for part in parts for v in part.minima):
+                    e.store(v, to, 64 * j + 4 * first)
+            return state
+
+        e.loop(n_blocks, [], block)
+
+    return unpack
+
+
+def _sums(e: Emit, fmt: Format, minima: list, records, n_blocks, first: int, n: int) -> list:
+    """[tile][token] of n rows from ``first`` on: the minima of some tiles times TOKENS tokens."""
+    names = ("ds",) if fmt.group == 32 else ("ds0", "ds1")
+    count = n_minima(fmt)
+
+    def block(i, acc):
+        acc = list(acc)
+        record = e.at(records, e.b.mul(i, I64(PARTS * record_bytes(SLOTS))))
+        planes = e.at(record, fmt.span * SLOTS)
+        tiles = [e.at(m, e.b.mul(i, I64(64 * count))) for m in minima]
+        for j in range(count):
+            part, half = divmod(j, len(names))
+            x = Activations(e, planes, e.at(planes, 32 * SLOTS * part), SLOTS, n)
+            ds = [x.field(t, names[half]) for t in range(TOKENS)]
+            for k, tile in enumerate(tiles):
+                v = e.load(tile, V(F32, n), 64 * j + 4 * first)
+                for t in range(TOKENS):
+                    acc[TOKENS * k + t] = e.fma(v, ds[t], acc[TOKENS * k + t])
+        return acc
+
+    zero = e.const(0.0, V(F32, n))
+    return e.loop(n_blocks, [zero] * (TOKENS * len(minima)), block)
+
+
+@lru_cache
+def adder(fmt: Format, n_tiles: int) -> Callable:
+    """add(minima, tile_bytes, records, n_blocks, sums): sums [n_tiles][16][16] += those of 8 tokens."""
+    n = lanes()
+
+    @emitter(types.void, i64, i64, i64, i64, i64)
+    def add(e, minima, tile_bytes, records, n_blocks, sums):
+        """See ``adder``."""
+        tiles = [e.at(e.ptr(minima), e.b.mul(tile_bytes, I64(k))) for k in range(n_tiles)]
+        sums, records = e.ptr(sums), e.ptr(records)
+        for first in range(0, LANES, n):
+            new = _sums(e, fmt, tiles, records, n_blocks, first, n)
+            for i, v in enumerate(new):
+                k, t = divmod(i, TOKENS)
+                at = 1024 * k + 64 * t + 4 * first
+                e.store(e.b.fadd(e.load(sums, v.type, at), v), sums, at)
+
+    return add
+
+
+@emitter(types.void, i64, i64, i64, i64, i64, i64, i64)
+def no_minima(e, minima, tile_bytes, records, n_blocks, sums, n, n_tiles):
+    """Of formats that have none, or add them with the rest."""
+
+
+@lru_cache
+def tiles_adder(fmt: Format) -> Callable:
+    """add(minima, tile_bytes, records, n_blocks, sums, n, n_tiles): of n <= 16 tokens, two tiles at once."""
+    wide = 2 if lanes() == LANES else 1
+    if n_minima(fmt) == 0:
+        return no_minima
+    some, one = adder(fmt, wide), adder(fmt, 1)
+
+    def add(minima, tile_bytes, records, n_blocks, sums, n, n_tiles):
+        """See ``tiles_adder``."""
+        for slot in range(0, n, TOKENS):
+            tile = 0
+            while tile < n_tiles:
+                here, to = minima + tile * tile_bytes, sums + tile * 1024 + 64 * slot
+                if tile + wide <= n_tiles:
+                    some(here, tile_bytes, records + 4 * slot, n_blocks, to)
+                    tile += wide
+                else:
+                    one(here, tile_bytes, records + 4 * slot, n_blocks, to)
+                    tile += 1
+
+    return add
