@@ -5,7 +5,8 @@
 
 Each measurement is a new Python process that imports an engine, loads the file, reads eight tokens and
 chooses the next. "cold" is ours with an empty cache of compiled kernels, "warm" with a full one. The file
-itself is in the system's cache for all of them. Processes of different kinds take turns.
+itself is in the system's cache for all of them, and every package has its Python bytecode on disk, as an
+installed one has. Processes of different kinds take turns.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def timed(kind: str, o: argparse.Namespace, model: Path, cache: str) -> dict[str
     engine = "llamacpp" if kind == "llamacpp" else "tinyllm"
     command = [o.python.get(engine, sys.executable), __file__, "--first-token", engine]
     env = os.environ | {"TINYLLM_CACHE": cache, "PYTHONPATH": str(ROOT)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages have their bytecode beside them
     start = time.perf_counter()
     with subprocess.Popen(
         [*command, str(model), "-t", str(o.threads)],

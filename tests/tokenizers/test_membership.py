@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,9 +20,8 @@ WORD = st.text("ab", min_size=1, max_size=20).map(str.encode)
 
 
 def strings(words: list[bytes]) -> Strings:
-    lengths = np.array([len(w) for w in words], np.int64)
-    ends = np.array(list(accumulate((len(w) for w in words), initial=0)), np.int64)
-    return Strings(b"".join(words), ends[: len(words)], lengths)
+    stored = StringArray.of(words)
+    return Strings(stored.memory, stored.starts(), stored.ends)
 
 
 @given(known=st.lists(WORD, min_size=1, max_size=60), asked=st.lists(WORD, max_size=60))
@@ -35,6 +32,13 @@ def test_the_same_as_sets(known: list[bytes], asked: list[bytes]) -> None:
     assert collection.has_all(strings(some))
     assert collection.has_all(strings(asked)) == (set(asked) <= set(known))
     assert all_differ(strings(asked)) == (len(set(asked)) == len(asked))
+
+
+@pytest.mark.parametrize("n", [8, 15, 16, 17])
+def test_the_beginning_of_a_long_string_is_another(n: int) -> None:
+    known = Known(strings([b"ab" * 12, b"c"]))
+    assert not known.has_all(strings([(b"ab" * 12)[:n]]))
+    assert known.has_all(strings([b"ab" * 12]))
 
 
 def test_strings_that_share_a_place_are_found() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 Bytes = bytes  # the class below has a method of that name
+GAP = bytes(8)  # between strings
 
 
 class StringArray(Sequence[str]):
@@ -19,10 +21,10 @@ class StringArray(Sequence[str]):
 
     Parameters
     ----------
-    joined : bytes
-        The strings with one zero byte between them.
+    memory : bytes
+        The strings, with 8 zero bytes before each: where the file has its length.
     ends : int64 [n]
-        Where each ends in `joined`.
+        Where each ends in `memory`.
 
     Examples
     --------
@@ -30,37 +32,43 @@ class StringArray(Sequence[str]):
     [b'a', b'\\xff']
     """
 
-    __slots__ = ("_ends", "_joined")
+    __slots__ = ("ends", "memory")
 
-    def __init__(self, joined: Bytes, ends: npt.NDArray[np.int64]) -> None:
-        self._joined, self._ends = joined, ends
+    def __init__(self, memory: Bytes, ends: npt.NDArray[np.int64]) -> None:
+        self.memory, self.ends = memory, ends
 
     @classmethod
     def of(cls, strings: Sequence[str | Bytes]) -> StringArray:
         """The same type, from Python strings."""
         parts = [encode(s) for s in strings]
-        return cls(b"\0".join(parts), _ends(np.array([len(p) for p in parts], np.int64)))
+        ends = np.cumsum(np.array([8 + len(p) for p in parts], np.int64))
+        return cls(b"".join(GAP + p for p in parts), ends)
 
     @classmethod
     def from_file(
         cls, stored: npt.NDArray[np.uint8], lengths: npt.NDArray[np.int64]
     ) -> StringArray:
         """From strings that each have a length of 8 bytes before them: stored uint8 [sum(lengths + 8)]."""
-        starts = np.cumsum(lengths + 8) - lengths
-        keep = np.ones(len(stored), np.bool_)
-        for i in range(8):
-            keep[starts - 1 - i] = False
-        separated = stored.copy()
-        separated[starts[1:] - 1], keep[starts[1:] - 1] = 0, True
-        return cls(separated[keep].tobytes(), _ends(lengths))
+        ends = np.cumsum(lengths + 8)
+        cleared = np.concatenate([stored, np.zeros(8, np.uint8)])
+        np.ndarray(len(stored) + 1, np.uint64, cleared, strides=(1,))[ends - lengths - 8] = 0
+        return cls(cleared[: len(stored)].tobytes(), ends)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
+
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Where each begins in `memory`, int64 [n]."""
+        return np.concatenate([[0], self.ends])[: len(self)] + 8
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Bytes of each string, int64 [n]."""
+        return self.ends - self.starts()
 
     def bytes(self, i: int) -> Bytes:
         """String `i` as stored."""
         i = range(len(self))[i]
-        return self._joined[self._ends[i - 1] + 1 if i else 0 : self._ends[i]]
+        return self.memory[(self.ends[i - 1] if i else 0) + 8 : self.ends[i]]
 
     @overload
     def __getitem__(self, i: int) -> str: ...
@@ -75,40 +83,28 @@ class StringArray(Sequence[str]):
         return iter(self.tolist())
 
     @property
-    def joined(self) -> Bytes:
-        """All strings, with one zero byte between them."""
-        return self._joined
-
-    @property
-    def ends(self) -> npt.NDArray[np.int64]:
-        """Where each ends in `joined`, int64 [n]."""
-        return self._ends
-
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Bytes of each string, int64 [n]."""
-        return np.diff(self._ends, prepend=-1) - 1
+    def holds_zeros(self) -> bool:
+        """Whether a zero byte is part of a string."""
+        n_others = np.count_nonzero(np.frombuffer(self.memory, np.uint8))
+        return len(self.memory) - int(n_others) != 8 * len(self)
 
     def tobytes_list(self) -> list[Bytes]:
         """All strings as stored."""
-        parts = self._joined.split(b"\0")
-        if len(parts) == len(self):  # no string holds a zero byte
-            return parts
-        ends = self._ends.tolist()
-        return [self._joined[a + 1 : b] for a, b in zip([-1, *ends], ends, strict=False)]
+        if not self.holds_zeros:
+            return self.memory.split(GAP)[1:]
+        starts, ends = self.starts().tolist(), self.ends.tolist()
+        return [self.memory[a:b] for a, b in zip(starts, ends, strict=True)]
 
     def tolist(self) -> list[str]:
         """All strings as text."""
-        try:
-            texts = self._joined.decode().split("\0")
-        except UnicodeDecodeError:
-            texts = []
-        if len(texts) == len(self):
-            return texts
+        if not self.holds_zeros:
+            with suppress(UnicodeDecodeError):
+                return self.memory.decode().split("\0" * 8)[1:]
         return [decode(s) for s in self.tobytes_list()]
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, StringArray):
-            return self._joined == other._joined and np.array_equal(self._ends, other._ends)
+            return self.memory == other.memory and np.array_equal(self.ends, other.ends)
         if isinstance(other, Sequence) and not isinstance(other, (str, bytes)):
             return self.tolist() == list(other)
         return NotImplemented
@@ -118,11 +114,6 @@ class StringArray(Sequence[str]):
     def __repr__(self) -> str:
         head = ", ".join(repr(s) for s in self[:4].tolist())
         return f"StringArray([{head}{', ...' if len(self) > 4 else ''}], n={len(self)})"
-
-
-def _ends(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where strings of these lengths end when one byte stands between them."""
-    return np.cumsum(lengths + 1) - 1
 
 
 def decode(raw: bytes) -> str:

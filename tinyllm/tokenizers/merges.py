@@ -97,24 +97,15 @@ def _check_singly(merges: list[str], vocab: Vocab) -> None:
 
 def _well_formed(merges: StringArray, tokens: StringArray) -> bool:
     """Look at all together, in a tenth of the time; False also where a token holds a space or a zero byte."""
-    joined, ends, lengths, n = merges.joined, merges.ends, merges.lengths(), len(merges)
-    starts = ends - lengths
-    spaces = np.flatnonzero(np.frombuffer(joined, np.uint8) == ord(" "))
-    if len(spaces) != n or _holds_zeros(merges) or _holds_zeros(tokens):
+    memory, ends, starts, n = merges.memory, merges.ends, merges.starts(), len(merges)
+    spaces = np.flatnonzero(np.frombuffer(memory, np.uint8) == ord(" "))
+    if len(spaces) != n or merges.holds_zeros or tokens.holds_zeros:
         return False
     if not ((starts < spaces) & (spaces < ends - 1)).all():
         return False
-    token_lengths = tokens.lengths()
-    known = Known(Strings(tokens.joined, tokens.ends - token_lengths, token_lengths))
-    unions = Strings(joined.replace(b" ", b""), starts - np.arange(n), lengths - 1)
-    half_starts = np.concatenate([starts, spaces + 1])
-    halves = Strings(joined, half_starts, np.concatenate([spaces, ends]) - half_starts)
-    return (
-        known.has_all(unions)
-        and known.has_all(halves)
-        and all_differ(Strings(joined, starts, lengths))
-    )
-
-
-def _holds_zeros(strings: StringArray) -> bool:
-    return strings.joined.count(b"\0") != max(len(strings), 1) - 1
+    known = Known(Strings(tokens.memory, tokens.starts(), tokens.ends))
+    before = np.arange(n)  # spaces that are left out
+    unions = Strings(memory.replace(b" ", b""), starts - before, ends - before - 1)
+    whole = Strings(memory, starts, ends)
+    halves = whole.others(np.concatenate([starts, spaces + 1]), np.concatenate([spaces, ends]))
+    return known.has_all(unions) and known.has_all(halves) and all_differ(whole)

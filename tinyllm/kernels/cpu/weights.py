@@ -17,7 +17,8 @@ from . import floats
 from .formats import FORMATS, Format, int8_format
 from .tiles import ROWS, RUN, interleave_rows, room, runs, share
 
-PIECE = 2 << 20  # bytes read at a time
+PIECE = 4 << 20  # bytes read at a time
+RECODED = 1 << 20  # the same where types are recoded, which takes ten times the memory
 ALONE = 1 << 19  # bytes of a matrix that one thread loads faster than two
 
 
@@ -86,16 +87,17 @@ def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int)
         to = weight.address + (m * tiles + start // ROWS) * weight.tile_bytes
         interleave_rows(raw, to, n_blocks, fields)
 
-    step = _rows_of_piece(n_out, row_bytes, n_threads)
+    most = PIECE if fmt is None or source.type in FORMATS else RECODED
+    step = _rows_of_piece(n_out, row_bytes, most, n_threads)
     pieces = [(m, i, min(i + step, n_out)) for m in range(n_mats) for i in range(0, n_out, step)]
     share(pieces, load, n_threads)
     return weight
 
 
-def _rows_of_piece(n_out: int, row_bytes: int, n_threads: int) -> int:
-    """Whole tiles of at most PIECE bytes; of a matrix worth sharing, each thread has as many."""
+def _rows_of_piece(n_out: int, row_bytes: int, most: int, n_threads: int) -> int:
+    """Whole tiles of about so many bytes at most; of a matrix worth sharing, each thread has as many."""
     n_bytes = n_out * row_bytes
-    rounds = -(-n_bytes // (PIECE * n_threads))
+    rounds = -(-n_bytes // (most * n_threads))
     n_pieces = rounds * n_threads if n_bytes >= ALONE else 1
     return max(-(-n_out // (n_pieces * ROWS)), 1) * ROWS
 
