@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,18 @@ class Worker:
             self.process.wait()
 
 
+@contextmanager
+def neighbours(n: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """While inside, n processes do nothing but compute; each wants a core for itself."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield busy
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 def serve(target: Any) -> None:
     """Answer requests with the methods of ``target`` until the pipe closes.
 
@@ -280,6 +293,14 @@ def each_model(
 
 
 # ---- command line
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of at least 1 on the command line."""
+    found = [int(n) for n in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return found
 
 
 def names(text: str) -> list[str]:

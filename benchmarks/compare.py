@@ -4,6 +4,7 @@
         --python llamacpp=peers/bin/python -t 2 --rounds 5 --json benchmarks/results/compare.json
     python benchmarks/compare.py model.gguf --depth 4096 --engines tinyllm,llamacpp-fa   # decode far in
     python benchmarks/compare.py model.gguf --sequences 8 --engines tinyllm              # eight at once
+    python benchmarks/compare.py model.gguf --depth 512 --busy 1,2         # beside busy neighbours
     python benchmarks/compare.py small.gguf --reference     # logits beside the dequantised product's
 
 Each engine lives in a process of its own for the whole comparison and is asked for one measurement at a
@@ -119,8 +120,33 @@ def one_round(
         if name == OURS and o.sequences:
             args = {"ids": ids, "n": o.tokens, "sequences": o.sequences}
             found["together_s"] = w.ask("together", **args)
+    if i >= 0:
+        found["busy"] = {str(n): beside(n, workers, loaded, ids, o) for n in o.busy}
     say(f"{'warm-up' if i < 0 else f'round {i + 1} of {o.rounds}'}: {line(found, ids, o)}")
     return found
+
+
+def beside(
+    n: int,
+    workers: dict[str, Worker],
+    loaded: dict[str, Any],
+    ids: list[int],
+    o: argparse.Namespace,
+) -> dict[str, float]:
+    """Seconds in which each engine decodes, in turn, while n other processes compute."""
+    seconds = {}
+    with common.neighbours(n):
+        for name, w in workers.items():
+            way = quickest(loaded[name], o)
+            seconds[name] = w.measure(way=way, ids=ids, n=o.tokens, keep=True)["decode_s"]
+    rates = ", ".join(f"{name} {o.tokens / s:.1f}" for name, s in seconds.items())
+    say(f"beside {n} busy: {rates}")
+    return seconds
+
+
+def quickest(loaded: dict[str, Any], o: argparse.Namespace) -> str:
+    """The first of the ways asked for that an engine has."""
+    return next(way for way in o.ways if way in loaded["ways"])
 
 
 def line(found: dict[str, Any], ids: list[int], o: argparse.Namespace) -> str:
@@ -194,6 +220,8 @@ def summary(
                 row = {f"pp{n_read}": spread(n_read / t["prefill_s"] for t in times)} | row
             rates.setdefault(name, {})[way] = row
     out: dict[str, Any] = {"depth": n_read, "tokens_per_s": rates, "ratios": against(rates)}
+    if o.busy:
+        out["busy"] = {str(n): busy(str(n), rounds, rates, o) for n in o.busy}
     if OURS in engines:
         out |= limits(rounds, engines[OURS]["about"], rates[OURS], o)
     return out
@@ -210,6 +238,20 @@ def against(rates: dict[str, Any]) -> dict[str, Any]:
         }
         for name, ways in rates.items()
         if name != OURS and ours
+    }
+
+
+def busy(
+    n: str, rounds: list[dict[str, Any]], rates: dict[str, Any], o: argparse.Namespace
+) -> dict[str, Any]:
+    """Rates beside n busy processes, ours to each other's, and each to its own without them."""
+    beside = {e: [o.tokens / r["busy"][n][e] for r in rounds] for e in rates}
+    alone = {e: next(iter(ways.values()))[f"tg{o.tokens}"]["all"] for e, ways in rates.items()}
+    ours = beside.get(OURS)
+    return {
+        "tokens_per_s": {e: spread(x) for e, x in beside.items()},
+        "ratios": {e: ratios(ours, x) for e, x in beside.items() if ours and e != OURS},
+        "to_alone": {e: ratios(x, alone[e]) for e, x in beside.items()},
     }
 
 
@@ -248,8 +290,21 @@ def as_text(r: dict[str, Any]) -> str:
         for way, tests in ways.items():
             rows.append([f"ours / {name}", way, *(show(s, 2) + " x" for s in tests.values())])
     at = f"{r['file_bytes'] / 1e6:.0f} MB; tokens/s, decoding from depth {r['depth']}"
-    parts = [f"## {r['model']} ({at})", common.table(head, rows), engine_table(r)]
+    parts = [f"## {r['model']} ({at})", common.table(head, rows), *busy_table(r), engine_table(r)]
     return "\n\n".join([*parts, "\n".join(remarks(r))])
+
+
+def busy_table(r: dict[str, Any]) -> Iterator[str]:
+    """Decoding beside busy processes, if that was measured."""
+    rows = []
+    for n, found in r.get("busy", {}).items():
+        for e, s in found["tokens_per_s"].items():
+            to_alone = show(found["to_alone"][e], 2) + " x"
+            ratio = show(found["ratios"][e], 2) + " x" if e in found["ratios"] else ""
+            rows.append([n, e, show(s), to_alone, ratio])
+    if rows:
+        head = ["busy processes beside it", "engine", "tokens/s", "to itself alone", "ours to it"]
+        yield common.table(head, rows)
 
 
 def engine_table(r: dict[str, Any]) -> str:
@@ -305,6 +360,12 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="after one to warm up")
     add("--sequences", type=int, help="also decode so many together (ours only)")
     add(
+        "--busy",
+        type=common.counts,
+        default=[],
+        help="also decode while so many other processes compute, such as 1,2",
+    )
+    add(
         "--reference",
         action="store_true",
         help="compare logits with the dequantised product's (slow)",
@@ -323,9 +384,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Compare, print tables, write JSON."""
     o = options(argv)
-    settings = {
-        k: getattr(o, k) for k in ("prompt", "tokens", "depth", "threads", "rounds", "sequences")
-    }
+    shown = ("prompt", "tokens", "depth", "threads", "rounds", "sequences")
+    settings = {k: getattr(o, k) for k in shown} | {"busy": o.busy or None}
     report: dict[str, Any] = {
         "benchmark": "compare",
         "machine": common.machine(),

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "tinyllm" / "data" / "bundled.gguf"
-SMALL = "-p 8 -n 4 -t 1 --rounds 2 --sequences 2 --engines tinyllm --reference".split()
+SMALL = "-p 8 -n 4 -t 1 --rounds 2 --sequences 2 --engines tinyllm --reference --busy 1".split()
 
 
 def run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +42,7 @@ def test_compare_says_what_was_measured(compared: tuple[Path, str]) -> None:
     assert report["machine"]["cores"] > 0
     assert report["machine"]["packages"]["numba"]
     settings = {"prompt": 8, "tokens": 4, "threads": 1, "rounds": 2, "sequences": 2}
-    assert report["settings"] == settings | {"depth": None}
+    assert report["settings"] == settings | {"depth": None, "busy": [1]}
     assert str(ROOT) not in text
 
 
@@ -57,6 +57,42 @@ def test_compare_measures_both_ways_in_every_round(
             assert f"{s['median']:.1f}" in compared[1]
     assert result["sequences"]["count"] == 2
     assert len(result["sequences"]["to_one"]["all"]) == 2
+
+
+def test_compare_decodes_beside_busy_processes(
+    compared: tuple[Path, str], result: dict[str, Any]
+) -> None:
+    busy = result["busy"]["1"]
+    rates, alone = busy["tokens_per_s"]["tinyllm"], result["tokens_per_s"]["tinyllm"]["generate"]
+    assert len(rates["all"]) == 2
+    first = rates["all"][0] / alone["tg4"]["all"][0]
+    assert busy["to_alone"]["tinyllm"]["all"][0] == pytest.approx(first, rel=1e-4)
+    assert busy["ratios"] == {}
+    assert "busy processes beside it" in compared[1]
+
+
+def test_neighbours_compute_and_are_gone_afterwards() -> None:
+    """None is left behind when a measurement fails."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import common
+
+    def measure() -> None:
+        with common.neighbours(2) as started:
+            processes.extend(started)
+            assert [p.poll() for p in started] == [None, None]
+            raise ValueError("a measurement failed")
+
+    processes: list[Any] = []
+    with pytest.raises(ValueError, match="failed"):
+        measure()
+    assert len(processes) == 2
+    assert all(p.returncode is not None for p in processes)
+
+
+def test_compare_refuses_less_than_one_neighbour() -> None:
+    done = run("compare.py", str(BUNDLED), "--busy", "1,0")
+    assert done.returncode == 2
+    assert "at least 1" in done.stderr
 
 
 def test_compare_knows_memory_and_bandwidth(result: dict[str, Any]) -> None:
