@@ -18,7 +18,7 @@ from llvmlite import ir
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache
-from tinyllm.kernels.cpu import jit, simd, weights
+from tinyllm.kernels.cpu import jit, matmul, simd, weights
 from tinyllm.kernels.cpu.backend import CPUBackend
 
 F32 = np.float32
@@ -46,14 +46,22 @@ def product(be: CPUBackend, w: Any, x: np.ndarray) -> np.ndarray:
     return np.array(be.numpy(be.matmul(w, be.array(x))))
 
 
-@pytest.mark.parametrize("type_name", ["F16", "Q8_0", "Q4_K", "Q6_K"])
-def test_a_row_has_the_same_bits_in_any_batch(type_name: str) -> None:
-    source, x = Stored(type_name, 80, 512), normal(23, 512)
+@pytest.mark.parametrize("n_out", [16, 80, 96])
+@pytest.mark.parametrize("type_name", ["F16", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "TQ2_0"])
+def test_a_row_has_the_same_bits_in_any_batch(type_name: str, n_out: int) -> None:
+    source, x = Stored(type_name, n_out, 512), normal(53, 512)
     w = ONE.load(source)
     singly = np.concatenate([product(ONE, w, row[None]) for row in x])
-    for n in (2, 7, 23):
+    for n in (2, 7, 23, 37, 53):
         assert np.array_equal(product(ONE, w, x[:n]), singly[:n])
     assert np.array_equal(product(TWO, TWO.load(source), x), singly)
+
+
+def test_rows_written_past_the_caches_are_the_same() -> None:
+    source, x = Stored("Q4_0", 2048, 32), normal(matmul.PAST // 2048, 32)
+    w = TWO.load(source)
+    several = [product(TWO, w, part) for part in np.split(x, 4)]
+    assert np.array_equal(product(TWO, w, x), np.concatenate(several))
 
 
 LAYERS = [LayerCache(2, 32, 32)]
@@ -296,12 +304,12 @@ for y in found:
 def products_of_extremes() -> list[np.ndarray]:
     """With the largest and the smallest codes of several sizes, and activations that all are 127 or -127."""
     found = []
-    for type_name in ("Q4_0", "Q5_K", "Q6_K", "Q8_0"):
+    for type_name in ("Q4_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "Q8_0"):
         source = Stored(type_name, 48, 512)
         blocks = source.raw.view(quants.FORMATS[type_name].dtype).reshape(48, -1)
-        for name in {"qs", "ql", "qh"} & set(blocks.dtype.names):
-            blocks[name][:16] = 127 if type_name == "Q8_0" else 255
-            blocks[name][16:32] = -128 if type_name == "Q8_0" else 0
+        for name in {"qs", "ql", "qh", "hmask", "scales"} & set(blocks.dtype.names):
+            kind = np.iinfo(blocks.dtype[name].base)
+            blocks[name][:16], blocks[name][16:32] = kind.max, kind.min
         w = ONE.load(source)
         x = np.concatenate([np.ones((2, 512)), -np.ones((1, 512)), normal(8, 512)]).astype(F32)
         found += [product(ONE, w, x), product(ONE, w, x[2:3])]
