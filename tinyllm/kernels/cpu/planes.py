@@ -159,17 +159,21 @@ class Products:
         for line in range(share * s, min(share * (s + 1), lines)):
             self.e.prefetch(p, 64 * line)
 
-    def store(self, parity: int) -> None:
+    def sums(self, parity):
+        """Where the sums of a tile wait."""
+        return self.e.at(self.memory, self.e.b.mul(parity, I64(TILE * self.n_sums)))
+
+    def store(self, parity) -> None:
         """The sums of a tile, to memory."""
         for n in range(self.n_sums):
-            out = self.e.at(self.memory, TILE * (self.n_sums * parity + n))
+            out = self.e.at(self.sums(parity), TILE * n)
             self.e.call("llvm.x86.tilestored64", VOID, I8(SUMS[n]), out, I64(64))
 
     def scale(self, i, parity, tokens: range) -> None:
         """y [tile][16][16] += the sums of tile i of some tokens, scaled."""
         e, b, vector = self.e, self.e.b, V(F32, LANES)
         unit = e.load(self.panel(i, STEPS * self.planes * TILE), vector)
-        sums = e.at(self.memory, b.mul(parity, I64(TILE * self.n_sums)))
+        sums = self.sums(parity)
         for token in tokens:
             t, slot = divmod(token, SLOTS)
             f = e.at(self.records[t], 256 * SLOTS)
@@ -190,33 +194,25 @@ class Products:
 
 def _multiply(e: Emit, p: Products) -> None:
     """All tiles; one is scaled while the next is multiplied, not at once, as its last sums take a while."""
-    b = e.b
-    ends = [0, *(len(p.records) * SLOTS * k // (STEPS - 1) for k in range(STEPS))]
+    b, n = e.b, len(p.records) * SLOTS
+    ends = [0, *(n * k // (STEPS - 1) for k in range(STEPS))]
 
-    def tile(i, parity: int, scales: bool) -> None:
+    def tile(i, parity, before: Callable) -> None:
         for s in range(STEPS):
             p.step(i, s)
             p.prefetch(i, s)
-            if scales:
-                p.scale(b.sub(i, I64(1)), I64(1 - parity), range(ends[s], ends[s + 1]))
+            before(range(ends[s], ends[s + 1]))
         p.store(parity)
 
-    def pair(j, state):
-        i = b.add(b.mul(j, I64(2)), I64(1))
-        tile(i, 1, True)
-        tile(b.add(i, I64(1)), 0, True)
-        return state
-
-    def rest(j, state):
-        tile(p.last, 1, True)
+    def following(i, state):
+        parity = b.and_(b.add(i, I64(1)), I64(1))
+        tile(b.add(i, I64(1)), parity, lambda tokens: p.scale(i, b.xor(parity, I64(1)), tokens))
         return state
 
     p.begin()
-    tile(I64(0), 0, False)
-    odd = b.and_(p.last, I64(1))
-    e.loop_maybe(b.ashr(p.last, I64(1)), [], pair)
-    e.loop_maybe(odd, [], rest)
-    p.scale(p.last, odd, range(ends[0], ends[-1]))
+    tile(I64(0), I64(0), lambda tokens: None)
+    e.loop_maybe(p.last, [], following)
+    p.scale(p.last, b.and_(p.last, I64(1)), range(n))
 
 
 @lru_cache

@@ -12,6 +12,7 @@ of bytes differ between instruction sets (``Emit.dot``), and they are exact, so 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ def lanes() -> int:
     return {"avx512vnni": 16, "avx2": 8, "avxvnni": 8}.get(instruction_set(), 4)
 
 
+@lru_cache(1024)  # an operand of every other instruction, and slow to write out
+def _constant(value, sign, element, count):
+    """The value in all lanes; by its sign too, as -0.0 equals 0.0."""
+    return ir.Constant(V(element, count), [value] * count)
+
+
 class Emit:
     """An LLVM IR builder with the few words that vector kernels need. Offsets are bytes."""
 
@@ -118,7 +125,7 @@ class Emit:
     def const(self, value, ty):
         """A constant vector; float32 values are rounded first, as LLVM wants them exact."""
         v = float(np.float32(value)) if ty.element == F32 else value
-        return ir.Constant(ty, [v] * ty.count)
+        return _constant(v, math.copysign(1, v), ty.element, ty.count)
 
     def splat(self, scalar, n):
         ty = V(scalar.type, n)
