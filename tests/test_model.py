@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import tinyllm
+import tinyllm.model
 from tinyllm.errors import (
     ArgumentError,
     ContextOverflow,
@@ -19,6 +20,7 @@ from tinyllm.errors import (
     StateError,
     TinyLLMError,
 )
+from tinyllm.kernels.cpu.backend import CPUBackend
 from tinyllm.perplexity import perplexity
 
 DEVICES = ["reference", "cpu"]
@@ -332,3 +334,26 @@ def test_what_does_not_fit_into_memory_is_refused_with_sizes(
     monkeypatch.setattr(type(m.network.be), "memory", lambda self: (10**6, 10**9))
     with pytest.raises(DeviceError, match=r"weights need 1\.\d MB; 1\.0 MB are free"):
         tinyllm.load(stories260k, device="reference")
+
+
+def test_progress_counts_layers_as_they_are_loaded(
+    stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    seen: list[int] = []
+    load_matrix = CPUBackend.load
+
+    def counting(self: CPUBackend, source: Any, rows: Any = None) -> Any:
+        names.append(source.name)
+        return load_matrix(self, source, rows)
+
+    def progress(layers: Any, total: int) -> Any:
+        for layer in layers:
+            seen.append(len(names))
+            yield layer
+        assert len(seen) == total
+
+    monkeypatch.setattr(CPUBackend, "load", counting)
+    monkeypatch.setattr(tinyllm.model, "progress", progress)
+    tinyllm.load(stories260k).close()
+    assert len(seen) == len(set(seen)) > 1

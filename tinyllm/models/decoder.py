@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from ..kernels.backend import Array, LayerCache
@@ -121,7 +121,7 @@ class Decoder:
     """
 
     def __init__(
-        self, c: Config, a: Arch, w: Tensors, layers: Sequence[Tensors], end: Tensors
+        self, c: Config, a: Arch, w: Tensors, layers: Iterable[Tensors], end: Tensors
     ) -> None:
         self.first, self.last, self.config = w.be, end.be, c
         w.require(*REQUIRED.get(a.name, ()))

@@ -289,7 +289,7 @@ def build(
         root.require("token_types.weight")
     layers = [root.below(f"blk.{i}.", s.be) for s in stages for i in s.layers]
     end = root.below("", stages[-1].be)
-    decoder = Decoder(config, arch, root, list(progress(layers, config.n_layer)), end)
+    decoder = Decoder(config, arch, root, progress(layers, config.n_layer), end)
     refuse(root.leftovers(), "tensors that this architecture does not use", strict)
     return Network(config, arch, decoder, stages, kv_type)
 
