@@ -94,8 +94,8 @@ def matmul(args, first, last, worker):
         arg(args, 10),
         arg(args, 11),
     )
-    wide, least_bytes, panels = arg(args, 12), arg(args, 13), arg(args, 14) + worker * arg(args, 15)
-    at_once = arg(args, 16)
+    wide, at_once, least_bytes = arg(args, 12), arg(args, 13), arg(args, 14)
+    panels = arg(args, 15) + worker * arg(args, 16)
     per_block, panel_bytes = n_steps // n_blocks, at_once * step_bytes
     least, groups = panels + UNPACKED * panel_bytes, (tiles + UNPACKED - 1) // UNPACKED
     sums = least + UNPACKED * least_bytes
@@ -251,7 +251,7 @@ def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int
 ) -> tuple[int, list[int], int, CPUArray]:
     """The kernel for up to so many tokens, its arguments after the first six, its pieces, its scratch."""
-    more, last = [w.n_tiles, w.n_out, n_tokens], []
+    more = [w.n_tiles, w.n_out, n_tokens]
     if w.format is None:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
@@ -264,10 +264,16 @@ def matmul_kernel(
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
         least = w.n_blocks * minima.n_minima(w.format) * 64
         scratch = tape.array((n_workers, UNPACKED * (at_once * step_bytes + least + sums)), "u1")
-        more += [n_steps * micro.record_bytes(micro.SLOTS), step_bytes, n_steps, wide, least]
+        more += [
+            n_steps * micro.record_bytes(micro.SLOTS),
+            step_bytes,
+            n_steps,
+            wide,
+            at_once,
+            least,
+        ]
         pieces = -(-w.n_tiles // UNPACKED) * -(-n_tokens // TOKEN_BLOCK)
-        last = [at_once]
-    return address, [*more, scratch.address, scratch.shape[1], *last], pieces, scratch
+    return address, [*more, scratch.address, scratch.shape[1]], pieces, scratch
 
 
 def _matmul_quantised(w: CPUWeight) -> tuple[int, int, int, int]:
