@@ -151,13 +151,10 @@ def format_line(name: str, tensors: Sequence[Tensor]) -> str:
 
 def kernel_of(name: str) -> str:
     """How the cpu backend multiplies by a matrix of this format."""
-    from .kernels.cpu import formats, simd, weights
+    from .kernels.cpu import formats, simd
 
-    unit = simd.instruction_set()
     if name in formats.FORMATS:
-        return f"cpu: int8 products ({unit})"
-    if name in weights.repacked():
-        return f"cpu: int8 products ({unit}), repacked to 9 or 10 bits when loaded"
+        return f"cpu: int8 products ({simd.instruction_set()})"
     if name in ("F32", "F16", "BF16"):
         return "cpu: float32 products"
     return "cpu: not supported"

@@ -18,7 +18,7 @@ from llvmlite import ir
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache
-from tinyllm.kernels.cpu import jit, matmul, simd, weights
+from tinyllm.kernels.cpu import jit, matmul, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 
 F32 = np.float32
@@ -147,12 +147,6 @@ def test_an_output_is_not_overwritten_while_it_is_held() -> None:
     held = [ONE.scale_softcap(x, float(i)) for i in range(40)]
     for i, y in enumerate(held):
         assert (ONE.numpy(y) == i).all()
-
-
-def test_int8_is_only_for_types_without_a_kernel() -> None:
-    repacked = weights.repacked()
-    assert not set(repacked) & {"Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"}
-    assert "IQ2_XXS" in repacked
 
 
 def test_loading_refuses_what_has_no_matrix() -> None:

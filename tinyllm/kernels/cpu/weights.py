@@ -1,8 +1,4 @@
-"""Loading matrices: read and interleaved in pieces, in parallel, into tiles of 16 rows (see ``tiles``).
-
-A type without a micro-kernel of its own is stored as signed bytes with a float scale per 16 or 32 columns
-(``REPACKED``): still integers, exact, but more bytes than in the file.
-"""
+"""Loading matrices: read and interleaved in pieces, in parallel, into tiles of 16 rows (see ``tiles``)."""
 
 from __future__ import annotations
 
@@ -11,21 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import DeviceError
-from ...gguf import quants
 from ..backend import Source
 from . import floats
-from .formats import FORMATS, Format, int8_format
+from .formats import FORMATS, Format
 from .tiles import ROWS, RUN, interleave_rows, room, runs, share
 
 PIECE = 4 << 20  # bytes read at a time
 RECODED = 1 << 20  # the same where types are recoded, which takes ten times the memory
 ALONE = 1 << 19  # bytes of a matrix that one thread loads faster than two
-
-
-def repacked() -> list[str]:
-    """Types that are stored as int8 for want of a micro-kernel of their own."""
-    formats = quants.FORMATS.values()
-    return [f.name for f in formats if f.int8_form and f.name not in FORMATS]
 
 
 @dataclass
@@ -73,7 +62,7 @@ class CPUWeight:
 def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int) -> CPUWeight:
     """Read a tensor, or some of its rows, into tiles."""
     shape = _shape_of(source, rows)
-    fmt, kind = _form_of(source, shape[-1])
+    fmt, kind = _form_of(source)
     n_out, n_in = shape[-2:]
     fields, n_blocks = _fields(fmt, kind, n_in)
     row_bytes = n_blocks * int(fields[:, 1].sum())
@@ -83,7 +72,7 @@ def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int)
 
     def load(piece: tuple[int, int, int]) -> None:
         m, start, stop = piece
-        raw = _recode(source.type, fmt, _read(source, rows, m * n_out, start, stop))
+        raw = _read(source, rows, m * n_out, start, stop)
         to = weight.address + (m * tiles + start // ROWS) * weight.tile_bytes
         interleave_rows(raw, to, n_blocks, fields)
 
@@ -113,19 +102,11 @@ def _shape_of(source: Source, rows: np.ndarray | slice | None) -> tuple[int, ...
     return len(np.arange(shape[0])[rows]), shape[1]
 
 
-def _form_of(source: Source, n_in: int) -> tuple[Format | None, str]:
+def _form_of(source: Source) -> tuple[Format | None, str]:
     """How a type is stored: its format (None for floats) and the kind its kernels are named by."""
-    if source.type in floats.BYTES:
-        return None, source.type
-    if source.type in FORMATS:
-        fmt = FORMATS[source.type]
-        return fmt, fmt.name
-    file_format = quants.FORMATS.get(source.type)
-    if file_format is None or file_format.int8_form is None:
+    if source.type not in FORMATS and source.type not in floats.BYTES:
         raise DeviceError(f"{source.name}: type {source.type} is not supported on cpu")
-    group = 16 if file_format.group_size == 16 else 32
-    fmt = int8_format(group, minima=False)  # those with minima all have kernels
-    return fmt, fmt.name
+    return FORMATS.get(source.type), source.type
 
 
 def _fields(fmt: Format | None, kind: str, n_in: int) -> tuple[np.ndarray, int]:
@@ -146,16 +127,3 @@ def _read(
     some = np.arange(source.shape[0])[rows][start:stop]
     low, high = int(some.min()), int(some.max()) + 1
     return np.ascontiguousarray(source.read_rows(low, high)[some - low])
-
-
-def _recode(type_name: str, fmt: Format | None, raw: np.ndarray) -> np.ndarray:
-    """Rows of blocks of the file as rows of the blocks that tiles are made of."""
-    if fmt is None or type_name in FORMATS:
-        return raw
-    codes, scales, minima, group = quants.int8_form(type_name, raw)
-    parts = [codes.reshape(len(raw), -1, 32).view(np.uint8)]
-    for values in (scales,) if minima is None else (scales, minima):
-        spread = np.repeat(values, group // min(group, 32), axis=-1)
-        grouped = np.ascontiguousarray(spread.reshape(len(raw), parts[0].shape[1], -1))
-        parts.append(grouped.view(np.uint8).reshape(*grouped.shape[:2], -1))
-    return np.ascontiguousarray(np.concatenate(parts, -1)).reshape(len(raw), -1)
