@@ -33,7 +33,7 @@ from .generate import Overflow
 from .gguf.finite import check_finite
 from .gguf.tensor import Tensor
 from .kernels import devices
-from .kernels.backend import KVType, open_backend
+from .kernels.backend import Compute, KVType, open_backend
 from .models.network import Network, build, cache_bytes
 from .models.pooling import pool, unit
 from .models.stages import Place, Stage, divide
@@ -42,6 +42,7 @@ from .models.step import Tap
 from .sampling import SamplingParams
 from .tokenizers import Tokenizer
 
+FLOATS = ("F32", "F16", "BF16")
 BUNDLED = Path(__file__).parent / "data" / "bundled.gguf"
 
 
@@ -425,6 +426,7 @@ def load(
     kv_type: KVType = "f16",
     strict: bool = True,
     check_weights: bool = False,
+    compute: Compute = "f32",
 ) -> Model:
     """Load a GGUF file.
 
@@ -451,6 +453,10 @@ def load(
     check_weights : bool
         Look for NaN and infinity in all weights and scales first, and refuse the file that has any. Reads the
         file twice; without it, they are refused once they reach the logits.
+    compute : {"f32", "bf16"}
+        In what numbers matrices stored as F32, F16 or BF16 are multiplied with several tokens. "bf16" is
+        faster and rounds weights and activations to 8 binary digits; sums stay float32. It is for a CPU with
+        AVX512-BF16; a token by itself, and the matrices of experts, are computed in float32 all the same.
 
     Raises
     ------
@@ -464,13 +470,17 @@ def load(
     """
     if kv_type not in ("f16", "f32", "q8_0"):
         raise ArgumentError(f"kv_type={kv_type!r}; expected 'f16', 'f32' or 'q8_0'")
+    if compute not in ("f32", "bf16"):
+        raise ArgumentError(f"compute={compute!r}; expected 'f32' or 'bf16'")
     wanted = check_n_ctx(n_ctx)
     file = gguf.open(locate(path))
     try:
         tokenizer = vocabulary(file, strict)
         if check_weights:
             check_finite(file, checking)
-        place = placing(device, n_threads, n_gpu_layers)
+        if compute == "bf16":
+            check_floats(file)
+        place = placing(device, n_threads, n_gpu_layers, compute)
         network = build(file.metadata, file.tensors, place, kv_type, strict, progress)
         file.check_unchanged()
     except GGUFError as e:
@@ -482,7 +492,17 @@ def load(
     return Model(file, network, wanted or default_n_ctx(network, kv_type), tokenizer)
 
 
-def placing(device: str | None, n_threads: int | None, n_gpu_layers: int | None) -> Place:
+def check_floats(file: gguf.GGUFFile) -> None:
+    """ArgumentError unless a file has matrices of floats."""
+    if not any(t.type in FLOATS and len(t.shape) == 2 for t in file.tensors.values()):
+        raise ArgumentError(
+            f"compute='bf16' is for matrices of {', '.join(FLOATS)}; {file.path} has none; leave it out"
+        )
+
+
+def placing(
+    device: str | None, n_threads: int | None, n_gpu_layers: int | None, compute: Compute = "f32"
+) -> Place:
     """Where the layers of a model go: the last ``n_gpu_layers`` to the devices named, the others to the CPU."""
     names = devices.resolve_all(device)
     if not any(map(devices.on_gpu, names)):
@@ -496,10 +516,11 @@ def placing(device: str | None, n_threads: int | None, n_gpu_layers: int | None)
     def place(n_layer: int) -> list[Stage]:
         wanted = n_layer if n_gpu_layers is None or n_gpu_layers < 0 else n_gpu_layers
         first = max(n_layer - wanted, 0)
-        rest = [Stage(open_backend("cpu", n_threads), range(first))] if first else []
+        rest = [Stage(open_backend("cpu", n_threads, compute), range(first))] if first else []
         if first == n_layer:
             return rest
-        return rest + divide([open_backend(n, n_threads) for n in names], range(first, n_layer))
+        backends = [open_backend(n, n_threads, compute) for n in names]
+        return rest + divide(backends, range(first, n_layer))
 
     return place
 

@@ -29,6 +29,7 @@ Activation = Literal[
 ]
 Pairing = Literal["adjacent", "half"]
 KVType = Literal["f32", "f16", "q8_0"]
+Compute = Literal["f32", "bf16"]
 
 
 class Source(Protocol):
@@ -249,6 +250,10 @@ class Backend(ABC):
         """Several matrices on the same x: q, k and v, or gate and up."""
         return [self.matmul(w, x, b) for w, b in zip(ws, biases, strict=True)]
 
+    def matmul_act(self, w: Weight, x: Array, bias: Array | None, kind: Activation) -> Array:
+        """``act(matmul(w, x, bias), kind)``, perhaps without a pass of its own over the values."""
+        return self.act(self.matmul(w, x, bias), kind)
+
     @abstractmethod
     def matmul_experts(
         self, w: Weight, x: Array, experts: Array, bias: Array | None = None
@@ -282,6 +287,12 @@ class Backend(ABC):
         self, x: Array, w: Array | None, eps: float, bias: Array | None = None, group: int = 0
     ) -> Array:
         """(x - mean) / sqrt(variance + eps) * w + bias; shapes as ``rms_norm``."""
+
+    def add_layer_norm(
+        self, x: Array, y: Array, w: Array | None, eps: float, bias: Array | None = None
+    ) -> Array:
+        """``layer_norm(add(x, y), w, eps, bias)``, perhaps without a pass of its own for the sum."""
+        return self.layer_norm(self.add(x, y), w, eps, bias)
 
     @abstractmethod
     def rope(self, x: Array, positions: Array, spec: RopeSpec, head_dim: int) -> Array:
@@ -452,15 +463,19 @@ class Backend(ABC):
         raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
 
 
-def open_backend(device: str, n_threads: int | None = None) -> Backend:
+def open_backend(device: str, n_threads: int | None = None, compute: Compute = "f32") -> Backend:
     """The backend of a device name: "cpu", "reference", "cuda[:i]", "opencl[:i]".
+
+    ``compute``: in what numbers matrices of floats are multiplied.
 
     Raises
     ------
     DeviceError
-        The name is unknown, or the driver or the optional package is missing.
+        The name is unknown, the driver or the optional package is missing, or the device cannot compute so.
     """
     kind, _, index = device.partition(":")
+    if compute != "f32" and kind != "cpu":
+        raise DeviceError(f"compute={compute!r} is for device='cpu', not {device!r}; leave it out")
     if kind == "reference":
         from .reference import ReferenceBackend
 
@@ -468,7 +483,7 @@ def open_backend(device: str, n_threads: int | None = None) -> Backend:
     if kind == "cpu":
         from .cpu.backend import CPUBackend
 
-        return CPUBackend(n_threads)
+        return CPUBackend(n_threads, compute)
     if kind == "cuda":
         from .gpu.cuda import CUDABackend
 

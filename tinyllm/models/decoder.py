@@ -37,8 +37,8 @@ class Block:
         if self.norm_at == "after":  # BERT: add, then normalise
             assert self.attn_post is not None
             assert self.ffn_post is not None
-            x = self.attn_post(be.add(x, y))
-            return tap(f"blk.{i}.out", self.ffn_post(be.add(x, self.feed(step, x))))
+            x = self.attn_post.of_sum(x, y)
+            return tap(f"blk.{i}.out", self.ffn_post.of_sum(x, self.feed(step, x)))
         y = self.attn_post(y) if self.attn_post else y
         if (
             self.parallel

@@ -26,7 +26,8 @@ class FFN:
 
     def __call__(self, step: Step | None, x: Array) -> Array:
         if self.gate is None:
-            return self.down(self.be.act(self.up(x), self.act))
+            hidden = self.be.matmul_act(self.up.weight, x, self.up.bias, self.act)
+            return self.down(hidden)
         g, u = self.be.matmuls(
             [self.gate.weight, self.up.weight], x, [self.gate.bias, self.up.bias]
         )

@@ -31,6 +31,7 @@ Segment = tuple[
     State, int, Want
 ]  # this many of the state's pending tokens; rows whose logits are wanted
 FEWEST_ROWS, MOST_ROWS = 64, 512  # of a step: weights are read once for all of them
+MOST_ENCODED = 1024  # of an encoder's
 NUMBERS = itertools.count()
 NETWORKS: weakref.WeakSet[Network] = weakref.WeakSet()
 Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
@@ -128,7 +129,8 @@ class Network:
     def pace(self, n_rows: int, seconds: float) -> None:
         """Choose the rows of the next steps so that each takes a second: Ctrl-C waits for one at most."""
         if n_rows >= FEWEST_ROWS:
-            self.n_batch = int(min(max(n_rows / seconds, FEWEST_ROWS), MOST_ROWS)) // 8 * 8
+            most = MOST_ROWS if self.config.causal else MOST_ENCODED
+            self.n_batch = int(min(max(n_rows / seconds, FEWEST_ROWS), most)) // 8 * 8
 
     def hidden(
         self,

@@ -69,6 +69,12 @@ class Norm:
         norm = self.be.rms_norm if self.kind == "rms" else self.be.layer_norm
         return norm(x, self.weight, self.eps, self.bias, self.group)
 
+    def of_sum(self, x: Array, y: Array) -> Array:
+        """The norm of x + y."""
+        if self.kind == "rms" or self.group:
+            return self(self.be.add(x, y))
+        return self.be.add_layer_norm(x, y, self.weight, self.eps, self.bias)
+
 
 class Tensors:
     """The tensors below one prefix (``blk.3.``), loaded to one backend as they are asked for."""

@@ -39,6 +39,7 @@ from tinyllm.sdk.names import (
 )
 
 if TYPE_CHECKING:
+    from tinyllm.kernels.backend import Compute
     from tinyllm.model import Model
     from tinyllm.models.state import State
 
@@ -79,6 +80,8 @@ class LLModel:
         Where ``init_gpu`` looks.
     n_threads : int, optional
         CPU threads; default: as many as are good for this machine.
+    compute : {"f32", "bf16"}
+        As for `tinyllm.load`.
 
     Raises
     ------
@@ -89,7 +92,14 @@ class LLModel:
     """
 
     def __init__(
-        self, model_path: str, n_ctx: int, ngl: int, backend: str, n_threads: int | None = None
+        self,
+        model_path: str,
+        n_ctx: int,
+        ngl: int,
+        backend: str,
+        n_threads: int | None = None,
+        *,
+        compute: Compute = "f32",
     ) -> None:
         if n_ctx <= 0:
             raise ValueError(f"n_ctx must be positive, got {n_ctx}")
@@ -101,7 +111,7 @@ class LLModel:
         self.model: Model | None = None
         self._path, self._wanted_backend = model_path, backend
         self._gpu: devices.GPU | None = None
-        self._n_threads = n_threads
+        self._n_threads, self._compute = n_threads, compute
         self._closed = False
         self._idle: list[State] = []  # of the last call: the next may begin alike
         self._idle_lock = threading.Lock()
@@ -178,7 +188,12 @@ class LLModel:
         n_ctx = max(self.n_ctx, SMALLEST_CONTEXT)
         try:
             self.model = tinyllm.load(
-                self._path, engine, n_ctx, n_threads=self._n_threads, n_gpu_layers=self._layers()
+                self._path,
+                engine,
+                n_ctx,
+                n_threads=self._n_threads,
+                n_gpu_layers=self._layers(),
+                compute=self._compute,
             )
         except GGUFError as error:
             raise RuntimeError("Unable to instantiate model: Unsupported file format") from error

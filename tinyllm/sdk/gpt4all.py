@@ -40,6 +40,8 @@ from tinyllm.sdk.templates import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from tinyllm.kernels.backend import Compute
+
 __all__ = [
     "DEFAULT_MODEL_DIRECTORY",
     "DEFAULT_PROMPT_TEMPLATE",
@@ -85,6 +87,8 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         Layers to put on the GPU.
     verbose : bool
         Say on stderr which file is used.
+    compute : {"f32", "bf16"}
+        As for `tinyllm.load`: "bf16" multiplies F32, F16 and BF16 weights faster and less exactly.
 
     Raises
     ------
@@ -110,6 +114,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         n_ctx: int = 2048,
         ngl: int = 100,
         verbose: bool = False,
+        compute: Compute = "f32",
     ) -> None:
         self.model_type = model_type
         self._local = threading.local()
@@ -118,7 +123,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             model_name, model_path=model_path, allow_download=allow_download, verbose=verbose
         )
         self.config.setdefault("filename", os.path.basename(self.config["path"]))
-        self.model = LLModel(self.config["path"], n_ctx, ngl, backend, n_threads)
+        self.model = LLModel(self.config["path"], n_ctx, ngl, backend, n_threads, compute=compute)
         if gpu is not None:
             self.model.init_gpu(gpu)
         self.model.load_model()

@@ -12,6 +12,9 @@ A part: largest [16], sums [16], then values [Dv / 16][M][16], all float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import numpy as np
 
 from . import jit
@@ -25,9 +28,14 @@ from .kvblocks import (
     write_values,
 )
 from .simd import (
+    F32,
+    I64,
+    LANES,
+    V,
     arg,
     clear,
     copy,
+    emitter,
     exp,
     float_arg,
     get_f32,
@@ -37,6 +45,7 @@ from .simd import (
     hsum,
     i64,
     load,
+    load_n,
     ramp,
     set_f32,
     set_half,
@@ -44,6 +53,7 @@ from .simd import (
     store,
     store_n,
     tanh,
+    types,
     vabs,
     vmax,
     where_within,
@@ -81,7 +91,7 @@ def part_bytes(m: int, dim_v: int) -> int:
 
 # ---- names that ``jit.kernel`` gives
 
-score_group = score_one = weigh_group = weigh_one = None
+score_group = score_one = weigh_group = weigh_one = maxima = None
 M = 1  # rows of a piece
 TILES = 4  # tiles multiplied at once
 SIZE = 2  # bytes of a stored value as the multipliers read it
@@ -124,6 +134,12 @@ def finish(part, rows, m, sink, has_sink, out, dim_v):
         store_n(out + 4 * i, v, dim_v - i)
 
 
+def scaled_copy(to, source, n, scale):
+    """n floats times scale."""
+    for i in range(0, n, 16):
+        store_n(to + 4 * i, load_n(source + 4 * i, n - i) * scale, n - i)
+
+
 def attend(args, first, last, worker):
     """Rows of queries over one block each (split) or over all (not split): see the module's text."""
     q, y, caches, starts, n_past = (
@@ -134,7 +150,12 @@ def attend(args, first, last, worker):
         arg(args, 4),
     )
     n_seq, layer, n_head, n_head_kv = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
-    dim, dim_v, scale, window = arg(args, 9), arg(args, 10), float_arg(args, 11), arg(args, 12)
+    dim, dim_v, scale, window = (
+        arg(args, 9),
+        arg(args, 10),
+        splat(float_arg(args, 11)),
+        arg(args, 12),
+    )
     cap, slopes, sinks, causal = float_arg(args, 13), arg(args, 14), arg(args, 15), arg(args, 16)
     parts, scratch = arg(args, 17), arg(args, 18) + worker * arg(args, 19)
     group, dim_vp = n_head // n_head_kv, (dim_v + 15) // 16 * 16
@@ -162,7 +183,7 @@ def attend(args, first, last, worker):
         for m in range(M):
             r = min(row0 + m, n_rows - 1)
             at = ((row_first + r // group) * n_head + head * group + r % group) * dim
-            copy(queries + m * Q_STEP, q + 4 * at, 4 * dim)
+            scaled_copy(queries + m * Q_STEP, q + 4 * at, dim, scale)
         # the positions that some row sees: [low, high)
         here, there = past + row0 // group, past + min(row0 + M - 1, n_rows - 1) // group
         low, high = i64(0), there + 1
@@ -206,6 +227,9 @@ def attend(args, first, last, worker):
                 else:
                     score_one(source, tile_bytes, 16 * SIZE, queries, dim, to)
                 t += at_once
+            plain = n // 16 if causal == 0 else max(min(here + 1 - block * BLOCK, n), 0) // 16
+            if (cap != np.float32(0)) or (slopes != 0) or (window > 0):
+                plain = i64(0)  # tiles whose scores stand as they are
             for m in range(M):
                 r = min(row0 + m, n_rows - 1)
                 i = past + r // group - block * BLOCK  # the query's place, counted from the block
@@ -219,11 +243,9 @@ def attend(args, first, last, worker):
                         nearest, farthest = as_float(-(window // 2)), as_float(window // 2)
                 elif window > 0:
                     farthest = as_float(window - 1)
-                most = splat(HIDDEN)
-                for t in range(tiles):
+                for t in range(plain, tiles):
                     at = scores + 64 * (M * t + m)
-                    distance = splat(as_float(i)) - ramp(16 * t)
-                    v = load(at) * splat(scale)
+                    v, distance = load(at), splat(as_float(i)) - ramp(16 * t)
                     if cap != np.float32(0):
                         v = splat(cap) * tanh(v / splat(cap))
                     if slopes != 0:
@@ -235,16 +257,15 @@ def attend(args, first, last, worker):
                             v, ramp(16 * t), np.float32(0), as_float(n - 1), splat(HIDDEN)
                         )
                     store(at, v)
-                    most = vmax(v, most)
-                top = hmax(most)
+            maxima(scores, tiles, fresh)
+            for m in range(M):
+                # a row of which all is hidden: zeros, not ones
+                top = splat(max(get_f32(fresh + 4 * m), HIDDEN / np.float32(2)))
                 total = splat(np.float32(0))
                 for t in range(tiles):
-                    v = load(scores + 64 * (M * t + m))
-                    e = exp(v - splat(top))
-                    e = where_within(e, v, HIDDEN * np.float32(0.5), FAR, splat(np.float32(0)))
+                    e = exp(load(scores + 64 * (M * t + m)) - top)
                     store(chances + m * P_STEP + 64 * t, e)
                     total = total + e
-                set_f32(fresh + 4 * m, top)
                 set_f32(fresh + 64 + 4 * m, hsum(total))
             t = i64(0)
             while t + TILES <= tiles_v:
@@ -363,6 +384,26 @@ def write_kernel(kv: str) -> int:
 KINDS = {"f32": (0, "F32", 4), "f16": (1, "F16", 2), "q8_0": (2, "F32", 4)}
 
 
+@lru_cache
+def maxima_of(m: int) -> Callable:
+    """maxima(scores, tiles, out): the largest score of each of m rows -> out [m]."""
+
+    @emitter(types.void, i64, i64, i64)
+    def maxima(e, scores, tiles, out):
+        """See ``maxima_of``."""
+        ty, scores = V(F32, LANES), e.ptr(scores)
+
+        def tile(i, most):
+            at = e.at(scores, e.b.mul(i, I64(64 * m)))
+            values = [e.load(at, ty, 64 * row) for row in range(m)]
+            return [e.select("<", v, x, x, v) for v, x in zip(values, most, strict=True)]
+
+        for row, v in enumerate(e.loop(tiles, [e.const(HIDDEN, ty)] * m, tile)):
+            e.store(e.fold(v, lambda x, y: e.select("<", x, y, y, x)), e.ptr(out), 4 * row)
+
+    return maxima
+
+
 def rows_of(n: int) -> int:
     """Rows of a piece, given how many query heads a sequence has for one key head."""
     return 8 if n > 4 else 4 if n > 2 else n
@@ -381,6 +422,7 @@ def attend_kernel(kv: str, m: int) -> int:
         score_one=score[1],
         weigh_group=weigh[tiles],
         weigh_one=weigh[1],
+        maxima=maxima_of(m),
         M=m,
         TILES=tiles,
         SIZE=size,

@@ -22,13 +22,14 @@ from ..backend import (
     Array,
     Backend,
     Batch,
+    Compute,
     KVType,
     LayerCache,
     RopeSpec,
     Routing,
     Source,
 )
-from . import attention, choosing, elementwise, jit, matmul, recurrent
+from . import attention, bfloat, choosing, elementwise, jit, matmul, recurrent
 from .attention import padded
 from .experts import record_experts
 from .kvcache import CPUCache
@@ -74,11 +75,21 @@ class CPUBackend(Backend):
     ----------
     n_threads : int, optional
         Threads asked for; more than there are cores are not started. Default: one per physical core.
+    compute : {"f32", "bf16"}
+        In what numbers matrices of floats are multiplied with more than one token.
+
+    Raises
+    ------
+    DeviceError
+        The processor does not multiply bfloat16.
     """
 
     name = "cpu"
 
-    def __init__(self, n_threads: int | None = None) -> None:
+    def __init__(self, n_threads: int | None = None, compute: Compute = "f32") -> None:
+        if compute == "bf16":
+            bfloat.check_available()
+        self.compute = compute
         self._local = threading.local()
         self._steps: OrderedDict[Hashable, Recorded] = OrderedDict()
         self.set_threads(pool().size if n_threads is None else n_threads)
@@ -124,7 +135,10 @@ class CPUBackend(Backend):
     # ---- weights and transfers
 
     def load(self, source: Source, rows: np.ndarray | slice | None = None) -> CPUWeight:
-        return load_weight(source, rows, self._workers)
+        weight = load_weight(source, rows, self._workers)
+        if self.compute == "bf16" and weight.format is None:
+            return bfloat.RoundedWeight(**vars(weight))
+        return weight
 
     def array(self, x: np.ndarray) -> CPUArray:
         x = np.asarray(x)
@@ -229,6 +243,11 @@ class CPUBackend(Backend):
                 out.append(matmul.record_matmul(self._tape, w, x, b, self._workers, i > 0))
         return out
 
+    def matmul_act(self, w: CPUWeight, x: Array, bias: Array | None, kind: Activation) -> CPUArray:
+        if w.format is not None or x.shape[0] == 1 or elementwise.ACTIVATIONS.get(kind) is None:
+            return super().matmul_act(w, x, bias, kind)
+        return matmul.record_matmul(self._tape, w, x, bias, self._workers, False, kind)
+
     def matmul_experts(
         self, w: CPUWeight, x: Array, experts: Array, bias: Array | None = None
     ) -> CPUArray:
@@ -246,6 +265,11 @@ class CPUBackend(Backend):
     ) -> CPUArray:
         return self._norm(elementwise.layer_norm, x, w, eps, bias, group)
 
+    def add_layer_norm(
+        self, x: Array, y: Array, w: Array | None, eps: float, bias: Array | None = None
+    ) -> CPUArray:
+        return self._norm(elementwise.layer_norm, x, w, eps, bias, 0, y)
+
     def _norm(
         self,
         body: Callable,
@@ -254,12 +278,14 @@ class CPUBackend(Backend):
         eps: float,
         bias: CPUArray | None,
         group: int,
+        more: CPUArray | None = None,
     ) -> CPUArray:
         n = group or x.shape[-1]
         y = self._new(x.shape)
         args = [x.address, y.address, *(p.address if p is not None else 0 for p in (w, bias))]
         args += [n, float_bits(eps), *(p.size // n if p is not None else 1 for p in (w, bias))]
-        self._op(body, x.size // n, args, [x, y, w, bias])
+        args.append(more.address if more is not None else 0)
+        self._op(body, x.size // n, args, [x, y, w, bias, more])
         return y
 
     def rope(self, x: Array, positions: Array, spec: RopeSpec, head_dim: int) -> CPUArray:

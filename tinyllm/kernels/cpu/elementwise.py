@@ -69,11 +69,17 @@ def rms_norm(args, first, last, worker):
 
 
 def layer_norm(args, first, last, worker):
-    """Rows of n: (x - mean) / sqrt(variance + eps) * w + bias."""
+    """Rows of n: (x - mean) / sqrt(variance + eps) * w + bias, of x + more if there is more."""
     x, y, w, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     n, eps, w_period, b_period = arg(args, 4), float_arg(args, 5), arg(args, 6), arg(args, 7)
+    more = arg(args, 8)
     for row in range(first, last):
         p, out = x + 4 * n * row, y + 4 * n * row
+        if more != 0:
+            q = more + 4 * n * row
+            for i in range(0, n, 16):
+                store_n(out + 4 * i, load_n(p + 4 * i, n - i) + load_n(q + 4 * i, n - i), n - i)
+            p = out
         mean = splat(row_sum(p, n) / as_float(n))
         for i in range(0, n, 16):
             store_n(out + 4 * i, load_n(p + 4 * i, n - i) - mean, n - i)

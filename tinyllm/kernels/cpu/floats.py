@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+from llvmlite import ir
+
 from .simd import (
     F32,
     I16,
@@ -41,7 +43,8 @@ GROUP = 4  # tiles multiplied at once
 COLUMNS = 96  # of a panel
 LINE = 16  # columns of a cache line of float32
 PANEL_ROW = 4 * GROUP * LANES  # bytes
-TOKEN_BLOCK = 85 * TOKENS  # whose sums wait while the columns pass
+TOKEN_BLOCK = 86 * TOKENS  # whose sums wait while the columns pass
+UNROLLED = 4  # columns of one round
 AHEAD = 2048  # bytes prefetched ahead in each tile of one token's product
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -64,14 +67,25 @@ def accumulate(
     Column i of a base stands i * column_bytes on; the value of a token i * x_step + x_tokens[t] on in x.
     """
 
-    def column(i, acc):
-        at, xi = e.b.mul(i, column_bytes), e.at(x, e.b.mul(i, I64(x_step)))
-        w = [widen(e, e.at(base, at), kind, 0, n) for base in bases]
-        values = [e.broadcast(xi, F32, n, offset) for offset in x_tokens]
-        products = [(v, x) for x in values for v in w]
-        return [e.fma(v, x, a) for a, (v, x) in zip(acc, products, strict=True)]
+    def columns(first, n_columns, acc):
+        at, xi = e.b.mul(first, column_bytes), e.at(x, e.b.mul(first, I64(x_step)))
+        heads = [e.at(base, at) for base in bases]
+        for c in range(n_columns):
+            w = [widen(e, head, kind, 0, n) for head in heads]
+            values = [e.broadcast(xi, F32, n, offset + c * x_step) for offset in x_tokens]
+            products = [(v, x) for x in values for v in w]
+            acc = [e.fma(v, x, a) for a, (v, x) in zip(acc, products, strict=True)]
+            heads = [e.at(head, column_bytes) for head in heads]
+        return acc
 
-    return e.loop(n_in, [e.const(0.0, V(F32, n))] * (len(x_tokens) * len(bases)), column)
+    def some(i, acc):
+        return columns(e.b.mul(i, I64(UNROLLED)), UNROLLED, acc)
+
+    acc = [e.const(0.0, V(F32, n))] * (len(x_tokens) * len(bases))
+    rounds = e.b.sdiv(n_in, I64(UNROLLED))
+    done = e.b.mul(rounds, I64(UNROLLED))
+    acc = e.loop_maybe(rounds, acc, some)
+    return e.loop_maybe(e.b.sub(n_in, done), acc, lambda i, acc: columns(e.b.add(done, i), 1, acc))
 
 
 @lru_cache
@@ -200,15 +214,21 @@ def tile_widener(kind: str) -> Callable:
     @emitter(types.void, i64, i64, i64)
     def widen_tile(e, w, n_columns, panel):
         """See ``tile_widener``."""
+        b, w, panel = e.b, e.ptr(w), e.ptr(panel)
+        rounds = b.sdiv(n_columns, I64(UNROLLED))
+        done = b.mul(rounds, I64(UNROLLED))
 
-        def column(i, state):
-            source = e.at(e.ptr(w), e.b.mul(i, I64(LANES * size)))
-            to = e.at(e.ptr(panel), e.b.mul(i, I64(PANEL_ROW)))
-            for first in range(0, LANES, n):
-                e.store(widen(e, source, kind, first * size, n), to, 4 * first)
-            return state
+        def columns(first, n_columns):
+            source = e.at(w, b.mul(first, I64(LANES * size)))
+            to = e.at(panel, b.mul(first, I64(PANEL_ROW)))
+            for c in range(n_columns):
+                for i in range(0, LANES, n):
+                    v = widen(e, source, kind, (c * LANES + i) * size, n)
+                    e.store(v, to, c * PANEL_ROW + 4 * i)
+            return []
 
-        e.loop(n_columns, [], column)
+        e.loop_maybe(rounds, [], lambda i, _: columns(b.mul(i, I64(UNROLLED)), UNROLLED))
+        e.loop_maybe(b.sub(n_columns, done), [], lambda i, _: columns(b.add(done, i), 1))
 
     return widen_tile
 
@@ -229,7 +249,7 @@ def widener(kind: str) -> Callable:
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_group = widen_tile = weight = None
+multiply = multiply_group = widen_tile = weight = store_row = None
 
 
 def matvec_float(args, first, last, worker):
@@ -255,37 +275,61 @@ def matmul_float(args, first, last, worker):
     n_tokens, panel = arg(args, 8), arg(args, 9) + worker * arg(args, 10)
     groups = (tiles + GROUP - 1) // GROUP
     for piece in range(first, last):
-        sums = panel + COLUMNS * PANEL_ROW
         tile, token0 = piece % groups * GROUP, piece // groups * TOKEN_BLOCK
         n_tiles, token1 = min(GROUP, tiles - tile), min(token0 + TOKEN_BLOCK, n_tokens)
+        width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0
         for column in range(0, n_in, COLUMNS):
             n = min(COLUMNS, n_in - column)
             for t in range(n_tiles):
                 source = w + (tile + t) * tile_bytes + column * (tile_bytes // n_in)
                 widen_tile(source, n, panel + 64 * t)
-            to = sums
+            sums = panel + COLUMNS * PANEL_ROW
             for token in range(token0, token1, TOKENS):
-                rows = x + 4 * (token * n_in + column)
-                multiply_panel(panel, n, rows, 4 * n_in, min(TOKENS, token1 - token), to, column)
-                to += TOKENS * PANEL_ROW
-        corner, n = y + 4 * (token0 * n_out + 16 * tile), n_out - 16 * tile
-        bias_here = bias + 64 * tile if bias != 0 else 0
-        for _ in range(token0, token1):
-            store_row(sums, corner, min(n, 16 * GROUP), bias_here)
-            sums += PANEL_ROW
-            corner += 4 * n_out
+                rows, n_rows = x + 4 * (token * n_in + column), min(TOKENS, token1 - token)
+                corner = y + 4 * (token * n_out + 16 * tile)
+                if column + n == n_in:  # outputs lie far apart: they come while sums are computed
+                    fetch_rows(corner, n_rows, 4 * n_out)
+                multiply_panel(panel, n, rows, 4 * n_in, n_rows, sums, column)
+                if column + n == n_in:
+                    for t in range(n_rows):
+                        store_row(sums + t * PANEL_ROW, corner + 4 * t * n_out, width, bias_here)
+                sums += TOKENS * PANEL_ROW
 
 
-def store_row(source, to, n, bias):
-    """n floats, plus bias."""
-    for i in range(0, n, 16):
-        v = load(source + 4 * i)
-        if bias != 0:
-            v = v + load_n(bias + 4 * i, n - i)
-        if n - i >= 16:
-            store(to + 4 * i, v)
-        else:
-            store_n(to + 4 * i, v, n - i)
+@emitter(types.void, i64, i64, i64)
+def fetch_rows(e, p, n_rows, row_bytes):
+    """Ask for the lines of n_rows rows of outputs, to write to."""
+    rows = e.ptr(p)
+    to_write, near, data = I32(1), I32(3), I32(1)
+
+    def row(i, state):
+        for line in range(0, PANEL_ROW, 64):
+            place = e.at(rows, e.b.add(e.b.mul(i, row_bytes), I64(line)))
+            e.call("llvm.prefetch.p0", ir.VoidType(), place, to_write, near, data)
+        return state
+
+    e.loop(n_rows, [], row)
+
+
+@lru_cache
+def row_storer(activate: Callable | None) -> Callable:
+    """store_row(source, to, n, bias): n floats, plus bias, through an activation function if there is one."""
+    active = activate is not None
+
+    def store_row(source, to, n, bias):
+        """See ``row_storer``."""
+        for i in range(0, n, 16):
+            v = load(source + 4 * i)
+            if bias != 0:
+                v = v + load(bias + 4 * i)
+            if active:
+                v = activate(v)
+            if n - i >= 16:
+                store(to + 4 * i, v)
+            else:
+                store_n(to + 4 * i, v, n - i)
+
+    return store_row
 
 
 def embed_float(args, first, last, worker):

@@ -6,7 +6,7 @@ unpacks a few tiles into its scratch memory and runs all tokens past them, so th
 
 from __future__ import annotations
 
-from . import amx, floats, jit, micro, minima, planes
+from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes
 from .floats import (
     COLUMNS,
     GROUP,
@@ -17,6 +17,7 @@ from .floats import (
     matmul_float,
     matvec_float,
     multiplier,
+    row_storer,
     store_tiles,
     tile_widener,
     widener,
@@ -161,9 +162,18 @@ def embed(args, first, last, worker):
 
 
 def record_matmul(
-    tape: Tape, w: CPUWeight, x: CPUArray, bias: CPUArray | None, n_workers: int, joins: bool
+    tape: Tape,
+    w: CPUWeight,
+    x: CPUArray,
+    bias: CPUArray | None,
+    n_workers: int,
+    joins: bool,
+    act: str = "",
 ) -> CPUArray:
-    """y = x w^T + bias: the one place that chooses a kernel by the number of tokens."""
+    """y = x w^T + bias: the one place that chooses a kernel by the number of tokens.
+
+    ``act``: y is what this activation makes of it; for float weights and more than one token.
+    """
     n_tokens = x.shape[0]
     forms = prepare(tape, w, x)
     y = tape.array((n_tokens, -(-w.n_out // 16) * 16 if n_tokens == 1 else w.n_out))
@@ -175,13 +185,17 @@ def record_matmul(
     elif w.format is not None and n_tokens <= FEW:
         _record_few(tape, w, common, n_tokens, n_workers, joins)
     else:
-        _record_many(tape, w, common, n_tokens, n_workers, joins)
+        _record_many(tape, w, common, n_tokens, n_workers, joins, act)
     tape.keep(w, x, forms, y, bias)
     return y
 
 
 def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """The form of x that w's kernels read, made once for all that share x."""
+    if isinstance(w, bfloat.RoundedWeight) and x.shape[0] > 1:
+        if "bf16" not in x.derived:
+            x.derived["bf16"] = bfloat.round_array(tape, x)
+        return x.derived["bf16"]
     if w.format is None:
         return x
     key = ("records", w.format.span)
@@ -240,23 +254,31 @@ def _record_few(
 
 
 def _record_many(
-    tape: Tape, w: CPUWeight, common: list[int], n_tokens: int, n_workers: int, joins: bool
+    tape: Tape,
+    w: CPUWeight,
+    common: list[int],
+    n_tokens: int,
+    n_workers: int,
+    joins: bool,
+    act: str,
 ) -> None:
-    address, more, pieces, scratch = matmul_kernel(tape, w, n_tokens, n_workers)
+    kernel = bfloat.matmul_kernel if isinstance(w, bfloat.RoundedWeight) else matmul_kernel
+    address, more, pieces, scratch = kernel(tape, w, n_tokens, n_workers, act)
     tape.add(address, pieces, [*common, *more], 1, joins)
     tape.keep(scratch)
 
 
 def matmul_kernel(
-    tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int
+    tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[int, list[int], int, CPUArray]:
     """The kernel for up to so many tokens, its arguments after the first six, its pieces, its scratch."""
     more = [w.n_tiles, w.n_out, n_tokens]
     if w.format is None:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
-        names = {"widen_tile": tile_widener(w.kind)}
-        address = jit.kernel(matmul_float, f"matmul_{w.kind}", **names)
+        end = row_storer(elementwise.ACTIVATIONS[act] if act else None)
+        names = {"widen_tile": tile_widener(w.kind), "store_row": end}
+        address = jit.kernel(matmul_float, f"matmul_{w.kind}{act and '_' + act}", **names)
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
         address, step_bytes, at_once, wide = _matmul_quantised(w)

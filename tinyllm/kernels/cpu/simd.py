@@ -176,14 +176,20 @@ class Emit:
         return self._half_by_bits(self.b.zext(v, V(I32, n)))
 
     def _half_by_bits(self, h):
-        """Shift exponent and mantissa into place and scale by 2^112; infinity and NaN keep theirs."""
-        b, n = self.b, h.type.count
-        bits = self.shl(self.mask(h, 0x7FFF), 13)
-        scaled = b.fmul(b.bitcast(bits, V(F32, n)), self.const(2.0**112, V(F32, n)))
-        special = b.icmp_unsigned(">=", bits, self.const(0x7C00 << 13, bits.type))
-        high = b.or_(bits, self.const(0x7F800000, bits.type))
-        value = b.select(special, high, b.bitcast(scaled, h.type))
-        return b.bitcast(b.or_(value, self.shl(self.mask(h, 0x8000), 16)), V(F32, n))
+        """Exponent and mantissa into place, infinity and NaN with their own.
+
+        Below 2^-14 a half counts steps of 2^-24: as bits of a float it would be taken for zero.
+        """
+        b, ty = self.b, h.type
+        size = self.mask(h, 0x7FFF)
+        bits = self.shl(size, 13)
+        normal = b.add(bits, self.const(112 << 23, ty))
+        special = b.or_(bits, self.const(0x7F800000, ty))
+        steps = b.fmul(self.to_float(size), self.const(2.0**-24, V(F32, ty.count)))
+        value = b.select(b.icmp_unsigned("<", size, self.const(0x7C00, ty)), normal, special)
+        tiny = b.icmp_unsigned("<", size, self.const(0x0400, ty))
+        value = b.select(tiny, b.bitcast(steps, ty), value)
+        return b.bitcast(b.or_(value, self.shl(self.mask(h, 0x8000), 16)), steps.type)
 
     def to_half(self, v):
         """float32 to halves (as i16 lanes), to nearest even."""
@@ -457,16 +463,16 @@ def emit_exp(e, x):
     """e^x: 2^n times the series of e^f, |f| <= ln(2) / 2, cut after f^7 (error below 1e-8)."""
     b, ty = e.b, x.type
     n_ty = V(I32, ty.count)
-    low, high = e.const(-87.0, ty), e.const(88.0, ty)
+    low, high, shift = (e.const(c, ty) for c in (-87.0, 88.0, 1.5 * 2.0**23))
     y = e.select("<", x, low, low, e.select(">", x, high, high, x))
-    scaled = b.fmul(y, e.const(1.4426950408889634, ty))
-    n = e.call(f"llvm.rint.v{ty.count}f32", ty, scaled)
+    whole = e.fma(y, e.const(1.4426950408889634, ty), shift)  # n in the lowest bits
+    n = b.fsub(whole, shift)
     f = e.fma(n, e.const(-0.693359375, ty), y)  # ln 2 in two parts: the first has few bits
     f = e.fma(n, e.const(2.12194440e-4, ty), f)
     p = e.const(1 / 5040, ty)
     for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
         p = e.fma(p, f, e.const(c, ty))
-    power = e.shl(b.add(b.fptosi(n, n_ty), e.const(127, n_ty)), 23)
+    power = b.add(e.shl(b.bitcast(whole, n_ty), 23), e.const(127 << 23, n_ty))
     return e.select("<", x, low, e.const(0.0, ty), b.fmul(p, b.bitcast(power, ty)))
 
 
