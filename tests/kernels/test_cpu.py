@@ -18,7 +18,7 @@ from llvmlite import ir
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache
-from tinyllm.kernels.cpu import jit, matmul, simd
+from tinyllm.kernels.cpu import jit, matmul, program, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 
 F32 = np.float32
@@ -370,6 +370,24 @@ def convert_halves(source: int, to: int, n: int, back: int) -> None:
             set_halves(to + 2 * i, simd.load(source + 4 * i))
         else:
             simd.store(to + 4 * i, halves(source + 2 * i))
+
+
+def convert_pieces(args: int, first: int, last: int, worker: int) -> None:
+    """Halves to floats; a piece is 16."""
+    for piece in range(first, last):
+        simd.store(simd.arg(args, 1) + 64 * piece, halves(simd.arg(args, 0) + 32 * piece))
+
+
+def test_small_halves_by_bits_are_numbers_in_kernels(monkeypatch: Any) -> None:
+    """Threads of kernels take floats below 2^-126 for zero; the bits of a small half are such a float's."""
+    monkeypatch.setattr(simd, "has_half", lambda: False)
+    small = np.arange(1 << 11, dtype=np.uint16)
+    floats = np.empty(len(small), F32)
+    tape = program.Tape()
+    args = [small.ctypes.data, floats.ctypes.data]
+    tape.add(jit.kernel(convert_pieces), len(small) // 16, args)
+    tape.run(1)
+    assert np.array_equal(floats, small.view(np.float16).astype(F32))
 
 
 def test_small_numbers_count_as_zero_in_kernels_and_nowhere_else():
