@@ -274,7 +274,7 @@ def _record_grouped(
     choices: int,
     n_workers: int,
 ) -> None:
-    at_once, per_piece = (matmul.UNPACKED, 1) if w.format else (GROUP, GROUP)
+    at_once, per_piece = (matmul.tiles_together(w, n_workers), 1) if w.format else (GROUP, GROUP)
     most = min(groups.n_rows, ROWS_AT_ONCE)
     matvec, one_more = matmul.matvec_kernel(w)
     product, many_more, _, inner = matmul.matmul_kernel(tape, w, most, n_workers)

@@ -40,7 +40,7 @@ from .weights import CPUWeight
 
 multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = None
 start = stop = None  # of the matrix unit, where there is one
-UNPACKED = 8  # tiles unpacked together: 128 rows
+UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
 STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
 QUANTISED = 512  # columns of a piece
 TOKEN_BLOCK = 512
@@ -82,10 +82,10 @@ def matmul_few(args, first, last, worker):
 
 
 def matmul(args, first, last, worker):
-    """y [T, n_out] of many tokens; a piece is UNPACKED tiles and TOKEN_BLOCK tokens.
+    """y [T, n_out] of many tokens; a piece is ``together`` tiles and TOKEN_BLOCK tokens.
 
     Columns go by chunks of ``at_once`` records, so that those of 16 tokens stay in the first-level cache
-    while the tiles pass, and the sums of all tokens wait in ``sums`` [T / 16][UNPACKED][16][16].
+    while the tiles pass, and the sums of all tokens wait in ``sums`` [T / 16][together][16][16].
     """
     w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     tile_bytes, n_blocks, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
@@ -95,19 +95,24 @@ def matmul(args, first, last, worker):
         arg(args, 10),
         arg(args, 11),
     )
-    wide, at_once, least_bytes = arg(args, 12), arg(args, 13), arg(args, 14)
-    panels = arg(args, 15) + worker * arg(args, 16)
+    wide, at_once, least_bytes, together = (
+        arg(args, 12),
+        arg(args, 13),
+        arg(args, 14),
+        arg(args, 15),
+    )
+    panels = arg(args, 16) + worker * arg(args, 17)
     per_block, panel_bytes = n_steps // n_blocks, at_once * step_bytes
-    least, groups = panels + UNPACKED * panel_bytes, (tiles + UNPACKED - 1) // UNPACKED
-    sums = least + UNPACKED * least_bytes
+    least, groups = panels + together * panel_bytes, (tiles + together - 1) // together
+    sums = least + together * least_bytes
     past = n_out % 16 == 0 and n_tokens * n_out >= PAST
     start()
     for piece in range(first, last):
-        begin = piece % groups * UNPACKED
-        end = min(begin + UNPACKED, tiles)
+        begin = piece % groups * together
+        end = min(begin + together, tiles)
         token0 = piece // groups * TOKEN_BLOCK
         token1 = min(token0 + TOKEN_BLOCK, n_tokens)
-        clear(sums, (token1 - token0 + 15) // 16 * UNPACKED * 1024)
+        clear(sums, (token1 - token0 + 15) // 16 * together * 1024)
         for step in range(0, n_steps, at_once):
             steps = min(at_once, n_steps - step)
             for tile in range(begin, end):
@@ -282,20 +287,20 @@ def matmul_kernel(
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
         address, step_bytes, at_once, wide = _matmul_quantised(w)
-        n_steps = w.n_in // 32
+        n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
         least = w.n_blocks * minima.n_minima(w.format) * 64
-        scratch = tape.array((n_workers, UNPACKED * (at_once * step_bytes + least + sums)), "u1")
-        more += [
-            n_steps * micro.record_bytes(micro.SLOTS),
-            step_bytes,
-            n_steps,
-            wide,
-            at_once,
-            least,
-        ]
-        pieces = -(-w.n_tiles // UNPACKED) * -(-n_tokens // TOKEN_BLOCK)
+        scratch = tape.array((n_workers, together * (at_once * step_bytes + least + sums)), "u1")
+        more += [n_steps * micro.record_bytes(micro.SLOTS), step_bytes, n_steps]
+        more += [wide, at_once, least, together]
+        pieces = -(-w.n_tiles // together) * -(-n_tokens // TOKEN_BLOCK)
     return address, [*more, scratch.address, scratch.shape[1]], pieces, scratch
+
+
+def tiles_together(w: CPUWeight, n_workers: int) -> int:
+    """Tiles of a piece: the more, the fewer times activations are read."""
+    wanted = w.n_tiles // (4 * n_workers)
+    return next((n for n in UNPACKED if n <= wanted), UNPACKED[-1])
 
 
 def _matmul_quantised(w: CPUWeight) -> tuple[int, int, int, int]:

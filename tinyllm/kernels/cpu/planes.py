@@ -152,13 +152,6 @@ class Products:
             self.load_left(t, following[1])
             order.reverse()
 
-    def prefetch(self, i, s: int) -> None:
-        """Bring a share of the next tile's block nearer."""
-        p, lines = self.panel(self.e.b.add(i, I64(1))), self.panel_bytes // 64
-        share = -(-lines // STEPS)
-        for line in range(share * s, min(share * (s + 1), lines)):
-            self.e.prefetch(p, 64 * line)
-
     def sums(self, parity):
         """Where the sums of a tile wait."""
         return self.e.at(self.memory, self.e.b.mul(parity, I64(TILE * self.n_sums)))
@@ -200,7 +193,6 @@ def _multiply(e: Emit, p: Products) -> None:
     def tile(i, parity, before: Callable) -> None:
         for s in range(STEPS):
             p.step(i, s)
-            p.prefetch(i, s)
             before(range(ends[s], ends[s + 1]))
         p.store(parity)
 
