@@ -1,7 +1,7 @@
 """Texts per second of an embedding model, beside GPT4All and torch in float32, in turn.
 
     python benchmarks/embeddings.py all-MiniLM-L6-v2.gguf2.f16.gguf -t 2 \\
-        --json benchmarks/results/embeddings.json
+        --engines tinyllm,tinyllm-bf16,gpt4all,torch --json benchmarks/results/embeddings.json
 
 Two loads: 256 short texts, and 20 texts of 512 tokens. Tokenisation counts, the vectors of all engines are
 compared, and the rates stand beside the arithmetic: a model of F16 weights computes in float32, so the
@@ -137,7 +137,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
         "--engines",
         type=common.names,
         default=[OURS, "gpt4all", "torch"],
-        help="tinyllm,gpt4all,torch",
+        help="tinyllm,tinyllm-bf16,gpt4all,torch",
     )
     add("-t", "--threads", type=int, default=os.cpu_count(), help="of each engine")
     add("--rounds", type=int, default=5, help="after one to warm up")

@@ -54,12 +54,13 @@ class Encoder:
 class TinyLLM(Encoder):
     """This project."""
 
+    compute: Any = "f32"
+
     def load(self, model: str, threads: int) -> str:
         import tinyllm
 
-        self.model = tinyllm.load(model, n_threads=threads)
-        self.threads = threads
-        return f"tinyllm {tinyllm.__version__}"
+        self.model = tinyllm.load(model, n_threads=threads, compute=self.compute)
+        return f"tinyllm {tinyllm.__version__}" + (" bf16" if self.compute == "bf16" else "")
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         return self.model.embed(texts)
@@ -71,6 +72,12 @@ class TinyLLM(Encoder):
         weights = sum(4 * c.n_embd**2 + 2 * c.n_embd * n_ff for n_ff in c.n_ff)
         macs = sum(n * weights + 2 * n * n * c.n_embd * c.n_layer for n in lengths)
         return {"texts": len(texts), "tokens": sum(lengths), "gflop": 2 * macs / 1e9}
+
+
+class Rounded(TinyLLM):
+    """The same with products of bfloat16, where the processor has them."""
+
+    compute = "bf16"
 
 
 class GPT4All(Encoder):
@@ -183,7 +190,9 @@ class Peak:
         return ops.float_peak(threads, seconds) / 1e9
 
 
-ENCODERS: dict[str, Any] = {"tinyllm": TinyLLM, "gpt4all": GPT4All, "torch": Torch, "peak": Peak}
+ENCODERS: dict[str, Any] = {
+    "tinyllm": TinyLLM, "tinyllm-bf16": Rounded, "gpt4all": GPT4All, "torch": Torch, "peak": Peak,
+}  # fmt: skip
 
 if __name__ == "__main__":
     common.serve(ENCODERS[sys.argv[1]]())
