@@ -7,12 +7,14 @@ memory sees every byte twice, once read and once written.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -211,9 +213,44 @@ room = Room()
 # ---- threads
 
 
+class Helpers:
+    """Threads that wait for something to do beside their caller; to start one takes as long as a matrix."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._started = 0
+
+    def begin(self, job: Callable[[], None], n: int) -> None:
+        """Let n threads call it."""
+        with self._lock:
+            while self._started < n:
+                self._started += 1
+                threading.Thread(target=self._serve, name="tinyllm-load", daemon=True).start()
+        for _ in range(n):
+            self._jobs.put(job)
+
+    def _serve(self) -> None:
+        while True:
+            self._jobs.get()()
+
+
+helpers = Helpers()
+
+
+def _forget() -> None:
+    """In a forked child there are no threads."""
+    global helpers
+    helpers = Helpers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 def share(pieces: Iterable[Any], work: Callable[[Any], None], n_threads: int) -> None:
     """Work on all pieces, on up to n_threads threads; the first error ends it, and is raised."""
-    left, errors = deque(pieces), deque[BaseException]()
+    left, errors, over = deque(pieces), deque[BaseException](), SimpleQueue[None]()
 
     def run() -> None:
         try:
@@ -224,16 +261,16 @@ def share(pieces: Iterable[Any], work: Callable[[Any], None], n_threads: int) ->
             left.clear()
             errors.append(e)
 
-    threads = [
-        threading.Thread(target=run, name="tinyllm-load", daemon=True)
-        for _ in range(min(n_threads, len(left)) - 1)
-    ]
-    try:
-        for thread in threads:
-            thread.start()
+    def help_out() -> None:
         run()
-        for thread in threads:
-            thread.join()
+        over.put(None)
+
+    n_helpers = min(n_threads, len(left)) - 1
+    try:
+        helpers.begin(help_out, n_helpers)
+        run()
+        for _ in range(n_helpers):
+            over.get()
     finally:
         left.clear()
     if errors:

@@ -13,7 +13,6 @@ from .formats import FORMATS, Format
 from .tiles import ROWS, RUN, interleave_rows, room, runs, share
 
 PIECE = 4 << 20  # bytes read at a time
-RECODED = 1 << 20  # the same where types are recoded, which takes ten times the memory
 ALONE = 1 << 19  # bytes of a matrix that one thread loads faster than two
 
 
@@ -69,24 +68,24 @@ def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int)
     n_mats, tiles = int(np.prod(shape[:-2])), -(-n_out // ROWS)
     memory = room.take(n_mats * tiles * ROWS * row_bytes)
     weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory)
+    address = weight.address
 
     def load(piece: tuple[int, int, int]) -> None:
         m, start, stop = piece
         raw = _read(source, rows, m * n_out, start, stop)
-        to = weight.address + (m * tiles + start // ROWS) * weight.tile_bytes
+        to = address + (m * tiles + start // ROWS) * weight.tile_bytes
         interleave_rows(raw, to, n_blocks, fields)
 
-    most = PIECE if fmt is None or source.type in FORMATS else RECODED
-    step = _rows_of_piece(n_out, row_bytes, most, n_threads)
+    step = _rows_of_piece(n_out, row_bytes, n_threads)
     pieces = [(m, i, min(i + step, n_out)) for m in range(n_mats) for i in range(0, n_out, step)]
     share(pieces, load, n_threads)
     return weight
 
 
-def _rows_of_piece(n_out: int, row_bytes: int, most: int, n_threads: int) -> int:
-    """Whole tiles of about so many bytes at most; of a matrix worth sharing, each thread has as many."""
+def _rows_of_piece(n_out: int, row_bytes: int, n_threads: int) -> int:
+    """Whole tiles of about PIECE bytes at most; of a matrix worth sharing, each thread has as many."""
     n_bytes = n_out * row_bytes
-    rounds = -(-n_bytes // (most * n_threads))
+    rounds = -(-n_bytes // (PIECE * n_threads))
     n_pieces = rounds * n_threads if n_bytes >= ALONE else 1
     return max(-(-n_out // (n_pieces * ROWS)), 1) * ROWS
 
