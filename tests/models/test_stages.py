@@ -254,7 +254,7 @@ def test_gpu_layers_are_the_last_ones(
     where: list[tuple[str, range]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tinyllm.model.open_backend", lambda name, n: Sized(name, 10))
+    monkeypatch.setattr("tinyllm.model.open_backend", lambda name, n, compute: Sized(name, 10))
     monkeypatch.setattr(devices, "gpus", list)
     assert ranges(placing(device, None, n_gpu_layers)(4)) == where
 
