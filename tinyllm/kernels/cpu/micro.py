@@ -24,8 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 
@@ -80,53 +79,81 @@ class Activations:
         return self.e.b.ashr(n8, self.e.const(-shift, n8.type))
 
 
-def _sums(
-    e: Emit, fmt: Format, part: Part, x: Activations, tokens: range
-) -> Iterator[tuple[Any, list]]:
-    """Each scale of these 32 columns and the exact sums of its columns, one per token."""
-    flip = fmt.signed and is_vnni()
-    offset = 128 if flip else fmt.offset
-    runs = [range(8)] if len(part.scales) == 1 else [range(4), range(4, 8)]
+class Columns:
+    """The products of a part's 32 columns of some rows with some tokens."""
 
-    def code(c: int):
-        w = part.codes[c]()
-        return e.b.xor(w, e.const(0x80808080, w.type)) if flip else w
+    def __init__(self, e: Emit, fmt: Format, part: Part, x: Activations, tokens: range) -> None:
+        self.e, self.fmt, self.part, self.x, self.tokens = e, fmt, part, x, tokens
+        self.flip = fmt.signed and is_vnni()
+        self.offset = 128 if self.flip else fmt.offset
+        self.runs = [range(8)] if len(part.scales) == 1 else [range(4), range(4, 8)]
 
-    def start(half: int) -> list:
-        return [x.start(t, offset, half if len(runs) > 1 else None) for t in tokens]
+    def code(self, c: int):
+        """4 codes of each row."""
+        w = self.part.codes[c]()
+        return self.e.b.xor(w, self.e.const(0x80808080, w.type)) if self.flip else w
 
-    add = _add_in_pairs if instruction_set() == "avx2" else _add_dots
-    for half, run in enumerate(runs):
-        yield part.scales[half], add(e, fmt, code, x, tokens, run, partial(start, half))
+    def start(self, half: int) -> list:
+        """What the sums of a scale's columns begin with."""
+        which = half if len(self.runs) > 1 else None
+        return [self.x.start(t, self.offset, which) for t in self.tokens]
 
+    def sums(self, half: int) -> list:
+        """The exact sums of a scale's columns, one per token."""
+        if instruction_set() == "avx2":
+            return self._sums_of_pairs(half)
+        totals = self.start(half)
+        for c in self.runs[half]:
+            w = self.code(c)
+            xs = [self.x.codes(t, c) for t in self.tokens]
+            some = zip(totals, xs, strict=True)
+            totals = [self.e.dot(s, w, x4, self.fmt.signed) for s, x4 in some]
+        return totals
 
-def _add_dots(
-    e: Emit, fmt: Format, code: Callable, x: Activations, tokens: range, run: range, start: Callable
-) -> list:
-    """start() + the products of the codes of ``run`` with each token's."""
-    totals = start()
-    for c in run:
-        w = code(c)
-        xs = [x.codes(t, c) for t in tokens]
-        totals = [e.dot(s, w, x4, fmt.signed) for s, x4 in zip(totals, xs, strict=True)]
-    return totals
+    def pairs(self, half: int) -> Iterator[list]:
+        """The same in parts, in 16-bit lanes as full as may be: that takes two instructions, not three."""
+        e, run = self.e, self.runs[half]
+        fit = max(1, 32767 // (2 * 127 * (2**self.fmt.bits - 1)))
+        for first in run[::fit]:
+            sums: list = []
+            for c in range(first, min(first + fit, run.stop)):
+                w = self.code(c)
+                more = [e.pairs(w, self.x.codes(t, c), self.fmt.signed) for t in self.tokens]
+                sums = [e.b.add(s, m) for s, m in zip(sums, more, strict=True)] if sums else more
+            yield sums
 
+    def _sums_of_pairs(self, half: int) -> list:
+        totals: list = []
+        for pairs in self.pairs(half):
+            totals = totals or self.start(half)  # not before it is needed: registers are few
+            totals = [self.e.add_pairs(t, p) for t, p in zip(totals, pairs, strict=True)]
+        return totals
 
-def _add_in_pairs(
-    e: Emit, fmt: Format, code: Callable, x: Activations, tokens: range, run: range, start: Callable
-) -> list:
-    """The same, in 16 bits as far as sums fit: with AVX2 two instructions for a dot product, not three."""
-    fit = max(1, 32767 // (2 * 127 * (2**fmt.bits - 1)))
-    totals = []
-    for first in run[::fit]:
-        sums = []
-        for c in range(first, min(first + fit, run.stop)):
-            w = code(c)
-            more = [e.pairs(w, x.codes(t, c), fmt.signed) for t in tokens]
-            sums = [e.b.add(s, m) for s, m in zip(sums, more, strict=True)] if sums else more
-        totals = totals or start()  # not before it is needed: registers are few
-        totals = [e.add_pairs(t, s) for t, s in zip(totals, sums, strict=True)]
-    return totals
+    def add_scaled(self, whole: list) -> list:
+        """whole[token] + the sums times their integer scales."""
+        e = self.e
+        for half, scale in enumerate(self.part.scales):
+            if instruction_set() == "avx2":
+                whole = self._add_scaled_pairs(half, scale, whole)
+            else:
+                some = zip(whole, self.sums(half), strict=True)
+                whole = [e.b.add(w, e.b.mul(s, scale)) for w, s in some]
+        return whole
+
+    def _add_scaled_pairs(self, half: int, scale, whole: list) -> list:
+        """The same, by the instruction that adds up pairs: it multiplies, too."""
+        e = self.e
+        both = e.b.or_(e.mask(scale, 0xFFFF), e.shl(scale, 16))
+        for pairs in self.pairs(half):
+            whole = [e.add_pairs(w, p, both) for w, p in zip(whole, pairs, strict=True)]
+        if self.offset and len(self.runs) == 2:  # -sums of 16 codes, of 16 bits
+            low = e.mask(e.b.mul(scale, e.const(self.offset, scale.type)), 0xFFFF)
+            sums = [self.x.field(t, f"n{half}") for t in self.tokens]
+            whole = [e.add_pairs(w, n, low) for w, n in zip(whole, sums, strict=True)]
+        elif self.offset:
+            start = zip(whole, self.start(half), strict=True)
+            whole = [e.b.add(w, e.b.mul(s, scale)) for w, s in start]
+        return whole
 
 
 def scaled(e: Emit, part: Part, totals: list, x: Activations, token: int, acc):
@@ -151,7 +178,8 @@ def _add_parts(
     """acc[token] + the columns of a block; ``at(j)``: the activations of its part j."""
     for j, part in enumerate(parts()):
         x = at(j)
-        sums = zip(*(total for _, total in _sums(e, fmt, part, x, tokens)), strict=True)
+        columns = Columns(e, fmt, part, x, tokens)
+        sums = zip(*(columns.sums(half) for half in range(len(part.scales))), strict=True)
         acc = [scaled(e, part, s, x, t, a) for s, t, a in zip(sums, tokens, acc, strict=True)]
     return acc
 
@@ -168,8 +196,7 @@ def _add_whole(
             least = [with_minima(e, part.minima, x, t, least[t]) for t in tokens]
     for j, part in enumerate(parts()):
         x = at(j)
-        for scale, sums in _sums(e, fmt, part, x, tokens):
-            whole = [e.b.add(w, e.b.mul(s, scale)) for w, s in zip(whole, sums, strict=True)]
+        whole = e.finish(Columns(e, fmt, part, x, tokens).add_scaled(whole))
     ready = zip(whole, tokens, acc, strict=True)
     return [add_unit(e, s, part.unit, x.field(t, "d"), a) for s, t, a in ready] + least
 

@@ -287,16 +287,13 @@ class Emit:
         """
         isa, n = instruction_set(), total.type.count
         if isa in ("avx512vnni", "avxvnni"):
-            return self._vnni(total, codes, x4)
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * n}"  # AVX-VNNI's, too: LLVM picks the encoding
+            return self.call(name, total.type, total, codes, x4)
         if isa == "neon":
             v16b = V(I8, 16)
             a, c = self.b.bitcast(codes, v16b), self.b.bitcast(x4, v16b)
             return self.call("llvm.aarch64.neon.sdot.v4i32.v16i8", V(I32, n), total, a, c)
         return self.add_pairs(total, self.pairs(codes, x4, signed))
-
-    def _vnni(self, total, codes, x4):
-        bits = total.type.count * 32  # AVX-VNNI shares the 256-bit name; LLVM picks the encoding
-        return self.call(f"llvm.x86.avx512.vpdpbusd.{bits}", total.type, total, codes, x4)
 
     def pairs(self, codes, x4, signed=False):
         """Half of a dot product, without an instruction for all: sums of 2 products, in 16-bit lanes.
@@ -314,14 +311,27 @@ class Emit:
             u = self.call("llvm.abs.v32i8", bytes_, u, I1(0))
         return self.call("llvm.x86.avx2.pmadd.ub.sw", pairs, u, s)
 
-    def add_pairs(self, total, pairs):
-        """The other half: total + the sums of 2 neighbouring 16-bit lanes."""
+    def add_pairs(self, total, pairs, factors=None):
+        """The other half: total + the sums of 2 neighbouring 16-bit lanes, on AVX2 times factors if given."""
         b, ty = self.b, total.type
         if instruction_set() == "avx2":
-            sums = self.call("llvm.x86.avx2.pmadd.wd", ty, pairs, self.const(1, pairs.type))
-            return b.add(total, sums)
+            ty16 = V(I16, 2 * ty.count)
+            factors = b.bitcast(factors, ty16) if factors else self.const(1, ty16)
+            pairs = b.bitcast(pairs, ty16)
+            return b.add(total, self.call("llvm.x86.avx2.pmadd.wd", ty, pairs, factors))
         both, half = b.bitcast(pairs, ty), self.const(16, ty)
         return b.add(b.add(total, b.ashr(b.shl(both, half), half)), b.ashr(both, half))
+
+    def finish(self, values: list) -> list:
+        """The same values, computed before anything that follows: LLVM would mix it until registers run out."""
+        kind = {"x86_64": "v", "aarch6": "w"}.get(target()[0][:6])
+        if kind is None or len(values) == 1:
+            return values
+        kinds = [v.type for v in values]
+        ty = ir.FunctionType(ir.LiteralStructType(kinds), kinds)
+        places = [*[f"={kind}"] * len(values), *map(str, range(len(values))), "~{memory}"]
+        out = self.b.asm(ty, "", ",".join(places), values, True)
+        return [self.b.extract_value(out, i) for i in range(len(values))]
 
     def _bytes_of_pairs(self, v):
         """The lower and the upper byte of each 16-bit lane, sign-extended."""
