@@ -139,18 +139,16 @@ def packer(kind: str) -> Callable:
 def round_rows(args, first, last, worker):
     """x [T, n] -> records; a piece is SLOTS tokens, of which those behind the last repeat it."""
     x, out, n_rows, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    steps = (n + WIDTH - 1) // WIDTH
+    to = out + first * ((n + WIDTH - 1) // WIDTH) * RECORD
     for piece in range(first, last):
-        for slot in range(SLOTS):
-            row = x + 4 * n * min(piece * SLOTS + slot, n_rows - 1)
-            to = out + piece * steps * RECORD + 2 * WIDTH * slot
-            for i in range(0, n, WIDTH):
-                p = row + 4 * i
+        for i in range(0, n, WIDTH):  # record by record: rows of one lie where caches have few places
+            for slot in range(SLOTS):
+                p = x + 4 * (n * min(piece * SLOTS + slot, n_rows - 1) + i)
                 if n - i >= WIDTH:
                     store_rounded(to, load(p), load(p + 64))
                 else:
                     store_rounded(to, load_n(p, n - i), load_n(p + 64, n - i - 16))
-                to += RECORD
+                to += 2 * WIDTH
 
 
 # ---- multiplying: multiply(panels, records, x_bytes, n_steps, sums, begins)
