@@ -141,7 +141,8 @@ def round_rows(args, first, last, worker):
     x, out, n_rows, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     to = out + first * ((n + WIDTH - 1) // WIDTH) * RECORD
     for piece in range(first, last):
-        for i in range(0, n, WIDTH):  # record by record: rows of one lie where caches have few places
+        # record by record: the lines of a row lie where caches have few places
+        for i in range(0, n, WIDTH):
             for slot in range(SLOTS):
                 p = x + 4 * (n * min(piece * SLOTS + slot, n_rows - 1) + i)
                 if n - i >= WIDTH:
