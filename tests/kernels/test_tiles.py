@@ -80,3 +80,14 @@ def test_several_may_share_at_once() -> None:
     for caller in callers:
         caller.join()
     assert [sorted(part) for part in done] == [list(range(1000))] * 3
+
+
+def test_a_thread_that_cannot_start_is_an_error_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(tiles, "helpers", tiles.Helpers())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="can't start"):
+            tiles.share(range(10), print, 2)

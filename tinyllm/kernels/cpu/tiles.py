@@ -225,8 +225,8 @@ class Helpers:
         """Let n threads call it."""
         with self._lock:
             while self._started < n:
-                self._started += 1
                 threading.Thread(target=self._serve, name="tinyllm-load", daemon=True).start()
+                self._started += 1  # now: nobody may wait for one that could not be started
         for _ in range(n):
             self._jobs.put(job)
 
