@@ -86,3 +86,15 @@ def test_a_codebook_is_its_table_of_nibbles(name: str) -> None:
             assert np.array_equal(plus - 64, rows[:, j])
             assert np.array_equal(minus - 64, -rows[:, j])
     assert codes.max() < 128  # as dot products without VNNI want them
+
+
+@pytest.mark.parametrize("name", ["IQ3_XXS", "IQ3_S"])
+def test_planes_of_rows_of_four_make_the_same_codes(name: str) -> None:
+    """By the bits that a kernel puts together, with any in the others."""
+    rows, codes = formats_grid.codebook(name), np.array(formats_grid.code_of_bits(name))
+    two, third = (np.array(plane)[:, None] for plane in formats_grid.planes(name))
+    j = np.arange(4)
+    bits = (two >> 2 * j & 3) << 2 | (third >> j & 1) << 1
+    for others in (0, 1, 16, 17):
+        assert np.array_equal(codes[bits | others] - 64, rows)
+        assert np.array_equal(codes[bits | others | 32] - 64, -rows)

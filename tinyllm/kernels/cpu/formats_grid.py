@@ -24,7 +24,9 @@ from .layout import (
     has_bit_fields,
     lookup,
     lookup_nibbles,
+    permute_bytes,
     shuffle,
+    spread,
     words,
 )
 from .simd import I1, I8, I16, I32, I64, P8, Emit, V, instruction_set
@@ -94,6 +96,67 @@ def _codes(e: Emit, name: str, index: Callable, minus: Callable) -> list[Callabl
     return [lambda c=c: lookup_nibbles(e, nibbles(c // 2), c % 2, codes) for c in range(8)]
 
 
+# ---- rows of 4 from tables in registers, where bytes can be permuted: IQ3_XXS 1.5 times as fast
+
+
+@cache
+def planes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A codebook of rows of 4 as two bytes for each: the two lower bits of its levels, their third bits."""
+    rows = codebook(name)
+    levels = np.searchsorted(np.unique(rows), rows)
+    two = ((levels & 3) << np.array([0, 2, 4, 6])).sum(1)
+    third = ((levels >> 2) << np.arange(4)).sum(1)
+    return tuple(two.tolist()), tuple(third.tolist())
+
+
+@cache
+def code_of_bits(name: str) -> tuple[int, ...]:
+    """Codes by 6 bits, from the lowest: any, third bit of the level, its lower two, any, minus."""
+    codes = code_of_nibble(name)
+    return tuple(codes[(i >> 2 & 3) + (i >> 1 & 1) * 4 + (i >> 5) * 8] for i in range(64))
+
+
+def _permute(e: Emit, plane: tuple[int, ...], index: Any, ninth: Any) -> Any:
+    """plane[index] for each byte; bit 0 of the bytes of ``ninth`` (or None) counts 256."""
+    ty, instruction = V(I8, 64), "llvm.x86.avx512.vpermi2var.qi.512"
+    low = e.b.bitcast(index, ty)
+    tables = [ir.Constant(ty, plane[i : i + 64]) for i in range(0, len(plane), 64)]
+    pairs = zip(tables[::2], tables[1::2], strict=True)
+    found = [e.call(instruction, ty, first, low, second) for first, second in pairs]
+    bits = [e.b.icmp_signed("<", low, e.const(0, ty))]
+    if ninth is not None:
+        one = e.b.bitcast(e.mask(ninth, 0x01010101), ty)
+        bits.append(e.b.icmp_signed("!=", one, e.const(0, ty)))
+    for bit in bits:
+        found = [e.b.select(bit, *two) for two in zip(found[1::2], found[::2], strict=True)]
+    return e.b.bitcast(found[0], index.type)
+
+
+def _permuted(e: Emit, name: str, index: list[Any], ninth: list[Any], signs: Any) -> list[Callable]:
+    """32 columns: two words of 4 indices of rows, their ninth bits, and a bit of sign for each column."""
+
+    @cache
+    def found(i: int) -> tuple[Any, Any]:
+        """Of 4 rows a byte each: two bits of the levels; third bits, and signs above them."""
+        two, third = (_permute(e, plane, index[i], ninth[i]) for plane in planes(name))
+        nibbles = tuple(16 * i + 4 * row - 4 for row in range(4))
+        return two, e.b.or_(third, bit_fields(e, signs, nibbles, 0xF0F0F0F0))
+
+    def code(c: int) -> Any:
+        (two, one), at = found(c // 4), c % 4 * 8
+        lower = bit_fields(e, two, tuple(at + 2 * j - 2 for j in range(4)))
+        others = bit_fields(e, one, tuple(at + j - 1 for j in range(4)))
+        ty, if_else = lower.type, I32(0xCA)
+        args = (e.const(0x0C0C0C0C, ty), lower, others, if_else)
+        bits = e.call("llvm.x86.avx512.pternlog.d.512", ty, *args)
+        return permute_bytes(e, bits, code_of_bits(name))
+
+    return [lambda c=c: code(c) for c in range(8)]
+
+
+# ---- the formats
+
+
 def _signs(e: Emit, four: Any, run: int) -> Any:
     """Bits of byte ``run`` of ``four`` to bit 3 of the nibbles of their columns."""
     if has_bit_fields():
@@ -158,10 +221,14 @@ def _iq2_xxs(e: Emit, t: Tile, d: Any, i: int) -> Part:
 def _iq2_xs(e: Emit, t: Tile, d: Any, i: int) -> Part:
     """A run has two bytes: 9 bits of index, 7 of sign."""
     two = [t.word(2 + 8 * i + 4 * c) for c in range(2)]
-    seven = [_field(e, two[run // 2], 16 * (run % 2) + 9, 127, 8 * run) for run in range(4)]
-    minus = partial(_signs, e, _even(e, _any(e, seven)))
+    minus = partial(_signs, e, _even(e, e.mask(e.shr(_upper_bytes(e, two), 1), 0x7F7F7F7F)))
     codes = _codes(e, "IQ2_XS", lambda r: _field(e, two[r // 2], 16 * (r % 2), 511), minus)
     return Part(codes, _two_scales(e, d, t, 66, i), [])
+
+
+def _upper_bytes(e: Emit, two: list[Any]) -> Any:
+    """Of four shorts."""
+    return e.b.or_(shuffle(e, two[0], (1, 3, None, None)), shuffle(e, two[1], (None, None, 1, 3)))
 
 
 def _iq2_s(e: Emit, t: Tile, d: Any, i: int) -> Part:
@@ -176,8 +243,11 @@ def _iq2_s(e: Emit, t: Tile, d: Any, i: int) -> Part:
 
 def _iq3_xxs(e: Emit, t: Tile, d: Any, i: int) -> Part:
     two, word = [t.word(2 + 8 * i + 4 * c) for c in range(2)], t.word(66 + 4 * i)
-    minus = partial(_signs, e, _packed_signs(e, word))
-    codes = _codes(e, "IQ3_XXS", lambda k: byte_of(e, two, k), minus)
+    signs = _packed_signs(e, word)
+    if has_bit_fields():
+        codes = _permuted(e, "IQ3_XXS", two, [None, None], signs)
+    else:
+        codes = _codes(e, "IQ3_XXS", lambda k: byte_of(e, two, k), partial(_signs, e, signs))
     return Part(codes, [_scale(e, d, word, 28, 4)], [])
 
 
@@ -188,7 +258,11 @@ def _iq3_s(e: Emit, t: Tile, d: Any, i: int) -> Part:
     def index(k: int) -> Any:
         return e.b.or_(byte_of(e, two, k), _field(e, high, i % 4 * 8 + k, 1, 8))
 
-    codes = _codes(e, "IQ3_S", index, partial(_signs, e, signs))
+    if has_bit_fields():
+        ninth = [spread(e, high, i % 4 * 8 + 4 * w, 1) for w in range(2)]
+        codes = _permuted(e, "IQ3_S", two, ninth, signs)
+    else:
+        codes = _codes(e, "IQ3_S", index, partial(_signs, e, signs))
     return Part(codes, [_scale(e, d, t.word(106), 4 * i, 4)], [])
 
 

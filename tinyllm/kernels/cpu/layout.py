@@ -124,9 +124,13 @@ def lookup_nibbles(e: Emit, v: Any, half: int, values: tuple[int, ...]) -> Any:
     v = e.shr(v, 4 * half)
     if not has_bit_fields():
         return lookup(e, e.mask(v, NIBBLES), values)
-    ty = V(I8, 64)  # four times the table: the upper bits of an index do not matter
-    table = ir.Constant(ty, [v & 255 for v in values] * 4)
-    index = e.b.bitcast(v, ty)
+    return permute_bytes(e, v, values * 4)
+
+
+def permute_bytes(e: Emit, v: Any, values: tuple[int, ...]) -> Any:
+    """values[index], of 64, for the lower 6 bits of each byte; where there are bit fields."""
+    ty = V(I8, 64)
+    table, index = ir.Constant(ty, [value & 255 for value in values]), e.b.bitcast(v, ty)
     return e.b.bitcast(e.call("llvm.x86.avx512.permvar.qi.512", ty, table, index), v.type)
 
 
@@ -135,7 +139,7 @@ def has_bit_fields() -> bool:
     return instruction_set() == "avx512vnni" and "avx512vbmi" in target()[2]
 
 
-def bit_fields(e: Emit, v: Any, starts: tuple[int, ...], mask: int) -> Any:
+def bit_fields(e: Emit, v: Any, starts: tuple[int, ...], mask: int = 0xFFFFFFFF) -> Any:
     """Byte j of each lane: 8 of its bits from ``starts[j]`` on, of which ``mask`` (of the lane) stays."""
     control = [(32 * odd + start) % 64 for odd in range(2) for start in starts]
     ty = V(I8, 4 * v.type.count)
