@@ -137,16 +137,11 @@ def beside(
     seconds = {}
     with common.neighbours(n):
         for name, w in workers.items():
-            way = quickest(loaded[name], o)
+            way = next(way for way in o.ways if way in loaded[name]["ways"])
             seconds[name] = w.measure(way=way, ids=ids, n=o.tokens, keep=True)["decode_s"]
     rates = ", ".join(f"{name} {o.tokens / s:.1f}" for name, s in seconds.items())
     say(f"beside {n} busy: {rates}")
     return seconds
-
-
-def quickest(loaded: dict[str, Any], o: argparse.Namespace) -> str:
-    """The first of the ways asked for that an engine has."""
-    return next(way for way in o.ways if way in loaded["ways"])
 
 
 def line(found: dict[str, Any], ids: list[int], o: argparse.Namespace) -> str:
@@ -290,8 +285,14 @@ def as_text(r: dict[str, Any]) -> str:
         for way, tests in ways.items():
             rows.append([f"ours / {name}", way, *(show(s, 2) + " x" for s in tests.values())])
     at = f"{r['file_bytes'] / 1e6:.0f} MB; tokens/s, decoding from depth {r['depth']}"
+    at += f"; our kernels: {kernels}" if (kernels := instruction_set(r)) else ""
     parts = [f"## {r['model']} ({at})", common.table(head, rows), *busy_table(r), engine_table(r)]
     return "\n\n".join([*parts, "\n".join(remarks(r))])
+
+
+def instruction_set(r: dict[str, Any]) -> str | None:
+    """What our kernels were compiled for, if they took part."""
+    return r["engines"].get(OURS, {}).get("about", {}).get("instruction set")
 
 
 def busy_table(r: dict[str, Any]) -> Iterator[str]:

@@ -48,7 +48,7 @@ MARKS = {1: "o", 8: "^", 512: "s"}  # by tokens at a time
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Reports by benchmark, files in the order of their names; other JSON files are left alone."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=lambda p: p.stem):
         report = json.loads(path.read_text())
         if isinstance(report, dict) and "benchmark" in report:
             found.setdefault(report["benchmark"], []).append(report)
@@ -217,9 +217,9 @@ def legend(ax: Any, groups: dict[str, list[Bar]]) -> None:
 
 
 def peers(reports: list[dict[str, Any]], test: str) -> dict[str, list[Bar]]:
-    """Rates of "pp" or "tg" by model."""
+    """Rates of "pp" or "tg" by model, on a machine that does nothing else."""
     groups: dict[str, list[Bar]] = {}
-    for r in [r for report in reports for r in report["models"]]:
+    for r in [r for report in reports for r in report["models"] if "busy" not in r]:
         rates = {e: one_test(ways, test) for e, ways in r["tokens_per_s"].items()}
         ratios = {e: one_test(ways, test) for e, ways in r["ratios"].items()}
         if found := group(
@@ -242,8 +242,10 @@ def group(rates: dict[str, Any], ratios: list[dict[str, Any]]) -> list[Bar]:
 
 
 def label(r: dict[str, Any]) -> str:
-    """A model's name, and how far in where that is far."""
-    return r["model"] + (f"\nat {r['depth']}" if r["depth"] > 1024 else "")
+    """A model's name, how far in where that is far, and the instruction set where it was held back."""
+    kernels = compare.instruction_set(r)
+    held_back = f"\n{kernels}" if kernels in ("avx2", "avxvnni", "generic") else ""
+    return r["model"] + (f"\nat {r['depth']}" if r["depth"] > 1024 else "") + held_back
 
 
 def encoders(reports: list[dict[str, Any]]) -> dict[str, list[Bar]]:
