@@ -234,10 +234,10 @@ _TQ1_0_ORDER += [(48, n) for n in range(4)]
 
 
 def _take_tq1_0(e: Emit, t: Tile) -> Iterator[Part]:
-    d = t.half(52)
+    d, one = t.half(52), e.const(1, V(I32, t.n))
     for i in range(0, 64, 8):
         places = _TQ1_0_ORDER[i : i + 8]
-        yield Part([lambda p=p: _digit(e, t.word(p[0]), p[1]) for p in places], [d], [])
+        yield Part([lambda p=p: _digit(e, t.word(p[0]), p[1]) for p in places], [one], [], d)
 
 
 def _take_bits(e: Emit, t: Tile, width: int, shift: int = 0) -> Iterator[Part]:
@@ -329,7 +329,7 @@ FORMATS = {
         Format("Q6_K", 256, _Q6_K, _take_q6_k, offset=32, group=16, span=256, bits=6),
         Format("IQ4_XS", 256, (_D, _M, *words(4, 136)), _take_iq4_xs, signed=True, span=256),
         Format("TQ2_0", 256, ((64, 2), *words(0, 64)), _take_tq2_0, offset=1, span=256, bits=2),
-        Format("TQ1_0", 256, ((52, 2), *words(0, 52)), _take_tq1_0, offset=1, bits=2),
+        Format("TQ1_0", 256, ((52, 2), *words(0, 52)), _take_tq1_0, offset=1, span=256, bits=2),
         Format("Q1_0", 128, (_D, *words(2, 18)), _take_q1_0, offset=1, bits=2),
         Format("Q2_0", 64, (_D, *words(2, 18)), _take_q2_0, offset=1, bits=2),
     )

@@ -7,6 +7,7 @@ look-up in memory brings 8 columns of a row. Bit 3 of a nibble is the sign, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -199,31 +200,30 @@ def _field(e: Emit, word: Any, at: int, mask: int, shift: int = 0) -> Any:
     return e.mask(moved, mask << shift)
 
 
-def _scale(e: Emit, d: Any, word: Any, at: int, width: int) -> Any:
-    """d * (2 s + 1), with s in ``width`` bits of a word."""
-    odd = e.b.or_(_field(e, word, at, (1 << width) - 1, 1), e.const(1, word.type))
-    return e.b.fmul(d, e.to_float(odd))
+def _scale(e: Emit, word: Any, at: int, width: int) -> Any:
+    """2 s + 1, with s in ``width`` bits of a word."""
+    return e.b.or_(_field(e, word, at, (1 << width) - 1, 1), e.const(1, word.type))
 
 
-def _two_scales(e: Emit, d: Any, t: Tile, start: int, i: int) -> list[Any]:
+def _two_scales(e: Emit, t: Tile, start: int, i: int) -> list[Any]:
     """The nibbles of byte i."""
     word = t.word(start + i // 4 * 4)
-    return [_scale(e, d, word, i % 4 * 8 + 4 * half, 4) for half in range(2)]
+    return [_scale(e, word, i % 4 * 8 + 4 * half, 4) for half in range(2)]
 
 
-def _iq2_xxs(e: Emit, t: Tile, d: Any, i: int) -> Part:
+def _iq2_xxs(e: Emit, t: Tile, i: int) -> Part:
     index, word = t.word(2 + 8 * i), t.word(6 + 8 * i)
     minus = partial(_signs, e, _packed_signs(e, word))
     codes = _codes(e, "IQ2_XXS", lambda run: byte_of(e, [index], run), minus)
-    return Part(codes, [_scale(e, d, word, 28, 4)], [])
+    return Part(codes, [_scale(e, word, 28, 4)], [])
 
 
-def _iq2_xs(e: Emit, t: Tile, d: Any, i: int) -> Part:
+def _iq2_xs(e: Emit, t: Tile, i: int) -> Part:
     """A run has two bytes: 9 bits of index, 7 of sign."""
     two = [t.word(2 + 8 * i + 4 * c) for c in range(2)]
     minus = partial(_signs, e, _even(e, e.mask(e.shr(_upper_bytes(e, two), 1), 0x7F7F7F7F)))
     codes = _codes(e, "IQ2_XS", lambda r: _field(e, two[r // 2], 16 * (r % 2), 511), minus)
-    return Part(codes, _two_scales(e, d, t, 66, i), [])
+    return Part(codes, _two_scales(e, t, 66, i), [])
 
 
 def _upper_bytes(e: Emit, two: list[Any]) -> Any:
@@ -231,27 +231,27 @@ def _upper_bytes(e: Emit, two: list[Any]) -> Any:
     return e.b.or_(shuffle(e, two[0], (1, 3, None, None)), shuffle(e, two[1], (None, None, 1, 3)))
 
 
-def _iq2_s(e: Emit, t: Tile, d: Any, i: int) -> Part:
+def _iq2_s(e: Emit, t: Tile, i: int) -> Part:
     low, signs, high = t.word(2 + 4 * i), t.word(34 + 4 * i), t.word(66 + i // 4 * 4)
 
     def index(run: int) -> Any:
         return e.b.or_(byte_of(e, [low], run), _field(e, high, i % 4 * 8 + 2 * run, 3, 8))
 
     codes = _codes(e, "IQ2_S", index, partial(_signs, e, signs))
-    return Part(codes, _two_scales(e, d, t, 74, i), [])
+    return Part(codes, _two_scales(e, t, 74, i), [])
 
 
-def _iq3_xxs(e: Emit, t: Tile, d: Any, i: int) -> Part:
+def _iq3_xxs(e: Emit, t: Tile, i: int) -> Part:
     two, word = [t.word(2 + 8 * i + 4 * c) for c in range(2)], t.word(66 + 4 * i)
     signs = _packed_signs(e, word)
     if has_bit_fields():
         codes = _permuted(e, "IQ3_XXS", two, [None, None], signs)
     else:
         codes = _codes(e, "IQ3_XXS", lambda k: byte_of(e, two, k), partial(_signs, e, signs))
-    return Part(codes, [_scale(e, d, word, 28, 4)], [])
+    return Part(codes, [_scale(e, word, 28, 4)], [])
 
 
-def _iq3_s(e: Emit, t: Tile, d: Any, i: int) -> Part:
+def _iq3_s(e: Emit, t: Tile, i: int) -> Part:
     two, signs = [t.word(2 + 8 * i + 4 * c) for c in range(2)], t.word(74 + 4 * i)
     high = t.word(66 + i // 4 * 4)
 
@@ -263,7 +263,7 @@ def _iq3_s(e: Emit, t: Tile, d: Any, i: int) -> Part:
         codes = _permuted(e, "IQ3_S", two, ninth, signs)
     else:
         codes = _codes(e, "IQ3_S", index, partial(_signs, e, signs))
-    return Part(codes, [_scale(e, d, t.word(106), 4 * i, 4)], [])
+    return Part(codes, [_scale(e, t.word(106), 4 * i, 4)], [])
 
 
 def _all_signs(e: Emit, word: Any, bit: int) -> Any:
@@ -272,24 +272,24 @@ def _all_signs(e: Emit, word: Any, bit: int) -> Any:
     return e.mask(e.b.ashr(top, e.const(31, top.type)), MINUS)
 
 
-def _iq1_s(e: Emit, t: Tile, d: Any, i: int) -> Part:
+def _iq1_s(e: Emit, t: Tile, i: int) -> Part:
     low, high, at = t.word(2 + 4 * i), t.word(34 + i // 2 * 4), 16 * (i % 2)
 
     def index(run: int) -> Any:
         return e.b.or_(byte_of(e, [low], run), _field(e, high, at + 3 * run, 7, 8))
 
     minus = _all_signs(e, high, at + 15)
-    return Part(_codes(e, "IQ1", index, lambda _: minus), [_scale(e, d, high, at + 12, 3)], [])
+    return Part(_codes(e, "IQ1", index, lambda _: minus), [_scale(e, high, at + 12, 3)], [])
 
 
-def _iq1_m(e: Emit, t: Tile, d: Any, i: int) -> Part:
+def _iq1_m(e: Emit, t: Tile, i: int) -> Part:
     low, high, at = t.word(4 * i), t.word(32 + i // 2 * 4), 16 * (i % 2)
 
     def index(run: int) -> Any:
         return e.b.or_(byte_of(e, [low], run), _field(e, high, at + 4 * run, 7, 8))
 
     scales, first = t.word(48 + i // 4 * 4), i // 2 % 2 * 16 + i % 2 * 6
-    both = [_scale(e, d, scales, first + 3 * half, 3) for half in range(2)]
+    both = [_scale(e, scales, first + 3 * half, 3) for half in range(2)]
     return Part(_codes(e, "IQ1", index, lambda r: _all_signs(e, high, at + 4 * r + 3)), both, [])
 
 
@@ -312,16 +312,16 @@ def _format(
     group: int = 32,
     half: Callable = _first_half,
 ) -> Format:
-    """256 columns, of which ``part(e, t, d, i)`` takes the i-th 32; d: ``half`` times ``factor``."""
+    """256 columns, of which ``part(e, t, i)`` takes the i-th 32; their unit: ``half`` times ``factor``."""
 
     def take(e: Emit, t: Tile) -> Iterator[Part]:
         d = half(e, t)
-        d = e.b.fmul(d, e.const(factor, d.type))
+        unit = e.b.fmul(d, e.const(factor, d.type))
         for i in range(8):
-            yield part(e, t, d, i)
+            yield replace(part(e, t, i), unit=unit)
 
     offset, bits = (OFFSET_IQ1, 5) if name.startswith("IQ1") else (OFFSET, 7)
-    return Format(name, 256, fields, take, offset, group=group, bits=bits)
+    return Format(name, 256, fields, take, offset, group=group, bits=bits, span=256)
 
 
 _D = (0, 2)

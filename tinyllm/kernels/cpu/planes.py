@@ -20,8 +20,7 @@ from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, types
 SLOTS = 16  # tokens of a tile register
 TILE = 1024  # bytes of a tile register
 STEPS = 4  # products of 64 columns to a block
-SHARE = (0, 0, 1, 2, 3)
-NARROW = ("Q2_K", "TQ2_0")  # formats whose products fit a byte
+NARROW = ("Q2_K", "TQ1_0", "TQ2_0")  # formats whose products fit a byte
 
 
 def n_planes(fmt: Format) -> int:
