@@ -68,9 +68,9 @@ class GPUArray:
         return GPUArray(shape, self.dtype, self.buffer, None, self)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Ctrl-C may have come before there was a pool
-        if getattr(self, "_pool", None) is not None and not finalizing():
-            self._pool.give(self._buffer, self._room)
+        pool = getattr(self, "_pool", None)  # Ctrl-C may have come before it was known
+        if pool is not None and not finalizing():
+            pool.give(self._buffer, self._room)
 
 
 @dataclass(frozen=True)
