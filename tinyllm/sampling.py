@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -208,7 +209,11 @@ class Sampler:
         self._bias = np.fromiter(bias.values(), np.float32, len(bias))
         if len(bias) and max(bias) >= n_vocab:
             raise ArgumentError(f"logit_bias has id {max(bias)}; expected ids below {n_vocab}")
-        self._random = np.random.Generator(np.random.PCG64(params.seed))
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        """Made at the first draw: greedy decoding need not import what makes it."""
+        return np.random.Generator(np.random.PCG64(self.params.seed))
 
     def choose(self, logits: Floats, history: Sequence[int]) -> int:
         """The next token's id.
