@@ -100,7 +100,7 @@ class Columns:
 
     def sums(self, half: int) -> list:
         """The exact sums of a scale's columns, one per token."""
-        if instruction_set() == "avx2":
+        if instruction_set() in ("avx2", "generic"):
             return self._sums_of_pairs(half)
         totals = self.start(half)
         for c in self.runs[half]:
