@@ -13,8 +13,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
