@@ -109,7 +109,7 @@ class Products:
         """acc [16 tokens] + the sums of step i, scaled."""
         record, codes = self.place(i)
         sums = self.e.at(self.memory, self.e.b.mul(parity, I64(1024 * self.n_groups)))
-        part = next(iter(self.form.take(self.e, Tile(self.e, codes, self.form, 0, LANES))))
+        part = next(iter(self.form.take(self.e, Tile(self.e, codes, self.form, I64(0), LANES))))
         return [_scale(self.e, part, sums, record, t, a) for t, a in enumerate(acc)]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from .simd import I8, I16, I32, LANES, Emit, V, instruction_set, target
+from .simd import I8, I16, I32, I64, LANES, Emit, V, instruction_set, target
 
 NIBBLES = 0x0F0F0F0F
 
@@ -62,32 +62,32 @@ class Format:
 class Tile:
     """The fields of one tile as vectors of n rows, beginning with row ``first``."""
 
-    def __init__(self, e: Emit, p: Any, fmt: Format, first: int, n: int) -> None:
-        self.e, self.p, self.n = e, p, n
+    def __init__(self, e: Emit, p: Any, fmt: Format, first: Any, n: int) -> None:
+        self.e, self.n = e, n
+        self.rows = {size: e.at(p, e.b.mul(first, I64(size))) for size in (1, 2, 4)}
         self.offsets, at = {}, 0
         for start, size in fmt.fields:
-            self.offsets[start] = at + first * size
+            self.offsets[start] = at
             at += LANES * size
+
+    def _load(self, element: Any, size: int, start: int) -> Any:
+        return self.e.load(self.rows[size], V(element, self.n), self.offsets[start])
 
     def word(self, start: int) -> Any:
         """The 4 bytes at ``start`` of the block."""
-        return self.e.load(self.p, V(I32, self.n), self.offsets[start])
+        return self._load(I32, 4, start)
 
     def half(self, start: int) -> Any:
         """A half-precision number, as float."""
-        return self.e.half(self.e.load(self.p, V(I16, self.n), self.offsets[start]))
+        return self.e.half(self._load(I16, 2, start))
 
     def short(self, start: int) -> Any:
         """Two bytes, as an unsigned integer."""
-        return self.e.b.zext(
-            self.e.load(self.p, V(I16, self.n), self.offsets[start]), V(I32, self.n)
-        )
+        return self.e.b.zext(self._load(I16, 2, start), V(I32, self.n))
 
     def byte(self, start: int) -> Any:
         """One byte, as an unsigned integer."""
-        return self.e.b.zext(
-            self.e.load(self.p, V(I8, self.n), self.offsets[start]), V(I32, self.n)
-        )
+        return self.e.b.zext(self._load(I8, 1, start), V(I32, self.n))
 
 
 def words(start: int, stop: int) -> tuple[tuple[int, int], ...]:

@@ -214,16 +214,17 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
     """
     n, span = lanes(), fmt.span
 
-    def rows(e: Emit, w, x, slot, n_blocks, y, first: int):
+    def rows(e: Emit, w, x, slot, n_blocks, y, first) -> None:
         x = e.ptr(x)
         codes = e.at(x, e.b.mul(slot, I64(span)))
         planes = e.at(x, e.b.add(I64(span * slots), e.b.mul(slot, I64(4))))
 
         def block(i, acc):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
-            if first == 0 and not resume:
-                for line in range(0, fmt.tile_bytes, 64):
-                    e.prefetch(p, AHEAD + line)
+            if not resume:
+                with e.b.if_then(e.b.icmp_signed("==", first, I64(0))):
+                    for line in range(0, fmt.tile_bytes, 64):
+                        e.prefetch(p, AHEAD + line)
             tile = Tile(e, p, fmt, first, n)
             step = e.b.mul(i, I64(fmt.block // 32 * record_bytes(slots)))
 
@@ -236,8 +237,8 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
             add = _add_parts if span == 32 else _add_whole
             return add(e, fmt, lambda: fmt.take(e, tile), at, range(n_tokens), acc)
 
-        y, zero = e.ptr(y), e.const(0.0, V(F32, n))
-        places = [4 * (LANES * t + first) for t in range(n_tokens)]
+        y, zero = e.at(e.ptr(y), e.b.mul(first, I64(4))), e.const(0.0, V(F32, n))
+        places = [4 * LANES * t for t in range(n_tokens)]
         acc = [e.load(y, zero.type, p) if resume else zero for p in places]
         apart = span == 256 and fmt.minima
         acc = e.loop(n_blocks, acc + [zero] * (n_tokens * apart), block)
@@ -251,8 +252,7 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
     @emitter(types.void, i64, i64, i64, i64, i64)
     def multiply(e, w, x, slot, n_blocks, y):
         """See ``multiplier``."""
-        for first in range(0, LANES, n):
-            rows(e, w, x, slot, n_blocks, y, first)
+        e.each_run(lambda first: rows(e, w, x, slot, n_blocks, y, first))
 
     return multiply
 
@@ -297,12 +297,13 @@ def unpacker(fmt: Format, form: Format) -> Callable:
             scales = [e.b.fmul(part.unit, e.to_float(s)) for s in scales]
         return codes + scales + part.minima
 
-    def put(e: Emit, p, to, first: int):
+    def put(e: Emit, p, to, first) -> None:
+        to = e.at(to, e.b.mul(first, I64(4)))
         for j, part in enumerate(fmt.take(e, Tile(e, p, fmt, first, n))):
             for i, v in enumerate(vectors(e, part)):
-                e.store(v, to, j * part_bytes + 4 * (LANES * i + first))
+                e.store(v, to, j * part_bytes + 4 * LANES * i)
         if form.span == 256:
-            e.store(part.unit, to, form.tile_bytes - 64 + 4 * first)
+            e.store(part.unit, to, form.tile_bytes - 64)
 
     @emitter(types.void, i64, i64, i64)
     def unpack(e, w, n_blocks, out):
@@ -311,8 +312,7 @@ def unpacker(fmt: Format, form: Format) -> Callable:
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
             to = e.at(e.ptr(out), e.b.mul(i, I64(fmt.block // form.block * form.tile_bytes)))
-            for first in range(0, LANES, n):
-                put(e, p, to, first)
+            e.each_run(lambda first: put(e, p, to, first))
             return state
 
         e.loop(n_blocks, [], block)

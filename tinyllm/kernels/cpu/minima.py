@@ -27,6 +27,11 @@ def unpacker(fmt: Format) -> Callable:
     """unpack(w, n_blocks, out): the minima of a tile of 16 rows, [n_blocks][minima of a block][16]."""
     n = lanes()
 
+    def put(e: Emit, p, to, first) -> None:
+        parts = fmt.take(e, Tile(e, p, fmt, first, n))
+        for j, v in enumerate(v for part in parts for v in part.minima):
+            e.store(v, to, 64 * j)
+
     @emitter(types.void, i64, i64, i64)
     def unpack(e, w, n_blocks, out):
         """See ``unpacker``."""
@@ -36,10 +41,7 @@ def unpacker(fmt: Format) -> Callable:
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
             to = e.at(e.ptr(out), e.b.mul(i, I64(64 * n_minima(fmt))))
-            for first in range(0, LANES, n):
-                parts = fmt.take(e, Tile(e, p, fmt, first, n))
-                for j, v in enumerate(v for part in parts for v in part.minima):
-                    e.store(v, to, 64 * j + 4 * first)
+            e.each_run(lambda first: put(e, p, e.at(to, e.b.mul(first, I64(4))), first))
             return state
 
         e.loop(n_blocks, [], block)
@@ -47,8 +49,8 @@ def unpacker(fmt: Format) -> Callable:
     return unpack
 
 
-def _sums(e: Emit, fmt: Format, minima: list, records, n_blocks, first: int, n: int) -> list:
-    """[tile][token] of n rows from ``first`` on: the minima of some tiles times TOKENS tokens."""
+def _sums(e: Emit, fmt: Format, minima: list, records, n_blocks, n: int) -> list:
+    """[tile][token] of n rows: the minima of some tiles times TOKENS tokens."""
     names = ("ds",) if fmt.group == 32 else ("ds0", "ds1")
     count = n_minima(fmt)
 
@@ -62,7 +64,7 @@ def _sums(e: Emit, fmt: Format, minima: list, records, n_blocks, first: int, n: 
             x = Activations(e, planes, e.at(planes, 32 * SLOTS * part), SLOTS, n)
             ds = [x.field(t, names[half]) for t in range(TOKENS)]
             for k, tile in enumerate(tiles):
-                v = e.load(tile, V(F32, n), 64 * j + 4 * first)
+                v = e.load(tile, V(F32, n), 64 * j)
                 for t in range(TOKENS):
                     acc[TOKENS * k + t] = e.fma(v, ds[t], acc[TOKENS * k + t])
         return acc
@@ -79,14 +81,17 @@ def adder(fmt: Format, n_tiles: int) -> Callable:
     @emitter(types.void, i64, i64, i64, i64, i64)
     def add(e, minima, tile_bytes, records, n_blocks, sums):
         """See ``adder``."""
-        tiles = [e.at(e.ptr(minima), e.b.mul(tile_bytes, I64(k))) for k in range(n_tiles)]
-        sums, records = e.ptr(sums), e.ptr(records)
-        for first in range(0, LANES, n):
-            new = _sums(e, fmt, tiles, records, n_blocks, first, n)
-            for i, v in enumerate(new):
+
+        def rows(first) -> None:
+            here = e.b.mul(first, I64(4))
+            w, y = e.at(e.ptr(minima), here), e.at(e.ptr(sums), here)
+            tiles = [e.at(w, e.b.mul(tile_bytes, I64(k))) for k in range(n_tiles)]
+            for i, v in enumerate(_sums(e, fmt, tiles, e.ptr(records), n_blocks, n)):
                 k, t = divmod(i, TOKENS)
-                at = 1024 * k + 64 * t + 4 * first
-                e.store(e.b.fadd(e.load(sums, v.type, at), v), sums, at)
+                at = 1024 * k + 64 * t
+                e.store(e.b.fadd(e.load(y, v.type, at), v), y, at)
+
+        e.each_run(rows)
 
     return add
 

@@ -47,7 +47,7 @@ def unpacker(fmt: Format) -> Callable:
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
             to = e.at(e.ptr(out), e.b.mul(i, I64(panel_bytes(fmt))))
-            _put_block(e, fmt, Tile(e, p, fmt, 0, LANES), to)
+            _put_block(e, fmt, Tile(e, p, fmt, I64(0), LANES), to)
             return state
 
         e.loop(n_blocks, [], block)

@@ -264,6 +264,14 @@ class Emit:
         b.position_at_end(after)
         return new
 
+    def each_run(self, body: Callable) -> None:
+        """body(first) for each run of rows of a tile that vectors hold: a loop, not copies of the body."""
+        n = lanes()
+        if n == LANES:
+            body(I64(0))
+        else:
+            self.loop(LANES // n, [], lambda i, _: body(self.b.mul(i, I64(n))) or [])
+
     def loop_maybe(self, n, init: Sequence, body: Callable) -> list:
         """The same for n >= 0."""
         b = self.b
