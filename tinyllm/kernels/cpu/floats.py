@@ -20,11 +20,13 @@ from .simd import (
     I32,
     I64,
     LANES,
+    V16F,
     Emit,
     V,
     arg,
     emitter,
     f32,
+    f32x16,
     float_arg,
     get_i32,
     i64,
@@ -34,7 +36,6 @@ from .simd import (
     set_f32,
     store,
     store_n,
-    stream,
     types,
 )
 
@@ -344,6 +345,14 @@ def embed_float(args, first, last, worker):
 
 
 # ---- shared with the quantised formats
+
+
+@emitter(types.void, i64, f32x16)
+def stream(e, p, v):
+    """Store to whole cache lines that are not read soon, past the caches."""
+    address = e.b.bitcast(e.ptr(p), V16F.as_pointer())
+    instruction = e.b.store(v, address, align=64)
+    instruction.set_metadata("nontemporal", e.b.module.add_metadata([I32(1)]))
 
 
 def store_tiles(sums, corner, n, n_tiles, n_out, column, bias, past):

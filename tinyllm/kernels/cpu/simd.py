@@ -408,14 +408,6 @@ def load_n(e, p, n):
     return e.call("llvm.masked.load.v16f32.p0", V16F, address, I32(1), _tail(e, n), zero)
 
 
-@emitter(types.void, i64, f32x16)
-def stream(e, p, v):
-    """Store to whole cache lines that are not read soon, past the caches."""
-    address = e.b.bitcast(e.ptr(p), V16F.as_pointer())
-    instruction = e.b.store(v, address, align=64)
-    instruction.set_metadata("nontemporal", e.b.module.add_metadata([I32(1)]))
-
-
 @emitter(types.void, i64, f32x16, i64)
 def store_n(e, p, v, n):
     """The first n lanes to an address."""
