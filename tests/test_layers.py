@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,3 +176,8 @@ def test_every_module_has_a_layer():
 def test_files_are_short(path):
     lines = path.read_text("utf-8").count("\n")
     assert lines <= MAX_LINES, f"{lines} lines, at most {MAX_LINES}: split it"
+
+
+def test_modules_of_tests_have_names_of_their_own():
+    names = Counter(p.name for p in (ROOT / "tests").rglob("test_*.py"))
+    assert [n for n, count in names.items() if count > 1] == []  # pytest would refuse to collect them
