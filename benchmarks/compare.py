@@ -379,6 +379,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{what} {','.join(unknown)}; expected some of {','.join(known)}")
     if min(o.prompt, o.tokens, o.threads or 1, o.rounds, o.depth or 1) < 1:
         parser.error("-p, -n, -d, -t and --rounds must be at least 1")
+    if o.sequences and "step" not in o.ways:
+        parser.error("--sequences is compared with one sequence by steps; add step to --ways")
     return o
 
 

@@ -16,7 +16,7 @@ from llvmlite import ir
 from .formats import Format, Tile
 from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, target, types
 
-SLOTS = 16
+SLOTS = 16  # tokens of a tile register
 VOID = ir.VoidType()
 SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
 

@@ -18,6 +18,7 @@ from llvmlite import ir
 
 from ...errors import DeviceError
 from . import amx, jit
+from .amx import VOID
 from .elementwise import ACTIVATIONS
 from .floats import BYTES, GROUP, PANEL_ROW, fetch_rows, row_storer, widen
 from .program import CPUArray, Tape
@@ -52,7 +53,6 @@ TOKENS = 2 * SLOTS  # multiplied at once, with two tiles
 TOKEN_BLOCK = 512  # whose sums wait while the columns pass
 AT_ONCE = 8  # tokens whose sums, with those of two tiles, registers hold
 SUMS, LEFT, RIGHT = ((0, 1), (2, 3)), (4, 5), (6, 7)  # tile registers
-VOID = ir.VoidType()
 
 
 class _BFloat(ir.Type):

@@ -47,6 +47,7 @@ class Format:
     group: int = 32  # columns that share a scale
     minima: bool = False
     bits: int = 8  # that hold the size of any code
+    narrow: bool = False  # a code times its integer scale fits a byte
     span: int = 32  # columns whose sums are added as integers: activations share a scale as far
 
     @property

@@ -13,19 +13,17 @@ from functools import lru_cache
 from llvmlite import ir
 
 from . import micro
-from .amx import LEFT, RIGHT, SUMS, VOID
+from .amx import LEFT, RIGHT, SLOTS, SUMS, VOID
 from .formats import Format, Part, Tile
 from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, types
 
-SLOTS = 16  # tokens of a tile register
 TILE = 1024  # bytes of a tile register
 STEPS = 4  # products of 64 columns to a block
-NARROW = ("Q2_K", "TQ1_0", "TQ2_0")  # formats whose products fit a byte
 
 
 def n_planes(fmt: Format) -> int:
     """Planes of bytes that a weight takes."""
-    return 1 if fmt.name in NARROW else 2
+    return 1 if fmt.narrow else 2
 
 
 def panel_bytes(fmt: Format) -> int:
