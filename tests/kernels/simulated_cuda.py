@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ import tinyllm.kernels.gpu as package
 from tinyllm.kernels.gpu import cublas, devices, sources
 from tinyllm.kernels.gpu.opencl import CPU_OPTIONS, OPTIONS
 
+EMULATED = (Path(__file__).parent / "emulated_tensor.h").read_text("utf-8")
 PAGE = 1 << 33  # addresses of one allocation
 STREAM = 100  # address of the first device's
 UP, DOWN = 1, 2
@@ -234,9 +236,9 @@ class Stream:
 
 class RawModule:
     def __init__(self, driver: Driver, code: str) -> None:
-        prelude = sources.read("prelude_cuda.h")
+        prelude, tensor = sources.read("prelude_cuda.h"), sources.read("tensor.h")
         assert prelude in code
-        text = code.replace(prelude, sources.read("prelude_opencl.h"))
+        text = code.replace(prelude, sources.read("prelude_opencl.h")).replace(tensor, EMULATED)
         options = [*OPTIONS, *CPU_OPTIONS, "-cl-kernel-arg-info"]
         self.driver, self.program = driver, cl.Program(driver.context, text).build(options)
 
