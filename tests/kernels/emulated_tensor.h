@@ -3,6 +3,8 @@
 #define WARP_ROOM(warps) LOCAL uint warp_room[(warps) * 32 * WARP_WORDS];
 #define WARP_ARGS , SHARED uint* warp_room
 #define WARP_PASS , warp_room
+#define DEVICE_FENCE() mem_fence(CLK_GLOBAL_MEM_FENCE)
+#define N_GROUPS(d) ((int)get_num_groups(d))
 #define mma(c, a, b) emulated_mma(c, a, b, warp_room)
 #define load_tiles(r, row) emulated_load(r, row, 0, warp_room)
 #define load_tiles_transposed(r, row) emulated_load(r, row, 1, warp_room)
@@ -10,6 +12,13 @@
 
 /* Word i of another lane of this warp. */
 #define WORD_OF(lane, i) room[((LOCAL_ID(0) & ~31) + (lane)) * WARP_WORDS + (i)]
+
+INLINE void copy16(SHARED ushort* to, GLOBAL const uchar* from) {
+    *(SHARED uint4*)to = *(GLOBAL const uint4*)from;
+}
+
+INLINE void copies_done(void) {
+}
 
 INLINE float half_of(const uint pair, const int which) {
     return half_bits((pair >> (16 * which)) & 0xffffu);

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyopencl as cl
+import pytest
 
 import tinyllm.kernels.gpu as package
 from tinyllm.kernels.gpu import cublas, devices, sources
@@ -50,6 +51,7 @@ class Driver:
         self.tape: list[Callable[[], None]] | None = None
         self.pending: list[Callable[[], None]] = []
         self.launches = self.replays = self.products = 0
+        self.kernels: set[str] = set()  # launched
 
     def allocate(self, nbytes: int) -> int:
         if sum(self.sizes.values()) + nbytes > self.total:
@@ -255,6 +257,7 @@ class RawModule:
             assert max(grid[1:]) < 65536
             assert stream.device == driver.device
             driver.launches += 1
+            driver.kernels.add(name)
             for a, v in zip(args, is_value, strict=True):
                 if not v:
                     driver.check_here(int(a))
@@ -269,6 +272,12 @@ class RawModule:
             driver.do(work)
 
         return SimpleNamespace(kernel=call)
+
+
+def backend() -> Any:
+    """A CUDA backend on a simulated driver of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        return module(Driver(), patch).CUDABackend("0")
 
 
 def module(driver: Driver, monkeypatch: Any) -> ModuleType:

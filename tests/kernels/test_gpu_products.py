@@ -70,7 +70,7 @@ def be() -> Any:
 def test_library_products_are_as_exact_as_their_format(
     be: Any, kind: str, bound: float, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "PIECE", 2 * 256 * 20)  # 20 rows at a time, 8 at the end
+    monkeypatch.setattr(products, "MOST_PIECE", 2 * 256 * 20)  # 20 rows at a time, 8 at the end
     rng = np.random.default_rng(0)
     source = Stored(kind, rng.standard_normal((48, 256), dtype=F32))
     x = rng.standard_normal((20, 256), dtype=F32) * F32(size)

@@ -38,9 +38,17 @@ F32 = np.float32
 @cache
 def backend(device: str) -> Backend:
     try:
-        return open_backend(device)
+        return simulated_cuda() if device == "simulated" else open_backend(device)
     except (DeviceError, ImportError) as e:
         return pytest.skip(f"{device}: {e}")
+
+
+def simulated_cuda() -> Backend:
+    """The CUDA backend on PoCL."""
+    pytest.importorskip("pyopencl", reason="needs PyOpenCL")
+    from simulated_cuda import backend as simulated
+
+    return simulated()
 
 
 @pytest.fixture(
@@ -48,6 +56,7 @@ def backend(device: str) -> Backend:
         "cpu",
         pytest.param("opencl", marks=pytest.mark.device),
         pytest.param("cuda", marks=pytest.mark.device),
+        pytest.param("simulated", marks=pytest.mark.device),
     ]
 )
 def be(request: pytest.FixtureRequest) -> Backend:
@@ -124,7 +133,7 @@ def check(be: Backend, op: str, *args: Any, bound: float = FLOAT, **kwargs: Any)
 # ---- matrices
 
 
-@pytest.mark.parametrize("t", [1, 3, 8, 20])
+@pytest.mark.parametrize("t", [1, 3, 8, 20, 70])
 @pytest.mark.parametrize("type_name", WEIGHTS)
 def test_matmul_equals_the_dequantised_product(be: Backend, type_name: str, t: int) -> None:
     source = stored(type_name, 48, 512)

@@ -73,6 +73,11 @@ def programs() -> dict[str, Program]:
         for kind in (*PLAIN, *LAYOUTS)
         for file in ("matvec.c", "matmul.c")
     }
+    named |= {
+        f"{kind} matmul_tensor.c x {tokens}": sources.tensor(kind, tokens)
+        for kind in LAYOUTS
+        for tokens in (16, 32, 64)
+    }
     for file in ("rows.c", "elementwise.c"):
         named[file] = sources.plain("activations.h", file)
     for file in ("experts.c", "choose.c", "products.c"):

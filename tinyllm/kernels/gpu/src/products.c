@@ -50,11 +50,14 @@ KERNEL void cut_rows(GLOBAL const float* x, GLOBAL const schar* xq, GLOBAL const
     }
 }
 
-/* y [T, n] * scales [T] + bias [n], in place. */
+/* y [T, n] * scales [T] + bias [n], in place. Most rows have a scale of 1: without a bias they are not touched. */
 KERNEL void finish_rows(GLOBAL float* y, GLOBAL const float* scales, GLOBAL const float* bias, const int n,
                         const int count) {
     const int i = GLOBAL_ID(0);
     if (i >= count) return;
-    const float v = scales ? y[i] * scales[i / n] : y[i];
-    y[i] = bias ? v + bias[i % n] : v;
+    const float scale = scales ? scales[i / n] : 1.0f;
+    if (bias)
+        y[i] = y[i] * scale + bias[i % n];
+    else if (scale != 1.0f)
+        y[i] *= scale;
 }
