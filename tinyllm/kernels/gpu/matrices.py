@@ -195,7 +195,7 @@ class Matrices(Device):
             order, tiles = self.empty((n_choices,), np.int32), self.empty((n_tiles, 3), np.int32)
             sizes = (i32(n) for n in (n_choices, n_expert, size, n_tiles))
             args = experts, order, tiles, *sizes
-            self.launch(EXPERTS, "sort_choices", (1, 1, 1), (64, 1, 1), *args)
+            self.launch(EXPERTS, "sort_choices", (1, 1, 1), (256, 1, 1), *args)
             experts.by_expert = size, (order, tiles)
         assert experts.by_expert[0] == size
         return experts.by_expert[1]
