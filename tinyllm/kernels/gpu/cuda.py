@@ -169,14 +169,21 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
             LibraryProducts.many_rows(self, run, x, n_x)
 
     def gemm(
-        self, kind: str, w: Buffer, w_row: int, x: GPUArray, term: int, y: GPUArray, columns: range
+        self,
+        kind: str,
+        w: tuple[Buffer, int],
+        x: GPUArray,
+        rows: range,
+        y: GPUArray,
+        columns: range,
+        keep: bool = False,
     ) -> None:
-        _, n_x, n_in = x.shape
-        left = x.buffer.ptr + term * n_x * n_in * x.dtype.itemsize, n_in
+        n_in = x.shape[-1]
+        left = x.buffer.ptr + rows.start * n_in * x.dtype.itemsize, n_in
         out = y.buffer.ptr + 4 * columns.start, y.shape[-1]
         runtime.setDevice(self.index)
-        shape = len(columns), n_x, n_in
-        self._library().add_product(kind, shape, (w.ptr, w_row), left, out, keep=term > 0)
+        shape = len(columns), len(rows), n_in
+        self._library().add_product(kind, shape, (w[0].ptr, w[1]), left, out, keep)
 
     def _library(self) -> cublas.Products:
         """cuBLAS for this device and stream, made at first use."""

@@ -25,6 +25,7 @@ TILE, TILES = (
 )  # a library's product is quick when each multiprocessor has some tiles [128, 128]
 ALIGNED_ROWS = 64  # a piece of many rows has a multiple of these: the library wants aligned columns
 MOST_ROWS = 32768  # of a piece: the second dimension of a CUDA grid ends at 65535
+MOST_PARTS = 64 << 20  # bytes of products that wait to be added up
 TERMS = {"F16": 2, "BF16": 3}
 PRODUCTS = sources.plain("products.c")
 
@@ -51,29 +52,53 @@ class LibraryProducts(HalfProducts):
 
     @abstractmethod
     def gemm(
-        self, kind: str, w: Buffer, w_row: int, x: GPUArray, term: int, y: GPUArray, columns: range
+        self,
+        kind: str,
+        w: tuple[Buffer, int],
+        x: GPUArray,
+        rows: range,
+        y: GPUArray,
+        columns: range,
+        keep: bool = False,
     ) -> None:
-        """y[:, columns] = x[term] w^T, or += from the second term on.
+        """y[: len(rows), columns] = x[rows] w^T, plus what was there with ``keep``.
 
-        w [len(columns), w_row] of ``kind`` (F32, F16, BF16), its first n_in columns used; x [terms, T, n_in]
-        of the same kind; y [T, n_out] float32.
+        w: a buffer of [len(columns), row length] of ``kind`` (F32, F16, BF16), and its row length, of which the
+        first n_in are used; x [.., n_in] of the same kind; y [.., n_out] float32.
         """
 
     def many_rows(self, run: Sequence[Job], x: GPUArray, n_x: int) -> None:
         for w, bias, y in run:
             if w.kind == "F32":
-                dense = x.reshape(1, n_x, w.n_in)
-                self.gemm("F32", w.buffer, _padded(w.n_in), dense, 0, y, range(w.n_out))
+                self._multiply(w, x.reshape(n_x, w.n_in), range(n_x), y)
                 if bias is not None:
-                    self._finish(y, None, bias, w.n_out)
+                    self._finish(y, y, 1, None, bias)
                 continue
             cut, scales = self.halves(w, x)
-            if w.kind in PLAIN:
-                for term in range(cut.shape[0]):
-                    self.gemm(w.kind, w.buffer, _padded(w.n_in), cut, term, y, range(w.n_out))
-            else:
+            if w.kind not in PLAIN:
                 self._by_pieces(w, cut, y)
-            self._finish(y, scales, bias, w.n_out)
+                self._finish(y, y, 1, scales, bias)
+            else:
+                self._by_terms(w, cut, y, scales, bias)
+
+    def _multiply(
+        self, w: GPUWeight, x: GPUArray, rows: range, y: GPUArray, keep: bool = False
+    ) -> None:
+        self.gemm(w.kind, (w.buffer, _padded(w.n_in)), x, rows, y, range(w.n_out), keep)
+
+    def _by_terms(
+        self, w: GPUWeight, cut: GPUArray, y: GPUArray, scales: GPUArray, bias: GPUArray | None
+    ) -> None:
+        """All terms of few rows in one product, which reads the weights once; of many one after another."""
+        terms, n_x, _ = cut.shape
+        if terms * y.nbytes <= MOST_PARTS:
+            parts = self.empty((terms * n_x, w.n_out))
+            self._multiply(w, cut, range(terms * n_x), parts)
+            self._finish(y, parts, terms, scales, bias)
+            return
+        for term in range(terms):
+            self._multiply(w, cut, range(term * n_x, (term + 1) * n_x), y, keep=term > 0)
+        self._finish(y, y, 1, scales, bias)
 
     def _by_pieces(self, w: GPUWeight, cut: GPUArray, y: GPUArray) -> None:
         """Decode some rows, multiply, and so on."""
@@ -86,7 +111,8 @@ class LibraryProducts(HalfProducts):
             matrix = w.buffer, u64(w.total), self.grid(w.kind)
             args = *matrix, piece, u64(first), i32(w.n_in)
             self.launch(program, "decode_rows", groups, (LANES, 1, 1), *args)
-            self.gemm("F16", piece.buffer, w.n_in, cut, 0, y, range(first, first + rows))
+            columns = range(first, first + rows)
+            self.gemm("F16", (piece.buffer, w.n_in), cut, range(cut.shape[1]), y, columns)
 
     def _piece_rows(self, n_in: int, n_x: int) -> int:
         """As few as keep the device busy, so that a second-level cache may hold the decoded weights."""
@@ -95,9 +121,17 @@ class LibraryProducts(HalfProducts):
         return fit // ALIGNED_ROWS * ALIGNED_ROWS or fit
 
     def _finish(
-        self, y: GPUArray, scales: GPUArray | None, bias: GPUArray | None, n_out: int
+        self,
+        y: GPUArray,
+        parts: GPUArray,
+        terms: int,
+        scales: GPUArray | None,
+        bias: GPUArray | None,
     ) -> None:
-        self.each(PRODUCTS, "finish_rows", y.size, y, scales, bias, i32(n_out))
+        """Y = the sum of the parts [terms, T, n_out] times the scales [T] plus the bias."""
+        n_out = y.shape[-1]
+        args = parts, scales, bias, y, i32(terms), i32(n_out)
+        self.each(PRODUCTS, "finish_rows", y.size, *args)
 
 
 def _padded(n_in: int) -> int:
