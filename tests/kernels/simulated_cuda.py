@@ -199,7 +199,7 @@ class Memory:
         self.driver, self.ptr = driver, driver.allocate(nbytes)
 
     def __del__(self) -> None:
-        if hasattr(self, "ptr"):
+        if hasattr(self, "ptr") and not sys.is_finalizing():
             self.driver.free(self.ptr)
 
 
