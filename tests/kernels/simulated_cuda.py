@@ -105,6 +105,10 @@ class Driver:
             each()
         self.queue.finish()
 
+    def compile(self, code: str) -> Any:
+        """A module with CuPy's ``get_function``."""
+        return RawModule(self, code)
+
     # ---- CuPy's names
 
     def memcpy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
@@ -274,10 +278,10 @@ class RawModule:
         return SimpleNamespace(kernel=call)
 
 
-def backend() -> Any:
-    """A CUDA backend on a simulated driver of its own."""
+def backend(driver: Driver) -> Any:
+    """A CUDA backend on a driver."""
     with pytest.MonkeyPatch.context() as patch:
-        return module(Driver(), patch).CUDABackend("0")
+        return module(driver, patch).CUDABackend("0")
 
 
 def module(driver: Driver, monkeypatch: Any) -> ModuleType:
@@ -306,9 +310,7 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
         alloc_pinned_memory=lambda nbytes: bytearray(nbytes),
     )
     cupy = ModuleType("cupy")
-    cupy.__dict__.update(
-        cuda=cuda, RawModule=lambda code, options, backend: RawModule(driver, code)
-    )
+    cupy.__dict__.update(cuda=cuda, RawModule=lambda code, options, backend: driver.compile(code))
     for name, part in (("cupy", cupy), ("cupy.cuda", cuda)):
         monkeypatch.setitem(sys.modules, name, part)
     monkeypatch.setattr(cublas, "library", lambda cuda_major: CuBLAS(driver))

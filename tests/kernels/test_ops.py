@@ -38,17 +38,18 @@ F32 = np.float32
 @cache
 def backend(device: str) -> Backend:
     try:
-        return simulated_cuda() if device == "simulated" else open_backend(device)
+        return interpreted_cuda() if device == "interpreted" else open_backend(device)
     except (DeviceError, ImportError) as e:
         return pytest.skip(f"{device}: {e}")
 
 
-def simulated_cuda() -> Backend:
-    """The CUDA backend on PoCL."""
+def interpreted_cuda() -> Backend:
+    """The CUDA backend on NVRTC's code, interpreted."""
     pytest.importorskip("pyopencl", reason="needs PyOpenCL")
-    from simulated_cuda import backend as simulated
+    from interpreted_cuda import Interpreter
+    from simulated_cuda import backend as opened
 
-    return simulated()
+    return opened(Interpreter())
 
 
 @pytest.fixture(
@@ -56,7 +57,7 @@ def simulated_cuda() -> Backend:
         "cpu",
         pytest.param("opencl", marks=pytest.mark.device),
         pytest.param("cuda", marks=pytest.mark.device),
-        pytest.param("simulated", marks=pytest.mark.device),
+        pytest.param("interpreted", marks=pytest.mark.device),
     ]
 )
 def be(request: pytest.FixtureRequest) -> Backend:
