@@ -14,7 +14,7 @@ from .errors import ContextOverflow, NumericError
 from .sampling import Sampler
 
 if TYPE_CHECKING:
-    from .models.network import Network
+    from .models.network import Best, Network
     from .models.state import State
     from .models.step import Tap
 
@@ -131,15 +131,25 @@ def step(
     if not work:
         return chosen
     segments = [(runs[i].state, n, wanted(runs[i], n)) for i, n in work]
+    best = n_best(net, runs, work) if tap is None else 0
     with net.lock:
-        rows = net.forward(segments, tap)
+        rows = net.forward(segments, tap, best)
         for (i, n), logits in zip(work, rows, strict=True):
             run = runs[i]
             note_prompt(run, n, logits)
             if not run.pending():
-                chosen.append((i, choose(run, logits[-1])))
+                chosen.append((i, (choose_best if best else choose)(run, logits[-1])))
     book(runs, work, time.perf_counter() - start)
     return chosen
+
+
+def n_best(net: Network, runs: Sequence[Run], work: Sequence[tuple[int, int]]) -> int:
+    """How many of each row's largest logits the device is to find; 0: it brings all."""
+    most = net.be.most_picked
+    if not most or any(runs[i].logprobs is not None or runs[i].prompt_logprobs for i, _ in work):
+        return 0
+    needed = max(runs[i].sampler.needs(len(runs[i].state.ids)) for i, _ in work)
+    return most if 1 < needed <= most < net.n_vocab else int(needed == 1)
 
 
 def plan(n_batch: int, runs: Sequence[Run], active: Sequence[int]) -> list[tuple[int, int]]:
@@ -189,6 +199,25 @@ def choose(run: Run, logits: np.ndarray) -> Token:
         if logits.max() == np.inf:
             raise NumericError(DAMAGED) from None
         raise
+    join(run, chosen)
+    return token(run, report, chosen) if run.logprobs is not None else Token(chosen)
+
+
+def choose_best(run: Run, best: Best) -> Token:
+    """The same, of the largest logits, as many as the sampler needs."""
+    if not best.finite:
+        raise NumericError(DAMAGED)
+    if best.pairs is None:  # so many equals that the device left them out
+        return choose(run, best.all())
+    ids = run.state.ids
+    greedy = run.sampler.needs(len(ids)) == 1
+    chosen = best.first() if greedy else run.sampler.choose_best(*best.sorted(), ids)
+    join(run, chosen)
+    return Token(chosen)
+
+
+def join(run: Run, chosen: int) -> None:
+    """Add a token to the sequence, unless it ends the text."""
     run.n_generated += 1
     if chosen in run.eog:
         run.finish_reason = "stop"
@@ -196,7 +225,6 @@ def choose(run: Run, logits: np.ndarray) -> Token:
         run.state.append([chosen])
         if run.n_generated >= run.max_tokens:
             run.finish_reason = "length"
-    return token(run, report, chosen) if run.logprobs is not None else Token(chosen)
 
 
 def token(run: Run, logits: np.ndarray, chosen: int) -> Token:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import GGUFError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
+from ..kernels.backend import Best as Best
 from .archs import Arch, find
 from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
@@ -96,35 +97,52 @@ class Network:
         ropes = (getattr(b.mixer, "rope", None) for b in self.decoder.blocks)
         return [None if r is None else r.at(n_ctx) for r in ropes]
 
-    def forward(self, segments: Sequence[Segment], tap: Tap | None = None) -> list[np.ndarray]:
+    def forward(
+        self, segments: Sequence[Segment], tap: Tap | None = None, best: int = 0
+    ) -> list[Any]:
         """Compute pending tokens of several states in one pass.
 
         Returns each segment's logits, float32 [rows wanted, n_vocab], valid until the next step: hold ``lock``
-        while using them, or copy.
+        while using them, or copy. With ``best``, at most ``be.most_picked``, a list of ``Best`` instead, so many
+        of each row's largest.
         """
-        states = [s for s, _, _ in segments]
-        for s in states:
+        for s, _, _ in segments:
             s.check_whole()
-        ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
-        self.check_ids(ids)
-        outputs, counts = output_rows(segments)
-        batch = Batch.of(ids, [s.n_past for s in states], outputs, [s.cache for s in states])
-        n_ctx = max(s.n_ctx for s in states)
-        end = self.decoder.logits if outputs else self.decoder.body
+        batch, counts = self.lay(segments)
+        n_ctx = max(s.n_ctx for s, _, _ in segments)
         try:
             with self.lock:
                 start = time.perf_counter()
-                y = self.run(batch, n_ctx, tap, end)
-                rows = self.be.numpy(y) if outputs else np.empty((0, self.n_vocab), np.float32)
+                rows = self.results(batch, n_ctx, tap, best)
                 self.pace(batch.n_rows, time.perf_counter() - start)
             for s, n, _ in segments:
                 s.n_past += n
         except BaseException:  # Ctrl-C, or an error in a tap
-            for s in states:
+            for s, _, _ in segments:
                 s.spoil()
             raise
         ends = itertools.accumulate(counts)
         return [rows[end - n : end] for n, end in zip(counts, ends, strict=True)]
+
+    def lay(self, segments: Sequence[Segment]) -> tuple[Batch, list[int]]:
+        """The rows of a step, and of how many of them each segment wants logits."""
+        past, caches = [s.n_past for s, _, _ in segments], [s.cache for s, _, _ in segments]
+        if all(n == 1 and want != "none" for _, n, want in segments):
+            rows = [s.ids[s.n_past] for s, _, _ in segments]
+            self.check_ids([rows])
+            return Batch.next(rows, past, caches), [1] * len(rows)
+        ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
+        self.check_ids(ids)
+        outputs, counts = output_rows(segments)
+        return Batch.of(ids, past, outputs, caches), counts
+
+    def results(self, batch: Batch, n_ctx: int, tap: Tap | None, best: int) -> Any:
+        """The rows of logits that a batch wants, or the best of each."""
+        if not batch.n_out:
+            self.run(batch, n_ctx, tap, self.decoder.body)
+            return np.empty((0, self.n_vocab), np.float32)
+        y = self.run(batch, n_ctx, tap, self.decoder.logits, best=best)
+        return self.be.picked(y) if best else self.be.numpy(y)
 
     def pace(self, n_rows: int, seconds: float) -> None:
         """Choose the rows of the next steps so that each takes a second: Ctrl-C waits for one at most."""
@@ -170,7 +188,8 @@ class Network:
         tap: Tap | None,
         end: End,
         types: np.ndarray | None = None,
-    ) -> Array:
+        best: int = 0,
+    ) -> Any:
         """One pass: a step of each stage's backend. Between two, activations cross by way of the host."""
         carried: dict[str, np.ndarray] = {}
         for i, stage in enumerate(self.stages):
@@ -178,24 +197,27 @@ class Network:
             if types is not None and i == 0:
                 step = replace(step, types=stage.be.array(types))
             step.carried.update((name, stage.be.array(x)) for name, x in carried.items())
-            y = self.step(i, step, end)
+            y = self.step(i, step, end, best)
             if i + 1 < len(self.stages):
                 carried = {name: np.array(stage.be.numpy(x)) for name, x in step.carried.items()}
                 batch = replace(batch, ids=stage.be.numpy(y))
         return y
 
-    def step(self, i: int, step: Step, end: End) -> Array:
+    def step(self, i: int, step: Step, end: End, best: int) -> Any:
         """Stage i; it may be replayed when nothing but the batch's values differ."""
         batch, stage, d = caches_of(step.batch, i), self.stages[i], self.decoder
 
-        def compute(b: Batch) -> Array:
+        def compute(b: Batch) -> Any:
             now = replace(step, batch=b)
             x = d.embed(now) if i == 0 else b.ids
             x = d.through(now, x, stage.layers)
-            return end(now, x) if i + 1 == len(self.stages) else x
+            if i + 1 < len(self.stages):
+                return x
+            y = end(now, x)
+            return stage.be.pick(y, best) if best else y
 
         plain = step.user_tap is None and step.types is None and self.repeats
-        key = (self.number, i, end.__name__, self.rope_class(step.n_ctx), batch.key)
+        key = (self.number, i, end.__name__, best, self.rope_class(step.n_ctx), batch.key)
         return stage.be.step(key if plain else None, compute, batch)
 
     def rope_class(self, n_ctx: int) -> bool:

@@ -78,8 +78,9 @@ class Steps:
 
 def settled(result: Any) -> Any:
     """The result of a step, with nothing left to compute."""
-    if isinstance(result, GPUArray):
-        _ = result.buffer
+    for array in result if isinstance(result, tuple) else (result,):
+        if isinstance(array, GPUArray):
+            _ = array.buffer
     return result
 
 

@@ -1,0 +1,59 @@
+"""The largest logits of each row, found on the device: few numbers cross to the host instead of all."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import choose
+from ..choose import Best
+from . import sources
+from .arrays import GPUArray
+from .device import Device, i32
+
+CHOOSE = sources.plain("choose.c")
+COLUMNS = 4096  # as in src/choose.c
+ROOM = {1: 4}  # for equals of the k-th, and for what shares its column; else:
+MOST_ROOM = 512
+
+
+class Picking(Device):
+    """``pick`` and ``top_k``."""
+
+    most_picked = 256
+
+    def pick(self, logits: GPUArray, k: int) -> tuple[GPUArray, GPUArray]:
+        rows, n = logits.shape
+        maxima, bounds = self.empty((rows, COLUMNS), np.uint32), self.empty((rows,), np.uint32)
+        room = ROOM.get(k, MOST_ROOM)
+        found = self.empty((2 + 2 * room, rows), np.int32)
+        columns, width = (COLUMNS // 256, rows, 1), (256, 1, 1)
+        self.launch(CHOOSE, "column_maxima", columns, width, logits, maxima, i32(n))
+        bound = maxima, bounds, found, i32(k), i32(rows)
+        self.launch(CHOOSE, "kth_maximum", (rows, 1, 1), width, *bound)
+        values = logits, bounds, found, i32(n), i32(room), i32(rows)
+        self.launch(CHOOSE, "collect", (-(-n // 256), rows, 1), width, *values)
+        return logits, found
+
+    def picked(self, result: tuple[GPUArray, GPUArray]) -> list[Best]:
+        logits, found = result
+        table = self.numpy(found)
+        counts, broken = table[0].tolist(), table[1].tolist()
+        n, room = logits.shape[-1], len(table) // 2 - 1
+
+        def row(i: int) -> np.ndarray:
+            return self.get(logits.buffer, 4 * n * i, 4 * n).view(np.float32)
+
+        pairs = table[2:].reshape(room, 2, -1)
+        return [
+            Best(not bad, pairs[:count, :, i] if count <= room else None, lambda i=i: row(i))
+            for i, (count, bad) in enumerate(zip(counts, broken, strict=True))
+        ]
+
+    def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(logits, GPUArray) and k <= self.most_picked:
+            best = self.picked(self.pick(logits.reshape(1, logits.size), k))[0]
+            if best.finite and best.pairs is not None:
+                ids, values = best.sorted()
+                return ids[:k], values[:k]
+        host = self.numpy(logits)  # choosing costs less than bringing them to the device
+        return choose.top_k(host.astype(np.float32, copy=False).reshape(-1), k)
