@@ -102,7 +102,7 @@ class CUDABackend(LibraryProducts, GPUBackend):
     def memory(self) -> tuple[int, int]:
         runtime.setDevice(self.index)
         free, total = runtime.memGetInfo()
-        return int(free), int(total)
+        return int(free) + self.idle(), int(total)
 
     # ---- programs
 

@@ -95,6 +95,10 @@ class Device(Backend):
     def forget(self) -> None:
         """Drop what holds on to spare buffers."""
 
+    def idle(self) -> int:
+        """Bytes of the stores that are freed when they are wanted for something else."""
+        return sum(int(store.idle) for store in list(self._stores.values()))
+
     def refuse_recording(self) -> None:
         """Give a recording up: what comes now is done at once, or would take what it refers to."""
         if self.recording:
@@ -113,6 +117,8 @@ class Device(Backend):
                     self.forget()
                     self.pool.trim()
                     self.kept.trim()
+                    for store in list(self._stores.values()):
+                        store.trim()
                     continue
                 free, total = self.memory()
                 raise DeviceError(

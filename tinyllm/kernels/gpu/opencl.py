@@ -108,7 +108,7 @@ class OpenCLBackend(GPUBackend):
         total = int(self.device.global_mem_size)
         stores = [s for store in self._stores.values() for s in (store.pages, store.slots)]
         held = sum(w.nbytes for w in self._weights) + sum(s.room * s.nbytes for s in stores)
-        return total - self.pool.nbytes - self.kept.nbytes - held, total
+        return total - self.pool.nbytes - self.kept.nbytes - held + self.idle(), total
 
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         return buffer.get_sub_region(offset, nbytes)
