@@ -151,8 +151,9 @@ def penalise(
 
 def lowered(x: Floats, n: Floats, repeat: float, presence: float, frequency: float) -> Floats:
     """Logits x [m] of tokens that have occurred n [m] times, penalised."""
-    x = np.where(x > 0, x / np.float32(repeat), x * np.float32(repeat))
-    return x - (n * np.float32(frequency) + np.float32(presence))
+    y: Floats = np.where(x > 0, x / np.float32(repeat), x * np.float32(repeat))
+    y -= n * np.float32(frequency) + np.float32(presence)
+    return y
 
 
 def softmax(logits: Floats) -> Floats:
@@ -250,8 +251,8 @@ class Sampler:
     def needs(self, n_history: int) -> int:
         """Of how many of the largest logits ``choose_best`` makes what ``choose`` makes of all.
 
-        Penalties that only lower logits bring no token among the k largest but those behind as many as they lower.
-        The whole vocabulary is needed where something else may.
+        Penalties that only lower logits bring no token among the k largest but those that come next. Where
+        anything may lift one, the whole vocabulary is needed.
         """
         if not self._lowers:
             return self.n_vocab

@@ -7,8 +7,8 @@ Activations are float32, dense, one row per token: ``x [T, n]``. Heads lie side 
 K key/value heads, D head_dim, E n_embd, V n_vocab.
 
 An operation may compute at once, record itself to be run when a result is asked for, or be captured
-into a graph: a caller sees no difference, because only ``numpy``, ``top_k`` and ``picked`` return values. Outputs
-belong to the step (they may be overwritten by the next one); what must outlive it is fetched with ``numpy``.
+into a graph: a caller sees no difference, because only ``numpy``, ``top_k`` and ``picked`` return values.
+Outputs belong to the step (they may be overwritten by the next one); what must outlive it is fetched with ``numpy``.
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ class Batch:
         n = len(ids)
         count = counting(n + 1)
         past = np.array(n_past, np.int32)
-        return Batch(
-            np.array(ids, np.int32), past, count, past, count[:n], tuple(caches), n, n, n
-        )
+        return Batch(np.array(ids, np.int32), past, count, past, count[:n], tuple(caches), n, n, n)
 
     @staticmethod
     def of(

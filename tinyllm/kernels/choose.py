@@ -17,9 +17,9 @@ SIGN = np.uint32(1 << 31)
 class Best:
     """The largest logits of a row, as a device found them.
 
-    ``finite``: is every logit of the row a finite number? ``pairs`` int32 [n, 2] has an id and a key in each row,
-    in no order: all logits down to some bound; None where they were too many. Keys are unsigned; larger
-    logits have larger ones. ``all`` fetches the row itself, float32 [n_vocab], until the next step.
+    ``finite``: is every logit of the row a finite number? ``pairs`` int32 [n, 2] has an id and a key
+    in each row, in no order: all logits down to some bound; None where they were too many. Keys are unsigned;
+    larger logits have larger ones. ``all`` fetches the row itself, float32 [n_vocab], until the next step.
     """
 
     finite: bool

@@ -103,8 +103,8 @@ class Network:
         """Compute pending tokens of several states in one pass.
 
         Returns each segment's logits, float32 [rows wanted, n_vocab], valid until the next step: hold ``lock``
-        while using them, or copy. With ``best``, at most ``be.most_picked``, a list of ``Best`` instead, so many
-        of each row's largest.
+        while using them, or copy. With ``best``, at most ``be.most_picked``, a list of ``Best`` instead: of
+        so many of each row's largest.
         """
         for s, _, _ in segments:
             s.check_whole()

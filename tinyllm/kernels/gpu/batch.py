@@ -92,10 +92,9 @@ class Resident:
         rest: dict[str, Any] = {
             f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in self.arrays
         }
+        rest |= self.arrays
         n_pages = self.arrays["pages"].shape[1]
-        return DeviceBatch(
-            **self.arrays, **rest, host=batch, n_pages=n_pages, whole=self.whole, tiles=self.tiles
-        )
+        return DeviceBatch(**rest, host=batch, n_pages=n_pages, whole=self.whole, tiles=self.tiles)
 
 
 def upload(be: GPUBackend, batch: Batch) -> DeviceBatch:

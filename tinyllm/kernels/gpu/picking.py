@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from .. import choose
@@ -12,7 +14,7 @@ from .device import Device, i32
 
 CHOOSE = sources.plain("choose.c")
 COLUMNS = 4096  # as in src/choose.c
-ROOM = {1: 4}  # for equals of the k-th, and for what shares its column; else:
+ROOM = {1: 4}  # for equals of the largest; of several, also for those that share a column:
 MOST_ROOM = 512
 
 
@@ -37,17 +39,16 @@ class Picking(Device):
     def picked(self, result: tuple[GPUArray, GPUArray]) -> list[Best]:
         logits, found = result
         table = self.numpy(found)
-        counts, broken = table[0].tolist(), table[1].tolist()
-        n, room = logits.shape[-1], len(table) // 2 - 1
-
-        def row(i: int) -> np.ndarray:
-            return self.get(logits.buffer, 4 * n * i, 4 * n).view(np.float32)
-
+        room, rows = len(table) // 2 - 1, range(table.shape[1])
+        counts, broken = table[:2].tolist()
         pairs = table[2:].reshape(room, 2, -1)
-        return [
-            Best(not bad, pairs[:count, :, i] if count <= room else None, lambda i=i: row(i))
-            for i, (count, bad) in enumerate(zip(counts, broken, strict=True))
-        ]
+        few = (pairs[:n, :, i] if n <= room else None for i, n in enumerate(counts))
+        all_of = (partial(self._row, logits, i) for i in rows)
+        return [Best(not b, p, a) for b, p, a in zip(broken, few, all_of, strict=True)]
+
+    def _row(self, x: GPUArray, i: int) -> np.ndarray:
+        n = 4 * x.shape[-1]
+        return self.get(x.buffer, n * i, n).view(np.float32)
 
     def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(logits, GPUArray) and k <= self.most_picked:
