@@ -8,7 +8,8 @@ K key/value heads, D head_dim, E n_embd, V n_vocab.
 
 An operation may compute at once, record itself to be run when a result is asked for, or be captured
 into a graph: a caller sees no difference, because only ``numpy``, ``top_k`` and ``picked`` return values.
-Outputs belong to the step (they may be overwritten by the next one); what must outlive it is fetched with ``numpy``.
+Outputs belong to the step (they may be overwritten by the next one); what must outlive it is fetched with
+``numpy``.
 """
 
 from __future__ import annotations
