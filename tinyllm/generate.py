@@ -132,8 +132,9 @@ def step(
         return chosen
     segments = [(runs[i].state, n, wanted(runs[i], n)) for i, n in work]
     best = n_best(net, runs, work) if tap is None else 0
+    ahead = best == 1 and len(work) == len(active) and all(goes_on(runs[i], n) for i, n in work)
     with net.lock:
-        rows = net.forward(segments, tap, best)
+        rows = net.forward(segments, tap, best, ahead)
         for (i, n), logits in zip(work, rows, strict=True):
             run = runs[i]
             note_prompt(run, n, logits)
@@ -150,6 +151,11 @@ def n_best(net: Network, runs: Sequence[Run], work: Sequence[tuple[int, int]]) -
         return 0
     needed = max(runs[i].sampler.needs(len(runs[i].state.ids)) for i, _ in work)
     return most if 1 < needed <= most < net.n_vocab else int(needed == 1)
+
+
+def goes_on(run: Run, n: int) -> bool:
+    """Will there be another step behind the one that computes these n, unless the text ends?"""
+    return run.n_generated + 1 < run.max_tokens and run.state.n_past + n == len(run.state.ids)
 
 
 def plan(n_batch: int, runs: Sequence[Run], active: Sequence[int]) -> list[tuple[int, int]]:

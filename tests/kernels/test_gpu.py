@@ -228,6 +228,8 @@ def test_places_that_come_back_while_one_is_taken_are_no_harm() -> None:
 
         def copy(self, *args: object) -> None: ...
 
+        def finish(self) -> None: ...
+
         def free(self, buffer: object) -> None:
             self.freed += buffer is not None
 

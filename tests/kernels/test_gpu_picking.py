@@ -84,17 +84,24 @@ def net(driver: Any, data: Path) -> Network:
         return build(f.metadata, f.tensors, driver.backend, "f16")
 
 
-def answers(net: Network, n: int = 12, sequences: int = 2, **how: Any) -> list[list[int]]:
-    """The tokens after different prompts, decoded together."""
+def runs_of(net: Network, n: int, sequences: int, eog: int = -1, **how: Any) -> list[Run]:
+    """Different prompts to be continued."""
     runs = []
     for i in range(sequences):
-        state = net.new_state(64)
+        state = net.new_state(40)
         state.append([(11 * i + 7 * j + 3) % 300 for j in range(5 + i)])
         params = SamplingParams(**({"seed": 3} | how))
-        runs.append(Run(state, Sampler(params, net.n_vocab, net.be.top_k), n))
-    for _ in generate_tokens(net, runs):
-        pass
-    return [run.state.ids[5 + i :] for i, run in enumerate(runs)]
+        sampler = Sampler(params, net.n_vocab, net.be.top_k)
+        runs.append(Run(state, sampler, n, frozenset([eog]), overflow="shift"))
+    return runs
+
+
+def answers(net: Network, n: int = 12, sequences: int = 2, **how: Any) -> list[list[int]]:
+    """The tokens after different prompts, decoded together."""
+    runs, tokens = runs_of(net, n, sequences, **how), [[] for _ in range(sequences)]
+    for i, token in generate_tokens(net, runs):
+        tokens[i].append(token.id)
+    return tokens
 
 
 @pytest.mark.parametrize(
@@ -145,3 +152,104 @@ def test_damaged_weights_are_told(net: Network) -> None:
     net.be.pick = damaged
     with pytest.raises(NumericError, match="damaged"):
         answers(net, sequences=1)
+
+
+# ---- steps that begin ahead
+
+
+@pytest.fixture
+def plain(net: Network) -> Any:
+    """plain(run): what it gives without steps that begin ahead, and then with them."""
+
+    def both(run: Any) -> tuple[Any, Any]:
+        net.follows = False
+        want = run()
+        net.follows = True
+        return want, run()
+
+    return both
+
+
+def test_the_next_step_is_queued_before_a_token_is_handed_out(net: Network, driver: Any) -> None:
+    queued = [len(driver.pending) for _ in generate_tokens(net, runs_of(net, 9, 2, temperature=0))]
+    assert all(queued[:-2])
+    assert not any(queued[-2:])  # the last step has none behind it
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("n", [1, 2, 30, 60])
+def test_the_tokens_are_the_same(net: Network, plain: Any, n: int, sequences: int) -> None:
+    """60 tokens do not fit: the context is shifted."""
+    want, got = plain(lambda: answers(net, n, sequences, temperature=0))
+    assert got == want
+
+
+def test_a_sequence_may_end_where_the_device_went_on(net: Network, plain: Any) -> None:
+    first = answers(net, 12, 2, temperature=0)[0]
+    want, got = plain(lambda: answers(net, 12, 2, temperature=0, eog=first[5]))
+    assert got == want
+    assert len(got[0]) < 12
+
+
+def test_a_caller_may_change_the_sequence_between_tokens(net: Network, plain: Any) -> None:
+    def edited() -> list[list[int]]:
+        runs = runs_of(net, 20, 2, temperature=0)
+        for count, (i, _) in enumerate(generate_tokens(net, runs)):
+            if count == 7:
+                runs[i].state.truncate(4)
+                runs[i].state.append([9, 8, 7])
+            if count == 15:
+                runs[i].state.ids[-1] = 5
+        return [run.state.ids for run in runs]
+
+    want, got = plain(edited)
+    assert got == want
+
+
+def test_a_restored_state_does_not_go_on_with_an_older_step(
+    net: Network, plain: Any, tmp_path: Path
+) -> None:
+    def restored() -> list[int]:
+        (run,) = runs_of(net, 20, 1, temperature=0)
+        (other,) = runs_of(net, 20, 1, temperature=0)
+        other.state.ids[:3] = [200, 201, 202]
+        tokens, others = generate_tokens(net, [run]), generate_tokens(net, [other])
+        for _ in range(4):
+            next(tokens), next(others)
+        other.state.ids[-1] = run.state.ids[-1]
+        other.state.save(tmp_path / "state.npz")
+        run.state.restore(tmp_path / "state.npz")
+        return [token.id for _, token in tokens]
+
+    want, got = plain(restored)
+    assert got == want
+
+
+def test_sequences_of_several_callers_take_turns(net: Network, plain: Any) -> None:
+    def turns() -> list[Any]:
+        callers = [generate_tokens(net, [run]) for run in runs_of(net, 9, 3, temperature=0)]
+        return [[next(c)[1].id for c in callers] for _ in range(9)]
+
+    want, got = plain(turns)
+    assert got == want
+
+
+def test_many_equals_are_looked_at_again(net: Network, plain: Any) -> None:
+    pick, ones = net.be.pick, np.ones((1, net.n_vocab), F32)
+    ones[0, 3] = 0.5
+    equals = net.be.array(ones)
+    net.be.pick = lambda logits, k: pick(equals, k)
+    want, got = plain(lambda: answers(net, 6, 1, temperature=0))
+    assert want == got == [[0] * 6]
+
+
+def test_states_that_end_leave_nothing_behind(net: Network, driver: Any) -> None:
+    for _ in range(3):
+        tokens = generate_tokens(net, runs_of(net, 30, 2, temperature=0))
+        for _ in range(9):
+            next(tokens)
+        tokens.close()
+    del tokens
+    store = next(iter(net.be._stores.values()))
+    assert store.idle > 0
+    assert len(net.be._pinned._landings) <= 3

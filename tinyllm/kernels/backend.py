@@ -442,6 +442,31 @@ class Backend(ABC):
         """What ``pick`` found, row by row: at least the k largest of each."""
         raise DeviceError(f"{self.name}: logits are not picked on the device")
 
+    def picked_later(self, result: tuple[Array, Array]) -> Callable[[], list[Best]]:
+        """``picked``, as a call that waits for this step only: another one may run meanwhile.
+
+        ``Best.all`` then is of the other step.
+        """
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps with a key were run; ``follow`` may use the result of the last one only."""
+        return 0
+
+    def follow(
+        self,
+        result: tuple[Array, Array],
+        key: Hashable,
+        fn: Callable[[Batch], Array],
+        batch: Batch,
+    ) -> Array:
+        """``step`` on a batch with a row for each that was picked: its ids are those of the largest logits.
+
+        The ids of the host's batch do not count. Where several logits are the largest, it is any of them.
+        """
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
+
     # ---- recurrent layers; a backend without them raises DeviceError when such a model is loaded
 
     def conv1d(

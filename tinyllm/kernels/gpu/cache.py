@@ -173,6 +173,7 @@ class Shelf:
         new = self.be.allocate(room * self.nbytes)
         if self.buffer is not None:
             self.be.copy(new, self.buffer, self.room * self.nbytes)
+            self.be.finish()
             self.be.free(self.buffer)
         self.buffer, self.room = new, room
         self.version += 1

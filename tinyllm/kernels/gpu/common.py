@@ -45,6 +45,19 @@ class GPUBackend(Picking, Recurrent, Recording):
             return fn(self.upload(batch))
         return self._steps.run(key, fn, batch)
 
+    @property
+    def n_steps(self) -> int:
+        return self._steps.count
+
+    def follow(
+        self,
+        result: tuple[GPUArray, GPUArray],
+        key: Hashable,
+        fn: Callable[[Batch], GPUArray],
+        batch: Batch,
+    ) -> GPUArray:
+        return self._steps.run(key, fn, batch, result[1])
+
     def forget(self) -> None:
         self._steps.forget()
 

@@ -90,11 +90,28 @@ class CUDABackend(LibraryProducts, GPUBackend):
             nbytes, lambda target: runtime.memcpyAsync(target, source, nbytes, DOWN, stream)
         )
 
-    def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
+    def fetch(self, buffer: Buffer, nbytes: int) -> Callable[[], np.ndarray]:
         self.refuse_recording()
         runtime.setDevice(self.index)
-        runtime.memcpyAsync(target.ptr, source.ptr, nbytes, ACROSS, self.stream.ptr)
-        self.stream.synchronize()  # the source is freed next
+        landing = self._pinned.landing(nbytes)
+        runtime.memcpyAsync(landing.address, buffer.ptr, nbytes, DOWN, self.stream.ptr)
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(self.stream)
+
+        def arrived() -> np.ndarray:
+            event.synchronize()
+            return landing.memory[:nbytes].copy()
+
+        return arrived
+
+    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
+        self.refuse_recording()
+        runtime.setDevice(self.index)
+        runtime.memcpyAsync(target.ptr, source.ptr + start, nbytes, ACROSS, self.stream.ptr)
+
+    def finish(self) -> None:
+        runtime.setDevice(self.index)
+        self.stream.synchronize()
 
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         return buffer + offset

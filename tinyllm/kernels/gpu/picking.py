@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -37,8 +38,15 @@ class Picking(Device):
         return logits, found
 
     def picked(self, result: tuple[GPUArray, GPUArray]) -> list[Best]:
+        return self._read(result[0], self.numpy(result[1]))
+
+    def picked_later(self, result: tuple[GPUArray, GPUArray]) -> Callable[[], list[Best]]:
         logits, found = result
-        table = self.numpy(found)
+        fetched = self.fetch(found.buffer, found.nbytes)
+        return lambda: self._read(logits, fetched().view(np.int32).reshape(found.shape))
+
+    def _read(self, logits: GPUArray, table: np.ndarray) -> list[Best]:
+        """What collect found: table [2 + 2 * room, rows]."""
         room, rows = len(table) // 2 - 1, range(table.shape[1])
         counts, broken = table[:2].tolist()
         pairs = table[2:].reshape(room, 2, -1)

@@ -16,6 +16,17 @@ ROOM = 4 * PIECE  # of copies under way
 ALIGNMENT = 64
 
 
+class Landing:
+    """Memory for a copy from the device. If nobody waits for it, the next one there is made behind it."""
+
+    def __init__(self, memory: np.ndarray, spare: list[np.ndarray]) -> None:
+        self.memory, self._spare = memory, spare
+        self.address = memory.ctypes.data
+
+    def __del__(self) -> None:
+        self._spare.append(self.memory)
+
+
 class Pinned:
     """Room for copies to the device, used from front to back and then anew, and for one copy from it.
 
@@ -26,6 +37,7 @@ class Pinned:
         self._allocate, self._wait = allocate, wait
         self._up = self._down = np.empty(0, np.uint8)
         self._used = 0
+        self._landings: list[np.ndarray] = []  # that nobody uses
 
     def staged(self, x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The bytes of x in pieces, each with its offset, in memory that stays until the next ``wait``."""
@@ -54,6 +66,14 @@ class Pinned:
         self._wait()
         self._used = 0
         return self._down[:nbytes].copy()
+
+    def landing(self, nbytes: int) -> Landing:
+        """Room for a copy from the device beside others: it is kept until the last reference goes."""
+        for i, memory in enumerate(self._landings):
+            if memory.nbytes >= nbytes:
+                del self._landings[i]
+                return Landing(memory, self._landings)
+        return Landing(self._new(max(nbytes, 1 << 16)), self._landings)
 
     def _new(self, nbytes: int) -> np.ndarray:
         return np.frombuffer(self._allocate(nbytes), np.uint8, nbytes)

@@ -19,6 +19,7 @@ from .batch import Resident
 from .cache import GPUCache
 
 MOST_ROWS = 64  # longer steps are kernels rather than launches
+FIRST = 2  # row of found in src/choose.c that has ids
 MOST_STEPS = 32  # recorded at a time
 
 
@@ -34,6 +35,7 @@ class Recorded:
     replay: Callable[[], None] | None = None
     result: Any = None
     refused: bool = False
+    new: bool = False  # it was not run before: kernels are compiled, memory is taken
 
 
 class Steps:
@@ -42,25 +44,39 @@ class Steps:
     def __init__(self, be: Any) -> None:
         self.be = be
         self._known: dict[Hashable, Recorded] = {}
+        self.count = 0  # of steps that were run
 
     def forget(self) -> None:
         """Drop all: their buffers are going to be freed."""
         self._known.clear()
 
-    def run(self, key: Hashable, fn: Callable[[Batch], Any], batch: Batch) -> Any:
-        """The result of fn on the batch, by replay where there is a recording."""
+    def run(
+        self,
+        key: Hashable,
+        fn: Callable[[Batch], Any],
+        batch: Batch,
+        found: GPUArray | None = None,
+    ) -> Any:
+        """The result of fn on the batch, by replay where there is a recording.
+
+        With ``found``, which ``pick`` gave for as many rows, the ids are the first that it holds of each.
+        """
+        self.count += 1
         caches = batches.with_room(batch)
         n_pages = batches.page_stride(caches)
         full = key, batch.n_seq, n_pages, versions(caches)
         known = self._known.pop(full, None)
         if known is None:
-            known = Recorded(Resident(self.be, batch, caches, n_pages))
-            self._remember(full, known)
-            return fn(known.batch.holding(batch))
+            known = Recorded(Resident(self.be, batch, caches, n_pages), new=True)
+        else:
+            known.batch.write(self.be, batch, caches)
         self._remember(full, known)
-        known.batch.write(self.be, batch, caches)
-        if known.replay is None and not known.refused:
+        if found is not None:
+            nbytes = 4 * batch.n_seq
+            self.be.copy(known.batch.arrays["ids"].buffer, found.buffer, nbytes, FIRST * nbytes)
+        if known.replay is None and not known.new and not known.refused:
             self._record(known, fn, batch)
+        known.new = False
         if known.replay is None:
             return fn(known.batch.holding(batch))
         known.replay()
