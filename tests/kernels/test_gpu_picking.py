@@ -88,7 +88,7 @@ def runs_of(net: Network, n: int, sequences: int, eog: int = -1, **how: Any) -> 
     """Different prompts to be continued."""
     runs = []
     for i in range(sequences):
-        state = net.new_state(40)
+        state = net.new_state(24)
         state.append([(11 * i + 7 * j + 3) % 300 for j in range(5 + i)])
         params = SamplingParams(**({"seed": 3} | how))
         sampler = Sampler(params, net.n_vocab, net.be.top_k)
@@ -176,10 +176,9 @@ def test_the_next_step_is_queued_before_a_token_is_handed_out(net: Network, driv
     assert not any(queued[-2:])  # the last step has none behind it
 
 
-@pytest.mark.parametrize("sequences", [1, 3])
-@pytest.mark.parametrize("n", [1, 2, 30, 60])
+@pytest.mark.parametrize(("n", "sequences"), [(1, 1), (2, 1), (25, 1), (20, 3)])
 def test_the_tokens_are_the_same(net: Network, plain: Any, n: int, sequences: int) -> None:
-    """60 tokens do not fit: the context is shifted."""
+    """25 tokens do not fit: the context is shifted."""
     want, got = plain(lambda: answers(net, n, sequences, temperature=0))
     assert got == want
 
@@ -193,7 +192,7 @@ def test_a_sequence_may_end_where_the_device_went_on(net: Network, plain: Any) -
 
 def test_a_caller_may_change_the_sequence_between_tokens(net: Network, plain: Any) -> None:
     def edited() -> list[list[int]]:
-        runs = runs_of(net, 20, 2, temperature=0)
+        runs = runs_of(net, 11, 2, temperature=0)
         for count, (i, _) in enumerate(generate_tokens(net, runs)):
             if count == 7:
                 runs[i].state.truncate(4)
@@ -209,20 +208,20 @@ def test_a_caller_may_change_the_sequence_between_tokens(net: Network, plain: An
 def test_a_restored_state_does_not_go_on_with_an_older_step(
     net: Network, plain: Any, tmp_path: Path
 ) -> None:
-    def restored() -> list[int]:
-        (run,) = runs_of(net, 20, 1, temperature=0)
-        (other,) = runs_of(net, 20, 1, temperature=0)
-        other.state.ids[:3] = [200, 201, 202]
+    def continued(restored: bool) -> list[int]:
+        (run,), (other,) = (runs_of(net, 8, 1, temperature=0) for _ in range(2))
+        other.state.ids[:] = [400, 51, 302, 13, 444]
         tokens, others = generate_tokens(net, [run]), generate_tokens(net, [other])
-        for _ in range(4):
+        for _ in range(3):
             next(tokens), next(others)
         other.state.ids[-1] = run.state.ids[-1]
         other.state.save(tmp_path / "state.npz")
-        run.state.restore(tmp_path / "state.npz")
+        if restored:
+            run.state.restore(tmp_path / "state.npz")
         return [token.id for _, token in tokens]
 
-    want, got = plain(restored)
-    assert got == want
+    want, got = plain(lambda: continued(True))
+    assert got == want != continued(False)
 
 
 def test_sequences_of_several_callers_take_turns(net: Network, plain: Any) -> None:
@@ -235,12 +234,11 @@ def test_sequences_of_several_callers_take_turns(net: Network, plain: Any) -> No
 
 
 def test_many_equals_are_looked_at_again(net: Network, plain: Any) -> None:
-    pick, ones = net.be.pick, np.ones((1, net.n_vocab), F32)
-    ones[0, 3] = 0.5
-    equals = net.be.array(ones)
-    net.be.pick = lambda logits, k: pick(equals, k)
+    be, pick = net.be, net.be.pick
+    net.be.pick = lambda logits, k: pick(be.clamp(be.scale_softcap(logits, -1.0), 1e-6), k)
     want, got = plain(lambda: answers(net, 6, 1, temperature=0))
-    assert want == got == [[0] * 6]
+    assert got == want
+    assert len(set(want[0])) > 1
 
 
 def test_states_that_end_leave_nothing_behind(net: Network, driver: Any) -> None:
