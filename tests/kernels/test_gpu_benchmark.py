@@ -105,7 +105,7 @@ def test_parts_give_rows(parts: Any, be: Any, monkeypatch: pytest.MonkeyPatch) -
         assert row["right"]
         assert row["gb_s"] == pytest.approx(256 * 512 / 32 * 18 / 1e-3 / 1e9)
     assert [row["rows"] for row in parts.attention(be, 100, quick=True)] == [1, 20]
-    assert [row["k"] for row in parts.picking(be, quick=True)] == [1, 256] * 2
+    assert [row["k"] for row in parts.picking(be, quick=True)] == [1, 64, 256] * 2
     assert parts.prefill(be, parts.model(be, "tiny", "Q4_0"), 32) == 32 / 1e-3
 
 

@@ -431,8 +431,8 @@ class Backend(ABC):
         largest is infinite.
         """
 
-    most_picked = 0
-    """Of how many largest logits ``pick`` is able; 0 where a step leaves all of them with the host anyway."""
+    picks: tuple[int, ...] = ()
+    """Numbers of largest logits to ask ``pick`` for; none where a step leaves all with the host anyway."""
 
     def pick(self, logits: Array, k: int) -> tuple[Array, Array]:
         """Find the k largest of each row of logits [n, V] within a step, for ``picked`` behind it."""

@@ -26,21 +26,22 @@ class Best:
     pairs: np.ndarray | None
     all: Callable[[], np.ndarray]
 
-    def sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 and values [n], largest first, equal ones in the order of their ids."""
+    def sorted(self, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The first n ids int32 and values, largest first, equal ones in the order of their ids."""
         assert self.pairs is not None
-        ids, keys = self.pairs[:, 0].astype(np.int64), self.pairs[:, 1].astype(np.uint32)
-        both = (keys.astype(np.int64) << 31) - ids  # a sign bit less than there is room for
+        ids, keys = self.pairs.T
+        both = (keys.astype(np.uint32).astype(np.int64) << 31) - ids  # 63 bits
         both.sort()
-        ids = -both[::-1] & 0x7FFFFFFF
-        keys = ((both[::-1] + ids) >> 31).astype(np.uint32)
+        both = both[::-1][:n]
+        ids = -both & 0x7FFFFFFF
+        keys = (both + ids >> 31).astype(np.uint32)
         values = np.where(keys & SIGN, keys ^ SIGN, ~keys).view(np.float32)
         return ids.astype(np.int32), values
 
     def first(self) -> int:
         """The smallest id of the largest."""
         assert self.pairs is not None
-        return int(self.pairs[0, 0]) if len(self.pairs) == 1 else int(self.sorted()[0][0])
+        return int(self.pairs[0, 0]) if len(self.pairs) == 1 else int(self.sorted(1)[0][0])
 
 
 def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,7 @@ class Network:
         carried = any(getattr(b.mixer, "carries", False) for b in decoder.blocks)
         recurrent = any(c.arrays for c in decoder.caches)
         # may a step be begun that nobody may want?
-        self.follows = self.be.most_picked > 0 and len(stages) == 1 and not recurrent
+        self.follows = bool(self.be.picks) and len(stages) == 1 and not recurrent
         self.repeats = not carried or len(stages) == 1  # may steps be recorded and replayed?
 
     @property
@@ -111,7 +111,7 @@ class Network:
         """Compute pending tokens of several states in one pass.
 
         Returns each segment's logits, float32 [rows wanted, n_vocab], valid until the next step: hold ``lock``
-        while using them, or copy. With ``best``, at most ``be.most_picked``, a list of ``Best`` instead: of
+        while using them, or copy. With ``best``, one of ``be.picks``, a list of ``Best`` instead: of
         so many of each row's largest. With ``best=1`` and ``ahead``, each sequence is expected to go on with
         its largest: the next step may begin at once, and is used if that comes true.
         """

@@ -78,9 +78,9 @@ class CUDABackend(LibraryProducts, GPUBackend):
     def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
         self.refuse_recording()
         runtime.setDevice(self.index)
-        for start, host in self._pinned.staged(x):
-            target, source = buffer.ptr + offset + start, host.ctypes.data
-            runtime.memcpyAsync(target, source, host.nbytes, UP, self.stream.ptr)
+        target, stream = buffer.ptr + offset, self.stream.ptr
+        for start, source, nbytes in self._pinned.staged(x):
+            runtime.memcpyAsync(target + start, source, nbytes, UP, stream)
 
     def get(self, buffer: Buffer, offset: int, nbytes: int) -> np.ndarray:
         self.refuse_recording()

@@ -15,14 +15,14 @@ from .device import Device, i32
 
 CHOOSE = sources.plain("choose.c")
 COLUMNS = 4096  # as in src/choose.c
-ROOM = {1: 4}  # for equals of the largest; of several, also for those that share a column:
+ROOM = {1: 4, 64: 128}  # for equals of the k-th; of several, also for those that share a column
 MOST_ROOM = 512
 
 
 class Picking(Device):
     """``pick`` and ``top_k``."""
 
-    most_picked = 256
+    picks = (1, 64, 256)
 
     def pick(self, logits: GPUArray, k: int) -> tuple[GPUArray, GPUArray]:
         rows, n = logits.shape
@@ -59,7 +59,7 @@ class Picking(Device):
         return self.get(x.buffer, n * i, n).view(np.float32)
 
     def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(logits, GPUArray) and k <= self.most_picked:
+        if isinstance(logits, GPUArray) and k <= self.picks[-1]:
             best = self.picked(self.pick(logits.reshape(1, logits.size), k))[0]
             if best.finite and best.pairs is not None:
                 ids, values = best.sorted()
