@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import GGUFError, UnsupportedModel
+from ..errors import DeviceError, GGUFError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
+from ..kernels.backend import Best as Best
 from .archs import Arch, find
 from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
+from .flight import Flight, landed
 from .memory import allocating, check_fits
 from .stages import Place, Stage, caches_of, new_cache, stage_bytes
 from .state import State
@@ -61,6 +63,9 @@ class Network:
         self.fingerprint = fingerprint(config, kv_type)
 
         carried = any(getattr(b.mixer, "carries", False) for b in decoder.blocks)
+        recurrent = any(c.arrays for c in decoder.caches)
+        # may a step be begun that nobody may want?
+        self.follows = bool(self.be.picks) and len(stages) == 1 and not recurrent
         self.repeats = not carried or len(stages) == 1  # may steps be recorded and replayed?
 
     @property
@@ -96,35 +101,103 @@ class Network:
         ropes = (getattr(b.mixer, "rope", None) for b in self.decoder.blocks)
         return [None if r is None else r.at(n_ctx) for r in ropes]
 
-    def forward(self, segments: Sequence[Segment], tap: Tap | None = None) -> list[np.ndarray]:
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        tap: Tap | None = None,
+        best: int = 0,
+        ahead: bool = False,
+    ) -> list[Any]:
         """Compute pending tokens of several states in one pass.
 
         Returns each segment's logits, float32 [rows wanted, n_vocab], valid until the next step: hold ``lock``
-        while using them, or copy.
+        while using them, or copy. With ``best``, one of ``be.picks``, a list of ``Best`` instead: of
+        so many of each row's largest. With ``best=1`` and ``ahead``, each sequence is expected to go on with
+        its largest: the next step may begin at once, and is used if that comes true.
         """
-        states = [s for s, _, _ in segments]
-        for s in states:
+        for s, _, _ in segments:
             s.check_whole()
-        ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
-        self.check_ids(ids)
-        outputs, counts = output_rows(segments)
-        batch = Batch.of(ids, [s.n_past for s in states], outputs, [s.cache for s in states])
-        n_ctx = max(s.n_ctx for s in states)
-        end = self.decoder.logits if outputs else self.decoder.body
+        batch, counts = self.lay(segments)
         try:
             with self.lock:
                 start = time.perf_counter()
-                y = self.run(batch, n_ctx, tap, end)
-                rows = self.be.numpy(y) if outputs else np.empty((0, self.n_vocab), np.float32)
+                rows = self.results(segments, batch, tap, best, ahead)
                 self.pace(batch.n_rows, time.perf_counter() - start)
             for s, n, _ in segments:
                 s.n_past += n
         except BaseException:  # Ctrl-C, or an error in a tap
-            for s in states:
+            for s, _, _ in segments:
                 s.spoil()
             raise
         ends = itertools.accumulate(counts)
         return [rows[end - n : end] for n, end in zip(counts, ends, strict=True)]
+
+    def lay(self, segments: Sequence[Segment]) -> tuple[Batch, list[int]]:
+        """The rows of a step, and of how many of them each segment wants logits."""
+        past, caches = [s.n_past for s, _, _ in segments], [s.cache for s, _, _ in segments]
+        if all(n == 1 and want != "none" for _, n, want in segments):
+            rows = [s.ids[s.n_past] for s, _, _ in segments]
+            self.check_ids([rows])
+            return Batch.next(rows, past, caches), [1] * len(rows)
+        ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
+        self.check_ids(ids)
+        outputs, counts = output_rows(segments)
+        return Batch.of(ids, past, outputs, caches), counts
+
+    def results(
+        self, segments: Sequence[Segment], batch: Batch, tap: Tap | None, best: int, ahead: bool
+    ) -> Any:
+        """The rows of logits that a batch wants, or the best of each."""
+        states, n_ctx = [s for s, _, _ in segments], max(s.n_ctx for s, _, _ in segments)
+        flight = landed(states, batch) if self.follows else None
+        if self.follows and tap is None and best == 1:
+            ahead = ahead and batch.n_out == batch.n_seq
+            if flight is not None or ahead:
+                return self.fly(states, batch, n_ctx, flight, ahead)
+        if not batch.n_out:
+            self.run(batch, n_ctx, tap, self.decoder.body)
+            return np.empty((0, self.n_vocab), np.float32)
+        y = self.run(batch, n_ctx, tap, self.decoder.logits, best=best)
+        return self.be.picked(y) if best else self.be.numpy(y)
+
+    def fly(
+        self, states: Sequence[State], batch: Batch, n_ctx: int, flight: Flight | None, ahead: bool
+    ) -> list[Best]:
+        """The largest logit of each row, when the step behind has begun if that may be."""
+        be, now = self.be, flight or self.launch(states, batch, n_ctx)
+        lengths = np.diff(batch.starts).tolist()
+        then = self.launch_behind(now, states, lengths, n_ctx) if ahead else None
+        rows = now.rows()
+        if be.n_steps != now.n_step and any(row.pairs is None for row in rows):
+            y = self.run(batch, n_ctx, None, self.decoder.logits, best=1)  # its logits are gone
+            return be.picked(y)
+        if then is not None:
+            then.ids = [int(row.pairs[0, 0]) for row in rows if row.pairs is not None]
+            for s in states:
+                s.flight = then
+        return rows
+
+    def launch(
+        self, states: Sequence[State], batch: Batch, n_ctx: int, after: Any = None
+    ) -> Flight:
+        """Begin a step."""
+        y = self.run(batch, n_ctx, None, self.decoder.logits, best=1, after=after)
+        later, n_step = self.be.picked_later(y), self.be.n_steps
+        return Flight(y, later, n_step, [id(s) for s in states], batch.n_past.tolist(), [])
+
+    def launch_behind(
+        self, flight: Flight, states: Sequence[State], lengths: Sequence[int], n_ctx: int
+    ) -> Flight | None:
+        """Begin the step behind one that has just been begun, on the ids that the device chooses."""
+        past = [s.n_past + n for s, n in zip(states, lengths, strict=True)]
+        full = any(p == s.n_ctx for p, s in zip(past, states, strict=True))
+        if full or self.be.n_steps != flight.n_step:  # another thread's step has its place by now
+            return None
+        batch = Batch.next([0] * len(past), past, [s.cache for s in states])
+        try:
+            return self.launch(states, batch, n_ctx, flight.result)
+        except DeviceError:  # too little memory, which is told when the step's turn comes
+            return None
 
     def pace(self, n_rows: int, seconds: float) -> None:
         """Choose the rows of the next steps so that each takes a second: Ctrl-C waits for one at most."""
@@ -170,7 +243,9 @@ class Network:
         tap: Tap | None,
         end: End,
         types: np.ndarray | None = None,
-    ) -> Array:
+        best: int = 0,
+        after: Any = None,
+    ) -> Any:
         """One pass: a step of each stage's backend. Between two, activations cross by way of the host."""
         carried: dict[str, np.ndarray] = {}
         for i, stage in enumerate(self.stages):
@@ -178,24 +253,29 @@ class Network:
             if types is not None and i == 0:
                 step = replace(step, types=stage.be.array(types))
             step.carried.update((name, stage.be.array(x)) for name, x in carried.items())
-            y = self.step(i, step, end)
+            y = self.step(i, step, end, best, after)
             if i + 1 < len(self.stages):
                 carried = {name: np.array(stage.be.numpy(x)) for name, x in step.carried.items()}
                 batch = replace(batch, ids=stage.be.numpy(y))
         return y
 
-    def step(self, i: int, step: Step, end: End) -> Array:
+    def step(self, i: int, step: Step, end: End, best: int, after: Any = None) -> Any:
         """Stage i; it may be replayed when nothing but the batch's values differ."""
         batch, stage, d = caches_of(step.batch, i), self.stages[i], self.decoder
 
-        def compute(b: Batch) -> Array:
+        def compute(b: Batch) -> Any:
             now = replace(step, batch=b)
             x = d.embed(now) if i == 0 else b.ids
             x = d.through(now, x, stage.layers)
-            return end(now, x) if i + 1 == len(self.stages) else x
+            if i + 1 < len(self.stages):
+                return x
+            y = end(now, x)
+            return stage.be.pick(y, best) if best else y
 
         plain = step.user_tap is None and step.types is None and self.repeats
-        key = (self.number, i, end.__name__, self.rope_class(step.n_ctx), batch.key)
+        key = (self.number, i, end.__name__, best, self.rope_class(step.n_ctx), batch.key)
+        if after is not None:
+            return stage.be.follow(after, key, compute, batch)
         return stage.be.step(key if plain else None, compute, batch)
 
     def rope_class(self, n_ctx: int) -> bool:

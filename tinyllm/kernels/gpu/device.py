@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -58,8 +59,16 @@ class Device(Backend):
         """Bytes of a buffer, uint8, when all that was launched before has run."""
 
     @abstractmethod
-    def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
-        """The first bytes of a buffer into another."""
+    def fetch(self, buffer: Buffer, nbytes: int) -> Callable[[], np.ndarray]:
+        """Queue a copy of a buffer's first bytes to the host; what is returned waits for just that."""
+
+    @abstractmethod
+    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
+        """Queue a copy of bytes of a buffer, from ``start`` on, to the beginning of another."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Return when all that was queued is done."""
 
     @abstractmethod
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
@@ -95,6 +104,10 @@ class Device(Backend):
     def forget(self) -> None:
         """Drop what holds on to spare buffers."""
 
+    def idle(self) -> int:
+        """Bytes of the stores that are freed when they are wanted for something else."""
+        return sum(int(store.idle) for store in list(self._stores.values()))
+
     def refuse_recording(self) -> None:
         """Give a recording up: what comes now is done at once, or would take what it refers to."""
         if self.recording:
@@ -113,6 +126,8 @@ class Device(Backend):
                     self.forget()
                     self.pool.trim()
                     self.kept.trim()
+                    for store in list(self._stores.values()):
+                        store.trim()
                     continue
                 free, total = self.memory()
                 raise DeviceError(
