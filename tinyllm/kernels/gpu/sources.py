@@ -32,11 +32,13 @@ def plain(*files: str, **defines: str | int) -> Program:
 @cache
 def matrix(kind: str, file: str) -> Program:
     """The program of ``matvec.c`` or ``matmul.c`` for one format."""
+    stream = {"STREAM": 1} if file == "matvec.c" else {}  # no weight is read twice
     if kind in PLAIN:
-        return plain("unit_float.h", file, **PLAIN[kind])
+        return plain("unit_float.h", file, **PLAIN[kind], **stream)
     layout = LAYOUTS[kind]
     headers = ["unit.h", *(["kquants.h"] if layout.header == "lowbit.h" else []), layout.header]
-    return plain(*headers, "unit_int8.h", file, **layout.defines(kind))
+    headers += ["unit_int8.h", *(["piece_int8.h"] if stream else [])]
+    return plain(*headers, file, **layout.defines(kind), **stream)
 
 
 def attention(kv: int, head_dim: int, head_dim_v: int, queries: int, dense: bool) -> Program:

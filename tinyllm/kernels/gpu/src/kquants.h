@@ -98,3 +98,119 @@ INLINE Unit unpack_q8_k(UNIT_ARGS) {
     scale_all(&u, BITS_FLOAT(*WORDS(256, 4)), 0.0f);
     return u;
 }
+
+/* ---- pieces: of each block eight, whose two runs come from the same 16 bytes */
+
+#define RUN_BLOCK (block + p / 8)
+#define FIELD(before, size, i) BYTES(before, size, RUN_BLOCK * (size) + (uint)(i))
+#define HALF_OF(before) half_at((GLOBAL const ushort*)FIELD(before, 2, 0))
+
+/* Pairs of bits from `shift` on to the first run, those above them to the other. */
+INLINE void pair_runs(GLOBAL const uchar* p, const uint shift, Unit* u) {
+    uint v[4];
+    load16(p, v);
+    UNROLL for (int i = 0; i < 4; ++i) {
+        u->q[i] = (int)((v[i] >> shift) & 0x03030303u);
+        u->q[i + 4] = (int)((v[i] >> (shift + 2)) & 0x03030303u);
+    }
+}
+
+/* Bit `bit` of 16 bytes as bit `place` of the first run's codes, the next one for the other. */
+INLINE void bit_runs(GLOBAL const uchar* p, const uint bit, const int place, Unit* u) {
+    uint v[4];
+    load16(p, v);
+    UNROLL for (int i = 0; i < 4; ++i) {
+        u->q[i] |= (int)(((v[i] >> bit) & 0x01010101u) << place);
+        u->q[i + 4] |= (int)(((v[i] >> (bit + 1)) & 0x01010101u) << place);
+    }
+}
+
+INLINE Unit piece_q2_k(PIECE_ARGS) {
+    Unit u;
+    const uint c = p % 8, run = c / 2 * 4 + c % 2;
+    pair_runs(FIELD(0, 64, c / 4 * 32 + c % 2 * 16), c / 2 % 2 * 4, &u);
+    GLOBAL const uchar* s = FIELD(64, 16, run);
+    const float d = HALF_OF(80), dmin = HALF_OF(82);
+    UNROLL for (int h = 0; h < 2; ++h) {
+        u.d[h] = d * (float)(s[2 * h] & 15);
+        u.m[h] = -dmin * (float)(s[2 * h] >> 4);
+    }
+    return u;
+}
+
+INLINE Unit piece_q3_k(PIECE_ARGS) {
+    Unit u;
+    const uint c = p % 8, run = c / 2 * 4 + c % 2;
+    pair_runs(FIELD(0, 64, c / 4 * 32 + c % 2 * 16), c / 2 % 2 * 4, &u);
+    bit_runs(FIELD(64, 32, c % 2 * 16), c / 2 * 2, 2, &u);
+    GLOBAL const uchar* s = FIELD(96, 12, 0);
+    const float d = HALF_OF(108);
+    UNROLL for (int h = 0; h < 2; ++h) {
+        const uint g = run + 2 * h;
+        const int low = (s[g & 7] >> (4 * (g >> 3))) & 15;
+        const int scale = low | ((s[8 + (g & 3)] >> (2 * (g >> 2))) & 3) << 4;
+        u.d[h] = d * (float)(scale - 32);
+        u.m[h] = -4.0f * u.d[h];
+    }
+    return u;
+}
+
+/* Scale and minimum of groups 2 j and 2 j + 1 of scales_q4_k, which lie in neighbouring bytes. */
+INLINE void two_scales_q4_k(GLOBAL const uchar* s, const uint j, const float d, const float dmin, Unit* u) {
+    GLOBAL const ushort* v = (GLOBAL const ushort*)s + (j & 1);
+    const uint a = v[0], b = v[2], c = v[4];
+    const uint scales = j < 2 ? a & 0x3f3fu : (c & 0x0f0fu) | ((a >> 2) & 0x3030u);
+    const uint minima = j < 2 ? b & 0x3f3fu : ((c >> 4) & 0x0f0fu) | ((b >> 2) & 0x3030u);
+    UNROLL for (int h = 0; h < 2; ++h) {
+        u->d[h] = d * (float)byte_of(scales, h);
+        u->m[h] = -dmin * (float)byte_of(minima, h);
+    }
+}
+
+INLINE Unit piece_q4_k(PIECE_ARGS) {
+    Unit u;
+    const uint c = p % 8;
+    nibbles(FIELD(0, 128, 16 * c), &u);
+    two_scales_q4_k(FIELD(128, 12, 0), c / 2, HALF_OF(140), HALF_OF(142), &u);
+    return u;
+}
+
+INLINE Unit piece_q5_k(PIECE_ARGS) {
+    Unit u;
+    const uint c = p % 8;
+    nibbles(FIELD(0, 128, 16 * c), &u);
+    bit_runs(FIELD(128, 32, c % 2 * 16), c / 2 * 2, 4, &u);
+    two_scales_q4_k(FIELD(160, 12, 0), c / 2, HALF_OF(172), HALF_OF(174), &u);
+    return u;
+}
+
+INLINE Unit piece_q6_k(PIECE_ARGS) {
+    Unit u;
+    uint high[4];
+    const uint c = p % 8, shift = c / 2 % 2 * 2;
+    nibbles(FIELD(0, 128, 16 * c), &u);
+    load16(FIELD(128, 64, c / 4 * 32 + c % 2 * 16), high);
+    UNROLL for (int i = 0; i < 4; ++i) {
+        const uint v = high[i] >> shift;
+        u.q[i] |= (int)((v << 4) & 0x30303030u);
+        u.q[i + 4] |= (int)(v & 0x30303030u);
+    }
+    GLOBAL const schar* s = (GLOBAL const schar*)FIELD(192, 16, c / 4 * 8 + c % 4);
+    const float d = HALF_OF(208);
+    UNROLL for (int h = 0; h < 2; ++h) {
+        u.d[h] = d * (float)s[4 * h];
+        u.m[h] = -32.0f * u.d[h];
+    }
+    return u;
+}
+
+INLINE Unit piece_q8_k(PIECE_ARGS) {
+    Unit u;
+    UNROLL for (int h = 0; h < 2; ++h) {
+        const uint run = p + (h ? (uint)n_in / 32 : 0);
+        load16(BYTES(0, 256, block * 256 + 16 * run), (uint*)u.q + 4 * h);
+        u.d[h] = BITS_FLOAT(*(GLOBAL const uint*)BYTES(256, 4, 4 * block + run / 16 * 4));
+        u.m[h] = 0.0f;
+    }
+    return u;
+}

@@ -4,20 +4,32 @@
 
    A tensor lies in planes: each field of its blocks is an array of its own, [n_blocks, size of the field], so
    that neighbouring threads read neighbouring 16-byte words. PLANE(before, size) is the field that `before`
-   bytes of each block precede. */
+   bytes of each block precede. A block is `first`, the same for the whole group, plus `block`: addresses are
+   a base that is computed once and 32 bits of offset. */
 typedef struct {
     int q[8];
     float d[2];
     float m[2];
 } Unit;
 
-#define UNIT_ARGS GLOBAL const uchar* w, const ulong total, const ulong block, const int unit, GLOBAL const uint* grid
-#define PLANE(before, size) (w + total * (ulong)(before) + block * (ulong)(size))
+#define UNIT_ARGS \
+    GLOBAL const uchar* w, const ulong total, const ulong first, const uint block, const int unit, GLOBAL const uint* grid
+#define BYTES(before, size, i) (w + (total * (ulong)(before) + first * (ulong)(size)) + (ulong)((uint)(i)))
+#define PLANE(before, size) BYTES(before, size, block * (uint)(size))
 #define WORDS(before, size) ((GLOBAL const uint*)PLANE(before, size))
 #define HALF(before) half_at((GLOBAL const ushort*)PLANE(before, 2))
 
+/* A piece (piece_int8.h) of the row that begins with block first + block. */
+#define PIECE_ARGS \
+    GLOBAL const uchar *w, const ulong total, const ulong first, const uint block, const uint p, GLOBAL const uint *grid, \
+        const int n_in
+
 INLINE void load16(GLOBAL const uchar* p, uint* v) {
+#ifdef STREAM
+    const uint4 x = stream16(p);
+#else
     const uint4 x = *(GLOBAL const uint4*)p;
+#endif
     v[0] = x.x;
     v[1] = x.y;
     v[2] = x.z;
