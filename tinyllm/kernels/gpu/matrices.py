@@ -23,6 +23,7 @@ from .weights import LAYOUTS, PLAIN, GPUWeight
 MATVEC_ROWS = 16
 MATVEC_CHOICES = 32  # of experts; with more, rows are sorted by expert
 LANES, WARPS, ROWS = 32, 4, 2  # as in src/matvec.c
+BUSY = 48  # rows in flight that keep a core busy: 24 warps
 TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # as in src/matmul.c
 MAX_EXPERTS = 1024  # as in src/experts.c
 EXPERTS = sources.plain("experts.c")
@@ -114,7 +115,7 @@ class Matrices(Device):
         w = run[0][0]
         m = next((m for m in (1, 2, 4) if n_x <= m), 8)
         split = self._split(sum(job[0].n_out for job in run) * -(-n_x // m), w)
-        per_group = ROWS * WARPS // split
+        per_group = ROWS * WARPS >> split
         n_groups = sum(-(-job[0].n_out // per_group) for job in run)
         outputs: list[object] = []
         for job in run:
@@ -134,11 +135,12 @@ class Matrices(Device):
         )
 
     def _split(self, n_rows: int, w: GPUWeight) -> int:
-        """How many warps share a row: more when the rows alone leave the device idle."""
-        n_units = w.n_in // (8 if w.kind in PLAIN else 32)
-        split = 1
-        while split < WARPS and n_units >= 2 * split * LANES and n_rows * split < 32 * self.n_cores:
-            split *= 2
+        """1 << split warps share a row: more when the rows alone leave the device idle, as long as each warp
+        has all that it loads at once.
+        """
+        split, rounds = 0, w.n_in // (LANES * weights.weights_at_once(w.kind))
+        while WARPS >> split > 1 and rounds >> split > 1 and n_rows << split < BUSY * self.n_cores:
+            split += 1
         return split
 
     def many_rows(
@@ -178,7 +180,7 @@ class Matrices(Device):
         """A matvec for each choice."""
         n_choices = experts.size
         split = self._split(w.n_out * n_choices, w)
-        groups = -(-w.n_out // (ROWS * WARPS // split)), n_choices, 1
+        groups = -(-w.n_out // (ROWS * WARPS >> split)), n_choices, 1
         sizes = (i32(n) for n in (n_choices, share, w.n_in, w.n_out, split))
         program = sources.matrix(w.kind, "matvec.c")
         self.launch(program, "matvec_experts", groups, (LANES, WARPS, 1), *given, experts, *sizes)

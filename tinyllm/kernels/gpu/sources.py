@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 
-from .weights import LAYOUTS, PLAIN
+from .weights import LAYOUTS, PLAIN, units
 
 Defines = tuple[tuple[str, str | int], ...]
 Program = tuple[tuple[str, ...], Defines]  # files in order, and macros
@@ -32,13 +32,13 @@ def plain(*files: str, **defines: str | int) -> Program:
 @cache
 def matrix(kind: str, file: str) -> Program:
     """The program of ``matvec.c`` or ``matmul.c`` for one format."""
-    stream = {"STREAM": 1} if file == "matvec.c" else {}  # no weight is read twice
+    few = {"UNITS": units(kind)} if file == "matvec.c" else {}
     if kind in PLAIN:
-        return plain("unit_float.h", file, **PLAIN[kind], **stream)
+        return plain("unit_float.h", file, **PLAIN[kind], **few)
     layout = LAYOUTS[kind]
     headers = ["unit.h", *(["kquants.h"] if layout.header == "lowbit.h" else []), layout.header]
-    headers += ["unit_int8.h", *(["piece_int8.h"] if stream else [])]
-    return plain(*headers, file, **layout.defines(kind), **stream)
+    headers += ["unit_int8.h", *(["piece_int8.h"] if few else [])]
+    return plain(*headers, file, **layout.defines(kind), **few)
 
 
 def attention(kv: int, head_dim: int, head_dim_v: int, queries: int, dense: bool) -> Program:

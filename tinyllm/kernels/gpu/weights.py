@@ -2,8 +2,8 @@
 
 A block of Q4_0 is two bytes of scale and 16 of codes; in the file they alternate, so that no codes are
 aligned. On the device all codes come first and then all scales: the same bytes, but neighbouring
-threads read neighbouring 16-byte words. ``LAYOUTS`` names the planes in order, wide fields first;
-the unpack functions of ``src`` read them in that order.
+threads read neighbouring 16-byte words. ``LAYOUTS`` names the planes in order, wide fields first
+("a..b": the fields from a to b in one plane); the unpack functions of ``src`` read them in that order.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _layouts() -> dict[str, Layout]:
         "Q8_1": ("legacy", "qs d", 1, "", None),
         "Q2_K": ("kquants", "qs scales d dmin", 2, "own", None),
         "Q3_K": ("kquants", "qs hmask scales d", 2, "-4.0", None),
-        "Q4_K": ("kquants", "qs scales d dmin", 1, "own", None),
-        "Q5_K": ("kquants", "qs qh scales d dmin", 1, "own", None),
+        "Q4_K": ("kquants", "qs d..scales", 1, "own", None),
+        "Q5_K": ("kquants", "qs qh d..scales", 1, "own", None),
         "Q6_K": ("kquants", "ql qh scales d", 2, "-32.0", None),
         "Q8_K": ("kquants", "qs d", 1, "", None),
         "TQ1_0": ("lowbit", "qs qh d", 1, "-1.0", None),
@@ -180,19 +180,44 @@ def read_pieces(source: Source, rows: np.ndarray | range) -> Iterator[tuple[int,
 
 def split_planes(kind: str, raw: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Rows of blocks as planes uint8 [n_blocks, size], each with the bytes of a block before it."""
-    dtype = FORMATS[kind].dtype
-    blocks = raw.reshape(-1, dtype.itemsize)
+    blocks = raw.reshape(-1, FORMATS[kind].dtype.itemsize)
     before = 0
-    for field in LAYOUTS[kind].planes:
-        part, offset = dtype.fields[field][:2]  # type: ignore[index]
-        yield before, np.ascontiguousarray(blocks[:, offset : offset + part.itemsize])
-        before += part.itemsize
+    for start, stop in plane_spans(kind):
+        yield before, np.ascontiguousarray(blocks[:, start:stop])
+        before += stop - start
+
+
+def plane_spans(kind: str) -> list[tuple[int, int]]:
+    """Where in a block of the file each plane's bytes are."""
+    fields = FORMATS[kind].dtype.fields
+    assert fields is not None
+    spans = []
+    for plane in LAYOUTS[kind].planes:
+        first, _, last = plane.partition("..")
+        part, offset = fields[last or first][:2]
+        spans.append((fields[first][1], offset + part.itemsize))
+    return spans
 
 
 def plane_bytes(kind: str) -> int:
     """Bytes of a block on the device."""
-    fields = FORMATS[kind].dtype
-    return sum(fields[name].itemsize for name in LAYOUTS[kind].planes)
+    return sum(stop - start for start, stop in plane_spans(kind))
+
+
+def units(kind: str) -> int:
+    """Pieces of each row that matvec.c loads before it uses the first: two where registers suffice."""
+    if kind in PLAIN:
+        return 2
+    layout = LAYOUTS[kind]
+    heavy = layout.scales == 2 or layout.grid or kind in ("Q5_K", "TQ1_0")
+    return 1 if heavy else 2
+
+
+def weights_at_once(kind: str) -> int:
+    """Weights of a row that one lane of matvec.c loads at once."""
+    if kind in PLAIN:
+        return 8 * units(kind)
+    return units(kind) * (32 if LAYOUTS[kind].apart else 16)
 
 
 def padded_rows(source_type: str, kind: str, raw: np.ndarray) -> np.ndarray:

@@ -1,30 +1,30 @@
 /* Few rows (1 to 8 at a time) times a matrix: each weight is read once and goes straight into registers.
 
    A group has WARPS x 32 threads. Each 32 lanes go over ROWS rows of the matrix, piece by piece, and load UNITS
-   pieces of each row before they use the first: a memory that answers after 700 clocks wants some 30 KB asked for
-   at any time by each core. When there are too few rows to fill the device, `split` (1, 2 or 4) warps share the
+   pieces of each row before they use the first (one where many rows of x wait for it): a memory that answers after 700 clocks wants some 30 KB asked for
+   at any time by each core. When there are too few rows to fill the device, 1 << split (1, 2 or 4) warps share the
    pieces of the same rows. The lanes' sums meet at the end. */
 #define LANES 32
 #define WARPS 4
 #define ROWS 2
-#define UNITS 2
 #define MOST 8 /* rows of x at once */
 #define PAD (LANE_PARTS | 1) /* so that the threads that add up do not meet in one bank */
 
 #define OUTPUT(i) GLOBAL const uchar *w##i, const ulong total##i, const int n_out##i, GLOBAL const float *bias##i, GLOBAL float *y##i
 
-/* `units` pieces, p and each `step` behind it, of ROWS rows times m_tile rows of x: added to acc [m_tile, ROWS]. The
-   first two are constants where this is inlined. */
+/* The lane's pieces of `units` sets of ROWS rows times m_tile rows of x: added to acc [m_tile, ROWS]. The first two
+   are constants where this is inlined. */
 INLINE void add_pieces(const int units, const int m_tile, WEIGHT_ARGS, const ulong first, const uint* rows, X_ARGS,
-                       const uint* x_rows, const uint p, const uint step, const int n_in, float* acc) {
+                       const uint* x_rows, const ulong set, const uint lane, const int n_in, const int whole,
+                       float* acc) {
     Unit u[UNITS * ROWS];
     UNROLL for (int j = 0; j < UNITS * ROWS; ++j)
         if (j < units * ROWS)
-            u[j] = weight_piece(w, total, grid, first, rows[j % ROWS], p + (uint)(j / ROWS) * step, n_in);
+            u[j] = weight_piece(w, total, grid, first, rows[j % ROWS], set + (ulong)(j / ROWS), lane, n_in);
     UNROLL for (int m = 0; m < MOST; ++m) {
         UNROLL for (int j = 0; j < UNITS; ++j) {
             if (m >= m_tile || j >= units) continue;
-            const XPiece x = x_piece(xq, xd, xs, x_rows[m], p + (uint)j * step, n_in);
+            const XPiece x = x_piece(xq, xd, xs, x_rows[m], set + (ulong)j, lane, n_in, whole);
             UNROLL for (int r = 0; r < ROWS; ++r)
                 acc[m * ROWS + r] = piece_dot(&u[j * ROWS + r], &x, acc[m * ROWS + r]);
         }
@@ -35,45 +35,47 @@ INLINE void add_pieces(const int units, const int m_tile, WEIGHT_ARGS, const ulo
 INLINE void matvec(const int m_tile, WEIGHT_ARGS, const ulong first, X_ARGS, GLOBAL const float* bias,
                    GLOBAL float* y, const int group, const int t0, const int t_step, const int n_x, const int n_in,
                    const int n_out, const int split, SHARED float* sums) {
-    const int lane = LOCAL_ID(0), warp = LOCAL_ID(1), sharers = WARPS / split;
-    const int group_row = group * sharers * ROWS, row0 = warp / split * ROWS, last = n_out - 1 - group_row;
+    const uint lane = (uint)LOCAL_ID(0);
+    const int n = PIECES(n_in), warp = LOCAL_ID(1), sharers = WARPS >> split;
+    const int group_row = group * sharers * ROWS, row0 = (warp >> split) * ROWS, last = n_out - 1 - group_row;
     const ulong start = FIRST(first + (ulong)group_row, n_in);
-    const uint step = (uint)(split * LANES), n = PIECES(n_in);
-    uint rows[ROWS], x_rows[MOST], p = (uint)(warp % split * LANES + lane);
+    const int units = m_tile > 2 ? 1 : UNITS;
+    int set = (warp & ((1 << split) - 1)) * units;
+    uint rows[ROWS], x_rows[MOST];
     float acc[ROWS * MOST];
     UNROLL for (int r = 0; r < ROWS; ++r) rows[r] = (uint)(row0 + r < last ? row0 + r : last);
     UNROLL for (int m = 0; m < MOST; ++m)
         x_rows[m] = X_FIRST((t0 + m < n_x ? t0 + m : n_x - 1) / t_step, n_in);
     UNROLL for (int i = 0; i < ROWS * MOST; ++i) acc[i] = 0.0f;
-    for (; p + (UNITS - 1) * step < n; p += UNITS * step)
-        add_pieces(UNITS, m_tile, w, total, grid, start, rows, xq, xd, xs, x_rows, p, step, n_in, acc);
-    for (; p < n; p += step)
-        add_pieces(1, m_tile, w, total, grid, start, rows, xq, xd, xs, x_rows, p, step, n_in, acc);
+    for (; WHOLE(n_in) && (set + units - 1) * LANES + (int)lane < n; set += units << split)
+        add_pieces(units, m_tile, w, total, grid, start, rows, xq, xd, xs, x_rows, (ulong)set, lane, n_in, 1, acc);
+    for (; set * LANES + (int)lane < n; set += set % units == units - 1 ? (units << split) - units + 1 : 1)
+        add_pieces(1, m_tile, w, total, grid, start, rows, xq, xd, xs, x_rows, (ulong)set, lane, n_in, WHOLE(n_in), acc);
     UNROLL for (int i = 0; i < ROWS * MOST; ++i) {
         if (i >= ROWS * m_tile) continue;
         const float sum = lanes_sum(acc[i]);
-        if (lane < LANE_PARTS) sums[(i * WARPS + warp) * PAD + lane] = sum;
+        if (lane < (uint)LANE_PARTS) sums[(i * WARPS + warp) * PAD + lane] = sum;
     }
     BARRIER();
     /* Thread j adds up output j: (token and row) i of the warps that share these rows. */
-    for (int j = warp * LANES + lane; j < ROWS * m_tile * sharers; j += WARPS * LANES) {
+    for (int j = warp * LANES + (int)lane; j < ROWS * m_tile * sharers; j += WARPS * LANES) {
         const int i = j % (ROWS * m_tile), part = j / (ROWS * m_tile);
         const int row = group_row + part * ROWS + i % ROWS, t = t0 + i / ROWS;
         float sum = 0.0f;
-        for (int s = 0; s < split; ++s)
-            for (int l = 0; l < LANE_PARTS; ++l) sum += sums[(i * WARPS + part * split + s) * PAD + l];
+        for (int s = 0; s < 1 << split; ++s)
+            for (int l = 0; l < LANE_PARTS; ++l) sum += sums[(i * WARPS + (part << split) + s) * PAD + l];
         if (row < n_out && t < n_x) y[(ulong)t * (ulong)n_out + (ulong)row] = bias ? sum + bias[row] : sum;
     }
 }
 
 /* Up to three matrices of one format on the same x: the groups of the second follow those of the first. */
+#define GROUPS(n_out, split) (int)(((uint)((n_out) + (ROWS * WARPS >> (split)) - 1) << (split)) / (ROWS * WARPS))
 #define MATVEC(m, groups)                                                                                       \
     KERNEL_OF(WARPS* LANES, groups)                                                                             \
     void matvec_##m(OUTPUT(0), OUTPUT(1), OUTPUT(2), X_ARGS, GLOBAL const uint* grid, const int n_x,              \
                     const int n_in, const int split) {                                                           \
         LOCAL float sums[ROWS * (m) * WARPS * PAD];                                                              \
-        const int per_group = ROWS * WARPS / split;                                                              \
-        const int groups0 = (n_out0 + per_group - 1) / per_group, groups1 = (n_out1 + per_group - 1) / per_group; \
+        const int groups0 = GROUPS(n_out0, split), groups1 = GROUPS(n_out1, split);                               \
         const int t0 = GROUP_ID(1) * (m), g = GROUP_ID(0);                                                       \
         const int which = g < groups0 ? 0 : g < groups0 + groups1 ? 1 : 2;                                       \
         matvec(m, which == 0 ? w0 : which == 1 ? w1 : w2, which == 0 ? total0 : which == 1 ? total1 : total2,    \
@@ -85,8 +87,8 @@ INLINE void matvec(const int m_tile, WEIGHT_ARGS, const ulong first, X_ARGS, GLO
 
 MATVEC(1, 8)
 MATVEC(2, 6)
-MATVEC(4, 4)
-MATVEC(8, 4)
+MATVEC(4, 3)
+MATVEC(8, 3)
 
 /* Choice c of every row through its own matrix of the stack: x row c / share, y row c. */
 KERNEL_OF(WARPS* LANES, 8)

@@ -67,6 +67,10 @@ INLINE float lanes_sum(float x) {
     return x;
 }
 
+INLINE uint rotate(const uint x, const uint n) {
+    return __funnelshift_l(x, x, n);
+}
+
 INLINE uint byte_pick(const uint lo, const uint hi, const uint pick) {
-    return __byte_perm(lo, hi, pick);
+    return __byte_perm(lo, hi, pick & 0x7777u);
 }

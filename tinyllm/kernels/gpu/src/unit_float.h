@@ -22,7 +22,7 @@ INLINE float weight_bits(const uint bits) {
 #endif
 
 INLINE void load16(GLOBAL const uchar* p, uint* v) {
-#if defined(STREAM) && WEIGHT_BYTES == 2
+#if defined(UNITS) && WEIGHT_BYTES == 2
     const uint4 x = stream16(p);
 #else
     const uint4 x = *(GLOBAL const uint4*)p;
@@ -50,14 +50,18 @@ INLINE Unit weight_unit(WEIGHT_ARGS, const ulong row, const int k, const int n_i
     return unit_at(w + (row * (ulong)((n_in + 7) / 8) + (ulong)k) * (8 * WEIGHT_BYTES));
 }
 
-/* matvec.c takes units as they are: unit p of the row that comes `row` rows behind the one that begins at unit `first`. */
+/* matvec.c takes units as they are: unit 32 set + lane of the row that comes `row` rows behind the one that begins
+   with unit `first`. */
 #define PIECES(n_in) (((n_in) + 7) / 8)
+#define WHOLE(n_in) (((n_in) & 7) == 0)
 #define FIRST(row, n_in) ((row) * (ulong)PIECES(n_in))
 #define X_FIRST(t, n_in) ((uint)(t) * (uint)(n_in))
 typedef Unit XPiece;
 
-INLINE Unit weight_piece(WEIGHT_ARGS, const ulong first, const uint row, const uint p, const int n_in) {
-    return unit_at(w + first * (8 * WEIGHT_BYTES) + (ulong)((row * (uint)PIECES(n_in) + p) * (8 * WEIGHT_BYTES)));
+INLINE Unit weight_piece(WEIGHT_ARGS, const ulong first, const uint row, const ulong set, const uint lane,
+                         const int n_in) {
+    const uint unit = row * (uint)PIECES(n_in) + lane;
+    return unit_at(w + (first + 32 * set) * (8 * WEIGHT_BYTES) + (ulong)unit * (8 * WEIGHT_BYTES));
 }
 
 /* Eight activations from p on, of which n are left. */
@@ -79,12 +83,13 @@ INLINE Unit x_at(GLOBAL const float* p, const int n, const int aligned) {
     return x;
 }
 
-INLINE XPiece x_piece(X_ARGS, const uint x, const uint p, const int n_in) {
-    return x_at(xd + (ulong)(x + 8 * p), n_in - (int)(8 * p), (n_in & 7) == 0);
+INLINE XPiece x_piece(X_ARGS, const uint x, const ulong set, const uint lane, const int n_in,
+                       const int whole) {
+    return x_at(xd + (ulong)(x + 8 * lane) + 256 * set, n_in - 8 * (int)lane - 256 * (int)set, whole);
 }
 
 INLINE XUnit x_unit(X_ARGS, const int t, const int k, const int n_in) {
-    return x_at(xd + (ulong)t * (ulong)n_in + (ulong)(8 * k), n_in - 8 * k, (n_in & 7) == 0);
+    return x_at(xd + (ulong)t * (ulong)n_in + (ulong)(8 * k), n_in - 8 * k, WHOLE(n_in));
 }
 
 INLINE float unit_dot(const Unit* u, const XUnit* x) {
