@@ -21,6 +21,7 @@ from tinyllm.gguf import quants
 from tinyllm.kernels.backend import (
     Backend,
     Batch,
+    HeadNorms,
     LayerCache,
     RopeSpec,
     Routing,
@@ -284,6 +285,38 @@ def writer(b: Backend, k: np.ndarray, v: np.ndarray) -> Callable[[Batch], Any]:
     return fn
 
 
+CACHE_ERROR = {"f32": FLOAT, "f16": 1e-3, "q8_0": 2e-2}
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("pairing", ["half", "adjacent"])
+@pytest.mark.parametrize(
+    ("dim", "dim_v", "pairs", "normed"), [(68, 64, 32, True), (20, 140, 8, False)]
+)
+def test_rope_write_norms_turns_and_stores(
+    be: Backend, kv: Any, pairing: Any, dim: int, dim_v: int, pairs: int, normed: bool
+) -> None:
+    freqs, weights = (10000.0 ** -np.linspace(0, 0.9, pairs)).astype(F32), normal(2, dim, seed=9)
+    got, want = [], []
+    for b, out in ((be, got), (REFERENCE, want)):
+        caches = [b.new_cache([LayerCache(), LayerCache(2, dim, dim_v)], 100, kv) for _ in range(2)]
+        spec = RopeSpec(b.array(freqs), pairing, 2, 1.1)
+        norms = HeadNorms(b.array(weights[0]), b.array(weights[1]), 1e-5) if normed else None
+
+        def fn(batch: Batch, b: Backend = b, spec: Any = spec, norms: Any = norms) -> Any:
+            q, k, v = (b.array(normal(5, n, seed=n)) for n in (6 * dim, 2 * dim, 2 * dim_v))
+            return b.rope_write(batch, 1, q, k, v, spec, dim, norms)
+
+        batch = Batch.of([[0] * 3, [0] * 2], [0, 0], [0], caches)
+        out.append(np.array(b.numpy(b.step(None, fn, batch))))
+        for c, n in zip(caches, (3, 2), strict=True):
+            out += [rows for _, rows in sorted(c.export(n).items())]
+    for x, y in zip(got, want, strict=True):
+        if x.dtype == np.uint8:  # heads padded to whole blocks
+            x = quants.dequantize("Q8_0", x)[..., : y.shape[-1]]
+        same(be, x, y.astype(F32), max(CACHE_ERROR[kv], 1e-4))
+
+
 ATTENTION = {
     "plain": {},
     "window": {"window": 7},
@@ -292,7 +325,6 @@ ATTENTION = {
     "sinks": {"sinks": np.array([0.5, -1, 2, 0], F32)},
     "all": {"window": 100, "softcap": 5.0, "sinks": np.array([0.5, -1, 2, 0], F32)},
 }
-CACHE_ERROR = {"f32": FLOAT, "f16": 1e-3, "q8_0": 2e-2}
 CACHED = [*(("f32", case) for case in ATTENTION), ("f16", "plain"), ("q8_0", "plain")]
 
 

@@ -13,13 +13,14 @@ import numpy as np
 
 from ...errors import ArgumentError, DeviceError
 from .. import choose
-from ..backend import Activation, Batch, KVType, LayerCache, RopeSpec, Routing
+from ..backend import Activation, Batch, HeadNorms, KVType, LayerCache, RopeSpec, Routing
 from . import batch as batches
 from . import sources
 from .arrays import GPUArray, Sum
+from .attention import cache_program
 from .batch import DeviceBatch
 from .cache import GPUCache
-from .device import f32, i32
+from .device import f32, i32, u64
 from .matrices import EXPERTS, MAX_EXPERTS, ROWWISE
 from .recurrent import Recurrent
 from .steps import MOST_ROWS, Recording, Steps
@@ -32,6 +33,8 @@ GATINGS = ("softmax", "sigmoid", "softmax_selected")
 ELEMENTWISE = sources.plain("activations.h", "elementwise.c")
 CHOOSE = sources.plain("choose.c")
 MOST_THREADS = 512  # as in src/rows.c
+NORM_QUADS = 4  # fours of a run that each thread keeps, as in src/rows.c
+MOST_DIM = 1024  # of a head, as in src/cache.c
 N_BINS = 4096  # as in src/choose.c
 CANDIDATES = 16384  # that top_k brings to the host; with more it brings all the logits
 
@@ -92,22 +95,59 @@ class GPUBackend(Recurrent, Recording):
         y, n = self.empty(x.shape), group or x.shape[-1]
         before, x.pending = x.pending, None
         inputs = (x, None, None) if before is None else (before.x, before.y, x)
-        if n == x.shape[-1] and self.wants_int8(y):
-            y.int8 = self.new_int8(y.size)
+        threads, kept = self._norm_threads(n), False
+        if n % 4 == 0 and n <= 4 * NORM_QUADS * threads:
+            kept = True
+            if n == x.shape[-1] and self.wants_int8(y):
+                y.int8 = self.new_int8(y.size)
         sizes = (0 if p is None else p.size for p in (w, bias))
         shape = (i32(v) for v in (n, *sizes, n // 4 if y.int8 else 0, centre))
         outputs = y, *(y.int8 or (None, None, None))
         numbers = f32(eps), f32(1.0 if before is None else before.scale)
         args = *inputs, w, bias, *outputs, *shape, *numbers
-        threads = 128 if n < 2048 else min(MOST_THREADS, self.max_threads)
-        self.launch(ROWWISE, "norm_runs", (x.size // n, 1, 1), (threads, 1, 1), *args)
+        kernel = ("norm_rows_centred" if centre else "norm_rows") if kept else "norm_runs"
+        self.launch(ROWWISE, kernel, (x.size // n, 1, 1), (threads, 1, 1), *args)
         return y
+
+    def _norm_threads(self, n: int) -> int:
+        """A thread for each four values of a run, a power of two."""
+        quads = 1 << (-(-n // 4) - 1).bit_length()
+        return max(32, min(quads, MOST_THREADS, self.max_threads))
 
     def rope(self, x: GPUArray, positions: GPUArray, spec: RopeSpec, head_dim: int) -> GPUArray:
         y = self.empty(x.shape)
         shape = (i32(v) for v in (x.shape[-1], head_dim, spec.first, spec.freqs.size))
         how = i32(spec.pairing == "adjacent"), f32(spec.scale)
         self.each(ELEMENTWISE, "rope", x.size, x, positions, spec.freqs, y, *shape, *how)
+        return y
+
+    def rope_write(
+        self,
+        batch: Batch,
+        layer: int,
+        q: GPUArray,
+        k: GPUArray,
+        v: GPUArray,
+        spec: RopeSpec,
+        head_dim: int,
+        norms: HeadNorms | None = None,
+    ) -> GPUArray:
+        if head_dim > MOST_DIM:
+            return super().rope_write(batch, layer, q, k, v, spec, head_dim, norms)
+        b = self.on_device(batch)
+        store = self.shared_store(b)
+        ks, vs = (store.layout.sides[layer][name] for name in ("k", "v"))
+        y, n_head = self.empty(q.shape), q.shape[-1] // head_dim
+        where = y, store.pages.buffer, b.pages, b.seqs, b.positions, spec.freqs
+        weights = (None, None) if norms is None else (norms.q, norms.k)
+        offsets = (u64(n) for n in (store.pages.nbytes, ks.offset, vs.offset))
+        dims = b.n_pages, n_head, ks.n_head, ks.dim, vs.dim, ks.width, vs.width
+        turn = spec.first, spec.freqs.size, spec.pairing == "adjacent"
+        numbers = f32(spec.scale), f32(0.0 if norms is None else norms.eps)
+        args = q, k, v, *where, *weights, *offsets, *(i32(n) for n in (*dims, *turn)), *numbers
+        kernel = "rope_write" if norms is None else "norm_rope_write"
+        groups = n_head + 2 * ks.n_head, b.n_rows, 1
+        self.launch(cache_program(ks), kernel, groups, (128, 1, 1), *args)
         return y
 
     def act(self, x: GPUArray, kind: Activation) -> GPUArray:

@@ -27,7 +27,7 @@ BUSY = 48  # rows in flight that keep a core busy: 24 warps
 TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # as in src/matmul.c
 MAX_EXPERTS = 1024  # as in src/experts.c
 EXPERTS = sources.plain("experts.c")
-ROWWISE = sources.plain("activations.h", "rows.c")
+ROWWISE = sources.plain("activations.h", "reduce.h", "rows.c")
 
 Operand = tuple[GPUArray | None, GPUArray | None, GPUArray | None]
 

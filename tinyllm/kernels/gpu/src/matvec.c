@@ -88,7 +88,7 @@ INLINE void matvec(const int m_tile, WEIGHT_ARGS, const ulong first, X_ARGS, GLO
 MATVEC(1, 8)
 MATVEC(2, 6)
 MATVEC(4, 3)
-MATVEC(8, 3)
+MATVEC(8, 2)
 
 /* Choice c of every row through its own matrix of the stack: x row c / share, y row c. */
 KERNEL_OF(WARPS* LANES, 8)
