@@ -188,6 +188,39 @@ def test_matmul_experts_routes_each_row(be: Backend, type_name: str, each: bool)
     same(be, got, want, FLOAT if type_name in PLAIN else QUANTISED)
 
 
+@pytest.mark.parametrize("type_name", ["F32", "F16", "Q4_0", "Q6_K", "Q8_0", "IQ4_XS"])
+@pytest.mark.parametrize(("n_ff", "kind"), [(96, "silu"), (70, "swiglu_oai")])
+def test_matmul_gated_of_one_row(be: Backend, type_name: str, n_ff: int, kind: Any) -> None:
+    sources = [stored(type_name, n_ff, 512, seed=s) for s in (1, 2)]
+    down = stored("Q8_0" if n_ff % 32 == 0 else "F32", 24, n_ff, seed=3)
+    x, biases = normal(1, 512), [None, normal(n_ff, seed=5)]
+
+    def through(b: Backend) -> Any:
+        on = [None if v is None else b.array(v) for v in biases]
+        y = b.matmul_gated([b.load(s) for s in sources], b.array(x), on, kind)
+        return y, b.matmul(b.load(down), y)
+
+    for got, want in zip(through(be), through(REFERENCE), strict=True):
+        same(be, got, want, 0.02)
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q4_K"])
+@pytest.mark.parametrize("t", [1, 2, 40])
+def test_matmul_experts_gated(be: Backend, type_name: str, t: int) -> None:
+    sources = [stored(type_name, 5, 64, 256, seed=s) for s in (1, 2)]
+    down = stored("Q8_0", 5, 24, 64, seed=3)
+    x, bias = normal(t, 256), normal(5, 64, seed=4)
+    experts = np.random.default_rng(2).integers(0, 5, (t, 2)).astype(np.int32)
+
+    def through(b: Backend) -> Any:
+        ws = [b.load(s) for s in sources]
+        y = b.matmul_experts_gated(ws, b.array(x), b.array(experts), [b.array(bias), None], "silu")
+        return y, b.matmul_experts(b.load(down), y, b.array(experts))
+
+    for got, want in zip(through(be), through(REFERENCE), strict=True):
+        same(be, got, want, 0.02)
+
+
 def test_matmul_heads_gives_each_head_its_matrix(be: Backend) -> None:
     source, x = stored("F32", 3, 8, 16), normal(5, 48)
     want = REFERENCE.matmul_heads(REFERENCE.load(source), x)

@@ -263,6 +263,28 @@ class Backend(ABC):
         """``act(matmul(w, x, bias), kind)``, perhaps without a pass of its own over the values."""
         return self.act(self.matmul(w, x, bias), kind)
 
+    def matmul_gated(
+        self,
+        ws: Sequence[Weight],
+        x: Array,
+        biases: Sequence[Array | None],
+        kind: Activation,
+    ) -> Array:
+        """``act_mul`` of the products with a gate's and an up matrix."""
+        return self.act_mul(*self.matmuls(ws, x, biases), kind)
+
+    def matmul_experts_gated(
+        self,
+        ws: Sequence[Weight],
+        x: Array,
+        experts: Array,
+        biases: Sequence[Array | None],
+        kind: Activation,
+    ) -> Array:
+        """``act_mul`` of the products with a gate's and an up stack."""
+        up = self.matmul_experts(ws[1], x, experts, biases[1])
+        return self.act_mul(self.matmul_experts(ws[0], x, experts, biases[0]), up, kind)
+
     @abstractmethod
     def matmul_experts(
         self, w: Weight, x: Array, experts: Array, bias: Array | None = None

@@ -21,9 +21,10 @@ from .attention import cache_program
 from .batch import DeviceBatch
 from .cache import GPUCache
 from .device import f32, i32, u64
-from .matrices import EXPERTS, MAX_EXPERTS, ROWWISE
+from .matrices import EXPERTS, MATVEC_CHOICES, MAX_EXPERTS, ROWWISE
 from .recurrent import Recurrent
 from .steps import MOST_ROWS, Recording, Steps
+from .weights import GPUWeight
 
 ACTIVATIONS = (
     *("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus"),
@@ -153,6 +154,33 @@ class GPUBackend(Recurrent, Recording):
     def act(self, x: GPUArray, kind: Activation) -> GPUArray:
         y = self.empty(x.shape)
         self.each(ELEMENTWISE, "act", x.size, x, y, _code(ACTIVATIONS[:-1], kind))
+        return y
+
+    def matmul_gated(  # type: ignore[override]
+        self,
+        ws: Sequence[GPUWeight],
+        x: GPUArray,
+        biases: Sequence[GPUArray | None],
+        kind: Activation,
+    ) -> GPUArray:
+        if x.size > x.shape[-1] or not self.fits_gated(ws, x):
+            return super().matmul_gated(ws, x, biases, kind)
+        y = self.empty((*x.shape[:-1], ws[0].n_out))
+        self.few_gated(ws, x, biases, _code(ACTIVATIONS, kind), y, None)
+        return y
+
+    def matmul_experts_gated(  # type: ignore[override]
+        self,
+        ws: Sequence[GPUWeight],
+        x: GPUArray,
+        experts: GPUArray,
+        biases: Sequence[GPUArray | None],
+        kind: Activation,
+    ) -> GPUArray:
+        if experts.size > MATVEC_CHOICES or not self.fits_gated(ws, x):
+            return super().matmul_experts_gated(ws, x, experts, biases, kind)
+        y = self.empty((*experts.shape, ws[0].n_out))
+        self.few_gated(ws, x, biases, _code(ACTIVATIONS, kind), y, experts)
         return y
 
     def act_mul(self, gate: GPUArray, up: GPUArray, kind: Activation) -> GPUArray:

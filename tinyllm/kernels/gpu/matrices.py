@@ -23,6 +23,7 @@ from .weights import LAYOUTS, PLAIN, GPUWeight
 MATVEC_ROWS = 16
 MATVEC_CHOICES = 32  # of experts; with more, rows are sorted by expert
 LANES, WARPS, ROWS = 32, 4, 2  # as in src/matvec.c
+GATED_WARPS, GATED_OUTPUTS = 8, 32
 BUSY = 48  # rows in flight that keep a core busy: 24 warps
 TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # as in src/matmul.c
 MAX_EXPERTS = 1024  # as in src/experts.c
@@ -184,6 +185,38 @@ class Matrices(Device):
         sizes = (i32(n) for n in (n_choices, share, w.n_in, w.n_out, split))
         program = sources.matrix(w.kind, "matvec.c")
         self.launch(program, "matvec_experts", groups, (LANES, WARPS, 1), *given, experts, *sizes)
+
+    def fits_gated(self, ws: Sequence[GPUWeight], x: GPUArray) -> bool:
+        """Whether both matrices are alike, as matvec_gated needs them, and groups may be that large."""
+        gate, up = ws
+        alike = gate.kind == up.kind and gate.shape == up.shape and gate.n_in == x.shape[-1]
+        return alike and self.max_threads >= GATED_WARPS * LANES
+
+    def few_gated(
+        self,
+        ws: Sequence[GPUWeight],
+        x: GPUArray,
+        biases: Sequence[GPUArray | None],
+        kind: np.int32,
+        y: GPUArray,
+        experts: GPUArray | None,
+    ) -> None:
+        """Y = act(x gate^T) * (x up^T) of one row, or of each choice of experts, in one launch."""
+        w = ws[0]
+        n_choices = 1 if experts is None else experts.size
+        if self.wants_int8(y):
+            y.int8 = self.new_int8(y.size)
+        groups = -(-w.n_out // GATED_OUTPUTS), n_choices, 1
+        matrices = ws[0].buffer, ws[1].buffer, u64(w.total), *biases
+        share = n_choices // (x.size // w.n_in)
+        self.launch(
+            sources.matrix(w.kind, "matvec.c"),
+            "matvec_gated",
+            groups,
+            (LANES, GATED_WARPS, 1),
+            *(*matrices, y, *(y.int8 or (None, None, None)), *self.operand(w, x)),
+            *(self.grid(w.kind), experts, i32(share), i32(w.n_in), i32(w.n_out), kind),
+        )
 
     def _many_choices(
         self, w: GPUWeight, given: tuple[object, ...], experts: GPUArray, share: int

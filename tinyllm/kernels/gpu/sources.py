@@ -33,12 +33,13 @@ def plain(*files: str, **defines: str | int) -> Program:
 def matrix(kind: str, file: str) -> Program:
     """The program of ``matvec.c`` or ``matmul.c`` for one format."""
     few = {"UNITS": units(kind)} if file == "matvec.c" else {}
+    more = ["activations.h"] if few else []
     if kind in PLAIN:
-        return plain("unit_float.h", file, **PLAIN[kind], **few)
+        return plain("unit_float.h", *more, file, **PLAIN[kind], **few)
     layout = LAYOUTS[kind]
     headers = ["unit.h", *(["kquants.h"] if layout.header == "lowbit.h" else []), layout.header]
     headers += ["unit_int8.h", *(["piece_int8.h"] if few else [])]
-    return plain(*headers, file, **layout.defines(kind), **few)
+    return plain(*headers, *more, file, **layout.defines(kind), **few)
 
 
 def attention(kv: int, head_dim: int, head_dim_v: int, queries: int, dense: bool) -> Program:
