@@ -14,16 +14,19 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyopencl as cl
+import pytest
 
 import tinyllm.kernels.gpu as package
 from tinyllm.kernels.gpu import cublas, devices, sources
 from tinyllm.kernels.gpu.opencl import CPU_OPTIONS, OPTIONS
 
+EMULATED = (Path(__file__).parent / "emulated_tensor.h").read_text("utf-8")
 PAGE = 1 << 33  # addresses of one allocation
 STREAM = 100  # address of the first device's
 UP, DOWN = 1, 2
@@ -48,6 +51,7 @@ class Driver:
         self.tape: list[Callable[[], None]] | None = None
         self.pending: list[Callable[[], None]] = []
         self.launches = self.replays = self.products = 0
+        self.kernels: set[str] = set()  # launched
 
     def allocate(self, nbytes: int) -> int:
         if sum(self.sizes.values()) + nbytes > self.total:
@@ -100,6 +104,10 @@ class Driver:
         for each in work:
             each()
         self.queue.finish()
+
+    def compile(self, code: str) -> Any:
+        """A module with CuPy's ``get_function``."""
+        return RawModule(self, code)
 
     # ---- CuPy's names
 
@@ -195,7 +203,7 @@ class Memory:
         self.driver, self.ptr = driver, driver.allocate(nbytes)
 
     def __del__(self) -> None:
-        if hasattr(self, "ptr"):
+        if hasattr(self, "ptr") and not sys.is_finalizing():
             self.driver.free(self.ptr)
 
 
@@ -234,9 +242,9 @@ class Stream:
 
 class RawModule:
     def __init__(self, driver: Driver, code: str) -> None:
-        prelude = sources.read("prelude_cuda.h")
+        prelude, tensor = sources.read("prelude_cuda.h"), sources.read("tensor.h")
         assert prelude in code
-        text = code.replace(prelude, sources.read("prelude_opencl.h"))
+        text = code.replace(prelude, sources.read("prelude_opencl.h")).replace(tensor, EMULATED)
         options = [*OPTIONS, *CPU_OPTIONS, "-cl-kernel-arg-info"]
         self.driver, self.program = driver, cl.Program(driver.context, text).build(options)
 
@@ -253,6 +261,7 @@ class RawModule:
             assert max(grid[1:]) < 65536
             assert stream.device == driver.device
             driver.launches += 1
+            driver.kernels.add(name)
             for a, v in zip(args, is_value, strict=True):
                 if not v:
                     driver.check_here(int(a))
@@ -267,6 +276,12 @@ class RawModule:
             driver.do(work)
 
         return SimpleNamespace(kernel=call)
+
+
+def backend(driver: Driver) -> Any:
+    """A CUDA backend on a driver."""
+    with pytest.MonkeyPatch.context() as patch:
+        return module(driver, patch).CUDABackend("0")
 
 
 def module(driver: Driver, monkeypatch: Any) -> ModuleType:
@@ -295,9 +310,7 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
         alloc_pinned_memory=lambda nbytes: bytearray(nbytes),
     )
     cupy = ModuleType("cupy")
-    cupy.__dict__.update(
-        cuda=cuda, RawModule=lambda code, options, backend: RawModule(driver, code)
-    )
+    cupy.__dict__.update(cuda=cuda, RawModule=lambda code, options, backend: driver.compile(code))
     for name, part in (("cupy", cupy), ("cupy.cuda", cuda)):
         monkeypatch.setitem(sys.modules, name, part)
     monkeypatch.setattr(cublas, "library", lambda cuda_major: CuBLAS(driver))

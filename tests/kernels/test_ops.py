@@ -39,9 +39,18 @@ F32 = np.float32
 @cache
 def backend(device: str) -> Backend:
     try:
-        return open_backend(device)
+        return interpreted_cuda() if device == "interpreted" else open_backend(device)
     except (DeviceError, ImportError) as e:
         return pytest.skip(f"{device}: {e}")
+
+
+def interpreted_cuda() -> Backend:
+    """The CUDA backend on NVRTC's code, interpreted."""
+    pytest.importorskip("pyopencl", reason="needs PyOpenCL")
+    from interpreted_cuda import Interpreter
+    from simulated_cuda import backend as opened
+
+    return opened(Interpreter())
 
 
 @pytest.fixture(
@@ -49,6 +58,7 @@ def backend(device: str) -> Backend:
         "cpu",
         pytest.param("opencl", marks=pytest.mark.device),
         pytest.param("cuda", marks=pytest.mark.device),
+        pytest.param("interpreted", marks=pytest.mark.device),
     ]
 )
 def be(request: pytest.FixtureRequest) -> Backend:
@@ -125,7 +135,7 @@ def check(be: Backend, op: str, *args: Any, bound: float = FLOAT, **kwargs: Any)
 # ---- matrices
 
 
-@pytest.mark.parametrize("t", [1, 3, 8, 20])
+@pytest.mark.parametrize("t", [1, 3, 8, 20, 70])
 @pytest.mark.parametrize("type_name", WEIGHTS)
 def test_matmul_equals_the_dequantised_product(be: Backend, type_name: str, t: int) -> None:
     source = stored(type_name, 48, 512)

@@ -17,11 +17,15 @@ Buffer = Any  # a device's own handle
 class GPUArray:
     """A dense array on the device.
 
-    ``int8`` caches its quantised form, which several matrices read. ``pending``, where set, computes the
-    values when the buffer is asked for, unless another kernel has done its work along the way.
+    ``int8`` and ``half`` cache the forms in which several matrices read it, ``by_expert`` the order of
+    choices of experts. ``pending``, where set, computes the values when the buffer is asked for, unless
+    another kernel has done its work along the way.
     """
 
-    __slots__ = ("_base", "_buffer", "_pool", "_room", "dtype", "int8", "pending", "shape")
+    __slots__ = (
+        *("_base", "_buffer", "_pool", "_room", "by_expert", "dtype", "half", "int8", "pending"),
+        "shape",
+    )
 
     def __init__(
         self,
@@ -36,6 +40,8 @@ class GPUArray:
         self.pending: Sum | None = None
         self._base, self._room, self._pool = base, room, pool
         self.int8: tuple[GPUArray, GPUArray, GPUArray] | None = None
+        self.half: dict[int, tuple[GPUArray, GPUArray]] = {}
+        self.by_expert: tuple[int, tuple[GPUArray, GPUArray]] | None = None
 
     @property
     def buffer(self) -> Buffer:

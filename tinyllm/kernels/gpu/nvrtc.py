@@ -73,6 +73,11 @@ def programs() -> dict[str, Program]:
         for kind in (*PLAIN, *LAYOUTS)
         for file in ("matvec.c", "matmul.c")
     }
+    named |= {
+        f"{kind} matmul_tensor.c x {tokens}": sources.tensor(kind, tokens)
+        for kind in LAYOUTS
+        for tokens in (16, 32, 64)
+    }
     named["rows.c"] = sources.plain("activations.h", "reduce.h", "rows.c")
     named["elementwise.c"] = sources.plain("activations.h", "elementwise.c")
     for file in ("experts.c", "choose.c", "products.c"):

@@ -42,6 +42,12 @@ def matrix(kind: str, file: str) -> Program:
     return plain(*headers, *more, file, **layout.defines(kind), **few)
 
 
+def tensor(kind: str, tokens: int) -> Program:
+    """The program of ``matmul_tensor.c`` for one quantised format and tile (CUDA)."""
+    (*headers, _), defines = matrix(kind, "matmul.c")
+    return ("tensor.h", *headers, "matmul_tensor.c"), tuple(sorted((*defines, ("TOKENS", tokens))))
+
+
 def attention(kv: int, head_dim: int, head_dim_v: int, queries: int, dense: bool) -> Program:
     """The program of ``attention.c`` for one shape of heads."""
     shape = {"HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "QUERIES": queries}
