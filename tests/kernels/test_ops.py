@@ -21,6 +21,7 @@ from tinyllm.gguf import quants
 from tinyllm.kernels.backend import (
     Backend,
     Batch,
+    HeadNorms,
     LayerCache,
     RopeSpec,
     Routing,
@@ -197,6 +198,39 @@ def test_matmul_experts_routes_each_row(be: Backend, type_name: str, each: bool)
     same(be, got, want, FLOAT if type_name in PLAIN else QUANTISED)
 
 
+@pytest.mark.parametrize("type_name", ["F32", "F16", "Q4_0", "Q6_K", "Q8_0", "IQ4_XS"])
+@pytest.mark.parametrize(("n_ff", "kind"), [(96, "silu"), (70, "swiglu_oai")])
+def test_matmul_gated_of_one_row(be: Backend, type_name: str, n_ff: int, kind: Any) -> None:
+    sources = [stored(type_name, n_ff, 512, seed=s) for s in (1, 2)]
+    down = stored("Q8_0" if n_ff % 32 == 0 else "F32", 24, n_ff, seed=3)
+    x, biases = normal(1, 512), [None, normal(n_ff, seed=5)]
+
+    def through(b: Backend) -> Any:
+        on = [None if v is None else b.array(v) for v in biases]
+        y = b.matmul_gated([b.load(s) for s in sources], b.array(x), on, kind)
+        return y, b.matmul(b.load(down), y)
+
+    for got, want in zip(through(be), through(REFERENCE), strict=True):
+        same(be, got, want, 0.02)
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q4_K"])
+@pytest.mark.parametrize("t", [1, 2, 40])
+def test_matmul_experts_gated(be: Backend, type_name: str, t: int) -> None:
+    sources = [stored(type_name, 5, 64, 256, seed=s) for s in (1, 2)]
+    down = stored("Q8_0", 5, 24, 64, seed=3)
+    x, bias = normal(t, 256), normal(5, 64, seed=4)
+    experts = np.random.default_rng(2).integers(0, 5, (t, 2)).astype(np.int32)
+
+    def through(b: Backend) -> Any:
+        ws = [b.load(s) for s in sources]
+        y = b.matmul_experts_gated(ws, b.array(x), b.array(experts), [b.array(bias), None], "silu")
+        return y, b.matmul_experts(b.load(down), y, b.array(experts))
+
+    for got, want in zip(through(be), through(REFERENCE), strict=True):
+        same(be, got, want, 0.02)
+
+
 def test_matmul_heads_gives_each_head_its_matrix(be: Backend) -> None:
     source, x = stored("F32", 3, 8, 16), normal(5, 48)
     want = REFERENCE.matmul_heads(REFERENCE.load(source), x)
@@ -294,6 +328,38 @@ def writer(b: Backend, k: np.ndarray, v: np.ndarray) -> Callable[[Batch], Any]:
     return fn
 
 
+CACHE_ERROR = {"f32": FLOAT, "f16": 1e-3, "q8_0": 2e-2}
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("pairing", ["half", "adjacent"])
+@pytest.mark.parametrize(
+    ("dim", "dim_v", "pairs", "normed"), [(68, 64, 32, True), (20, 140, 8, False)]
+)
+def test_rope_write_norms_turns_and_stores(
+    be: Backend, kv: Any, pairing: Any, dim: int, dim_v: int, pairs: int, normed: bool
+) -> None:
+    freqs, weights = (10000.0 ** -np.linspace(0, 0.9, pairs)).astype(F32), normal(2, dim, seed=9)
+    got, want = [], []
+    for b, out in ((be, got), (REFERENCE, want)):
+        caches = [b.new_cache([LayerCache(), LayerCache(2, dim, dim_v)], 100, kv) for _ in range(2)]
+        spec = RopeSpec(b.array(freqs), pairing, 2, 1.1)
+        norms = HeadNorms(b.array(weights[0]), b.array(weights[1]), 1e-5) if normed else None
+
+        def fn(batch: Batch, b: Backend = b, spec: Any = spec, norms: Any = norms) -> Any:
+            q, k, v = (b.array(normal(5, n, seed=n)) for n in (6 * dim, 2 * dim, 2 * dim_v))
+            return b.rope_write(batch, 1, q, k, v, spec, dim, norms)
+
+        batch = Batch.of([[0] * 3, [0] * 2], [0, 0], [0], caches)
+        out.append(np.array(b.numpy(b.step(None, fn, batch))))
+        for c, n in zip(caches, (3, 2), strict=True):
+            out += [rows for _, rows in sorted(c.export(n).items())]
+    for x, y in zip(got, want, strict=True):
+        if x.dtype == np.uint8:  # heads padded to whole blocks
+            x = quants.dequantize("Q8_0", x)[..., : y.shape[-1]]
+        same(be, x, y.astype(F32), max(CACHE_ERROR[kv], 1e-4))
+
+
 ATTENTION = {
     "plain": {},
     "window": {"window": 7},
@@ -302,7 +368,6 @@ ATTENTION = {
     "sinks": {"sinks": np.array([0.5, -1, 2, 0], F32)},
     "all": {"window": 100, "softcap": 5.0, "sinks": np.array([0.5, -1, 2, 0], F32)},
 }
-CACHE_ERROR = {"f32": FLOAT, "f16": 1e-3, "q8_0": 2e-2}
 CACHED = [*(("f32", case) for case in ATTENTION), ("f16", "plain"), ("q8_0", "plain")]
 
 

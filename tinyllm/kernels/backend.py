@@ -86,6 +86,15 @@ class RopeSpec:
     scale: float = 1.0  # multiplies cos and sin
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of each head of queries and of keys (see ``Backend.rope_write``)."""
+
+    q: Array  # [D] weights
+    k: Array  # [D]
+    eps: float
+
+
 class Cache(ABC):
     """The stored past of one sequence, for all layers. Memory is taken as it fills, where possible."""
 
@@ -273,6 +282,28 @@ class Backend(ABC):
         """``act(matmul(w, x, bias), kind)``, perhaps without a pass of its own over the values."""
         return self.act(self.matmul(w, x, bias), kind)
 
+    def matmul_gated(
+        self,
+        ws: Sequence[Weight],
+        x: Array,
+        biases: Sequence[Array | None],
+        kind: Activation,
+    ) -> Array:
+        """``act_mul`` of the products with a gate's and an up matrix."""
+        return self.act_mul(*self.matmuls(ws, x, biases), kind)
+
+    def matmul_experts_gated(
+        self,
+        ws: Sequence[Weight],
+        x: Array,
+        experts: Array,
+        biases: Sequence[Array | None],
+        kind: Activation,
+    ) -> Array:
+        """``act_mul`` of the products with a gate's and an up stack."""
+        up = self.matmul_experts(ws[1], x, experts, biases[1])
+        return self.act_mul(self.matmul_experts(ws[0], x, experts, biases[0]), up, kind)
+
     @abstractmethod
     def matmul_experts(
         self, w: Weight, x: Array, experts: Array, bias: Array | None = None
@@ -364,6 +395,29 @@ class Backend(ABC):
     @abstractmethod
     def cache_write(self, batch: Batch, layer: int, k: Array, v: Array) -> None:
         """Store the new rows' k [T, K * D] and v [T, K * Dv] at their positions in their sequences' caches."""
+
+    def rope_write(
+        self,
+        batch: Batch,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        spec: RopeSpec,
+        head_dim: int,
+        norms: HeadNorms | None = None,
+    ) -> Array:
+        """Q turned to its positions, while k, turned likewise, and v are stored.
+
+        The same as ``rms_norm`` of each head of q and k (with ``norms``), ``rope`` and ``cache_write``,
+        perhaps in one pass.
+        """
+        if norms is not None:
+            q = self.rms_norm(q, norms.q, norms.eps, None, head_dim)
+            k = self.rms_norm(k, norms.k, norms.eps, None, head_dim)
+        q, k = (self.rope(x, batch.positions, spec, head_dim) for x in (q, k))
+        self.cache_write(batch, layer, k, v)
+        return q
 
     @abstractmethod
     def attention(

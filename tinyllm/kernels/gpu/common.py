@@ -12,17 +12,19 @@ from math import prod
 import numpy as np
 
 from ...errors import ArgumentError, DeviceError
-from ..backend import Activation, Batch, KVType, LayerCache, RopeSpec, Routing
+from ..backend import Activation, Batch, HeadNorms, KVType, LayerCache, RopeSpec, Routing
 from . import batch as batches
 from . import sources
 from .arrays import GPUArray, Sum
+from .attention import cache_program
 from .batch import DeviceBatch
 from .cache import GPUCache
-from .device import f32, i32
-from .matrices import EXPERTS, MAX_EXPERTS, ROWWISE
+from .device import f32, i32, u64
+from .matrices import EXPERTS, MATVEC_CHOICES, MAX_EXPERTS, ROWWISE
 from .picking import Picking
 from .recurrent import Recurrent
 from .steps import MOST_ROWS, Recording, Steps
+from .weights import GPUWeight
 
 ACTIVATIONS = (
     *("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus"),
@@ -31,6 +33,8 @@ ACTIVATIONS = (
 GATINGS = ("softmax", "sigmoid", "softmax_selected")
 ELEMENTWISE = sources.plain("activations.h", "elementwise.c")
 MOST_THREADS = 512  # as in src/rows.c
+NORM_QUADS = 4  # fours of a run that each thread keeps, as in src/rows.c
+MOST_DIM = 1024  # of a head, as in src/cache.c
 
 
 class GPUBackend(Picking, Recurrent, Recording):
@@ -102,16 +106,24 @@ class GPUBackend(Picking, Recurrent, Recording):
         y, n = self.empty(x.shape), group or x.shape[-1]
         before, x.pending = x.pending, None
         inputs = (x, None, None) if before is None else (before.x, before.y, x)
-        if n == x.shape[-1] and self.wants_int8(y):
-            y.int8 = self.new_int8(y.size)
+        threads, kept = self._norm_threads(n), False
+        if n % 4 == 0 and n <= 4 * NORM_QUADS * threads:
+            kept = True
+            if n == x.shape[-1] and self.wants_int8(y):
+                y.int8 = self.new_int8(y.size)
         sizes = (0 if p is None else p.size for p in (w, bias))
         shape = (i32(v) for v in (n, *sizes, n // 4 if y.int8 else 0, centre))
         outputs = y, *(y.int8 or (None, None, None))
         numbers = f32(eps), f32(1.0 if before is None else before.scale)
         args = *inputs, w, bias, *outputs, *shape, *numbers
-        threads = 128 if n < 2048 else min(MOST_THREADS, self.max_threads)
-        self.launch(ROWWISE, "norm_runs", (x.size // n, 1, 1), (threads, 1, 1), *args)
+        kernel = ("norm_rows_centred" if centre else "norm_rows") if kept else "norm_runs"
+        self.launch(ROWWISE, kernel, (x.size // n, 1, 1), (threads, 1, 1), *args)
         return y
+
+    def _norm_threads(self, n: int) -> int:
+        """A thread for each four values of a run, a power of two."""
+        quads = 1 << (-(-n // 4) - 1).bit_length()
+        return max(32, min(quads, MOST_THREADS, self.max_threads))
 
     def rope(self, x: GPUArray, positions: GPUArray, spec: RopeSpec, head_dim: int) -> GPUArray:
         y = self.empty(x.shape)
@@ -120,9 +132,65 @@ class GPUBackend(Picking, Recurrent, Recording):
         self.each(ELEMENTWISE, "rope", x.size, x, positions, spec.freqs, y, *shape, *how)
         return y
 
+    def rope_write(
+        self,
+        batch: Batch,
+        layer: int,
+        q: GPUArray,
+        k: GPUArray,
+        v: GPUArray,
+        spec: RopeSpec,
+        head_dim: int,
+        norms: HeadNorms | None = None,
+    ) -> GPUArray:
+        if head_dim > MOST_DIM:
+            return super().rope_write(batch, layer, q, k, v, spec, head_dim, norms)
+        b = self.on_device(batch)
+        store = self.shared_store(b)
+        ks, vs = (store.layout.sides[layer][name] for name in ("k", "v"))
+        y, n_head = self.empty(q.shape), q.shape[-1] // head_dim
+        where = y, store.pages.buffer, b.pages, b.seqs, b.positions, spec.freqs
+        weights = (None, None) if norms is None else (norms.q, norms.k)
+        offsets = (u64(n) for n in (store.pages.nbytes, ks.offset, vs.offset))
+        dims = b.n_pages, n_head, ks.n_head, ks.dim, vs.dim, ks.width, vs.width
+        turn = spec.first, spec.freqs.size, spec.pairing == "adjacent"
+        numbers = f32(spec.scale), f32(0.0 if norms is None else norms.eps)
+        args = q, k, v, *where, *weights, *offsets, *(i32(n) for n in (*dims, *turn)), *numbers
+        kernel = "rope_write" if norms is None else "norm_rope_write"
+        groups = n_head + 2 * ks.n_head, b.n_rows, 1
+        self.launch(cache_program(ks), kernel, groups, (128, 1, 1), *args)
+        return y
+
     def act(self, x: GPUArray, kind: Activation) -> GPUArray:
         y = self.empty(x.shape)
         self.each(ELEMENTWISE, "act", x.size, x, y, _code(ACTIVATIONS[:-1], kind))
+        return y
+
+    def matmul_gated(  # type: ignore[override]
+        self,
+        ws: Sequence[GPUWeight],
+        x: GPUArray,
+        biases: Sequence[GPUArray | None],
+        kind: Activation,
+    ) -> GPUArray:
+        if x.size > x.shape[-1] or not self.fits_gated(ws, x):
+            return super().matmul_gated(ws, x, biases, kind)
+        y = self.empty((*x.shape[:-1], ws[0].n_out))
+        self.few_gated(ws, x, biases, _code(ACTIVATIONS, kind), y, None)
+        return y
+
+    def matmul_experts_gated(  # type: ignore[override]
+        self,
+        ws: Sequence[GPUWeight],
+        x: GPUArray,
+        experts: GPUArray,
+        biases: Sequence[GPUArray | None],
+        kind: Activation,
+    ) -> GPUArray:
+        if experts.size > MATVEC_CHOICES or not self.fits_gated(ws, x):
+            return super().matmul_experts_gated(ws, x, experts, biases, kind)
+        y = self.empty((*experts.shape, ws[0].n_out))
+        self.few_gated(ws, x, biases, _code(ACTIVATIONS, kind), y, experts)
         return y
 
     def act_mul(self, gate: GPUArray, up: GPUArray, kind: Activation) -> GPUArray:

@@ -23,10 +23,12 @@ from .weights import LAYOUTS, PLAIN, GPUWeight
 MATVEC_ROWS = 16
 MATVEC_CHOICES = 32  # of experts; with more, rows are sorted by expert
 LANES, WARPS, ROWS = 32, 4, 2  # as in src/matvec.c
+GATED_WARPS, GATED_OUTPUTS = 8, 32
+BUSY = 48  # rows in flight that keep a core busy: 24 warps
 TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # as in src/matmul.c
 MAX_EXPERTS = 1024  # as in src/experts.c
 EXPERTS = sources.plain("experts.c")
-ROWWISE = sources.plain("activations.h", "rows.c")
+ROWWISE = sources.plain("activations.h", "reduce.h", "rows.c")
 
 Operand = tuple[GPUArray | None, GPUArray | None, GPUArray | None]
 
@@ -114,7 +116,7 @@ class Matrices(Device):
         w = run[0][0]
         m = next((m for m in (1, 2, 4) if n_x <= m), 8)
         split = self._split(sum(job[0].n_out for job in run) * -(-n_x // m), w)
-        per_group = ROWS * WARPS // split
+        per_group = ROWS * WARPS >> split
         n_groups = sum(-(-job[0].n_out // per_group) for job in run)
         self.launch(
             sources.matrix(w.kind, "matvec.c"),
@@ -130,11 +132,12 @@ class Matrices(Device):
         )
 
     def _split(self, n_rows: int, w: GPUWeight) -> int:
-        """How many warps share a row: more when the rows alone leave the device idle."""
-        n_units = w.n_in // (8 if w.kind in PLAIN else 32)
-        split = 1
-        while split < WARPS and n_units >= 2 * split * LANES and n_rows * split < 32 * self.n_cores:
-            split *= 2
+        """1 << split warps share a row: more when the rows alone leave the device idle, as long as each warp
+        has all that it loads at once.
+        """
+        split, rounds = 0, w.n_in // (LANES * weights.weights_at_once(w.kind))
+        while WARPS >> split > 1 and rounds >> split > 1 and n_rows << split < BUSY * self.n_cores:
+            split += 1
         return split
 
     def many_rows(self, run: Sequence[Job], x: GPUArray, n_x: int) -> None:
@@ -167,11 +170,43 @@ class Matrices(Device):
         """A matvec for each choice."""
         w, bias, y = job
         split = self._split(w.n_out * experts.size, w)
-        groups = -(-w.n_out // (ROWS * WARPS // split)), experts.size, 1
+        groups = -(-w.n_out // (ROWS * WARPS >> split)), experts.size, 1
         shape = (i32(n) for n in (experts.size, shared(experts, x), w.n_in, w.n_out, split))
         args = w.buffer, u64(w.total), bias, y, *self.operand(w, x), self.grid(w.kind), experts
         program = sources.matrix(w.kind, "matvec.c")
         self.launch(program, "matvec_experts", groups, (LANES, WARPS, 1), *args, *shape)
+
+    def fits_gated(self, ws: Sequence[GPUWeight], x: GPUArray) -> bool:
+        """Whether both matrices are alike, as matvec_gated needs them, and groups may be that large."""
+        gate, up = ws
+        alike = gate.kind == up.kind and gate.shape == up.shape and gate.n_in == x.shape[-1]
+        return alike and self.max_threads >= GATED_WARPS * LANES
+
+    def few_gated(
+        self,
+        ws: Sequence[GPUWeight],
+        x: GPUArray,
+        biases: Sequence[GPUArray | None],
+        kind: np.int32,
+        y: GPUArray,
+        experts: GPUArray | None,
+    ) -> None:
+        """Y = act(x gate^T) * (x up^T) of one row, or of each choice of experts, in one launch."""
+        w = ws[0]
+        n_choices = 1 if experts is None else experts.size
+        if self.wants_int8(y):
+            y.int8 = self.new_int8(y.size)
+        groups = -(-w.n_out // GATED_OUTPUTS), n_choices, 1
+        matrices = ws[0].buffer, ws[1].buffer, u64(w.total), *biases
+        share = n_choices // (x.size // w.n_in)
+        self.launch(
+            sources.matrix(w.kind, "matvec.c"),
+            "matvec_gated",
+            groups,
+            (LANES, GATED_WARPS, 1),
+            *(*matrices, y, *(y.int8 or (None, None, None)), *self.operand(w, x)),
+            *(self.grid(w.kind), experts, i32(share), i32(w.n_in), i32(w.n_out), kind),
+        )
 
     def many_choices(self, job: Job, x: GPUArray, experts: GPUArray) -> None:
         """The choices sorted by expert, and tiles of each expert's."""

@@ -78,14 +78,14 @@ def programs() -> dict[str, Program]:
         for kind in LAYOUTS
         for tokens in (16, 32, 64)
     }
-    for file in ("rows.c", "elementwise.c"):
-        named[file] = sources.plain("activations.h", file)
+    named["rows.c"] = sources.plain("activations.h", "reduce.h", "rows.c")
+    named["elementwise.c"] = sources.plain("activations.h", "elementwise.c")
     for file in ("experts.c", "choose.c", "products.c"):
         named[file] = sources.plain(file)
     for size in (16, 64):
         named[f"recurrent.c {size}"] = sources.plain("recurrent.c", SIZE=size)
     for name, kv in (("f32", 0), ("f16", 1), ("q8_0", 2)):
-        named[f"cache.c {name}"] = sources.plain("kv.h", "cache.c", KV=kv)
+        named[f"cache.c {name}"] = sources.plain("kv.h", "reduce.h", "cache.c", KV=kv)
         for dim in (64, 128, 256):
             for queries in (8, 16) if dim < 256 else (8,):
                 program = sources.attention(kv, dim, dim, queries, dense=False)
