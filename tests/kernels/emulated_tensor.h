@@ -3,6 +3,7 @@
 #define WARP_ROOM(warps) LOCAL uint warp_room[(warps) * 32 * WARP_WORDS];
 #define WARP_ARGS , SHARED uint* warp_room
 #define WARP_PASS , warp_room
+#define BOUNDED_KERNEL(threads, groups) KERNEL
 #define DEVICE_FENCE() mem_fence(CLK_GLOBAL_MEM_FENCE)
 #define exp2_fast(x) exp2(x)
 #define reciprocal(x) (1.0f / (x))

@@ -48,7 +48,8 @@ def group_shape(pairs: int, k: Side, v: Side) -> GroupShape:
     whole = PAGE * (_stride(k) + _stride(v)) <= LOCAL_BYTES
     if pairs > 16:
         return GroupShape(4 if pairs <= 64 else 8, 1, PAGE if whole else PAGE // 2)
-    whole = whole and 4 * 64 * (v.dim + 8) <= LOCAL_BYTES  # where warps meet
+    shared = PAGE * (_stride(k) + _stride(v)) + 64 * (k.dim + 8)  # with the queries
+    whole = shared <= LOCAL_BYTES and 4 * 64 * (v.dim + 8) <= LOCAL_BYTES  # where warps meet
     return GroupShape(1, 4, PAGE) if whole else GroupShape(1, 2, PAGE // 2)
 
 
@@ -68,7 +69,7 @@ def choose_splits(n_groups: int, n_keys: int, shape: GroupShape, row_bytes: int,
     memory bandwidth and products. Parts have to be joined.
     """
     n_tiles = max(1, -(-n_keys // shape.tile))
-    resident = max(1, 256 // shape.threads)
+    resident = 4 if shape.keys == 4 else max(1, 256 // shape.threads)
     products = shape.pairs * shape.tile * row_bytes / 2 / CORE_PRODUCTS
     work = max(shape.tile * row_bytes / CORE_BYTES, products)
 

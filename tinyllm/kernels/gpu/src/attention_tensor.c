@@ -23,36 +23,46 @@
 #define WARP_KEYS (KEYS / KEY_WARPS)
 #define N_SCORES (WARP_KEYS / 8)
 #define N_VALUES (HEAD_DIM_V / 8)
-#define IN_REGISTERS (HEAD_DIM <= 128) /* the queries; else they are read again for each tile */
+#define Q_STRIDE (HEAD_DIM + 8)
+#define Q_ROOM (2 * PAIRS * Q_STRIDE) /* ushorts, for both terms */
 #define BLOCKS(d) (((d) + 31) / 32)
+#define GROUPS (KEY_WARPS == 4 ? 4 : 256 / THREADS) /* of a core: what registers are given out for */
 #define HEADROOM (KV == 1 ? 15.0f : 4.0f) /* a half ends at 2^16; with q8_0 the scale has to fit, too */
 #define LOWEST (-1.0e30f)
 #define LOG2E 1.4426950408889634f
+
+/* The queries: in local memory where warps share them, in registers where they fit, else read again for each tile. */
+#if KEY_WARPS > 1 && 2 * (TILE + Q_ROOM) <= 46 << 10
+#define Q_LOCAL
+#elif HEAD_DIM <= 128
+#define Q_REGISTERS
+#endif
 
 #if KV == 2 /* a thread has every other column of 16 in one matrix, those between in the next one */
 #define DIM_OF(n, column) ((n) / 2 * 16 + 2 * (column) + (n) % 2)
 #define FIRST_DIM(t) (4 * (t))
 #define SECOND_DIM(t) (4 * (t) + 2)
+#define COLUMN_OF(d) ((d) / 16 * 16 + (d) % 16 / 4 * 2 + (d) % 2 + (d) % 4 / 2 * 8)
 #else
 #define DIM_OF(n, column) (8 * (n) + (column))
 #define FIRST_DIM(t) (2 * (t))
 #define SECOND_DIM(t) (2 * (t) + 8)
+#define COLUMN_OF(d) (d)
 #endif
 
 /* What a group looks after, and how. */
 typedef struct {
     int seq, row0, n_rows, kv_head, first_head, n_heads, heads_at_once, n_head; /* heads first_head .. + n_heads */
     int first_pos, end_key, window;                                           /* position of row0 */
-    float softcap;
 } Part;
 
 /* The row of pair i, or -1. */
-INLINE int row_of(const Part* p, const int i) {
+INLINE int row_of(SHARED const Part* p, const int i) {
     const int r = i / p->heads_at_once;
     return r < p->n_rows && i % p->heads_at_once < p->n_heads ? p->row0 + r : -1;
 }
 
-INLINE int head_of(const Part* p, const int i) {
+INLINE int head_of(SHARED const Part* p, const int i) {
     return p->first_head + i % p->heads_at_once;
 }
 
@@ -70,12 +80,16 @@ INLINE void split2(const float x, const float y, uint* high, uint* low) {
 /* Start copying `rows` rows of stored bytes to local memory, with zeros for those from n on. */
 INLINE void stage(SHARED ushort* to, GLOBAL const uchar* from, const int rows, const int chunks, const int stride,
                   const int n) {
-    const int tid = LOCAL_ID(0);
+    const int tid = LOCAL_ID(0), even = THREADS % chunks == 0; /* then addresses are constants apart */
+    const int left = n - tid / chunks;
+    to += tid / chunks * stride + tid % chunks * 8;
+    from += (uint)tid * 16;
     UNROLL for (int j = 0; j < (rows * chunks + THREADS - 1) / THREADS; ++j) {
-        const int even = THREADS % chunks == 0, i = tid + j * THREADS; /* then addresses are constants apart */
-        const int row = even ? tid / chunks + j * (THREADS / chunks) : i / chunks, c = even ? tid % chunks : i % chunks;
+        const int i = tid + j * THREADS;
+        const int down = even ? j * (THREADS / chunks) : i / chunks - tid / chunks;
+        const int along = even ? 0 : i % chunks - tid % chunks;
         if (rows * chunks % THREADS == 0 || i < rows * chunks)
-            copy16_or_zeros(to + row * stride + c * 8, from + (ulong)tid * 16 + j * THREADS * 16, row < n);
+            copy16_or_zeros(to + down * stride + along * 8, from + j * THREADS * 16, down < left);
     }
 }
 
@@ -83,10 +97,10 @@ INLINE void stage(SHARED ushort* to, GLOBAL const uchar* from, const int rows, c
 INLINE void stage_tile(SHARED ushort* to, SHARED ushort* scales, GLOBAL const uchar* side, const int n_head_kv,
                        const int kv_head, const int k0, const int dim, const int n) {
     const int chunks = CHUNKS(dim), row = kv_head * PAGE + k0 % PAGE;
-    stage(to, side + (ulong)(row * chunks) * 16, KEYS, chunks, STRIDE(dim), n);
+    stage(to, side + (uint)(row * chunks * 16), KEYS, chunks, STRIDE(dim), n);
 #if KV == 2
-    stage(scales, side + (ulong)(n_head_kv * PAGE * chunks) * 16 + (ulong)(row * BLOCKS(dim) * 2), 1,
-          KEYS * BLOCKS(dim) / 8, 0, 1);
+    stage(scales, side + (uint)(n_head_kv * PAGE * chunks * 16 + row * BLOCKS(dim) * 2), 1, KEYS * BLOCKS(dim) / 8, 0,
+          THREADS);
 #endif
     copies_commit();
 }
@@ -102,12 +116,16 @@ INLINE void query_tile(GLOBAL const float* a, GLOBAL const float* b, const int s
     }
 }
 
-/* Scores of a masked or biased tile: j is the first of the thread's keys, pos those of its two pairs. */
-INLINE void mask(float* s, const Part* p, const int j, const int* pos, const float* slope) {
-    for (int i = 0; i < 4; ++i) {
-        const int key = j + i % 2, far = pos[i / 2] - key;
-        const int hidden = far < 0 || (p->window && far >= p->window);
-        s[i] = hidden ? LOWEST : s[i] - slope[i / 2] * (float)far;
+/* Scores of a masked or biased tile: k0 is the first of the thread's keys. Nothing here is kept in registers from tile
+   to tile. */
+INLINE void mask(float* s, SHARED const Part* p, const int i0, const int k0, GLOBAL const float* slopes) {
+    UNROLL for (int h = 0; h < 2; ++h) {
+        const int i = i0 + 8 * h, pos = p->first_pos + i / p->heads_at_once;
+        const float slope = slopes && row_of(p, i) >= 0 ? slopes[head_of(p, i)] * LOG2E : 0.0f;
+        UNROLL for (int n = 0; n < 2 * N_SCORES; ++n) {
+            const int far = pos - k0 - n / 2 * 8 - n % 2, at = n / 2 * 4 + 2 * h + n % 2;
+            s[at] = far < 0 || (p->window && far >= p->window) ? LOWEST : s[at] - slope * (float)far;
+        }
     }
 }
 
@@ -146,17 +164,35 @@ INLINE void keep_int8(const float* v, const ulong quad, const int there, GLOBAL 
 }
 #endif
 
-#if IN_REGISTERS
+#ifdef Q_LOCAL
+/* The queries of a group as two terms in local memory, columns in the order of FIRST_DIM and SECOND_DIM. */
+INLINE void share_queries(GLOBAL const float* q, SHARED const Part* p, const float scale, SHARED ushort* to) {
+    for (int i = LOCAL_ID(0); i < PAIRS * HEAD_DIM / 2; i += THREADS) {
+        const int pair = i / (HEAD_DIM / 2), d = i % (HEAD_DIM / 2) * 2, row = row_of(p, pair);
+        GLOBAL const float* x = q + ((ulong)row * (ulong)p->n_head + (ulong)head_of(p, pair)) * HEAD_DIM + d;
+        SHARED uint* at = (SHARED uint*)(to + pair * Q_STRIDE + COLUMN_OF(d));
+        uint high = 0, low = 0;
+        if (row >= 0) split2(x[0] * scale, x[1] * scale, &high, &low);
+        at[0] = high;
+        at[PAIRS * Q_STRIDE / 2] = low;
+    }
+}
+#define QUERY_OF_STEP                        \
+    uint q_high[4], q_low[4];                \
+    load_tiles(q_high, shared_q + 16 * step); \
+    load_tiles(q_low, shared_q + PAIRS * Q_STRIDE + 16 * step);
+#elif defined Q_REGISTERS
 #define QUERY_OF_STEP const uint *q_high = high + 4 * step, *q_low = low + 4 * step;
 #else
-#define QUERY_OF_STEP       \
+#define QUERY_OF_STEP         \
     uint q_high[4], q_low[4]; \
     query_tile(a, b, step, scale, q_high, q_low);
 #endif
 
-/* Scores of 16 pairs and N_SCORES times eight keys from ks on. `high` and `low` are all of the query, or room for a step. */
-INLINE void tile_scores(float* s, SHARED const ushort* ks, SHARED const ushort* scales, GLOBAL const float* a,
-                        GLOBAL const float* b, const float scale, uint* high, uint* low WARP_ARGS) {
+/* Scores of 16 pairs and N_SCORES times eight keys from ks on, with the queries from the one place where they are. */
+INLINE void tile_scores(float* s, SHARED const ushort* ks, SHARED const ushort* scales, SHARED const ushort* shared_q,
+                        const uint* high, const uint* low, GLOBAL const float* a, GLOBAL const float* b,
+                        const float scale WARP_ARGS) {
     const int lane = LOCAL_ID(0) % 32;
     SHARED const ushort* row = ks + (lane / 16 * 8 + lane % 8) * STRIDE(HEAD_DIM) + lane / 8 % 2 * 8;
     UNROLL for (int i = 0; i < 4 * N_SCORES; ++i) s[i] = 0.0f;
@@ -277,13 +313,13 @@ typedef struct {
 } Result;
 
 /* Where a pair's part or result begins. */
-INLINE GLOBAL float* place_of(const Part* p, const Result* r, const int i) {
+INLINE GLOBAL float* place_of(SHARED const Part* p, const Result* r, const int i) {
     const ulong at = (ulong)row_of(p, i) * (ulong)p->n_head + (ulong)head_of(p, i);
     return r->splits > 1 ? r->parts + (at * r->splits + r->split) * (HEAD_DIM_V + 4) : r->out + at * HEAD_DIM_V;
 }
 
 /* Write what the registers of a warp's lanes hold of the pairs i0 and i0 + 8. */
-INLINE void keep_registers(const float* o, const float* top, const float* sum, const Part* p, const Result* r,
+INLINE void keep_registers(const float* o, const float* top, const float* sum, SHARED const Part* p, const Result* r,
                            const int i0) {
     const int t = LOCAL_ID(0) % 4;
     UNROLL for (int h = 0; h < 2; ++h) {
@@ -315,7 +351,7 @@ INLINE void add_part(Running* x, const float* v, const float top, const float su
 }
 
 /* Four values of pair i from d on: the result and, where asked for, its int8 form; or a part of it. */
-INLINE void keep_quad(const Running* x, const Part* p, const Result* r, const int i, const int d,
+INLINE void keep_quad(const Running* x, SHARED const Part* p, const Result* r, const int i, const int d,
                       const int there WARP_ARGS) {
     float v[4];
     const float f = there && r->splits == 1 ? share(x->top, x->sum, r->sinks, head_of(p, i)) : 1.0f;
@@ -342,7 +378,7 @@ INLINE void keep_quad(const Running* x, const Part* p, const Result* r, const in
 
 #if KEY_WARPS > 1
 /* The warps that share pairs i0 and i0 + 8 put their results into local memory, and all add them up. */
-INLINE void meet(const float* o, const float* top, const float* sum, const Part* p, const Result* r, const int i0,
+INLINE void meet(const float* o, const float* top, const float* sum, SHARED const Part* p, const Result* r, const int i0,
                  const int warp, SHARED float* room WARP_ARGS) {
     const int t = LOCAL_ID(0) % 4;
     UNROLL for (int h = 0; h < 2; ++h) {
@@ -368,7 +404,7 @@ INLINE void meet(const float* o, const float* top, const float* sum, const Part*
 #endif
 
 /* Join the parts that the groups of all splits have written. */
-INLINE void join(const Part* p, const Result* r, const int splits WARP_ARGS) {
+INLINE void join(SHARED const Part* p, const Result* r, const int splits WARP_ARGS) {
     EACH_QUAD
         GLOBAL const float* from = r->parts;
         if (there) from += ((ulong)row_of(p, i) * p->n_head + head_of(p, i)) * splits * (HEAD_DIM_V + 4);
@@ -388,7 +424,7 @@ INLINE void join(const Part* p, const Result* r, const int splits WARP_ARGS) {
 
 /* tiles [n_tiles][3]: sequence, first row, number of rows; NULL where each sequence has one row. `arrived` counts, for
    each tile and key head, the groups that are done; it is all zeros before and after. The rest: as in attention.c. */
-KERNEL void attention_tensor(GLOBAL const float* q, GLOBAL uchar* store, GLOBAL const int* pages,
+BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL uchar* store, GLOBAL const int* pages,
                              const ulong page_bytes, const ulong k_offset, const ulong v_offset, const int n_pages,
                              GLOBAL float* out, GLOBAL int* xq, GLOBAL float* xd, GLOBAL float* xs,
                              GLOBAL float* parts, GLOBAL int* arrived, GLOBAL const float* slopes,
@@ -399,6 +435,9 @@ KERNEL void attention_tensor(GLOBAL const float* q, GLOBAL uchar* store, GLOBAL 
     WARP_ROOM(WARPS)
     LOCAL uint4 room[(ROOM + 7) / 8];
     LOCAL int last;
+#ifdef Q_LOCAL
+    LOCAL uint4 q_room[Q_ROOM / 8];
+#endif
     SHARED ushort* ks = (SHARED ushort*)room;
     SHARED ushort* vs = ks + KEYS * STRIDE(HEAD_DIM);
 #if KV == 2
@@ -412,64 +451,69 @@ KERNEL void attention_tensor(GLOBAL const float* q, GLOBAL uchar* store, GLOBAL 
     const int i0 = warp % ROW_WARPS * 16 + lane / 4, tile = n_tiles - 1 - GROUP_ID(1); /* the longest ones first */
     const int per_key = n_head / n_head_kv, chunks = (per_key + heads_at_once - 1) / heads_at_once;
     const int chunk = GROUP_ID(0) % chunks * heads_at_once;
-    Part part;
-    Part* p = &part;
-    p->seq = tiles ? tiles[3 * tile] : tile;
-    p->row0 = tiles ? tiles[3 * tile + 1] : tile;
-    p->n_rows = tiles ? tiles[3 * tile + 2] : 1;
-    p->n_head = n_head;
-    p->kv_head = GROUP_ID(0) / chunks;
-    p->first_head = p->kv_head * per_key + chunk;
-    p->n_heads = per_key - chunk < heads_at_once ? per_key - chunk : heads_at_once;
-    p->heads_at_once = heads_at_once;
-    p->window = window;
-    p->first_pos = n_past[p->seq] + (tiles ? p->row0 - starts[p->seq] : 0);
-    p->end_key = p->first_pos + p->n_rows;
-    Result result = {out, xq, xd, xs, parts, sinks, GROUP_ID(2), splits};
-
-    int pos[2];
-    float slope[2], top[2], sum[2], o[4 * N_VALUES], s[4 * N_SCORES];
-    GLOBAL const float* query[2];
-    UNROLL for (int h = 0; h < 2; ++h) {
-        const int i = i0 + 8 * h, row = row_of(p, i), head = head_of(p, i);
-        pos[h] = p->first_pos + i / heads_at_once;
-        slope[h] = slopes && row >= 0 ? slopes[head] * LOG2E : 0.0f;
-        query[h] = row >= 0 ? q + ((ulong)row * (ulong)n_head + (ulong)head) * HEAD_DIM : 0;
-        top[h] = LOWEST;
-        sum[h] = 0.0f;
+    LOCAL Part part;
+    SHARED Part* p = &part;
+    if (LOCAL_ID(0) == 0) {
+        const int seq = tiles ? tiles[3 * tile] : tile, row0 = tiles ? tiles[3 * tile + 1] : tile;
+        p->seq = seq;
+        p->row0 = row0;
+        p->n_rows = tiles ? tiles[3 * tile + 2] : 1;
+        p->n_head = n_head;
+        p->kv_head = GROUP_ID(0) / chunks;
+        p->first_head = GROUP_ID(0) / chunks * per_key + chunk;
+        p->n_heads = per_key - chunk < heads_at_once ? per_key - chunk : heads_at_once;
+        p->heads_at_once = heads_at_once;
+        p->window = window;
+        p->first_pos = n_past[seq] + (tiles ? row0 - starts[seq] : 0);
+        p->end_key = p->first_pos + p->n_rows;
     }
-    UNROLL for (int i = 0; i < 4 * N_VALUES; ++i) o[i] = 0.0f;
+    BARRIER();
+    Result result = {out, xq, xd, xs, parts, sinks, GROUP_ID(2), splits};
 
     const int first_key = window && p->first_pos >= window ? p->first_pos - window + 1 : 0;
     int k0 = (first_key / KEYS + GROUP_ID(2)) * KEYS;
-    GLOBAL uchar* page = k0 < p->end_key ? page_of(store, page_bytes, 0, pages, n_pages, p->seq, k0) : store;
     if (k0 < p->end_key) {
+        GLOBAL uchar* page = page_of(store, page_bytes, 0, pages, n_pages, p->seq, k0);
         stage_tile(ks, k_scales, page + k_offset, n_head_kv, p->kv_head, k0, HEAD_DIM, p->end_key - k0);
         stage_tile(vs, v_scales, page + v_offset, n_head_kv, p->kv_head, k0, HEAD_DIM_V, p->end_key - k0);
     }
     const float q_scale = scale * LOG2E * (softcap != 0.0f ? 2.0f / softcap : 1.0f);
-#if IN_REGISTERS
+    GLOBAL const float *a = 0, *b = 0;
+    SHARED const ushort* shared_q = 0;
+#ifdef Q_LOCAL
+    uint *high = 0, *low = 0;
+    share_queries(q, p, q_scale, (SHARED ushort*)q_room);
+    shared_q = (SHARED ushort*)q_room + (i0 - lane / 4 + lane % 16) * Q_STRIDE + lane / 16 * 8;
+#else
+    if (row_of(p, i0) >= 0) a = q + ((ulong)row_of(p, i0) * (ulong)n_head + (ulong)head_of(p, i0)) * HEAD_DIM;
+    if (row_of(p, i0 + 8) >= 0)
+        b = q + ((ulong)row_of(p, i0 + 8) * (ulong)n_head + (ulong)head_of(p, i0 + 8)) * HEAD_DIM;
+#ifdef Q_REGISTERS
     uint high[4 * STEPS], low[4 * STEPS];
     UNROLL for (int step = 0; step < STEPS; ++step)
-        query_tile(query[0], query[1], step, q_scale, high + 4 * step, low + 4 * step);
+        query_tile(a, b, step, q_scale, high + 4 * step, low + 4 * step);
 #else
     uint *high = 0, *low = 0;
 #endif
+#endif
+    float o[4 * N_VALUES], s[4 * N_SCORES], top[2] = {LOWEST, LOWEST}, sum[2] = {0.0f, 0.0f};
+    UNROLL for (int i = 0; i < 4 * N_VALUES; ++i) o[i] = 0.0f;
     while (k0 < p->end_key) {
         const int next = k0 + splits * KEYS, more = next < p->end_key;
-        if (more) page = page_of(store, page_bytes, 0, pages, n_pages, p->seq, next);
+        const ulong page = more ? (ulong)pages[p->seq * n_pages + next / PAGE] : 0;
         copies_wait(1); /* the keys are here, the values may be on their way */
         BARRIER();
-        tile_scores(s, ks + first * STRIDE(HEAD_DIM), k_scales + first * BLOCKS(HEAD_DIM), query[0], query[1], q_scale,
-                    high, low WARP_PASS);
+        tile_scores(s, ks + first * STRIDE(HEAD_DIM), k_scales + first * BLOCKS(HEAD_DIM), shared_q, high, low, a, b,
+                    q_scale WARP_PASS);
         BARRIER();
-        if (more) stage_tile(ks, k_scales, page + k_offset, n_head_kv, p->kv_head, next, HEAD_DIM, p->end_key - next);
+        if (more)
+            stage_tile(ks, k_scales, store + page * page_bytes + k_offset, n_head_kv, p->kv_head, next, HEAD_DIM,
+                       p->end_key - next);
         if (softcap != 0.0f) {
             UNROLL for (int i = 0; i < 4 * N_SCORES; ++i) s[i] = capped(s[i], softcap);
         }
         if (slopes || k0 + KEYS > p->first_pos + 1 || (window && p->end_key - k0 > window)) {
-            UNROLL for (int n = 0; n < N_SCORES; ++n)
-                mask(s + 4 * n, p, k0 + first + 8 * n + 2 * (lane % 4), pos, slope);
+            mask(s, p, i0, k0 + first + 2 * (lane % 4), slopes);
         }
         soften(s, o, top, sum WARP_PASS);
         if (more) copies_wait(1); /* the values are here, the next keys may be on their way */
@@ -478,7 +522,9 @@ KERNEL void attention_tensor(GLOBAL const float* q, GLOBAL uchar* store, GLOBAL 
         add_values(o, s, vs + first * STRIDE(HEAD_DIM_V), v_scales + first * BLOCKS(HEAD_DIM_V),
                    p->end_key - k0 - first WARP_PASS);
         BARRIER();
-        if (more) stage_tile(vs, v_scales, page + v_offset, n_head_kv, p->kv_head, next, HEAD_DIM_V, p->end_key - next);
+        if (more)
+            stage_tile(vs, v_scales, store + page * page_bytes + v_offset, n_head_kv, p->kv_head, next, HEAD_DIM_V,
+                       p->end_key - next);
         k0 = next;
     }
     UNROLL for (int h = 0; h < 2; ++h) {

@@ -12,6 +12,8 @@
 #define WARP_ROOM(warps)
 #define WARP_ARGS
 #define WARP_PASS
+/* A kernel for groups of so many threads, registers dealt out for so many groups at a time. */
+#define BOUNDED_KERNEL(threads, groups) extern "C" __global__ __launch_bounds__(threads, groups)
 #define DEVICE_FENCE() __threadfence()
 
 /* c += a b, in float. */
