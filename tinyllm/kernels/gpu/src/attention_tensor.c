@@ -26,13 +26,13 @@
 #define Q_STRIDE (HEAD_DIM + 8)
 #define Q_ROOM (2 * PAIRS * Q_STRIDE) /* ushorts, for both terms */
 #define BLOCKS(d) (((d) + 31) / 32)
-#define GROUPS (KEY_WARPS == 4 ? 4 : 256 / THREADS) /* of a core: what registers are given out for */
+#define GROUPS (KEY_WARPS == 4 ? 5 - KV : 256 / THREADS) /* of a core: what registers are given out for */
 #define HEADROOM (KV == 1 ? 15.0f : 4.0f) /* a half ends at 2^16; with q8_0 the scale has to fit, too */
 #define LOWEST (-1.0e30f)
 #define LOG2E 1.4426950408889634f
 
 /* The queries: in local memory where warps share them, in registers where they fit, else read again for each tile. */
-#if KEY_WARPS > 1 && 2 * (TILE + Q_ROOM) <= 46 << 10
+#if KEY_WARPS > 1 && 2 * (ROOM + Q_ROOM) <= 46 << 10
 #define Q_LOCAL
 #elif HEAD_DIM <= 128
 #define Q_REGISTERS
@@ -105,26 +105,34 @@ INLINE void stage_tile(SHARED ushort* to, SHARED ushort* scales, GLOBAL const uc
     copies_commit();
 }
 
-/* 16 values of the query of two pairs (or none, NULL), as the left side of a product. */
-INLINE void query_tile(GLOBAL const float* a, GLOBAL const float* b, const int step, const float scale, uint* high,
+/* 16 values of the queries of two pairs, which begin at q[a] and q[b] (zeros if NO_QUERY), as a product's left side. */
+#define NO_QUERY 0xffffffffu
+INLINE void query_tile(GLOBAL const float* q, const uint a, const uint b, const int step, const float scale, uint* high,
                        uint* low) {
     const int t = LOCAL_ID(0) % 4;
     UNROLL for (int i = 0; i < 4; ++i) {
-        GLOBAL const float* x = i % 2 ? b : a;
-        const int d = 16 * step + (i < 2 ? FIRST_DIM(t) : SECOND_DIM(t));
-        split2(x ? x[d] * scale : 0.0f, x ? x[d + 1] * scale : 0.0f, high + i, low + i);
+        const uint at = i % 2 ? b : a;
+        GLOBAL const float* x = q + (at + 16 * step + (i < 2 ? FIRST_DIM(t) : SECOND_DIM(t)));
+        split2(at != NO_QUERY ? x[0] * scale : 0.0f, at != NO_QUERY ? x[1] * scale : 0.0f, high + i, low + i);
     }
 }
 
+INLINE uint query_of(SHARED const Part* p, const int i) {
+    const int row = row_of(p, i);
+    return row >= 0 ? ((uint)row * (uint)p->n_head + (uint)head_of(p, i)) * HEAD_DIM : NO_QUERY;
+}
+
 /* Scores of a masked or biased tile: k0 is the first of the thread's keys. Nothing here is kept in registers from tile
-   to tile. */
+   to tile. A key is seen if it is less than `reach` behind; one ahead is very far behind as an unsigned number. */
 INLINE void mask(float* s, SHARED const Part* p, const int i0, const int k0, GLOBAL const float* slopes) {
+    const uint reach = p->window ? (uint)p->window : 1u << 31;
     UNROLL for (int h = 0; h < 2; ++h) {
-        const int i = i0 + 8 * h, pos = p->first_pos + i / p->heads_at_once;
+        const int i = i0 + 8 * h, behind = p->first_pos + i / p->heads_at_once - k0;
         const float slope = slopes && row_of(p, i) >= 0 ? slopes[head_of(p, i)] * LOG2E : 0.0f;
         UNROLL for (int n = 0; n < 2 * N_SCORES; ++n) {
-            const int far = pos - k0 - n / 2 * 8 - n % 2, at = n / 2 * 4 + 2 * h + n % 2;
-            s[at] = far < 0 || (p->window && far >= p->window) ? LOWEST : s[at] - slope * (float)far;
+            const int key = n / 2 * 8 + n % 2, at = n / 2 * 4 + 2 * h + n % 2;
+            const float biased = s[at] + slope * ((float)key - (float)behind);
+            s[at] = (uint)(behind - key) < reach ? biased : LOWEST;
         }
     }
 }
@@ -186,12 +194,12 @@ INLINE void share_queries(GLOBAL const float* q, SHARED const Part* p, const flo
 #else
 #define QUERY_OF_STEP         \
     uint q_high[4], q_low[4]; \
-    query_tile(a, b, step, scale, q_high, q_low);
+    query_tile(q, a, b, step, scale, q_high, q_low);
 #endif
 
 /* Scores of 16 pairs and N_SCORES times eight keys from ks on, with the queries from the one place where they are. */
 INLINE void tile_scores(float* s, SHARED const ushort* ks, SHARED const ushort* scales, SHARED const ushort* shared_q,
-                        const uint* high, const uint* low, GLOBAL const float* a, GLOBAL const float* b,
+                        const uint* high, const uint* low, GLOBAL const float* q, const uint a, const uint b,
                         const float scale WARP_ARGS) {
     const int lane = LOCAL_ID(0) % 32;
     SHARED const ushort* row = ks + (lane / 16 * 8 + lane % 8) * STRIDE(HEAD_DIM) + lane / 8 % 2 * 8;
@@ -270,12 +278,13 @@ INLINE void add_values(float* o, const float* s, SHARED const ushort* vs, SHARED
         const float* p = s + keys / 2;
         uint high[4], low[4], v[4];
 #if KV == 2
+        const int first = keys + 2 * (lane % 4);
+        uint there[4]; /* scales behind the last key may be anything: all bits, or none, and no branch */
+        UNROLL for (int i = 0; i < 4; ++i) there[i] = (uint)((first + i % 2 + i / 2 * 8 - n) >> 31);
         UNROLL for (int block = 0; block < BLOCKS(HEAD_DIM_V); ++block) {
             float d[4];
-            UNROLL for (int i = 0; i < 4; ++i) {
-                const int key = keys + 2 * (lane % 4) + i % 2 + i / 2 * 8;
-                d[i] = key < n ? half_bits(scales[key * BLOCKS(HEAD_DIM_V) + block]) : 0.0f;
-            }
+            UNROLL for (int i = 0; i < 4; ++i)
+                d[i] = half_bits(scales[(first + i % 2 + i / 2 * 8) * BLOCKS(HEAD_DIM_V) + block] & there[i]);
             UNROLL for (int i = 0; i < 4; ++i)
                 split2(p[2 * i] * d[i / 2 * 2], p[2 * i + 1] * d[i / 2 * 2 + 1], high + i, low + i);
             load_tiles_transposed(v, row + keys * STRIDE(HEAD_DIM_V) + 16 * block);
@@ -325,11 +334,11 @@ INLINE void keep_registers(const float* o, const float* top, const float* sum, S
     UNROLL for (int h = 0; h < 2; ++h) {
         const int i = i0 + 8 * h;
         if (row_of(p, i) < 0) continue;
-        GLOBAL float* to = place_of(p, r, i);
+        GLOBAL float* to = place_of(p, r, i) + DIM_OF(0, 2 * t);
         const float f = r->splits > 1 ? 1.0f : share(top[h], sum[h], r->sinks, head_of(p, i));
         UNROLL for (int n = 0; n < N_VALUES; ++n) {
-            to[DIM_OF(n, 2 * t)] = o[4 * n + 2 * h] * f;
-            to[DIM_OF(n, 2 * t + 1)] = o[4 * n + 2 * h + 1] * f;
+            to[DIM_OF(n, 0)] = o[4 * n + 2 * h] * f;
+            to[DIM_OF(n, 1)] = o[4 * n + 2 * h + 1] * f;
         }
         if (r->splits > 1 && t == 0) {
             to[HEAD_DIM_V] = top[h];
@@ -382,10 +391,10 @@ INLINE void meet(const float* o, const float* top, const float* sum, SHARED cons
                  const int warp, SHARED float* room WARP_ARGS) {
     const int t = LOCAL_ID(0) % 4;
     UNROLL for (int h = 0; h < 2; ++h) {
-        SHARED float* to = room + (warp * PAIRS + i0 + 8 * h) * PITCH;
+        SHARED float* to = room + (warp * PAIRS + i0 + 8 * h) * PITCH + DIM_OF(0, 2 * t);
         UNROLL for (int n = 0; n < N_VALUES; ++n) {
-            to[DIM_OF(n, 2 * t)] = o[4 * n + 2 * h];
-            to[DIM_OF(n, 2 * t + 1)] = o[4 * n + 2 * h + 1];
+            to[DIM_OF(n, 0)] = o[4 * n + 2 * h];
+            to[DIM_OF(n, 1)] = o[4 * n + 2 * h + 1];
         }
         if (t == 0) to[HEAD_DIM_V] = top[h];
         if (t == 0) to[HEAD_DIM_V + 1] = sum[h];
@@ -478,20 +487,19 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
         stage_tile(vs, v_scales, page + v_offset, n_head_kv, p->kv_head, k0, HEAD_DIM_V, p->end_key - k0);
     }
     const float q_scale = scale * LOG2E * (softcap != 0.0f ? 2.0f / softcap : 1.0f);
-    GLOBAL const float *a = 0, *b = 0;
+    uint a = NO_QUERY, b = NO_QUERY;
     SHARED const ushort* shared_q = 0;
 #ifdef Q_LOCAL
     uint *high = 0, *low = 0;
     share_queries(q, p, q_scale, (SHARED ushort*)q_room);
     shared_q = (SHARED ushort*)q_room + (i0 - lane / 4 + lane % 16) * Q_STRIDE + lane / 16 * 8;
 #else
-    if (row_of(p, i0) >= 0) a = q + ((ulong)row_of(p, i0) * (ulong)n_head + (ulong)head_of(p, i0)) * HEAD_DIM;
-    if (row_of(p, i0 + 8) >= 0)
-        b = q + ((ulong)row_of(p, i0 + 8) * (ulong)n_head + (ulong)head_of(p, i0 + 8)) * HEAD_DIM;
+    a = query_of(p, i0);
+    b = query_of(p, i0 + 8);
 #ifdef Q_REGISTERS
     uint high[4 * STEPS], low[4 * STEPS];
     UNROLL for (int step = 0; step < STEPS; ++step)
-        query_tile(a, b, step, q_scale, high + 4 * step, low + 4 * step);
+        query_tile(q, a, b, step, q_scale, high + 4 * step, low + 4 * step);
 #else
     uint *high = 0, *low = 0;
 #endif
@@ -503,8 +511,8 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
         const ulong page = more ? (ulong)pages[p->seq * n_pages + next / PAGE] : 0;
         copies_wait(1); /* the keys are here, the values may be on their way */
         BARRIER();
-        tile_scores(s, ks + first * STRIDE(HEAD_DIM), k_scales + first * BLOCKS(HEAD_DIM), shared_q, high, low, a, b,
-                    q_scale WARP_PASS);
+        tile_scores(s, ks + first * STRIDE(HEAD_DIM), k_scales + first * BLOCKS(HEAD_DIM), shared_q, high, low, q,
+                    a, b, q_scale WARP_PASS);
         BARRIER();
         if (more)
             stage_tile(ks, k_scales, store + page * page_bytes + k_offset, n_head_kv, p->kv_head, next, HEAD_DIM,
