@@ -112,7 +112,8 @@ class TensorAttention(Matrices):
         tiles, n_tiles = None, b.n_seq
         if (lengths != 1).any():
             tiles, n_tiles = batches.row_tiles(self, b, shape.pairs // heads)  # type: ignore[arg-type]
-        n_columns = k.n_head * -(-per_key // heads)
+        chunks = -(-per_key // heads)
+        n_columns = k.n_head * chunks
         n_groups, row_bytes = n_columns * n_tiles, _row_bytes(k) + _row_bytes(v)
         likely = 3 * b.n_pages * PAGE // 4  # keys: the table's columns are a power of two
         splits = choose_splits(n_groups, likely, shape, row_bytes, self.n_cores)
@@ -124,7 +125,7 @@ class TensorAttention(Matrices):
             out.int8 = self.new_int8(out.size)
         places = u64(store.pages.nbytes), u64(k.offset), u64(v.offset), i32(b.n_pages)
         results = out, *(out.int8 or (None, None, None)), parts, self._zeros()
-        sizes = (i32(x) for x in (n_tiles, n_head, k.n_head, heads, splits))
+        sizes = (i32(x) for x in (n_tiles, k.n_head, per_key, chunks, heads, splits))
         self.launch(
             program(k, v, shape),
             "attention_tensor",

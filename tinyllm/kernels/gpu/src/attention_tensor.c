@@ -50,21 +50,11 @@
 #define COLUMN_OF(d) (d)
 #endif
 
-/* What a group looks after, and how. */
+/* What a group looks after. Of each pair: row * n_head + head, or -1 where there is none, the head, the position. */
 typedef struct {
-    int seq, row0, n_rows, kv_head, first_head, n_heads, heads_at_once, n_head; /* heads first_head .. + n_heads */
-    int first_pos, end_key, window;                                           /* position of row0 */
+    int at[PAIRS], head[PAIRS], pos[PAIRS];
+    int n_pairs, seq, kv_head, first_pos, end_key, window;
 } Part;
-
-/* The row of pair i, or -1. */
-INLINE int row_of(SHARED const Part* p, const int i) {
-    const int r = i / p->heads_at_once;
-    return r < p->n_rows && i % p->heads_at_once < p->n_heads ? p->row0 + r : -1;
-}
-
-INLINE int head_of(SHARED const Part* p, const int i) {
-    return p->first_head + i % p->heads_at_once;
-}
 
 /* A byte below 0x64 is the half 1024 + the byte: codes plus 128, less 1152. */
 INLINE uint codes_to_halves(const uint codes, const uint pick) {
@@ -72,9 +62,9 @@ INLINE uint codes_to_halves(const uint codes, const uint pick) {
 }
 
 /* Two floats as two pairs of halves whose sum they are. */
-INLINE void split2(const float x, const float y, uint* high, uint* low) {
-    *high = half2_of(x, y);
-    *low = half2_of(x - half_bits(*high & 0xffffu), y - half_bits(*high >> 16));
+#define split2(x, y, high, low) *(high) = half2_of(x, y), *(low) = lost2(x, y, *(high))
+INLINE uint lost2(const float x, const float y, const uint high) {
+    return half2_of(x - half_bits(high & 0xffffu), y - half_bits(high >> 16));
 }
 
 /* Start copying `rows` rows of stored bytes to local memory, with zeros for those from n on. */
@@ -105,21 +95,14 @@ INLINE void stage_tile(SHARED ushort* to, SHARED ushort* scales, GLOBAL const uc
     copies_commit();
 }
 
-/* 16 values of the queries of two pairs, which begin at q[a] and q[b] (zeros if NO_QUERY), as a product's left side. */
-#define NO_QUERY 0xffffffffu
-INLINE void query_tile(GLOBAL const float* q, const uint a, const uint b, const int step, const float scale, uint* high,
-                       uint* low) {
+/* 16 values of the queries of two pairs, or zeros (at = -1), as the left side of a product. */
+INLINE void query_tile(GLOBAL const float* q, const int* at, const int step, const float scale, uint* high, uint* low) {
     const int t = LOCAL_ID(0) % 4;
     UNROLL for (int i = 0; i < 4; ++i) {
-        const uint at = i % 2 ? b : a;
-        GLOBAL const float* x = q + (at + 16 * step + (i < 2 ? FIRST_DIM(t) : SECOND_DIM(t)));
-        split2(at != NO_QUERY ? x[0] * scale : 0.0f, at != NO_QUERY ? x[1] * scale : 0.0f, high + i, low + i);
+        const int a = at[i % 2], d = 16 * step + (i < 2 ? FIRST_DIM(t) : SECOND_DIM(t));
+        GLOBAL const float* x = q + ((uint)a * HEAD_DIM + (uint)d);
+        split2(a >= 0 ? x[0] * scale : 0.0f, a >= 0 ? x[1] * scale : 0.0f, high + i, low + i);
     }
-}
-
-INLINE uint query_of(SHARED const Part* p, const int i) {
-    const int row = row_of(p, i);
-    return row >= 0 ? ((uint)row * (uint)p->n_head + (uint)head_of(p, i)) * HEAD_DIM : NO_QUERY;
 }
 
 /* Scores of a masked or biased tile: k0 is the first of the thread's keys. Nothing here is kept in registers from tile
@@ -127,8 +110,8 @@ INLINE uint query_of(SHARED const Part* p, const int i) {
 INLINE void mask(float* s, SHARED const Part* p, const int i0, const int k0, GLOBAL const float* slopes) {
     const uint reach = p->window ? (uint)p->window : 1u << 31;
     UNROLL for (int h = 0; h < 2; ++h) {
-        const int i = i0 + 8 * h, behind = p->first_pos + i / p->heads_at_once - k0;
-        const float slope = slopes && row_of(p, i) >= 0 ? slopes[head_of(p, i)] * LOG2E : 0.0f;
+        const int behind = p->pos[i0 + 8 * h] - k0;
+        const float slope = slopes ? slopes[p->head[i0 + 8 * h]] * LOG2E : 0.0f;
         UNROLL for (int n = 0; n < 2 * N_SCORES; ++n) {
             const int key = n / 2 * 8 + n % 2, at = n / 2 * 4 + 2 * h + n % 2;
             const float biased = s[at] + slope * ((float)key - (float)behind);
@@ -174,15 +157,19 @@ INLINE void keep_int8(const float* v, const ulong quad, const int there, GLOBAL 
 
 #ifdef Q_LOCAL
 /* The queries of a group as two terms in local memory, columns in the order of FIRST_DIM and SECOND_DIM. */
+#define Q_LOADS (PAIRS * HEAD_DIM / 2 / THREADS) /* of two values, of a thread */
 INLINE void share_queries(GLOBAL const float* q, SHARED const Part* p, const float scale, SHARED ushort* to) {
-    for (int i = LOCAL_ID(0); i < PAIRS * HEAD_DIM / 2; i += THREADS) {
-        const int pair = i / (HEAD_DIM / 2), d = i % (HEAD_DIM / 2) * 2, row = row_of(p, pair);
-        GLOBAL const float* x = q + ((ulong)row * (ulong)p->n_head + (ulong)head_of(p, pair)) * HEAD_DIM + d;
-        SHARED uint* at = (SHARED uint*)(to + pair * Q_STRIDE + COLUMN_OF(d));
-        uint high = 0, low = 0;
-        if (row >= 0) split2(x[0] * scale, x[1] * scale, &high, &low);
-        at[0] = high;
-        at[PAIRS * Q_STRIDE / 2] = low;
+    float x[2 * Q_LOADS];
+    UNROLL for (int j = 0; j < Q_LOADS; ++j) { /* all on their way before the first is waited for */
+        const int i = LOCAL_ID(0) + j * THREADS, at = p->at[i / (HEAD_DIM / 2)];
+        GLOBAL const float* from = q + ((uint)at * HEAD_DIM + (uint)(i % (HEAD_DIM / 2) * 2));
+        x[2 * j] = at >= 0 ? from[0] * scale : 0.0f;
+        x[2 * j + 1] = at >= 0 ? from[1] * scale : 0.0f;
+    }
+    UNROLL for (int j = 0; j < Q_LOADS; ++j) {
+        const int i = LOCAL_ID(0) + j * THREADS, d = i % (HEAD_DIM / 2) * 2;
+        SHARED uint* at = (SHARED uint*)(to + i / (HEAD_DIM / 2) * Q_STRIDE + COLUMN_OF(d));
+        split2(x[2 * j], x[2 * j + 1], at, at + PAIRS * Q_STRIDE / 2);
     }
 }
 #define QUERY_OF_STEP                        \
@@ -194,12 +181,12 @@ INLINE void share_queries(GLOBAL const float* q, SHARED const Part* p, const flo
 #else
 #define QUERY_OF_STEP         \
     uint q_high[4], q_low[4]; \
-    query_tile(q, a, b, step, scale, q_high, q_low);
+    query_tile(q, at, step, scale, q_high, q_low);
 #endif
 
 /* Scores of 16 pairs and N_SCORES times eight keys from ks on, with the queries from the one place where they are. */
 INLINE void tile_scores(float* s, SHARED const ushort* ks, SHARED const ushort* scales, SHARED const ushort* shared_q,
-                        const uint* high, const uint* low, GLOBAL const float* q, const uint a, const uint b,
+                        const uint* high, const uint* low, GLOBAL const float* q, const int* at,
                         const float scale WARP_ARGS) {
     const int lane = LOCAL_ID(0) % 32;
     SHARED const ushort* row = ks + (lane / 16 * 8 + lane % 8) * STRIDE(HEAD_DIM) + lane / 8 % 2 * 8;
@@ -323,7 +310,7 @@ typedef struct {
 
 /* Where a pair's part or result begins. */
 INLINE GLOBAL float* place_of(SHARED const Part* p, const Result* r, const int i) {
-    const ulong at = (ulong)row_of(p, i) * (ulong)p->n_head + (ulong)head_of(p, i);
+    const ulong at = (ulong)p->at[i];
     return r->splits > 1 ? r->parts + (at * r->splits + r->split) * (HEAD_DIM_V + 4) : r->out + at * HEAD_DIM_V;
 }
 
@@ -333,9 +320,9 @@ INLINE void keep_registers(const float* o, const float* top, const float* sum, S
     const int t = LOCAL_ID(0) % 4;
     UNROLL for (int h = 0; h < 2; ++h) {
         const int i = i0 + 8 * h;
-        if (row_of(p, i) < 0) continue;
+        if (p->at[i] < 0) continue;
         GLOBAL float* to = place_of(p, r, i) + DIM_OF(0, 2 * t);
-        const float f = r->splits > 1 ? 1.0f : share(top[h], sum[h], r->sinks, head_of(p, i));
+        const float f = r->splits > 1 ? 1.0f : share(top[h], sum[h], r->sinks, p->head[i]);
         UNROLL for (int n = 0; n < N_VALUES; ++n) {
             to[DIM_OF(n, 0)] = o[4 * n + 2 * h] * f;
             to[DIM_OF(n, 1)] = o[4 * n + 2 * h + 1] * f;
@@ -363,7 +350,7 @@ INLINE void add_part(Running* x, const float* v, const float top, const float su
 INLINE void keep_quad(const Running* x, SHARED const Part* p, const Result* r, const int i, const int d,
                       const int there WARP_ARGS) {
     float v[4];
-    const float f = there && r->splits == 1 ? share(x->top, x->sum, r->sinks, head_of(p, i)) : 1.0f;
+    const float f = there && r->splits == 1 ? share(x->top, x->sum, r->sinks, p->head[i]) : 1.0f;
     UNROLL for (int c = 0; c < 4; ++c) v[c] = x->v[c] * f;
     GLOBAL float* to = there ? place_of(p, r, i) : r->out;
     if (there) {
@@ -380,9 +367,9 @@ INLINE void keep_quad(const Running* x, SHARED const Part* p, const Result* r, c
 
 #define QUADS (HEAD_DIM_V / 4)
 #define EACH_QUAD                                                                                     \
-    for (int q0 = 0; q0 < p->n_rows * p->heads_at_once * QUADS; q0 += THREADS) {                      \
+    for (int q0 = 0; q0 < p->n_pairs * QUADS; q0 += THREADS) {                      \
         const int i = (q0 + LOCAL_ID(0)) / QUADS, d = (q0 + LOCAL_ID(0)) % QUADS * 4;                 \
-        const int there = row_of(p, i) >= 0;                                                          \
+        const int there = q0 + LOCAL_ID(0) < p->n_pairs * QUADS && p->at[i] >= 0;                     \
         Running x = {{0.0f, 0.0f, 0.0f, 0.0f}, LOWEST, 0.0f};
 
 #if KEY_WARPS > 1
@@ -416,7 +403,7 @@ INLINE void meet(const float* o, const float* top, const float* sum, SHARED cons
 INLINE void join(SHARED const Part* p, const Result* r, const int splits WARP_ARGS) {
     EACH_QUAD
         GLOBAL const float* from = r->parts;
-        if (there) from += ((ulong)row_of(p, i) * p->n_head + head_of(p, i)) * splits * (HEAD_DIM_V + 4);
+        if (there) from += (ulong)p->at[i] * splits * (HEAD_DIM_V + 4);
         for (int s0 = 0; s0 < splits && there; s0 += 4) { /* four loads at a time are on their way */
             float v[16], sums[16];
             UNROLL for (int s = 0; s < 4; ++s) {
@@ -438,8 +425,8 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
                              GLOBAL float* out, GLOBAL int* xq, GLOBAL float* xd, GLOBAL float* xs,
                              GLOBAL float* parts, GLOBAL int* arrived, GLOBAL const float* slopes,
                              GLOBAL const float* sinks, GLOBAL const int* tiles, GLOBAL const int* starts,
-                             GLOBAL const int* n_past, const int n_tiles, const int n_head, const int n_head_kv,
-                             const int heads_at_once, const int splits, const float scale, const int window,
+                             GLOBAL const int* n_past, const int n_tiles, const int n_head_kv, const int per_key,
+                             const int chunks, const int heads_at_once, const int splits, const float scale, const int window,
                              const float softcap) {
     WARP_ROOM(WARPS)
     LOCAL uint4 room[(ROOM + 7) / 8];
@@ -458,23 +445,24 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
 #endif
     const int lane = LOCAL_ID(0) % 32, warp = LOCAL_ID(0) / 32, first = warp / ROW_WARPS * WARP_KEYS;
     const int i0 = warp % ROW_WARPS * 16 + lane / 4, tile = n_tiles - 1 - GROUP_ID(1); /* the longest ones first */
-    const int per_key = n_head / n_head_kv, chunks = (per_key + heads_at_once - 1) / heads_at_once;
-    const int chunk = GROUP_ID(0) % chunks * heads_at_once;
+    const int kv_head = chunks > 1 ? GROUP_ID(0) / chunks : GROUP_ID(0);
     LOCAL Part part;
     SHARED Part* p = &part;
+    const int seq = tiles ? tiles[3 * tile] : tile, row0 = tiles ? tiles[3 * tile + 1] : tile;
+    const int n_rows = tiles ? tiles[3 * tile + 2] : 1, first_pos = n_past[seq] + (tiles ? row0 - starts[seq] : 0);
+    if (LOCAL_ID(0) < PAIRS) {
+        const int i = LOCAL_ID(0), r = heads_at_once < PAIRS ? i / heads_at_once : 0, h = (GROUP_ID(0) - kv_head * chunks) * heads_at_once + i - r * heads_at_once;
+        p->head[i] = kv_head * per_key + (h < per_key ? h : 0);
+        p->at[i] = r < n_rows && h < per_key ? (row0 + r) * (n_head_kv * per_key) + kv_head * per_key + h : -1;
+        p->pos[i] = first_pos + r;
+    }
     if (LOCAL_ID(0) == 0) {
-        const int seq = tiles ? tiles[3 * tile] : tile, row0 = tiles ? tiles[3 * tile + 1] : tile;
+        p->n_pairs = n_rows * heads_at_once;
         p->seq = seq;
-        p->row0 = row0;
-        p->n_rows = tiles ? tiles[3 * tile + 2] : 1;
-        p->n_head = n_head;
-        p->kv_head = GROUP_ID(0) / chunks;
-        p->first_head = GROUP_ID(0) / chunks * per_key + chunk;
-        p->n_heads = per_key - chunk < heads_at_once ? per_key - chunk : heads_at_once;
-        p->heads_at_once = heads_at_once;
+        p->kv_head = kv_head;
         p->window = window;
-        p->first_pos = n_past[seq] + (tiles ? row0 - starts[seq] : 0);
-        p->end_key = p->first_pos + p->n_rows;
+        p->first_pos = first_pos;
+        p->end_key = first_pos + n_rows;
     }
     BARRIER();
     Result result = {out, xq, xd, xs, parts, sinks, GROUP_ID(2), splits};
@@ -487,19 +475,17 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
         stage_tile(vs, v_scales, page + v_offset, n_head_kv, p->kv_head, k0, HEAD_DIM_V, p->end_key - k0);
     }
     const float q_scale = scale * LOG2E * (softcap != 0.0f ? 2.0f / softcap : 1.0f);
-    uint a = NO_QUERY, b = NO_QUERY;
+    const int at[2] = {p->at[i0], p->at[i0 + 8]};
     SHARED const ushort* shared_q = 0;
 #ifdef Q_LOCAL
     uint *high = 0, *low = 0;
     share_queries(q, p, q_scale, (SHARED ushort*)q_room);
     shared_q = (SHARED ushort*)q_room + (i0 - lane / 4 + lane % 16) * Q_STRIDE + lane / 16 * 8;
 #else
-    a = query_of(p, i0);
-    b = query_of(p, i0 + 8);
 #ifdef Q_REGISTERS
     uint high[4 * STEPS], low[4 * STEPS];
     UNROLL for (int step = 0; step < STEPS; ++step)
-        query_tile(q, a, b, step, q_scale, high + 4 * step, low + 4 * step);
+        query_tile(q, at, step, q_scale, high + 4 * step, low + 4 * step);
 #else
     uint *high = 0, *low = 0;
 #endif
@@ -512,7 +498,7 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
         copies_wait(1); /* the keys are here, the values may be on their way */
         BARRIER();
         tile_scores(s, ks + first * STRIDE(HEAD_DIM), k_scales + first * BLOCKS(HEAD_DIM), shared_q, high, low, q,
-                    a, b, q_scale WARP_PASS);
+                    at, q_scale WARP_PASS);
         BARRIER();
         if (more)
             stage_tile(ks, k_scales, store + page * page_bytes + k_offset, n_head_kv, p->kv_head, next, HEAD_DIM,
