@@ -54,6 +54,20 @@ def be(request: pytest.FixtureRequest) -> Backend:
     return backend(request.param)
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("opencl", marks=pytest.mark.device),
+        pytest.param("cuda", marks=pytest.mark.device),
+        pytest.param("simulated", marks=pytest.mark.device),  # CUDA's own kernels, on OpenCL
+    ]
+)
+def attending(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "simulated":
+        return request.getfixturevalue("simulated")
+    return backend(request.param)
+
+
 @dataclass
 class Stored:
     """Bytes as a tensor of a file."""
@@ -307,7 +321,7 @@ CACHED = [*(("f32", case) for case in ATTENTION), ("f16", "plain"), ("q8_0", "pl
     ],
 )
 def test_attention(
-    be: Backend,
+    attending: Backend,
     kv: Any,
     case: str,
     past: list[int],
@@ -316,7 +330,7 @@ def test_attention(
     dim: int,
     dim_v: int,
 ) -> None:
-    mine, theirs = written(be, past, heads, dim, dim_v, kv)
+    mine, theirs = written(attending, past, heads, dim, dim_v, kv)
     t = sum(new)
     q, k, v = normal(t, 4 * dim), normal(t, heads * dim, seed=1), normal(t, heads * dim_v, seed=2)
 
@@ -334,7 +348,7 @@ def test_attention(
         )
 
     want = run(REFERENCE, theirs)
-    got = run(be, mine)
+    got = run(attending, mine)
     error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
     assert error <= CACHE_ERROR[kv], f"relative error {error:.2e}"
 
@@ -342,7 +356,7 @@ def test_attention(
 @pytest.mark.parametrize(
     "options", [{}, {"window": 6}, {"slopes": np.array([0.5, 0.25, 0.1, 0.01], F32)}]
 )
-def test_attention_full(be: Backend, options: dict[str, Any]) -> None:
+def test_attention_full(attending: Backend, options: dict[str, Any]) -> None:
     lengths, dim = [1, 17, 40], 12
     t = sum(lengths)
     q, k, v = normal(t, 4 * dim), normal(t, 2 * dim, seed=1), normal(t, 2 * dim, seed=2)
@@ -359,7 +373,7 @@ def test_attention_full(be: Backend, options: dict[str, Any]) -> None:
             b.numpy(b.step(None, fn, Batch.of([[0] * n for n in lengths], [0] * 3, [0])))
         )
 
-    same(be, run(be), run(REFERENCE))
+    same(attending, run(attending), run(REFERENCE))
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
