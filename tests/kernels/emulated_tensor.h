@@ -85,3 +85,7 @@ INLINE void copy16_or_zeros(SHARED ushort* to, GLOBAL const uchar* from, const i
 INLINE void load4_fresh(float* v, GLOBAL const float* p) {
     for (int i = 0; i < 4; ++i) v[i] = ((GLOBAL volatile const float*)p)[i];
 }
+
+INLINE void load2_fresh(float* v, GLOBAL const float* p) {
+    for (int i = 0; i < 2; ++i) v[i] = ((GLOBAL volatile const float*)p)[i];
+}

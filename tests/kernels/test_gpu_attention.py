@@ -56,22 +56,17 @@ class Case:
             n: b.array(x) if isinstance(x, np.ndarray) else x for n, x in self.options.items()
         }
 
+        old = list(zip(k, v, self.past, strict=True))
+
+        def write(batch: Batch, sides: list[list[np.ndarray]]) -> None:
+            b.cache_write(batch, 1, *(b.array(np.concatenate(x)) for x in sides))
+
         def fill(batch: Batch) -> Any:
-            old = list(zip(k, v, self.past, strict=True))
-            b.cache_write(
-                batch,
-                1,
-                *(b.array(np.concatenate([kv[i][: kv[2]] for kv in old])) for i in (0, 1)),
-            )
+            write(batch, [[x[i][: x[2]] for x in old] for i in (0, 1)])
             return b.array(np.zeros(1, F32))
 
         def look(batch: Batch) -> Any:
-            new = list(zip(k, v, self.past, strict=True))
-            b.cache_write(
-                batch,
-                1,
-                *(b.array(np.concatenate([kv[i][kv[2] :] for kv in new])) for i in (0, 1)),
-            )
+            write(batch, [[x[i][x[2] :] for x in old] for i in (0, 1)])
             return b.attention(batch, 1, q, self.n_head, scale=self.dim**-0.5, **options)
 
         before = [([0] * n, 0, c) for n, c in zip(self.past, caches, strict=True)]
@@ -146,12 +141,15 @@ def test_shapes_of_groups() -> None:
     assert group_shape(64, wide, wide) == GroupShape(4, 1, 32)
 
 
-@pytest.mark.parametrize(("n_keys", "fewest"), [(512, 4), (4096, 8), (32768, 16)])
-def test_one_sequence_fills_the_device(n_keys: int, fewest: int) -> None:
-    assert fewest <= choose_splits(8, n_keys, DECODE, 512, 132) <= 64
+ROW = 512, 256  # bytes and values of a key and a value
+
+
+@pytest.mark.parametrize(("n_pages", "fewest"), [(16, 8), (128, 16), (1024, 16)])
+def test_one_sequence_fills_the_device(n_pages: int, fewest: int) -> None:
+    assert fewest <= choose_splits(8, n_pages, DECODE, *ROW, 132) <= 64
 
 
 def test_many_sequences_and_long_prompts_are_not_split() -> None:
-    assert choose_splits(8 * 64, 1024, DECODE, 512, 132) == 1
-    assert choose_splits(128, 512, PREFILL, 512, 132) == 1
-    assert choose_splits(8, 64, DECODE, 512, 132) == 1
+    assert choose_splits(8 * 80, 16, DECODE, *ROW, 132) == 1
+    assert choose_splits(128, 8, PREFILL, *ROW, 132) == 1
+    assert choose_splits(8, 1, DECODE, *ROW, 132) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from . import sources
 from .arrays import GPUArray
 from .batch import DeviceBatch
 from .cache import KV_CODE, PAGE, Side, Store
-from .device import f32, i32, u64
+from .device import i32, u64
 from .matrices import MATVEC_ROWS, Matrices
 from .sources import Program
 
@@ -19,11 +20,13 @@ LOCAL_BYTES = 46 << 10  # of a group's tiles; 48 KB are there
 MOST_DIM = 256
 COUNTERS = 1024  # of groups that wait for the others' parts
 
-# Microseconds on a large device, from the latencies and rates of an H200 that src/attention_tensor.c was
-# laid out for: only their ratios decide.
-BEGIN, TILE, JOIN, PART = 0.8, 0.85, 0.8, 0.03
+# What an H200 is expected to take, in microseconds, from its latencies and rates: only their ratios decide.
+BEGIN = 0.8  # until a group's first keys are there
+TILE = 1.4  # from tile to tile, were memory and products infinitely fast
+JOIN, PART = 0.8, 0.025  # to be the last group, and for each part that it reads
 CORE_BYTES = 32_000  # of memory, a core, a microsecond
-CORE_PRODUCTS = 1.1e6  # multiplications with two terms each, a core, a microsecond
+CORE_PRODUCTS = 750_000  # of two terms each, a core, a microsecond
+MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
@@ -62,24 +65,31 @@ def _stride(side: Side) -> int:
     return (_row_bytes(side) // 16 | 1) * 16
 
 
-def choose_splits(n_groups: int, n_keys: int, shape: GroupShape, row_bytes: int, n_cores: int) -> int:
+@lru_cache(1024)
+def choose_splits(
+    n_groups: int, n_pages: int, shape: GroupShape, row_bytes: int, dims: int, n_cores: int
+) -> int:
     """Parts of the past for which a launch is expected to take the least time.
 
-    A group goes over its tiles one by one: each takes TILE at least, and no less than its share of the core's
-    memory bandwidth and products. Parts have to be joined.
+    All groups run at once, some on one core, each over its tiles one by one: a tile takes TILE at least, and
+    no less than its share of the core's memory bandwidth and products. Then the parts have to be joined.
+    The past fills more than half of ``n_pages``, which is a power of two. ``row_bytes`` and ``dims`` are of a
+    key and a value together.
     """
-    n_tiles = max(1, -(-n_keys // shape.tile))
+    pages = [max(1, n_pages * i // 16) for i in (9, 11, 13, 15)]
+    n_tiles = [-(-n * PAGE // shape.tile) for n in pages]
     resident = 4 if shape.keys == 4 else max(1, 256 // shape.threads)
-    products = shape.pairs * shape.tile * row_bytes / 2 / CORE_PRODUCTS
+    products = shape.pairs * shape.tile * dims / CORE_PRODUCTS
     work = max(shape.tile * row_bytes / CORE_BYTES, products)
 
     def time(splits: int) -> float:
-        rounds = -(-n_groups * splits // (resident * n_cores))
-        at_once = min(resident, -(-n_groups * splits // n_cores))
+        at_once = -(-n_groups * splits // n_cores)
+        tiles = sum(-(-n // splits) for n in n_tiles) / len(n_tiles)
         join = JOIN + splits * PART if splits > 1 else 0.0
-        return rounds * (BEGIN + -(-n_tiles // splits) * max(TILE, at_once * work)) + join
+        return BEGIN + tiles * max(TILE, at_once * work) + join
 
-    return min(range(1, min(n_tiles, 64) + 1), key=time)
+    most = min(n_tiles[-1], MOST_SPLITS, resident * n_cores // n_groups)
+    return min(range(1, most + 1), key=time, default=1)
 
 
 class TensorAttention(Matrices):
@@ -114,9 +124,9 @@ class TensorAttention(Matrices):
             tiles, n_tiles = batches.row_tiles(self, b, shape.pairs // heads)  # type: ignore[arg-type]
         chunks = -(-per_key // heads)
         n_columns = k.n_head * chunks
-        n_groups, row_bytes = n_columns * n_tiles, _row_bytes(k) + _row_bytes(v)
-        likely = 3 * b.n_pages * PAGE // 4  # keys: the table's columns are a power of two
-        splits = choose_splits(n_groups, likely, shape, row_bytes, self.n_cores)
+        n_groups = n_columns * n_tiles
+        row = _row_bytes(k) + _row_bytes(v), k.dim + v.dim
+        splits = choose_splits(n_groups, b.n_pages, shape, *row, self.n_cores)
         splits = splits if n_groups <= COUNTERS else 1
         out = self.empty((b.n_rows, n_head * v.dim))
         parts = self.empty((b.n_rows, n_head, splits, v.dim + 4)) if splits > 1 else None

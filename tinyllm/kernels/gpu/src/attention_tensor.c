@@ -399,20 +399,21 @@ INLINE void meet(const float* o, const float* top, const float* sum, SHARED cons
 }
 #endif
 
-/* Join the parts that the groups of all splits have written. */
+/* Join the parts that the groups of all splits have written: BATCH loads at a time are on their way. */
+#define BATCH 16
 INLINE void join(SHARED const Part* p, const Result* r, const int splits WARP_ARGS) {
     EACH_QUAD
         GLOBAL const float* from = r->parts;
         if (there) from += (ulong)p->at[i] * splits * (HEAD_DIM_V + 4);
-        for (int s0 = 0; s0 < splits && there; s0 += 4) { /* four loads at a time are on their way */
-            float v[16], sums[16];
-            UNROLL for (int s = 0; s < 4; ++s) {
+        for (int s0 = 0; s0 < splits && there; s0 += BATCH) {
+            float v[4 * BATCH], sums[2 * BATCH];
+            UNROLL for (int s = 0; s < BATCH; ++s) {
                 GLOBAL const float* part = from + (s0 + s < splits ? s0 + s : s0) * (HEAD_DIM_V + 4);
                 load4_fresh(v + 4 * s, part + d);
-                load4_fresh(sums + 4 * s, part + HEAD_DIM_V);
+                load2_fresh(sums + 2 * s, part + HEAD_DIM_V);
             }
-            UNROLL for (int s = 0; s < 4; ++s)
-                if (s0 + s < splits) add_part(&x, v + 4 * s, sums[4 * s], sums[4 * s + 1]);
+            UNROLL for (int s = 0; s < BATCH; ++s)
+                if (s0 + s < splits) add_part(&x, v + 4 * s, sums[2 * s], sums[2 * s + 1]);
         }
         keep_quad(&x, p, r, i, d, there WARP_PASS);
     }

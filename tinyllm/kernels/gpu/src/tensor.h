@@ -105,12 +105,16 @@ INLINE void copies_wait([[maybe_unused]] const int newer) {
 #endif
 }
 
-/* Four floats that another group has written. */
+/* Four or two floats that another group has written. */
 INLINE void load4_fresh(float* v, const float* p) {
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
                  : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                  : "l"(p)
                  : "memory");
+}
+
+INLINE void load2_fresh(float* v, const float* p) {
+    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "l"(p) : "memory");
 }
 
 /* 2 to the power of x and 1 / x, to 22 bits. */
