@@ -22,3 +22,19 @@ def opencl() -> Iterator[Any]:
         pytest.skip(str(e))
     yield backend
     backend.close()
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The CUDA backend on a simulated driver; skips where there is no OpenCL to simulate it with."""
+    pytest.importorskip("pyopencl", reason="needs PyOpenCL")
+    from simulated_cuda import Driver, module
+
+    try:
+        driver = Driver()
+    except DeviceError as e:
+        pytest.skip(str(e))
+    backend = module(driver, monkeypatch).CUDABackend("0")
+    backend.driver = driver
+    yield backend
+    backend.close()

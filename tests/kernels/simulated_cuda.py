@@ -316,6 +316,7 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
             "totalGlobalMem": driver.total,
             "multiProcessorCount": 64,
             "major": 9,
+            "minor": 0,
         },
         runtimeGetVersion=lambda: 13000,
         memcpyAsync=driver.memcpy,

@@ -54,6 +54,7 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
         runtime.setDevice(self.index)
         properties = runtime.getDeviceProperties(self.index)
         self.n_cores, self.capability = properties["multiProcessorCount"], properties["major"]
+        self.tensor_cores = 10 * self.capability + properties["minor"] >= 75
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[Program, str], Any] = {}
         self._modules: dict[Program, Any] = {}

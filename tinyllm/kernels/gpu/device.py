@@ -19,6 +19,7 @@ from .weights import GPUWeight
 
 i32, u64, f32 = np.int32, np.uint64, np.float32
 Size = tuple[int, int, int]
+COUNTERS = 1024
 _NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 
 
@@ -39,6 +40,7 @@ class Device(Backend):
         self._grids: dict[str, GPUArray] = {}
         self._stores: dict[Any, Any] = {}  # layers and kv_type -> Store
         self._heads: dict[tuple[int, int], GPUArray] = {}
+        self._counters: GPUArray | None = None
 
     # ---- primitives
 
@@ -98,6 +100,7 @@ class Device(Backend):
         self._stores.clear()
         self._grids.clear()
         self._heads.clear()
+        self._counters = None
         self.pool.close()
         self.kept.close()
 
@@ -159,6 +162,12 @@ class Device(Backend):
         if not x.size:
             return np.empty(x.shape, x.dtype)
         return self.get(x.buffer, 0, x.nbytes).view(x.dtype).reshape(x.shape)
+
+    def counters(self) -> GPUArray:
+        """COUNTERS zeros, by which groups of a launch find out who is the last; it leaves zeros behind."""
+        if self._counters is None:
+            self._counters = self.array(np.zeros(COUNTERS, np.int32))
+        return self._counters
 
     def each(self, program: Any, kernel: str, count: int, *args: Any) -> None:
         """Launch one thread for each of ``count`` values; the kernel's last argument is the count."""
