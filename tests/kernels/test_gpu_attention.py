@@ -1,4 +1,4 @@
-"""Attention on tensor cores, on the simulated CUDA driver: as exact as floats on what the cache holds."""
+"""Attention on tensor cores, in NVRTC's own code: as exact as floats on what the cache holds."""
 
 from __future__ import annotations
 
@@ -95,36 +95,36 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kv}-{c.n_head}x{c.dim}-{sum(c.new)}")
-def test_attention_is_exact_on_what_the_cache_holds(case: Case, simulated: Any) -> None:
+def test_attention_is_exact_on_what_the_cache_holds(case: Case, interpreted: Any) -> None:
     want = np.array(case.run(REFERENCE, "f32"))
-    simulated.n_cores = 64  # the past is split
-    got = np.array(simulated.numpy(case.run(simulated, case.kv)))
+    interpreted.n_cores = 64  # the past is split
+    got = np.array(interpreted.numpy(case.run(interpreted, case.kv)))
     assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < FLOAT
     assert np.abs(got - want).max() < 10 * FLOAT
-    assert not simulated.numpy(simulated._zeros()).any()  # for the next launch
+    assert not interpreted.numpy(interpreted.counters()).any()  # for the next launch
 
 
 @pytest.mark.parametrize("n_cores", [1, 64])
-def test_decode_leaves_the_int8_form_with_the_result(n_cores: int, simulated: Any) -> None:
+def test_decode_leaves_the_int8_form_with_the_result(n_cores: int, interpreted: Any) -> None:
     """One launch, split or not; the form is that of ``quantise``."""
-    simulated.n_cores, simulated._any_quantised = n_cores, True
-    y = CASES[0].run(simulated, "f16")
-    got = [simulated.numpy(x) for x in y.int8]
+    interpreted.n_cores, interpreted._any_quantised = n_cores, True
+    y = CASES[0].run(interpreted, "f16")
+    got = [interpreted.numpy(x) for x in y.int8]
     y.int8 = None
     weight = type("Weight", (), {"kind": "Q8_0"})()
-    want = [simulated.numpy(x) for x in simulated.operand(weight, y)]
+    want = [interpreted.numpy(x) for x in interpreted.operand(weight, y)]
     assert np.array_equal(got[0], want[0])
     assert np.allclose(got[1], want[1], rtol=1e-6)
     assert np.allclose(got[2], want[2], rtol=1e-5, atol=1e-6)
 
 
-def test_large_values_do_not_overflow(simulated: Any) -> None:
+def test_large_values_do_not_overflow(interpreted: Any) -> None:
     """Values near the end of halves, and scores so far apart that one key takes all."""
     case = Case("f16", [70], [1], 4, 1, 64, 64)
     stored = case.stored
     case.stored = lambda n, dim, seed: stored(n, dim, seed) * F32(8192 if seed % 2 else 256)
-    want, got = np.array(case.run(REFERENCE, "f32")), case.run(simulated, "f16")
-    assert np.sqrt(np.mean((simulated.numpy(got) - want) ** 2) / np.mean(want**2)) < FLOAT
+    want, got = np.array(case.run(REFERENCE, "f32")), case.run(interpreted, "f16")
+    assert np.sqrt(np.mean((interpreted.numpy(got) - want) ** 2) / np.mean(want**2)) < FLOAT
 
 
 # ---- how work is dealt out
