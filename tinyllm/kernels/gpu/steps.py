@@ -18,7 +18,7 @@ from .arrays import GPUArray
 from .batch import Resident
 from .cache import GPUCache
 
-MOST_ROWS = 64  # longer steps are kernels rather than launches
+MOST_ROWS = 512  # a chunk of a prompt: its launches take Python as long as a large device needs for their work
 FIRST = 2  # row of found in src/choose.c that has ids
 MOST_STEPS = 32  # recorded at a time
 
