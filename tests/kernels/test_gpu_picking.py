@@ -183,6 +183,16 @@ def test_the_tokens_are_the_same(net: Network, plain: Any, n: int, sequences: in
     assert got == want
 
 
+def test_the_tokens_are_the_same_on_opencl(opencl: Any, data: Path) -> None:
+    with gguf.open(data / "golden" / "quants" / "llama-h256-Q4_K.gguf") as f:
+        net = build(f.metadata, f.tensors, opencl, "f16")
+    got = answers(net, 8, 2, temperature=0)
+    net.follows = False
+    assert got == answers(net, 8, 2, temperature=0)
+    net.be.picks = ()
+    assert got == answers(net, 8, 2, temperature=0)
+
+
 def test_a_sequence_may_end_where_the_device_went_on(net: Network, plain: Any) -> None:
     first = answers(net, 12, 2, temperature=0)[0]
     want, got = plain(lambda: answers(net, 12, 2, temperature=0, eog=first[5]))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.backend import Batch, Best
+from ..kernels.backend import Best
 from .state import State
 
 
@@ -27,13 +27,16 @@ class Flight:
     ids: list[int]
 
 
-def landed(states: Sequence[State], batch: Batch) -> Flight | None:
+def landed(segments: Sequence[tuple[State, int, str]]) -> Flight | None:
     """The step that was begun for these states, if it is the one that they need now. It is theirs no more."""
+    states = [s for s, _, _ in segments]
     flight = states[0].flight
     same = flight is not None and all(s.flight is flight for s in states)
     for s in states:
         s.flight = None
-    if not same or batch.n_rows != batch.n_seq or flight.states != [id(s) for s in states]:
+    if not same or flight.states != [id(s) for s in states]:
         return None
-    now = batch.n_past.tolist(), batch.ids.tolist()
+    if any(n != 1 or want == "none" for _, n, want in segments):
+        return None
+    now = [s.n_past for s in states], [s.ids[s.n_past] for s in states]
     return flight if (flight.past, flight.ids) == now else None

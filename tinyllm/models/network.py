@@ -117,12 +117,11 @@ class Network:
         """
         for s, _, _ in segments:
             s.check_whole()
-        batch, counts = self.lay(segments)
         try:
             with self.lock:
                 start = time.perf_counter()
-                rows = self.results(segments, batch, tap, best, ahead)
-                self.pace(batch.n_rows, time.perf_counter() - start)
+                rows, counts = self.results(segments, tap, best, ahead)
+                self.pace(sum([n for _, n, _ in segments]), time.perf_counter() - start)
             for s, n, _ in segments:
                 s.n_past += n
         except BaseException:  # Ctrl-C, or an error in a tap
@@ -145,35 +144,37 @@ class Network:
         return Batch.of(ids, past, outputs, caches), counts
 
     def results(
-        self, segments: Sequence[Segment], batch: Batch, tap: Tap | None, best: int, ahead: bool
-    ) -> Any:
-        """The rows of logits that a batch wants, or the best of each."""
-        states, n_ctx = [s for s, _, _ in segments], max(s.n_ctx for s, _, _ in segments)
-        flight = landed(states, batch) if self.follows else None
-        if self.follows and tap is None and best == 1:
-            ahead = ahead and batch.n_out == batch.n_seq
-            if flight is not None or ahead:
-                return self.fly(states, batch, n_ctx, flight, ahead)
+        self, segments: Sequence[Segment], tap: Tap | None, best: int, ahead: bool
+    ) -> tuple[Any, list[int]]:
+        """The rows of logits that are wanted, or the best of each, and how many belong to each segment."""
+        n_ctx = max([s.n_ctx for s, _, _ in segments])
+        flight = landed(segments) if self.follows else None
+        greedy = best == 1 and tap is None
+        if flight is None or not greedy:
+            batch, counts = self.lay(segments)
+            if not (ahead and greedy and self.follows and batch.n_out == len(segments)):
+                return self.brought(batch, n_ctx, tap, best), counts
+            flight = self.launch([s for s, _, _ in segments], batch, n_ctx)
+        return self.fly(segments, n_ctx, flight, ahead), [1] * len(segments)
+
+    def brought(self, batch: Batch, n_ctx: int, tap: Tap | None, best: int) -> Any:
+        """A step's results on the host."""
         if not batch.n_out:
             self.run(batch, n_ctx, tap, self.decoder.body)
             return np.empty((0, self.n_vocab), np.float32)
         y = self.run(batch, n_ctx, tap, self.decoder.logits, best=best)
         return self.be.picked(y) if best else self.be.numpy(y)
 
-    def fly(
-        self, states: Sequence[State], batch: Batch, n_ctx: int, flight: Flight | None, ahead: bool
-    ) -> list[Best]:
+    def fly(self, segments: Sequence[Segment], n_ctx: int, now: Flight, ahead: bool) -> list[Best]:
         """The largest logit of each row, when the step behind has begun if that may be."""
-        be, now = self.be, flight or self.launch(states, batch, n_ctx)
-        lengths = np.diff(batch.starts).tolist()
-        then = self.launch_behind(now, states, lengths, n_ctx) if ahead else None
+        then = self.launch_behind(now, segments, n_ctx) if ahead else None
         rows = now.rows()
-        if be.n_steps != now.n_step and any(row.pairs is None for row in rows):
-            y = self.run(batch, n_ctx, None, self.decoder.logits, best=1)  # its logits are gone
-            return be.picked(y)
+        if self.be.n_steps != now.n_step and any(row.pairs is None for row in rows):
+            batch, _ = self.lay(segments)  # once more: its logits are gone
+            return list(self.brought(batch, n_ctx, None, best=1))
         if then is not None:
             then.ids = [int(row.pairs[0, 0]) for row in rows if row.pairs is not None]
-            for s in states:
+            for s, _, _ in segments:
                 s.flight = then
         return rows
 
@@ -186,10 +187,10 @@ class Network:
         return Flight(y, later, n_step, [id(s) for s in states], batch.n_past.tolist(), [])
 
     def launch_behind(
-        self, flight: Flight, states: Sequence[State], lengths: Sequence[int], n_ctx: int
+        self, flight: Flight, segments: Sequence[Segment], n_ctx: int
     ) -> Flight | None:
         """Begin the step behind one that has just been begun, on the ids that the device chooses."""
-        past = [s.n_past + n for s, n in zip(states, lengths, strict=True)]
+        states, past = [s for s, _, _ in segments], [s.n_past + n for s, n, _ in segments]
         full = any(p == s.n_ctx for p, s in zip(past, states, strict=True))
         if full or self.be.n_steps != flight.n_step:  # another thread's step has its place by now
             return None
