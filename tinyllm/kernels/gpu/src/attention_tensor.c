@@ -26,7 +26,7 @@
 #define Q_STRIDE (HEAD_DIM + 8)
 #define Q_ROOM (2 * PAIRS * Q_STRIDE) /* ushorts, for both terms */
 #define BLOCKS(d) (((d) + 31) / 32)
-#define GROUPS (KEY_WARPS == 4 ? 5 - KV : 256 / THREADS) /* of a core: what registers are given out for */
+#define GROUPS (KEY_WARPS < 4 ? 256 / THREADS : LARGE_LOCAL ? 5 - KV : 2) /* of a core: registers are for so many */
 #define HEADROOM (KV == 1 ? 15.0f : 4.0f) /* a half ends at 2^16; with q8_0 the scale has to fit, too */
 #define LOWEST (-1.0e30f)
 #define LOG2E 1.4426950408889634f
@@ -36,6 +36,11 @@
 #define Q_LOCAL
 #elif HEAD_DIM <= 128
 #define Q_REGISTERS
+#endif
+#if defined Q_REGISTERS || defined Q_LOCAL && KV == 1
+#define EACH_STEP UNROLL
+#else
+#define EACH_STEP /* not unrolled: there would be too much in registers */
 #endif
 
 #if KV == 2 /* a thread has every other column of 16 in one matrix, those between in the next one */
@@ -96,10 +101,11 @@ INLINE void stage_tile(SHARED ushort* to, SHARED ushort* scales, GLOBAL const uc
 }
 
 /* 16 values of the queries of two pairs, or zeros (at = -1), as the left side of a product. */
-INLINE void query_tile(GLOBAL const float* q, const int* at, const int step, const float scale, uint* high, uint* low) {
+INLINE void query_tile(GLOBAL const float* q, SHARED const int* at, const int step, const float scale, uint* high,
+                       uint* low) {
     const int t = LOCAL_ID(0) % 4;
     UNROLL for (int i = 0; i < 4; ++i) {
-        const int a = at[i % 2], d = 16 * step + (i < 2 ? FIRST_DIM(t) : SECOND_DIM(t));
+        const int a = at[i % 2 * 8], d = 16 * step + (i < 2 ? FIRST_DIM(t) : SECOND_DIM(t));
         GLOBAL const float* x = q + ((uint)a * HEAD_DIM + (uint)d);
         split2(a >= 0 ? x[0] * scale : 0.0f, a >= 0 ? x[1] * scale : 0.0f, high + i, low + i);
     }
@@ -186,13 +192,13 @@ INLINE void share_queries(GLOBAL const float* q, SHARED const Part* p, const flo
 
 /* Scores of 16 pairs and N_SCORES times eight keys from ks on, with the queries from the one place where they are. */
 INLINE void tile_scores(float* s, SHARED const ushort* ks, SHARED const ushort* scales, SHARED const ushort* shared_q,
-                        const uint* high, const uint* low, GLOBAL const float* q, const int* at,
+                        const uint* high, const uint* low, GLOBAL const float* q, SHARED const int* at,
                         const float scale WARP_ARGS) {
     const int lane = LOCAL_ID(0) % 32;
     SHARED const ushort* row = ks + (lane / 16 * 8 + lane % 8) * STRIDE(HEAD_DIM) + lane / 8 % 2 * 8;
     UNROLL for (int i = 0; i < 4 * N_SCORES; ++i) s[i] = 0.0f;
 #if KV == 2
-    UNROLL for (int block = 0; block < BLOCKS(HEAD_DIM); ++block) {
+    EACH_STEP for (int block = 0; block < BLOCKS(HEAD_DIM); ++block) {
         UNROLL for (int n = 0; n < N_SCORES; n += 2) {
             uint codes[4];
             float part[8];
@@ -217,7 +223,7 @@ INLINE void tile_scores(float* s, SHARED const ushort* ks, SHARED const ushort* 
         }
     }
 #else
-    UNROLL for (int step = 0; step < STEPS; ++step) {
+    EACH_STEP for (int step = 0; step < STEPS; ++step) {
         QUERY_OF_STEP
         UNROLL for (int n = 0; n < N_SCORES; n += 2) {
             uint k[4];
@@ -256,22 +262,19 @@ INLINE void soften(float* s, float* o, float* top, float* sum WARP_ARGS) {
     }
 }
 
-/* o += weights times the values from vs on; n of the warp's keys are there. */
-INLINE void add_values(float* o, const float* s, SHARED const ushort* vs, SHARED const ushort* scales,
-                       const int n WARP_ARGS) {
+/* o += weights times the values from vs on. */
+INLINE void add_values(float* o, const float* s, SHARED const ushort* vs,
+                       SHARED const ushort* scales WARP_ARGS) {
     const int lane = LOCAL_ID(0) % 32;
     SHARED const ushort* row = vs + (lane / 8 % 2 * 8 + lane % 8) * STRIDE(HEAD_DIM_V) + lane / 16 * 8;
     UNROLL for (int keys = 0; keys < WARP_KEYS; keys += 16) {
         const float* p = s + keys / 2;
         uint high[4], low[4], v[4];
 #if KV == 2
-        const int first = keys + 2 * (lane % 4);
-        uint there[4]; /* scales behind the last key may be anything: all bits, or none, and no branch */
-        UNROLL for (int i = 0; i < 4; ++i) there[i] = (uint)((first + i % 2 + i / 2 * 8 - n) >> 31);
         UNROLL for (int block = 0; block < BLOCKS(HEAD_DIM_V); ++block) {
             float d[4];
             UNROLL for (int i = 0; i < 4; ++i)
-                d[i] = half_bits(scales[(first + i % 2 + i / 2 * 8) * BLOCKS(HEAD_DIM_V) + block] & there[i]);
+                d[i] = half_bits(scales[(keys + 2 * (lane % 4) + i % 2 + i / 2 * 8) * BLOCKS(HEAD_DIM_V) + block]);
             UNROLL for (int i = 0; i < 4; ++i)
                 split2(p[2 * i] * d[i / 2 * 2], p[2 * i + 1] * d[i / 2 * 2 + 1], high + i, low + i);
             load_tiles_transposed(v, row + keys * STRIDE(HEAD_DIM_V) + 16 * block);
@@ -476,7 +479,6 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
         stage_tile(vs, v_scales, page + v_offset, n_head_kv, p->kv_head, k0, HEAD_DIM_V, p->end_key - k0);
     }
     const float q_scale = scale * LOG2E * (softcap != 0.0f ? 2.0f / softcap : 1.0f);
-    const int at[2] = {p->at[i0], p->at[i0 + 8]};
     SHARED const ushort* shared_q = 0;
 #ifdef Q_LOCAL
     uint *high = 0, *low = 0;
@@ -486,7 +488,7 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
 #ifdef Q_REGISTERS
     uint high[4 * STEPS], low[4 * STEPS];
     UNROLL for (int step = 0; step < STEPS; ++step)
-        query_tile(q, at, step, q_scale, high + 4 * step, low + 4 * step);
+        query_tile(q, p->at + i0, step, q_scale, high + 4 * step, low + 4 * step);
 #else
     uint *high = 0, *low = 0;
 #endif
@@ -499,7 +501,7 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
         copies_wait(1); /* the keys are here, the values may be on their way */
         BARRIER();
         tile_scores(s, ks + first * STRIDE(HEAD_DIM), k_scales + first * BLOCKS(HEAD_DIM), shared_q, high, low, q,
-                    at, q_scale WARP_PASS);
+                    p->at + i0, q_scale WARP_PASS);
         BARRIER();
         if (more)
             stage_tile(ks, k_scales, store + page * page_bytes + k_offset, n_head_kv, p->kv_head, next, HEAD_DIM,
@@ -514,8 +516,14 @@ BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLO
         if (more) copies_wait(1); /* the values are here, the next keys may be on their way */
         else copies_wait(0);
         BARRIER();
-        add_values(o, s, vs + first * STRIDE(HEAD_DIM_V), v_scales + first * BLOCKS(HEAD_DIM_V),
-                   p->end_key - k0 - first WARP_PASS);
+#if KV == 2
+        if (p->end_key - k0 < KEYS) { /* scales behind the last key may be anything, even NaN */
+            for (int i = LOCAL_ID(0); i < KEYS * BLOCKS(HEAD_DIM_V); i += THREADS)
+                if (i / BLOCKS(HEAD_DIM_V) >= p->end_key - k0) v_scales[i] = 0;
+            BARRIER();
+        }
+#endif
+        add_values(o, s, vs + first * STRIDE(HEAD_DIM_V), v_scales + first * BLOCKS(HEAD_DIM_V) WARP_PASS);
         BARRIER();
         if (more)
             stage_tile(vs, v_scales, store + page * page_bytes + v_offset, n_head_kv, p->kv_head, next, HEAD_DIM_V,
