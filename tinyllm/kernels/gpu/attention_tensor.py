@@ -81,7 +81,7 @@ def choose_splits(
     """
     pages = [max(1, n_pages * i // 16) for i in (9, 11, 13, 15)]
     n_tiles = [-(-n * PAGE // shape.tile) for n in pages]
-    resident = 4 if shape.keys == 4 else max(1, 256 // shape.threads)
+    resident = 3 if shape.keys == 4 else max(1, 256 // shape.threads)
     products = shape.pairs * shape.tile * dims / CORE_PRODUCTS
     work = max(shape.tile * row_bytes / CORE_BYTES, products)
 

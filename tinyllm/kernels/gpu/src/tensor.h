@@ -13,7 +13,7 @@
 #define WARP_ARGS
 #define WARP_PASS
 /* A kernel for groups of so many threads, registers dealt out for so many groups at a time. */
-#define LARGE_LOCAL (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10) /* 160 KB of a core */
+#define LARGE_LOCAL (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10) /* a core has room for three groups of 48 KB */
 #define BOUNDED_KERNEL(threads, groups) extern "C" __global__ __launch_bounds__(threads, groups)
 #define DEVICE_FENCE() __threadfence()
 
