@@ -150,6 +150,6 @@ def test_one_sequence_fills_the_device(n_pages: int, fewest: int) -> None:
 
 
 def test_many_sequences_and_long_prompts_are_not_split() -> None:
-    assert choose_splits(8 * 80, 16, DECODE, *ROW, 132) == 1
+    assert choose_splits(8 * 48, 16, DECODE, *ROW, 132) == 1
     assert choose_splits(128, 8, PREFILL, *ROW, 132) == 1
     assert choose_splits(8, 1, DECODE, *ROW, 132) == 1

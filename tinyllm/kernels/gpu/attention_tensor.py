@@ -18,6 +18,10 @@ from .sources import Program
 
 LOCAL_BYTES = 46 << 10  # of a group's tiles; 48 KB are there
 MOST_DIM = 256
+WHOLE_DIM = {
+    "f16": 192,
+    "q8_0": 96,
+}  # with wider values only scores of half a page fit into registers
 
 # What an H200 is expected to take, in microseconds, from its latencies and rates: only their ratios decide.
 BEGIN = 0.8  # until a group's first keys are there
@@ -49,7 +53,11 @@ def group_shape(pairs: int, k: Side, v: Side) -> GroupShape:
     """The shape for sequences with up to so many (row, head) pairs a key head."""
     whole = PAGE * (_stride(k) + _stride(v)) <= LOCAL_BYTES
     if pairs > 16:
-        return GroupShape(4 if pairs <= 64 else 8, 1, PAGE if whole else PAGE // 2)
+        narrow = v.dim <= WHOLE_DIM[k.kv_type]
+        rows = (
+            4 if pairs <= 64 or (k.kv_type == "q8_0" and v.dim > 192) else 8
+        )  # registers end there
+        return GroupShape(rows, 1, PAGE if whole and narrow else PAGE // 2)
     shared = PAGE * (_stride(k) + _stride(v)) + 64 * (k.dim + 8)  # with the queries
     whole = shared <= LOCAL_BYTES and 4 * 64 * (v.dim + 8) <= LOCAL_BYTES  # where warps meet
     return GroupShape(1, 4, PAGE) if whole else GroupShape(1, 2, PAGE // 2)
@@ -77,7 +85,7 @@ def choose_splits(
     """
     pages = [max(1, n_pages * i // 16) for i in (9, 11, 13, 15)]
     n_tiles = [-(-n * PAGE // shape.tile) for n in pages]
-    resident = 4 if shape.keys == 4 else max(1, 256 // shape.threads)
+    resident = 3 if shape.keys == 4 else max(1, 256 // shape.threads)
     products = shape.pairs * shape.tile * dims / CORE_PRODUCTS
     work = max(shape.tile * row_bytes / CORE_BYTES, products)
 

@@ -61,4 +61,5 @@ def attention_tensor(
     """The program of ``attention_tensor.c`` for one shape of heads and of groups."""
     shape = {"HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "KEYS": keys}
     warps = {"ROW_WARPS": row_warps, "KEY_WARPS": key_warps}
-    return plain("tensor.h", "kv.h", "attention_tensor.c", KV=kv, **shape, **warps)
+    files = "tensor.h", "kv.h", "attention_parts.h", "attention_tensor.c"
+    return plain(*files, KV=kv, **shape, **warps)

@@ -9,27 +9,20 @@
    Codes become halves in registers, exactly; a block's scale is multiplied with the score or with the weight.
    Scores are in units of log 2. A sum and its values count in units of exp2(-top), where top is the largest score less
    HEADROOM, so that small weights are no subnormal halves. */
-#define WARPS (ROW_WARPS * KEY_WARPS)
-#define THREADS (32 * WARPS)
-#define PAIRS (16 * ROW_WARPS)
 #define ITEM (KV == 1 ? 2 : 1) /* bytes */
 #define CHUNKS(d) (((d) + KV_PIECE - 1) / KV_PIECE * KV_PIECE * ITEM / 16) /* 16 bytes each, of a stored row */
 #define STRIDE(d) ((CHUNKS(d) | 1) * 8) /* of a row in local memory: eight rows lie in different banks */
 #define TILE (KEYS * (STRIDE(HEAD_DIM) + STRIDE(HEAD_DIM_V)))
-#define PITCH (HEAD_DIM_V + 8) /* floats of a pair when warps meet */
 #define MEETING (KEY_WARPS > 1 ? KEY_WARPS * PAIRS * PITCH * 2 : 0)
 #define ROOM (TILE > MEETING ? TILE : MEETING) /* ushorts */
 #define STEPS (HEAD_DIM / 16)
 #define WARP_KEYS (KEYS / KEY_WARPS)
 #define N_SCORES (WARP_KEYS / 8)
-#define N_VALUES (HEAD_DIM_V / 8)
 #define Q_STRIDE (HEAD_DIM + 8)
 #define Q_ROOM (2 * PAIRS * Q_STRIDE) /* ushorts, for both terms */
 #define BLOCKS(d) (((d) + 31) / 32)
-#define GROUPS (KEY_WARPS == 4 ? 5 - KV : 256 / THREADS) /* of a core: what registers are given out for */
+#define GROUPS (KEY_WARPS < 4 ? 256 / THREADS : LARGE_LOCAL ? 3 : 2) /* of a core: registers are for so many */
 #define HEADROOM (KV == 1 ? 15.0f : 4.0f) /* a half ends at 2^16; with q8_0 the scale has to fit, too */
-#define LOWEST (-1.0e30f)
-#define LOG2E 1.4426950408889634f
 
 /* The queries: in local memory where warps share them, in registers where they fit, else read again for each tile. */
 #if KEY_WARPS > 1 && 2 * (ROOM + Q_ROOM) <= 46 << 10
@@ -37,24 +30,21 @@
 #elif HEAD_DIM <= 128
 #define Q_REGISTERS
 #endif
+#if defined Q_REGISTERS || defined Q_LOCAL && KV == 1
+#define EACH_STEP UNROLL
+#else
+#define EACH_STEP /* not unrolled: there would be too much in registers */
+#endif
 
-#if KV == 2 /* a thread has every other column of 16 in one matrix, those between in the next one */
-#define DIM_OF(n, column) ((n) / 2 * 16 + 2 * (column) + (n) % 2)
+#if KV == 2 /* columns as in DIM_OF */
 #define FIRST_DIM(t) (4 * (t))
 #define SECOND_DIM(t) (4 * (t) + 2)
 #define COLUMN_OF(d) ((d) / 16 * 16 + (d) % 16 / 4 * 2 + (d) % 2 + (d) % 4 / 2 * 8)
 #else
-#define DIM_OF(n, column) (8 * (n) + (column))
 #define FIRST_DIM(t) (2 * (t))
 #define SECOND_DIM(t) (2 * (t) + 8)
 #define COLUMN_OF(d) (d)
 #endif
-
-/* What a group looks after. Of each pair: row * n_head + head, or -1 where there is none, the head, the position. */
-typedef struct {
-    int at[PAIRS], head[PAIRS], pos[PAIRS];
-    int n_pairs, seq, kv_head, first_pos, end_key, window;
-} Part;
 
 /* A byte below 0x64 is the half 1024 + the byte: codes plus 128, less 1152. */
 INLINE uint codes_to_halves(const uint codes, const uint pick) {
@@ -96,10 +86,11 @@ INLINE void stage_tile(SHARED ushort* to, SHARED ushort* scales, GLOBAL const uc
 }
 
 /* 16 values of the queries of two pairs, or zeros (at = -1), as the left side of a product. */
-INLINE void query_tile(GLOBAL const float* q, const int* at, const int step, const float scale, uint* high, uint* low) {
+INLINE void query_tile(GLOBAL const float* q, SHARED const int* at, const int step, const float scale, uint* high,
+                       uint* low) {
     const int t = LOCAL_ID(0) % 4;
     UNROLL for (int i = 0; i < 4; ++i) {
-        const int a = at[i % 2], d = 16 * step + (i < 2 ? FIRST_DIM(t) : SECOND_DIM(t));
+        const int a = at[i % 2 * 8], d = 16 * step + (i < 2 ? FIRST_DIM(t) : SECOND_DIM(t));
         GLOBAL const float* x = q + ((uint)a * HEAD_DIM + (uint)d);
         split2(a >= 0 ? x[0] * scale : 0.0f, a >= 0 ? x[1] * scale : 0.0f, high + i, low + i);
     }
@@ -124,36 +115,6 @@ INLINE void mask(float* s, SHARED const Part* p, const int i0, const int k0, GLO
 INLINE float capped(const float s, const float cap) {
     return cap * LOG2E * (1.0f - 2.0f * reciprocal(exp2_fast(s) + 1.0f));
 }
-
-/* What values in units of exp2(-top) with this sum are to be multiplied with, the head's sink taking its share. */
-INLINE float share(const float top, const float sum, GLOBAL const float* sinks, const int head) {
-    if (!sinks) return 1.0f / sum;
-    const float sink = sinks[head] * LOG2E, both = fmax(top, sink), shrink = exp2_fast(top - both);
-    return shrink / (sum * shrink + exp2_fast(sink - both));
-}
-
-#if HEAD_DIM_V % 32 == 0
-/* The int8 form of four values in each of eight neighbouring lanes, a run of 32 (see quantise_quad in rows.c). */
-INLINE void keep_int8(const float* v, const ulong quad, const int there, GLOBAL int* xq, GLOBAL float* xd,
-                      GLOBAL float* xs WARP_ARGS) {
-    float top = fmax(fmax(fabs(v[0]), fabs(v[1])), fmax(fabs(v[2]), fabs(v[3])));
-    UNROLL for (int o = 1; o < 8; o *= 2) top = fmax(top, lane_xor(top, o));
-    const float inverse = top > 0.0f ? 127.0f / top : 0.0f, d = top / 127.0f;
-    uint packed = 0;
-    float sum = 0.0f;
-    UNROLL for (int c = 0; c < 4; ++c) {
-        const float code = rint(v[c] * inverse);
-        packed |= ((uint)(int)code & 255u) << (8 * c);
-        sum += code;
-    }
-    sum += lane_xor(sum, 1);
-    sum += lane_xor(sum, 2);
-    if (!there) return;
-    xq[quad] = (int)packed;
-    if (quad % 4 == 0) xs[quad / 4] = d * sum;
-    if (quad % 8 == 0) xd[quad / 8] = d;
-}
-#endif
 
 #ifdef Q_LOCAL
 /* The queries of a group as two terms in local memory, columns in the order of FIRST_DIM and SECOND_DIM. */
@@ -186,13 +147,13 @@ INLINE void share_queries(GLOBAL const float* q, SHARED const Part* p, const flo
 
 /* Scores of 16 pairs and N_SCORES times eight keys from ks on, with the queries from the one place where they are. */
 INLINE void tile_scores(float* s, SHARED const ushort* ks, SHARED const ushort* scales, SHARED const ushort* shared_q,
-                        const uint* high, const uint* low, GLOBAL const float* q, const int* at,
+                        const uint* high, const uint* low, GLOBAL const float* q, SHARED const int* at,
                         const float scale WARP_ARGS) {
     const int lane = LOCAL_ID(0) % 32;
     SHARED const ushort* row = ks + (lane / 16 * 8 + lane % 8) * STRIDE(HEAD_DIM) + lane / 8 % 2 * 8;
     UNROLL for (int i = 0; i < 4 * N_SCORES; ++i) s[i] = 0.0f;
 #if KV == 2
-    UNROLL for (int block = 0; block < BLOCKS(HEAD_DIM); ++block) {
+    EACH_STEP for (int block = 0; block < BLOCKS(HEAD_DIM); ++block) {
         UNROLL for (int n = 0; n < N_SCORES; n += 2) {
             uint codes[4];
             float part[8];
@@ -217,17 +178,20 @@ INLINE void tile_scores(float* s, SHARED const ushort* ks, SHARED const ushort* 
         }
     }
 #else
-    UNROLL for (int step = 0; step < STEPS; ++step) {
+    float rest[4 * N_SCORES], *low_s = N_SCORES > 2 ? s : rest; /* few sums: shorter chains of products that wait */
+    UNROLL for (int i = 0; i < 4 * N_SCORES; ++i) rest[i] = 0.0f;
+    EACH_STEP for (int step = 0; step < STEPS; ++step) {
         QUERY_OF_STEP
         UNROLL for (int n = 0; n < N_SCORES; n += 2) {
             uint k[4];
             load_tiles(k, row + 8 * n * STRIDE(HEAD_DIM) + 16 * step);
             mma(s + 4 * n, q_high, k);
             mma(s + 4 * n + 4, q_high, k + 2);
-            mma(s + 4 * n, q_low, k);
-            mma(s + 4 * n + 4, q_low, k + 2);
+            mma(low_s + 4 * n, q_low, k);
+            mma(low_s + 4 * n + 4, q_low, k + 2);
         }
     }
+    UNROLL for (int i = 0; i < 4 * N_SCORES; ++i) s[i] += rest[i];
 #endif
 }
 
@@ -256,22 +220,19 @@ INLINE void soften(float* s, float* o, float* top, float* sum WARP_ARGS) {
     }
 }
 
-/* o += weights times the values from vs on; n of the warp's keys are there. */
-INLINE void add_values(float* o, const float* s, SHARED const ushort* vs, SHARED const ushort* scales,
-                       const int n WARP_ARGS) {
+/* o += weights times the values from vs on. */
+INLINE void add_values(float* o, const float* s, SHARED const ushort* vs,
+                       SHARED const ushort* scales WARP_ARGS) {
     const int lane = LOCAL_ID(0) % 32;
     SHARED const ushort* row = vs + (lane / 8 % 2 * 8 + lane % 8) * STRIDE(HEAD_DIM_V) + lane / 16 * 8;
     UNROLL for (int keys = 0; keys < WARP_KEYS; keys += 16) {
         const float* p = s + keys / 2;
         uint high[4], low[4], v[4];
 #if KV == 2
-        const int first = keys + 2 * (lane % 4);
-        uint there[4]; /* scales behind the last key may be anything: all bits, or none, and no branch */
-        UNROLL for (int i = 0; i < 4; ++i) there[i] = (uint)((first + i % 2 + i / 2 * 8 - n) >> 31);
         UNROLL for (int block = 0; block < BLOCKS(HEAD_DIM_V); ++block) {
             float d[4];
             UNROLL for (int i = 0; i < 4; ++i)
-                d[i] = half_bits(scales[(first + i % 2 + i / 2 * 8) * BLOCKS(HEAD_DIM_V) + block] & there[i]);
+                d[i] = half_bits(scales[(keys + 2 * (lane % 4) + i % 2 + i / 2 * 8) * BLOCKS(HEAD_DIM_V) + block]);
             UNROLL for (int i = 0; i < 4; ++i)
                 split2(p[2 * i] * d[i / 2 * 2], p[2 * i + 1] * d[i / 2 * 2 + 1], high + i, low + i);
             load_tiles_transposed(v, row + keys * STRIDE(HEAD_DIM_V) + 16 * block);
@@ -295,127 +256,6 @@ INLINE void add_values(float* o, const float* s, SHARED const ushort* vs, SHARED
             mma(o + 4 * tile + 4, low, v + 2);
         }
 #endif
-    }
-}
-
-/* Where results go: out [T, H, HEAD_DIM_V] and its int8 form or NULL; parts [T, H, splits, HEAD_DIM_V + 4], each
-   with its top and sum behind its values. */
-typedef struct {
-    GLOBAL float* out;
-    GLOBAL int* xq;
-    GLOBAL float *xd, *xs, *parts;
-    GLOBAL const float* sinks;
-    int split, splits;
-} Result;
-
-/* Where a pair's part or result begins. */
-INLINE GLOBAL float* place_of(SHARED const Part* p, const Result* r, const int i) {
-    const ulong at = (ulong)p->at[i];
-    return r->splits > 1 ? r->parts + (at * r->splits + r->split) * (HEAD_DIM_V + 4) : r->out + at * HEAD_DIM_V;
-}
-
-/* Write what the registers of a warp's lanes hold of the pairs i0 and i0 + 8. */
-INLINE void keep_registers(const float* o, const float* top, const float* sum, SHARED const Part* p, const Result* r,
-                           const int i0) {
-    const int t = LOCAL_ID(0) % 4;
-    UNROLL for (int h = 0; h < 2; ++h) {
-        const int i = i0 + 8 * h;
-        if (p->at[i] < 0) continue;
-        GLOBAL float* to = place_of(p, r, i) + DIM_OF(0, 2 * t);
-        const float f = r->splits > 1 ? 1.0f : share(top[h], sum[h], r->sinks, p->head[i]);
-        UNROLL for (int n = 0; n < N_VALUES; ++n) {
-            to[DIM_OF(n, 0)] = o[4 * n + 2 * h] * f;
-            to[DIM_OF(n, 1)] = o[4 * n + 2 * h + 1] * f;
-        }
-        if (r->splits > 1 && t == 0) {
-            to[HEAD_DIM_V] = top[h];
-            to[HEAD_DIM_V + 1] = sum[h];
-        }
-    }
-}
-
-/* Add up n parts, each of four values and of a top and a sum: units of the largest top. */
-typedef struct {
-    float v[4], top, sum;
-} Running;
-
-INLINE void add_part(Running* x, const float* v, const float top, const float sum) {
-    const float both = fmax(x->top, top), old = exp2_fast(x->top - both), new_ = exp2_fast(top - both);
-    UNROLL for (int c = 0; c < 4; ++c) x->v[c] = x->v[c] * old + v[c] * new_;
-    x->sum = x->sum * old + sum * new_;
-    x->top = both;
-}
-
-/* Four values of pair i from d on: the result and, where asked for, its int8 form; or a part of it. */
-INLINE void keep_quad(const Running* x, SHARED const Part* p, const Result* r, const int i, const int d,
-                      const int there WARP_ARGS) {
-    float v[4];
-    const float f = there && r->splits == 1 ? share(x->top, x->sum, r->sinks, p->head[i]) : 1.0f;
-    UNROLL for (int c = 0; c < 4; ++c) v[c] = x->v[c] * f;
-    GLOBAL float* to = there ? place_of(p, r, i) : r->out;
-    if (there) {
-        UNROLL for (int c = 0; c < 4; ++c) to[d + c] = v[c];
-        if (r->splits > 1 && d == 0) {
-            to[HEAD_DIM_V] = x->top;
-            to[HEAD_DIM_V + 1] = x->sum;
-        }
-    }
-#if HEAD_DIM_V % 32 == 0
-    if (r->splits == 1 && r->xq) keep_int8(v, (ulong)(to + d - r->out) / 4, there, r->xq, r->xd, r->xs WARP_PASS);
-#endif
-}
-
-#define QUADS (HEAD_DIM_V / 4)
-#define EACH_QUAD                                                                                     \
-    for (int q0 = 0; q0 < p->n_pairs * QUADS; q0 += THREADS) {                      \
-        const int i = (q0 + LOCAL_ID(0)) / QUADS, d = (q0 + LOCAL_ID(0)) % QUADS * 4;                 \
-        const int there = q0 + LOCAL_ID(0) < p->n_pairs * QUADS && p->at[i] >= 0;                     \
-        Running x = {{0.0f, 0.0f, 0.0f, 0.0f}, LOWEST, 0.0f};
-
-#if KEY_WARPS > 1
-/* The warps that share pairs i0 and i0 + 8 put their results into local memory, and all add them up. */
-INLINE void meet(const float* o, const float* top, const float* sum, SHARED const Part* p, const Result* r, const int i0,
-                 const int warp, SHARED float* room WARP_ARGS) {
-    const int t = LOCAL_ID(0) % 4;
-    UNROLL for (int h = 0; h < 2; ++h) {
-        SHARED float* to = room + (warp * PAIRS + i0 + 8 * h) * PITCH + DIM_OF(0, 2 * t);
-        UNROLL for (int n = 0; n < N_VALUES; ++n) {
-            to[DIM_OF(n, 0)] = o[4 * n + 2 * h];
-            to[DIM_OF(n, 1)] = o[4 * n + 2 * h + 1];
-        }
-        if (t == 0) to[HEAD_DIM_V] = top[h];
-        if (t == 0) to[HEAD_DIM_V + 1] = sum[h];
-    }
-    BARRIER();
-    EACH_QUAD
-        for (int w = 0; w < KEY_WARPS && there; ++w) {
-            SHARED const float* from = room + (w * PAIRS + i) * PITCH;
-            float v[4];
-            UNROLL for (int c = 0; c < 4; ++c) v[c] = from[d + c];
-            add_part(&x, v, from[HEAD_DIM_V], from[HEAD_DIM_V + 1]);
-        }
-        keep_quad(&x, p, r, i, d, there WARP_PASS);
-    }
-}
-#endif
-
-/* Join the parts that the groups of all splits have written: BATCH loads at a time are on their way. */
-#define BATCH 16
-INLINE void join(SHARED const Part* p, const Result* r, const int splits WARP_ARGS) {
-    EACH_QUAD
-        GLOBAL const float* from = r->parts;
-        if (there) from += (ulong)p->at[i] * splits * (HEAD_DIM_V + 4);
-        for (int s0 = 0; s0 < splits && there; s0 += BATCH) {
-            float v[4 * BATCH], sums[2 * BATCH];
-            UNROLL for (int s = 0; s < BATCH; ++s) {
-                GLOBAL const float* part = from + (s0 + s < splits ? s0 + s : s0) * (HEAD_DIM_V + 4);
-                load4_fresh(v + 4 * s, part + d);
-                load2_fresh(sums + 2 * s, part + HEAD_DIM_V);
-            }
-            UNROLL for (int s = 0; s < BATCH; ++s)
-                if (s0 + s < splits) add_part(&x, v + 4 * s, sums[2 * s], sums[2 * s + 1]);
-        }
-        keep_quad(&x, p, r, i, d, there WARP_PASS);
     }
 }
 
@@ -450,6 +290,8 @@ KERNEL_OF(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL u
     LOCAL Part part;
     SHARED Part* p = &part;
     const int seq = tiles ? tiles[3 * tile] : tile, row0 = tiles ? tiles[3 * tile + 1] : tile;
+    /* without a window this is the first page: one wait for memory less */
+    const int guess = GROUP_ID(2) * KEYS / PAGE, guessed = pages[seq * n_pages + (guess < n_pages ? guess : 0)];
     const int n_rows = tiles ? tiles[3 * tile + 2] : 1, first_pos = n_past[seq] + (tiles ? row0 - starts[seq] : 0);
     if (LOCAL_ID(0) < PAIRS) {
         const int i = LOCAL_ID(0), r = heads_at_once < PAIRS ? i / heads_at_once : 0, h = (GROUP_ID(0) - kv_head * chunks) * heads_at_once + i - r * heads_at_once;
@@ -471,12 +313,12 @@ KERNEL_OF(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL u
     const int first_key = window && p->first_pos >= window ? p->first_pos - window + 1 : 0;
     int k0 = (first_key / KEYS + GROUP_ID(2)) * KEYS;
     if (k0 < p->end_key) {
-        GLOBAL uchar* page = page_of(store, page_bytes, 0, pages, n_pages, p->seq, k0);
+        const int number = k0 / PAGE == guess ? guessed : pages[p->seq * n_pages + k0 / PAGE];
+        GLOBAL uchar* page = store + (ulong)number * page_bytes;
         stage_tile(ks, k_scales, page + k_offset, n_head_kv, p->kv_head, k0, HEAD_DIM, p->end_key - k0);
         stage_tile(vs, v_scales, page + v_offset, n_head_kv, p->kv_head, k0, HEAD_DIM_V, p->end_key - k0);
     }
     const float q_scale = scale * LOG2E * (softcap != 0.0f ? 2.0f / softcap : 1.0f);
-    const int at[2] = {p->at[i0], p->at[i0 + 8]};
     SHARED const ushort* shared_q = 0;
 #ifdef Q_LOCAL
     uint *high = 0, *low = 0;
@@ -486,7 +328,7 @@ KERNEL_OF(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL u
 #ifdef Q_REGISTERS
     uint high[4 * STEPS], low[4 * STEPS];
     UNROLL for (int step = 0; step < STEPS; ++step)
-        query_tile(q, at, step, q_scale, high + 4 * step, low + 4 * step);
+        query_tile(q, p->at + i0, step, q_scale, high + 4 * step, low + 4 * step);
 #else
     uint *high = 0, *low = 0;
 #endif
@@ -499,7 +341,7 @@ KERNEL_OF(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL u
         copies_wait(1); /* the keys are here, the values may be on their way */
         BARRIER();
         tile_scores(s, ks + first * STRIDE(HEAD_DIM), k_scales + first * BLOCKS(HEAD_DIM), shared_q, high, low, q,
-                    at, q_scale WARP_PASS);
+                    p->at + i0, q_scale WARP_PASS);
         BARRIER();
         if (more)
             stage_tile(ks, k_scales, store + page * page_bytes + k_offset, n_head_kv, p->kv_head, next, HEAD_DIM,
@@ -514,8 +356,14 @@ KERNEL_OF(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL u
         if (more) copies_wait(1); /* the values are here, the next keys may be on their way */
         else copies_wait(0);
         BARRIER();
-        add_values(o, s, vs + first * STRIDE(HEAD_DIM_V), v_scales + first * BLOCKS(HEAD_DIM_V),
-                   p->end_key - k0 - first WARP_PASS);
+#if KV == 2
+        if (p->end_key - k0 < KEYS) { /* scales behind the last key may be anything, even NaN */
+            for (int i = LOCAL_ID(0); i < KEYS * BLOCKS(HEAD_DIM_V); i += THREADS)
+                if (i / BLOCKS(HEAD_DIM_V) >= p->end_key - k0) v_scales[i] = 0;
+            BARRIER();
+        }
+#endif
+        add_values(o, s, vs + first * STRIDE(HEAD_DIM_V), v_scales + first * BLOCKS(HEAD_DIM_V) WARP_PASS);
         BARRIER();
         if (more)
             stage_tile(vs, v_scales, store + page * page_bytes + v_offset, n_head_kv, p->kv_head, next, HEAD_DIM_V,

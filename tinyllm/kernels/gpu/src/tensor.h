@@ -12,6 +12,8 @@
 #define WARP_ROOM(warps)
 #define WARP_ARGS
 #define WARP_PASS
+/* A core has room for three groups of 48 KB of local memory. */
+#define LARGE_LOCAL (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
 #define DEVICE_FENCE() __threadfence()
 #define N_GROUPS(d) PICK(gridDim, d)
 
