@@ -94,8 +94,9 @@ class GPUBackend(Recurrent, Recording):
     ) -> GPUArray:
         """The norm, in the launch of the product before it where that can make it."""
         y = self.empty(x.shape)
-        plain = not centre and bias is None and w is not None and w.size == (group or w.size)
-        if not (plain and w.size == x.size and self.norm_early(x, w, eps, y)):
+        whole = w is not None and w.size == x.size == (group or x.size)
+        early = whole and not centre and bias is None and self.norm_early(x, w, eps, y)
+        if not early:
             self._norm_into(y, x, w, eps, bias, group, centre)
             return y
 

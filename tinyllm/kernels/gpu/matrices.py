@@ -216,8 +216,8 @@ class Matrices(Device):
             *(experts, i32(share), i32(w.n_in), i32(w.n_out), kind, *squares),
         )
 
-    def norm_early(self, x: GPUArray, weight: GPUArray, eps: float, y: GPUArray) -> bool:
-        """Make x, if it is a pending sum of a row and a pending product, and what its norm will divide, for y."""
+    def norm_early(self, x: GPUArray, weight: GPUArray | None, eps: float, y: GPUArray) -> bool:
+        """If x is a pending sum with a pending product, make both and what the norm y will divide."""
         added = x.pending
         product = added.y.pending if isinstance(added, Sum) else None
         if not isinstance(added, Sum) or not isinstance(product, Product):

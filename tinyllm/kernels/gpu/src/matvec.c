@@ -117,7 +117,7 @@ INLINE void matvec(const int m_tile, WEIGHT_ARGS, const ulong first, X_ARGS, GLO
     }
 
 MATVEC(1, 8)
-MATVEC(2, 6)
+MATVEC(2, 5)
 MATVEC(4, 3)
 MATVEC(8, 2)
 
