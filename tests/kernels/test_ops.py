@@ -214,6 +214,29 @@ def test_matmul_gated_of_one_row(be: Backend, type_name: str, n_ff: int, kind: A
         same(be, got, want, 0.02)
 
 
+@pytest.mark.parametrize("type_name", ["F16", "Q4_0", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize(
+    ("t", "n_in", "biased"), [(1, 512, False), (1, 1280, True), (3, 512, True)]
+)
+def test_a_norm_behind_a_sum_and_a_product(
+    be: Backend, type_name: str, t: int, n_in: int, biased: bool
+) -> None:
+    first, more = stored(type_name, 256, n_in), [stored(type_name, 96, 256, seed=s) for s in (2, 3)]
+    router, x, h = stored("F32", 5, 256, seed=4), normal(t, 256), normal(t, n_in, seed=5)
+    weight, bias = normal(256, seed=6), normal(256, seed=7) if biased else None
+
+    def through(b: Backend) -> list[Any]:
+        product = b.matmul(b.load(first), b.array(h), None if bias is None else b.array(bias))
+        total = b.add(b.array(x), product, scale=0.7)
+        y, ws = b.rms_norm(total, b.array(weight), 1e-5), [b.load(s) for s in more]
+        products = b.matmuls(ws, y, [None, b.array(normal(96))])
+        gated = b.matmul_gated(ws, y, [None, None], "silu")
+        return [*products, gated, b.matmul(b.load(router), y), total, y, b.act(y, "relu"), product]
+
+    for got, want in zip(through(be), through(REFERENCE), strict=True):
+        same(be, got, want, 1e-4 if type_name == "F16" else 0.03)
+
+
 @pytest.mark.parametrize("type_name", ["F16", "Q4_K"])
 @pytest.mark.parametrize("t", [1, 2, 40])
 def test_matmul_experts_gated(be: Backend, type_name: str, t: int) -> None:

@@ -290,7 +290,8 @@ class Backend(ABC):
         kind: Activation,
     ) -> Array:
         """``act_mul`` of the products with a gate's and an up matrix."""
-        return self.act_mul(*self.matmuls(ws, x, biases), kind)
+        gate, up = self.matmuls(ws, x, biases)
+        return self.act_mul(gate, up, kind)
 
     def matmul_experts_gated(
         self,

@@ -15,7 +15,7 @@ from ...errors import ArgumentError, DeviceError
 from ..backend import Activation, Batch, HeadNorms, KVType, LayerCache, RopeSpec, Routing
 from . import batch as batches
 from . import sources
-from .arrays import GPUArray, Sum
+from .arrays import GPUArray, Pending, Sum
 from .attention import cache_program
 from .batch import DeviceBatch
 from .cache import GPUCache
@@ -102,15 +102,41 @@ class GPUBackend(Picking, Recurrent, Recording):
         group: int,
         centre: int,
     ) -> GPUArray:
+        """The norm, in the launch of the product before it where that can make it."""
+        y = self.empty(x.shape)
+        whole = w is not None and w.size == x.size == (group or x.size)
+        early = whole and not centre and bias is None and self.norm_early(x, w, eps, y)
+        if not early:
+            self._norm_into(y, x, w, eps, bias, group, centre)
+            return y
+
+        def late(y: GPUArray) -> None:
+            self._norm_into(y, x, w, eps, bias, group, centre)
+
+        y.pending = Pending(late)
+        return y
+
+    def _norm_into(
+        self,
+        y: GPUArray,
+        x: GPUArray,
+        w: GPUArray | None,
+        eps: float,
+        bias: GPUArray | None,
+        group: int,
+        centre: int,
+    ) -> None:
         """The norm; a pending sum before it and the int8 form behind it are made in the same launch."""
-        y, n = self.empty(x.shape), group or x.shape[-1]
-        before, x.pending = x.pending, None
-        inputs = (x, None, None) if before is None else (before.x, before.y, x)
-        threads, kept = self._norm_threads(n), False
-        if n % 4 == 0 and n <= 4 * NORM_QUADS * threads:
-            kept = True
-            if n == x.shape[-1] and self.wants_int8(y):
-                y.int8 = self.new_int8(y.size)
+        n = group or x.shape[-1]
+        before = x.pending if isinstance(x.pending, Sum) else None
+        inputs: tuple[object, ...] = x, None, None
+        if before is not None:
+            x.pending = None
+            inputs = before.x, before.y, x
+        threads = self._norm_threads(n)
+        kept = n % 4 == 0 and n <= 4 * NORM_QUADS * threads
+        if kept and n == x.shape[-1] and self.wants_int8(y):
+            y.int8 = self.new_int8(y.size)
         sizes = (0 if p is None else p.size for p in (w, bias))
         shape = (i32(v) for v in (n, *sizes, n // 4 if y.int8 else 0, centre))
         outputs = y, *(y.int8 or (None, None, None))
@@ -118,7 +144,6 @@ class GPUBackend(Picking, Recurrent, Recording):
         args = *inputs, w, bias, *outputs, *shape, *numbers
         kernel = ("norm_rows_centred" if centre else "norm_rows") if kept else "norm_runs"
         self.launch(ROWWISE, kernel, (x.size // n, 1, 1), (threads, 1, 1), *args)
-        return y
 
     def _norm_threads(self, n: int) -> int:
         """A thread for each four values of a run, a power of two."""
@@ -162,9 +187,18 @@ class GPUBackend(Picking, Recurrent, Recording):
         return y
 
     def act(self, x: GPUArray, kind: Activation) -> GPUArray:
-        y = self.empty(x.shape)
-        self.each(ELEMENTWISE, "act", x.size, x, y, _code(ACTIVATIONS[:-1], kind))
+        y, code = self.empty(x.shape), _code(ACTIVATIONS[:-1], kind)
+        if self.wants_int8(y):
+            self._act_int8(y, x, None, code)
+        else:
+            self.each(ELEMENTWISE, "act", x.size, x, y, code)
         return y
+
+    def _act_int8(self, y: GPUArray, x: GPUArray, up: GPUArray | None, code: np.int32) -> None:
+        """Y = act(x), or act(x) * up, in both forms."""
+        y.int8 = self.new_int8(y.size)
+        groups, args = (-(-y.size // 512), 1, 1), (x, up, y, *y.int8, code, i32(y.size // 4))
+        self.launch(ROWWISE, "act_mul_int8", groups, (128, 1, 1), *args)
 
     def matmul_gated(  # type: ignore[override]
         self,
@@ -195,12 +229,10 @@ class GPUBackend(Picking, Recurrent, Recording):
 
     def act_mul(self, gate: GPUArray, up: GPUArray, kind: Activation) -> GPUArray:
         y, code = self.empty(gate.shape), _code(ACTIVATIONS, kind)
-        if not self.wants_int8(y):
+        if self.wants_int8(y):
+            self._act_int8(y, gate, up, code)
+        else:
             self.each(ELEMENTWISE, "act_mul", y.size, gate, up, y, code)
-            return y
-        y.int8 = self.new_int8(y.size)
-        groups, args = (-(-y.size // 512), 1, 1), (gate, up, y, *y.int8, code, i32(y.size // 4))
-        self.launch(ROWWISE, "act_mul_int8", groups, (128, 1, 1), *args)
         return y
 
     def add(self, x: GPUArray, *ys: GPUArray, scale: float = 1.0) -> GPUArray:
@@ -215,7 +247,7 @@ class GPUBackend(Picking, Recurrent, Recording):
     def _sum(self, x: GPUArray, y: GPUArray, scale: float) -> GPUArray:
         """A sum that is computed when it is read."""
         out = self.empty(x.shape)
-        out.pending = Sum(x, y, scale, lambda out: self._pairwise_into(out, x, y, scale, product=0))
+        out.pending = Sum(lambda out: self._pairwise_into(out, x, y, scale, product=0), x, y, scale)
         return out
 
     def mul(self, x: GPUArray, y: GPUArray) -> GPUArray:
@@ -274,6 +306,8 @@ class GPUBackend(Picking, Recurrent, Recording):
         return y
 
     def take(self, x: GPUArray, rows: GPUArray) -> GPUArray:
+        if len(x) == rows.size == 1:  # there is but one to take
+            return x
         y = self.empty((rows.size, *x.shape[1:]))
         self.each(ELEMENTWISE, "take", y.size, x, rows, y, i32(prod(x.shape[1:])))
         return y

@@ -16,7 +16,7 @@ from ...errors import ArgumentError, DeviceError
 from ...gguf.quants import FORMATS
 from ..backend import Source
 from . import sources, weights
-from .arrays import Buffer, GPUArray
+from .arrays import Buffer, Early, GPUArray, Product, Sum
 from .device import Device, f32, i32, u64
 from .weights import LAYOUTS, PLAIN, GPUWeight
 
@@ -24,6 +24,7 @@ MATVEC_ROWS = 16
 MATVEC_CHOICES = 32  # of experts; with more, rows are sorted by expert
 LANES, WARPS, ROWS = 32, 4, 2  # as in src/matvec.c
 GATED_WARPS, GATED_OUTPUTS = 8, 32
+ADD_THREADS, ADD_OUTPUTS = 512, 32
 BUSY = 48  # rows in flight that keep a core busy: 24 warps
 TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # as in src/matmul.c
 MAX_EXPERTS = 1024  # as in src/experts.c
@@ -92,7 +93,11 @@ class Matrices(Device):
         return y
 
     def matmul(self, w: GPUWeight, x: GPUArray, bias: GPUArray | None = None) -> GPUArray:  # type: ignore[override]
-        return self.matmuls([w], x, [bias])[0]
+        if x.size != w.n_in or w.n_out % ADD_OUTPUTS or self.max_threads < ADD_THREADS:
+            return self.matmuls([w], x, [bias])[0]
+        y = self.empty((*x.shape[:-1], w.n_out))
+        y.pending = Product(lambda y: self.few_rows([(w, bias, y)], x, 1), w, x, bias)
+        return y
 
     def matmuls(  # type: ignore[override]
         self, ws: Sequence[GPUWeight], x: GPUArray, biases: Sequence[GPUArray | None]
@@ -115,6 +120,7 @@ class Matrices(Device):
         """Up to three matrices of one format in one launch of matvec."""
         w = run[0][0]
         m = next((m for m in (1, 2, 4) if n_x <= m), 8)
+        operand, squares = self._early_operand(w, x)
         split = self._split(sum(job[0].n_out for job in run) * -(-n_x // m), w)
         per_group = ROWS * WARPS >> split
         n_groups = sum(-(-job[0].n_out // per_group) for job in run)
@@ -124,11 +130,12 @@ class Matrices(Device):
             (n_groups, -(-n_x // m), 1),
             (LANES, WARPS, 1),
             *outputs(run),
-            *self.operand(w, x),
+            *operand,
             self.grid(w.kind),
             i32(n_x),
             i32(w.n_in),
             i32(split),
+            *squares,
         )
 
     def _split(self, n_rows: int, w: GPUWeight) -> int:
@@ -199,14 +206,45 @@ class Matrices(Device):
         groups = -(-w.n_out // GATED_OUTPUTS), n_choices, 1
         matrices = ws[0].buffer, ws[1].buffer, u64(w.total), *biases
         share = n_choices // (x.size // w.n_in)
+        operand, squares = self._early_operand(w, x)
         self.launch(
             sources.matrix(w.kind, "matvec.c"),
             "matvec_gated",
             groups,
             (LANES, GATED_WARPS, 1),
-            *(*matrices, y, *(y.int8 or (None, None, None)), *self.operand(w, x)),
-            *(self.grid(w.kind), experts, i32(share), i32(w.n_in), i32(w.n_out), kind),
+            *(*matrices, y, *(y.int8 or (None, None, None)), *operand, self.grid(w.kind)),
+            *(experts, i32(share), i32(w.n_in), i32(w.n_out), kind, *squares),
         )
+
+    def norm_early(self, x: GPUArray, weight: GPUArray | None, eps: float, y: GPUArray) -> bool:
+        """If x is a pending sum with a pending product, make both and what the norm y will divide."""
+        added = x.pending
+        product = added.y.pending if isinstance(added, Sum) else None
+        if not isinstance(added, Sum) or not isinstance(product, Product):
+            return False
+        w, x.pending = product.w, None
+        values, squares = self.empty(x.shape), self.empty((w.n_out // ADD_OUTPUTS,))
+        int8 = self.new_int8(x.size) if self.wants_int8(x) else None
+        self.launch(
+            sources.matrix(w.kind, "matvec.c"),
+            "matvec_add",
+            (w.n_out // ADD_OUTPUTS, 1, 1),
+            (LANES, ADD_THREADS // LANES, 1),
+            *(w.buffer, u64(w.total), product.bias, added.x, weight, x, values),
+            *(*(int8 or (None, None, None)), squares, *self.operand(w, product.x)),
+            *(self.grid(w.kind), i32(w.n_in), f32(added.scale)),
+        )
+        y.early = Early(values, int8, squares, eps)
+        return True
+
+    def _early_operand(self, w: GPUWeight, x: GPUArray) -> tuple[Operand, tuple[object, ...]]:
+        """The activations, and what the product is still to be divided by: see Early."""
+        early = x.early if x.pending is not None else None
+        if early is None or (w.kind not in PLAIN and early.int8 is None):
+            return self.operand(w, x), (None, i32(0), f32(0))
+        squares = early.squares, i32(early.squares.size), f32(early.eps)
+        floats = None, early.values, None
+        return (floats if early.int8 is None or w.kind in PLAIN else early.int8), squares
 
     def many_choices(self, job: Job, x: GPUArray, experts: GPUArray) -> None:
         """The choices sorted by expert, and tiles of each expert's."""
@@ -239,6 +277,7 @@ class Matrices(Device):
         """The activations as w's kernels read them: int8 codes, scales and sums, or floats alone."""
         if w.kind in PLAIN:
             return None, x, None
+        _ = x.buffer  # a pending norm makes the int8 form, too
         if x.int8 is None:
             n = x.size
             x.int8 = self.new_int8(n)

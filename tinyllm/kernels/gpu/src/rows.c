@@ -52,7 +52,7 @@ KERNEL void quantise(GLOBAL const float* x, GLOBAL int* xq, GLOBAL float* xd, GL
     quantise_quad(v, (ulong)i, i < n_quads, xq, xd, xs, part);
 }
 
-/* act(gate) * up in both forms. */
+/* act(gate) * up, or act(gate) without up, in both forms. */
 KERNEL void act_mul_int8(GLOBAL const float* gate, GLOBAL const float* up, GLOBAL float* y, GLOBAL int* xq,
                          GLOBAL float* xd, GLOBAL float* xs, const int kind, const int n_quads) {
     LOCAL float part[THREADS];
@@ -60,8 +60,8 @@ KERNEL void act_mul_int8(GLOBAL const float* gate, GLOBAL const float* up, GLOBA
     float v[4] = {0.0f, 0.0f, 0.0f, 0.0f}, u[4];
     if (i < n_quads) {
         load_quad(gate, (ulong)i, v);
-        load_quad(up, (ulong)i, u);
-        UNROLL for (int j = 0; j < 4; ++j) v[j] = gated(v[j], u[j], kind);
+        if (up) load_quad(up, (ulong)i, u);
+        UNROLL for (int j = 0; j < 4; ++j) v[j] = up ? gated(v[j], u[j], kind) : activate(v[j], kind);
         store_quad(y, (ulong)i, v);
     }
     quantise_quad(v, (ulong)i, i < n_quads, xq, xd, xs, part);
