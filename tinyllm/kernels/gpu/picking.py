@@ -47,12 +47,16 @@ class Picking(Device):
 
     def _read(self, logits: GPUArray, table: np.ndarray) -> list[Best]:
         """What collect found: table [2 + 2 * room, rows]."""
-        room, rows = len(table) // 2 - 1, range(table.shape[1])
-        counts, broken = table[:2].tolist()
-        pairs = table[2:].reshape(room, 2, -1)
-        few = (pairs[:n, :, i] if n <= room else None for i, n in enumerate(counts))
-        all_of = (partial(self._row, logits, i) for i in rows)
-        return [Best(not b, p, a) for b, p, a in zip(broken, few, all_of, strict=True)]
+        room = len(table) // 2 - 1
+        counts, most = table[0], min(int(table[0].max()), room)
+        pairs = table[2:].reshape(room, 2, -1)[:most].transpose(1, 2, 0)
+        ids, values = choose.in_order(pairs[0], pairs[1], counts)
+        n_of = np.where(counts <= room, counts, 0).tolist()
+        found = zip(range(len(ids)), n_of, table[1].tolist(), strict=True)
+        return [
+            Best(not broken, ids[i, :n], values[i, :n], partial(self._row, logits, i))
+            for i, n, broken in found
+        ]
 
     def _row(self, x: GPUArray, i: int) -> np.ndarray:
         n = 4 * x.shape[-1]
@@ -61,8 +65,7 @@ class Picking(Device):
     def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(logits, GPUArray) and k <= self.picks[-1]:
             best = self.picked(self.pick(logits.reshape(1, logits.size), k))[0]
-            if best.finite and best.pairs is not None:
-                ids, values = best.sorted()
-                return ids[:k], values[:k]
+            if best.finite and len(best.ids):
+                return best.ids[:k], best.values[:k]
         host = self.numpy(logits)  # choosing costs less than bringing them to the device
         return choose.top_k(host.astype(np.float32, copy=False).reshape(-1), k)
