@@ -122,24 +122,27 @@ def test_answers_are_those_of_a_host_that_sees_all_logits(net: Network, how: Any
     assert got == answers(net, **how)
 
 
-def test_few_numbers_cross_and_one_graph_runs_for_each_token(net: Network, driver: Any) -> None:
+def test_each_token_is_one_copy_up_one_graph_and_few_numbers_down(
+    net: Network, driver: Any
+) -> None:
     for _ in range(2):  # the second time the prompt is recorded
         answers(net, temperature=0, sequences=1)
     driver.launches = driver.replays = 0
-    fetched: list[int] = []
+    copies: dict[int, list[int]] = {1: [], 2: [], 3: []}  # bytes up, down, across
     runtime = type(net.be).get.__globals__["runtime"]
     copy = runtime.memcpyAsync
 
     def noted(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
-        if kind == 2:
-            fetched.append(nbytes)
+        copies[kind].append(nbytes)
         copy(target, source, nbytes, kind, stream)
 
     runtime.memcpyAsync = noted
     answers(net, temperature=0, sequences=1)
     assert driver.launches == 0  # another state finds the recorded steps
-    assert driver.replays == len(fetched) == 12
-    assert max(fetched) < 4 * net.n_vocab // 8
+    assert driver.replays == 12
+    assert [len(sizes) for sizes in copies.values()] == [12, 12, 11]
+    assert max(copies[2]) < 4 * net.n_vocab // 8
+    assert set(copies[3]) == {4}  # the id that the device goes on with
 
 
 def test_damaged_weights_are_told(net: Network) -> None:

@@ -36,12 +36,14 @@ def in_order(
 
     Keys are unsigned in an int32: larger logits have larger ones.
     """
-    packed = (keys.astype(np.uint32).astype(np.int64) << ID_BITS) - ids
-    packed[np.arange(ids.shape[1]) >= counts[:, None]] = -1
-    packed.sort(axis=1)
-    packed = packed[:, ::-1]
-    ids = -packed & ((1 << ID_BITS) - 1)
-    bits = (packed + ids >> ID_BITS).astype(np.uint32)
+    bits = keys.astype(np.uint32)
+    if ids.shape[1] > 1:
+        packed = (bits.astype(np.int64) << ID_BITS) - ids
+        packed[np.arange(ids.shape[1]) >= counts[:, None]] = -1
+        packed.sort(axis=1)
+        packed = packed[:, ::-1]
+        ids = -packed & ((1 << ID_BITS) - 1)
+        bits = (packed + ids >> ID_BITS).astype(np.uint32)
     return ids.astype(np.int32), np.where(bits & SIGN, bits ^ SIGN, ~bits).view(np.float32)
 
 

@@ -263,7 +263,8 @@ class Network:
 
     def step(self, i: int, step: Step, end: End, best: int, after: Any = None) -> Any:
         """Stage i; it may be replayed when nothing but the batch's values differ."""
-        batch, stage, d = caches_of(step.batch, i), self.stages[i], self.decoder
+        stage, d = self.stages[i], self.decoder
+        batch = caches_of(step.batch, i) if len(self.stages) > 1 else step.batch
 
         def compute(b: Batch) -> Any:
             now = replace(step, batch=b)
