@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ class Best:
 
 
 def in_order(
-    ids: np.ndarray, keys: np.ndarray, counts: np.ndarray
+    ids: np.ndarray, keys: np.ndarray, counts: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 and values of logits [rows, n], of which each row has its count, largest first.
 
@@ -39,7 +39,7 @@ def in_order(
     bits = keys.astype(np.uint32)
     if ids.shape[1] > 1:
         packed = (bits.astype(np.int64) << ID_BITS) - ids
-        packed[np.arange(ids.shape[1]) >= counts[:, None]] = -1
+        packed[np.arange(ids.shape[1]) >= np.array(counts)[:, None]] = -1
         packed.sort(axis=1)
         packed = packed[:, ::-1]
         ids = -packed & ((1 << ID_BITS) - 1)

@@ -48,14 +48,13 @@ class Picking(Device):
     def _read(self, logits: GPUArray, table: np.ndarray) -> list[Best]:
         """What collect found: table [2 + 2 * room, rows]."""
         room = len(table) // 2 - 1
-        counts, most = table[0], min(int(table[0].max()), room)
-        pairs = table[2:].reshape(room, 2, -1)[:most].transpose(1, 2, 0)
-        ids, values = choose.in_order(pairs[0], pairs[1], counts)
-        n_of = np.where(counts <= room, counts, 0).tolist()
-        found = zip(range(len(ids)), n_of, table[1].tolist(), strict=True)
+        counts, broken = table[:2].tolist()
+        end = 2 + 2 * min(max(counts), room)
+        ids, values = choose.in_order(table[2:end:2].T, table[3:end:2].T, counts)
+        there = [n if n <= room else 0 for n in counts]
         return [
-            Best(not broken, ids[i, :n], values[i, :n], partial(self._row, logits, i))
-            for i, n, broken in found
+            Best(not bad, ids[i, :n], values[i, :n], partial(self._row, logits, i))
+            for i, (n, bad) in enumerate(zip(there, broken, strict=True))
         ]
 
     def _row(self, x: GPUArray, i: int) -> np.ndarray:
