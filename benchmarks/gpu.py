@@ -7,8 +7,7 @@
 Each part (a format, a depth, a model) runs in a process of its own (gpu_measure.py), because one wrong kernel
 makes a CUDA device useless to its process. The report is written after each part; a part that fails is noted
 with its reason, what it had measured by then is kept, and the others follow. A run that was cut short goes on
-where it was, as long as the kernels are the same; what failed is tried again. All of it takes a large device
-about a quarter of an hour.
+where it was, as long as the kernels are the same; what failed is tried again. What tells most comes first.
 """
 
 from __future__ import annotations

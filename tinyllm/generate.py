@@ -221,11 +221,9 @@ def choose_best(run: Run, best: Best) -> Token:
     """The same, of the largest logits, as many as the sampler needs."""
     if not best.finite:
         raise NumericError(DAMAGED)
-    if best.pairs is None:  # so many equals that the device left them out
+    if not len(best.ids):  # so many equals that the device left them out
         return choose(run, best.all())
-    ids = run.state.ids
-    n = run.sampler.needs(len(ids))
-    chosen = best.first() if n == 1 else run.sampler.choose_best(*best.sorted(n), ids)
+    chosen = run.sampler.choose_best(best.ids, best.values, run.state.ids)
     join(run, chosen)
     return Token(chosen)
 

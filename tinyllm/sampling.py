@@ -261,7 +261,8 @@ class Sampler:
     def choose_best(self, ids: Ids, values: Floats, history: Sequence[int]) -> int:
         """As ``choose``, from at least the ``needs`` largest logits [n], largest first; all are finite."""
         if self.params.penalises:
-            ids, values = self._penalised(ids, values, history)
+            n = self.needs(len(history))
+            ids, values = self._penalised(ids[:n], values[:n], history)
         return self._draw(ids[: self._k], values[: self._k])
 
     def _penalised(self, ids: Ids, values: Floats, history: Sequence[int]) -> tuple[Ids, Floats]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,37 +11,40 @@ import numpy as np
 from ..errors import NumericError
 
 SIGN = np.uint32(1 << 31)
+ID_BITS = 31
 
 
 @dataclass(slots=True)
 class Best:
     """The largest logits of a row, as a device found them.
 
-    ``finite``: is every logit of the row a finite number? ``pairs`` int32 [n, 2] has an id and a key
-    in each row, in no order: all logits down to some bound; None where they were too many. Keys are unsigned;
-    larger logits have larger ones. ``all`` fetches the row itself, float32 [n_vocab], until the next step.
+    ``finite``: is every logit of the row a finite number? ``ids`` int32 and ``values`` [n] are all logits down
+    to some bound, largest first, equal ones in the order of their ids; empty where they were too many.
+    ``all`` fetches the row itself, float32 [n_vocab], until the next step.
     """
 
     finite: bool
-    pairs: np.ndarray | None
+    ids: np.ndarray
+    values: np.ndarray
     all: Callable[[], np.ndarray]
 
-    def sorted(self, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The first n ids int32 and values, largest first, equal ones in the order of their ids."""
-        assert self.pairs is not None
-        ids, keys = self.pairs.T
-        both = (keys.astype(np.uint32).astype(np.int64) << 31) - ids  # 63 bits
-        both.sort()
-        both = both[::-1][:n]
-        ids = -both & 0x7FFFFFFF
-        keys = (both + ids >> 31).astype(np.uint32)
-        values = np.where(keys & SIGN, keys ^ SIGN, ~keys).view(np.float32)
-        return ids.astype(np.int32), values
 
-    def first(self) -> int:
-        """The smallest id of the largest."""
-        assert self.pairs is not None
-        return int(self.pairs[0, 0]) if len(self.pairs) == 1 else int(self.sorted(1)[0][0])
+def in_order(
+    ids: np.ndarray, keys: np.ndarray, counts: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 and values of logits [rows, n], of which each row has its count, largest first.
+
+    Keys are unsigned in an int32: larger logits have larger ones.
+    """
+    bits = keys.astype(np.uint32)
+    if ids.shape[1] > 1:
+        packed = (bits.astype(np.int64) << ID_BITS) - ids
+        packed[np.arange(ids.shape[1]) >= np.array(counts)[:, None]] = -1
+        packed.sort(axis=1)
+        packed = packed[:, ::-1]
+        ids = -packed & ((1 << ID_BITS) - 1)
+        bits = (packed + ids >> ID_BITS).astype(np.uint32)
+    return ids.astype(np.int32), np.where(bits & SIGN, bits ^ SIGN, ~bits).view(np.float32)
 
 
 def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,7 @@ Segment = tuple[
 ]  # this many of the state's pending tokens; rows whose logits are wanted
 FEWEST_ROWS, MOST_ROWS = 64, 512  # of a step: weights are read once for all of them
 MOST_ENCODED = 1024  # of an encoder's
+UNKNOWN = -1  # which of several equals the device took for the largest
 NUMBERS = itertools.count()
 NETWORKS: weakref.WeakSet[Network] = weakref.WeakSet()
 Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
@@ -169,11 +170,11 @@ class Network:
         """The largest logit of each row, when the step behind has begun if that may be."""
         then = self.launch_behind(now, segments, n_ctx) if ahead else None
         rows = now.rows()
-        if self.be.n_steps != now.n_step and any(row.pairs is None for row in rows):
+        if self.be.n_steps != now.n_step and any(not len(row.ids) for row in rows):
             batch, _ = self.lay(segments)  # once more: its logits are gone
             return list(self.brought(batch, n_ctx, None, best=1))
         if then is not None:
-            then.ids = [int(row.pairs[0, 0]) for row in rows if row.pairs is not None]
+            then.ids = [row.ids.item() if len(row.ids) == 1 else UNKNOWN for row in rows]
             for s, _, _ in segments:
                 s.flight = then
         return rows
@@ -262,7 +263,8 @@ class Network:
 
     def step(self, i: int, step: Step, end: End, best: int, after: Any = None) -> Any:
         """Stage i; it may be replayed when nothing but the batch's values differ."""
-        batch, stage, d = caches_of(step.batch, i), self.stages[i], self.decoder
+        stage, d = self.stages[i], self.decoder
+        batch = caches_of(step.batch, i) if len(self.stages) > 1 else step.batch
 
         def compute(b: Batch) -> Any:
             now = replace(step, batch=b)

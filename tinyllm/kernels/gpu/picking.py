@@ -47,12 +47,15 @@ class Picking(Device):
 
     def _read(self, logits: GPUArray, table: np.ndarray) -> list[Best]:
         """What collect found: table [2 + 2 * room, rows]."""
-        room, rows = len(table) // 2 - 1, range(table.shape[1])
+        room = len(table) // 2 - 1
         counts, broken = table[:2].tolist()
-        pairs = table[2:].reshape(room, 2, -1)
-        few = (pairs[:n, :, i] if n <= room else None for i, n in enumerate(counts))
-        all_of = (partial(self._row, logits, i) for i in rows)
-        return [Best(not b, p, a) for b, p, a in zip(broken, few, all_of, strict=True)]
+        end = 2 + 2 * min(max(counts), room)
+        ids, values = choose.in_order(table[2:end:2].T, table[3:end:2].T, counts)
+        there = [n if n <= room else 0 for n in counts]
+        return [
+            Best(not bad, ids[i, :n], values[i, :n], partial(self._row, logits, i))
+            for i, (n, bad) in enumerate(zip(there, broken, strict=True))
+        ]
 
     def _row(self, x: GPUArray, i: int) -> np.ndarray:
         n = 4 * x.shape[-1]
@@ -61,8 +64,7 @@ class Picking(Device):
     def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(logits, GPUArray) and k <= self.picks[-1]:
             best = self.picked(self.pick(logits.reshape(1, logits.size), k))[0]
-            if best.finite and best.pairs is not None:
-                ids, values = best.sorted()
-                return ids[:k], values[:k]
+            if best.finite and len(best.ids):
+                return best.ids[:k], best.values[:k]
         host = self.numpy(logits)  # choosing costs less than bringing them to the device
         return choose.top_k(host.astype(np.float32, copy=False).reshape(-1), k)
