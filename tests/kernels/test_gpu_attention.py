@@ -136,6 +136,7 @@ DECODE, PREFILL = group_shape(4, SIDE, SIDE), group_shape(2048, SIDE, SIDE)
 def test_shapes_of_groups() -> None:
     assert GroupShape(1, 4, 64) == DECODE
     assert GroupShape(8, 1, 64) == PREFILL
+    assert group_shape(2048, SIDE, SIDE, even=False) == GroupShape(4, 1, 64)
     wide = Side(0, 8, 256, 256, "f16")
     assert group_shape(4, wide, wide) == GroupShape(1, 2, 32)
     assert group_shape(64, wide, wide) == GroupShape(4, 1, 32)
