@@ -18,7 +18,7 @@ from .sources import Program
 
 LOCAL_BYTES = 46 << 10  # of a group's tiles; 48 KB are there
 MOST_DIM = 256
-WHOLE_DIM = {"f16": 192, "q8_0": 96}  # with wider values only scores of half a page fit into registers
+WHOLE_DIM = {"f16": 192, "q8_0": 96}  # wider values leave registers for scores of half a page
 COUNTERS = 1024  # of groups that wait for the others' parts
 
 # What an H200 is expected to take, in microseconds, from its latencies and rates: only their ratios decide.
