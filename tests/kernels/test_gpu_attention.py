@@ -1,15 +1,17 @@
-"""Attention on tensor cores, on the simulated CUDA driver: as exact as floats on what the cache holds."""
+"""Attention on tensor cores, simulated and on CUDA: as exact as floats on what the cache holds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tinyllm.errors import DeviceError
 from tinyllm.gguf import quants
-from tinyllm.kernels.backend import Batch, LayerCache
+from tinyllm.kernels.backend import Batch, LayerCache, open_backend
 from tinyllm.kernels.gpu.attention_tensor import GroupShape, choose_splits, group_shape
 from tinyllm.kernels.gpu.cache import Side
 from tinyllm.kernels.reference import ReferenceBackend
@@ -18,6 +20,19 @@ pytestmark = pytest.mark.device
 REFERENCE = ReferenceBackend()
 FLOAT = 2e-5
 F32 = np.float32
+
+
+@pytest.fixture(params=["simulated", "cuda"])
+def be(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if request.param == "simulated":
+        yield request.getfixturevalue("simulated")
+        return
+    try:
+        backend = open_backend("cuda")
+    except (DeviceError, ImportError) as e:
+        pytest.skip(str(e))
+    yield backend
+    backend.close()
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -95,36 +110,36 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kv}-{c.n_head}x{c.dim}-{sum(c.new)}")
-def test_attention_is_exact_on_what_the_cache_holds(case: Case, simulated: Any) -> None:
+def test_attention_is_exact_on_what_the_cache_holds(case: Case, be: Any) -> None:
     want = np.array(case.run(REFERENCE, "f32"))
-    simulated.n_cores = 64  # the past is split
-    got = np.array(simulated.numpy(case.run(simulated, case.kv)))
+    be.n_cores = 64  # the past is split
+    got = np.array(be.numpy(case.run(be, case.kv)))
     assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < FLOAT
     assert np.abs(got - want).max() < 10 * FLOAT
-    assert not simulated.numpy(simulated._zeros()).any()  # for the next launch
+    assert not be.numpy(be._zeros()).any()  # for the next launch
 
 
 @pytest.mark.parametrize("n_cores", [1, 64])
-def test_decode_leaves_the_int8_form_with_the_result(n_cores: int, simulated: Any) -> None:
+def test_decode_leaves_the_int8_form_with_the_result(n_cores: int, be: Any) -> None:
     """One launch, split or not; the form is that of ``quantise``."""
-    simulated.n_cores, simulated._any_quantised = n_cores, True
-    y = CASES[0].run(simulated, "f16")
-    got = [simulated.numpy(x) for x in y.int8]
+    be.n_cores, be._any_quantised = n_cores, True
+    y = CASES[0].run(be, "f16")
+    got = [be.numpy(x) for x in y.int8]
     y.int8 = None
     weight = type("Weight", (), {"kind": "Q8_0"})()
-    want = [simulated.numpy(x) for x in simulated.operand(weight, y)]
+    want = [be.numpy(x) for x in be.operand(weight, y)]
     assert np.array_equal(got[0], want[0])
     assert np.allclose(got[1], want[1], rtol=1e-6)
     assert np.allclose(got[2], want[2], rtol=1e-5, atol=1e-6)
 
 
-def test_large_values_do_not_overflow(simulated: Any) -> None:
+def test_large_values_do_not_overflow(be: Any) -> None:
     """Values near the end of halves, and scores so far apart that one key takes all."""
     case = Case("f16", [70], [1], 4, 1, 64, 64)
     stored = case.stored
     case.stored = lambda n, dim, seed: stored(n, dim, seed) * F32(8192 if seed % 2 else 256)
-    want, got = np.array(case.run(REFERENCE, "f32")), case.run(simulated, "f16")
-    assert np.sqrt(np.mean((simulated.numpy(got) - want) ** 2) / np.mean(want**2)) < FLOAT
+    want, got = np.array(case.run(REFERENCE, "f32")), case.run(be, "f16")
+    assert np.sqrt(np.mean((be.numpy(got) - want) ** 2) / np.mean(want**2)) < FLOAT
 
 
 # ---- how work is dealt out
