@@ -25,16 +25,12 @@ def opencl() -> Iterator[Any]:
 
 
 @pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The CUDA backend on a simulated driver; skips where there is no OpenCL to simulate it with."""
+def interpreted() -> Iterator[Any]:
+    """The CUDA backend with NVRTC's own code, interpreted."""
     pytest.importorskip("pyopencl", reason="needs PyOpenCL")
-    from simulated_cuda import Driver, module
+    from interpreted_cuda import Interpreter
+    from simulated_cuda import backend as opened
 
-    try:
-        driver = Driver()
-    except DeviceError as e:
-        pytest.skip(str(e))
-    backend = module(driver, monkeypatch).CUDABackend("0")
-    backend.driver = driver
+    backend = opened(Interpreter())
     yield backend
     backend.close()

@@ -3,8 +3,8 @@
 #define WARP_ROOM(warps) LOCAL uint warp_room[(warps) * 32 * WARP_WORDS];
 #define WARP_ARGS , SHARED uint* warp_room
 #define WARP_PASS , warp_room
-#define BOUNDED_KERNEL(threads, groups) KERNEL
 #define DEVICE_FENCE() mem_fence(CLK_GLOBAL_MEM_FENCE)
+#define N_GROUPS(d) ((int)get_num_groups(d))
 #define exp2_fast(x) exp2(x)
 #define reciprocal(x) (1.0f / (x))
 #define copies_commit()
@@ -16,6 +16,13 @@
 
 /* Word i of another lane of this warp. */
 #define WORD_OF(lane, i) room[((LOCAL_ID(0) & ~31) + (lane)) * WARP_WORDS + (i)]
+
+INLINE void copy16(SHARED ushort* to, GLOBAL const uchar* from) {
+    *(SHARED uint4*)to = *(GLOBAL const uint4*)from;
+}
+
+INLINE void copies_done(void) {
+}
 
 INLINE float half_of(const uint pair, const int which) {
     return half_bits((pair >> (16 * which)) & 0xffffu);

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyopencl as cl
+import pytest
 
 import tinyllm.kernels.gpu as package
 from tinyllm.kernels.gpu import cublas, devices, sources
@@ -50,6 +51,7 @@ class Driver:
         self.tape: list[Callable[[], None]] | None = None
         self.pending: list[Callable[[], None]] = []
         self.launches = self.replays = self.products = 0
+        self.kernels: set[str] = set()  # launched
 
     def allocate(self, nbytes: int) -> int:
         if sum(self.sizes.values()) + nbytes > self.total:
@@ -96,12 +98,18 @@ class Driver:
         """When the host waits, or when the graph being captured is launched."""
         (self.pending if self.tape is None else self.tape).append(work)
 
-    def finish(self) -> None:
-        """Carry out what is queued."""
-        work, self.pending = self.pending, []
-        for each in work:
-            each()
+    def finish(self, last: Callable[[], None] | None = None) -> None:
+        """Carry out what is queued, to the end or to some work."""
+        while self.pending:
+            work = self.pending.pop(0)
+            work()
+            if work is last:
+                break
         self.queue.finish()
+
+    def compile(self, code: str) -> Any:
+        """A module with CuPy's ``get_function``."""
+        return RawModule(self, code)
 
     # ---- CuPy's names
 
@@ -197,7 +205,7 @@ class Memory:
         self.driver, self.ptr = driver, driver.allocate(nbytes)
 
     def __del__(self) -> None:
-        if hasattr(self, "ptr"):
+        if hasattr(self, "ptr") and not sys.is_finalizing():
             self.driver.free(self.ptr)
 
 
@@ -234,6 +242,26 @@ class Stream:
         return SimpleNamespace(launch=launch)
 
 
+class Event:
+    """A place in the queue; waiting for it leaves the work behind it undone."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def record(self, stream: Stream) -> None:
+        assert self.driver.tape is None
+        assert self.driver.device == stream.device
+
+        def reached() -> None: ...
+
+        self.reached = reached
+        self.driver.do(reached)
+
+    def synchronize(self) -> None:
+        if any(work is self.reached for work in self.driver.pending):
+            self.driver.finish(self.reached)
+
+
 class RawModule:
     def __init__(self, driver: Driver, code: str) -> None:
         prelude, tensor = sources.read("prelude_cuda.h"), sources.read("tensor.h")
@@ -255,6 +283,7 @@ class RawModule:
             assert max(grid[1:]) < 65536
             assert stream.device == driver.device
             driver.launches += 1
+            driver.kernels.add(name)
             for a, v in zip(args, is_value, strict=True):
                 if not v:
                     driver.check_here(int(a))
@@ -269,6 +298,12 @@ class RawModule:
             driver.do(work)
 
         return SimpleNamespace(kernel=call)
+
+
+def backend(driver: Driver) -> Any:
+    """A CUDA backend on a driver."""
+    with pytest.MonkeyPatch.context() as patch:
+        return module(driver, patch).CUDABackend("0")
 
 
 def module(driver: Driver, monkeypatch: Any) -> ModuleType:
@@ -293,14 +328,13 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
     cuda.__dict__.update(
         runtime=runtime,
         Stream=lambda non_blocking: Stream(driver),
+        Event=lambda disable_timing: Event(driver),
         Memory=lambda nbytes: Memory(driver, nbytes),
         MemoryPointer=MemoryPointer,
         alloc_pinned_memory=lambda nbytes: bytearray(nbytes),
     )
     cupy = ModuleType("cupy")
-    cupy.__dict__.update(
-        cuda=cuda, RawModule=lambda code, options, backend: RawModule(driver, code)
-    )
+    cupy.__dict__.update(cuda=cuda, RawModule=lambda code, options, backend: driver.compile(code))
     for name, part in (("cupy", cupy), ("cupy.cuda", cuda)):
         monkeypatch.setitem(sys.modules, name, part)
     monkeypatch.setattr(cublas, "library", lambda cuda_major: CuBLAS(driver))

@@ -57,14 +57,21 @@ def logits(where: Any, path: Path, parts: list[int]) -> np.ndarray:
     return np.concatenate(rows)
 
 
+@pytest.mark.parametrize("library", [False, True])
 @pytest.mark.parametrize("name", ["llama-h256-Q4_K", "qwen2-h256-F16"])
-def test_a_model_gives_the_references_logits(name: str, be: Any, driver: Any, data: Path) -> None:
+def test_a_model_gives_the_references_logits(
+    name: str, library: bool, be: Any, driver: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library:
+        monkeypatch.setitem(type(be).many_rows.__globals__, "LIBRARY_ROWS", 20)
     path = data / "golden" / "quants" / f"{name}.gguf"
     want = logits(ReferenceBackend(), path, [28])
     got = logits(be, path, [20, *[1] * 8])
     bound = 2e-3 if name.endswith("F16") else 0.2
     assert np.abs(got - want).max() <= bound * want.std()
-    assert driver.products > 0  # prefill went through cuBLAS
+    plain = name.endswith("F16")
+    assert (driver.products > 0) == (library or plain)  # prefill went through cuBLAS
+    assert ("matmul_tensor" in driver.kernels) == (not library and not plain)
     assert (
         driver.replays == 7
     )  # the second step of one token was captured, and replayed from then on

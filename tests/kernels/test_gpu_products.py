@@ -45,15 +45,23 @@ def be() -> Any:
         """``gemm`` as cuBLAS does it: the same buffers, leading dimensions and accumulation."""
 
         def gemm(
-            self, kind: str, w: Any, w_row: int, x: Any, term: int, y: Any, columns: range
+            self,
+            kind: str,
+            w: tuple[Any, int],
+            x: Any,
+            rows: range,
+            y: Any,
+            columns: range,
+            keep: bool = False,
         ) -> None:
-            size = 4 if kind == "F32" else 2
-            rows, here = len(columns), slice(columns.start, columns.stop)
-            matrix = as_float(kind, self.get(w, 0, rows * w_row * size)).reshape(rows, w_row)
-            terms = as_float(kind, self.get(x.buffer, 0, x.nbytes)).reshape(x.shape)
-            out = np.array(self.numpy(y))
-            product = terms[term] @ matrix[:, : x.shape[2]].T
-            out[:, here] = product + (out[:, here] if term else 0)
+            buffer, w_row = w
+            n, n_in = len(columns), x.shape[-1]
+            raw = self.get(buffer, 0, n * w_row * (4 if kind == "F32" else 2))
+            matrix = as_float(kind, raw).reshape(n, w_row)[:, :n_in]
+            left = as_float(kind, self.get(x.buffer, 0, x.nbytes)).reshape(-1, n_in)
+            out = np.array(self.numpy(y)).reshape(-1, y.shape[-1])
+            here = np.s_[: len(rows), columns.start : columns.stop]
+            out[here] = left[rows.start : rows.stop] @ matrix.T + (out[here] if keep else 0)
             self.put(y.buffer, 0, out)
 
     try:
@@ -62,15 +70,17 @@ def be() -> Any:
         return pytest.skip(str(e))
 
 
+@pytest.mark.parametrize("room", [0, products.MOST_PARTS])
 @pytest.mark.parametrize("size", [1e-4, 1, 1e6])
 @pytest.mark.parametrize(
     ("kind", "bound"),
     [("F32", 1e-6), ("F16", 2e-6), ("BF16", 2e-6), ("Q4_0", 0.0085), ("Q6_K", 0.0085)],
 )
 def test_library_products_are_as_exact_as_their_format(
-    be: Any, kind: str, bound: float, size: float, monkeypatch: pytest.MonkeyPatch
+    be: Any, kind: str, bound: float, size: float, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "PIECE", 2 * 256 * 20)  # 20 rows at a time, 8 at the end
+    monkeypatch.setattr(products, "MOST_PARTS", room)
+    monkeypatch.setattr(products, "MOST_PIECE", 2 * 256 * 20)  # 20 rows at a time, 8 at the end
     rng = np.random.default_rng(0)
     source = Stored(kind, rng.standard_normal((48, 256), dtype=F32))
     x = rng.standard_normal((20, 256), dtype=F32) * F32(size)

@@ -54,7 +54,19 @@ def run_cuda(kernel: str, *arrays: np.ndarray) -> None:
         x[...] = there.get()
 
 
-RUNS = [run_emulated, run_cuda]
+def run_interpreted(kernel: str, *arrays: np.ndarray) -> None:
+    pytest.importorskip("pyopencl", reason="needs PyOpenCL")
+    from interpreted_cuda import interpret
+
+    code = (HERE / "tensor_words.c").read_text("utf-8")
+    for architecture in ("compute_75", "compute_90"):
+        copies = [x.copy() for x in arrays]
+        interpret(code, kernel, 32, *copies, architecture=architecture)
+    for x, copy in zip(arrays, copies, strict=True):
+        x[...] = copy
+
+
+RUNS = [run_emulated, run_interpreted, run_cuda]
 
 
 @pytest.mark.device

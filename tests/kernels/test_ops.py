@@ -21,6 +21,7 @@ from tinyllm.gguf import quants
 from tinyllm.kernels.backend import (
     Backend,
     Batch,
+    HeadNorms,
     LayerCache,
     RopeSpec,
     Routing,
@@ -38,33 +39,29 @@ F32 = np.float32
 @cache
 def backend(device: str) -> Backend:
     try:
-        return open_backend(device)
+        return interpreted_cuda() if device == "interpreted" else open_backend(device)
     except (DeviceError, ImportError) as e:
         return pytest.skip(f"{device}: {e}")
 
 
+def interpreted_cuda() -> Backend:
+    """The CUDA backend on NVRTC's code, interpreted."""
+    pytest.importorskip("pyopencl", reason="needs PyOpenCL")
+    from interpreted_cuda import Interpreter
+    from simulated_cuda import backend as opened
+
+    return opened(Interpreter())
+
+
 @pytest.fixture(
     params=[
         "cpu",
         pytest.param("opencl", marks=pytest.mark.device),
         pytest.param("cuda", marks=pytest.mark.device),
+        pytest.param("interpreted", marks=pytest.mark.device),
     ]
 )
 def be(request: pytest.FixtureRequest) -> Backend:
-    return backend(request.param)
-
-
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("opencl", marks=pytest.mark.device),
-        pytest.param("cuda", marks=pytest.mark.device),
-        pytest.param("simulated", marks=pytest.mark.device),  # CUDA's own kernels, on OpenCL
-    ]
-)
-def attending(request: pytest.FixtureRequest) -> Backend:
-    if request.param == "simulated":
-        return request.getfixturevalue("simulated")
     return backend(request.param)
 
 
@@ -138,7 +135,7 @@ def check(be: Backend, op: str, *args: Any, bound: float = FLOAT, **kwargs: Any)
 # ---- matrices
 
 
-@pytest.mark.parametrize("t", [1, 3, 8, 20])
+@pytest.mark.parametrize("t", [1, 3, 8, 20, 70])
 @pytest.mark.parametrize("type_name", WEIGHTS)
 def test_matmul_equals_the_dequantised_product(be: Backend, type_name: str, t: int) -> None:
     source = stored(type_name, 48, 512)
@@ -199,6 +196,62 @@ def test_matmul_experts_routes_each_row(be: Backend, type_name: str, each: bool)
     want = REFERENCE.matmul_experts(REFERENCE.load(source), x, experts, bias)
     got = be.matmul_experts(be.load(source), be.array(x), be.array(experts), be.array(bias))
     same(be, got, want, FLOAT if type_name in PLAIN else QUANTISED)
+
+
+@pytest.mark.parametrize("type_name", ["F32", "F16", "Q4_0", "Q6_K", "Q8_0", "IQ4_XS"])
+@pytest.mark.parametrize(("n_ff", "kind"), [(96, "silu"), (70, "swiglu_oai")])
+def test_matmul_gated_of_one_row(be: Backend, type_name: str, n_ff: int, kind: Any) -> None:
+    sources = [stored(type_name, n_ff, 512, seed=s) for s in (1, 2)]
+    down = stored("Q8_0" if n_ff % 32 == 0 else "F32", 24, n_ff, seed=3)
+    x, biases = normal(1, 512), [None, normal(n_ff, seed=5)]
+
+    def through(b: Backend) -> Any:
+        on = [None if v is None else b.array(v) for v in biases]
+        y = b.matmul_gated([b.load(s) for s in sources], b.array(x), on, kind)
+        return y, b.matmul(b.load(down), y)
+
+    for got, want in zip(through(be), through(REFERENCE), strict=True):
+        same(be, got, want, 0.02)
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q4_0", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize(
+    ("t", "n_in", "biased"), [(1, 512, False), (1, 1280, True), (3, 512, True)]
+)
+def test_a_norm_behind_a_sum_and_a_product(
+    be: Backend, type_name: str, t: int, n_in: int, biased: bool
+) -> None:
+    first, more = stored(type_name, 256, n_in), [stored(type_name, 96, 256, seed=s) for s in (2, 3)]
+    router, x, h = stored("F32", 5, 256, seed=4), normal(t, 256), normal(t, n_in, seed=5)
+    weight, bias = normal(256, seed=6), normal(256, seed=7) if biased else None
+
+    def through(b: Backend) -> list[Any]:
+        product = b.matmul(b.load(first), b.array(h), None if bias is None else b.array(bias))
+        total = b.add(b.array(x), product, scale=0.7)
+        y, ws = b.rms_norm(total, b.array(weight), 1e-5), [b.load(s) for s in more]
+        products = b.matmuls(ws, y, [None, b.array(normal(96))])
+        gated = b.matmul_gated(ws, y, [None, None], "silu")
+        return [*products, gated, b.matmul(b.load(router), y), total, y, b.act(y, "relu"), product]
+
+    for got, want in zip(through(be), through(REFERENCE), strict=True):
+        same(be, got, want, 1e-4 if type_name == "F16" else 0.03)
+
+
+@pytest.mark.parametrize("type_name", ["F16", "Q4_K"])
+@pytest.mark.parametrize("t", [1, 2, 40])
+def test_matmul_experts_gated(be: Backend, type_name: str, t: int) -> None:
+    sources = [stored(type_name, 5, 64, 256, seed=s) for s in (1, 2)]
+    down = stored("Q8_0", 5, 24, 64, seed=3)
+    x, bias = normal(t, 256), normal(5, 64, seed=4)
+    experts = np.random.default_rng(2).integers(0, 5, (t, 2)).astype(np.int32)
+
+    def through(b: Backend) -> Any:
+        ws = [b.load(s) for s in sources]
+        y = b.matmul_experts_gated(ws, b.array(x), b.array(experts), [b.array(bias), None], "silu")
+        return y, b.matmul_experts(b.load(down), y, b.array(experts))
+
+    for got, want in zip(through(be), through(REFERENCE), strict=True):
+        same(be, got, want, 0.02)
 
 
 def test_matmul_heads_gives_each_head_its_matrix(be: Backend) -> None:
@@ -298,6 +351,38 @@ def writer(b: Backend, k: np.ndarray, v: np.ndarray) -> Callable[[Batch], Any]:
     return fn
 
 
+CACHE_ERROR = {"f32": FLOAT, "f16": 1e-3, "q8_0": 2e-2}
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("pairing", ["half", "adjacent"])
+@pytest.mark.parametrize(
+    ("dim", "dim_v", "pairs", "normed"), [(68, 64, 32, True), (20, 140, 8, False)]
+)
+def test_rope_write_norms_turns_and_stores(
+    be: Backend, kv: Any, pairing: Any, dim: int, dim_v: int, pairs: int, normed: bool
+) -> None:
+    freqs, weights = (10000.0 ** -np.linspace(0, 0.9, pairs)).astype(F32), normal(2, dim, seed=9)
+    got, want = [], []
+    for b, out in ((be, got), (REFERENCE, want)):
+        caches = [b.new_cache([LayerCache(), LayerCache(2, dim, dim_v)], 100, kv) for _ in range(2)]
+        spec = RopeSpec(b.array(freqs), pairing, 2, 1.1)
+        norms = HeadNorms(b.array(weights[0]), b.array(weights[1]), 1e-5) if normed else None
+
+        def fn(batch: Batch, b: Backend = b, spec: Any = spec, norms: Any = norms) -> Any:
+            q, k, v = (b.array(normal(5, n, seed=n)) for n in (6 * dim, 2 * dim, 2 * dim_v))
+            return b.rope_write(batch, 1, q, k, v, spec, dim, norms)
+
+        batch = Batch.of([[0] * 3, [0] * 2], [0, 0], [0], caches)
+        out.append(np.array(b.numpy(b.step(None, fn, batch))))
+        for c, n in zip(caches, (3, 2), strict=True):
+            out += [rows for _, rows in sorted(c.export(n).items())]
+    for x, y in zip(got, want, strict=True):
+        if x.dtype == np.uint8:  # heads padded to whole blocks
+            x = quants.dequantize("Q8_0", x)[..., : y.shape[-1]]
+        same(be, x, y.astype(F32), max(CACHE_ERROR[kv], 1e-4))
+
+
 ATTENTION = {
     "plain": {},
     "window": {"window": 7},
@@ -306,7 +391,6 @@ ATTENTION = {
     "sinks": {"sinks": np.array([0.5, -1, 2, 0], F32)},
     "all": {"window": 100, "softcap": 5.0, "sinks": np.array([0.5, -1, 2, 0], F32)},
 }
-CACHE_ERROR = {"f32": FLOAT, "f16": 1e-3, "q8_0": 2e-2}
 CACHED = [*(("f32", case) for case in ATTENTION), ("f16", "plain"), ("q8_0", "plain")]
 
 
@@ -321,7 +405,7 @@ CACHED = [*(("f32", case) for case in ATTENTION), ("f16", "plain"), ("q8_0", "pl
     ],
 )
 def test_attention(
-    attending: Backend,
+    be: Backend,
     kv: Any,
     case: str,
     past: list[int],
@@ -330,7 +414,7 @@ def test_attention(
     dim: int,
     dim_v: int,
 ) -> None:
-    mine, theirs = written(attending, past, heads, dim, dim_v, kv)
+    mine, theirs = written(be, past, heads, dim, dim_v, kv)
     t = sum(new)
     q, k, v = normal(t, 4 * dim), normal(t, heads * dim, seed=1), normal(t, heads * dim_v, seed=2)
 
@@ -348,7 +432,7 @@ def test_attention(
         )
 
     want = run(REFERENCE, theirs)
-    got = run(attending, mine)
+    got = run(be, mine)
     error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
     assert error <= CACHE_ERROR[kv], f"relative error {error:.2e}"
 
@@ -356,7 +440,7 @@ def test_attention(
 @pytest.mark.parametrize(
     "options", [{}, {"window": 6}, {"slopes": np.array([0.5, 0.25, 0.1, 0.01], F32)}]
 )
-def test_attention_full(attending: Backend, options: dict[str, Any]) -> None:
+def test_attention_full(be: Backend, options: dict[str, Any]) -> None:
     lengths, dim = [1, 17, 40], 12
     t = sum(lengths)
     q, k, v = normal(t, 4 * dim), normal(t, 2 * dim, seed=1), normal(t, 2 * dim, seed=2)
@@ -373,7 +457,7 @@ def test_attention_full(attending: Backend, options: dict[str, Any]) -> None:
             b.numpy(b.step(None, fn, Batch.of([[0] * n for n in lengths], [0] * 3, [0])))
         )
 
-    same(attending, run(attending), run(REFERENCE))
+    same(be, run(be), run(REFERENCE))
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])

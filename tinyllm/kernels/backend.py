@@ -7,8 +7,9 @@ Activations are float32, dense, one row per token: ``x [T, n]``. Heads lie side 
 K key/value heads, D head_dim, E n_embd, V n_vocab.
 
 An operation may compute at once, record itself to be run when a result is asked for, or be captured
-into a graph: a caller sees no difference, because only ``numpy`` and ``top_k`` return values. Outputs
-belong to the step (they may be overwritten by the next one); what must outlive it is fetched with ``numpy``.
+into a graph: a caller sees no difference, because only ``numpy``, ``top_k`` and ``picked`` return values.
+Outputs belong to the step (they may be overwritten by the next one); what must outlive it is fetched with
+``numpy``.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ..errors import DeviceError
+from .choose import Best as Best
 
 Array = Any  # a backend's own array; has .shape
 Activation = Literal[
@@ -83,6 +86,15 @@ class RopeSpec:
     scale: float = 1.0  # multiplies cos and sin
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of each head of queries and of keys (see ``Backend.rope_write``)."""
+
+    q: Array  # [D] weights
+    k: Array  # [D]
+    eps: float
+
+
 class Cache(ABC):
     """The stored past of one sequence, for all layers. Memory is taken as it fills, where possible."""
 
@@ -135,6 +147,14 @@ class Batch:
     n_out: int
 
     @staticmethod
+    def next(ids: Sequence[int], n_past: Sequence[int], caches: Sequence[Cache]) -> Batch:
+        """One row for each sequence, and all results wanted: a step of decoding."""
+        n = len(ids)
+        count = counting(n + 1)
+        past = np.array(n_past, np.int32)
+        return Batch(np.array(ids, np.int32), past, count, past, count[:n], tuple(caches), n, n, n)
+
+    @staticmethod
     def of(
         ids: Sequence[Sequence[int]],
         n_past: Sequence[int],
@@ -162,6 +182,14 @@ class Batch:
     def key(self) -> Hashable:
         """Steps of the same key differ only in array values and caches: a recorded one can be replayed."""
         return (self.starts.tobytes(), self.n_out, bool(self.caches))
+
+
+@cache
+def counting(n: int) -> np.ndarray:
+    """0, 1, ... n - 1, read only."""
+    numbers = np.arange(n, dtype=np.int32)
+    numbers.flags.writeable = False
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -253,6 +281,29 @@ class Backend(ABC):
     def matmul_act(self, w: Weight, x: Array, bias: Array | None, kind: Activation) -> Array:
         """``act(matmul(w, x, bias), kind)``, perhaps without a pass of its own over the values."""
         return self.act(self.matmul(w, x, bias), kind)
+
+    def matmul_gated(
+        self,
+        ws: Sequence[Weight],
+        x: Array,
+        biases: Sequence[Array | None],
+        kind: Activation,
+    ) -> Array:
+        """``act_mul`` of the products with a gate's and an up matrix."""
+        gate, up = self.matmuls(ws, x, biases)
+        return self.act_mul(gate, up, kind)
+
+    def matmul_experts_gated(
+        self,
+        ws: Sequence[Weight],
+        x: Array,
+        experts: Array,
+        biases: Sequence[Array | None],
+        kind: Activation,
+    ) -> Array:
+        """``act_mul`` of the products with a gate's and an up stack."""
+        up = self.matmul_experts(ws[1], x, experts, biases[1])
+        return self.act_mul(self.matmul_experts(ws[0], x, experts, biases[0]), up, kind)
 
     @abstractmethod
     def matmul_experts(
@@ -346,6 +397,29 @@ class Backend(ABC):
     def cache_write(self, batch: Batch, layer: int, k: Array, v: Array) -> None:
         """Store the new rows' k [T, K * D] and v [T, K * Dv] at their positions in their sequences' caches."""
 
+    def rope_write(
+        self,
+        batch: Batch,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        spec: RopeSpec,
+        head_dim: int,
+        norms: HeadNorms | None = None,
+    ) -> Array:
+        """Q turned to its positions, while k, turned likewise, and v are stored.
+
+        The same as ``rms_norm`` of each head of q and k (with ``norms``), ``rope`` and ``cache_write``,
+        perhaps in one pass.
+        """
+        if norms is not None:
+            q = self.rms_norm(q, norms.q, norms.eps, None, head_dim)
+            k = self.rms_norm(k, norms.k, norms.eps, None, head_dim)
+        q, k = (self.rope(x, batch.positions, spec, head_dim) for x in (q, k))
+        self.cache_write(batch, layer, k, v)
+        return q
+
     @abstractmethod
     def attention(
         self,
@@ -411,6 +485,42 @@ class Backend(ABC):
         Equal values come in the order of their ids. NumericError if a NaN is among the logits or the
         largest is infinite.
         """
+
+    picks: tuple[int, ...] = ()
+    """Numbers of largest logits to ask ``pick`` for; none where a step leaves all with the host anyway."""
+
+    def pick(self, logits: Array, k: int) -> tuple[Array, Array]:
+        """Find the k largest of each row of logits [n, V] within a step, for ``picked`` behind it."""
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
+
+    def picked(self, result: tuple[Array, Array]) -> list[Best]:
+        """What ``pick`` found, row by row: at least the k largest of each."""
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
+
+    def picked_later(self, result: tuple[Array, Array]) -> Callable[[], list[Best]]:
+        """``picked``, as a call that waits for this step only: another one may run meanwhile.
+
+        ``Best.all`` then is of the other step.
+        """
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps with a key were run; ``follow`` may use the result of the last one only."""
+        return 0
+
+    def follow(
+        self,
+        result: tuple[Array, Array],
+        key: Hashable,
+        fn: Callable[[Batch], Array],
+        batch: Batch,
+    ) -> Array:
+        """``step`` on a batch with a row for each that was picked: its ids are those of the largest logits.
+
+        The ids of the host's batch do not count. Where several logits are the largest, it is any of them.
+        """
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
 
     # ---- recurrent layers; a backend without them raises DeviceError when such a model is loaded
 

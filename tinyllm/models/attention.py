@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import GGUFError
-from ..kernels.backend import Array, LayerCache, RopeSpec
+from ..kernels.backend import Array, HeadNorms, LayerCache, RopeSpec
 from . import probe
 from .config import Config, RopeScaling
 from .probe import Scoring
@@ -76,9 +76,12 @@ class Attention:
         q, k, v = be.matmuls([p.weight for p in linears], x, [p.bias for p in linears])
         if self.clamp:
             q, k, v = (be.clamp(y, self.clamp) for y in (q, k, v))
-        q, k = self.place(step, *self.normed(q, k))
-        q, k, v = tap(f"blk.{self.i}.q", q), tap(f"blk.{self.i}.k", k), tap(f"blk.{self.i}.v", v)
-        y = tap(f"blk.{self.i}.attn_heads", self.attend(step, q, k, v))
+        if self.rope is not None and self.causal and step.user_tap is None:
+            y = self.scores(step, self.stored(step, self.rope, q, k, v))
+        else:
+            q, k = self.place(step, *self.normed(q, k))
+            q, k, v = (tap(f"blk.{self.i}.{n}", y) for n, y in (("q", q), ("k", k), ("v", v)))
+            y = tap(f"blk.{self.i}.attn_heads", self.attend(step, q, k, v))
         y = self.gated(x, y)
         return self.o(self.o_norm(y) if self.o_norm else y)
 
@@ -98,6 +101,14 @@ class Attention:
         q = self.be.rope(q, positions, spec, self.head_dim)
         return q, self.be.rope(k, positions, spec, self.head_dim)
 
+    def stored(self, step: Step, rope: Rope, q: Array, k: Array, v: Array) -> Array:
+        """Queries normed and turned; keys, likewise, and values in the cache: all at once if possible."""
+        norms = head_norms(self.q_norm, self.k_norm, self.head_dim)
+        if norms is None:
+            q, k = self.normed(q, k)
+        spec = rope.at(step.n_ctx)
+        return self.be.rope_write(step.batch, self.i, q, k, v, spec, self.head_dim, norms)
+
     def gated(self, x: Array, y: Array) -> Array:
         """What passes of the heads' outputs y, given the layer's input x: all of them."""
         return y
@@ -114,8 +125,12 @@ class Attention:
                 batch, q, k, v, self.n_head, self.n_head_kv,
                 scale=self.scale, window=self.window, slopes=self.slopes,
             )  # fmt: skip
+        return self.scores(step, q)
+
+    def scores(self, step: Step, q: Array) -> Array:
+        """Attention of q [T, H D] over what is stored."""
         return self.be.attention(
-            batch, self.i, q, self.n_head, scale=self.scale, window=self.window,
+            step.batch, self.i, q, self.n_head, scale=self.scale, window=self.window,
             softcap=self.softcap, slopes=self.slopes, sinks=self.sinks,
         )  # fmt: skip
 
@@ -130,6 +145,11 @@ class NormsBehindRope(Attention):
 
     def place(self, step: Step, q: Array, k: Array) -> tuple[Array, Array]:
         return super().normed(*super().place(step, q, k))
+
+    def stored(self, step: Step, rope: Rope, q: Array, k: Array, v: Array) -> Array:
+        q, k = self.place(step, q, k)
+        self.be.cache_write(step.batch, self.i, k, v)
+        return q
 
 
 def check_has_heads(c: Config, i: int) -> None:
@@ -182,6 +202,17 @@ def head_norm(w: Tensors, name: str, n_head: int, head_dim: int) -> Norm | None:
     bias = w.optional(f"{name}.bias", *weight.shape)
     flat = w.be.array(weight.reshape(-1))
     return Norm(w.be, w.c.norm, w.c.norm_eps, flat, bias, 0 if whole else head_dim)
+
+
+def head_norms(q: Norm | None, k: Norm | None, head_dim: int) -> HeadNorms | None:
+    """Norms that ``rope_write`` can do along the way: RMS of each head, with one weight for all."""
+    if q is None or k is None:
+        return None
+    for norm in (q, k):
+        alike = norm.kind == "rms" and norm.bias is None and norm.group == head_dim
+        if not alike or norm.weight is None or norm.weight.shape != (head_dim,):
+            return None
+    return HeadNorms(q.weight, k.weight, q.eps) if q.eps == k.eps else None
 
 
 def make_rope(c: Config, a: Arch, i: int, w: Tensors, first: int = 0) -> Rope:

@@ -28,10 +28,9 @@ class FFN:
         if self.gate is None:
             hidden = self.be.matmul_act(self.up.weight, x, self.up.bias, self.act)
             return self.down(hidden)
-        g, u = self.be.matmuls(
-            [self.gate.weight, self.up.weight], x, [self.gate.bias, self.up.bias]
-        )
-        return self.down(self.be.act_mul(g, u, self.act))
+        both = self.gate, self.up
+        ws, biases = [p.weight for p in both], [p.bias for p in both]
+        return self.down(self.be.matmul_gated(ws, x, biases, self.act))
 
 
 class XIELU:
@@ -108,12 +107,12 @@ class MoE:
     def __call__(self, step: Step | None, x: Array) -> Array:
         be = self.be
         experts, weights = be.route(self.router(x), self.routing, self.bias)
-        up = self.up(x, experts)
-        hidden = (
-            be.act(up, self.act)
-            if self.gate is None
-            else be.act_mul(self.gate(x, experts), up, self.act)
-        )
+        if self.gate is None:
+            hidden = be.act(self.up(x, experts), self.act)
+        else:
+            both = self.gate, self.up
+            ws, biases = [p.weight for p in both], [p.bias for p in both]
+            hidden = be.matmul_experts_gated(ws, x, experts, biases, self.act)
         y = be.combine(self.down(hidden, experts), weights)
         if self.shared is None:
             return y

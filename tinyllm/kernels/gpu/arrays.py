@@ -7,9 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .weights import GPUWeight
 
 Buffer = Any  # a device's own handle
 
@@ -17,11 +20,15 @@ Buffer = Any  # a device's own handle
 class GPUArray:
     """A dense array on the device.
 
-    ``int8`` caches its quantised form, which several matrices read. ``pending``, where set, computes the
-    values when the buffer is asked for, unless another kernel has done its work along the way.
+    ``int8`` and ``half`` cache the forms in which several matrices read it, ``by_expert`` the order of
+    choices of experts. ``pending``, where set, computes the values when the buffer is asked for, unless
+    another kernel has done its work along the way; ``early`` is what products may read in the meantime.
     """
 
-    __slots__ = ("_base", "_buffer", "_pool", "_room", "dtype", "int8", "pending", "shape")
+    __slots__ = (
+        *("_base", "_buffer", "_pool", "_room", "by_expert", "dtype", "early", "half", "int8"),
+        *("pending", "shape"),
+    )
 
     def __init__(
         self,
@@ -33,16 +40,19 @@ class GPUArray:
         room: int = 0,
     ) -> None:
         self.shape, self.dtype, self._buffer = tuple(shape), np.dtype(dtype), buffer
-        self.pending: Sum | None = None
+        self.pending: Pending | None = None
+        self.early: Early | None = None
         self._base, self._room, self._pool = base, room, pool
         self.int8: tuple[GPUArray, GPUArray, GPUArray] | None = None
+        self.half: dict[int, tuple[GPUArray, GPUArray]] = {}
+        self.by_expert: tuple[int, tuple[GPUArray, GPUArray]] | None = None
 
     @property
     def buffer(self) -> Buffer:
         """The memory, its values computed or queued to be."""
         if self.pending is not None:
-            self.pending.compute(self)
-            self.pending = None
+            pending, self.pending = self.pending, None
+            pending.compute(self)
         return self._buffer
 
     @property
@@ -74,13 +84,42 @@ class GPUArray:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """x + scale * y, not yet computed: a norm that follows takes it along."""
+class Pending:
+    """What an array will hold, not yet computed."""
+
+    compute: Callable[[GPUArray], None]
+
+
+@dataclass(frozen=True)
+class Sum(Pending):
+    """x + scale * y: a norm that follows takes it along."""
 
     x: GPUArray
     y: GPUArray
     scale: float
-    compute: Callable[[GPUArray], None]
+
+
+@dataclass(frozen=True)
+class Product(Pending):
+    """One row x times a matrix, plus a bias: a sum and a norm that follow are made by the same kernel."""
+
+    w: GPUWeight
+    x: GPUArray
+    bias: GPUArray | None
+
+
+@dataclass(frozen=True)
+class Early:
+    """A row whose norm is pending: the values before they are divided by their root mean square.
+
+    ``squares`` holds sums of squares of the row before the norm's weights. The product with a matrix is linear,
+    so it may be divided in their place.
+    """
+
+    values: GPUArray
+    int8: tuple[GPUArray, GPUArray, GPUArray] | None
+    squares: GPUArray
+    eps: float
 
 
 class Pool:

@@ -70,14 +70,14 @@ class Attention(TensorAttention):
         dims = first.dim, last.dim, first.width, last.width
         shape = (i32(v) for v in (n_pages, first.n_head, *dims, positions.size))
         args = xs[0], xs[-1], *where, *offsets, *shape
-        self.launch(_cache_program(first), "cache_write", groups, (128, 1, 1), *args)
+        self.launch(cache_program(first), "cache_write", groups, (128, 1, 1), *args)
 
     def read_cache(self, store: Store, side: Side, pages: GPUArray, first: int, n: int) -> GPUArray:
         """Positions first .. first + n of one sequence, float32 [n, n_head * dim]."""
         x = self.empty((n, side.n_head * side.dim))
         where = store.pages.buffer, pages, x, u64(store.pages.nbytes), u64(side.offset)
         shape = (i32(v) for v in (first, side.n_head, side.dim, side.width))
-        self.each(_cache_program(side), "cache_read", x.size, *where, *shape)
+        self.each(cache_program(side), "cache_read", x.size, *where, *shape)
         return x
 
     def attention(
@@ -172,5 +172,6 @@ class Attention(TensorAttention):
         return max(1, min(n_pages, 2 * self.n_cores // n_groups))
 
 
-def _cache_program(side: Side) -> Program:
-    return sources.plain("kv.h", "cache.c", KV=KV_CODE[side.kv_type])
+def cache_program(side: Side) -> Program:
+    """What writes and reads a cache."""
+    return sources.plain("kv.h", "reduce.h", "cache.c", KV=KV_CODE[side.kv_type])

@@ -12,14 +12,13 @@ from . import sources
 from .arrays import GPUArray
 from .batch import DeviceBatch
 from .cache import KV_CODE, PAGE, Side, Store
-from .device import i32, u64
+from .device import COUNTERS, i32, u64
 from .matrices import MATVEC_ROWS, Matrices
 from .sources import Program
 
 LOCAL_BYTES = 46 << 10  # of a group's tiles; 48 KB are there
 MOST_DIM = 256
 WHOLE_DIM = {"f16": 192, "q8_0": 96}  # wider values leave registers for scores of half a page
-COUNTERS = 1024  # of groups that wait for the others' parts
 
 # What an H200 is expected to take, in microseconds, from its latencies and rates: only their ratios decide.
 BEGIN = 0.8  # until a group's first keys are there
@@ -103,7 +102,6 @@ class TensorAttention(Matrices):
     """The part of a GPU backend that multiplies queries, keys and values on tensor cores."""
 
     tensor_cores = False  # whether src/tensor.h is for this device
-    _counters: GPUArray | None = None
 
     def suits_tensor_cores(self, k: Side, v: Side) -> bool:
         """Whether ``tensor_attention`` takes these."""
@@ -143,7 +141,7 @@ class TensorAttention(Matrices):
         if joined and self.wants_int8(out):
             out.int8 = self.new_int8(out.size)
         places = u64(store.pages.nbytes), u64(k.offset), u64(v.offset), i32(b.n_pages)
-        results = out, *(out.int8 or (None, None, None)), parts, self._zeros()
+        results = out, *(out.int8 or (None, None, None)), parts, self.counters()
         sizes = (i32(x) for x in (n_tiles, k.n_head, per_key, chunks, heads, splits))
         self.launch(
             program(k, v, shape),
@@ -154,16 +152,6 @@ class TensorAttention(Matrices):
             *(slopes, sinks, tiles, b.starts, b.n_past, *sizes, *how),
         )
         return out
-
-    def _zeros(self) -> GPUArray:
-        """Counters, zeros before and after each launch."""
-        if self._counters is None:
-            self._counters = self.array(np.zeros(COUNTERS, np.int32))
-        return self._counters
-
-    def close(self) -> None:
-        self._counters = None
-        super().close()
 
 
 def program(k: Side, v: Side, shape: GroupShape) -> Program:

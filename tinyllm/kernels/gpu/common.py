@@ -12,17 +12,19 @@ from math import prod
 import numpy as np
 
 from ...errors import ArgumentError, DeviceError
-from .. import choose
-from ..backend import Activation, Batch, KVType, LayerCache, RopeSpec, Routing
+from ..backend import Activation, Batch, HeadNorms, KVType, LayerCache, RopeSpec, Routing
 from . import batch as batches
 from . import sources
-from .arrays import GPUArray, Sum
+from .arrays import GPUArray, Pending, Sum
+from .attention import cache_program
 from .batch import DeviceBatch
 from .cache import GPUCache
-from .device import f32, i32
-from .matrices import EXPERTS, MAX_EXPERTS, ROWWISE
+from .device import f32, i32, u64
+from .matrices import EXPERTS, MATVEC_CHOICES, MAX_EXPERTS, ROWWISE
+from .picking import Picking
 from .recurrent import Recurrent
 from .steps import MOST_ROWS, Recording, Steps
+from .weights import GPUWeight
 
 ACTIVATIONS = (
     *("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus"),
@@ -30,13 +32,12 @@ ACTIVATIONS = (
 )
 GATINGS = ("softmax", "sigmoid", "softmax_selected")
 ELEMENTWISE = sources.plain("activations.h", "elementwise.c")
-CHOOSE = sources.plain("choose.c")
 MOST_THREADS = 512  # as in src/rows.c
-N_BINS = 4096  # as in src/choose.c
-CANDIDATES = 16384  # that top_k brings to the host; with more it brings all the logits
+NORM_QUADS = 4  # fours of a run that each thread keeps, as in src/rows.c
+MOST_DIM = 1024  # of a head, as in src/cache.c
 
 
-class GPUBackend(Recurrent, Recording):
+class GPUBackend(Picking, Recurrent, Recording):
     """The operations of ``Backend`` on a GPU; see there for what each promises."""
 
     def __init__(self) -> None:
@@ -47,6 +48,19 @@ class GPUBackend(Recurrent, Recording):
         if key is None or batch.n_rows > MOST_ROWS:
             return fn(self.upload(batch))
         return self._steps.run(key, fn, batch)
+
+    @property
+    def n_steps(self) -> int:
+        return self._steps.count
+
+    def follow(
+        self,
+        result: tuple[GPUArray, GPUArray],
+        key: Hashable,
+        fn: Callable[[Batch], GPUArray],
+        batch: Batch,
+    ) -> GPUArray:
+        return self._steps.run(key, fn, batch, result[1])
 
     def forget(self) -> None:
         self._steps.forget()
@@ -88,20 +102,53 @@ class GPUBackend(Recurrent, Recording):
         group: int,
         centre: int,
     ) -> GPUArray:
+        """The norm, in the launch of the product before it where that can make it."""
+        y = self.empty(x.shape)
+        whole = w is not None and w.size == x.size == (group or x.size)
+        early = whole and not centre and bias is None and self.norm_early(x, w, eps, y)
+        if not early:
+            self._norm_into(y, x, w, eps, bias, group, centre)
+            return y
+
+        def late(y: GPUArray) -> None:
+            self._norm_into(y, x, w, eps, bias, group, centre)
+
+        y.pending = Pending(late)
+        return y
+
+    def _norm_into(
+        self,
+        y: GPUArray,
+        x: GPUArray,
+        w: GPUArray | None,
+        eps: float,
+        bias: GPUArray | None,
+        group: int,
+        centre: int,
+    ) -> None:
         """The norm; a pending sum before it and the int8 form behind it are made in the same launch."""
-        y, n = self.empty(x.shape), group or x.shape[-1]
-        before, x.pending = x.pending, None
-        inputs = (x, None, None) if before is None else (before.x, before.y, x)
-        if n == x.shape[-1] and self.wants_int8(y):
+        n = group or x.shape[-1]
+        before = x.pending if isinstance(x.pending, Sum) else None
+        inputs: tuple[object, ...] = x, None, None
+        if before is not None:
+            x.pending = None
+            inputs = before.x, before.y, x
+        threads = self._norm_threads(n)
+        kept = n % 4 == 0 and n <= 4 * NORM_QUADS * threads
+        if kept and n == x.shape[-1] and self.wants_int8(y):
             y.int8 = self.new_int8(y.size)
         sizes = (0 if p is None else p.size for p in (w, bias))
         shape = (i32(v) for v in (n, *sizes, n // 4 if y.int8 else 0, centre))
         outputs = y, *(y.int8 or (None, None, None))
         numbers = f32(eps), f32(1.0 if before is None else before.scale)
         args = *inputs, w, bias, *outputs, *shape, *numbers
-        threads = 128 if n < 2048 else min(MOST_THREADS, self.max_threads)
-        self.launch(ROWWISE, "norm_runs", (x.size // n, 1, 1), (threads, 1, 1), *args)
-        return y
+        kernel = ("norm_rows_centred" if centre else "norm_rows") if kept else "norm_runs"
+        self.launch(ROWWISE, kernel, (x.size // n, 1, 1), (threads, 1, 1), *args)
+
+    def _norm_threads(self, n: int) -> int:
+        """A thread for each four values of a run, a power of two."""
+        quads = 1 << (-(-n // 4) - 1).bit_length()
+        return max(32, min(quads, MOST_THREADS, self.max_threads))
 
     def rope(self, x: GPUArray, positions: GPUArray, spec: RopeSpec, head_dim: int) -> GPUArray:
         y = self.empty(x.shape)
@@ -110,19 +157,82 @@ class GPUBackend(Recurrent, Recording):
         self.each(ELEMENTWISE, "rope", x.size, x, positions, spec.freqs, y, *shape, *how)
         return y
 
+    def rope_write(
+        self,
+        batch: Batch,
+        layer: int,
+        q: GPUArray,
+        k: GPUArray,
+        v: GPUArray,
+        spec: RopeSpec,
+        head_dim: int,
+        norms: HeadNorms | None = None,
+    ) -> GPUArray:
+        if head_dim > MOST_DIM:
+            return super().rope_write(batch, layer, q, k, v, spec, head_dim, norms)
+        b = self.on_device(batch)
+        store = self.shared_store(b)
+        ks, vs = (store.layout.sides[layer][name] for name in ("k", "v"))
+        y, n_head = self.empty(q.shape), q.shape[-1] // head_dim
+        where = y, store.pages.buffer, b.pages, b.seqs, b.positions, spec.freqs
+        weights = (None, None) if norms is None else (norms.q, norms.k)
+        offsets = (u64(n) for n in (store.pages.nbytes, ks.offset, vs.offset))
+        dims = b.n_pages, n_head, ks.n_head, ks.dim, vs.dim, ks.width, vs.width
+        turn = spec.first, spec.freqs.size, spec.pairing == "adjacent"
+        numbers = f32(spec.scale), f32(0.0 if norms is None else norms.eps)
+        args = q, k, v, *where, *weights, *offsets, *(i32(n) for n in (*dims, *turn)), *numbers
+        kernel = "rope_write" if norms is None else "norm_rope_write"
+        groups = n_head + 2 * ks.n_head, b.n_rows, 1
+        self.launch(cache_program(ks), kernel, groups, (128, 1, 1), *args)
+        return y
+
     def act(self, x: GPUArray, kind: Activation) -> GPUArray:
-        y = self.empty(x.shape)
-        self.each(ELEMENTWISE, "act", x.size, x, y, _code(ACTIVATIONS[:-1], kind))
+        y, code = self.empty(x.shape), _code(ACTIVATIONS[:-1], kind)
+        if self.wants_int8(y):
+            self._act_int8(y, x, None, code)
+        else:
+            self.each(ELEMENTWISE, "act", x.size, x, y, code)
+        return y
+
+    def _act_int8(self, y: GPUArray, x: GPUArray, up: GPUArray | None, code: np.int32) -> None:
+        """Y = act(x), or act(x) * up, in both forms."""
+        y.int8 = self.new_int8(y.size)
+        groups, args = (-(-y.size // 512), 1, 1), (x, up, y, *y.int8, code, i32(y.size // 4))
+        self.launch(ROWWISE, "act_mul_int8", groups, (128, 1, 1), *args)
+
+    def matmul_gated(  # type: ignore[override]
+        self,
+        ws: Sequence[GPUWeight],
+        x: GPUArray,
+        biases: Sequence[GPUArray | None],
+        kind: Activation,
+    ) -> GPUArray:
+        if x.size > x.shape[-1] or not self.fits_gated(ws, x):
+            return super().matmul_gated(ws, x, biases, kind)
+        y = self.empty((*x.shape[:-1], ws[0].n_out))
+        self.few_gated(ws, x, biases, _code(ACTIVATIONS, kind), y, None)
+        return y
+
+    def matmul_experts_gated(  # type: ignore[override]
+        self,
+        ws: Sequence[GPUWeight],
+        x: GPUArray,
+        experts: GPUArray,
+        biases: Sequence[GPUArray | None],
+        kind: Activation,
+    ) -> GPUArray:
+        if experts.size > MATVEC_CHOICES or not self.fits_gated(ws, x):
+            return super().matmul_experts_gated(ws, x, experts, biases, kind)
+        y = self.empty((*experts.shape, ws[0].n_out))
+        self.few_gated(ws, x, biases, _code(ACTIVATIONS, kind), y, experts)
         return y
 
     def act_mul(self, gate: GPUArray, up: GPUArray, kind: Activation) -> GPUArray:
         y, code = self.empty(gate.shape), _code(ACTIVATIONS, kind)
-        if not self.wants_int8(y):
+        if self.wants_int8(y):
+            self._act_int8(y, gate, up, code)
+        else:
             self.each(ELEMENTWISE, "act_mul", y.size, gate, up, y, code)
-            return y
-        y.int8 = self.new_int8(y.size)
-        groups, args = (-(-y.size // 512), 1, 1), (gate, up, y, *y.int8, code, i32(y.size // 4))
-        self.launch(ROWWISE, "act_mul_int8", groups, (128, 1, 1), *args)
         return y
 
     def add(self, x: GPUArray, *ys: GPUArray, scale: float = 1.0) -> GPUArray:
@@ -137,7 +247,7 @@ class GPUBackend(Recurrent, Recording):
     def _sum(self, x: GPUArray, y: GPUArray, scale: float) -> GPUArray:
         """A sum that is computed when it is read."""
         out = self.empty(x.shape)
-        out.pending = Sum(x, y, scale, lambda out: self._pairwise_into(out, x, y, scale, product=0))
+        out.pending = Sum(lambda out: self._pairwise_into(out, x, y, scale, product=0), x, y, scale)
         return out
 
     def mul(self, x: GPUArray, y: GPUArray) -> GPUArray:
@@ -196,6 +306,8 @@ class GPUBackend(Recurrent, Recording):
         return y
 
     def take(self, x: GPUArray, rows: GPUArray) -> GPUArray:
+        if len(x) == rows.size == 1:  # there is but one to take
+            return x
         y = self.empty((rows.size, *x.shape[1:]))
         self.each(ELEMENTWISE, "take", y.size, x, rows, y, i32(prod(x.shape[1:])))
         return y
@@ -226,25 +338,6 @@ class GPUBackend(Recurrent, Recording):
         y = self.empty((t, n))
         self.each(EXPERTS, "combine_experts", y.size, x, weights, y, i32(k), i32(n))
         return y
-
-    # ---- choosing
-
-    def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(logits, np.ndarray):  # choosing costs less than bringing them to the device
-            return choose.top_k(logits.astype(np.float32, copy=False).reshape(-1), k)
-        n, k = logits.size, min(k, logits.size)
-        bins = self.array(np.zeros(N_BINS + 2, np.int32))
-        found = self.empty((CANDIDATES, 2), np.uint32)
-        self.each(CHOOSE, "histogram", n, logits, bins)
-        self.each(CHOOSE, "collect", n, logits, bins, found, i32(k), i32(CANDIDATES))
-        count, n_nan = self.get(bins.buffer, 4 * N_BINS, 8).view(np.int32)
-        if n_nan or count > CANDIDATES:
-            return choose.top_k(self.numpy(logits).reshape(-1), k)
-        pairs = self.get(found.buffer, 0, 8 * int(count)).view(np.uint32).reshape(-1, 2)
-        ids, values = pairs[:, 0].astype(np.int32), pairs[:, 1].copy().view(np.float32)
-        best = np.lexsort((ids, -values))[:k]
-        choose.check_largest(float(values[best[0]]))
-        return ids[best], values[best]
 
 
 def _code(names: tuple[str, ...], name: str) -> np.int32:

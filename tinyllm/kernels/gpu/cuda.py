@@ -1,9 +1,9 @@
-"""The CUDA backend, through CuPy: memory, compilation, captured graphs, cuBLAS for prefill."""
+"""The CUDA backend, through CuPy: memory, compilation, captured graphs, tensor cores and cuBLAS."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ from . import cublas, devices, sources
 from .arrays import Buffer, GPUArray
 from .common import GPUBackend
 from .device import Size
-from .matrices import Matrices
+from .matrices import Job
 from .pinned import Pinned
 from .products import LibraryProducts
 from .sources import Program
 from .steps import NotRecordable
-from .weights import GPUWeight
+from .tensor import TensorProducts
+from .weights import PLAIN
 
 try:
     import cupy
@@ -28,10 +29,11 @@ except ImportError as e:  # pragma: no cover
 
 OPTIONS = ("-std=c++17",)
 UP, DOWN, ACROSS = 1, 2, 3  # cudaMemcpyKind
+LIBRARY_ROWS = 256  # from here on decoding a whole quantised matrix first pays
 FIRST_WITH_BF16 = 8  # compute capability, of products in a library
 
 
-class CUDABackend(LibraryProducts, GPUBackend):
+class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
     """Memory, kernels and graphs of one CUDA device.
 
     Parameters
@@ -79,9 +81,9 @@ class CUDABackend(LibraryProducts, GPUBackend):
     def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
         self.refuse_recording()
         runtime.setDevice(self.index)
-        for start, host in self._pinned.staged(x):
-            target, source = buffer.ptr + offset + start, host.ctypes.data
-            runtime.memcpyAsync(target, source, host.nbytes, UP, self.stream.ptr)
+        target, stream = buffer.ptr + offset, self.stream.ptr
+        for start, source, nbytes in self._pinned.staged(x):
+            runtime.memcpyAsync(target + start, source, nbytes, UP, stream)
 
     def get(self, buffer: Buffer, offset: int, nbytes: int) -> np.ndarray:
         self.refuse_recording()
@@ -91,11 +93,28 @@ class CUDABackend(LibraryProducts, GPUBackend):
             nbytes, lambda target: runtime.memcpyAsync(target, source, nbytes, DOWN, stream)
         )
 
-    def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
+    def fetch(self, buffer: Buffer, nbytes: int) -> Callable[[], np.ndarray]:
         self.refuse_recording()
         runtime.setDevice(self.index)
-        runtime.memcpyAsync(target.ptr, source.ptr, nbytes, ACROSS, self.stream.ptr)
-        self.stream.synchronize()  # the source is freed next
+        landing = self._pinned.landing(nbytes)
+        runtime.memcpyAsync(landing.address, buffer.ptr, nbytes, DOWN, self.stream.ptr)
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(self.stream)
+
+        def arrived() -> np.ndarray:
+            event.synchronize()
+            return landing.memory[:nbytes].copy()
+
+        return arrived
+
+    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
+        self.refuse_recording()
+        runtime.setDevice(self.index)
+        runtime.memcpyAsync(target.ptr, source.ptr + start, nbytes, ACROSS, self.stream.ptr)
+
+    def finish(self) -> None:
+        runtime.setDevice(self.index)
+        self.stream.synchronize()
 
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         return buffer + offset
@@ -103,7 +122,7 @@ class CUDABackend(LibraryProducts, GPUBackend):
     def memory(self) -> tuple[int, int]:
         runtime.setDevice(self.index)
         free, total = runtime.memGetInfo()
-        return int(free), int(total)
+        return int(free) + self.idle(), int(total)
 
     # ---- programs
 
@@ -158,24 +177,31 @@ class CUDABackend(LibraryProducts, GPUBackend):
 
     # ---- prefill
 
-    def many_rows(
-        self, w: GPUWeight, bias: GPUArray | None, y: GPUArray, x: GPUArray, n_x: int
-    ) -> None:
-        too_old = w.kind == "BF16" and self.capability < FIRST_WITH_BF16
-        if self._cublas is None or too_old:  # our own tiles need no library
-            Matrices.many_rows(self, w, bias, y, x, n_x)
+    def many_rows(self, run: Sequence[Job], x: GPUArray, n_x: int) -> None:
+        kind = run[0][0].kind
+        too_old = kind == "BF16" and self.capability < FIRST_WITH_BF16
+        few = kind not in PLAIN and n_x < LIBRARY_ROWS
+        if self._cublas is None or too_old or few:  # our own tiles need no library
+            TensorProducts.many_rows(self, run, x, n_x)
         else:
-            LibraryProducts.many_rows(self, w, bias, y, x, n_x)
+            LibraryProducts.many_rows(self, run, x, n_x)
 
     def gemm(
-        self, kind: str, w: Buffer, w_row: int, x: GPUArray, term: int, y: GPUArray, columns: range
+        self,
+        kind: str,
+        w: tuple[Buffer, int],
+        x: GPUArray,
+        rows: range,
+        y: GPUArray,
+        columns: range,
+        keep: bool = False,
     ) -> None:
-        _, n_x, n_in = x.shape
-        left = x.buffer.ptr + term * n_x * n_in * x.dtype.itemsize, n_in
+        n_in = x.shape[-1]
+        left = x.buffer.ptr + rows.start * n_in * x.dtype.itemsize, n_in
         out = y.buffer.ptr + 4 * columns.start, y.shape[-1]
         runtime.setDevice(self.index)
-        shape = len(columns), n_x, n_in
-        self._library().add_product(kind, shape, (w.ptr, w_row), left, out, keep=term > 0)
+        shape = len(columns), len(rows), n_in
+        self._library().add_product(kind, shape, (w[0].ptr, w[1]), left, out, keep)
 
     def _library(self) -> cublas.Products:
         """cuBLAS for this device and stream, made at first use."""

@@ -70,19 +70,21 @@ def _usage(log: str) -> Iterator[Usage]:
 
 def programs() -> dict[str, Program]:
     """Every program there is, by a name; those that depend on shapes for the usual ones."""
-    named = {
-        f"{kind} {file}": sources.matrix(kind, file)
-        for kind in (*PLAIN, *LAYOUTS)
-        for file in ("matvec.c", "matmul.c")
+    named = {f"{kind} matvec.c": sources.matrix(kind, "matvec.c") for kind in (*PLAIN, *LAYOUTS)}
+    named |= {f"{kind} matmul.c": sources.matrix(kind, "matmul.c") for kind in PLAIN}
+    named |= {
+        f"{kind} matmul_tensor.c x {tokens}": sources.tensor(kind, tokens)
+        for kind in LAYOUTS
+        for tokens in (16, 32, 64)
     }
-    for file in ("rows.c", "elementwise.c"):
-        named[file] = sources.plain("activations.h", file)
+    named["rows.c"] = sources.plain("activations.h", "reduce.h", "rows.c")
+    named["elementwise.c"] = sources.plain("activations.h", "elementwise.c")
     for file in ("experts.c", "choose.c", "products.c"):
         named[file] = sources.plain(file)
     for size in (16, 64):
         named[f"recurrent.c {size}"] = sources.plain("recurrent.c", SIZE=size)
     for name, kv in (("f32", 0), ("f16", 1), ("q8_0", 2)):
-        named[f"cache.c {name}"] = sources.plain("kv.h", "cache.c", KV=kv)
+        named[f"cache.c {name}"] = sources.plain("kv.h", "reduce.h", "cache.c", KV=kv)
         for dim in (64, 128, 256) if name == "f32" else (72,):  # what tensor cores do not take
             for queries in (8, 16) if dim < 256 else (8,):
                 program = sources.attention(kv, dim, dim, queries, dense=False)

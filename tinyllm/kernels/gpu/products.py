@@ -1,63 +1,108 @@
-"""Prefill through a library's matrix product, on weights decoded to half floats piece by piece.
+"""Products in half precision: the activations as halves, and prefill through a library's matrix product.
 
-A piece is meant to stay in a large GPU's second-level cache (50 MB on an H100) between its decoding and
-its use. Plain weights are used as they lie; their activations are cut into several half-precision terms,
-which keeps the precision of float32.
+A library's product wants quantised weights decoded to halves in memory, which is done piece by piece.
+Plain weights are used as they lie; their activations are cut into several half-precision terms, which
+keeps the precision of float32.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
 from . import sources
 from .arrays import Buffer, GPUArray
 from .device import i32, u64
-from .matrices import LANES, Matrices
+from .matrices import LANES, Job, Matrices
 from .weights import PLAIN, GPUWeight
 
-PIECE = 16 << 20  # bytes of decoded weights at a time
+MOST_PIECE = 128 << 20  # bytes of decoded weights at a time
+TILE, TILES = (
+    128,
+    4,
+)  # a library's product is quick when each multiprocessor has some tiles [128, 128]
 ALIGNED_ROWS = 64  # a piece of many rows has a multiple of these: the library wants aligned columns
 MOST_ROWS = 32768  # of a piece: the second dimension of a CUDA grid ends at 65535
+MOST_PARTS = 64 << 20  # bytes of products that wait to be added up
 TERMS = {"F16": 2, "BF16": 3}
 PRODUCTS = sources.plain("products.c")
 
 
-class LibraryProducts(Matrices):
+class HalfProducts(Matrices):
+    """The half-precision form of activations."""
+
+    def halves(self, w: GPUWeight, x: GPUArray) -> tuple[GPUArray, GPUArray]:
+        """The activations in half precision, [terms, T, n_in], and each row's scale."""
+        terms = TERMS.get(w.kind, 1)
+        if terms not in x.half:
+            n_x = x.size // w.n_in
+            x.half[terms] = self.empty((terms, n_x, w.n_in), np.uint16), self.empty((n_x,))
+            codes, floats, _ = self.operand(w, x)
+            source = (floats, None, None) if codes is None else (None, codes, floats)
+            shape = (i32(v) for v in (w.n_in, n_x, terms, w.kind == "BF16"))
+            args = *source, *x.half[terms], *shape
+            self.launch(PRODUCTS, "cut_rows", (n_x, 1, 1), (128, 1, 1), *args)
+        return x.half[terms]
+
+
+class LibraryProducts(HalfProducts):
     """``many_rows`` by ``gemm``."""
 
     @abstractmethod
     def gemm(
-        self, kind: str, w: Buffer, w_row: int, x: GPUArray, term: int, y: GPUArray, columns: range
+        self,
+        kind: str,
+        w: tuple[Buffer, int],
+        x: GPUArray,
+        rows: range,
+        y: GPUArray,
+        columns: range,
+        keep: bool = False,
     ) -> None:
-        """y[:, columns] = x[term] w^T, or += from the second term on.
+        """y[: len(rows), columns] = x[rows] w^T, plus what was there with ``keep``.
 
-        w [len(columns), w_row] of ``kind`` (F32, F16, BF16), its first n_in columns used; x [terms, T, n_in]
-        of the same kind; y [T, n_out] float32.
+        w: a buffer of [len(columns), row length] of ``kind`` (F32, F16, BF16), and its row length, of which the
+        first n_in are used; x [.., n_in] of the same kind; y [.., n_out] float32.
         """
 
-    def many_rows(
-        self, w: GPUWeight, bias: GPUArray | None, y: GPUArray, x: GPUArray, n_x: int
+    def many_rows(self, run: Sequence[Job], x: GPUArray, n_x: int) -> None:
+        for w, bias, y in run:
+            if w.kind == "F32":
+                self._multiply(w, x.reshape(n_x, w.n_in), range(n_x), y)
+                if bias is not None:
+                    self._finish(y, y, 1, None, bias)
+                continue
+            cut, scales = self.halves(w, x)
+            if w.kind not in PLAIN:
+                self._by_pieces(w, cut, y)
+                self._finish(y, y, 1, scales, bias)
+            else:
+                self._by_terms(w, cut, y, scales, bias)
+
+    def _multiply(
+        self, w: GPUWeight, x: GPUArray, rows: range, y: GPUArray, keep: bool = False
     ) -> None:
-        if w.kind == "F32":
-            dense = x.reshape(1, n_x, w.n_in)
-            self.gemm("F32", w.buffer, _padded(w.n_in), dense, 0, y, range(w.n_out))
-            if bias is not None:
-                self._finish(y, None, bias, w.n_out)
+        self.gemm(w.kind, (w.buffer, _padded(w.n_in)), x, rows, y, range(w.n_out), keep)
+
+    def _by_terms(
+        self, w: GPUWeight, cut: GPUArray, y: GPUArray, scales: GPUArray, bias: GPUArray | None
+    ) -> None:
+        """All terms of few rows in one product, which reads the weights once; of many one after another."""
+        terms, n_x, _ = cut.shape
+        if terms * y.nbytes <= MOST_PARTS:
+            parts = self.empty((terms * n_x, w.n_out))
+            self._multiply(w, cut, range(terms * n_x), parts)
+            self._finish(y, parts, terms, scales, bias)
             return
-        cut, scales = self._cut(w, x, n_x)
-        if w.kind in PLAIN:
-            for term in range(cut.shape[0]):
-                self.gemm(w.kind, w.buffer, _padded(w.n_in), cut, term, y, range(w.n_out))
-        else:
-            self._by_pieces(w, cut, y)
-        self._finish(y, scales, bias, w.n_out)
+        for term in range(terms):
+            self._multiply(w, cut, range(term * n_x, (term + 1) * n_x), y, keep=term > 0)
+        self._finish(y, y, 1, scales, bias)
 
     def _by_pieces(self, w: GPUWeight, cut: GPUArray, y: GPUArray) -> None:
         """Decode some rows, multiply, and so on."""
-        fit = min(PIECE // (2 * w.n_in), MOST_ROWS)
-        step = min(max(fit // ALIGNED_ROWS * ALIGNED_ROWS or fit, 1), w.n_out)
+        step = min(self._piece_rows(w.n_in, cut.shape[1]), w.n_out)
         piece = self.empty((step, w.n_in), np.uint16)
         program = sources.matrix(w.kind, "matvec.c")
         for first in range(0, w.n_out, step):
@@ -66,23 +111,27 @@ class LibraryProducts(Matrices):
             matrix = w.buffer, u64(w.total), self.grid(w.kind)
             args = *matrix, piece, u64(first), i32(w.n_in)
             self.launch(program, "decode_rows", groups, (LANES, 1, 1), *args)
-            self.gemm("F16", piece.buffer, w.n_in, cut, 0, y, range(first, first + rows))
+            columns = range(first, first + rows)
+            self.gemm("F16", (piece.buffer, w.n_in), cut, range(cut.shape[1]), y, columns)
 
-    def _cut(self, w: GPUWeight, x: GPUArray, n_x: int) -> tuple[GPUArray, GPUArray]:
-        """The activations in half precision, [terms, T, n_in], and each row's scale."""
-        terms = TERMS.get(w.kind, 1)
-        cut, scales = self.empty((terms, n_x, w.n_in), np.uint16), self.empty((n_x,))
-        shape = (i32(v) for v in (w.n_in, n_x, terms, w.kind == "BF16"))
-        codes, floats, _ = self.operand(w, x)
-        source = (floats, None, None) if codes is None else (None, codes, floats)
-        args = *source, cut, scales, *shape
-        self.launch(PRODUCTS, "cut_rows", (n_x, 1, 1), (128, 1, 1), *args)
-        return cut, scales
+    def _piece_rows(self, n_in: int, n_x: int) -> int:
+        """As few as keep the device busy, so that a second-level cache may hold the decoded weights."""
+        busy = TILES * self.n_cores * TILE * TILE // n_x
+        fit = max(min(busy, MOST_PIECE // (2 * n_in), MOST_ROWS), 1)
+        return fit // ALIGNED_ROWS * ALIGNED_ROWS or fit
 
     def _finish(
-        self, y: GPUArray, scales: GPUArray | None, bias: GPUArray | None, n_out: int
+        self,
+        y: GPUArray,
+        parts: GPUArray,
+        terms: int,
+        scales: GPUArray | None,
+        bias: GPUArray | None,
     ) -> None:
-        self.each(PRODUCTS, "finish_rows", y.size, y, scales, bias, i32(n_out))
+        """Y = the sum of the parts [terms, T, n_out] times the scales [T] plus the bias."""
+        n_out = y.shape[-1]
+        args = parts, scales, bias, y, i32(terms), i32(n_out)
+        self.each(PRODUCTS, "finish_rows", y.size, *args)
 
 
 def _padded(n_in: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 
-from .weights import LAYOUTS, PLAIN
+from .weights import LAYOUTS, PLAIN, units
 
 Defines = tuple[tuple[str, str | int], ...]
 Program = tuple[tuple[str, ...], Defines]  # files in order, and macros
@@ -32,11 +32,20 @@ def plain(*files: str, **defines: str | int) -> Program:
 @cache
 def matrix(kind: str, file: str) -> Program:
     """The program of ``matvec.c`` or ``matmul.c`` for one format."""
+    few = {"UNITS": units(kind)} if file == "matvec.c" else {}
+    more = ["activations.h"] if few else []
     if kind in PLAIN:
-        return plain("unit_float.h", file, **PLAIN[kind])
+        return plain("unit_float.h", *more, file, **PLAIN[kind], **few)
     layout = LAYOUTS[kind]
     headers = ["unit.h", *(["kquants.h"] if layout.header == "lowbit.h" else []), layout.header]
-    return plain(*headers, "unit_int8.h", file, **layout.defines(kind))
+    headers += ["unit_int8.h", *(["piece_int8.h"] if few else [])]
+    return plain(*headers, *more, file, **layout.defines(kind), **few)
+
+
+def tensor(kind: str, tokens: int) -> Program:
+    """The program of ``matmul_tensor.c`` for one quantised format and tile (CUDA)."""
+    (*headers, _), defines = matrix(kind, "matmul.c")
+    return ("tensor.h", *headers, "matmul_tensor.c"), tuple(sorted((*defines, ("TOKENS", tokens))))
 
 
 def attention(kv: int, head_dim: int, head_dim_v: int, queries: int, dense: bool) -> Program:

@@ -2,8 +2,8 @@
 
 A block of Q4_0 is two bytes of scale and 16 of codes; in the file they alternate, so that no codes are
 aligned. On the device all codes come first and then all scales: the same bytes, but neighbouring
-threads read neighbouring 16-byte words. ``LAYOUTS`` names the planes in order, wide fields first;
-the unpack functions of ``src`` read them in that order.
+threads read neighbouring 16-byte words. ``LAYOUTS`` names the planes in order, wide fields first
+("a..b": the fields from a to b in one plane); the unpack functions of ``src`` read them in that order.
 """
 
 from __future__ import annotations
@@ -26,55 +26,67 @@ PIECE = 64 << 20  # bytes read from the file at a time
 class Layout:
     """How one format lies on the device, and the unpack function that reads it.
 
-    ``scales``: 1, or 2 where each 16 weights have their own; ``grid``: its codebook.
+    ``scales``: 1, or 2 where each 16 weights have their own; ``mins``: "own" where there are minima, or a
+    number: so many times the scale; ``grid``: its codebook; ``apart``: see src/piece_int8.h.
     """
 
     unpack: str
     header: str
     planes: tuple[str, ...]
     scales: int = 1
-    mins: bool = False
+    mins: str = ""
     grid: str | None = None
+    apart: int = 1
 
     def defines(self, name: str) -> dict[str, str | int]:
         """What the kernels need to be told at compile time."""
-        return {
+        macros: dict[str, str | int] = {
             "UNPACK": self.unpack,
             "BLOCK": FORMATS[name].block_size,
             "SCALES": self.scales,
-            "MINS": int(self.mins),
+            "MINS": int(self.mins != ""),
         }
+        if self.mins not in ("", "own"):
+            macros["RATIO"] = f"({self.mins}f)"
+        if self.apart != 1:
+            macros |= {"PIECE": self.unpack.replace("unpack", "piece"), "APART": self.apart}
+        return macros
+
+
+APART = {"Q8_0": 0, "Q8_1": 0, "Q8_K": 0, "Q6_K": 4} | dict.fromkeys(
+    ("Q2_K", "Q3_K", "Q4_K", "Q5_K"), 2
+)
 
 
 def _layouts() -> dict[str, Layout]:
-    rows: dict[str, tuple[str, str, int, bool, str | None]] = {
-        "Q4_0": ("legacy", "qs d", 1, True, None),
-        "Q4_1": ("legacy", "qs d m", 1, True, None),
-        "Q5_0": ("legacy", "qs qh d", 1, True, None),
-        "Q5_1": ("legacy", "qs qh d m", 1, True, None),
-        "Q8_0": ("legacy", "qs d", 1, False, None),
-        "Q8_1": ("legacy", "qs d", 1, False, None),
-        "Q2_K": ("kquants", "qs scales d dmin", 2, True, None),
-        "Q3_K": ("kquants", "qs hmask scales d", 2, True, None),
-        "Q4_K": ("kquants", "qs scales d dmin", 1, True, None),
-        "Q5_K": ("kquants", "qs qh scales d dmin", 1, True, None),
-        "Q6_K": ("kquants", "ql qh scales d", 2, True, None),
-        "Q8_K": ("kquants", "qs d", 1, False, None),
-        "TQ1_0": ("lowbit", "qs qh d", 1, True, None),
-        "TQ2_0": ("lowbit", "qs d", 1, True, None),
-        "Q1_0": ("lowbit", "qs d", 1, True, None),
-        "Q2_0": ("lowbit", "qs d", 1, True, None),
-        "MXFP4": ("lowbit", "qs e", 1, False, None),
-        "NVFP4": ("lowbit", "qs d", 2, False, None),
-        "IQ1_S": ("iquants", "qs qh d", 1, False, "IQ1"),
-        "IQ1_M": ("iquants", "qs qh scales", 2, False, "IQ1"),
-        "IQ2_XXS": ("iquants", "qs d", 1, False, "IQ2_XXS"),
-        "IQ2_XS": ("iquants", "qs scales d", 2, False, "IQ2_XS"),
-        "IQ2_S": ("iquants", "qs signs qh scales d", 2, False, "IQ2_S"),
-        "IQ3_XXS": ("iquants", "qs signs d", 1, False, "IQ3_XXS"),
-        "IQ3_S": ("iquants", "qs signs qh scales d", 1, False, "IQ3_S"),
-        "IQ4_NL": ("iquants", "qs d", 1, False, None),
-        "IQ4_XS": ("iquants", "qs scales_l scales_h d", 1, False, None),
+    rows: dict[str, tuple[str, str, int, str, str | None]] = {
+        "Q4_0": ("legacy", "qs d", 1, "-8.0", None),
+        "Q4_1": ("legacy", "qs d m", 1, "own", None),
+        "Q5_0": ("legacy", "qs qh d", 1, "-16.0", None),
+        "Q5_1": ("legacy", "qs qh d m", 1, "own", None),
+        "Q8_0": ("legacy", "qs d", 1, "", None),
+        "Q8_1": ("legacy", "qs d", 1, "", None),
+        "Q2_K": ("kquants", "qs scales d dmin", 2, "own", None),
+        "Q3_K": ("kquants", "qs hmask scales d", 2, "-4.0", None),
+        "Q4_K": ("kquants", "qs d..scales", 1, "own", None),
+        "Q5_K": ("kquants", "qs qh d..scales", 1, "own", None),
+        "Q6_K": ("kquants", "ql qh scales d", 2, "-32.0", None),
+        "Q8_K": ("kquants", "qs d", 1, "", None),
+        "TQ1_0": ("lowbit", "qs qh d", 1, "-1.0", None),
+        "TQ2_0": ("lowbit", "qs d", 1, "-1.0", None),
+        "Q1_0": ("lowbit", "qs d", 1, "-0.5", None),
+        "Q2_0": ("lowbit", "qs d", 1, "-1.0", None),
+        "MXFP4": ("lowbit", "qs e", 1, "", None),
+        "NVFP4": ("lowbit", "qs d", 2, "", None),
+        "IQ1_S": ("iquants", "qs qh d", 1, "", "IQ1"),
+        "IQ1_M": ("iquants", "qs qh scales", 2, "", "IQ1"),
+        "IQ2_XXS": ("iquants", "qs d", 1, "", "IQ2_XXS"),
+        "IQ2_XS": ("iquants", "qs scales d", 2, "", "IQ2_XS"),
+        "IQ2_S": ("iquants", "qs signs qh scales d", 2, "", "IQ2_S"),
+        "IQ3_XXS": ("iquants", "qs signs d", 1, "", "IQ3_XXS"),
+        "IQ3_S": ("iquants", "qs signs qh scales d", 1, "", "IQ3_S"),
+        "IQ4_NL": ("iquants", "qs d", 1, "", None),
+        "IQ4_XS": ("iquants", "qs scales_l scales_h d", 1, "", None),
     }
     return {
         name: Layout(
@@ -84,6 +96,7 @@ def _layouts() -> dict[str, Layout]:
             scales,
             mins,
             grid,
+            APART.get(name, 1),
         )
         for name, (family, planes, scales, mins, grid) in rows.items()
     }
@@ -167,19 +180,44 @@ def read_pieces(source: Source, rows: np.ndarray | range) -> Iterator[tuple[int,
 
 def split_planes(kind: str, raw: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Rows of blocks as planes uint8 [n_blocks, size], each with the bytes of a block before it."""
-    dtype = FORMATS[kind].dtype
-    blocks = raw.reshape(-1, dtype.itemsize)
+    blocks = raw.reshape(-1, FORMATS[kind].dtype.itemsize)
     before = 0
-    for field in LAYOUTS[kind].planes:
-        part, offset = dtype.fields[field][:2]  # type: ignore[index]
-        yield before, np.ascontiguousarray(blocks[:, offset : offset + part.itemsize])
-        before += part.itemsize
+    for start, stop in plane_spans(kind):
+        yield before, np.ascontiguousarray(blocks[:, start:stop])
+        before += stop - start
+
+
+def plane_spans(kind: str) -> list[tuple[int, int]]:
+    """Where in a block of the file each plane's bytes are."""
+    fields = FORMATS[kind].dtype.fields
+    assert fields is not None
+    spans = []
+    for plane in LAYOUTS[kind].planes:
+        first, _, last = plane.partition("..")
+        part, offset = fields[last or first][:2]
+        spans.append((fields[first][1], offset + part.itemsize))
+    return spans
 
 
 def plane_bytes(kind: str) -> int:
     """Bytes of a block on the device."""
-    fields = FORMATS[kind].dtype
-    return sum(fields[name].itemsize for name in LAYOUTS[kind].planes)
+    return sum(stop - start for start, stop in plane_spans(kind))
+
+
+def units(kind: str) -> int:
+    """Pieces of each row that matvec.c loads before it uses the first: two where registers suffice."""
+    if kind in PLAIN:
+        return 2
+    layout = LAYOUTS[kind]
+    heavy = layout.scales == 2 or layout.grid or kind in ("Q5_K", "TQ1_0", "IQ4_XS")
+    return 1 if heavy else 2
+
+
+def weights_at_once(kind: str) -> int:
+    """Weights of a row that one lane of matvec.c loads at once."""
+    if kind in PLAIN:
+        return 8 * units(kind)
+    return units(kind) * (32 if LAYOUTS[kind].apart else 16)
 
 
 def padded_rows(source_type: str, kind: str, raw: np.ndarray) -> np.ndarray:

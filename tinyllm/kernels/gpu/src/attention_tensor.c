@@ -261,7 +261,7 @@ INLINE void add_values(float* o, const float* s, SHARED const ushort* vs,
 
 /* tiles [n_tiles][3]: sequence, first row, number of rows; NULL where each sequence has one row. `arrived` counts, for
    each tile and key head, the groups that are done; it is all zeros before and after. The rest: as in attention.c. */
-BOUNDED_KERNEL(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL uchar* store, GLOBAL const int* pages,
+KERNEL_OF(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL uchar* store, GLOBAL const int* pages,
                              const ulong page_bytes, const ulong k_offset, const ulong v_offset, const int n_pages,
                              GLOBAL float* out, GLOBAL int* xq, GLOBAL float* xd, GLOBAL float* xs,
                              GLOBAL float* parts, GLOBAL int* arrived, GLOBAL const float* slopes,

@@ -23,7 +23,7 @@ INLINE int largest(SHARED const float* score, const int n, SHARED float* best, S
         }
     }
     BARRIER();
-    const int found = where[0];
+    const int found = where[0] < n ? where[0] : n - 1; /* n where no score is a number */
     BARRIER();
     return found;
 }
@@ -101,36 +101,34 @@ KERNEL void combine_experts(GLOBAL const float* x, GLOBAL const float* weights, 
     y[i] = sum;
 }
 
-/* Sort the choices by expert, and cut each expert's run into tiles of `size`: see matmul_experts. One group. */
+/* Sort the choices by expert, and cut each expert's run into tiles of `size`: see matmul_experts. One group. The
+   order within a run is any: each choice's product is its own. */
 KERNEL void sort_choices(GLOBAL const int* experts, GLOBAL int* order, GLOBAL int* tiles, const int n_choices,
                          const int n, const int size, const int n_tiles) {
     LOCAL int count[MAX_EXPERTS];
-    LOCAL int first[MAX_EXPERTS];
+    LOCAL int next[MAX_EXPERTS];
     LOCAL int first_tile[MAX_EXPERTS];
-    const int tid = LOCAL_ID(0);
-    for (int e = tid; e < n; e += THREADS) {
-        count[e] = 0;
-        for (int c = 0; c < n_choices; ++c) count[e] += experts[c] == e;
-    }
-    for (int i = tid; i < n_tiles; i += THREADS) tiles[3 * i + 2] = 0;
+    const int tid = LOCAL_ID(0), threads = LOCAL_SIZE(0);
+    for (int e = tid; e < n; e += threads) count[e] = 0;
+    for (int i = tid; i < n_tiles; i += threads) tiles[3 * i + 2] = 0;
+    BARRIER_GLOBAL();
+    for (int c = tid; c < n_choices; c += threads) ATOMIC_ADD(&count[experts[c]], 1);
     BARRIER();
     if (tid == 0)
         for (int e = 0, at = 0, tile = 0; e < n; ++e) {
-            first[e] = at;
+            next[e] = at;
             first_tile[e] = tile;
             at += count[e];
             tile += (count[e] + size - 1) / size;
         }
     BARRIER();
-    for (int e = tid; e < n; e += THREADS) {
-        int at = first[e];
-        for (int c = 0; c < n_choices; ++c)
-            if (experts[c] == e) order[at++] = c;
+    for (int e = tid; e < n; e += threads)
         for (int i = 0; i * size < count[e]; ++i) {
             GLOBAL int* tile = tiles + 3 * (first_tile[e] + i);
             tile[0] = e;
-            tile[1] = first[e] + i * size;
+            tile[1] = next[e] + i * size;
             tile[2] = count[e] - i * size < size ? count[e] - i * size : size;
         }
-    }
+    BARRIER();
+    for (int c = tid; c < n_choices; c += threads) order[ATOMIC_ADD(&next[experts[c]], 1)] = c;
 }

@@ -117,17 +117,18 @@ INLINE Unit unpack_iq1_m(UNIT_ARGS) {
     return u;
 }
 
-/* The 16 uneven steps of IQ4: -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113. */
-INLINE void uneven_steps(Unit* u) {
-    UNROLL for (int i = 0; i < 8; ++i)
-        u->q[i] = (int)lookup16((uint)u->q[i], 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u);
+/* 16 bytes of nibbles; the 16 uneven steps of IQ4 are -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113. */
+INLINE void uneven_steps(GLOBAL const uchar* p, Unit* u) {
+    uint v[4];
+    load16(p, v);
+    UNROLL for (int i = 0; i < 4; ++i)
+        lookup16(v[i], 0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u, u->q + i, u->q + 4 + i);
 }
 
 /* planes: qs 16, d 2 */
 INLINE Unit unpack_iq4_nl(UNIT_ARGS) {
     Unit u;
-    nibbles(PLANE(0, 16), &u);
-    uneven_steps(&u);
+    uneven_steps(PLANE(0, 16), &u);
     scale_all(&u, HALF(16), 0.0f);
     return u;
 }
@@ -135,8 +136,7 @@ INLINE Unit unpack_iq4_nl(UNIT_ARGS) {
 /* planes: qs 128, scales_l 4, scales_h 2, d 2; weight = d (s - 32) steps[q], six bits of s for a unit */
 INLINE Unit unpack_iq4_xs(UNIT_ARGS) {
     Unit u;
-    nibbles(PLANE(0, 128) + 16 * unit, &u);
-    uneven_steps(&u);
+    uneven_steps(PLANE(0, 128) + 16 * unit, &u);
     const uint low = (PLANE(128, 4)[unit >> 1] >> (4 * (unit & 1))) & 15u;
     const uint high = (*(GLOBAL const ushort*)PLANE(132, 2) >> (2 * unit)) & 3u;
     scale_all(&u, HALF(134) * (float)((int)(low | high << 4) - 32), 0.0f);

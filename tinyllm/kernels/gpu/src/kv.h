@@ -70,3 +70,18 @@ INLINE void kv_store(GLOBAL uchar* base, const int rows, const int r, const int 
     }
 #endif
 }
+
+/* Value d of row r; `top` is the largest magnitude among the 32 values that share its scale. */
+INLINE void kv_store_value(GLOBAL uchar* base, const int rows, const int r, const int width, const int d, const float v,
+                           const float top) {
+    const ulong i = (ulong)r * (ulong)width + (ulong)d;
+#if KV == 0
+    ((GLOBAL float*)base)[i] = v;
+#elif KV == 1
+    half_store((GLOBAL ushort*)base + i, v);
+#else
+    const float scale = top / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    ((GLOBAL schar*)base)[i] = (schar)(int)rint(v * inverse);
+    if (d % 32 == 0) half_store((GLOBAL ushort*)(base + (ulong)rows * (ulong)width) + i / 32, scale);
+#endif
+}

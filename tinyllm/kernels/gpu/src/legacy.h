@@ -47,3 +47,11 @@ INLINE Unit unpack_q8_0(UNIT_ARGS) {
     scale_all(&u, HALF(32), 0.0f);
     return u;
 }
+
+/* A run of 16. */
+INLINE Unit piece_q8_0(PIECE_ARGS) {
+    Unit u;
+    load16(BYTES(0, 32, block * 32 + 16 * c), (uint*)u.q);
+    u.d[0] = HALF(32);
+    return u;
+}

@@ -53,16 +53,17 @@ INLINE Unit unpack_q2_0(UNIT_ARGS) {
     return u;
 }
 
-/* Twice the float4 (E2M1) values: 0 1 2 3 4 6 8 12 and their negatives. */
-INLINE uint e2m1(const uint codes) {
-    return lookup16(codes, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu);
+/* Eight nibbles to twice their float4 (E2M1) values: 0 1 2 3 4 6 8 12 and their negatives. */
+INLINE void e2m1(const uint codes, int* low, int* high) {
+    lookup16(codes, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu, low, high);
 }
 
 /* planes: qs 16, e 1; weight = 2^(e - 128) E2M1; exponents 0 and 1 are subnormal */
 INLINE Unit unpack_mxfp4(UNIT_ARGS) {
     Unit u;
-    nibbles(PLANE(0, 16), &u);
-    UNROLL for (int i = 0; i < 8; ++i) u.q[i] = (int)e2m1((uint)u.q[i]);
+    uint v[4];
+    load16(PLANE(0, 16), v);
+    UNROLL for (int i = 0; i < 4; ++i) e2m1(v[i], u.q + i, u.q + 4 + i);
     const uint e = *PLANE(16, 1);
     scale_all(&u, BITS_FLOAT(e < 2 ? 0x200000u << e : (e - 1) << 23), 0.0f);
     return u;
@@ -70,9 +71,8 @@ INLINE Unit unpack_mxfp4(UNIT_ARGS) {
 
 /* Half of an unsigned E4M3; 0x7f, which is NaN elsewhere, is 0. */
 INLINE float half_e4m3(const uint c) {
-    const int exponent = (int)(c >> 3) & 15, mantissa = (int)c & 7;
-    if (c == 0x7fu) return 0.0f;
-    return exponent ? ldexp((float)(8 + mantissa), exponent - 11) : (float)mantissa * (1.0f / 1024.0f);
+    const uint bits = (c & 0x7fu) << 7; /* as a half float, whose exponents are 8 less */
+    return c == 0x7fu ? 0.0f : 128.0f * half_bits(bits);
 }
 
 /* planes: qs 32, d 4; blocks of 64; groups of 16, eight bytes each */
@@ -82,10 +82,7 @@ INLINE Unit unpack_nvfp4(UNIT_ARGS) {
     load16(PLANE(0, 32) + 16 * unit, v);
     GLOBAL const uchar* d = PLANE(32, 4) + 2 * unit;
     UNROLL for (int h = 0; h < 2; ++h) {
-        UNROLL for (int i = 0; i < 2; ++i) {
-            u.q[4 * h + i] = (int)e2m1(v[2 * h + i] & 0x0f0f0f0fu);
-            u.q[4 * h + 2 + i] = (int)e2m1((v[2 * h + i] >> 4) & 0x0f0f0f0fu);
-        }
+        UNROLL for (int i = 0; i < 2; ++i) e2m1(v[2 * h + i], u.q + 4 * h + i, u.q + 4 * h + 2 + i);
         u.d[h] = half_e4m3(d[h]);
         u.m[h] = 0.0f;
     }

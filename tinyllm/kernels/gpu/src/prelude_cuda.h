@@ -6,6 +6,8 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long long ulong;
 #define KERNEL extern "C" __global__
+/* Groups of so many threads; registers are rationed so that so many of them run on a core at once. */
+#define KERNEL_OF(threads, groups) KERNEL __launch_bounds__(threads, groups)
 #define GLOBAL
 #define LOCAL __shared__
 /* LOCAL declares memory of the group, SHARED stands before a pointer to it. */
@@ -44,6 +46,31 @@ INLINE int dot4(const int a, const int b, const int c) {
     return __dp4a(a, b, c);
 }
 
+/* What is read once: it is not to push out of the nearest cache what is read again. */
+INLINE uint4 stream16(const uchar* p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(__cvta_generic_to_global(p)));
+    return v;
+}
+
+/* x of the thread whose number differs in the bits of `mask` (below 32); every thread of the group takes part. */
+INLINE float lane_xor(const float x, const int mask, float*) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
+/* The sum over 32 neighbours, in LANE_PARTS parts: one here. */
+#define LANE_PARTS 1
+INLINE float lanes_sum(float x) {
+    UNROLL for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+
+INLINE uint rotate(const uint x, const uint n) {
+    return __funnelshift_l(x, x, n);
+}
+
 INLINE uint byte_pick(const uint lo, const uint hi, const uint pick) {
-    return __byte_perm(lo, hi, pick);
+    return __byte_perm(lo, hi, pick & 0x7777u);
 }

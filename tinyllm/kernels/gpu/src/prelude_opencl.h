@@ -1,6 +1,8 @@
 /* The words that the kernels are written in, for OpenCL C 1.2 and later. prelude_cuda.h has the same ones. */
 typedef char schar;
 #define KERNEL __kernel
+/* Groups of so many threads; CUDA is told how many of them are to run on a core at once. */
+#define KERNEL_OF(threads, groups) KERNEL
 #define GLOBAL __global
 #define LOCAL __local
 /* LOCAL declares memory of the group, SHARED stands before a pointer to it. */
@@ -43,6 +45,28 @@ INLINE int dot4(const int a, const int b, const int c) {
     const char4 x = as_char4(a), y = as_char4(b);
     return c + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
 #endif
+}
+
+/* What is read once: CUDA keeps it out of the nearest cache. */
+INLINE uint4 stream16(GLOBAL const uchar* p) {
+    return *(GLOBAL const uint4*)p;
+}
+
+/* x of the thread whose number differs in the bits of `mask` (below 32); every thread of the group takes part.
+   `part` has room for one value of each. */
+INLINE float lane_xor(const float x, const int mask, SHARED float* part) {
+    const int i = LOCAL_ID(0) + LOCAL_SIZE(0) * LOCAL_ID(1);
+    part[i] = x;
+    BARRIER();
+    const float y = part[i ^ mask];
+    BARRIER();
+    return y;
+}
+
+/* The sum over 32 neighbours, in LANE_PARTS parts: each lane's own. */
+#define LANE_PARTS 32
+INLINE float lanes_sum(const float x) {
+    return x;
 }
 
 /* Four bytes of the eight in lo and hi, chosen by the four low nibbles (0 to 7) of pick. */

@@ -50,11 +50,15 @@ KERNEL void cut_rows(GLOBAL const float* x, GLOBAL const schar* xq, GLOBAL const
     }
 }
 
-/* y [T, n] * scales [T] + bias [n], in place. */
-KERNEL void finish_rows(GLOBAL float* y, GLOBAL const float* scales, GLOBAL const float* bias, const int n,
-                        const int count) {
+/* The sum of parts [terms, T, n] * scales [T] + bias [n] -> y, which may be the parts themselves. Then rows without a
+   bias and with a scale of 1, as most are, are not touched. */
+KERNEL void finish_rows(GLOBAL const float* parts, GLOBAL const float* scales, GLOBAL const float* bias, GLOBAL float* y,
+                        const int terms, const int n, const int count) {
     const int i = GLOBAL_ID(0);
     if (i >= count) return;
-    const float v = scales ? y[i] * scales[i / n] : y[i];
-    y[i] = bias ? v + bias[i % n] : v;
+    const float scale = scales ? scales[i / n] : 1.0f;
+    if (terms == 1 && !bias && scale == 1.0f && parts == y) return;
+    float sum = 0.0f;
+    for (int term = terms - 1; term >= 0; --term) sum += parts[(ulong)term * (ulong)count + (ulong)i]; /* small first */
+    y[i] = bias ? sum * scale + bias[i % n] : sum * scale;
 }

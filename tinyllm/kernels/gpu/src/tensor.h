@@ -12,10 +12,10 @@
 #define WARP_ROOM(warps)
 #define WARP_ARGS
 #define WARP_PASS
-/* A kernel for groups of so many threads, registers dealt out for so many groups at a time. */
-#define LARGE_LOCAL (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10) /* a core has room for three groups of 48 KB */
-#define BOUNDED_KERNEL(threads, groups) extern "C" __global__ __launch_bounds__(threads, groups)
+/* A core has room for three groups of 48 KB of local memory. */
+#define LARGE_LOCAL (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
 #define DEVICE_FENCE() __threadfence()
+#define N_GROUPS(d) PICK(gridDim, d)
 
 /* c += a b, in float. */
 INLINE void mma(float* c, const uint* a, const uint* b) {
@@ -46,6 +46,21 @@ INLINE void load_tiles_transposed(uint* r, const ushort* row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"((uint)__cvta_generic_to_shared(row))
                  : "memory");
+}
+
+/* 16 aligned bytes to local memory, on their way until copies_done(), which waits for this thread's. */
+INLINE void copy16(ushort* to, const uchar* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"((uint)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+#else
+    *(uint4*)to = *(const uint4*)from;
+#endif
+}
+
+INLINE void copies_done() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
 }
 
 /* x of the lane whose number differs in the bits of `mask`. */

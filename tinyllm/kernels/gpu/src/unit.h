@@ -4,20 +4,30 @@
 
    A tensor lies in planes: each field of its blocks is an array of its own, [n_blocks, size of the field], so
    that neighbouring threads read neighbouring 16-byte words. PLANE(before, size) is the field that `before`
-   bytes of each block precede. */
+   bytes of each block precede. A block is `first`, the same for the whole group, plus `block`: addresses are
+   a base that is computed once and 32 bits of offset. */
 typedef struct {
     int q[8];
     float d[2];
     float m[2];
 } Unit;
 
-#define UNIT_ARGS GLOBAL const uchar* w, const ulong total, const ulong block, const int unit, GLOBAL const uint* grid
-#define PLANE(before, size) (w + total * (ulong)(before) + block * (ulong)(size))
+#define UNIT_ARGS \
+    GLOBAL const uchar* w, const ulong total, const ulong first, const uint block, const int unit, GLOBAL const uint* grid
+#define BYTES(before, size, i) (w + (total * (ulong)(before) + first * (ulong)(size)) + (ulong)(i))
+#define PLANE(before, size) BYTES(before, size, block * (uint)(size))
 #define WORDS(before, size) ((GLOBAL const uint*)PLANE(before, size))
 #define HALF(before) half_at((GLOBAL const ushort*)PLANE(before, 2))
 
+/* Piece c of a block: see piece_int8.h. */
+#define PIECE_ARGS GLOBAL const uchar *w, const ulong total, const ulong first, const uint block, const uint c
+
 INLINE void load16(GLOBAL const uchar* p, uint* v) {
+#ifdef UNITS /* in matvec.c, which reads no weight twice */
+    const uint4 x = stream16(p);
+#else
     const uint4 x = *(GLOBAL const uint4*)p;
+#endif
     v[0] = x.x;
     v[1] = x.y;
     v[2] = x.z;
@@ -55,10 +65,15 @@ INLINE uint byte_of(const uint v, const int i) {
     return (v >> (8 * i)) & 255u;
 }
 
-/* Four nibbles, one in each byte of x, as entries of a table of 16 bytes. */
-INLINE uint lookup16(const uint x, const uint t0, const uint t1, const uint t2, const uint t3) {
-    const uint n = x & 0x07070707u;
-    const uint pick = (n & 7u) | ((n >> 4) & 0x70u) | ((n >> 8) & 0x700u) | ((n >> 12) & 0x7000u);
-    const uint upper = ((x >> 3) & 0x01010101u) * 255u;
-    return (byte_pick(t0, t1, pick) & ~upper) | (byte_pick(t2, t3, pick) & upper);
+/* The four low nibbles of v as entries of a table of 16 bytes. */
+INLINE uint lookup4(const uint v, const uint t0, const uint t1, const uint t2, const uint t3) {
+    const uint upper = 0x3210u | ((v >> 1) & 0x4444u); /* which half of the table */
+    return byte_pick(byte_pick(t0, t1, v), byte_pick(t2, t3, v), upper);
+}
+
+/* The nibbles of v as entries of a table of 16 bytes: the low ones of its four bytes, and the high ones. */
+INLINE void lookup16(const uint v, const uint t0, const uint t1, const uint t2, const uint t3, int* low, int* high) {
+    const uint a = lookup4(v, t0, t1, t2, t3), b = lookup4(v >> 16, t0, t1, t2, t3);
+    *low = (int)byte_pick(a, b, 0x6420u);
+    *high = (int)byte_pick(a, b, 0x7531u);
 }

@@ -22,20 +22,23 @@ INLINE float weight_bits(const uint bits) {
 #endif
 
 INLINE void load16(GLOBAL const uchar* p, uint* v) {
+#if defined(UNITS) && WEIGHT_BYTES == 2
+    const uint4 x = stream16(p);
+#else
     const uint4 x = *(GLOBAL const uint4*)p;
+#endif
     v[0] = x.x;
     v[1] = x.y;
     v[2] = x.z;
     v[3] = x.w;
 }
 
-INLINE Unit weight_unit(WEIGHT_ARGS, const ulong row, const int k, const int n_in) {
+INLINE Unit unit_at(GLOBAL const uchar* p) {
     Unit u;
     uint bits[2 * WEIGHT_BYTES];
-    const ulong first = row * (ulong)((n_in + 7) / 8) + (ulong)k;
-    load16(w + first * 8 * WEIGHT_BYTES, bits);
+    load16(p, bits);
 #if WEIGHT_BYTES == 4
-    load16(w + first * 32 + 16, bits + 4);
+    load16(p + 16, bits + 4);
     UNROLL for (int i = 0; i < 8; ++i) u.v[i] = BITS_FLOAT(bits[i]);
 #else
     UNROLL for (int i = 0; i < 8; ++i) u.v[i] = weight_bits((bits[i >> 1] >> (16 * (i & 1))) & 0xffffu);
@@ -43,10 +46,28 @@ INLINE Unit weight_unit(WEIGHT_ARGS, const ulong row, const int k, const int n_i
     return u;
 }
 
-INLINE XUnit x_unit(X_ARGS, const int t, const int k, const int n_in) {
-    XUnit x;
-    GLOBAL const float* p = xd + (ulong)t * (ulong)n_in + (ulong)(8 * k);
-    if ((n_in & 7) == 0) {
+INLINE Unit weight_unit(WEIGHT_ARGS, const ulong row, const int k, const int n_in) {
+    return unit_at(w + (row * (ulong)((n_in + 7) / 8) + (ulong)k) * (8 * WEIGHT_BYTES));
+}
+
+/* matvec.c takes units as they are: unit 32 set + lane of the row that comes `row` rows behind the one that begins
+   with unit `first`. */
+#define PIECES(n_in) (((n_in) + 7) / 8)
+#define WHOLE(n_in) (((n_in) & 7) == 0)
+#define FIRST(row, n_in) ((row) * (ulong)PIECES(n_in))
+#define X_FIRST(t, n_in) ((uint)(t) * (uint)(n_in))
+typedef Unit XPiece;
+
+INLINE Unit weight_piece(WEIGHT_ARGS, const ulong first, const uint row, const ulong set, const uint lane,
+                         const int n_in) {
+    const uint unit = row * (uint)PIECES(n_in) + lane;
+    return unit_at(w + (first + 32 * set) * (8 * WEIGHT_BYTES) + (ulong)unit * (8 * WEIGHT_BYTES));
+}
+
+/* Eight activations from p on, of which n are left. */
+INLINE Unit x_at(GLOBAL const float* p, const int n, const int aligned) {
+    Unit x;
+    if (aligned) {
         const float4 a = *(GLOBAL const float4*)p, b = *(GLOBAL const float4*)(p + 4);
         x.v[0] = a.x;
         x.v[1] = a.y;
@@ -57,13 +78,27 @@ INLINE XUnit x_unit(X_ARGS, const int t, const int k, const int n_in) {
         x.v[6] = b.z;
         x.v[7] = b.w;
     } else {
-        UNROLL for (int i = 0; i < 8; ++i) x.v[i] = 8 * k + i < n_in ? p[i] : 0.0f;
+        UNROLL for (int i = 0; i < 8; ++i) x.v[i] = i < n ? p[i] : 0.0f;
     }
     return x;
 }
 
+INLINE XPiece x_piece(X_ARGS, const uint x, const ulong set, const uint lane, const int n_in,
+                       const int whole) {
+    return x_at(xd + (ulong)(x + 8 * lane) + 256 * set, n_in - 8 * (int)lane - 256 * (int)set, whole);
+}
+
+INLINE XUnit x_unit(X_ARGS, const int t, const int k, const int n_in) {
+    return x_at(xd + (ulong)t * (ulong)n_in + (ulong)(8 * k), n_in - 8 * k, WHOLE(n_in));
+}
+
 INLINE float unit_dot(const Unit* u, const XUnit* x) {
     float y = 0.0f;
+    UNROLL for (int i = 0; i < 8; ++i) y += u->v[i] * x->v[i];
+    return y;
+}
+
+INLINE float piece_dot(const Unit* u, const XPiece* x, float y) {
     UNROLL for (int i = 0; i < 8; ++i) y += u->v[i] * x->v[i];
     return y;
 }

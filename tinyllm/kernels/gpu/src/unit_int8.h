@@ -15,14 +15,22 @@ typedef struct {
 
 /* Unit k of a row; n_in weights in a row. */
 INLINE Unit weight_unit(WEIGHT_ARGS, const ulong row, const int k, const int n_in) {
-    const ulong block = row * (ulong)(n_in / BLOCK) + (ulong)(k / (BLOCK / UNIT));
-    return UNPACK(w, total, block, k % (BLOCK / UNIT), grid);
+    const ulong first = row * (ulong)(n_in / BLOCK);
+    return UNPACK(w, total, first, (uint)k / (BLOCK / UNIT), k % (BLOCK / UNIT), grid);
 }
 
 INLINE XUnit x_unit(X_ARGS, const int t, const int k, const int n_in) {
     XUnit x;
     const ulong i = (ulong)t * (ulong)(n_in / UNIT) + (ulong)k;
-    load32((GLOBAL const uchar*)(xq + 8 * i), (uint*)x.q);
+    const uint4 lo = *((GLOBAL const uint4*)xq + 2 * i), hi = *((GLOBAL const uint4*)xq + 2 * i + 1);
+    x.q[0] = (int)lo.x;
+    x.q[1] = (int)lo.y;
+    x.q[2] = (int)lo.z;
+    x.q[3] = (int)lo.w;
+    x.q[4] = (int)hi.x;
+    x.q[5] = (int)hi.y;
+    x.q[6] = (int)hi.z;
+    x.q[7] = (int)hi.w;
     x.d = xd[i];
 #if MINS
     x.s[0] = xs[2 * i];
