@@ -1,15 +1,17 @@
-"""Attention on tensor cores, in NVRTC's own code: as exact as floats on what the cache holds."""
+"""Attention on tensor cores, in NVRTC's own code and on CUDA: as exact as floats on what the cache holds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tinyllm.errors import DeviceError
 from tinyllm.gguf import quants
-from tinyllm.kernels.backend import Batch, LayerCache
+from tinyllm.kernels.backend import Batch, LayerCache, open_backend
 from tinyllm.kernels.gpu.attention_tensor import GroupShape, choose_splits, group_shape
 from tinyllm.kernels.gpu.cache import Side
 from tinyllm.kernels.reference import ReferenceBackend
@@ -18,6 +20,19 @@ pytestmark = pytest.mark.device
 REFERENCE = ReferenceBackend()
 FLOAT = 2e-5
 F32 = np.float32
+
+
+@pytest.fixture(params=["interpreted", "cuda"])
+def be(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if request.param == "interpreted":
+        yield request.getfixturevalue("interpreted")
+        return
+    try:
+        backend = open_backend("cuda")
+    except (DeviceError, ImportError) as e:
+        pytest.skip(str(e))
+    yield backend
+    backend.close()
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -95,36 +110,36 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kv}-{c.n_head}x{c.dim}-{sum(c.new)}")
-def test_attention_is_exact_on_what_the_cache_holds(case: Case, interpreted: Any) -> None:
+def test_attention_is_exact_on_what_the_cache_holds(case: Case, be: Any) -> None:
     want = np.array(case.run(REFERENCE, "f32"))
-    interpreted.n_cores = 64  # the past is split
-    got = np.array(interpreted.numpy(case.run(interpreted, case.kv)))
+    be.n_cores = 64  # the past is split
+    got = np.array(be.numpy(case.run(be, case.kv)))
     assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < FLOAT
     assert np.abs(got - want).max() < 10 * FLOAT
-    assert not interpreted.numpy(interpreted.counters()).any()  # for the next launch
+    assert not be.numpy(be.counters()).any()  # for the next launch
 
 
 @pytest.mark.parametrize("n_cores", [1, 64])
-def test_decode_leaves_the_int8_form_with_the_result(n_cores: int, interpreted: Any) -> None:
+def test_decode_leaves_the_int8_form_with_the_result(n_cores: int, be: Any) -> None:
     """One launch, split or not; the form is that of ``quantise``."""
-    interpreted.n_cores, interpreted._any_quantised = n_cores, True
-    y = CASES[0].run(interpreted, "f16")
-    got = [interpreted.numpy(x) for x in y.int8]
+    be.n_cores, be._any_quantised = n_cores, True
+    y = CASES[0].run(be, "f16")
+    got = [be.numpy(x) for x in y.int8]
     y.int8 = None
     weight = type("Weight", (), {"kind": "Q8_0"})()
-    want = [interpreted.numpy(x) for x in interpreted.operand(weight, y)]
+    want = [be.numpy(x) for x in be.operand(weight, y)]
     assert np.array_equal(got[0], want[0])
     assert np.allclose(got[1], want[1], rtol=1e-6)
     assert np.allclose(got[2], want[2], rtol=1e-5, atol=1e-6)
 
 
-def test_large_values_do_not_overflow(interpreted: Any) -> None:
+def test_large_values_do_not_overflow(be: Any) -> None:
     """Values near the end of halves, and scores so far apart that one key takes all."""
     case = Case("f16", [70], [1], 4, 1, 64, 64)
     stored = case.stored
     case.stored = lambda n, dim, seed: stored(n, dim, seed) * F32(8192 if seed % 2 else 256)
-    want, got = np.array(case.run(REFERENCE, "f32")), case.run(interpreted, "f16")
-    assert np.sqrt(np.mean((interpreted.numpy(got) - want) ** 2) / np.mean(want**2)) < FLOAT
+    want, got = np.array(case.run(REFERENCE, "f32")), case.run(be, "f16")
+    assert np.sqrt(np.mean((be.numpy(got) - want) ** 2) / np.mean(want**2)) < FLOAT
 
 
 # ---- how work is dealt out
@@ -136,6 +151,7 @@ DECODE, PREFILL = group_shape(4, SIDE, SIDE), group_shape(2048, SIDE, SIDE)
 def test_shapes_of_groups() -> None:
     assert GroupShape(1, 4, 64) == DECODE
     assert GroupShape(8, 1, 64) == PREFILL
+    assert group_shape(2048, SIDE, SIDE, even=False) == GroupShape(4, 1, 64)
     wide = Side(0, 8, 256, 256, "f16")
     assert group_shape(4, wide, wide) == GroupShape(1, 2, 32)
     assert group_shape(64, wide, wide) == GroupShape(4, 1, 32)

@@ -18,10 +18,7 @@ from .sources import Program
 
 LOCAL_BYTES = 46 << 10  # of a group's tiles; 48 KB are there
 MOST_DIM = 256
-WHOLE_DIM = {
-    "f16": 192,
-    "q8_0": 96,
-}  # with wider values only scores of half a page fit into registers
+WHOLE_DIM = {"f16": 192, "q8_0": 96}  # wider values leave registers for scores of half a page
 
 # What an H200 is expected to take, in microseconds, from its latencies and rates: only their ratios decide.
 BEGIN = 0.8  # until a group's first keys are there
@@ -49,14 +46,16 @@ class GroupShape:
         return 32 * self.rows * self.keys
 
 
-def group_shape(pairs: int, k: Side, v: Side) -> GroupShape:
-    """The shape for sequences with up to so many (row, head) pairs a key head."""
+def group_shape(pairs: int, k: Side, v: Side, even: bool = True) -> GroupShape:
+    """The shape for sequences with up to so many (row, head) pairs a key head.
+
+    Large groups read keys less often, small ones are dealt out better where they take very uneven times.
+    """
     whole = PAGE * (_stride(k) + _stride(v)) <= LOCAL_BYTES
     if pairs > 16:
         narrow = v.dim <= WHOLE_DIM[k.kv_type]
-        rows = (
-            4 if pairs <= 64 or (k.kv_type == "q8_0" and v.dim > 192) else 8
-        )  # registers end there
+        few_registers = k.kv_type == "q8_0" and v.dim > 192
+        rows = 8 if pairs > 64 and even and not few_registers else 4
         return GroupShape(rows, 1, PAGE if whole and narrow else PAGE // 2)
     shared = PAGE * (_stride(k) + _stride(v)) + 64 * (k.dim + 8)  # with the queries
     whole = shared <= LOCAL_BYTES and 4 * 64 * (v.dim + 8) <= LOCAL_BYTES  # where warps meet
@@ -123,7 +122,9 @@ class TensorAttention(Matrices):
     ) -> GPUArray:
         """One launch over tiles of rows, and over parts of the past that the last group joins."""
         per_key, lengths = n_head // k.n_head, np.diff(b.host.starts)
-        shape = group_shape(int(lengths.max()) * per_key, k, v)
+        # in one round of large groups at a short past, the first would be idle while the last work
+        even = b.n_rows * n_head > 256 * self.n_cores or (b.host.n_past > 2 * lengths).any()
+        shape = group_shape(int(lengths.max()) * per_key, k, v, bool(even))
         heads = min(per_key, shape.pairs)
         tiles, n_tiles = None, b.n_seq
         if (lengths != 1).any():

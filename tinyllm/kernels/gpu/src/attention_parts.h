@@ -105,7 +105,12 @@ INLINE void keep_quad(const Running* x, SHARED const Part* p, const Result* r, c
     UNROLL for (int c = 0; c < 4; ++c) v[c] = x->v[c] * f;
     GLOBAL float* to = there ? place_of(p, r, i) : r->out;
     if (there) {
-        UNROLL for (int c = 0; c < 4; ++c) to[d + c] = v[c];
+        float4 all;
+        all.x = v[0];
+        all.y = v[1];
+        all.z = v[2];
+        all.w = v[3];
+        *(GLOBAL float4*)(to + d) = all;
         if (r->splits > 1 && d == 0) {
             to[HEAD_DIM_V] = x->top;
             to[HEAD_DIM_V + 1] = x->sum;
@@ -141,8 +146,8 @@ INLINE void meet(const float* o, const float* top, const float* sum, SHARED cons
     EACH_QUAD
         for (int w = 0; w < KEY_WARPS && there; ++w) {
             SHARED const float* from = room + (w * PAIRS + i) * PITCH;
-            float v[4];
-            UNROLL for (int c = 0; c < 4; ++c) v[c] = from[d + c];
+            const float4 all = *(SHARED const float4*)(from + d);
+            const float v[4] = {all.x, all.y, all.z, all.w};
             add_part(&x, v, from[HEAD_DIM_V], from[HEAD_DIM_V + 1]);
         }
         keep_quad(&x, p, r, i, d, there WARP_PASS);
