@@ -6,8 +6,9 @@
 
 Each part (a format, a depth, a model) runs in a process of its own (gpu_measure.py), because one wrong kernel
 makes a CUDA device useless to its process. The report is written after each part; a part that fails is noted
-with its reason, and the others follow. A run that was cut short goes on where it was, as long as the kernels
-are the same; what failed is tried again.
+with its reason, what it had measured by then is kept, and the others follow. A run that was cut short goes on
+where it was, as long as the kernels are the same; what failed is tried again. All of it takes a large device
+about a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-FIRST = ["Q4_0", "Q8_0", "F16"]  # measured before the models
+FIRST = ["Q4_0", "Q8_0", "F16"]  # measured before the other formats
 FORMATS = [
     *FIRST,
     *"""Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ2_XXS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ2_0 MXFP4
     NVFP4 BF16""".split(),
 ]
-MODELS = ["llama-8b:Q4_0", "llama-1b:Q4_0", "llama-8b:Q8_0", "llama-8b:F16"]
-DEPTHS = ["512", "4096", "32768"]
+MODELS = ["llama-1b:Q4_0", "llama-8b:Q4_0", "llama-8b:Q8_0", "llama-8b:F16"]
+DEPTHS = ["4096", "512", "32768"]
 MOST_SECONDS = 240  # of a part
 
 
@@ -41,22 +42,33 @@ def parts(options: argparse.Namespace) -> list[tuple[str, str]]:
     models = [("model", m) for m in (["tiny:Q4_0"] if options.quick else options.models)]
     depths = [("attention", d) for d in (["100"] if options.quick else DEPTHS)]
     chosen = {"kernels": first + depths + rest, "models": models}
-    every = first + models + depths + rest
+    others = [("pick", ""), ("startup", "first"), ("startup", "again")]
+    every = models[:2] + first + models[2:] + depths[:1] + others + depths[1:] + rest
     return [("limits", ""), *(chosen[options.only] if options.only else every)]
 
 
-def measure(part: tuple[str, str], options: argparse.Namespace, limit: float) -> Any:
-    """The rows of a part, or one line that says why there are none."""
+def measure(
+    part: tuple[str, str], options: argparse.Namespace, limit: float
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The rows of a part, and, if it failed, one line that says why there are no more."""
     command = [sys.executable, str(HERE / "gpu_measure.py"), *part, "--device", options.device]
     command += ["--quick"] if options.quick else []
     command += ["--matvec", options.matvec] if options.matvec else []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"took more than {limit:.0f} seconds"
+        done = subprocess.run(command, capture_output=True, timeout=limit)
+    except subprocess.TimeoutExpired as e:
+        return rows_of(e.stdout or b""), f"took more than {limit:.0f} seconds"
+    rows = rows_of(done.stdout)
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    return (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+        return rows, None
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return rows, (said or [f"ended with code {done.returncode}"])[-1]
+
+
+def rows_of(printed: bytes) -> list[dict[str, Any]]:
+    """The whole lines of a part's output that are rows."""
+    lines = printed.decode("utf-8", "replace").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def sources_hash() -> str:
@@ -79,28 +91,39 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report = opened(path)
     for part in parts(options):
         name, left = " ".join(part).strip(), options.seconds - (time.monotonic() - start)
-        if name in report["parts"]:
+        if name in report["parts"] and name not in report["failed"]:
             continue
         if left < 10:
             print(f"time is up before {name}; the same command goes on from there")
             break
-        rows = measure(part, options, min(MOST_SECONDS, left))
+        rows, reason = measure(part, options, min(MOST_SECONDS, left))
+        if name == "limits" and reason is not None:
+            sys.exit(reason)
         report["failed"].pop(name, None)
-        report["failed" if isinstance(rows, str) else "parts"][name] = rows
+        report["parts"].pop(name, None)
+        report["parts"] |= {name: rows} if rows else {}
+        report["failed"] |= {} if reason is None else {name: reason}
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"== {name}")
-        show([{"failed": rows}] if isinstance(rows, str) else rows)
-        if name == "limits" and isinstance(rows, str):
-            sys.exit(rows)
+        limits = report["parts"]["limits"][0]
+        show([row | shares(row, limits) for row in rows])
+        show([] if reason is None else [{"failed": reason}])
     return report
+
+
+def shares(row: dict[str, Any], limits: dict[str, Any]) -> dict[str, float]:
+    """What a kernel reaches of the device's copies and of its library's half-precision product."""
+    pairs = (("gb_s", "copy_gb_s", "of copy"), ("tflop_s", "half_tflop_s", "of half"))
+    return {to: row[own] / limits[of] for own, of, to in pairs if own in row and of in limits}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """A table."""
-    if not rows:
-        return
-    print(" | ".join(rows[0]))
+    said = None
     for row in rows:
+        if list(row) != said:
+            print(" | ".join(row))
+        said = list(row)
         print(" | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     print(flush=True)
 

@@ -1,4 +1,4 @@
-"""One part of what ``gpu.py`` measures, in a process of its own: its rows as JSON on the last line.
+"""One part of what ``gpu.py`` measures, in a process of its own: a row of JSON as soon as it is known.
 
     python benchmarks/gpu_measure.py product Q4_0 --device cuda
     python benchmarks/gpu_measure.py attention 4096 --device opencl --quick
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import distributions
 from math import prod
 from pathlib import Path
@@ -27,20 +27,24 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import tinyllm
 from tinyllm.errors import DeviceError
+from tinyllm.generate import Run, generate_tokens
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache, open_backend
 from tinyllm.kernels.devices import resolve
 from tinyllm.kernels.gpu import sources
 from tinyllm.models.network import Network, build
+from tinyllm.sampling import Sampler, SamplingParams
 
 SHAPES = {  # n_embd, n_layer, n_head, n_head_kv, n_ff, n_vocab, head_dim, tied
     "tiny": (256, 2, 4, 2, 512, 1024, 64, True),
     "llama-1b": (2048, 16, 32, 8, 8192, 128256, 64, True),
     "llama-8b": (4096, 32, 32, 8, 14336, 128256, 128, False),
 }
-ROWS = (1, 2, 4, 8, 16, 64, 512)
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCHES = (64, 8, 16, 32, 2, 4)  # sequences decoded together
+WARM = 3  # steps of decoding until it is replayed: as it is, recorded, replayed
 MOST_ERROR = 0.03  # relative, of products with int8 activations; more is a wrong kernel
 SCALES = {"d": 3e-3, "dmin": 3e-3, "m": -0.02, "s": 0.0}  # of made-up blocks
 
@@ -223,16 +227,34 @@ def ranked(device: str, name: str, quick: bool, path: str) -> Iterator[dict[str,
 
 
 def attention(be: Any, depth: int, quick: bool) -> Iterator[dict[str, Any]]:
-    """Decode of one layer of an 8B model at a depth, for one and many sequences."""
+    """One layer of an 8B model at a depth: decode of one and many sequences, and 512 rows of a prompt."""
     heads, n_head, dim = 8, 32, 128
-    for n in (1,) if quick else (1, 8, 32):
-        caches = [be.new_cache([LayerCache(heads, dim, dim)], depth + 1, "f16") for _ in range(n)]
-        batch = be.upload(Batch.of([[0]] * n, [depth] * n, [0], caches))
-        q = be.array(np.zeros((n, n_head * dim), np.float32))
+    for n, rows in ((1, 1), (1, 20)) if quick else ((1, 1), (8, 1), (64, 1), (1, 512)):
+        layers = [LayerCache(heads, dim, dim)]
+        caches = [be.new_cache(layers, depth + rows, "f16") for _ in range(n)]
+        batch = be.upload(Batch.of([[0] * rows] * n, [depth] * n, [0], caches))
+        q = be.array(np.zeros((n * rows, n_head * dim), np.float32))
         run = recorded(be, lambda b=batch, q=q: be.attention(b, 0, q, n_head, scale=dim**-0.5))
         t = seconds(be, run)
-        speed = n * depth * heads * dim * 4 / t / 1e9
-        yield {"depth": depth, "sequences": n, "microseconds": t * 1e6, "gb_s": speed}
+        yield {
+            "depth": depth,
+            "sequences": n,
+            "rows": rows,
+            "microseconds": t * 1e6,
+            "gb_s": n * (depth + rows) * heads * dim * 4 / t / 1e9,
+            "tflop_s": 4 * n * rows * (depth + (rows + 1) / 2) * n_head * dim / t / 1e12,
+        }
+
+
+def picking(be: Any, quick: bool) -> Iterator[dict[str, Any]]:
+    """Finding the largest of a LLaMA's logits, for greedy and for drawn tokens."""
+    n_vocab = SHAPES["tiny" if quick else "llama-8b"][5]
+    for rows in (1, 2) if quick else (1, 8, 64):
+        x = np.random.default_rng(0).standard_normal((rows, n_vocab), dtype=np.float32)
+        for k in be.picks:
+            logits = be.array(x)
+            t = seconds(be, recorded(be, lambda x=logits, k=k: be.pick(x, k)))
+            yield {"rows": rows, "k": k, "microseconds": t * 1e6, "gb_s": x.nbytes / t / 1e9}
 
 
 # ---- whole models
@@ -250,37 +272,64 @@ def prefill(be: Any, net: Network, n: int) -> float:
     return n / seconds(be, run, 3)
 
 
-def decode(net: Network, sequences: int, depth: int, n: int) -> float:
-    """Tokens per second of n steps of several sequences that begin at a depth."""
-    states = [net.new_state(depth + n + 4) for _ in range(sequences)]
-    for state in states:
+def decode(net: Network, sequences: int, depth: int, n: int, **how: Any) -> float:
+    """Tokens per second of n steps of several sequences from a depth on, chosen as ``generate`` does."""
+    runs = []
+    for _ in range(sequences):
+        state = net.new_state(depth + n + WARM)
         state.append([1] * depth)
-        while state.n_past < depth:
-            net.forward([(state, min(512, depth - state.n_past), "last")])
-
-    def step() -> None:
-        for state in states:
-            state.append([1])
-        net.forward([(state, 1, "last") for state in states])
-
-    for _ in range(3):  # as it is, recorded, replayed
-        step()
+        sampler = Sampler(SamplingParams(**how), net.n_vocab, net.be.top_k)
+        runs.append(Run(state, sampler, n + WARM))
+    tokens = generate_tokens(net, runs)
+    for _ in range(WARM * sequences):
+        next(tokens)
     start = time.perf_counter()
-    for _ in range(n):
-        step()
-    return sequences * n / (time.perf_counter() - start)
+    count = sum(1 for _ in tokens)
+    return count / (time.perf_counter() - start)
 
 
 def whole(be: Any, shape: str, type_name: str, quick: bool) -> Iterator[dict[str, Any]]:
-    """pp512, tg128, decode at depth 4096 and batches."""
-    net, n = model(be, shape, type_name), 8 if quick else 128
-    row: dict[str, Any] = {"model": shape, "format": type_name}
-    row["pp512"] = prefill(be, net, 32 if quick else 512)
-    row["tg128"] = decode(net, 1, 1, n)
-    row["tg128@4096"] = decode(net, 1, 64 if quick else 4096, n)
-    for b in BATCHES[1:3] if quick else BATCHES[1:]:
-        row[f"tg x{b}"] = decode(net, b, 1, n // 2)
-    yield row
+    """Start, memory, prompts, decode alone, drawn, together with others and at depth 4096."""
+    free, start = be.memory()[0], time.perf_counter()
+    net = model(be, shape, type_name)
+    wait(be)
+    named = {"model": shape, "format": type_name}
+    yield named | {"what": "load", "seconds": time.perf_counter() - start}
+    yield named | {"what": "weights", "mib": (free - be.memory()[0]) / 2**20}
+    start = time.perf_counter()
+    decode(net, 1, 5, 1, temperature=0)
+    yield named | {"what": f"first {1 + WARM} tokens", "seconds": time.perf_counter() - start}
+    n, prompt, depth = (8, 32, 64) if quick else (128, 512, 4096)
+    batches = BATCHES[-2:] if quick else BATCHES
+    speeds: dict[str, Callable[[], float]] = {
+        f"tg{n}": lambda: decode(net, 1, 1, n, temperature=0),
+        f"pp{prompt}": lambda: prefill(be, net, prompt),
+        **{f"tg x{b}": partial(decode, net, b, 1, n // 2, temperature=0) for b in batches},
+        f"tg{n} drawn": lambda: decode(net, 1, 1, n, seed=1),
+        f"tg{n}@{depth}": lambda: decode(net, 1, depth, n, temperature=0),
+        f"pp{depth}": lambda: prefill(be, net, depth),
+    }
+    for what, run in speeds.items():
+        yield named | {"what": what} | tried(run)
+    yield named | {"what": "all at the end", "mib": (free - be.memory()[0]) / 2**20}
+
+
+def tried(run: Callable[[], float]) -> dict[str, Any]:
+    """A speed, or why there is none: the others are measured all the same."""
+    try:
+        return {"tokens_s": run()}
+    except Exception as e:
+        return {"failed": (str(e).splitlines() or [type(e).__name__])[0]}
+
+
+def startup(device: str, what: str) -> Iterator[dict[str, Any]]:
+    """The model that comes with the package, from nothing to its first token."""
+    start = time.perf_counter()
+    with tinyllm.load(device=device) as m:
+        loaded = time.perf_counter()
+        m.generate("Once upon a time", max_tokens=1, temperature=0)
+        first = time.perf_counter()
+    yield {"run": what, "load_s": loaded - start, "first_token_s": first - loaded}
 
 
 def replaced(name: str, path: str) -> None:
@@ -297,6 +346,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device, what, quick = resolve(options.device), options.what, options.quick
     if options.part == "product" and options.matvec:
         return ranked(device, what, quick, options.matvec)
+    if options.part == "startup":
+        return startup(device, what)
     be = open_backend(device)
     if options.part == "limits":
         return limits(be, quick)
@@ -304,6 +355,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return products(be, what, quick)
     if options.part == "attention":
         return attention(be, int(what), quick)
+    if options.part == "pick":
+        return picking(be, quick)
     return whole(be, *what.split(":"), quick)
 
 
@@ -311,14 +364,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("part", choices=["limits", "product", "attention", "model"])
+    parser.add_argument(
+        "part", choices=["limits", "product", "attention", "pick", "model", "startup"]
+    )
     parser.add_argument("what", nargs="?", default="", help="a format, a depth, a model:format")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--matvec", metavar="FILE")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     try:
-        print(json.dumps(list(measure(options))))
+        failed = None
+        for row in measure(options):
+            print(json.dumps(row), flush=True)
+            failed = row.get("failed", failed)
+        sys.exit(failed)
     except DeviceError as e:
         sys.exit(str(e))
 

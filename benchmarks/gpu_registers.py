@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +47,20 @@ def usage(name: str, arch: str) -> dict[str, list[int]]:
     return {k.kernel: [getattr(k, column) for column in COLUMNS] for k in kernels}
 
 
-def update(path: Path, archs: list[str]) -> None:
+def update(path: Path, archs: list[str], jobs: int) -> None:
     """Compile what the report lacks, and drop programs that there are no more."""
     known = read(path)
     hashes = {name: nvrtc.text_hash(program) for name, program in nvrtc.programs().items()}
     report = {n: known[n] for n in hashes if n in known and known[n]["source"] == hashes[n]}
-    for arch in archs:
-        for name, digest in hashes.items():
-            row = report.setdefault(name, {"source": digest})
-            if arch not in row:
-                row[arch] = usage(name, arch)
+    rows = {name: report.setdefault(name, {"source": digest}) for name, digest in hashes.items()}
+    todo = [(name, arch) for arch in archs for name in hashes if arch not in rows[name]]
+    with ProcessPoolExecutor(jobs) as pool:
+        found = pool.map(usage, [name for name, _ in todo], [arch for _, arch in todo])
+        for i, ((name, arch), kernels) in enumerate(zip(todo, found, strict=True), 1):
+            rows[name][arch] = kernels
+            if i % 50 == 0:
                 write(path, report)
-        print(arch, "done", flush=True)
+                print(f"{i} of {len(todo)}", flush=True)
     write(path, report)
 
 
@@ -82,10 +86,11 @@ def main() -> None:
     parser.add_argument(
         "--archs", type=lambda s: s.split(","), default=list(nvrtc.ARCHITECTURES), help="sm_90,..."
     )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--report", type=Path, default=REPORT)
     options = parser.parse_args()
     try:
-        update(options.report, options.archs)
+        update(options.report, options.archs, options.jobs)
     except DeviceError as e:
         sys.exit(str(e))
     show(options.report)

@@ -355,3 +355,48 @@ def test_logprobs_without_alternatives_are_empty():
 def test_logprobs_refuse_nan():
     with pytest.raises(NumericError):
         Sampler(SamplingParams(), 2).logprobs(np.array([0, math.nan], np.float32), 0, 1)
+
+
+# ---- from the largest logits alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("k", [1, 7, 40])
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {},
+        {"repeat_penalty": 1.18},
+        {"repeat_penalty": 3.0, "repeat_last_n": 20},
+        {"presence_penalty": 2.0, "repeat_last_n": -1},
+        {"repeat_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.7},
+    ],
+    ids=str,
+)
+def test_the_largest_logits_are_enough(temperature: float, k: int, penalties: dict) -> None:
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=temperature, top_k=k, seed=1, **penalties)
+    whole, part = Sampler(params, 1000), Sampler(params, 1000)
+    for _ in range(30):
+        logits = np.round(rng.normal(0, 3, 1000), 1).astype(np.float32)  # with equals
+        history = np.argsort(-logits)[:200:2][rng.integers(0, 100, 80)].tolist()  # near the top
+        n = part.needs(len(history))
+        assert n <= k + 80
+        got = part.choose_best(*choose.top_k(logits, n), history)
+        assert got == whole.choose(logits.copy(), history)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"repeat_penalty": 0.9},
+        {"repeat_penalty": 1e31},
+        {"presence_penalty": -0.1},
+        {"frequency_penalty": -0.1},
+        {"logit_bias": {3: 1.0}},
+        {"logits_processor": lambda ids, logits: None},
+        {"top_k": 0},
+    ],
+)
+def test_what_may_lift_a_token_needs_all_logits(how: dict) -> None:
+    assert Sampler(SamplingParams(**how), 1000).needs(80) == 1000

@@ -164,11 +164,11 @@ def pieces_of(net: Network, job: Job, tap: Tap | None) -> Generator[str, None, N
 
 
 @contextmanager
-def reading(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
+def reading(jobs: Sequence[Job]) -> Iterator[Callable[[int], None] | None]:
     """A bar on a terminal while long prompts are read; it goes when they are."""
     total = sum(len(j.run.pending()) for j in jobs)
     if total < LONG_PROMPT:
-        yield lambda n: None
+        yield None
         return
     from tqdm import tqdm
 

@@ -14,7 +14,7 @@ from .errors import ContextOverflow, NumericError
 from .sampling import Sampler
 
 if TYPE_CHECKING:
-    from .models.network import Network
+    from .models.network import Best, Network
     from .models.state import State
     from .models.step import Tap
 
@@ -75,6 +75,10 @@ class Run:
         """Tokens that the next step computes."""
         return self.state.ids[self.state.n_past :]
 
+    @property
+    def n_pending(self) -> int:
+        return len(self.state.ids) - self.state.n_past
+
     def make_room(self, n: int) -> int:
         """How many of n tokens fit now, after a shift where that is the policy."""
         state = self.state
@@ -114,11 +118,16 @@ def generate_tokens(
         if run.max_tokens == 0:
             run.finish_reason = "length"
     while active := [i for i, run in enumerate(runs) if run.finish_reason is None]:
-        read = sum(run.timings.n_prompt for run in runs)
+        read = n_read(runs) if progress is not None else 0
         tokens = step(net, runs, active, tap)
         if progress is not None:
-            progress(sum(run.timings.n_prompt for run in runs) - read)
+            progress(n_read(runs) - read)
         yield from tokens
+
+
+def n_read(runs: Sequence[Run]) -> int:
+    """Prompt tokens so far."""
+    return sum(run.timings.n_prompt for run in runs)
 
 
 def step(
@@ -131,15 +140,32 @@ def step(
     if not work:
         return chosen
     segments = [(runs[i].state, n, wanted(runs[i], n)) for i, n in work]
+    best = n_best(net, [runs[i] for i, _ in work]) if tap is None else 0
+    ahead = best == 1 and len(work) == len(active) and all(goes_on(runs[i], n) for i, n in work)
     with net.lock:
-        rows = net.forward(segments, tap)
+        rows = net.forward(segments, tap, best, ahead)
         for (i, n), logits in zip(work, rows, strict=True):
             run = runs[i]
-            note_prompt(run, n, logits)
-            if not run.pending():
-                chosen.append((i, choose(run, logits[-1])))
+            if run.prompt_logprobs and not run.n_generated:
+                note_prompt(run, n, logits)
+            if run.n_pending == 0:
+                chosen.append((i, (choose_best if best else choose)(run, logits[-1])))
     book(runs, work, time.perf_counter() - start)
     return chosen
+
+
+def n_best(net: Network, runs: Sequence[Run]) -> int:
+    """How many of each row's largest logits the device is to find; 0: it brings all."""
+    picks = net.be.picks
+    if not picks or any(run.logprobs is not None or run.prompt_logprobs for run in runs):
+        return 0
+    needed = max([run.sampler.needs(len(run.state.ids)) for run in runs])
+    return next((k for k in picks if needed <= k < net.n_vocab), 0)
+
+
+def goes_on(run: Run, n: int) -> bool:
+    """Will there be another step behind the one that computes these n, unless the text ends?"""
+    return run.n_generated + 1 < run.max_tokens and run.n_pending == n
 
 
 def plan(n_batch: int, runs: Sequence[Run], active: Sequence[int]) -> list[tuple[int, int]]:
@@ -148,7 +174,7 @@ def plan(n_batch: int, runs: Sequence[Run], active: Sequence[int]) -> list[tuple
     for i in active:
         if room == 0:
             break
-        n = runs[i].make_room(min(len(runs[i].pending()), room))
+        n = runs[i].make_room(min(runs[i].n_pending, room))
         if n:
             work.append((i, n))
             room -= n
@@ -161,13 +187,11 @@ def wanted(run: Run, n: int) -> Literal["all", "last", "none"]:
     """Which of the next n rows' logits are needed."""
     if run.prompt_logprobs and run.n_generated == 0:
         return "all"
-    return "last" if n == len(run.pending()) else "none"
+    return "last" if n == run.n_pending else "none"
 
 
 def note_prompt(run: Run, n: int, logits: np.ndarray) -> None:
     """Log-probabilities of prompt tokens: row t predicts token t + 1."""
-    if not run.prompt_logprobs or run.n_generated:
-        return
     first = run.state.n_past - n
     for t, row in enumerate(logits):
         if first + t + 1 < len(run.state.ids):
@@ -189,6 +213,25 @@ def choose(run: Run, logits: np.ndarray) -> Token:
         if logits.max() == np.inf:
             raise NumericError(DAMAGED) from None
         raise
+    join(run, chosen)
+    return token(run, report, chosen) if run.logprobs is not None else Token(chosen)
+
+
+def choose_best(run: Run, best: Best) -> Token:
+    """The same, of the largest logits, as many as the sampler needs."""
+    if not best.finite:
+        raise NumericError(DAMAGED)
+    if best.pairs is None:  # so many equals that the device left them out
+        return choose(run, best.all())
+    ids = run.state.ids
+    n = run.sampler.needs(len(ids))
+    chosen = best.first() if n == 1 else run.sampler.choose_best(*best.sorted(n), ids)
+    join(run, chosen)
+    return Token(chosen)
+
+
+def join(run: Run, chosen: int) -> None:
+    """Add a token to the sequence, unless it ends the text."""
     run.n_generated += 1
     if chosen in run.eog:
         run.finish_reason = "stop"
@@ -196,7 +239,6 @@ def choose(run: Run, logits: np.ndarray) -> Token:
         run.state.append([chosen])
         if run.n_generated >= run.max_tokens:
             run.finish_reason = "length"
-    return token(run, report, chosen) if run.logprobs is not None else Token(chosen)
 
 
 def token(run: Run, logits: np.ndarray, chosen: int) -> Token:

@@ -27,6 +27,8 @@ Ids: TypeAlias = NDArray[np.integer[Any]]
 TopK: TypeAlias = Callable[[Floats, int], tuple[Ids, Floats]]
 LogitsProcessor: TypeAlias = Callable[[list[int], Floats], "Floats | None"]
 
+LARGEST_PENALTY = 1e30  # beyond, a float32 product may be 0 x infinity
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -144,9 +146,14 @@ def penalise(
     counts = Counter(recent)
     ids = np.fromiter(counts, np.intp, len(counts))
     n = np.fromiter(counts.values(), np.float32, len(counts))
-    x = logits[ids]
-    x = np.where(x > 0, x / np.float32(repeat), x * np.float32(repeat))
-    logits[ids] = x - (n * np.float32(frequency) + np.float32(presence))
+    logits[ids] = lowered(logits[ids], n, repeat, presence, frequency)
+
+
+def lowered(x: Floats, n: Floats, repeat: float, presence: float, frequency: float) -> Floats:
+    """Logits x [m] of tokens that have occurred n [m] times, penalised."""
+    y: Floats = np.where(x > 0, x / np.float32(repeat), x * np.float32(repeat))
+    y -= n * np.float32(frequency) + np.float32(presence)
+    return y
 
 
 def softmax(logits: Floats) -> Floats:
@@ -230,7 +237,53 @@ class Sampler:
         NumericError
             A logit is NaN or +inf, or all tokens are forbidden.
         """
-        ids, values = self._top_k(self._shape(logits, history), self._k)
+        return self._draw(*self._top_k(self._shape(logits, history), self._k))
+
+    @cached_property
+    def _lowers(self) -> bool:
+        """Are logits changed, if at all, by penalties that raise none of them?"""
+        p = self.params
+        if p.logits_processor is not None or len(self._bias):
+            return False
+        lowest = min(p.presence_penalty, p.frequency_penalty)
+        return not p.penalises or (1 <= p.repeat_penalty < LARGEST_PENALTY and lowest >= 0)
+
+    def needs(self, n_history: int) -> int:
+        """Of how many of the largest logits ``choose_best`` makes what ``choose`` makes of all.
+
+        Penalties that only lower logits bring no token among the k largest but those that come next. Where
+        anything may lift one, the whole vocabulary is needed.
+        """
+        if not self._lowers:
+            return self.n_vocab
+        return self._k + (self._n_recent(n_history) if self.params.penalises else 0)
+
+    def choose_best(self, ids: Ids, values: Floats, history: Sequence[int]) -> int:
+        """As ``choose``, from at least the ``needs`` largest logits [n], largest first; all are finite."""
+        if self.params.penalises:
+            ids, values = self._penalised(ids, values, history)
+        return self._draw(ids[: self._k], values[: self._k])
+
+    def _penalised(self, ids: Ids, values: Floats, history: Sequence[int]) -> tuple[Ids, Floats]:
+        """The largest logits, those of recent tokens lowered, in order again."""
+        p = self.params
+        recent = Counter(history[len(history) - self._n_recent(len(history)) :])
+        at = [i for i, token in enumerate(ids.tolist()) if token in recent]
+        counts = np.array([recent[token] for token in ids[at].tolist()], np.float32)
+        values = values.copy()
+        values[at] = lowered(
+            values[at], counts, p.repeat_penalty, p.presence_penalty, p.frequency_penalty
+        )
+        order = np.lexsort((ids, -values))
+        return ids[order], values[order]
+
+    def _n_recent(self, n_history: int) -> int:
+        """How many of the last tokens the penalties look at."""
+        n = self.params.repeat_last_n
+        return n_history if n < 0 else min(n, n_history)
+
+    def _draw(self, ids: Ids, values: Floats) -> int:
+        """One of the k largest."""
         if self.params.temperature == 0:
             return int(ids[0])
         ids, values = self._filter(ids, values.astype(np.float64))
@@ -258,8 +311,7 @@ class Sampler:
         if p.logits_processor is not None:
             logits = self._process(p.logits_processor, logits, history)
         if p.penalises:
-            n = len(history) if p.repeat_last_n < 0 else p.repeat_last_n
-            recent = history[max(len(history) - n, 0) :]
+            recent = history[len(history) - self._n_recent(len(history)) :]
             penalise(logits, recent, p.repeat_penalty, p.presence_penalty, p.frequency_penalty)
         return logits
 

@@ -60,6 +60,7 @@ class TextStream:
         for s in self._stop:
             if not isinstance(s, str) or not s:
                 raise ArgumentError(f"stop has {s!r}; expected strings of at least one character")
+        self._stop_chars = frozenset("".join(self._stop))
         self._special_stops = dict(special_stops or {})
         self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -127,6 +128,8 @@ class TextStream:
 
     def _find_stop(self) -> tuple[int, str | None]:
         """Where in the held text a stop string begins, and which; else where one may be beginning."""
+        if self._held[-1:] not in self._stop_chars and not any(s in self._held for s in self._stop):
+            return len(self._held), None
         matches = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if matches:
             return min(matches, key=lambda m: m[0])

@@ -22,3 +22,15 @@ def opencl() -> Iterator[Any]:
         pytest.skip(str(e))
     yield backend
     backend.close()
+
+
+@pytest.fixture
+def interpreted() -> Iterator[Any]:
+    """The CUDA backend with NVRTC's own code, interpreted."""
+    pytest.importorskip("pyopencl", reason="needs PyOpenCL")
+    from interpreted_cuda import Interpreter
+    from simulated_cuda import backend as opened
+
+    backend = opened(Interpreter())
+    yield backend
+    backend.close()

@@ -5,6 +5,10 @@
 #define WARP_PASS , warp_room
 #define DEVICE_FENCE() mem_fence(CLK_GLOBAL_MEM_FENCE)
 #define N_GROUPS(d) ((int)get_num_groups(d))
+#define exp2_fast(x) exp2(x)
+#define reciprocal(x) (1.0f / (x))
+#define copies_commit()
+#define copies_wait(newer)
 #define mma(c, a, b) emulated_mma(c, a, b, warp_room)
 #define load_tiles(r, row) emulated_load(r, row, 0, warp_room)
 #define load_tiles_transposed(r, row) emulated_load(r, row, 1, warp_room)
@@ -79,4 +83,16 @@ INLINE float emulated_xor(const float x, const int mask, SHARED uint* room) {
     const float y = BITS_FLOAT(WORD_OF(lane ^ mask, 0));
     BARRIER();
     return y;
+}
+
+INLINE void copy16_or_zeros(SHARED ushort* to, GLOBAL const uchar* from, const int there) {
+    *(SHARED uint4*)to = there ? *(GLOBAL const uint4*)from : (uint4)(0);
+}
+
+INLINE void load4_fresh(float* v, GLOBAL const float* p) {
+    for (int i = 0; i < 4; ++i) v[i] = ((GLOBAL volatile const float*)p)[i];
+}
+
+INLINE void load2_fresh(float* v, GLOBAL const float* p) {
+    for (int i = 0; i < 2; ++i) v[i] = ((GLOBAL volatile const float*)p)[i];
 }

@@ -98,11 +98,13 @@ class Driver:
         """When the host waits, or when the graph being captured is launched."""
         (self.pending if self.tape is None else self.tape).append(work)
 
-    def finish(self) -> None:
-        """Carry out what is queued."""
-        work, self.pending = self.pending, []
-        for each in work:
-            each()
+    def finish(self, last: Callable[[], None] | None = None) -> None:
+        """Carry out what is queued, to the end or to some work."""
+        while self.pending:
+            work = self.pending.pop(0)
+            work()
+            if work is last:
+                break
         self.queue.finish()
 
     def compile(self, code: str) -> Any:
@@ -240,6 +242,26 @@ class Stream:
         return SimpleNamespace(launch=launch)
 
 
+class Event:
+    """A place in the queue; waiting for it leaves the work behind it undone."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def record(self, stream: Stream) -> None:
+        assert self.driver.tape is None
+        assert self.driver.device == stream.device
+
+        def reached() -> None: ...
+
+        self.reached = reached
+        self.driver.do(reached)
+
+    def synchronize(self) -> None:
+        if any(work is self.reached for work in self.driver.pending):
+            self.driver.finish(self.reached)
+
+
 class RawModule:
     def __init__(self, driver: Driver, code: str) -> None:
         prelude, tensor = sources.read("prelude_cuda.h"), sources.read("tensor.h")
@@ -294,6 +316,7 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
             "totalGlobalMem": driver.total,
             "multiProcessorCount": 64,
             "major": 9,
+            "minor": 0,
         },
         runtimeGetVersion=lambda: 13000,
         memcpyAsync=driver.memcpy,
@@ -305,6 +328,7 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
     cuda.__dict__.update(
         runtime=runtime,
         Stream=lambda non_blocking: Stream(driver),
+        Event=lambda disable_timing: Event(driver),
         Memory=lambda nbytes: Memory(driver, nbytes),
         MemoryPointer=MemoryPointer,
         alloc_pinned_memory=lambda nbytes: bytearray(nbytes),

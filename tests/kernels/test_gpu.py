@@ -197,15 +197,21 @@ def test_pages_are_taken_as_a_sequence_fills_and_given_back(be: Any) -> None:
     b.reserve(1)
     assert (len(a.pages), len(b.pages)) == (2, 1)
     assert not set(a.pages) & set(b.pages)
-    shelf = a.store.pages
+    a_store, shelf = a.store, a.store.pages
     del a
     gc.collect()
     assert sorted(shelf._spare) == [0, 1]
     with pytest.raises(ContextOverflow, match="1001 positions"):
         b.reserve(1001)
+    a_store.trim()
+    assert shelf.buffer is not None
     del b
     gc.collect()
+    assert be.idle() == shelf.room * shelf.nbytes > 0
+    held = shelf.version
+    a_store.trim()
     assert shelf.buffer is None
+    assert (be.idle(), shelf.version) == (0, held + 1)
 
 
 def test_places_that_come_back_while_one_is_taken_are_no_harm() -> None:
@@ -217,9 +223,12 @@ def test_places_that_come_back_while_one_is_taken_are_no_harm() -> None:
         def allocate(self, nbytes: int) -> object:
             shelf.give(held)
             held.clear()
+            shelf.trim()  # as when memory is scarce
             return object()
 
         def copy(self, *args: object) -> None: ...
+
+        def finish(self) -> None: ...
 
         def free(self, buffer: object) -> None:
             self.freed += buffer is not None
@@ -227,11 +236,12 @@ def test_places_that_come_back_while_one_is_taken_are_no_harm() -> None:
     held: list[int] = []
     be: Any = Collecting()
     shelf = Shelf(be, 16)
-    held += [shelf.take() for _ in range(4)]
+    held += [shelf.take() for _ in range(64)]
     mine = shelf.take()
     assert shelf.buffer is not None
     assert 0 <= mine < shelf.room
     shelf.give([mine])
+    shelf.trim()
     assert shelf.buffer is None
     assert be.freed == 2
 

@@ -481,7 +481,7 @@ def test_what_calls_have_in_common_is_read_once(
 ) -> None:
     net, rows = llm.model.model.network, []
     forward = net.forward
-    monkeypatch.setattr(net, "forward", lambda s, t=None: rows.append(s[0][1]) or forward(s, t))
+    monkeypatch.setattr(net, "forward", lambda s, *a: rows.append(s[0][1]) or forward(s, *a))
     first = llm.generate("The big red ball was in the park and", **GREEDY)
     rows.clear()
     assert llm.generate("The big red ball was in the park and", **GREEDY) == first

@@ -27,9 +27,9 @@ def read(llm: GPT4All, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     net, counts = llm.model.model.network, []
     forward = net.forward
 
-    def noted(segments: Any, tap: Any = None) -> Any:
+    def noted(segments: Any, *how: Any) -> Any:
         counts.extend(n for _, n, _ in segments)
-        return forward(segments, tap)
+        return forward(segments, *how)
 
     monkeypatch.setattr(net, "forward", noted)
     return counts

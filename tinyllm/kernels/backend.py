@@ -7,8 +7,9 @@ Activations are float32, dense, one row per token: ``x [T, n]``. Heads lie side 
 K key/value heads, D head_dim, E n_embd, V n_vocab.
 
 An operation may compute at once, record itself to be run when a result is asked for, or be captured
-into a graph: a caller sees no difference, because only ``numpy`` and ``top_k`` return values. Outputs
-belong to the step (they may be overwritten by the next one); what must outlive it is fetched with ``numpy``.
+into a graph: a caller sees no difference, because only ``numpy``, ``top_k`` and ``picked`` return values.
+Outputs belong to the step (they may be overwritten by the next one); what must outlive it is fetched with
+``numpy``.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ..errors import DeviceError
+from .choose import Best as Best
 
 Array = Any  # a backend's own array; has .shape
 Activation = Literal[
@@ -144,6 +147,14 @@ class Batch:
     n_out: int
 
     @staticmethod
+    def next(ids: Sequence[int], n_past: Sequence[int], caches: Sequence[Cache]) -> Batch:
+        """One row for each sequence, and all results wanted: a step of decoding."""
+        n = len(ids)
+        count = counting(n + 1)
+        past = np.array(n_past, np.int32)
+        return Batch(np.array(ids, np.int32), past, count, past, count[:n], tuple(caches), n, n, n)
+
+    @staticmethod
     def of(
         ids: Sequence[Sequence[int]],
         n_past: Sequence[int],
@@ -171,6 +182,14 @@ class Batch:
     def key(self) -> Hashable:
         """Steps of the same key differ only in array values and caches: a recorded one can be replayed."""
         return (self.starts.tobytes(), self.n_out, bool(self.caches))
+
+
+@cache
+def counting(n: int) -> np.ndarray:
+    """0, 1, ... n - 1, read only."""
+    numbers = np.arange(n, dtype=np.int32)
+    numbers.flags.writeable = False
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -466,6 +485,42 @@ class Backend(ABC):
         Equal values come in the order of their ids. NumericError if a NaN is among the logits or the
         largest is infinite.
         """
+
+    picks: tuple[int, ...] = ()
+    """Numbers of largest logits to ask ``pick`` for; none where a step leaves all with the host anyway."""
+
+    def pick(self, logits: Array, k: int) -> tuple[Array, Array]:
+        """Find the k largest of each row of logits [n, V] within a step, for ``picked`` behind it."""
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
+
+    def picked(self, result: tuple[Array, Array]) -> list[Best]:
+        """What ``pick`` found, row by row: at least the k largest of each."""
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
+
+    def picked_later(self, result: tuple[Array, Array]) -> Callable[[], list[Best]]:
+        """``picked``, as a call that waits for this step only: another one may run meanwhile.
+
+        ``Best.all`` then is of the other step.
+        """
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps with a key were run; ``follow`` may use the result of the last one only."""
+        return 0
+
+    def follow(
+        self,
+        result: tuple[Array, Array],
+        key: Hashable,
+        fn: Callable[[Batch], Array],
+        batch: Batch,
+    ) -> Array:
+        """``step`` on a batch with a row for each that was picked: its ids are those of the largest logits.
+
+        The ids of the host's batch do not count. Where several logits are the largest, it is any of them.
+        """
+        raise DeviceError(f"{self.name}: logits are not picked on the device")
 
     # ---- recurrent layers; a backend without them raises DeviceError when such a model is loaded
 

@@ -3,10 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import NumericError
+
+SIGN = np.uint32(1 << 31)
+
+
+@dataclass(slots=True)
+class Best:
+    """The largest logits of a row, as a device found them.
+
+    ``finite``: is every logit of the row a finite number? ``pairs`` int32 [n, 2] has an id and a key
+    in each row, in no order: all logits down to some bound; None where they were too many. Keys are unsigned;
+    larger logits have larger ones. ``all`` fetches the row itself, float32 [n_vocab], until the next step.
+    """
+
+    finite: bool
+    pairs: np.ndarray | None
+    all: Callable[[], np.ndarray]
+
+    def sorted(self, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The first n ids int32 and values, largest first, equal ones in the order of their ids."""
+        assert self.pairs is not None
+        ids, keys = self.pairs.T
+        both = (keys.astype(np.uint32).astype(np.int64) << 31) - ids  # 63 bits
+        both.sort()
+        both = both[::-1][:n]
+        ids = -both & 0x7FFFFFFF
+        keys = (both + ids >> 31).astype(np.uint32)
+        values = np.where(keys & SIGN, keys ^ SIGN, ~keys).view(np.float32)
+        return ids.astype(np.int32), values
+
+    def first(self) -> int:
+        """The smallest id of the largest."""
+        assert self.pairs is not None
+        return int(self.pairs[0, 0]) if len(self.pairs) == 1 else int(self.sorted(1)[0][0])
 
 
 def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import GGUFError, UnsupportedModel
+from ..errors import DeviceError, GGUFError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
+from ..kernels.backend import Best as Best
 from .archs import Arch, find
 from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
+from .flight import Flight, landed
 from .memory import allocating, check_fits
 from .stages import Place, Stage, caches_of, new_cache, stage_bytes
 from .state import State
@@ -61,6 +63,9 @@ class Network:
         self.fingerprint = fingerprint(config, kv_type)
 
         carried = any(getattr(b.mixer, "carries", False) for b in decoder.blocks)
+        recurrent = any(c.arrays for c in decoder.caches)
+        # may a step be begun that nobody may want?
+        self.follows = bool(self.be.picks) and len(stages) == 1 and not recurrent
         self.repeats = not carried or len(stages) == 1  # may steps be recorded and replayed?
 
     @property
@@ -96,35 +101,104 @@ class Network:
         ropes = (getattr(b.mixer, "rope", None) for b in self.decoder.blocks)
         return [None if r is None else r.at(n_ctx) for r in ropes]
 
-    def forward(self, segments: Sequence[Segment], tap: Tap | None = None) -> list[np.ndarray]:
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        tap: Tap | None = None,
+        best: int = 0,
+        ahead: bool = False,
+    ) -> list[Any]:
         """Compute pending tokens of several states in one pass.
 
         Returns each segment's logits, float32 [rows wanted, n_vocab], valid until the next step: hold ``lock``
-        while using them, or copy.
+        while using them, or copy. With ``best``, one of ``be.picks``, a list of ``Best`` instead: of
+        so many of each row's largest. With ``best=1`` and ``ahead``, each sequence is expected to go on with
+        its largest: the next step may begin at once, and is used if that comes true.
         """
-        states = [s for s, _, _ in segments]
-        for s in states:
+        for s, _, _ in segments:
             s.check_whole()
-        ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
-        self.check_ids(ids)
-        outputs, counts = output_rows(segments)
-        batch = Batch.of(ids, [s.n_past for s in states], outputs, [s.cache for s in states])
-        n_ctx = max(s.n_ctx for s in states)
-        end = self.decoder.logits if outputs else self.decoder.body
         try:
             with self.lock:
                 start = time.perf_counter()
-                y = self.run(batch, n_ctx, tap, end)
-                rows = self.be.numpy(y) if outputs else np.empty((0, self.n_vocab), np.float32)
-                self.pace(batch.n_rows, time.perf_counter() - start)
+                rows, counts = self.results(segments, tap, best, ahead)
+                self.pace(sum([n for _, n, _ in segments]), time.perf_counter() - start)
             for s, n, _ in segments:
                 s.n_past += n
         except BaseException:  # Ctrl-C, or an error in a tap
-            for s in states:
+            for s, _, _ in segments:
                 s.spoil()
             raise
         ends = itertools.accumulate(counts)
         return [rows[end - n : end] for n, end in zip(counts, ends, strict=True)]
+
+    def lay(self, segments: Sequence[Segment]) -> tuple[Batch, list[int]]:
+        """The rows of a step, and of how many of them each segment wants logits."""
+        past, caches = [s.n_past for s, _, _ in segments], [s.cache for s, _, _ in segments]
+        if all(n == 1 and want != "none" for _, n, want in segments):
+            rows = [s.ids[s.n_past] for s, _, _ in segments]
+            self.check_ids([rows])
+            return Batch.next(rows, past, caches), [1] * len(rows)
+        ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
+        self.check_ids(ids)
+        outputs, counts = output_rows(segments)
+        return Batch.of(ids, past, outputs, caches), counts
+
+    def results(
+        self, segments: Sequence[Segment], tap: Tap | None, best: int, ahead: bool
+    ) -> tuple[Any, list[int]]:
+        """The rows of logits that are wanted, or the best of each, and how many belong to each segment."""
+        n_ctx = max([s.n_ctx for s, _, _ in segments])
+        flight = landed(segments) if self.follows else None
+        greedy = best == 1 and tap is None
+        if flight is None or not greedy:
+            batch, counts = self.lay(segments)
+            if not (ahead and greedy and self.follows and batch.n_out == len(segments)):
+                return self.brought(batch, n_ctx, tap, best), counts
+            flight = self.launch([s for s, _, _ in segments], batch, n_ctx)
+        return self.fly(segments, n_ctx, flight, ahead), [1] * len(segments)
+
+    def brought(self, batch: Batch, n_ctx: int, tap: Tap | None, best: int) -> Any:
+        """A step's results on the host."""
+        if not batch.n_out:
+            self.run(batch, n_ctx, tap, self.decoder.body)
+            return np.empty((0, self.n_vocab), np.float32)
+        y = self.run(batch, n_ctx, tap, self.decoder.logits, best=best)
+        return self.be.picked(y) if best else self.be.numpy(y)
+
+    def fly(self, segments: Sequence[Segment], n_ctx: int, now: Flight, ahead: bool) -> list[Best]:
+        """The largest logit of each row, when the step behind has begun if that may be."""
+        then = self.launch_behind(now, segments, n_ctx) if ahead else None
+        rows = now.rows()
+        if self.be.n_steps != now.n_step and any(row.pairs is None for row in rows):
+            batch, _ = self.lay(segments)  # once more: its logits are gone
+            return list(self.brought(batch, n_ctx, None, best=1))
+        if then is not None:
+            then.ids = [int(row.pairs[0, 0]) for row in rows if row.pairs is not None]
+            for s, _, _ in segments:
+                s.flight = then
+        return rows
+
+    def launch(
+        self, states: Sequence[State], batch: Batch, n_ctx: int, after: Any = None
+    ) -> Flight:
+        """Begin a step."""
+        y = self.run(batch, n_ctx, None, self.decoder.logits, best=1, after=after)
+        later, n_step = self.be.picked_later(y), self.be.n_steps
+        return Flight(y, later, n_step, [id(s) for s in states], batch.n_past.tolist(), [])
+
+    def launch_behind(
+        self, flight: Flight, segments: Sequence[Segment], n_ctx: int
+    ) -> Flight | None:
+        """Begin the step behind one that has just been begun, on the ids that the device chooses."""
+        states, past = [s for s, _, _ in segments], [s.n_past + n for s, n, _ in segments]
+        full = any(p == s.n_ctx for p, s in zip(past, states, strict=True))
+        if full or self.be.n_steps != flight.n_step:  # another thread's step has its place by now
+            return None
+        batch = Batch.next([0] * len(past), past, [s.cache for s in states])
+        try:
+            return self.launch(states, batch, n_ctx, flight.result)
+        except DeviceError:  # too little memory, which is told when the step's turn comes
+            return None
 
     def pace(self, n_rows: int, seconds: float) -> None:
         """Choose the rows of the next steps so that each takes a second: Ctrl-C waits for one at most."""
@@ -170,7 +244,9 @@ class Network:
         tap: Tap | None,
         end: End,
         types: np.ndarray | None = None,
-    ) -> Array:
+        best: int = 0,
+        after: Any = None,
+    ) -> Any:
         """One pass: a step of each stage's backend. Between two, activations cross by way of the host."""
         carried: dict[str, np.ndarray] = {}
         for i, stage in enumerate(self.stages):
@@ -178,24 +254,29 @@ class Network:
             if types is not None and i == 0:
                 step = replace(step, types=stage.be.array(types))
             step.carried.update((name, stage.be.array(x)) for name, x in carried.items())
-            y = self.step(i, step, end)
+            y = self.step(i, step, end, best, after)
             if i + 1 < len(self.stages):
                 carried = {name: np.array(stage.be.numpy(x)) for name, x in step.carried.items()}
                 batch = replace(batch, ids=stage.be.numpy(y))
         return y
 
-    def step(self, i: int, step: Step, end: End) -> Array:
+    def step(self, i: int, step: Step, end: End, best: int, after: Any = None) -> Any:
         """Stage i; it may be replayed when nothing but the batch's values differ."""
         batch, stage, d = caches_of(step.batch, i), self.stages[i], self.decoder
 
-        def compute(b: Batch) -> Array:
+        def compute(b: Batch) -> Any:
             now = replace(step, batch=b)
             x = d.embed(now) if i == 0 else b.ids
             x = d.through(now, x, stage.layers)
-            return end(now, x) if i + 1 == len(self.stages) else x
+            if i + 1 < len(self.stages):
+                return x
+            y = end(now, x)
+            return stage.be.pick(y, best) if best else y
 
         plain = step.user_tap is None and step.types is None and self.repeats
-        key = (self.number, i, end.__name__, self.rope_class(step.n_ctx), batch.key)
+        key = (self.number, i, end.__name__, best, self.rope_class(step.n_ctx), batch.key)
+        if after is not None:
+            return stage.be.follow(after, key, compute, batch)
         return stage.be.step(key if plain else None, compute, batch)
 
     def rope_class(self, n_ctx: int) -> bool:

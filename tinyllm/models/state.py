@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class State:
         self.can_shift = True  # may stored keys be turned to other positions?
         self.ids: list[int] = []
         self.n_past = 0
+        self.flight: Any = None  # a step that was begun before its turn
         self.spoilt = False  # did a step end in its middle? Then recurrent layers are lost
 
     @property
@@ -72,6 +73,7 @@ class State:
             with self.lock:
                 self.cache.restore({k: np.zeros_like(v) for k, v in self.cache.export(0).items()})
             self.spoilt = False
+        self.flight = None
         del self.ids[n:]
         self.n_past = min(self.n_past, n)
 
@@ -100,6 +102,7 @@ class State:
             raise ArgumentError(
                 f"cannot drop {discard} tokens after {keep}: {self.n_past} are stored"
             )
+        self.flight = None
         with self.lock:
             for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
                 if layer.n_head_kv:
@@ -175,6 +178,7 @@ class State:
                 raise StateError(
                     f"{path}: the array {name} is missing, surplus or of another shape"
                 )
+        self.flight = None
         with self.lock:
             self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
         self.ids, self.n_past, self.spoilt = ids.tolist(), n_past, False

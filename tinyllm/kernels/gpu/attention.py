@@ -9,10 +9,10 @@ from ..backend import Batch, KVType, LayerCache
 from . import batch as batches
 from . import sources
 from .arrays import GPUArray
+from .attention_tensor import TensorAttention
 from .batch import DeviceBatch
 from .cache import KV_CODE, GPUCache, Side, Store
 from .device import f32, i32, u64
-from .matrices import Matrices
 from .sources import Program
 
 THREADS = 128  # as in src/attention.c
@@ -21,7 +21,7 @@ DECODE_QUERIES = 8  # and when each sequence has one row
 WIDE_HEAD = 256  # from here on half as many queries fit into local memory
 
 
-class Attention(Matrices):
+class Attention(TensorAttention):
     """The part of a GPU backend that knows about the past."""
 
     def store(self, layers: Sequence[LayerCache], kv_type: KVType) -> Store:
@@ -96,9 +96,11 @@ class Attention(Matrices):
         b = self.on_device(batch)
         store = self.shared_store(b)
         k, v = (store.layout.sides[layer][name] for name in ("k", "v"))
+        how = f32(scale), i32(window), f32(softcap)
+        if self.suits_tensor_cores(k, v):
+            return self.tensor_attention(b, store, q, k, v, n_head, slopes, sinks, how)
         places = u64(store.pages.nbytes), u64(k.offset), u64(v.offset), i32(b.n_pages)
         past = store.pages.buffer, b.pages, *places
-        how = f32(scale), i32(window), f32(softcap)
         return self._attend(b, q, past, k, v, n_head, slopes, sinks, how, b.n_pages)
 
     def attention_full(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -36,66 +37,96 @@ class DeviceBatch(Batch):
 
 
 ALIGNMENT = 512  # bytes; OpenCL devices ask for 128 to 512 at the start of a part of a buffer
-NAMES = ("ids", "positions", "starts", "n_past", "outputs", "seqs", "pages", "slots")
+FEWEST_PAGES = 16  # columns of a table: recording a step costs as much as computing some
+CHANGING = ("ids", "positions", "n_past", "outputs")  # among batches of one key
+GIVEN = ("starts", *CHANGING)
 
 
-def host_arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """All arrays of a batch; room for its new rows is taken in the caches first."""
-    lengths = np.diff(batch.starts)
-    arrays = {name: np.asarray(getattr(batch, name)) for name in NAMES[:5]}
-    arrays["seqs"] = np.repeat(np.arange(batch.n_seq, dtype=np.int32), lengths)
+class Resident:
+    """A batch on the device: its arrays lie in one, and are copied as one.
+
+    Another batch of the same key takes its place by ``write``: only what changed is laid out again.
+    """
+
+    def __init__(self, be: GPUBackend, batch: Batch, caches: list[GPUCache], n_pages: int) -> None:
+        arrays = {name: np.asarray(getattr(batch, name)) for name in GIVEN}
+        numbers = np.arange(batch.n_seq, dtype=np.int32)
+        arrays["seqs"] = np.repeat(numbers, np.diff(batch.starts))
+        arrays["slots"] = np.zeros(batch.n_seq, np.int32)
+        arrays["pages"] = np.zeros((batch.n_seq, n_pages), np.int32)
+        self._packed = np.zeros(sum(aligned(x.nbytes) for x in arrays.values()) // 4, np.int32)
+        self._views = dict(zip(arrays, parts_of(self._packed, arrays.values()), strict=True))
+        self._marks: list[int] = []
+        for name in ("starts", "seqs"):
+            self._views[name][...] = arrays[name]
+        self._lay(batch, caches)
+        self.whole = be.array(self._packed)
+        self.tiles: dict[int, Tiles] = {}
+        self.arrays: dict[str, GPUArray] = {}
+        at = 0
+        for name, x in arrays.items():
+            part = be.view(self.whole.buffer, at, max(x.nbytes, 4))
+            self.arrays[name] = GPUArray(x.shape, x.dtype, part, None, self.whole)
+            at += aligned(x.nbytes)
+
+    def _lay(self, batch: Batch, caches: list[GPUCache]) -> None:
+        """What may differ, into its place on the host."""
+        for name in CHANGING:
+            self._views[name][...] = getattr(batch, name)
+        marks = [cache.mark for cache in caches]
+        if marks == self._marks:
+            return
+        pages, slots = self._views["pages"], self._views["slots"]
+        for row, cache in enumerate(caches):
+            slots[row] = cache.slot
+            pages[row, : len(cache.pages)] = cache.pages
+        self._marks = marks
+
+    def write(self, be: GPUBackend, batch: Batch, caches: list[GPUCache]) -> None:
+        """Put another batch in the place of the last one."""
+        self._lay(batch, caches)
+        be.put(self.whole.buffer, 0, self._packed)
+
+    def holding(self, batch: Batch) -> DeviceBatch:
+        """The batch, which was written last, with its arrays on the device."""
+        rest: dict[str, Any] = {
+            f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in self.arrays
+        }
+        rest |= self.arrays
+        n_pages = self.arrays["pages"].shape[1]
+        return DeviceBatch(**rest, host=batch, n_pages=n_pages, whole=self.whole, tiles=self.tiles)
+
+
+def upload(be: GPUBackend, batch: Batch) -> DeviceBatch:
+    """Copy a batch to the device, all arrays at once."""
+    caches = with_room(batch)
+    return Resident(be, batch, caches, page_stride(caches)).holding(batch)
+
+
+def with_room(batch: Batch) -> list[GPUCache]:
+    """The batch's caches, room taken for its new rows: the buffers of their stores may have moved."""
     caches = [cache for cache in batch.caches if isinstance(cache, GPUCache)]
     if len(caches) != len(batch.caches):
         raise ArgumentError("a batch holds caches of another backend")
-    for cache, past, length in zip(caches, batch.n_past, lengths, strict=bool(caches)):
-        cache.reserve(int(past) + int(length))
-    n_pages = page_stride(caches)
-    arrays["pages"] = np.zeros((batch.n_seq, n_pages), np.int32)
-    for row, cache in zip(arrays["pages"], caches, strict=bool(caches)):
-        row[: len(cache.pages)] = cache.pages
-    arrays["slots"] = np.array([c.slot for c in caches] or [0] * batch.n_seq, np.int32)
-    return arrays
+    if caches:
+        ends = batch.n_past + batch.starts[1:] - batch.starts[:-1]
+        for cache, end in zip(caches, ends.tolist(), strict=True):
+            cache.reserve(end)
+    return caches
 
 
 def page_stride(caches: list[GPUCache]) -> int:
     """Columns of the page table: a power of two, so that few different steps are recorded."""
-    most = max((len(cache.pages) for cache in caches), default=1)
-    return 1 << max(most - 1, 0).bit_length()
+    most = max((len(cache.pages) for cache in caches), default=0)
+    return max(1 << (most - 1).bit_length(), FEWEST_PAGES) if most else 1
 
 
-def upload(
-    be: GPUBackend, batch: Batch, arrays: dict[str, np.ndarray] | None = None
-) -> DeviceBatch:
-    """Copy a batch to the device, all arrays at once."""
-    arrays = host_arrays(batch) if arrays is None else arrays
-    packed = pack(arrays)
-    whole = be.array(packed)
-    on_device: dict[str, Any] = {}
+def parts_of(packed: np.ndarray, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Views of int32 ``packed``, one like each of the arrays, each where a device may address it."""
     at = 0
-    for name, x in arrays.items():
-        part = be.view(whole.buffer, at, max(x.nbytes, 4))
-        on_device[name] = GPUArray(x.shape, x.dtype, part, None, whole)
-        at += aligned(x.nbytes)
-    rest: dict[str, Any] = {
-        f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in on_device
-    }
-    n_pages = arrays["pages"].shape[1]
-    return DeviceBatch(**on_device, **rest, host=batch, n_pages=n_pages, whole=whole)
-
-
-def refill(target: DeviceBatch, arrays: dict[str, np.ndarray], be: GPUBackend) -> None:
-    """Write the arrays of another batch of the same key over those of one on the device."""
-    be.put(target.whole.buffer, 0, pack(arrays))
-
-
-def pack(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """All arrays in one, each where a device may address it."""
-    out = np.zeros(sum(aligned(x.nbytes) for x in arrays.values()) // 4, np.int32)
-    at = 0
-    for x in arrays.values():
-        out[at : at + x.size] = np.ascontiguousarray(x).reshape(-1).view(np.int32)
+    for x in arrays:
+        yield packed[at : at + x.nbytes // 4].view(x.dtype).reshape(x.shape)
         at += aligned(x.nbytes) // 4
-    return out
 
 
 def aligned(nbytes: int) -> int:

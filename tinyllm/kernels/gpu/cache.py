@@ -7,6 +7,7 @@ takes pages as it fills. Recurrent arrays lie in slots of another such buffer, o
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .common import GPUBackend
 
 PAGE = 64  # as in src/kv.h
+FIRST_BYTES = 64 << 20  # of a new buffer
+MARKS = itertools.count()
 KV_CODE = {"f32": 0, "f16": 1, "q8_0": 2}
 _PIECE = {"f32": 4, "f16": 4, "q8_0": 32}
 _DTYPE: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
@@ -118,7 +121,8 @@ class Layout:
 class Shelf:
     """Numbered places of equal size in one buffer, which doubles when it is full.
 
-    Places come back when a cache is collected: in any thread, and even in the midst of ``take``.
+    Places come back when a cache is collected: in any thread, and even in the midst of ``take``. The buffer
+    stays, because recorded steps hold its address, until memory is scarce.
     """
 
     def __init__(self, be: GPUBackend, nbytes: int) -> None:
@@ -144,20 +148,32 @@ class Shelf:
                 self._taking = False
 
     def give(self, places: Sequence[int]) -> None:
-        """Take places back; when all are back the buffer is freed."""
+        """Take places back."""
         with self._lock:
             self._spare.extend(places)
-            if self.used and len(self._spare) == self.used and not self._taking:
+
+    @property
+    def idle(self) -> int:
+        """Bytes of a buffer in which no place is taken."""
+        unused = len(self._spare) == self.used and not self._taking
+        return self.room * self.nbytes if unused else 0
+
+    def trim(self) -> None:
+        """Free the buffer if no place is taken."""
+        with self._lock:
+            if self.idle:
                 self._spare.clear()
                 self.be.free(self.buffer)
                 self.buffer, self.room, self.used = None, 0, 0
                 self.version += 1
 
     def _grow(self) -> None:
-        room = max(2 * self.room, 4)
+        few = min(max(FIRST_BYTES // max(self.nbytes, 1), 4), 64)
+        room = max(2 * self.room, few)
         new = self.be.allocate(room * self.nbytes)
         if self.buffer is not None:
             self.be.copy(new, self.buffer, self.room * self.nbytes)
+            self.be.finish()
             self.be.free(self.buffer)
         self.buffer, self.room = new, room
         self.version += 1
@@ -174,6 +190,16 @@ class Store:
     @property
     def version(self) -> tuple[int, int]:
         return self.pages.version, self.slots.version
+
+    @property
+    def idle(self) -> int:
+        """Bytes that ``trim`` would free."""
+        return self.pages.idle + self.slots.idle
+
+    def trim(self) -> None:
+        """Free the buffers that nobody uses."""
+        self.pages.trim()
+        self.slots.trim()
 
     def close(self) -> None:
         """Free both buffers, whoever still holds places in them."""
@@ -196,6 +222,8 @@ class GPUCache(Cache):
         self.be, self.store, self.n_ctx = be, store, n_ctx
         self.layout = store.layout
         self.pages: list[int] = []
+        self._room = 0  # positions
+        self.mark = next(MARKS)  # another one whenever there are more pages
         slot = store.slots.take() if self.layout.slot_floats else None
         self.slot = slot or 0
         if slot is not None:
@@ -210,10 +238,14 @@ class GPUCache(Cache):
 
     def reserve(self, n: int) -> None:
         """Take pages until ``n`` positions have room."""
+        if n <= self._room:
+            return
         if n > self.n_ctx:
             raise ContextOverflow(f"{n} positions do not fit into a context of {self.n_ctx}")
         while self.layout.page_bytes and len(self.pages) * PAGE < n:
+            self.mark = next(MARKS)
             self.pages.append(self.store.pages.take())
+        self._room = min(len(self.pages) * PAGE, self.n_ctx)
 
     def shift(
         self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None

@@ -12,7 +12,6 @@ from math import prod
 import numpy as np
 
 from ...errors import ArgumentError, DeviceError
-from .. import choose
 from ..backend import Activation, Batch, HeadNorms, KVType, LayerCache, RopeSpec, Routing
 from . import batch as batches
 from . import sources
@@ -22,6 +21,7 @@ from .batch import DeviceBatch
 from .cache import GPUCache
 from .device import f32, i32, u64
 from .matrices import EXPERTS, MATVEC_CHOICES, MAX_EXPERTS, ROWWISE
+from .picking import Picking
 from .recurrent import Recurrent
 from .steps import MOST_ROWS, Recording, Steps
 from .weights import GPUWeight
@@ -32,15 +32,12 @@ ACTIVATIONS = (
 )
 GATINGS = ("softmax", "sigmoid", "softmax_selected")
 ELEMENTWISE = sources.plain("activations.h", "elementwise.c")
-CHOOSE = sources.plain("choose.c")
 MOST_THREADS = 512  # as in src/rows.c
 NORM_QUADS = 4  # fours of a run that each thread keeps, as in src/rows.c
 MOST_DIM = 1024  # of a head, as in src/cache.c
-N_BINS = 4096  # as in src/choose.c
-CANDIDATES = 16384  # that top_k brings to the host; with more it brings all the logits
 
 
-class GPUBackend(Recurrent, Recording):
+class GPUBackend(Picking, Recurrent, Recording):
     """The operations of ``Backend`` on a GPU; see there for what each promises."""
 
     def __init__(self) -> None:
@@ -51,6 +48,19 @@ class GPUBackend(Recurrent, Recording):
         if key is None or batch.n_rows > MOST_ROWS:
             return fn(self.upload(batch))
         return self._steps.run(key, fn, batch)
+
+    @property
+    def n_steps(self) -> int:
+        return self._steps.count
+
+    def follow(
+        self,
+        result: tuple[GPUArray, GPUArray],
+        key: Hashable,
+        fn: Callable[[Batch], GPUArray],
+        batch: Batch,
+    ) -> GPUArray:
+        return self._steps.run(key, fn, batch, result[1])
 
     def forget(self) -> None:
         self._steps.forget()
@@ -328,25 +338,6 @@ class GPUBackend(Recurrent, Recording):
         y = self.empty((t, n))
         self.each(EXPERTS, "combine_experts", y.size, x, weights, y, i32(k), i32(n))
         return y
-
-    # ---- choosing
-
-    def top_k(self, logits: GPUArray | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(logits, np.ndarray):  # choosing costs less than bringing them to the device
-            return choose.top_k(logits.astype(np.float32, copy=False).reshape(-1), k)
-        n, k = logits.size, min(k, logits.size)
-        bins = self.array(np.zeros(N_BINS + 2, np.int32))
-        found = self.empty((CANDIDATES, 2), np.uint32)
-        self.each(CHOOSE, "histogram", n, logits, bins)
-        self.each(CHOOSE, "collect", n, logits, bins, found, i32(k), i32(CANDIDATES))
-        count, n_nan = self.get(bins.buffer, 4 * N_BINS, 8).view(np.int32)
-        if n_nan or count > CANDIDATES:
-            return choose.top_k(self.numpy(logits).reshape(-1), k)
-        pairs = self.get(found.buffer, 0, 8 * int(count)).view(np.uint32).reshape(-1, 2)
-        ids, values = pairs[:, 0].astype(np.int32), pairs[:, 1].copy().view(np.float32)
-        best = np.lexsort((ids, -values))[:k]
-        choose.check_largest(float(values[best[0]]))
-        return ids[best], values[best]
 
 
 def _code(names: tuple[str, ...], name: str) -> np.int32:

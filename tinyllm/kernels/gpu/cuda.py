@@ -54,6 +54,7 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
         runtime.setDevice(self.index)
         properties = runtime.getDeviceProperties(self.index)
         self.n_cores, self.capability = properties["multiProcessorCount"], properties["major"]
+        self.tensor_cores = 10 * self.capability + properties["minor"] >= 75
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[Program, str], Any] = {}
         self._modules: dict[Program, Any] = {}
@@ -80,9 +81,9 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
     def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
         self.refuse_recording()
         runtime.setDevice(self.index)
-        for start, host in self._pinned.staged(x):
-            target, source = buffer.ptr + offset + start, host.ctypes.data
-            runtime.memcpyAsync(target, source, host.nbytes, UP, self.stream.ptr)
+        target, stream = buffer.ptr + offset, self.stream.ptr
+        for start, source, nbytes in self._pinned.staged(x):
+            runtime.memcpyAsync(target + start, source, nbytes, UP, stream)
 
     def get(self, buffer: Buffer, offset: int, nbytes: int) -> np.ndarray:
         self.refuse_recording()
@@ -92,11 +93,28 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
             nbytes, lambda target: runtime.memcpyAsync(target, source, nbytes, DOWN, stream)
         )
 
-    def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
+    def fetch(self, buffer: Buffer, nbytes: int) -> Callable[[], np.ndarray]:
         self.refuse_recording()
         runtime.setDevice(self.index)
-        runtime.memcpyAsync(target.ptr, source.ptr, nbytes, ACROSS, self.stream.ptr)
-        self.stream.synchronize()  # the source is freed next
+        landing = self._pinned.landing(nbytes)
+        runtime.memcpyAsync(landing.address, buffer.ptr, nbytes, DOWN, self.stream.ptr)
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(self.stream)
+
+        def arrived() -> np.ndarray:
+            event.synchronize()
+            return landing.memory[:nbytes].copy()
+
+        return arrived
+
+    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
+        self.refuse_recording()
+        runtime.setDevice(self.index)
+        runtime.memcpyAsync(target.ptr, source.ptr + start, nbytes, ACROSS, self.stream.ptr)
+
+    def finish(self) -> None:
+        runtime.setDevice(self.index)
+        self.stream.synchronize()
 
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         return buffer + offset
@@ -104,7 +122,7 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
     def memory(self) -> tuple[int, int]:
         runtime.setDevice(self.index)
         free, total = runtime.memGetInfo()
-        return int(free), int(total)
+        return int(free) + self.idle(), int(total)
 
     # ---- programs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -18,6 +19,7 @@ from .weights import GPUWeight
 
 i32, u64, f32 = np.int32, np.uint64, np.float32
 Size = tuple[int, int, int]
+COUNTERS = 1024
 _NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 
 
@@ -38,6 +40,7 @@ class Device(Backend):
         self._grids: dict[str, GPUArray] = {}
         self._stores: dict[Any, Any] = {}  # layers and kv_type -> Store
         self._heads: dict[tuple[int, int], GPUArray] = {}
+        self._counters: GPUArray | None = None
 
     # ---- primitives
 
@@ -58,8 +61,16 @@ class Device(Backend):
         """Bytes of a buffer, uint8, when all that was launched before has run."""
 
     @abstractmethod
-    def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
-        """The first bytes of a buffer into another."""
+    def fetch(self, buffer: Buffer, nbytes: int) -> Callable[[], np.ndarray]:
+        """Queue a copy of a buffer's first bytes to the host; what is returned waits for just that."""
+
+    @abstractmethod
+    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
+        """Queue a copy of bytes of a buffer, from ``start`` on, to the beginning of another."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Return when all that was queued is done."""
 
     @abstractmethod
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
@@ -89,11 +100,16 @@ class Device(Backend):
         self._stores.clear()
         self._grids.clear()
         self._heads.clear()
+        self._counters = None
         self.pool.close()
         self.kept.close()
 
     def forget(self) -> None:
         """Drop what holds on to spare buffers."""
+
+    def idle(self) -> int:
+        """Bytes of the stores that are freed when they are wanted for something else."""
+        return sum(int(store.idle) for store in list(self._stores.values()))
 
     def refuse_recording(self) -> None:
         """Give a recording up: what comes now is done at once, or would take what it refers to."""
@@ -113,6 +129,8 @@ class Device(Backend):
                     self.forget()
                     self.pool.trim()
                     self.kept.trim()
+                    for store in list(self._stores.values()):
+                        store.trim()
                     continue
                 free, total = self.memory()
                 raise DeviceError(
@@ -144,6 +162,12 @@ class Device(Backend):
         if not x.size:
             return np.empty(x.shape, x.dtype)
         return self.get(x.buffer, 0, x.nbytes).view(x.dtype).reshape(x.shape)
+
+    def counters(self) -> GPUArray:
+        """COUNTERS zeros, by which groups of a launch find out who is the last; it leaves zeros behind."""
+        if self._counters is None:
+            self._counters = self.array(np.zeros(COUNTERS, np.int32))
+        return self._counters
 
     def each(self, program: Any, kernel: str, count: int, *args: Any) -> None:
         """Launch one thread for each of ``count`` values; the kernel's last argument is the count."""

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...errors import DeviceError
-from . import devices, sources
+from ..backend import KVType
+from . import attention_tensor, devices, sources
+from .cache import Side
 from .sources import Program
 from .weights import LAYOUTS, PLAIN
 
@@ -68,11 +70,8 @@ def _usage(log: str) -> Iterator[Usage]:
 
 def programs() -> dict[str, Program]:
     """Every program there is, by a name; those that depend on shapes for the usual ones."""
-    named = {
-        f"{kind} {file}": sources.matrix(kind, file)
-        for kind in (*PLAIN, *LAYOUTS)
-        for file in ("matvec.c", "matmul.c")
-    }
+    named = {f"{kind} matvec.c": sources.matrix(kind, "matvec.c") for kind in (*PLAIN, *LAYOUTS)}
+    named |= {f"{kind} matmul.c": sources.matrix(kind, "matmul.c") for kind in PLAIN}
     named |= {
         f"{kind} matmul_tensor.c x {tokens}": sources.tensor(kind, tokens)
         for kind in LAYOUTS
@@ -86,11 +85,27 @@ def programs() -> dict[str, Program]:
         named[f"recurrent.c {size}"] = sources.plain("recurrent.c", SIZE=size)
     for name, kv in (("f32", 0), ("f16", 1), ("q8_0", 2)):
         named[f"cache.c {name}"] = sources.plain("kv.h", "reduce.h", "cache.c", KV=kv)
-        for dim in (64, 128, 256):
+        for dim in (64, 128, 256) if name == "f32" else (72,):  # what tensor cores do not take
             for queries in (8, 16) if dim < 256 else (8,):
                 program = sources.attention(kv, dim, dim, queries, dense=False)
                 named[f"attention.c {name} {dim} x {queries}"] = program
     named["attention.c f16 576 x 8"] = sources.attention(1, 576, 512, 8, dense=False)
+    for dim in (64, 80, 128, 256):
+        named |= _tensor_attention("f16", dim, dim)
+    for dim in (64, 128, 256):
+        named |= _tensor_attention("q8_0", dim, dim)
+    named |= _tensor_attention("f16", 192, 128)
     for dim in (32, 64):
         named[f"attention.c dense {dim}"] = sources.attention(0, dim, dim, 16, dense=True)
     return named
+
+
+def _tensor_attention(kv_type: KVType, dim: int, dim_v: int) -> dict[str, Program]:
+    """``attention_tensor.c`` in all shapes of groups."""
+    piece = 32 if kv_type == "q8_0" else 4
+    k, v = (Side(0, 1, d, -(-d // piece) * piece, kv_type) for d in (dim, dim_v))
+    shapes = [attention_tensor.group_shape(pairs, k, v) for pairs in (16, 64, 128)]
+    return {
+        f"attention_tensor.c {kv_type} {dim} {s.rows} x {s.keys}": attention_tensor.program(k, v, s)
+        for s in shapes
+    }

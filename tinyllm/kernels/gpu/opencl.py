@@ -100,15 +100,30 @@ class OpenCLBackend(GPUBackend):
             cl.enqueue_copy(self.queue, out, buffer, src_offset=offset, is_blocking=True)
         return out
 
-    def copy(self, target: Buffer, source: Buffer, nbytes: int) -> None:
-        cl.enqueue_copy(self.queue, target, source, byte_count=nbytes)
+    def fetch(self, buffer: Buffer, nbytes: int) -> Callable[[], np.ndarray]:
+        self.refuse_recording()
+        out = np.empty(nbytes, np.uint8)
+        event = cl.enqueue_copy(self.queue, out, buffer, is_blocking=False)
+
+        def arrived() -> np.ndarray:
+            event.wait()
+            return out
+
+        return arrived
+
+    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
+        self.refuse_recording()
+        cl.enqueue_copy(self.queue, target, source, byte_count=nbytes, src_offset=start)
+
+    def finish(self) -> None:
+        self.queue.finish()
 
     def memory(self) -> tuple[int, int]:
         """OpenCL does not say what is free: all, less what this backend holds."""
         total = int(self.device.global_mem_size)
         stores = [s for store in self._stores.values() for s in (store.pages, store.slots)]
         held = sum(w.nbytes for w in self._weights) + sum(s.room * s.nbytes for s in stores)
-        return total - self.pool.nbytes - self.kept.nbytes - held, total
+        return total - self.pool.nbytes - self.kept.nbytes - held + self.idle(), total
 
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         return buffer.get_sub_region(offset, nbytes)

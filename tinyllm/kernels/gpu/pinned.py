@@ -16,6 +16,17 @@ ROOM = 4 * PIECE  # of copies under way
 ALIGNMENT = 64
 
 
+class Landing:
+    """Memory for a copy from the device. If nobody waits for it, the next one there is made behind it."""
+
+    def __init__(self, memory: np.ndarray, spare: list[np.ndarray]) -> None:
+        self.memory, self._spare = memory, spare
+        self.address = memory.ctypes.data
+
+    def __del__(self) -> None:
+        self._spare.append(self.memory)
+
+
 class Pinned:
     """Room for copies to the device, used from front to back and then anew, and for one copy from it.
 
@@ -25,35 +36,48 @@ class Pinned:
     def __init__(self, allocate: Callable[[int], Any], wait: Callable[[], None]) -> None:
         self._allocate, self._wait = allocate, wait
         self._up = self._down = np.empty(0, np.uint8)
-        self._used = 0
+        self._used = self._up_address = self._down_address = 0
+        self._landings: list[np.ndarray] = []  # that nobody uses
 
-    def staged(self, x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """The bytes of x in pieces, each with its offset, in memory that stays until the next ``wait``."""
+    def staged(self, x: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """The bytes of x in pieces: offset, address and length of each, which stays until the next ``wait``."""
         flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-        for start in range(0, flat.nbytes, PIECE):
-            piece = flat[start : start + PIECE]
-            here = self._take(piece.nbytes)
-            here[:] = piece
-            yield start, here
+        n = flat.nbytes
+        for start in range(0, n, PIECE):
+            size = min(PIECE, n - start)
+            at = self._take(size)
+            self._up[at : at + size] = flat[start : start + size]
+            yield start, self._up_address + at, size
 
-    def _take(self, nbytes: int) -> np.ndarray:
+    def _take(self, nbytes: int) -> int:
+        """Where in ``_up`` there is room."""
         if not self._up.nbytes:
             self._up = self._new(ROOM)
+            self._up_address = self._up.ctypes.data
         if self._used + nbytes > ROOM:
             self._wait()
             self._used = 0
-        here = self._up[self._used : self._used + nbytes]
+        at = self._used
         self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return here
+        return at
 
     def fetched(self, nbytes: int, copy: Callable[[int], None]) -> np.ndarray:
         """What ``copy`` brings to an address, when it and all before it are done."""
         if self._down.nbytes < nbytes:
             self._down = self._new(max(nbytes, 1 << 20))
-        copy(self._down.ctypes.data)
+            self._down_address = self._down.ctypes.data
+        copy(self._down_address)
         self._wait()
         self._used = 0
         return self._down[:nbytes].copy()
+
+    def landing(self, nbytes: int) -> Landing:
+        """Room for a copy from the device beside others: it is kept until the last reference goes."""
+        for i, memory in enumerate(self._landings):
+            if memory.nbytes >= nbytes:
+                del self._landings[i]
+                return Landing(memory, self._landings)
+        return Landing(self._new(max(nbytes, 1 << 16)), self._landings)
 
     def _new(self, nbytes: int) -> np.ndarray:
         return np.frombuffer(self._allocate(nbytes), np.uint8, nbytes)

@@ -53,3 +53,13 @@ def attention(kv: int, head_dim: int, head_dim_v: int, queries: int, dense: bool
     shape = {"HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "QUERIES": queries}
     more = {"DENSE": 1} if dense else {}
     return plain("kv.h", "attention.c", KV=kv, **shape, **more)
+
+
+def attention_tensor(
+    kv: int, head_dim: int, head_dim_v: int, row_warps: int, key_warps: int, keys: int
+) -> Program:
+    """The program of ``attention_tensor.c`` for one shape of heads and of groups."""
+    shape = {"HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "KEYS": keys}
+    warps = {"ROW_WARPS": row_warps, "KEY_WARPS": key_warps}
+    files = "tensor.h", "kv.h", "attention_parts.h", "attention_tensor.c"
+    return plain(*files, KV=kv, **shape, **warps)

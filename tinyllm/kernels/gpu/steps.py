@@ -15,10 +15,11 @@ from typing import Any
 from ..backend import Batch
 from . import batch as batches
 from .arrays import GPUArray
-from .batch import DeviceBatch
+from .batch import Resident
 from .cache import GPUCache
 
-MOST_ROWS = 64  # longer steps are kernels rather than launches
+MOST_ROWS = 512  # a chunk of a prompt: its launches take Python as long as a large device needs for their work
+FIRST = 2  # row of found in src/choose.c that has ids
 MOST_STEPS = 32  # recorded at a time
 
 
@@ -28,12 +29,13 @@ class NotRecordable(Exception):
 
 @dataclass
 class Recorded:
-    """A step seen before: its batch on the device, and, once recorded, how to replay it."""
+    """A step seen before: where its batch lies, and, once recorded, how to replay it."""
 
-    batch: DeviceBatch
+    batch: Resident
     replay: Callable[[], None] | None = None
     result: Any = None
     refused: bool = False
+    new: bool = False  # it was not run before: kernels are compiled, memory is taken
 
 
 class Steps:
@@ -42,33 +44,50 @@ class Steps:
     def __init__(self, be: Any) -> None:
         self.be = be
         self._known: dict[Hashable, Recorded] = {}
+        self.count = 0  # of steps that were run
 
     def forget(self) -> None:
         """Drop all: their buffers are going to be freed."""
         self._known.clear()
 
-    def run(self, key: Hashable, fn: Callable[[Batch], Any], batch: Batch) -> Any:
-        """The result of fn on the batch, by replay where there is a recording."""
-        arrays = batches.host_arrays(batch)  # takes pages, and so may move the store
-        stores = {id(c.store): c.store.version for c in batch.caches if isinstance(c, GPUCache)}
-        full = key, arrays["pages"].shape, tuple(sorted(stores.items()))
+    def run(
+        self,
+        key: Hashable,
+        fn: Callable[[Batch], Any],
+        batch: Batch,
+        found: GPUArray | None = None,
+    ) -> Any:
+        """The result of fn on the batch, by replay where there is a recording.
+
+        With ``found``, which ``pick`` gave for as many rows, the ids are the first that it holds of each.
+        """
+        self.count += 1
+        caches = batches.with_room(batch)
+        n_pages = batches.page_stride(caches)
+        full = key, batch.n_seq, n_pages, versions(caches)
         known = self._known.pop(full, None)
         if known is None:
-            known = Recorded(batches.upload(self.be, batch, arrays))
-            self._remember(full, known)
-            return fn(known.batch)
+            known = Recorded(Resident(self.be, batch, caches, n_pages), new=True)
+        else:
+            known.batch.write(self.be, batch, caches)
         self._remember(full, known)
-        batches.refill(known.batch, arrays, self.be)
-        if known.refused:
-            return fn(known.batch)
+        if found is not None:
+            nbytes = 4 * batch.n_seq
+            self.be.copy(known.batch.arrays["ids"].buffer, found.buffer, nbytes, FIRST * nbytes)
+        if known.replay is None and not known.new and not known.refused:
+            self._record(known, fn, batch)
+        known.new = False
         if known.replay is None:
-            try:
-                known.replay, known.result = self.be.record(lambda: settled(fn(known.batch)))
-            except NotRecordable:
-                known.refused = True
-                return fn(known.batch)
+            return fn(known.batch.holding(batch))
         known.replay()
         return known.result
+
+    def _record(self, known: Recorded, fn: Callable[[Batch], Any], batch: Batch) -> None:
+        on_device = known.batch.holding(batch)
+        try:
+            known.replay, known.result = self.be.record(lambda: settled(fn(on_device)))
+        except NotRecordable:
+            known.refused = True
 
     def _remember(self, key: Hashable, known: Recorded) -> None:
         self._known[key] = known
@@ -76,10 +95,16 @@ class Steps:
             del self._known[next(iter(self._known))]
 
 
+def versions(caches: list[GPUCache]) -> Hashable:
+    """Names the buffers that the caches are in: recorded steps hold their addresses."""
+    return tuple(sorted((id(store), store.version) for store in {c.store for c in caches}))
+
+
 def settled(result: Any) -> Any:
     """The result of a step, with nothing left to compute."""
-    if isinstance(result, GPUArray):
-        _ = result.buffer
+    for array in result if isinstance(result, tuple) else (result,):
+        if isinstance(array, GPUArray):
+            _ = array.buffer
     return result
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from . import sources
 from .arrays import GPUArray
-from .device import i32, u64
+from .device import COUNTERS, i32, u64
 from .matrices import Job, outputs, shared
 from .products import HalfProducts
 from .weights import PLAIN, GPUWeight
@@ -26,8 +24,6 @@ LEAST_UNITS = 8  # of a row, that a group looks after
 
 class TensorProducts(HalfProducts):
     """``few_rows`` by matvec.c, ``many_rows`` and ``many_choices`` by matmul_tensor.c."""
-
-    _arrived: GPUArray | None = None
 
     def most_few_rows(self, w: GPUWeight) -> int:
         return 8 if w.kind in PLAIN else 4
@@ -43,7 +39,7 @@ class TensorProducts(HalfProducts):
         room = splits * tiles[0] * tiles[1] * TILE_ROWS * tokens
         parts = None if splits == 1 else self.empty((room,))
         shape = i32(n_x), i32(w.n_in), i32(splits)
-        args = *self.halves(w, x), self.grid(w.kind), parts, self._counters(), *shape
+        args = *self.halves(w, x), self.grid(w.kind), parts, self.counters(), *shape
         program = sources.tensor(w.kind, tokens)
         groups = *tiles, splits
         self.launch(program, "matmul_tensor", groups, (THREADS, 1, 1), *outputs(run), *args)
@@ -64,14 +60,4 @@ class TensorProducts(HalfProducts):
     def _splits(self, n_tiles: int, n_units: int) -> int:
         """Parts of a row: more when the tiles alone leave multiprocessors without two groups each."""
         most = max(1, n_units // LEAST_UNITS)
-        return max(1, min(2 * self.n_cores // n_tiles, most, 16))
-
-    def _counters(self) -> GPUArray:
-        """Zeros, one for each tile that has several parts; kernels leave them as they were."""
-        if self._arrived is None:
-            self._arrived = self.array(np.zeros(2 * self.n_cores, np.int32))
-        return self._arrived
-
-    def close(self) -> None:
-        self._arrived = None
-        super().close()
+        return max(1, min(2 * self.n_cores // n_tiles, most, 16)) if n_tiles <= COUNTERS else 1

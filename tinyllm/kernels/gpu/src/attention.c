@@ -6,10 +6,12 @@
    rows of this step themselves and attention goes both ways; otherwise they lie in pages (kv.h) and it is causal. */
 #define THREADS 128
 #define TILE 64
-#define PAD_D ((HEAD_DIM + 3) / 4 * 4)
+#define CHUNK 32 /* values of each key in local memory at a time */
+#define PAD_D ((HEAD_DIM + CHUNK - 1) / CHUNK * CHUNK)
 #define WIDTH(d) (((d) + KV_PIECE - 1) / KV_PIECE * KV_PIECE)
 #define KEY_SETS (THREADS / TILE) /* threads that share a key, each with its own queries */
 #define PER_THREAD ((QUERIES + KEY_SETS - 1) / KEY_SETS)
+#define SHARES (THREADS / QUERIES < 16 ? THREADS / QUERIES : 16) /* threads that share a query's softmax */
 #define V_SETS (HEAD_DIM_V >= THREADS ? 1 : THREADS / HEAD_DIM_V) /* as many queries at once as values fit */
 #define V_STEPS ((HEAD_DIM_V + THREADS - 1) / THREADS)
 #define V_QUERIES ((QUERIES + V_SETS - 1) / V_SETS)
@@ -17,7 +19,6 @@
 
 #ifdef DENSE
 #define KV_ARGS GLOBAL const float *ks, GLOBAL const float *vs
-#define KV_PASS ks, vs
 #else
 #define KV_ARGS                                                                                                    \
     GLOBAL uchar *store, GLOBAL const int *pages, const ulong page_bytes, const ulong k_offset, const ulong v_offset, \
@@ -38,6 +39,18 @@ INLINE float score(const float dot, const int i, const int j, const float scale,
 #endif
 }
 
+#ifdef DENSE
+/* Four values of a key from d on, zeros behind its end. */
+INLINE float4 key_values(GLOBAL const float* k, const int d) {
+    float4 v;
+    v.x = d < HEAD_DIM ? k[d] : 0.0f;
+    v.y = d + 1 < HEAD_DIM ? k[d + 1] : 0.0f;
+    v.z = d + 2 < HEAD_DIM ? k[d + 2] : 0.0f;
+    v.w = d + 3 < HEAD_DIM ? k[d + 3] : 0.0f;
+    return v;
+}
+#endif
+
 /* tiles [n][3]: sequence, first row, number of rows. out: the result, or with splits > 1 parts
    [T, H, splits, HEAD_DIM_V] whose maxima and sums go to `stats` [T, H, splits, 2]. */
 KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL float* stats, GLOBAL const float* slopes,
@@ -45,7 +58,9 @@ KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL 
                       GLOBAL const int* n_past, const int n_head, const int n_head_kv, const int heads_at_once,
                       const int splits, const float scale, const int window, const float softcap) {
     LOCAL float qs[QUERIES * PAD_D];
+    LOCAL float tile[TILE * (CHUNK + 1)]; /* of keys */
     LOCAL float p[QUERIES * TILE];
+    LOCAL float part[QUERIES * SHARES];
     LOCAL float top[QUERIES];
     LOCAL float sum[QUERIES];
     LOCAL float shrink[QUERIES];
@@ -85,24 +100,30 @@ KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL 
         GLOBAL const uchar* kp = page_of(store, page_bytes, k_offset, pages, n_pages, seq, k0);
         GLOBAL const uchar* vp = page_of(store, page_bytes, v_offset, pages, n_pages, seq, k0);
 #endif
-        BARRIER();
         float dots[PER_THREAD];
         UNROLL for (int i = 0; i < PER_THREAD; ++i) dots[i] = 0.0f;
-        if (j < end_key) {
-            for (int d = 0; d < PAD_D; d += 4) {
+        for (int d0 = 0; d0 < HEAD_DIM; d0 += CHUNK) {
+            BARRIER();
+            for (int i = tid; i < TILE * CHUNK / 4; i += THREADS) {
+                const int row = i / (CHUNK / 4), d = i % (CHUNK / 4) * 4;
+                const int there = k0 + row < end_key ? k0 + row : end_key - 1; /* scores behind the end count nothing */
 #ifdef DENSE
-                GLOBAL const float* k = ks + ((ulong)(start + j) * n_head_kv + kv_head) * HEAD_DIM + d;
-                const float k_x = k[0], k_y = d + 1 < HEAD_DIM ? k[1] : 0.0f, k_z = d + 2 < HEAD_DIM ? k[2] : 0.0f,
-                            k_w = d + 3 < HEAD_DIM ? k[3] : 0.0f;
+                const float4 k = key_values(ks + ((ulong)(start + there) * n_head_kv + kv_head) * HEAD_DIM, d0 + d);
 #else
-                const float4 k = kv_load4(kp, n_head_kv * PAGE, kv_head * PAGE + key, WIDTH(HEAD_DIM), d);
-                const float k_x = k.x, k_y = k.y, k_z = k.z, k_w = k.w;
+                const int from = d0 + d < WIDTH(HEAD_DIM) ? d0 + d : 0; /* behind the width queries are zeros */
+                const float4 k = kv_load4(kp, n_head_kv * PAGE, kv_head * PAGE + there % PAGE, WIDTH(HEAD_DIM), from);
 #endif
-                UNROLL for (int i = 0; i < PER_THREAD; ++i) {
-                    SHARED const float* at = qs + (set + i * KEY_SETS) * PAD_D + d;
-                    if (set + i * KEY_SETS < QUERIES)
-                        dots[i] += at[0] * k_x + at[1] * k_y + at[2] * k_z + at[3] * k_w;
-                }
+                SHARED float* to = tile + row * (CHUNK + 1) + d;
+                to[0] = k.x;
+                to[1] = k.y;
+                to[2] = k.z;
+                to[3] = k.w;
+            }
+            BARRIER();
+            UNROLL for (int d = 0; d < CHUNK; ++d) {
+                const float k = tile[key * (CHUNK + 1) + d];
+                UNROLL for (int i = 0; i < PER_THREAD; ++i)
+                    if (set + i * KEY_SETS < QUERIES) dots[i] += qs[(set + i * KEY_SETS) * PAD_D + d0 + d] * k;
             }
         }
         UNROLL for (int i = 0; i < PER_THREAD; ++i) {
@@ -114,21 +135,34 @@ KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL 
                                         : LOWEST;
         }
         BARRIER();
-        for (int s = tid; s < QUERIES; s += THREADS) {
-            float m = top[s];
-            for (int i = 0; i < TILE; ++i) m = fmax(m, p[s * TILE + i]);
-            shrink[s] = exp(top[s] - m);
-            top[s] = m;
+        const int mine = tid / SHARES, at = mine * TILE + tid % SHARES; /* a query, and my first of its scores */
+        float m = LOWEST;
+        if (mine < QUERIES) {
+            for (int i = 0; i < TILE; i += SHARES) m = fmax(m, p[at + i]);
+            part[tid] = m;
         }
         BARRIER();
-        for (int i = tid; i < QUERIES * TILE; i += THREADS)
-            p[i] = p[i] > 0.5f * LOWEST ? exp(p[i] - top[i / TILE]) : 0.0f;
-        BARRIER();
-        for (int s = tid; s < QUERIES; s += THREADS) {
-            float total = sum[s] * shrink[s];
-            for (int i = 0; i < TILE; ++i) total += p[s * TILE + i];
-            sum[s] = total;
+        if (mine < QUERIES) {
+            for (int i = 0; i < SHARES; ++i) m = fmax(m, part[mine * SHARES + i]);
+            m = fmax(m, top[mine]);
         }
+        BARRIER();
+        if (mine < QUERIES) {
+            float total = 0.0f;
+            for (int i = 0; i < TILE; i += SHARES) {
+                p[at + i] = p[at + i] > 0.5f * LOWEST ? exp(p[at + i] - m) : 0.0f;
+                total += p[at + i];
+            }
+            part[tid] = total;
+        }
+        BARRIER();
+        if (mine < QUERIES && tid % SHARES == 0) {
+            shrink[mine] = exp(top[mine] - m);
+            top[mine] = m;
+            sum[mine] *= shrink[mine];
+            for (int i = 0; i < SHARES; ++i) sum[mine] += part[tid + i];
+        }
+        BARRIER();
         const int n = end_key - k0 < TILE ? end_key - k0 : TILE, v_set = tid / HEAD_DIM_V;
         UNROLL for (int step = 0; step < V_STEPS; ++step) {
             const int d = V_STEPS == 1 ? tid % HEAD_DIM_V : tid + step * THREADS;

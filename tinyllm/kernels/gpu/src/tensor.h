@@ -12,6 +12,8 @@
 #define WARP_ROOM(warps)
 #define WARP_ARGS
 #define WARP_PASS
+/* A core has room for three groups of 48 KB of local memory. */
+#define LARGE_LOCAL (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
 #define DEVICE_FENCE() __threadfence()
 #define N_GROUPS(d) PICK(gridDim, d)
 
@@ -88,4 +90,58 @@ INLINE uint half2_add(const uint a, const uint b) {
     uint r;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
+}
+
+/* 16 aligned bytes to local memory, or zeros unless `there`: on their way, one of this thread's copies since the last
+   copies_commit(). */
+INLINE void copy16_or_zeros(ushort* to, const uchar* from, const int there) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"((uint)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+#else
+    *(uint4*)to = there ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+INLINE void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+/* Until this thread's copies are done, but for those of the last `newer` commits: a number the compiler knows. */
+INLINE void copies_wait([[maybe_unused]] const int newer) {
+#if __CUDA_ARCH__ >= 800
+    if (newer)
+        asm volatile("cp.async.wait_group 1;" : : : "memory");
+    else
+        asm volatile("cp.async.wait_group 0;" : : : "memory");
+#endif
+}
+
+/* Four or two floats that another group has written. */
+INLINE void load4_fresh(float* v, const float* p) {
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                 : "l"(p)
+                 : "memory");
+}
+
+INLINE void load2_fresh(float* v, const float* p) {
+    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "l"(p) : "memory");
+}
+
+/* 2 to the power of x and 1 / x, to 22 bits. */
+INLINE float exp2_fast(const float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+INLINE float reciprocal(const float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
