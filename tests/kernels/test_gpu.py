@@ -351,20 +351,26 @@ def test_every_quantised_type_has_a_layout_that_keeps_its_size() -> None:
         assert weights.plane_bytes(name) == f.type_size - saved
 
 
-LOADS = {"load16": 16, "load32": 16, "nibbles": 16, "pairs": 16, "half_bytes": 16, "WORDS": 4}
+WIDE = """load16 load32 nibbles pairs half_bytes uneven_steps scales_q4_k two_scales_q4_k pair_runs
+bit_runs""".split()
+LOADS = dict.fromkeys(WIDE, 16) | {"WORDS": 4}
 
 
 @pytest.mark.parametrize("name", weights.LAYOUTS)
 def test_wide_loads_are_aligned_and_within_their_plane(name: str) -> None:
     """A GPU refuses what is not aligned; a processor may not mind."""
-    layout, fields = weights.LAYOUTS[name], quants.FORMATS[name].dtype
-    sizes = [fields[plane].itemsize for plane in layout.planes]
+    layout = weights.LAYOUTS[name]
+    sizes = [stop - start for start, stop in weights.plane_spans(name)]
     planes = {sum(sizes[:i]): size for i, size in enumerate(sizes)}
     source = re.sub(r"HALF\((\d+)\)", r"PLANE(\1, 2)", sources.read(layout.header))
     source = re.sub(r"WORDS\(", "WORDS(PLANE(", source)
-    body = source.split(f"Unit {layout.unpack}(")[1].split("\n}")[0]
-    found = re.findall(r"(?:(\w+)\()?PLANE\((\d+), (\d+)\)(?: \+ (\d+) \*)?", body)
-    assert found
+    names = [layout.unpack, *([layout.defines(name)["PIECE"]] if layout.apart != 1 else [])]
+    found = []
+    for function in names:
+        body = source.split(f"Unit {function}(")[1].split("\n}")[0]
+        place = r"(?:PLANE|FIELD|BYTES)\((\d+), (\d+)(?:\)(?: \+ (\d+) \*)?|,)"
+        found += re.findall(rf"(?:(\w+)\()?{place}", body)
+        assert found
     for load, before, size, step in found:
         align = LOADS.get(load, 2 if int(size) == 2 else 1)
         assert planes[int(before)] == int(size)

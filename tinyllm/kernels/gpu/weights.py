@@ -209,7 +209,11 @@ def units(kind: str) -> int:
     if kind in PLAIN:
         return 2
     layout = LAYOUTS[kind]
-    heavy = layout.scales == 2 or layout.grid or kind in ("Q5_K", "TQ1_0", "IQ4_XS")
+    heavy = (
+        layout.scales == 2
+        or layout.grid
+        or kind in ("Q5_1", "Q5_K", "TQ1_0", "MXFP4", "IQ4_NL", "IQ4_XS")
+    )
     return 1 if heavy else 2
 
 

@@ -2,10 +2,9 @@
 
 /* planes: qs 48, qh 4, d 2; weight = d (digit - 1), five base-3 digits in a byte (gguf/quants/ternary.py) */
 INLINE uint digits4(const uint v, const int n) {
-    const uint power[5] = {1u, 3u, 9u, 27u, 81u};
-    uint out = 0;
-    UNROLL for (int i = 0; i < 4; ++i) out |= (((byte_of(v, i) * power[n]) & 255u) * 3u >> 8) << (8 * i);
-    return out;
+    const uint power = n == 4 ? 81u : byte_of(0x1b090301u, n), even = v & 0x00ff00ffu, odd = (v >> 8) & 0x00ff00ffu;
+    const uint a = ((even * power) & 0x00ff00ffu) * 3u, b = ((odd * power) & 0x00ff00ffu) * 3u; /* two at once */
+    return ((a >> 8) & 0x00030003u) | (b & 0x03000300u);
 }
 
 INLINE Unit unpack_tq1_0(UNIT_ARGS) {

@@ -155,7 +155,7 @@ INLINE void quantise_lane(const float v, const ulong at, const int there, GLOBAL
 #define GATED_WARPS 8
 #define OUTPUTS 32
 
-KERNEL_OF(GATED_WARPS* LANES, 4)
+KERNEL_OF(GATED_WARPS* LANES, UNITS == 1 ? 3 : 4)
 void matvec_gated(GLOBAL const uchar* w_gate, GLOBAL const uchar* w_up, const ulong total, GLOBAL const float* bias_gate,
                   GLOBAL const float* bias_up, GLOBAL float* y, GLOBAL schar* yq, GLOBAL float* yd, GLOBAL float* ys,
                   X_ARGS, GLOBAL const uint* grid, GLOBAL const int* experts, const int share, const int n_in,

@@ -6,8 +6,13 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long long ulong;
 #define KERNEL extern "C" __global__
-/* Groups of so many threads; registers are rationed so that so many of them run on a core at once. */
+/* Groups of so many threads. Where memory is fastest beside the cores (A100, H100, H200), registers are rationed so
+   that so many groups run on a core at once. */
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
 #define KERNEL_OF(threads, groups) KERNEL __launch_bounds__(threads, groups)
+#else
+#define KERNEL_OF(threads, groups) KERNEL __launch_bounds__(threads)
+#endif
 #define GLOBAL
 #define LOCAL __shared__
 /* LOCAL declares memory of the group, SHARED stands before a pointer to it. */
