@@ -85,10 +85,11 @@ def read_prompt(net: Network, state: State, ids: list[int]) -> None:
 
 
 def write_tokens(net: Network, state: State, ids: list[int]) -> None:
-    """Compute ids one by one, each with its logits."""
+    """Compute ids one by one, each with its logits; on a device that picks tokens, with the largest."""
+    best = int(1 in net.be.picks)
     for i in ids:
         state.append([i])
-        net.forward([(state, 1, "last")])
+        net.forward([(state, 1, "last")], best=best)
 
 
 def bytes_per_token(tensors: Mapping[str, gguf.Tensor], n_expert: int, n_expert_used: int) -> int:
