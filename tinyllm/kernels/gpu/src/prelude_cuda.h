@@ -11,7 +11,7 @@ typedef unsigned long long ulong;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
 #define KERNEL_OF(threads, groups) KERNEL __launch_bounds__(threads, groups)
 #else
-#define KERNEL_OF(threads, groups) KERNEL __launch_bounds__(threads)
+#define KERNEL_OF(threads, groups) KERNEL __launch_bounds__(threads, 1) /* as many as it wants */
 #endif
 #define GLOBAL
 #define LOCAL __shared__
