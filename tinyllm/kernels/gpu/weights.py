@@ -212,7 +212,7 @@ def units(kind: str) -> int:
     heavy = (
         layout.scales == 2
         or layout.grid
-        or kind in ("Q5_1", "Q5_K", "TQ1_0", "MXFP4", "IQ4_NL", "IQ4_XS")
+        or kind in ("Q5_1", "Q5_K", "Q8_K", "TQ1_0", "MXFP4", "IQ4_NL", "IQ4_XS")
     )
     return 1 if heavy else 2
 
