@@ -1,0 +1,137 @@
+"""What a step works on: the new tokens of some sequences, and what is stored of those before them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+
+Array = Any  # a backend's own array; has .shape
+Pairing = Literal["adjacent", "half"]
+KVType = Literal["f32", "f16", "q8_0"]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps of the past.
+
+    ``head_dim`` and ``head_dim_v`` are 0 for a layer without attention; ``arrays`` names the float32
+    arrays, zero at first, that a recurrent layer carries from one token to the next.
+    """
+
+    n_head_kv: int = 0
+    head_dim: int = 0
+    head_dim_v: int = 0
+    arrays: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """How rotary embedding turns the values of one head (see ``Backend.rope``)."""
+
+    freqs: Array  # [n_pairs] float32, radians per position
+    pairing: Pairing
+    first: int = 0  # the first value of a head that turns
+    scale: float = 1.0  # multiplies cos and sin
+
+
+class Cache(ABC):
+    """The stored past of one sequence, for all layers. Memory is taken as it fills, where possible."""
+
+    n_ctx: int
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes reserved on the device when full."""
+
+    @abstractmethod
+    def shift(
+        self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None
+    ) -> None:
+        """Drop positions [keep, keep + discard) of a layer and move the later ones down.
+
+        With ``rope``, moved keys are turned back by ``discard`` positions, so that they are as if written
+        at their new place.
+        """
+
+    @abstractmethod
+    def export(self, n_past: int) -> dict[str, np.ndarray]:
+        """The first ``n_past`` positions (and recurrent arrays) as host arrays, exactly as stored.
+
+        Keys are ``"{layer}.k"`` [n_past, K, D], ``"{layer}.v"`` and ``"{layer}.{array}"``; a backend that
+        stores in another order converts. float16 caches give float16; q8_0 ones a uint8 of blocks.
+        """
+
+    @abstractmethod
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """The inverse of ``export``; shapes are checked (StateError)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step: one or more sequences, each a run of consecutive rows.
+
+    Host arrays as the decoder makes them; ``Backend.step`` hands ``fn`` a Batch whose arrays are on the
+    device. Row t of sequence s stands at position ``positions[t] = n_past[s] + t - starts[s]``.
+    """
+
+    ids: Array  # [T] int32; behind layers of another device [T, E] float32, what those computed
+    positions: Array  # [T] int32
+    starts: Array  # [n_seq + 1] int32: sequence s has the rows starts[s]:starts[s + 1]
+    n_past: Array  # [n_seq] int32: positions stored before this step
+    outputs: Array  # [n_out] int32: rows whose result is wanted
+    caches: tuple[Cache, ...]  # one per sequence; () when nothing is kept (encoders)
+    n_rows: int
+    n_seq: int
+    n_out: int
+
+    @staticmethod
+    def next(ids: Sequence[int], n_past: Sequence[int], caches: Sequence[Cache]) -> Batch:
+        """One row for each sequence, and all results wanted: a step of decoding."""
+        n = len(ids)
+        count = counting(n + 1)
+        past = np.array(n_past, np.int32)
+        return Batch(np.array(ids, np.int32), past, count, past, count[:n], tuple(caches), n, n, n)
+
+    @staticmethod
+    def of(
+        ids: Sequence[Sequence[int]],
+        n_past: Sequence[int],
+        outputs: Sequence[int],
+        caches: Sequence[Cache] = (),
+    ) -> Batch:
+        """Lay the sequences' new ids row by row."""
+        lengths = [len(i) for i in ids]
+        starts = np.array([0, *accumulate(lengths)], np.int32)
+        runs = [np.arange(p, p + n, dtype=np.int32) for p, n in zip(n_past, lengths, strict=True)]
+        flat = [np.asarray(i, np.int32) for i in ids]
+        return Batch(
+            flat[0] if len(flat) == 1 else np.concatenate(flat),
+            runs[0] if len(runs) == 1 else np.concatenate(runs),
+            starts,
+            np.asarray(n_past, np.int32),
+            np.asarray(outputs, np.int32),
+            tuple(caches),
+            int(starts[-1]),
+            len(ids),
+            len(outputs),
+        )
+
+    @property
+    def key(self) -> Hashable:
+        """Steps of the same key differ only in array values and caches: a recorded one can be replayed."""
+        return (self.starts.tobytes(), self.n_out, bool(self.caches))
+
+
+@cache
+def counting(n: int) -> np.ndarray:
+    """0, 1, ... n - 1, read only."""
+    numbers = np.arange(n, dtype=np.int32)
+    numbers.flags.writeable = False
+    return numbers
