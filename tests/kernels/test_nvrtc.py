@@ -1,6 +1,6 @@
 """Every kernel becomes CUDA machine code for every architecture, without warnings and without spills.
 
-The whole matrix takes a core eleven minutes. The kept report (made by benchmarks/gpu_registers.py) has what it
+The whole matrix takes a core forty minutes. The kept report (made by benchmarks/gpu_registers.py) has what it
 gave, with a hash of each program's text. So here each program is compiled for one architecture, and for
 all others whatever the report does not have, or has of another text.
 """
