@@ -31,6 +31,8 @@ def interpreted() -> Iterator[Any]:
     from interpreted_cuda import Interpreter
     from simulated_cuda import backend as opened
 
-    backend = opened(Interpreter())
+    driver = Interpreter()
+    backend = opened(driver)
+    backend.driver = driver
     yield backend
     backend.close()
