@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tinyllm.errors import DeviceError
+
+OFTEN = ("Q4_0", "Q6_K", "IQ2_S", "F16")  # formats that are interpreted with any number of rows
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreting is slow: most formats are, by default, with one row and with 20."""
+    for item in items:
+        found = re.search(r"test_matmul_equals\w+\[interpreted-(\w+)-(3|8|70)\]", item.name)
+        if found and found[1] not in OFTEN:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -30,7 +30,9 @@ OURS = Path(__file__).parent.parent / "data" / "models"  # made by make_models.p
 NEWER = """apertus arcee dbrx dots1 ernie4_5 ernie4_5-moe falcon-h1 gemma-embedding gptj granitehybrid
 hunyuan-dense hunyuan-moe lfm2 lfm2moe mamba2 qwen35 qwen35moe qwen3next seed_oss""".split()
 BOUND = {"reference": 1e-4, "cpu": 1e-3, "opencl": 1e-3, "cuda": 1e-3}
-SAME = {"reference": 1e-5, "cpu": 0.0, "opencl": 1e-5, "cuda": 1e-5}  # x std; 0: to the bit
+# x std; 0: to the bit. On GPUs one row and many rows have kernels of their own, which sum in other orders
+SAME = {"reference": 1e-5, "cpu": 0.0, "opencl": 2e-5, "cuda": 2e-5}
+ONE_BY_ONE = {"opencl": 5}  # tokens, where a CPU plays a GPU: recorded, replayed
 DEVICES = [
     "reference",
     "cpu",
@@ -102,9 +104,9 @@ def compare(folder: Path, name: str, device: str) -> None:
         want = references(npz, i)
         assert np.abs(whole - want).max() <= BOUND[device] * want.std()
     bound = SAME[device] * max(w.std() for w in wholes)
-    for batch in batches(net, sequences):
+    for batch in batches(net, sequences, ONE_BY_ONE.get(device)):
         for got, whole in zip(batch, wholes, strict=True):
-            assert np.abs(got - whole).max() <= bound
+            assert np.abs(got - whole[: len(got)]).max() <= bound
 
 
 def test_keys_normalised_behind_their_rotation_are_not_shifted() -> None:
@@ -113,15 +115,20 @@ def test_keys_normalised_behind_their_rotation_are_not_shifted() -> None:
         state.shift(0, 1)
 
 
-def batches(net: Network, sequences: list[list[int]]) -> list[list[np.ndarray]]:
-    """The same sequences together; for decoders also in chunks, alone and together, and one by one."""
+def batches(
+    net: Network, sequences: list[list[int]], one_by_one: int | None
+) -> list[list[np.ndarray]]:
+    """The same sequences together; for decoders also in chunks, alone and together, and one by one.
+
+    Of the last, so many tokens of each, or all.
+    """
     if not net.config.causal:
         return [net.hidden(sequences)]
     return [
         logits(net, sequences),
         logits(net, sequences, 5),
         [logits(net, [s], 7)[0] for s in sequences],
-        logits(net, sequences, 1),
+        logits(net, [s[:one_by_one] for s in sequences], 1),
     ]
 
 
