@@ -88,6 +88,17 @@ def test_steps_of_some_rows_are_captured_with_their_products(
     assert driver.replays == 2
 
 
+@pytest.mark.parametrize("name", ["llama-h256-Q4_K", "qwen2-h256-F16"])
+def test_without_cublas_prompts_go_through_our_own_tiles(
+    name: str, be: Any, driver: Any, data: Path
+) -> None:
+    be._cublas = None
+    path = data / "golden" / "quants" / f"{name}.gguf"
+    want, got = logits(ReferenceBackend(), path, [20]), logits(be, path, [20])
+    assert np.abs(got - want).max() <= (2e-3 if name.endswith("F16") else 0.2) * want.std()
+    assert driver.products == 0
+
+
 def test_two_devices_share_the_layers(cuda: Any, driver: Any, data: Path) -> None:
     path = data / "golden" / "quants" / "llama-h256-Q8_0.gguf"
     want = logits(cuda.CUDABackend("0"), path, [20, *[1] * 4])

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from . import sources
 from .arrays import GPUArray
 from .device import COUNTERS, i32, u64
-from .matrices import Job, outputs, shared
+from .matrices import Job, Matrices, outputs, shared
 from .products import HalfProducts
 from .weights import PLAIN, GPUWeight
 
-TILE_ROWS, THREADS, STEP = 128, 256, 2  # as in src/matmul_tensor.c
+TILE_ROWS, THREADS = 128, 256  # as in src/matmul_tensor.c
 UNIT = 32
 TOKENS = 16, 32, 64  # of a tile: one program each
 LEAST_UNITS = 8  # of a row, that a group looks after
@@ -31,7 +31,7 @@ class TensorProducts(HalfProducts):
     def many_rows(self, run: Sequence[Job], x: GPUArray, n_x: int) -> None:
         w = run[0][0]
         if w.kind in PLAIN:
-            super().many_rows(run, x, n_x)
+            Matrices.many_rows(self, run, x, n_x)  # not a library's, which may be missing
             return
         tokens = next((t for t in TOKENS if n_x <= t), TOKENS[-1])
         tiles = -(-n_x // tokens), sum(-(-job[0].n_out // TILE_ROWS) for job in run)
