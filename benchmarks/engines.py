@@ -83,14 +83,14 @@ class TinyLLM(Engine):
 
     def about(self) -> dict[str, Any]:
         """Bytes that a token reads, and the instruction set of the kernels."""
-        from tinyllm import bench
+        from tinyllm.cli import bench
         from tinyllm.kernels.cpu import simd
 
         return {**bench.describe(self.model), "instruction set": simd.instruction_set()}
 
     def read(self, ids: list[int], keep: bool) -> float:
         """Make the state hold exactly ids."""
-        from tinyllm import bench
+        from tinyllm.cli import bench
 
         start = clock()
         if keep and self.state.ids[: len(ids)] == ids:
@@ -119,7 +119,7 @@ class TinyLLM(Engine):
         return read - start, end - read
 
     def step(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
-        from tinyllm import bench
+        from tinyllm.cli import bench
 
         prefill, start = self.read(ids, keep), clock()
         bench.write_tokens(self.model.network, self.state, following(ids, n))
@@ -127,7 +127,7 @@ class TinyLLM(Engine):
 
     def together(self, ids: list[int], n: int, sequences: int) -> float:
         """Seconds to decode n tokens of each of many sequences, all in each step, after ids each."""
-        from tinyllm import bench
+        from tinyllm.cli import bench
 
         net = self.model.network
         states = [self.model.new_state(len(ids) + n) for _ in range(sequences)]

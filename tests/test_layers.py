@@ -34,18 +34,7 @@ ALLOWED = {
     "model": BELOW_MODEL | DOWNLOADS | {"completion"},
     **{module: {"errors", *DOWNLOADS} for module in DOWNLOADS},
     "sdk": BELOW_MODEL | {"model"},
-    "arguments": BELOW_MODEL | {"model"},
-    "conversation": {"errors", "generate", "chat", "model"},
-    "terminal": set(),
-    "repl": BELOW_MODEL | {"model", "sdk", "arguments", "conversation", "terminal"},
-    "server": BELOW_MODEL | {"model", "sdk"},
-    "bench": BELOW_MODEL | {"model"},
-    "perplexity": BELOW_MODEL | {"model"},
-    "info": BELOW_MODEL | {"model"},
-    "warmup": BELOW_MODEL | {"model"},
-    "cli": BELOW_MODEL
-    | {"model", "sdk", "arguments", "repl", "server", "bench", "perplexity", "info", "warmup"}
-    | {"terminal"},
+    "cli": BELOW_MODEL | {"model", "sdk"},
     "__main__": {"cli"},
     "__init__": {"errors", "gguf", "tokenizers", "completion", "model", "sdk"},
 }

@@ -13,6 +13,7 @@ import pytest
 
 import tinyllm
 import tinyllm.model
+from tinyllm.cli.perplexity import perplexity
 from tinyllm.errors import (
     ArgumentError,
     ContextOverflow,
@@ -21,7 +22,6 @@ from tinyllm.errors import (
     TinyLLMError,
 )
 from tinyllm.kernels.cpu.backend import CPUBackend
-from tinyllm.perplexity import perplexity
 
 DEVICES = ["reference", "cpu"]
 LILY = (

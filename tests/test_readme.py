@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllm import cli
+from tinyllm.cli import commands as cli
 from tinyllm.gguf import quants
 from tinyllm.models.archs import ARCHS
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import tinyllm
-from tinyllm import conversation, gguf
+from tinyllm import gguf
+from tinyllm.cli import conversation
 from tinyllm.sdk import GPT4All
 
 resource = pytest.importorskip("resource")

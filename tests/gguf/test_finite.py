@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import tinyllm
-from tinyllm import cli, gguf
+from tinyllm import gguf
+from tinyllm.cli import commands as cli
 from tinyllm.errors import GGUFError, NumericError
 from tinyllm.gguf import finite, quants
 from tinyllm.gguf.finite import check_finite

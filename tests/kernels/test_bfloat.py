@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tinyllm
-from tinyllm.cli import main
+from tinyllm.cli.commands import main
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import open_backend

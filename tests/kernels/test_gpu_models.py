@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tinyllm
-from tinyllm.cli import main
+from tinyllm.cli.commands import main
 from tinyllm.errors import DeviceError
 from tinyllm.sdk import GPT4All
 from tinyllm.sdk.devices import gpus

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinyllm import gguf
-from tinyllm.cli import main
+from tinyllm.cli.commands import main
 from tinyllm.models.archs import ARCHS
 from tinyllm.models.explain import example, explain, recorded, runs
 

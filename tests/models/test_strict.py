@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tinyllm import gguf
+from tinyllm.cli.info import Outlines
 from tinyllm.errors import TinyLLMError, UnsupportedModel
-from tinyllm.info import Outlines
 from tinyllm.models.archs import ARCHS, NOT_RUN, REQUIRED, find
 from tinyllm.models.config import HARMLESS
 from tinyllm.models.network import build

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ArgumentError, ContextOverflow, TinyLLMError
+from ..generate import Timings
 from .arguments import (
     MODEL_HELP,
     Arguments,
@@ -22,12 +24,10 @@ from .arguments import (
     sampling_options,
 )
 from .conversation import Conversation, load, save
-from .errors import ArgumentError, ContextOverflow, TinyLLMError
-from .generate import Timings
 from .terminal import show, visible
 
 if TYPE_CHECKING:
-    from .model import Model
+    from ..model import Model
 
 QUOTES = '"""'
 PROMPT, MORE = "> ", ". "
@@ -249,7 +249,7 @@ def chat_arguments(p: Parser) -> None:
 
 
 def talk(args: Arguments) -> None:
-    from .completion import check_max_tokens
+    from ..completion import check_max_tokens
 
     if args.file and args.model:
         raise ArgumentError(f"two models: {args.file} and {args.model}; expected one")
@@ -264,7 +264,7 @@ def talk(args: Arguments) -> None:
 
 
 def read_template(name: str | None) -> str | None:
-    from .chat import check
+    from ..chat import check
 
     if name is None:
         return None
@@ -274,7 +274,7 @@ def read_template(name: str | None) -> str | None:
 
 
 def own_template(model: Model) -> str:
-    from .chat import pick_template
+    from ..chat import pick_template
 
     template = pick_template(model.metadata)
     if template is None:

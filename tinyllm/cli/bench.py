@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, gguf
-from .errors import ArgumentError
-from .model import Model
-from .models.network import Network
-from .models.state import State
+from .. import __version__, gguf
+from ..errors import ArgumentError
+from ..model import Model
+from ..models.network import Network
+from ..models.state import State
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ import sys
 import numpy as np
 import pytest
 
-from tinyllm import bench, cli, gguf, info, perplexity
-from tinyllm.cli import main
+from tinyllm import gguf
+from tinyllm.cli import bench, info, perplexity
+from tinyllm.cli import commands as cli
+from tinyllm.cli.commands import main
 
 REFERENCE = ["--device", "reference"]
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat import chat_ids
-from .errors import ArgumentError, TinyLLMError
-from .generate import Timings
+from ..chat import chat_ids
+from ..errors import ArgumentError, TinyLLMError
+from ..generate import Timings
 
 if TYPE_CHECKING:
-    from .model import Model
+    from ..model import Model
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from . import tokenizers
-from .errors import TinyLLMError
-from .gguf import GGUFFile, StringArray, Tensor
-from .kernels.backend import KVType, Source
-from .kernels.reference import ReferenceBackend
-from .models.archs import Arch
-from .models.memory import readable
-from .models.network import Network, build, cache_bytes
+from .. import tokenizers
+from ..errors import TinyLLMError
+from ..gguf import GGUFFile, StringArray, Tensor
+from ..kernels.backend import KVType, Source
+from ..kernels.reference import ReferenceBackend
+from ..models.archs import Arch
+from ..models.memory import readable
+from ..models.network import Network, build, cache_bytes
 
 CAPTION = 14  # columns
 
@@ -151,7 +151,7 @@ def format_line(name: str, tensors: Sequence[Tensor]) -> str:
 
 def kernel_of(name: str) -> str:
     """How the cpu backend multiplies by a matrix of this format."""
-    from .kernels.cpu import formats, simd
+    from ..kernels.cpu import formats, simd
 
     if name in formats.FORMATS:
         return f"cpu: int8 products ({simd.instruction_set()})"

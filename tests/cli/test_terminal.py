@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllm import cli, gguf, terminal
+from tinyllm import gguf
+from tinyllm.cli import commands as cli
+from tinyllm.cli import terminal
+from tinyllm.cli.repl import Screen
 from tinyllm.model import BUNDLED
-from tinyllm.repl import Screen
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\r\x9b31m\x7fdone\n\tso"
 

@@ -14,10 +14,10 @@ import time
 import pytest
 
 import tinyllm
-from tinyllm.cli import main
-from tinyllm.conversation import Conversation, load, save
+from tinyllm.cli.commands import main
+from tinyllm.cli.conversation import Conversation, load, save
+from tinyllm.cli.repl import COMMAND, COMMANDS, Repl, Screen, read_message
 from tinyllm.errors import ContextOverflow, TinyLLMError
-from tinyllm.repl import COMMAND, COMMANDS, Repl, Screen, read_message
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 TURNS = [

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tinyllm import cli
+from tinyllm.cli import commands as cli
 from tinyllm.kernels.cpu import jit
 
 USE = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .model import Model
+from ..model import Model
 
 PROMPTS = (1, 2, 3, 5, 8, 16)  # tokens: kernels differ for one, a few, many
 CHOICES = 40  # the sampler's default

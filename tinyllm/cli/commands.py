@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
+from .. import __version__
+from ..errors import ArgumentError, TinyLLMError
 from .arguments import (
     MODEL_HELP,
     USAGE_ERROR,
@@ -29,7 +30,6 @@ from .arguments import (
     sampling_options,
     text_argument,
 )
-from .errors import ArgumentError, TinyLLMError
 from .terminal import show
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
@@ -96,9 +96,9 @@ def info_arguments(p: Parser) -> None:
 
 
 def info(args: Arguments) -> None:
+    from ..gguf.finite import check_finite
+    from ..model import checking
     from . import info as about
-    from .gguf.finite import check_finite
-    from .model import checking
 
     with open_file(args.model) as file:
         if args.keys:
@@ -124,8 +124,8 @@ def explain_arguments(p: Parser) -> None:
 
 
 def explain(args: Arguments) -> None:
-    from .models import explain as programs
-    from .models.archs import ARCHS
+    from ..models import explain as programs
+    from ..models.archs import ARCHS
 
     if args.model in ARCHS:
         lines = list(programs.explain(*programs.example(args.model)))
@@ -147,7 +147,7 @@ def tokenize_arguments(p: Parser) -> None:
 
 
 def tokenize(args: Arguments) -> None:
-    from . import tokenizers
+    from .. import tokenizers
 
     refuse_lonely_model("tokenize", args.model, args.text)
     with open_file(args.model) as file:
@@ -236,7 +236,7 @@ def perplexity(args: Arguments) -> None:
 
 
 def quantize_arguments(p: Parser) -> None:
-    from .gguf.mixtures import MIXTURES
+    from ..gguf.mixtures import MIXTURES
 
     p.add_argument(
         "source", metavar="IN", help="an F16, BF16 or F32 file; of a split one the first"
@@ -253,7 +253,7 @@ def quantize_arguments(p: Parser) -> None:
 def quantize(args: Arguments) -> None:
     from tqdm import tqdm
 
-    from .gguf.quantize import quantize_file
+    from ..gguf.quantize import quantize_file
 
     with open_file(args.source) as file:
         source, n_tensors = file.path, len(file.tensors)
@@ -278,7 +278,7 @@ def warmup_arguments(p: Parser) -> None:
 
 
 def warmup(args: Arguments) -> None:
-    from .kernels.cpu import jit
+    from ..kernels.cpu import jit
     from .warmup import warm_up
 
     with load_model(args) as model:

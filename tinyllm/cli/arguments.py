@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import ArgumentError, TinyLLMError
+from ..errors import ArgumentError, TinyLLMError
 
 if TYPE_CHECKING:
-    from .gguf import GGUFFile
-    from .model import Model
+    from ..gguf import GGUFFile
+    from ..model import Model
 
 Arguments = argparse.Namespace
 USAGE_ERROR = 2  # exit code
@@ -70,7 +70,7 @@ def load_options(p: Parser) -> None:
 
 def sampling_defaults() -> dict[str, float]:
     """The numbers of SamplingParams that are options, with their defaults."""
-    from .sampling import SamplingParams
+    from ..sampling import SamplingParams
 
     return {f.name: f.default for f in fields(SamplingParams) if isinstance(f.default, int | float)}
 
@@ -85,7 +85,7 @@ def sampling_options(p: Parser) -> None:
 
 def sampling_of(args: Arguments) -> dict[str, Any]:
     """What ``generate`` takes; a wrong value is told before a large file is read."""
-    from .sampling import SamplingParams
+    from ..sampling import SamplingParams
 
     found = {name: getattr(args, name) for name in [*sampling_defaults(), "seed"]}
     SamplingParams(**found)
@@ -119,7 +119,7 @@ def load_decoder(args: Arguments) -> Model:
 
 def locate(name: str | None) -> Path:
     """The model's file, perhaps downloaded; what goes wrong on the way is one line."""
-    from .model import locate as locate_model
+    from ..model import locate as locate_model
 
     try:
         return locate_model(name)
@@ -131,7 +131,7 @@ def locate(name: str | None) -> Path:
 
 def open_file(name: str | None) -> GGUFFile:
     """A model's metadata and tensors, weights unread."""
-    from . import gguf
+    from .. import gguf
 
     return gguf.open(locate(name))
 

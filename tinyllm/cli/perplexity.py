@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import ArgumentError
-from .model import Model
+from ..errors import ArgumentError
+from ..model import Model
 
 
 @dataclass(frozen=True)
