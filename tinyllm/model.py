@@ -340,7 +340,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> m = tinyllm.load()
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
-        from .chat import chat_ids, pick_template
+        from .chat.render import chat_ids, pick_template
 
         chosen = template or pick_template(self.metadata)
         if chosen is None:

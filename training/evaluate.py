@@ -16,7 +16,7 @@ import numpy as np
 from corpus import END, KINDS, pieces, read_documents, split
 
 import tinyllm
-from tinyllm.chat import render
+from tinyllm.chat.render import render
 
 HERE = Path(__file__).parent
 EXCERPT = 700  # characters of each document: they fit 512 ids of a vocabulary of 512 tokens too

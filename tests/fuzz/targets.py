@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import tinyllm
-from tinyllm import chat, gguf, tokenizers
+from tinyllm import gguf, tokenizers
+from tinyllm.chat import render as chat
 from tinyllm.errors import TinyLLMError
 
 sys.path.append(str(Path(__file__).parents[1] / "gguf"))  # as pytest does for the tests there

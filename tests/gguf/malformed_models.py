@@ -14,7 +14,8 @@ import numpy as np
 from malformed import Case, written
 
 import tinyllm
-from tinyllm import chat, gguf
+from tinyllm import gguf
+from tinyllm.chat import render as chat
 
 E, F, H, K, LAYERS = 32, 64, 4, 2, 2  # n_embd, n_ff, n_head, n_head_kv
 D = E // H

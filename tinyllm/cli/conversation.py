@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat import chat_ids
+from ..chat.render import chat_ids
 from ..errors import ArgumentError, TinyLLMError
 from ..generate import Timings
 

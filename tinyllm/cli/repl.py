@@ -264,7 +264,7 @@ def talk(args: Arguments) -> None:
 
 
 def read_template(name: str | None) -> str | None:
-    from ..chat import check
+    from ..chat.render import check
 
     if name is None:
         return None
@@ -274,7 +274,7 @@ def read_template(name: str | None) -> str | None:
 
 
 def own_template(model: Model) -> str:
-    from ..chat import pick_template
+    from ..chat.render import pick_template
 
     template = pick_template(model.metadata)
     if template is None:

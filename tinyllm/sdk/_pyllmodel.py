@@ -260,7 +260,7 @@ class LLModel:
 
     def _encode(self, prompt: str, special: bool = True) -> list[int]:
         """A prompt's tokens: special tokens read unless told otherwise, the beginning token once."""
-        from tinyllm.chat import encode_chat
+        from tinyllm.chat.render import encode_chat
 
         prompt.encode()  # GPT4All's errors: AttributeError for what is no text, UnicodeEncodeError
         tokenizer = self._open().tokenizer

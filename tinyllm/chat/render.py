@@ -16,7 +16,7 @@ from tinyllm.errors import TemplateError
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from tinyllm.sandbox import Environment
+    from tinyllm.chat.sandbox import Environment
 
 Message = Mapping[str, Any]
 Clock = Callable[[], datetime]
@@ -102,7 +102,7 @@ def check(template: str) -> None:
 
 
 def _run(template: str, variables: dict[str, Any], clock: Clock) -> str:
-    from tinyllm.metering import weight_of
+    from tinyllm.chat.metering import weight_of
 
     if not isinstance(template, str):
         raise TemplateError(f"a chat template is a text; found {type(template).__name__}")
@@ -148,7 +148,7 @@ def _template_line(error: Exception) -> int | None:
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> Environment:
-    from tinyllm.sandbox import Environment
+    from tinyllm.chat.sandbox import Environment
 
     environment = Environment()
     environment.filters["tojson"] = functools.partial(_tojson, environment)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllm.chat import chat_ids, encode_chat, pick_template, render
+from tinyllm.chat.render import chat_ids, encode_chat, pick_template, render
 from tinyllm.errors import TemplateError
 
 HELLO = [{"role": "user", "content": "Hello there"}]

@@ -5,7 +5,7 @@ Here every statement, call, filter, test, operator and comparison draws on one a
 to the sizes it reads and makes, and whatever would make one value too large is refused before it is
 made. The allowance is a number of steps, never a time: a template renders, or fails, alike everywhere.
 
-Importing this module imports jinja2; `tinyllm.chat` does so at the first template.
+Importing this module imports jinja2; `tinyllm.chat.render` does so at the first template.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jinja2.compiler import operators as OPERATORS
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
-from tinyllm.metering import MAX_BITS, NODE, PER_STEP, Meter, Stopped
+from tinyllm.chat.metering import MAX_BITS, NODE, PER_STEP, Meter, Stopped
 
 MAX_SOURCE = 64 << 10  # characters of a template; the longest in use have 17,000
 MAX_NODES = 10_000  # expressions and statements of a template

@@ -1,0 +1,1 @@
+"""Chat templates in their sandbox: messages become text and ids."""
