@@ -28,8 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tinyllm
+from tinyllm.engine.generate import Run, generate_tokens
 from tinyllm.errors import DeviceError
-from tinyllm.generate import Run, generate_tokens
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache, open_backend
 from tinyllm.kernels.devices import resolve

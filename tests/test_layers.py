@@ -15,8 +15,8 @@ FILES = sorted((ROOT / "tinyllm").rglob("*.py"))
 MAX_LINES = 600
 TABLES = {"iq_tables.py", "unassigned.py"}  # data, not code
 
-BELOW_GENERATE = {"errors", "gguf", "tokenizers", "kernels", "models", "sampling", "text"}
-BELOW_MODEL = BELOW_GENERATE | {"generate", "chat", "completion"}
+BELOW_ENGINE = {"errors", "gguf", "tokenizers", "kernels", "models", "sampling", "text"}
+BELOW_MODEL = BELOW_ENGINE | {"engine", "chat"}
 DOWNLOADS = {"sdk.download", "sdk.catalogue", "sdk.locks"}  # load() takes "hf:..." and listed names
 ALLOWED = {
     "errors": set(),
@@ -25,16 +25,15 @@ ALLOWED = {
     "kernels": {"errors", "gguf"},
     "models": {"errors", "gguf", "kernels.backend"},
     "sampling": {"errors"},
-    "generate": {"errors", "models", "sampling"},
     "text": {"errors", "tokenizers"},
-    "completion": {"errors", "tokenizers", "models", "sampling", "text", "generate", "model"},
+    "engine": {"errors", "tokenizers", "models", "sampling", "text", "model"},
     "chat": {"errors", "tokenizers"},
-    "model": BELOW_MODEL | DOWNLOADS | {"completion"},
+    "model": BELOW_MODEL | DOWNLOADS,
     **{module: {"errors", *DOWNLOADS} for module in DOWNLOADS},
     "sdk": BELOW_MODEL | {"model"},
     "cli": BELOW_MODEL | {"model", "sdk"},
     "__main__": {"cli"},
-    "__init__": {"errors", "gguf", "tokenizers", "completion", "model", "sdk"},
+    "__init__": {"errors", "gguf", "tokenizers", "engine", "model", "sdk"},
 }
 THIRD_PARTY = {
     "cupy",
@@ -135,7 +134,7 @@ def test_imports_point_one_way(path):
             "if TYPE_CHECKING:\n    from ...models.step import Step",
             "models.step",
         ),
-        ("generate", "from .model import Model", "model"),
+        ("engine.generate", "from ..sdk import GPT4All", "sdk"),
     ],
 )
 def test_a_wrong_import_is_found(module, source, crossing):

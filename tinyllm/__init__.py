@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors, gguf, tokenizers
-    from .completion import Completion
+    from .engine.completion import Completion
     from .model import Model, list_devices, load
 
 __version__ = "0.1.0"
@@ -22,7 +22,12 @@ __all__ = [
     "tokenizers",
 ]
 _MODULES = {"errors", "gguf", "tokenizers", "sdk"}
-_HOMES = {"Completion": "completion", "Model": "model", "list_devices": "model", "load": "model"}
+_HOMES = {
+    "Completion": "engine.completion",
+    "Model": "model",
+    "list_devices": "model",
+    "load": "model",
+}
 
 
 def __getattr__(name: str) -> Any:

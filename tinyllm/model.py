@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import gguf, tokenizers
-from .completion import (
+from .engine.completion import (
     SMALLEST_CONTEXT,
     Options,
     Pieces,
@@ -21,6 +21,7 @@ from .completion import (
     split_prompts,
     strings,
 )
+from .engine.generate import Overflow
 from .errors import (
     ArgumentError,
     ContextOverflow,
@@ -29,7 +30,6 @@ from .errors import (
     TinyLLMError,
     UnsupportedModel,
 )
-from .generate import Overflow
 from .gguf.finite import check_finite
 from .gguf.tensor import Tensor
 from .kernels import devices

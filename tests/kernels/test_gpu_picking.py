@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tinyllm import gguf
+from tinyllm.engine.generate import Run, generate_tokens
 from tinyllm.errors import DeviceError, NumericError
-from tinyllm.generate import Run, generate_tokens
 from tinyllm.kernels import choose
 from tinyllm.models.network import Network, build
 from tinyllm.sampling import Sampler, SamplingParams

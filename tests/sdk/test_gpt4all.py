@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from tinyllm.completion import Completion
+from tinyllm.engine.completion import Completion
 from tinyllm.sdk import CancellationError, Embed4All, GPT4All, catalogue, devices
 from tinyllm.sdk import gpt4all as module
 from tinyllm.sdk._pyllmodel import LLModel

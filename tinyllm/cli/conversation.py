@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chat.render import chat_ids
+from ..engine.generate import Timings
 from ..errors import ArgumentError, TinyLLMError
-from ..generate import Timings
 
 if TYPE_CHECKING:
     from ..model import Model

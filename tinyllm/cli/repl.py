@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..engine.generate import Timings
 from ..errors import ArgumentError, ContextOverflow, TinyLLMError
-from ..generate import Timings
 from .arguments import (
     MODEL_HELP,
     Arguments,
@@ -249,7 +249,7 @@ def chat_arguments(p: Parser) -> None:
 
 
 def talk(args: Arguments) -> None:
-    from ..completion import check_max_tokens
+    from ..engine.completion import check_max_tokens
 
     if args.file and args.model:
         raise ArgumentError(f"two models: {args.file} and {args.model}; expected one")

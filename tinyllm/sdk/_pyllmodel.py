@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tinyllm.completion import SMALLEST_CONTEXT
+from tinyllm.engine.completion import SMALLEST_CONTEXT
+from tinyllm.engine.generate import ERASED
 from tinyllm.errors import GGUFError, TinyLLMError, UnsupportedModel
-from tinyllm.generate import ERASED
 from tinyllm.sampling import SamplingParams
 from tinyllm.sdk import devices, embedding
 from tinyllm.sdk.answering import Answer, Request, pieces

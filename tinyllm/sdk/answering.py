@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinyllm.completion import Completion, Job
-from tinyllm.generate import ERASED, Run, step
+from tinyllm.engine.completion import Completion, Job
+from tinyllm.engine.generate import ERASED, Run, step
 from tinyllm.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:

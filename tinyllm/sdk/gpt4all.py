@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from tinyllm.completion import Completion
+from tinyllm.engine.completion import Completion
 from tinyllm.sdk import answering, catalogue
 from tinyllm.sdk._pyllmodel import (
     CancellationError,

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
+from ..sampling import Sampler, SamplingParams
+from ..text import TextStream
 from .generate import Overflow, Run, Timings, Token, generate_tokens
-from .sampling import Sampler, SamplingParams
-from .text import TextStream
 
 if TYPE_CHECKING:
-    from .model import Model
-    from .models.network import Network
-    from .models.state import State
-    from .models.step import Tap
-    from .tokenizers import Tokenizer
+    from ..model import Model
+    from ..models.network import Network
+    from ..models.state import State
+    from ..models.step import Tap
+    from ..tokenizers import Tokenizer
 
 SMALLEST_CONTEXT = 8
 LONG_PROMPT = 256  # tokens from which reading shows a bar

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .errors import ContextOverflow, NumericError
-from .sampling import Sampler
+from ..errors import ContextOverflow, NumericError
+from ..sampling import Sampler
 
 if TYPE_CHECKING:
-    from .models.network import Best, Network
-    from .models.state import State
-    from .models.step import Tap
+    from ..models.network import Best, Network
+    from ..models.state import State
+    from ..models.step import Tap
 
 Overflow = Literal["error", "shift", "truncate"]
 DAMAGED = "logits hold NaN or infinity: the weights are damaged"
