@@ -16,8 +16,7 @@ MAX_LINES = 600
 TABLES = {"iq_tables.py", "unassigned.py"}  # data, not code
 
 BELOW_ENGINE = {"errors", "gguf", "tokenizers", "kernels", "models", "sampling", "text"}
-BELOW_MODEL = BELOW_ENGINE | {"engine", "chat"}
-DOWNLOADS = {"sdk.download", "sdk.catalogue", "sdk.locks"}  # load() takes "hf:..." and listed names
+BELOW_MODEL = BELOW_ENGINE | {"engine", "chat", "hub"}
 ALLOWED = {
     "errors": set(),
     "gguf": {"errors"},
@@ -28,8 +27,8 @@ ALLOWED = {
     "text": {"errors", "tokenizers"},
     "engine": {"errors", "tokenizers", "models", "sampling", "text", "model"},
     "chat": {"errors", "tokenizers"},
-    "model": BELOW_MODEL | DOWNLOADS,
-    **{module: {"errors", *DOWNLOADS} for module in DOWNLOADS},
+    "hub": {"errors"},
+    "model": BELOW_MODEL,
     "sdk": BELOW_MODEL | {"model"},
     "cli": BELOW_MODEL | {"model", "sdk"},
     "__main__": {"cli"},

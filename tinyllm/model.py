@@ -538,7 +538,7 @@ def locate(path: str | Path | None) -> Path:
         return BUNDLED
     if Path(path).exists() or isinstance(path, Path):
         return Path(path)
-    from .sdk.catalogue import find_model
+    from .hub.catalogue import find_model
 
     return Path(find_model(path))
 

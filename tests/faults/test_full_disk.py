@@ -107,7 +107,7 @@ def test_a_damaged_cache_is_compiled_anew(tmp_path: Path) -> None:
 
 
 def test_a_download_continues_when_there_is_room_again(tmp_path: Path, served: Any) -> None:
-    from tinyllm.sdk.download import fetch
+    from tinyllm.hub.download import fetch
 
     path, content = tmp_path / "model.gguf", served.content
     with full_disk(len(content) // 2), pytest.raises(OSError, match=r"File too large|No space"):

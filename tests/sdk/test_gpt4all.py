@@ -14,7 +14,8 @@ import pytest
 import requests
 
 from tinyllm.engine.completion import Completion
-from tinyllm.sdk import CancellationError, Embed4All, GPT4All, catalogue, devices
+from tinyllm.hub import catalogue
+from tinyllm.sdk import CancellationError, Embed4All, GPT4All, devices
 from tinyllm.sdk import gpt4all as module
 from tinyllm.sdk._pyllmodel import LLModel
 

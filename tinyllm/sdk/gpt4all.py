@@ -11,7 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tinyllm.engine.completion import Completion
-from tinyllm.sdk import answering, catalogue
+from tinyllm.hub import catalogue
+from tinyllm.hub.catalogue import ConfigType, append_extension_if_missing
+from tinyllm.hub.download import _fsync
+from tinyllm.sdk import answering
 from tinyllm.sdk._pyllmodel import (
     CancellationError,
     EmbCancelCallbackType,
@@ -20,10 +23,8 @@ from tinyllm.sdk._pyllmodel import (
     ResponseCallbackType,
     empty_response_callback,
 )
-from tinyllm.sdk.catalogue import ConfigType, append_extension_if_missing
 from tinyllm.sdk.closing import Closing
 from tinyllm.sdk.devices import BackendName, split_device
-from tinyllm.sdk.download import _fsync
 from tinyllm.sdk.embed4all import Embed4All
 from tinyllm.sdk.legacy import LegacyNames
 from tinyllm.sdk.retrieval import ModelFiles

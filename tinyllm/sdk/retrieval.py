@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import requests
 
-from tinyllm.sdk import catalogue
-from tinyllm.sdk.catalogue import ConfigType, append_extension_if_missing
-from tinyllm.sdk.download import fetch, safe_name
+from tinyllm.hub import catalogue
+from tinyllm.hub.catalogue import ConfigType, append_extension_if_missing
+from tinyllm.hub.download import fetch, safe_name
 from tinyllm.sdk.templates import from_percent
 
 

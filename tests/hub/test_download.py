@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from tinyllm.sdk import download
-from tinyllm.sdk.download import fetch, safe_name
-from tinyllm.sdk.locks import locked
+from tinyllm.hub import download
+from tinyllm.hub.download import fetch, safe_name
+from tinyllm.hub.locks import locked
 
 CONTENT = bytes(range(256)) * 1200  # 307,200 bytes
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -16,7 +16,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from tinyllm.errors import ArgumentError
-from tinyllm.sdk.locks import locked
+from tinyllm.hub.locks import locked
 
 BLOCK = 1 << 20  # bytes
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two pieces of an answer

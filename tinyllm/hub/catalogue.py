@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from tinyllm.errors import ArgumentError
-from tinyllm.sdk.download import TIMEOUT, HTTPError, fetch, safe_name
+from tinyllm.hub.download import TIMEOUT, HTTPError, fetch, safe_name
 
 ConfigType = dict[str, Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllm.sdk import catalogue
+from tinyllm.hub import catalogue
 
 MODEL = b"GGUF of a sort" * 1000
 LIST = [

@@ -1,0 +1,1 @@
+"""Names of models become files: GPT4All's list, Hugging Face, downloads."""
