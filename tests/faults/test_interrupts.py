@@ -53,7 +53,7 @@ def test_work_ends_and_can_be_done_again(
 
 DOWNLOADING = """
 import sys
-from tinyllm.sdk.download import fetch
+from tinyllm.hub.download import fetch
 fetch(sys.argv[1], sys.argv[2], verbose=False)
 """
 

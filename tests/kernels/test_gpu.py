@@ -14,7 +14,7 @@ from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache, Routing
 from tinyllm.kernels.gpu import devices, sources, weights
 from tinyllm.kernels.gpu.arrays import Pool, bucket
-from tinyllm.kernels.gpu.cache import Shelf
+from tinyllm.kernels.gpu.kvcache import Shelf
 from tinyllm.kernels.reference import ReferenceBackend
 
 pytestmark = pytest.mark.device

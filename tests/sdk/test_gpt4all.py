@@ -17,7 +17,7 @@ from tinyllm.engine.completion import Completion
 from tinyllm.hub import catalogue
 from tinyllm.sdk import CancellationError, Embed4All, GPT4All, devices
 from tinyllm.sdk import gpt4all as module
-from tinyllm.sdk._pyllmodel import LLModel
+from tinyllm.sdk.llmodel import LLModel
 
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temp": 0}
 START = "Once upon a time"
@@ -55,14 +55,14 @@ def test_signature_is_the_pages(function: Any) -> None:
 
 
 def test_module_has_the_names_that_programs_import() -> None:
-    from tinyllm.sdk import _pyllmodel
+    from tinyllm.sdk import llmodel
 
     names = "CancellationError ConfigType Embed4All EmbedResult EmbCancelCallbackType GPT4All LLModel MessageType DEFAULT_MODEL_DIRECTORY DEFAULT_PROMPT_TEMPLATE ResponseCallbackType append_extension_if_missing empty_response_callback _fsync _remove_prefix sys"
     for name in names.split():
         assert hasattr(module, name), name
     names = "LLModel LLModelPromptContext PromptCallback ResponseCallback EmbCancelCallback Sentinel cuda_found _load_cuda MODEL_LIB_PATH llmodel"
     for name in names.split():
-        assert hasattr(_pyllmodel, name), name
+        assert hasattr(llmodel, name), name
     assert Embed4All.MIN_DIMENSIONALITY == 64
 
 

@@ -74,7 +74,7 @@ def test_an_assigned_directory_moves_the_models(
 
 def test_importing_the_sdk_imports_nothing_heavy() -> None:
     code = (
-        "import sys, tinyllm, tinyllm.sdk, tinyllm.sdk.download\n"
+        "import sys, tinyllm, tinyllm.sdk, tinyllm.hub.download\n"
         "heavy = {'numba', 'cupy', 'pyopencl', 'jinja2', 'requests'}\n"
         "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
     )

@@ -18,10 +18,10 @@ import numpy as np
 from ..errors import DeviceError, GGUFError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from ..kernels.backend import Best as Best
+from .ahead import Flight, landed
 from .archs import Arch, find
 from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
-from .flight import Flight, landed
 from .memory import allocating, check_fits
 from .stages import Place, Stage, caches_of, new_cache, stage_bytes
 from .state import State

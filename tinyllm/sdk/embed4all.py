@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from tinyllm.sdk.closing import Closing
 
 if TYPE_CHECKING:
-    from tinyllm.sdk._pyllmodel import EmbCancelCallbackType, EmbedResult
+    from tinyllm.sdk.llmodel import EmbCancelCallbackType, EmbedResult
 
 
 class Embed4All(Closing):

@@ -15,7 +15,11 @@ from tinyllm.hub import catalogue
 from tinyllm.hub.catalogue import ConfigType, append_extension_if_missing
 from tinyllm.hub.download import _fsync
 from tinyllm.sdk import answering
-from tinyllm.sdk._pyllmodel import (
+from tinyllm.sdk.closing import Closing
+from tinyllm.sdk.devices import BackendName, split_device
+from tinyllm.sdk.embed4all import Embed4All
+from tinyllm.sdk.legacy import LegacyNames
+from tinyllm.sdk.llmodel import (
     CancellationError,
     EmbCancelCallbackType,
     EmbedResult,
@@ -23,10 +27,6 @@ from tinyllm.sdk._pyllmodel import (
     ResponseCallbackType,
     empty_response_callback,
 )
-from tinyllm.sdk.closing import Closing
-from tinyllm.sdk.devices import BackendName, split_device
-from tinyllm.sdk.embed4all import Embed4All
-from tinyllm.sdk.legacy import LegacyNames
 from tinyllm.sdk.retrieval import ModelFiles
 from tinyllm.sdk.session import ChatSession
 from tinyllm.sdk.templates import (

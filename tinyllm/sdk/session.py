@@ -18,7 +18,7 @@ from tinyllm.sdk.templates import MessageType, Template
 
 if TYPE_CHECKING:
     from tinyllm.models.state import State
-    from tinyllm.sdk._pyllmodel import LLModel
+    from tinyllm.sdk.llmodel import LLModel
 
 MAX_HISTORY_BYTES = 64 << 20
 

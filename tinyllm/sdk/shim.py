@@ -19,8 +19,8 @@ VERSION = "2.8.2"
 EXPORTS = ("CancellationError", "Embed4All", "GPT4All")
 MODULES = {
     "gpt4all.gpt4all": "tinyllm.sdk.gpt4all",
-    "gpt4all._pyllmodel": "tinyllm.sdk._pyllmodel",
-    "gpt4all.pyllmodel": "tinyllm.sdk._pyllmodel",
+    "gpt4all._pyllmodel": "tinyllm.sdk.llmodel",
+    "gpt4all.pyllmodel": "tinyllm.sdk.llmodel",
 }
 
 _installed: Shim | None = None

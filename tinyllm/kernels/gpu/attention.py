@@ -11,8 +11,8 @@ from . import sources
 from .arrays import GPUArray
 from .attention_tensor import TensorAttention
 from .batch import DeviceBatch
-from .cache import KV_CODE, GPUCache, Side, Store
 from .device import f32, i32, u64
+from .kvcache import KV_CODE, GPUCache, Side, Store
 from .sources import Program
 
 THREADS = 128  # as in src/attention.c

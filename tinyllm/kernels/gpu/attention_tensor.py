@@ -11,9 +11,9 @@ from . import batch as batches
 from . import sources
 from .arrays import GPUArray
 from .batch import DeviceBatch
-from .cache import KV_CODE, PAGE, Side, Store
 from .device import COUNTERS, i32, u64
-from .matrices import MATVEC_ROWS, Matrices
+from .kvcache import KV_CODE, PAGE, Side, Store
+from .matmul import MATVEC_ROWS, Matrices
 from .sources import Program
 
 LOCAL_BYTES = 46 << 10  # of a group's tiles; 48 KB are there

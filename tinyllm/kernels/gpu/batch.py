@@ -11,10 +11,10 @@ import numpy as np
 from ...errors import ArgumentError
 from ..backend import Batch
 from .arrays import GPUArray
-from .cache import GPUCache
+from .kvcache import GPUCache
 
 if TYPE_CHECKING:
-    from .common import GPUBackend
+    from .backend import GPUBackend
 
 Tiles = tuple[GPUArray, int]
 

@@ -11,14 +11,14 @@ import numpy as np
 from ...errors import DeviceError
 from . import cublas, devices, sources
 from .arrays import Buffer, GPUArray
-from .common import GPUBackend
+from .backend import GPUBackend
 from .device import Size
-from .matrices import Job
+from .matmul import Job
+from .matmul_tensor import TensorProducts
 from .pinned import Pinned
 from .products import LibraryProducts
 from .sources import Program
 from .steps import NotRecordable
-from .tensor import TensorProducts
 from .weights import PLAIN
 
 try:

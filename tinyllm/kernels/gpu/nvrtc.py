@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ...errors import DeviceError
 from ..backend import KVType
 from . import attention_tensor, devices, sources
-from .cache import Side
+from .kvcache import Side
 from .sources import Program
 from .weights import LAYOUTS, PLAIN
 

@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import DeviceError
 from . import devices, sources
 from .arrays import Buffer, GPUArray
-from .common import GPUBackend
+from .backend import GPUBackend
 from .device import Size
 from .sources import Program
 

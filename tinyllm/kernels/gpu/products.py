@@ -15,7 +15,7 @@ import numpy as np
 from . import sources
 from .arrays import Buffer, GPUArray
 from .device import i32, u64
-from .matrices import LANES, Job, Matrices
+from .matmul import LANES, Job, Matrices
 from .weights import PLAIN, GPUWeight
 
 MOST_PIECE = 128 << 20  # bytes of decoded weights at a time

@@ -16,7 +16,7 @@ from ..backend import Batch
 from . import batch as batches
 from .arrays import GPUArray
 from .batch import Resident
-from .cache import GPUCache
+from .kvcache import GPUCache
 
 MOST_ROWS = 512  # a chunk of a prompt: its launches take Python as long as a large device needs for their work
 FIRST = 2  # row of found in src/choose.c that has ids

@@ -18,10 +18,10 @@ from . import sources
 from .arrays import GPUArray, Pending, Sum
 from .attention import cache_program
 from .batch import DeviceBatch
-from .cache import GPUCache
+from .choosing import Picking
 from .device import f32, i32, u64
-from .matrices import EXPERTS, MATVEC_CHOICES, MAX_EXPERTS, ROWWISE
-from .picking import Picking
+from .kvcache import GPUCache
+from .matmul import EXPERTS, MATVEC_CHOICES, MAX_EXPERTS, ROWWISE
 from .recurrent import Recurrent
 from .steps import MOST_ROWS, Recording, Steps
 from .weights import GPUWeight

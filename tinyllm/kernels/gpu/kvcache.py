@@ -22,7 +22,7 @@ from ..backend import Cache, KVType, LayerCache, RopeSpec
 from .arrays import Buffer
 
 if TYPE_CHECKING:
-    from .common import GPUBackend
+    from .backend import GPUBackend
 
 PAGE = 64  # as in src/kv.h
 FIRST_BYTES = 64 << 20  # of a new buffer

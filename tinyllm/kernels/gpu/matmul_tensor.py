@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from . import sources
 from .arrays import GPUArray
 from .device import COUNTERS, i32, u64
-from .matrices import Job, Matrices, outputs, shared
+from .matmul import Job, Matrices, outputs, shared
 from .products import HalfProducts
 from .weights import PLAIN, GPUWeight
 
