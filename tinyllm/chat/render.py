@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tinyllm.errors import TemplateError
+from ..errors import TemplateError
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from tinyllm.chat.sandbox import Environment
+    from .sandbox import Environment
 
 Message = Mapping[str, Any]
 Clock = Callable[[], datetime]
@@ -102,7 +102,7 @@ def check(template: str) -> None:
 
 
 def _run(template: str, variables: dict[str, Any], clock: Clock) -> str:
-    from tinyllm.chat.metering import weight_of
+    from .metering import weight_of
 
     if not isinstance(template, str):
         raise TemplateError(f"a chat template is a text; found {type(template).__name__}")
@@ -148,7 +148,7 @@ def _template_line(error: Exception) -> int | None:
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> Environment:
-    from tinyllm.chat.sandbox import Environment
+    from .sandbox import Environment
 
     environment = Environment()
     environment.filters["tojson"] = functools.partial(_tojson, environment)

@@ -24,7 +24,7 @@ from jinja2.compiler import operators as OPERATORS
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
-from tinyllm.chat.metering import MAX_BITS, NODE, PER_STEP, Meter, Stopped
+from .metering import MAX_BITS, NODE, PER_STEP, Meter, Stopped
 
 MAX_SOURCE = 64 << 10  # characters of a template; the longest in use have 17,000
 MAX_NODES = 10_000  # expressions and statements of a template

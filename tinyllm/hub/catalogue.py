@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from tinyllm.errors import ArgumentError
-from tinyllm.hub.download import TIMEOUT, HTTPError, fetch, safe_name
+from ..errors import ArgumentError
+from .download import TIMEOUT, HTTPError, fetch, safe_name
 
 ConfigType = dict[str, Any]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from tinyllm.errors import ArgumentError
-from tinyllm.hub.locks import locked
+from ..errors import ArgumentError
+from .locks import locked
 
 BLOCK = 1 << 20  # bytes
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two pieces of an answer

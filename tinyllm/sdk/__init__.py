@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinyllm.sdk.gpt4all import Embed4All, GPT4All
-    from tinyllm.sdk.llmodel import CancellationError
-    from tinyllm.sdk.shim import install_as_gpt4all
+    from .gpt4all import Embed4All, GPT4All
+    from .llmodel import CancellationError
+    from .shim import install_as_gpt4all
 
 __all__ = ["CancellationError", "Embed4All", "GPT4All", "install_as_gpt4all"]
 

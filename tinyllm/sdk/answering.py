@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinyllm.engine.completion import Completion, Job
-from tinyllm.engine.generate import ERASED, Run, step
-from tinyllm.sampling import Sampler, SamplingParams
+from ..engine.completion import Completion, Job
+from ..engine.generate import ERASED, Run, step
+from ..sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
-    from tinyllm.model import Model
-    from tinyllm.models.state import State
+    from ..model import Model
+    from ..models.state import State
 
 STOP_STRINGS = (
     "### System",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from tinyllm.sdk.closing import Closing
+from .closing import Closing
 
 if TYPE_CHECKING:
-    from tinyllm.sdk.llmodel import EmbCancelCallbackType, EmbedResult
+    from .llmodel import EmbCancelCallbackType, EmbedResult
 
 
 class Embed4All(Closing):
@@ -34,7 +34,7 @@ class Embed4All(Closing):
     ) -> None:
         if model_name is None:
             model_name = "all-MiniLM-L6-v2.gguf2.f16.gguf"
-        from tinyllm.sdk.gpt4all import GPT4All
+        from .gpt4all import GPT4All
 
         self.gpt4all = GPT4All(model_name, n_threads=n_threads, device=device, **kwargs)
 

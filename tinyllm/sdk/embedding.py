@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from tinyllm.model import Model
+    from ..model import Model
 
 CancelCallback = Callable[[list[int], str], bool]
 

@@ -10,16 +10,16 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from tinyllm.engine.completion import Completion
-from tinyllm.hub import catalogue
-from tinyllm.hub.catalogue import ConfigType, append_extension_if_missing
-from tinyllm.hub.download import _fsync
-from tinyllm.sdk import answering
-from tinyllm.sdk.closing import Closing
-from tinyllm.sdk.devices import BackendName, split_device
-from tinyllm.sdk.embed4all import Embed4All
-from tinyllm.sdk.legacy import LegacyNames
-from tinyllm.sdk.llmodel import (
+from ..engine.completion import Completion
+from ..hub import catalogue
+from ..hub.catalogue import ConfigType, append_extension_if_missing
+from ..hub.download import _fsync
+from . import answering
+from .closing import Closing
+from .devices import BackendName, split_device
+from .embed4all import Embed4All
+from .legacy import LegacyNames
+from .llmodel import (
     CancellationError,
     EmbCancelCallbackType,
     EmbedResult,
@@ -27,9 +27,9 @@ from tinyllm.sdk.llmodel import (
     ResponseCallbackType,
     empty_response_callback,
 )
-from tinyllm.sdk.retrieval import ModelFiles
-from tinyllm.sdk.session import ChatSession
-from tinyllm.sdk.templates import (
+from .retrieval import ModelFiles
+from .session import ChatSession
+from .templates import (
     DEFAULT_PROMPT_TEMPLATE,
     FormattingMethod,
     MessageType,
@@ -41,7 +41,7 @@ from tinyllm.sdk.templates import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from tinyllm.kernels.backend import Compute
+    from ..kernels.backend import Compute
 
 __all__ = [
     "DEFAULT_MODEL_DIRECTORY",

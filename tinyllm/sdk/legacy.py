@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from tinyllm.sdk.session import ChatSession
-from tinyllm.sdk.templates import MessageType, template_of
+from .session import ChatSession
+from .templates import MessageType, template_of
 
 
 class LegacyNames:

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tinyllm.engine.completion import SMALLEST_CONTEXT
-from tinyllm.engine.generate import ERASED
-from tinyllm.errors import GGUFError, TinyLLMError, UnsupportedModel
-from tinyllm.sampling import SamplingParams
-from tinyllm.sdk import devices, embedding
-from tinyllm.sdk.answering import Answer, Request, pieces
-from tinyllm.sdk.devices import BackendName
-from tinyllm.sdk.names import (
+from ..engine.completion import SMALLEST_CONTEXT
+from ..engine.generate import ERASED
+from ..errors import GGUFError, TinyLLMError, UnsupportedModel
+from ..sampling import SamplingParams
+from . import devices, embedding
+from .answering import Answer, Request, pieces
+from .devices import BackendName
+from .names import (
     MAX_BATCH,
     MODEL_LIB_PATH,
     PROMPT_OPTIONS,
@@ -39,9 +39,9 @@ from tinyllm.sdk.names import (
 )
 
 if TYPE_CHECKING:
-    from tinyllm.kernels.backend import Compute
-    from tinyllm.model import Model
-    from tinyllm.models.state import State
+    from ..kernels.backend import Compute
+    from ..model import Model
+    from ..models.state import State
 
 __all__ = [
     "MODEL_LIB_PATH",
@@ -260,7 +260,7 @@ class LLModel:
 
     def _encode(self, prompt: str, special: bool = True) -> list[int]:
         """A prompt's tokens: special tokens read unless told otherwise, the beginning token once."""
-        from tinyllm.chat.render import encode_chat
+        from ..chat.render import encode_chat
 
         prompt.encode()  # GPT4All's errors: AttributeError for what is no text, UnicodeEncodeError
         tokenizer = self._open().tokenizer
@@ -475,8 +475,8 @@ def _with_template(
 
 def _unsupported(path: str, error: UnsupportedModel) -> str:
     """GPT4All's words for an architecture that is not known, ours for everything else."""
-    from tinyllm import gguf
-    from tinyllm.models.archs import ARCHS
+    from .. import gguf
+    from ..models.archs import ARCHS
 
     with gguf.open(path) as file:
         name = file.metadata.get("general.architecture")

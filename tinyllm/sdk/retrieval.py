@@ -9,10 +9,10 @@ from urllib.parse import quote
 
 import requests
 
-from tinyllm.hub import catalogue
-from tinyllm.hub.catalogue import ConfigType, append_extension_if_missing
-from tinyllm.hub.download import fetch, safe_name
-from tinyllm.sdk.templates import from_percent
+from ..hub import catalogue
+from ..hub.catalogue import ConfigType, append_extension_if_missing
+from ..hub.download import fetch, safe_name
+from .templates import from_percent
 
 
 class ModelFiles:
@@ -146,7 +146,7 @@ def _entry(filename: str, models: list[ConfigType]) -> ConfigType:
 
 def _default_directory() -> Path:
     """The directory that programs may move by assigning ``DEFAULT_MODEL_DIRECTORY``."""
-    from tinyllm.sdk import gpt4all
+    from . import gpt4all
 
     directory = Path(gpt4all.DEFAULT_MODEL_DIRECTORY)
     try:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllm.errors import StateError, TemplateError
-from tinyllm.sdk.templates import MessageType, Template
+from ..errors import StateError, TemplateError
+from .templates import MessageType, Template
 
 if TYPE_CHECKING:
-    from tinyllm.models.state import State
-    from tinyllm.sdk.llmodel import LLModel
+    from ..models.state import State
+    from .llmodel import LLModel
 
 MAX_HISTORY_BYTES = 64 << 20
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tinyllm.errors import TinyLLMError
-from tinyllm.sdk.closing import Closing
+from ..errors import TinyLLMError
+from .closing import Closing
 
 VERSION = "2.8.2"
 EXPORTS = ("CancellationError", "Embed4All", "GPT4All")

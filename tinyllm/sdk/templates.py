@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tinyllm.chat import render as chat
+from ..chat import render as chat
 
 MessageType = dict[str, str]
 
