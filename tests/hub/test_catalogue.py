@@ -82,7 +82,7 @@ def test_a_missing_list_is_an_error(site: Site) -> None:
 
 def test_a_damaged_kept_list_counts_as_none(site: Site) -> None:
     catalogue.fetch_list()
-    (catalogue.cache_directory() / "models3.json").write_text("{")
+    (catalogue.cache_folder() / "models3.json").write_text("{")
     assert catalogue.known_models() == []
 
 

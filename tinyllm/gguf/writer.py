@@ -100,7 +100,7 @@ def write(
     if not isinstance(path_or_file, (str, os.PathLike)):
         _write_to(path_or_file, header, stored, byteorder, alignment)
         return
-    path = os.fspath(path_or_file)
+    path = os.path.expanduser(os.fspath(path_or_file))
     unfinished = f"{path}.{os.getpid()}.part"
     try:
         with open(unfinished, "wb") as file:

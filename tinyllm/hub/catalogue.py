@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..errors import ArgumentError
+from ..system import cache_folder, expanded, home
 from .download import TIMEOUT, HTTPError, fetch, safe_name
 
 ConfigType = dict[str, Any]
@@ -22,12 +23,7 @@ FILES_URL = "https://gpt4all.io/models/gguf/"
 HUB_URL = "https://huggingface.co"
 HF_NAME = re.compile(r"hf:([\w.-]+)/([\w.-]+?)(?:@([\w.-]+))?/(.+)")
 
-DEFAULT_MODEL_DIRECTORY = Path.home() / ".cache" / "gpt4all"
-
-
-def cache_directory() -> Path:
-    """Where lists and Hugging Face files are kept: $TINYLLM_CACHE, or ``~/.cache/tinyllm``."""
-    return Path(os.environ.get("TINYLLM_CACHE") or Path.home() / ".cache" / "tinyllm")
+DEFAULT_MODEL_DIRECTORY = home() / ".cache" / "gpt4all"
 
 
 def fetch_list() -> list[ConfigType]:
@@ -45,7 +41,7 @@ def fetch_list() -> list[ConfigType]:
 
 
 def _keep_list(models: list[ConfigType]) -> None:
-    path = cache_directory() / "models3.json"
+    path = cache_folder() / "models3.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
@@ -58,7 +54,7 @@ def _keep_list(models: list[ConfigType]) -> None:
 def known_models() -> list[ConfigType]:
     """The list as last fetched; empty when it never was. Asks no network."""
     try:
-        models = json.loads((cache_directory() / "models3.json").read_text(encoding="utf-8"))
+        models = json.loads((cache_folder() / "models3.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return models if isinstance(models, list) else []
@@ -105,7 +101,7 @@ def download_hf(name: str, verbose: bool = True, allow_download: bool = True) ->
         safe_name(part)
         for part in (owner, repo + (f"@{revision}" if revision else ""), *file.split("/"))
     ]
-    path = cache_directory() / "hf" / Path(*parts)
+    path = cache_folder() / "hf" / Path(*parts)
     if not allow_download and not path.exists():
         raise FileNotFoundError(f"Model file does not exist: {path!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +130,7 @@ def find_model(
     """
     if isinstance(name, str) and name.startswith("hf:"):
         return download_hf(name, verbose, allow_download)
-    path = Path(name)
+    path = expanded(name)
     here = [path, DEFAULT_MODEL_DIRECTORY / append_extension_if_missing(str(name))]
     found = next((p for p in here if p.is_file()), None)
     if found is not None:

@@ -14,6 +14,7 @@ Outputs belong to the step (they may be overwritten by the next one); what must 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from .. import system
 from ..errors import DeviceError
 from .batch import Array as Array
 from .batch import Batch as Batch
@@ -136,9 +138,7 @@ class Backend(ABC):
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all, where weights and caches live."""
-        from .hardware import available_bytes, memory_bytes
-
-        return available_bytes(), memory_bytes()
+        return system.available_bytes(), system.memory_bytes()
 
     def close(self) -> None:  # noqa: B027 (most backends hold nothing but memory)
         """Free what the device holds; the backend is not used afterwards."""
@@ -472,6 +472,10 @@ def open_backend(device: str, n_threads: int | None = None, compute: Compute = "
 
         return ReferenceBackend()
     if kind == "cpu":
+        from .cpu import jit
+
+        if not jit.can_compile():
+            return _instead_of_cpu(compute)
         from .cpu.backend import CPUBackend
 
         return CPUBackend(n_threads, compute)
@@ -486,3 +490,15 @@ def open_backend(device: str, n_threads: int | None = None, compute: Compute = "
     raise DeviceError(
         f"unknown device {device!r}; expected 'cpu', 'reference', 'cuda[:i]' or 'opencl[:i]'"
     )
+
+
+def _instead_of_cpu(compute: Compute) -> Backend:
+    """What computes where the sources of the CPU's kernels were not shipped: NumPy, with a warning."""
+    missing = "the sources of the CPU's kernels are missing (only bytecode was shipped)"
+    advice = "ship tinyllm/kernels/cpu/*.py too"
+    if compute != "f32":
+        raise DeviceError(f"compute={compute!r}: {missing}; {advice}")
+    warnings.warn(f"{missing}: NumPy computes, slowly; {advice}", RuntimeWarning, stacklevel=2)
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from .. import system
 from ..errors import DeviceError
 
 
@@ -24,9 +25,7 @@ def list_devices() -> list[Device]:
 
 
 def cpu() -> Device:
-    from .hardware import cpu_name, memory_bytes
-
-    return Device("cpu", cpu_name(), "cpu", memory_bytes())
+    return Device("cpu", system.cpu_name(), "cpu", system.memory_bytes())
 
 
 def gpus() -> list[Device]:

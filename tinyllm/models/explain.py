@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..kernels.backend import Backend, Batch, RopeSpec, Routing
 from .network import Network, build
 from .step import Step
 
-OUTLINES = Path(__file__).parent / "outlines.json"
+OUTLINES: Any = resources.files(__package__) / "outlines.json"
 Shape = tuple[Any, ...]
 
 

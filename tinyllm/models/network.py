@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import threading
 import time
 import warnings
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .. import system
 from ..errors import DeviceError, GGUFError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from ..kernels.backend import Best as Best
@@ -305,8 +305,7 @@ def unlock() -> None:
         network.lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=unlock)
+system.after_fork(unlock)
 
 
 def output_rows(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:

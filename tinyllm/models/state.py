@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import system
 from ..errors import ArgumentError, StateError
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class State:
     def save(self, path: str | Path) -> None:
         """Write tokens and cache to a ``.npz`` file (no pickle), atomically."""
         self.check_whole()
-        path = Path(path)
+        path = system.expanded(path)
         part = path.with_name(path.name + ".part")
         with self.lock:
             arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
@@ -148,7 +149,7 @@ class State:
             The file is damaged, of another model, or longer than this state has room for.
         """
         try:
-            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as f:
+            with system.expanded(path).open("rb") as raw, np.load(raw, allow_pickle=False) as f:
                 sizes = {e.filename.removesuffix(".npy"): e.file_size for e in f.zip.infolist()}
                 small = ("fingerprint", "ids", "n_past")
                 if any(sizes[name] > 4 * self.n_ctx + HEADER for name in small):

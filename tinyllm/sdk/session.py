@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import system
 from ..errors import StateError, TemplateError
 from .templates import MessageType, Template
 
@@ -99,7 +100,7 @@ class ChatSession:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write messages and state to one file, atomically."""
-        path = Path(path)
+        path = system.expanded(path)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder) / "session"
             with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
@@ -119,7 +120,7 @@ class ChatSession:
         """
         self.end_stream()
         try:
-            history, state = self._read(Path(path), model)
+            history, state = self._read(system.expanded(path), model)
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
             raise StateError(f"{path}: not a saved session ({error})") from error
         self.history[:], self.state = history, state

@@ -6,13 +6,12 @@ states, so results are equal to the bit. A tile of sums leaves the unit through 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 
 from llvmlite import ir
 
+from ... import system
 from .formats import Format, Tile
 from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, target, types
 
@@ -24,10 +23,9 @@ SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
 @lru_cache(1)
 def available() -> bool:
     """Whether kernels are compiled for AMX and the system lets this process use it (Linux must be asked)."""
-    if not {"amx-int8", "amx-tile", "avx512f"} <= target()[2] or sys.platform != "linux":
+    if not {"amx-int8", "amx-tile", "avx512f"} <= target()[2]:
         return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return system.allow_amx()
 
 
 @lru_cache

@@ -7,7 +7,6 @@ memory sees every byte twice, once read and once written.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import weakref
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ... import system
 from . import jit
 from .program import ALIGN, huge
 from .simd import (
@@ -244,8 +244,7 @@ def _forget() -> None:
     helpers = Helpers()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+system.after_fork(_forget)
 
 
 def share(pieces: Iterable[Any], work: Callable[[Any], None], n_threads: int) -> None:
