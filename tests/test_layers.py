@@ -33,12 +33,14 @@ ALLOWED: dict[str, set[str]] = {
     "sdk": BELOW_MODEL | {"model"},
     "cli": BELOW_MODEL | {"model", "sdk"},
     "__main__": {"cli"},
+    "_pyinstaller": set(),
     "__init__": {"errors", "gguf", "tokenizers", "engine", "model", "sdk"},
 }
 THIRD_PARTY = {
     "cupy",
     "jinja2",
     "llvmlite",
+    "PyInstaller",  # runs its hook
     "numba",
     "numpy",
     "pyopencl",

@@ -271,18 +271,21 @@ def map_memory(n_bytes: int) -> mmap.mmap:
 
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(MACHINE, 0) if NAME == "linux" else 0
 
-Waiting = Literal["futex", "os_sync", "WaitOnAddress", "nap"]
+Waiting = Literal["futex", "os_sync", "WaitOnAddress", "nanosleep", "Sleep"]
 
 
 def _waiting() -> Waiting:
-    """By which means native code waits until a number in memory changes: Linux, macOS 14.4, Windows 8, any."""
+    """By which means native code waits until a number in memory changes.
+
+    Linux, macOS 14.4 and Windows 8 wake a thread when another says so; elsewhere it looks again after a nap.
+    """
     if FUTEX:
         return "futex"
     if NAME == "darwin" and _native("os_sync_wait_on_address"):
         return "os_sync"
     if NAME == "win32" and {"WaitOnAddress", "WakeByAddressAll"} <= native_symbols().keys():
         return "WaitOnAddress"
-    return "nap"
+    return "Sleep" if NAME == "win32" else "nanosleep"
 
 
 def native_symbols() -> dict[str, int]:
@@ -300,6 +303,7 @@ def native_symbols() -> dict[str, int]:
 
 
 WAITING: Waiting = _waiting()
+WAKES = WAITING not in ("nanosleep", "Sleep")
 
 
 def after_fork(renew: Callable[[], object]) -> None:

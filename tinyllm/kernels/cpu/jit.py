@@ -164,7 +164,7 @@ def _candidates() -> list[Path]:
 def _fingerprint() -> str:
     """A hash of everything that decides the machine code."""
     triple, cpu, features = simd.target()
-    parts = [sys.version, llvmlite.__version__, triple, cpu, system.WAITING, *sorted(features)]
+    parts = [sys.version, llvmlite.__version__, triple, cpu, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(_package_files(), key=lambda f: f.name):
         digest.update(source.read_bytes())

@@ -32,7 +32,7 @@ ARGS = 5  # where its arguments begin
 LINE = 64  # bytes: shared counters stand on cache lines of their own
 GENERATION, NEXT, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, PARKED = (LINE * i for i in range(8))
 SPIN = 1500  # pauses before sleeping: some 50 microseconds
-WAKES = system.WAITING != "nap"  # else nobody is woken, and those who wait look again
+WAKES = system.WAKES  # else nobody is woken, and those who wait look again
 YIELDS = 2000  # before the first nap: about a millisecond
 NAP, LONGEST_NAP = 20_000, 1_000_000  # nanoseconds: how much longer each nap is than the one before
 SHIFT = 32  # the generation's place in the counters
@@ -108,8 +108,8 @@ def wake_all(e, p):
 
 @emitter(types.void, i64)
 def nap(e, nanoseconds):
-    """Let other threads run for so long, less than a second; 0: only if one wants to."""
-    if system.NAME == "win32":
+    """Let other threads run for so long, less than a second."""
+    if system.WAITING == "Sleep":
         e.call("Sleep", ir.VoidType(), e.b.trunc(e.b.udiv(nanoseconds, I64(1_000_000)), I32))
         return
     timespec = e.room(ir.ArrayType(I64, 2))
@@ -278,7 +278,7 @@ class Pool:
         self._lock = threading.Lock()
         self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
-        self._work = _foreign(work)
+        self._work = _foreign(work, f"work_{system.WAITING}")
         self._started = 1  # the caller is worker 0
         self._retired: deque[tuple[int, object]] = deque()
 
@@ -317,9 +317,9 @@ class Pool:
             self._retired.popleft()
 
 
-def _foreign(body) -> ctypes._CFuncPtr:
+def _foreign(body, name: str) -> ctypes._CFuncPtr:
     """A compiled function of four integers as Python calls it: without the interpreter's lock."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(body))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(body, name))
 
 
 _pool: Pool | None = None
