@@ -290,9 +290,19 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         if not self.config.causal:
             raise ArgumentError(f"{self.arch} reads texts and writes none; use embed")
         params = SamplingParams(
-            temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n,
-            presence_penalty, frequency_penalty, logit_bias, logits_processor, seed,
-        )  # fmt: skip
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logits_processor=logits_processor,
+            seed=seed,
+        )
         options = Options(
             params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow
         )

@@ -84,7 +84,7 @@ def sampling_options(p: Parser) -> None:
 
 
 def sampling_of(args: Arguments) -> dict[str, Any]:
-    """What ``generate`` takes; a wrong value is told before a large file is read."""
+    """The sampling options as ``generate`` takes them, checked before a large file is read."""
     from ..sampling import SamplingParams
 
     found = {name: getattr(args, name) for name in [*sampling_defaults(), "seed"]}
@@ -118,7 +118,7 @@ def load_decoder(args: Arguments) -> Model:
 
 
 def locate(name: str | None) -> Path:
-    """The model's file, perhaps downloaded; what goes wrong on the way is one line."""
+    """The model's file, downloaded if need be; an error on the way has a message of one line."""
     from ..model import locate as locate_model
 
     try:
@@ -130,7 +130,7 @@ def locate(name: str | None) -> Path:
 
 
 def open_file(name: str | None) -> GGUFFile:
-    """A model's metadata and tensors, weights unread."""
+    """Open a model's file; its weights are not read."""
     from .. import gguf
 
     return gguf.open(locate(name))
@@ -150,7 +150,7 @@ def read_text(name: str) -> str:
 
 
 def refuse_lonely_model(command: str, model: str | None, text: str) -> None:
-    """A single argument is the text; if it looks like a model, the text was forgotten."""
+    """Raise ArgumentError if the only argument is a model: the text was forgotten."""
     if model is None and text.endswith(".gguf"):
         raise ArgumentError(
             f'after the model comes a text: tinyllm {command} {text} "Once upon a time"'

@@ -165,7 +165,7 @@ def tokenize(args: Arguments) -> None:
 
 
 def no_arguments(p: Parser) -> None:
-    """The command takes none."""
+    """Declare no arguments: the command takes none."""
 
 
 def devices(args: Arguments) -> None:
