@@ -119,7 +119,7 @@ def load_decoder(args: Arguments) -> Model:
 
 def locate(name: str | None) -> Path:
     """The model's file, downloaded if need be; an error on the way has a message of one line."""
-    from ..model import locate as locate_model
+    from ..loading import locate as locate_model
 
     try:
         return locate_model(name)
