@@ -109,10 +109,10 @@ def embed_arguments(p: Parser) -> None:
 def embed(args: Arguments) -> None:
     texts = list(args.words)
     args.model = texts.pop(0) if texts and is_model(texts[0]) else None
-    if not texts and has_terminal(sys.stdin):
-        raise ArgumentError('there is no text; expected one or more: tinyllm embed "A text"')
     if texts in ([], ["-"]):
-        texts = lines_of(read_text("-"))
+        texts = [] if has_terminal(sys.stdin) else lines_of(read_text("-"))
+    if not texts:
+        raise ArgumentError('there is no text; expected one or more: tinyllm embed "A text"')
     with load_model(args) as model:
         for vector in model.embed(texts, args.pooling, not args.no_normalize):
             print_json([float(f"{x:.7g}") for x in vector])
