@@ -17,7 +17,7 @@ from tinyllm.cli.arguments import is_model, unescaped
 from tinyllm.cli.commands import COMMANDS, main
 from tinyllm.errors import ArgumentError
 from tinyllm.files import lines_of, read_text, replacing
-from tinyllm.model import BUNDLED
+from tinyllm.loading import BUNDLED
 
 GREEDY = ["--device", "reference", "--temperature", "0", "-n", "4"]
 STORY = "Once upon a time"
@@ -139,7 +139,7 @@ def test_run_answers_in_the_chat_template(capsys) -> None:
     "argv",
     [
         ["run", STORY, *GREEDY], ["run", "--chat", "Hi", *GREEDY], ["info"], ["tokenize", "a b"],
-        ["devices"], ["perplexity", str(BUNDLED.parent.parent / "model.py"), "--n-windows", "1",
+        ["devices"], ["perplexity", str(BUNDLED.parent.parent / "loading.py"), "--n-windows", "1",
                       "--device", "reference"],
     ],
 )  # fmt: skip
@@ -155,7 +155,7 @@ def test_json_is_one_line(argv: list[str], capsys) -> None:
     [(["--n-windows", "-1"], "n_windows=-1"), (["--window", "4", "--n-windows", "1"], "one token")],
 )
 def test_perplexity_of_nothing_is_told(options: list[str], complaint: str, capsys) -> None:
-    source = str(BUNDLED.parent.parent / "model.py")
+    source = str(BUNDLED.parent.parent / "loading.py")
     assert main(["perplexity", source, *options, "--device", "reference"]) == 2
     assert complaint in capsys.readouterr().err
 
