@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..chat.render import chat_ids
 from ..engine.generate import Timings
 from ..errors import ArgumentError, TinyLLMError
+from ..files import read_text, replacing
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -132,12 +133,8 @@ class Conversation:
 
 def save(messages: Sequence[Message], path: Path) -> None:
     """Write messages as JSON; an older file stays whole until the new one is written."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write((json.dumps(messages, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def load(path: Path) -> list[Message]:
@@ -149,7 +146,7 @@ def load(path: Path) -> list[Message]:
         The file is no list of messages in which user and assistant take turns.
     """
     try:
-        messages = json.loads(path.read_text("utf-8"))
+        messages = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:
         raise TinyLLMError(f"{path}: expected a conversation in JSON ({e})") from None
     if not isinstance(messages, list):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -67,6 +67,36 @@ def report(file: GGUFFile, n_ctx: int | None = None, kv_type: KVType = "f16") ->
     yield from entry("chat template", "none" if template is None else "")
     if template is not None:
         yield text(template)
+
+
+def as_json(file: GGUFFile, n_ctx: int | None = None, kv_type: KVType = "f16") -> dict[str, Any]:
+    """What the report says, for programs: bytes and counts as numbers."""
+    network, runs = outline(file, kv_type)
+    found: dict[str, Any] = {
+        "file": str(file.path),
+        "version": file.version,
+        "byteorder": file.byteorder,
+        "name": file.metadata.get("general.name"),
+        "architecture": file.metadata.get("general.architecture"),
+        "runs": network is not None,
+        "doubts": None if runs == "yes" else runs,
+        "n_params": sum(t.n_elements for t in file.tensors.values()),
+        "nbytes": sum(t.nbytes for t in file.tensors.values()),
+        "formats": dict(Counter(t.type for t in file.tensors.values())),
+        "tokenizer": tokenizer(file.metadata),
+        "chat_template": file.metadata.get("tokenizer.chat_template"),
+    }
+    if network is not None:
+        c = network.config
+        found |= {
+            "n_layer": c.n_layer,
+            "n_embd": c.n_embd,
+            "n_ctx_train": c.n_ctx_train,
+            "n_vocab": network.n_vocab,
+            "causal": c.causal,
+            "cache_nbytes": cache_bytes(network.decoder.caches, n_ctx or c.n_ctx_train, kv_type),
+        }
+    return found
 
 
 def entry(caption: str, *values: str) -> Iterator[str]:

@@ -6,13 +6,13 @@ import difflib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ..errors import ArgumentError
+from ..files import replacing
 from .download import TIMEOUT, HTTPError, fetch, safe_name
 
 ConfigType = dict[str, Any]
@@ -48,9 +48,8 @@ def _keep_list(models: list[ConfigType]) -> None:
     path = cache_directory() / "models3.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
-            json.dump(models, f)
-        os.replace(f.name, path)
+        with replacing(path) as f:
+            f.write(json.dumps(models).encode())
     except OSError:  # the home directory cannot be written: the list is fetched again next time
         return
 
