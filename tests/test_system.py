@@ -36,7 +36,7 @@ assert spent <= 0.02 * idle, f"an idle model took {spent} s in {idle} s"
 vector = model.embed("Once upon a time")
 assert vector.shape == (model.config.n_embd,)
 
-bundled = tinyllm.model.BUNDLED
+bundled = tinyllm.loading.BUNDLED
 with GPT4All(bundled.name, model_path=bundled.parent, allow_download=False, n_threads=2) as llm:
     with llm.chat_session():
         llm.generate("Hello", max_tokens=4)

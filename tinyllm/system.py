@@ -363,7 +363,8 @@ def _windows_lock() -> Callable[[int], None] | None:
     def lock_first_byte(fd: int) -> None:
         while True:
             try:
-                return msvcrt.locking(fd, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+                msvcrt.locking(fd, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+                return
             except OSError:  # LK_LOCK gives up after ten seconds
                 time.sleep(0.1)
 

@@ -15,7 +15,7 @@ from tinyllm.errors import DeviceError
 from tinyllm.kernels.backend import Batch
 from tinyllm.kernels.gpu import pinned
 from tinyllm.kernels.reference import ReferenceBackend
-from tinyllm.models.network import build
+from tinyllm.models.build import build
 from tinyllm.models.stages import Stage
 
 pytestmark = pytest.mark.device
