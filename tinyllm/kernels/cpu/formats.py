@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from . import formats_grid
-from .layout import NIBBLES, Format, Part, Tile, byte_of, lookup_nibbles, spread, words
+from .layout import NIBBLES, Code, Format, Part, Tile, byte_of, lookup_nibbles, spread, words
 from .simd import F32, I8, I32, Emit, V
 
 __all__ = ["FORMATS", "Format", "Part", "Tile", "int8_format", "whole_format"]
@@ -20,7 +20,7 @@ MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 NVFP4_VALUES = tuple(16 + v for v in MXFP4_VALUES)
 
 
-def _nibbles(e: Emit, tile: Tile, start: int) -> list[Callable[[], Any]]:
+def _nibbles(e: Emit, tile: Tile, start: int) -> list[Code]:
     """Codes in 16 bytes: the low halves are columns 0..15, the high halves 16..31."""
     words = [tile.word(start + 4 * c) for c in range(4)]
     low = [lambda w=w: e.mask(w, NIBBLES) for w in words]
@@ -35,7 +35,7 @@ def _take_q4_1(e: Emit, t: Tile) -> Iterator[Part]:
     yield Part(_nibbles(e, t, 4), [t.half(0)], [t.half(2)])
 
 
-def _fifth_bits(e: Emit, codes: list[Callable], high: Any) -> list[Callable]:
+def _fifth_bits(e: Emit, codes: list[Code], high: Any) -> list[Code]:
     """Codes whose bit 4 is bit i of ``high``, for code i."""
     return [lambda c=c: e.b.or_(codes[c](), spread(e, high, 4 * c, 1, 4)) for c in range(8)]
 
@@ -64,11 +64,11 @@ def _take_q8_k(e: Emit, t: Tile) -> Iterator[Part]:
         yield Part(_bytes(t, 4 + 32 * i), [d], [])
 
 
-def _bytes(t: Tile, start: int) -> list[Callable]:
+def _bytes(t: Tile, start: int) -> list[Code]:
     return [lambda c=c: t.word(start + 4 * c) for c in range(8)]
 
 
-def _looked_up(e: Emit, t: Tile, start: int, values: tuple[int, ...]) -> list[Callable]:
+def _looked_up(e: Emit, t: Tile, start: int, values: tuple[int, ...]) -> list[Code]:
     """The values that 16 bytes select, nibble by nibble: the low halves are columns 0..15."""
     words = [t.word(start + 4 * c) for c in range(4)]
     return [lambda w=w, h=h: lookup_nibbles(e, w, h, values) for h in range(2) for w in words]
@@ -106,11 +106,13 @@ def _take_nvfp4(e: Emit, t: Tile) -> Iterator[Part]:
     for i in range(2):
         pairs = [[t.word(4 + 8 * g + 4 * c) for c in range(2)] for g in (2 * i, 2 * i + 1)]
         places = [(w, h) for pair in pairs for h in range(2) for w in pair]
-        codes = [lambda p=p: lookup_nibbles(e, *p, NVFP4_VALUES) for p in places]
+        codes: list[Code] = [
+            lambda w=w, h=h: lookup_nibbles(e, w, h, NVFP4_VALUES) for w, h in places
+        ]
         yield Part(codes, scales[2 * i : 2 * i + 2], [])
 
 
-def _two_bits(e: Emit, t: Tile, start: int, q: int) -> list[Callable]:
+def _two_bits(e: Emit, t: Tile, start: int, q: int) -> list[Code]:
     """Codes from bits 2q and 2q + 1 of 32 bytes."""
     return [lambda c=c: e.mask(e.shr(t.word(start + 4 * c), 2 * q), 0x03030303) for c in range(8)]
 
@@ -154,7 +156,7 @@ def _six_bit_scales(e: Emit, t: Tile) -> tuple[list[Any], list[Any]]:
     return scales, minima
 
 
-def _take_q4_k(e: Emit, t: Tile, codes: Callable | None = None) -> Iterator[Part]:
+def _take_q4_k(e: Emit, t: Tile, codes: Callable[..., list[Code]] | None = None) -> Iterator[Part]:
     scales, minima = _six_bit_scales(e, t)
     d, less = t.half(0), e.b.fneg(t.half(2))
     for i in range(8):
@@ -163,13 +165,13 @@ def _take_q4_k(e: Emit, t: Tile, codes: Callable | None = None) -> Iterator[Part
         yield Part((codes or _pair_nibbles)(e, t, i), [scale], [least], d)
 
 
-def _pair_nibbles(e: Emit, t: Tile, i: int, start: int = 16) -> list[Callable]:
+def _pair_nibbles(e: Emit, t: Tile, i: int, start: int = 16) -> list[Code]:
     """Codes of run i: 32 bytes hold two runs of 32 columns, the even in low halves, the odd in high ones."""
     at, shift = start + 32 * (i // 2), 4 * (i % 2)
     return [lambda c=c: e.mask(e.shr(t.word(at + 4 * c), shift), NIBBLES) for c in range(8)]
 
 
-def _q5_k_codes(e: Emit, t: Tile, i: int) -> list[Callable]:
+def _q5_k_codes(e: Emit, t: Tile, i: int) -> list[Code]:
     four = _pair_nibbles(e, t, i, 48)
 
     def join(c):
@@ -255,7 +257,7 @@ def _take_bits(e: Emit, t: Tile, width: int, shift: int = 0) -> Iterator[Part]:
 _take_q1_0, _take_q2_0 = partial(_take_bits, width=1, shift=1), partial(_take_bits, width=2)
 
 
-def _take_int8(group: int, minima: bool) -> Callable:
+def _take_int8(group: int, minima: bool) -> Callable[[Emit, Tile], Iterator[Part]]:
     """Make ``take`` for unpacked tiles: 32 signed codes, then float scales and minima."""
     n = 32 // group
 
@@ -277,7 +279,7 @@ def int8_format(group: int, minima: bool) -> Format:
     return Format(name, 32, fields, _take_int8(group, minima), 0, True, group, minima)
 
 
-def _take_whole(group: int) -> Callable:
+def _take_whole(group: int) -> Callable[[Emit, Tile], Iterator[Part]]:
     """Make ``take`` for unpacked blocks of 256 columns: codes and integer scales of each 32, then the unit."""
     n = 32 // group
     size = 32 + 4 * n

@@ -17,6 +17,7 @@ from llvmlite import ir
 from ...gguf.quants.iq_tables import codebook
 from .layout import (
     NIBBLES,
+    Code,
     Format,
     Part,
     Tile,
@@ -86,7 +87,7 @@ def _constant(e: Emit, name: str) -> Any:
     return e.b.bitcast(module.globals[name], P8)
 
 
-def _codes(e: Emit, name: str, index: Callable, minus: Callable) -> list[Callable]:
+def _codes(e: Emit, name: str, index: Callable, minus: Callable) -> list[Code]:
     """Codes of 32 columns: ``index(k)`` is the row of their k-th 8 or 4, ``minus(run)`` the signs of 8."""
     codes = code_of_nibble(name)
 
@@ -136,7 +137,7 @@ def _permute(e: Emit, plane: tuple[int, ...], index: Any, ninth: Any) -> Any:
     return e.b.bitcast(found[0], index.type)
 
 
-def _permuted(e: Emit, name: str, index: list[Any], ninth: list[Any], signs: Any) -> list[Callable]:
+def _permuted(e: Emit, name: str, index: list[Any], ninth: list[Any], signs: Any) -> list[Code]:
     """Codes of 32 columns from two words of 4 row numbers, their ninth bits, and a sign bit for each column."""
 
     @cache

@@ -15,20 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 
 from .simd import I8, I16, I32, I64, LANES, Emit, V, instruction_set, target
 
 NIBBLES = 0x0F0F0F0F
+Code: TypeAlias = Callable[..., Any]  # called without arguments: 4 columns as i32 lanes
 
 
 @dataclass
 class Part:
     """32 columns of some rows: weight = scale * (code - offset) + minimum, for all 32 or for each 16."""
 
-    codes: list[Callable[[], Any]]  # 8 x () -> i32 lanes, computed when asked for
+    codes: list[Code]  # 8, each computed when it is called
     scales: list[Any]
     minima: list[Any]
     unit: Any = None  # where scales are integers: the float that multiplies them
