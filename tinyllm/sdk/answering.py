@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..engine.completion import (
     SMALLEST_CONTEXT,
@@ -17,7 +17,7 @@ from ..engine.completion import (
     pieces_of,
     strings,
 )
-from ..engine.generate import ERASED
+from ..engine.generate import ERASED, Overflow
 from ..errors import ArgumentError
 from ..sampling import SamplingParams
 
@@ -76,7 +76,7 @@ class Request:
             )
         self.options("error")
 
-    def options(self, overflow: Any) -> Options:
+    def options(self, overflow: Overflow) -> Options:
         """The engine's options for this request."""
         try:
             params = SamplingParams(
@@ -123,7 +123,8 @@ class Answer:
         kept = state.reuse(ids)
         state.truncate(kept)
         shifts = state.can_truncate and state.can_shift
-        self.job = begin(model, ids[kept:], request.options("shift" if shifts else "error"), state)
+        options = request.options("shift" if shifts else "error")
+        self.job = begin(model.tokenizer, model.network, state, ids[kept:], options)
         self.job.prompt_ids = ids
 
     def __iter__(self) -> Generator[tuple[int, str], None, None]:

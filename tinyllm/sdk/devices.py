@@ -53,7 +53,7 @@ def gpu_name(engine: str) -> str | None:
 
 def gpus(mem_required: int = 0) -> list[GPU]:
     """The GPUs with at least this much memory, in bytes."""
-    from ..model import list_devices
+    from ..kernels.devices import list_devices
 
     found = []
     for device in list_devices():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError, TemplateError
+from ..files import replacing
 from .answering import room_for_prompt
 from .templates import MessageType, Template
 
@@ -224,15 +225,16 @@ class ChatSession:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write messages and state to one file, atomically."""
-        path = Path(path)
-        with self._alone(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / "session"
-            with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("history.json", json.dumps(self.history))
-                if self.state is not None:
-                    self.state.save(Path(folder) / "state.npz")
-                    archive.write(Path(folder) / "state.npz", "state.npz")
-            os.replace(whole, path)
+        with (
+            self._alone(),
+            replacing(path) as whole,
+            tempfile.TemporaryDirectory(dir=Path(path).resolve().parent) as folder,
+            zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            archive.writestr("history.json", json.dumps(self.history))
+            if self.state is not None:
+                self.state.save(Path(folder) / "state.npz")
+                archive.write(Path(folder) / "state.npz", "state.npz")
 
     def load(self, path: str | os.PathLike[str], model: LLModel) -> None:
         """Take over the conversation that `save` wrote, under the template in use here.
