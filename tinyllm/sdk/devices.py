@@ -40,6 +40,17 @@ class GPU:
         return wanted in (self.name, self.full_name)
 
 
+def backend_of(engine: str) -> BackendName:
+    """GPT4All's name for the kind of a device that the engine calls ``engine``, such as "cuda:0 X"."""
+    names: dict[str, BackendName] = {"cuda": "cuda", "opencl": "kompute"}
+    return names.get(engine.split(":")[0].split(" ")[0], "cpu")
+
+
+def gpu_name(engine: str) -> str | None:
+    """The GPU's own name in what the engine calls it; None on the CPU."""
+    return None if backend_of(engine) == "cpu" else engine.partition(" ")[2] or engine
+
+
 def gpus(mem_required: int = 0) -> list[GPU]:
     """The GPUs with at least this much memory, in bytes."""
     from ..kernels.devices import list_devices
