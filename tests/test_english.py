@@ -15,7 +15,6 @@ NOT_YET = (
     "tinyllm/kernels/cpu",
     "tinyllm/kernels/gpu",
     "tinyllm/models",
-    "tinyllm/sdk",
     "benchmarks/ops",
 )
 FILES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]

@@ -80,7 +80,7 @@ class LLModel:
     n_threads : int, optional
         CPU threads; default: as many as are good for this machine.
     compute : {"f32", "bf16"}
-        As for `tinyllm.load`.
+        In what numbers matrices of floats are multiplied, as in `tinyllm.load`.
 
     Raises
     ------
@@ -112,7 +112,7 @@ class LLModel:
         self._gpu: devices.GPU | None = None
         self._n_threads, self._compute = n_threads, compute
         self._closed = False
-        self._idle: deque[State] = deque(maxlen=1)  # of the last call: the next may begin alike
+        self._idle: deque[State] = deque(maxlen=1)  # the last call's: the next one may begin alike
         self._check_file()
 
     def _check_file(self) -> None:
@@ -145,7 +145,7 @@ class LLModel:
             self._raise_closed()
         return self.model
 
-    # the device
+    # ---- the device
 
     @property
     def backend(self) -> BackendName:
@@ -167,7 +167,7 @@ class LLModel:
         size = Path(self._path).stat().st_size
         self._gpu = devices.choose(self._wanted_backend, device, size)
 
-    # loading
+    # ---- loading
 
     def load_model(self) -> bool:
         """Load the weights.
@@ -232,7 +232,7 @@ class LLModel:
         stages = self._open().network.stages
         return [s.be for s in stages if hasattr(s.be, "set_threads")]
 
-    # tokens
+    # ---- tokens
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -263,7 +263,7 @@ class LLModel:
                 f"Your message was too long and could not be processed ({n} > {limit})."
             )
 
-    # prompts
+    # ---- prompts
 
     def new_state(self) -> State:
         """An empty conversation."""
@@ -364,7 +364,7 @@ class LLModel:
         """Called with each of the prompt's tokens once it is read; return false to stop reading."""
         return True
 
-    # embeddings
+    # ---- embeddings
 
     def generate_embeddings(
         self,
@@ -375,7 +375,7 @@ class LLModel:
         atlas: bool,
         cancel_cb: EmbCancelCallbackType | None,
     ) -> EmbedResult:
-        """Embed a text, or a list of texts; see ``Embed4All.embed``."""
+        """Embed a text, or a list of texts, with the arguments of ``Embed4All.embed``."""
         if not text:
             raise ValueError("text must not be None or empty")
         model, n_ctx = self._open(), max(self.n_ctx, SMALLEST_CONTEXT)
@@ -384,7 +384,7 @@ class LLModel:
         try:
             rows, n_tokens = embedding.answer(model, request, n_ctx, self.backend)
         except RuntimeError:
-            self._open()  # closed in the middle: that is the reason to give
+            self._open()  # if the model was closed meanwhile, that is the error to report
             raise
         return {
             "embeddings": rows[0] if isinstance(text, str) else rows,
