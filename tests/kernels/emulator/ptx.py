@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from ptx_instructions import WARP, Fault, operation
-from ptx_text import WIDTH, Instruction, Kernel, access, constant, place_of
+
+from .ptx_instructions import WARP, Fault, operation
+from .ptx_text import WIDTH, Instruction, Kernel, access, constant, place_of
 
 PAGE = 1 << 33  # addresses of one allocation of global memory
 MOST_THREADS = 4096  # at once
@@ -42,7 +43,7 @@ class Memory:
     def _places(
         self, addresses: np.ndarray, size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-        """Of each allocation that is meant: its bytes, where in them, and by which of the addresses."""
+        """For each allocation that addresses hit: its bytes, offsets into them, and which addresses hit it."""
         pages = addresses // PAGE
         for page in {int(pages[0])} if (pages == pages[0]).all() else set(pages.tolist()):
             which = pages == page
@@ -264,7 +265,7 @@ class Groups:
         return [self.reader(x.strip()) for x in text.strip("{}").split(",")]
 
     def address(self, text: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Of [register + offset] or [array + offset], for the threads of a mask."""
+        """A function from a mask of threads to their addresses: [register + offset] or [array + offset]."""
         base, offset = place_of(text)
         read = self.reader(base)
         return lambda mask: read()[mask].astype(np.int64) + offset
