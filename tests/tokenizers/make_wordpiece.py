@@ -23,7 +23,8 @@ from tinyllm.tokenizers.spm import SPACE
 
 SCRIPTS = [
     "नमस्ते दुनिया", "বাংলা ভাষা", "தமிழ்", "മലയാളം", "안녕하세요 세계", "각 한국어 힣", "e\u0301a\u0300 \u0301x",
-    "Việt Nam", "Ångström café naïve", "İstanbul ı ẞ ß", "สวัสดีชาวโลก", "ｱｲ ガ が", "\u1100\u1161\u11a8", "a\x0bb\x85c\x1fd",
+    "Việt Nam", "Ångström café naïve", "İstanbul ı ẞ ß", "สวัสดีชาวโลก", "ｱｲ ガ が",
+    "\u1100\u1161\u11a8", "a\x0bb\x85c\x1fd",
 ]  # fmt: skip
 
 

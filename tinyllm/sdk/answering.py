@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from ..engine.completion import (
     SMALLEST_CONTEXT,
@@ -24,6 +24,7 @@ from .arguments import whole
 if TYPE_CHECKING:
     from ..model import Model
     from ..models.state import State
+    from .names import ResponseCallbackType
 
 STOP_STRINGS = (
     "### System",
@@ -37,6 +38,23 @@ STOP_STRINGS = (
     "<|im_end|>",
     "<|endoftext|>",
 )
+
+
+class AnswerOptions(TypedDict, total=False):
+    """What ``GPT4All.generate`` takes by keyword, for type checkers; it explains each of them."""
+
+    max_tokens: int
+    temp: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    n_batch: int
+    n_predict: int | None
+    callback: ResponseCallbackType
+    seed: int | None
+    stop: str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class Request:
 
 
 class _Cancelled(Exception):
-    """Whoever watches the prompt being read has had enough of it."""
+    """The callback that follows the reading of the prompt returned false."""
 
 
 class Answer:

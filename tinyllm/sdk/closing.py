@@ -1,4 +1,4 @@
-"""What models of the SDK have in common: a ``with`` block closes them, and they belong to one process."""
+"""Base classes for models: a ``with`` block closes them, and they belong to one process."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a text, with what goes around it."""
+    """Tokens of a part of text number ``text``, with the prefix and the special tokens around it."""
 
     text: int
     ids: list[int]
@@ -131,7 +131,7 @@ def name_of(model: Model) -> str:
 
 
 def supports_embedding(model: Model) -> bool:
-    """Encoders, and decoders whose file says how rows are pooled."""
+    """Whether a model embeds: encoders do, and decoders whose file says how rows are pooled."""
     return not model.config.causal or f"{model.arch}.pooling_type" in model.metadata
 
 
@@ -162,7 +162,10 @@ def check_prefix(prefix: str | None, name: str, spec: Spec | None) -> str:
 
 
 def split(model: Model, request: Request, prefix: str, n_ctx: int) -> tuple[list[Chunk], int]:
-    """The chunks to compute, overlapping where a text is longer than the model takes; tokens in all."""
+    """The chunks to compute, and how many tokens of text they have.
+
+    The chunks of a text that is longer than the model takes overlap.
+    """
     before, after = surroundings(model)
     if prefix:
         before = before + plain_ids(model, prefix + ":")
@@ -181,7 +184,7 @@ def split(model: Model, request: Request, prefix: str, n_ctx: int) -> tuple[list
 
 
 def starts(n: int, room: int, do_mean: bool) -> list[int]:
-    """Where the chunks of n tokens begin."""
+    """Positions where the chunks of a text of n tokens begin."""
     found, start = [0], room
     while do_mean and start < n:
         found.append(start - CHUNK_OVERLAP)

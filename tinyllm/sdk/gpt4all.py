@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..hub import catalogue
 from ..hub.catalogue import ConfigType, append_extension_if_missing
 from ..hub.download import _fsync
-from .answering import Request, complete_all
+from .answering import AnswerOptions, Request, complete_all
 from .arguments import whole
 from .closing import Closing
 from .devices import BackendName, split_device
@@ -41,7 +41,7 @@ from .templates import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from ..kernels.backend import Compute, KVType
 
@@ -92,9 +92,9 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
     verbose : bool
         Say on stderr which file is used.
     compute : {"f32", "bf16"}
-        As for `tinyllm.load`: "bf16" multiplies F32, F16 and BF16 weights faster and less exactly.
+        "bf16" multiplies F32, F16 and BF16 weights faster and less exactly, as in `tinyllm.load`.
     kv_type : {"f16", "f32", "q8_0"}
-        As for `tinyllm.load`: how what was read is kept; "q8_0" takes half the memory of "f16".
+        How keys and values are kept, as in `tinyllm.load`; "q8_0" takes half the memory of "f16".
     private_sessions : bool
         A chat session is seen only by the thread or asyncio task that opens it, and by what carries its
         context on, as `asyncio.to_thread` does. By default a thread that opened none is in the model's.
@@ -176,26 +176,33 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
 
     @overload
     def generate(
-        self, prompt: str, *, max_tokens: int = ..., temp: float = ..., top_k: int = ..., top_p: float = ...,
-        min_p: float = ..., repeat_penalty: float = ..., repeat_last_n: int = ..., n_batch: int = ...,
-        n_predict: int | None = ..., streaming: Literal[False] = ..., callback: ResponseCallbackType = ...,
-        seed: int | None = ..., stop: str | Sequence[str] = ..., logprobs: None = ...,
+        self, prompt: str, *, streaming: Literal[False] = ..., logprobs: None = ...,
+        **options: Unpack[AnswerOptions],
     ) -> str: ...  # fmt: skip
     @overload
     def generate(
-        self, prompt: str, *, max_tokens: int = ..., temp: float = ..., top_k: int = ..., top_p: float = ...,
-        min_p: float = ..., repeat_penalty: float = ..., repeat_last_n: int = ..., n_batch: int = ...,
-        n_predict: int | None = ..., streaming: Literal[True], callback: ResponseCallbackType = ...,
-        seed: int | None = ..., stop: str | Sequence[str] = ..., logprobs: None = ...,
+        self, prompt: str, *, streaming: Literal[True], logprobs: None = ...,
+        **options: Unpack[AnswerOptions],
     ) -> Generator[str, None, None]: ...  # fmt: skip
     @overload
     def generate(
-        self, prompt: str | list[str], *, max_tokens: int = ..., temp: float = ..., top_k: int = ...,
-        top_p: float = ..., min_p: float = ..., repeat_penalty: float = ..., repeat_last_n: int = ...,
-        n_batch: int = ..., n_predict: int | None = ..., streaming: bool = ...,
-        callback: ResponseCallbackType = ..., seed: int | None = ..., stop: str | Sequence[str] = ...,
-        logprobs: int | None = ...,
-    ) -> Any: ...  # fmt: skip
+        self, prompt: str, *, streaming: bool, logprobs: None = ..., **options: Unpack[AnswerOptions],
+    ) -> str | Generator[str, None, None]: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompt: str, *, streaming: Literal[False] = ..., logprobs: int,
+        **options: Unpack[AnswerOptions],
+    ) -> Completion: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompt: list[str], *, streaming: Literal[False] = ..., logprobs: None = ...,
+        **options: Unpack[AnswerOptions],
+    ) -> list[str]: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompt: list[str], *, streaming: Literal[False] = ..., logprobs: int,
+        **options: Unpack[AnswerOptions],
+    ) -> list[Completion]: ...  # fmt: skip
     def generate(
         self,
         prompt: str | list[str],
@@ -212,9 +219,9 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         streaming: bool = False,
         callback: ResponseCallbackType = empty_response_callback,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         logprobs: int | None = None,
-    ) -> Any:
+    ) -> str | Generator[str, None, None] | Completion | list[str] | list[Completion]:
         """Answer a prompt: in a chat session the user's next message, else a text to continue.
 
         Parameters
@@ -224,16 +231,17 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         max_tokens, n_predict : int
             At most so many tokens; the second wins.
         temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n
-            See ``tinyllm.sampling.SamplingParams``.
+            How a token is chosen; ``tinyllm.sampling.SamplingParams`` explains each (``temp`` is its
+            ``temperature``).
         n_batch : int
-            Accepted; prompts are read at the engine's best speed in any case.
+            Checked and otherwise ignored: prompts are read at the engine's best speed.
         streaming : bool
             Return an iterator of pieces; closing it ends the work.
         callback : callable
             ``callback(token_id, text)`` ends the answer by returning something false.
         seed : int, optional
-            Of the random numbers; with it the answer can be repeated.
-        stop : str or sequence of str
+            Where the random numbers start; the same seed gives the same answer again.
+        stop : str or sequence of str, optional
             Strings that end the answer and are not part of it.
         logprobs : int, optional
             Return a ``tinyllm.Completion`` that holds each token's log-probability and those of so many
@@ -258,7 +266,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             raise ArgumentError(
                 f"callback={callback!r:.80}; expected callback(token_id, text), or leave it out"
             )
-        Request(**options)  # what is wrong with them is said now, also of a stream
+        Request(**options)  # a wrong option is an error now, not when a stream is first read
         session = self._sessions.current
         if streaming and logprobs is not None:
             raise ValueError("logprobs come with the whole answer; do not ask for streaming too")
@@ -338,7 +346,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             A Jinja template, or a format string with ``{0}`` (the message) and ``{1}`` (the answer).
             Default: the model's, of GPT4All's list or of the file.
         system_prompt, prompt_template : str, optional
-            The same, under GPT4All 2's names.
+            ``system_message`` and ``chat_template`` under GPT4All 2's names.
 
         Raises
         ------
@@ -396,7 +404,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         session.history[:] = history
 
     def save_session(self, path: str | os.PathLike[str]) -> None:
-        """Write the current session, and what the model has read of it, to a file."""
+        """Write the current session to a file: its messages, and the model's state after reading them."""
         self._session().save(path)
 
     def load_session(self, path: str | os.PathLike[str]) -> None:

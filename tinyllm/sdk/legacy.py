@@ -9,7 +9,7 @@ from .templates import MessageType, template_of
 
 
 class LegacyNames:
-    """The session as GPT4All 2 kept it: a history and a format string."""
+    """Attributes of `GPT4All` under which GPT4All 2 kept its session: a history and a format string."""
 
     if TYPE_CHECKING:
         _sessions: Sessions

@@ -81,8 +81,10 @@ class LLModel(NotPickled):
         Where ``init_gpu`` looks.
     n_threads : int, optional
         CPU threads; default: as many as are good for this machine.
-    compute, kv_type : str
-        As for `tinyllm.load`.
+    compute : {"f32", "bf16"}
+        In what numbers matrices of floats are multiplied, as in `tinyllm.load`.
+    kv_type : {"f16", "f32", "q8_0"}
+        How keys and values are kept, as in `tinyllm.load`.
 
     Raises
     ------
@@ -113,7 +115,7 @@ class LLModel(NotPickled):
         self._gpu: devices.GPU | None = None
         self._n_threads, self._compute, self._kv_type = n_threads, compute, kv_type
         self._closed = False
-        self._idle: deque[State] = deque(maxlen=1)  # of the last call: the next may begin alike
+        self._idle: deque[State] = deque(maxlen=1)  # the last call's: the next one may begin alike
         self._check_file()
 
     def _check_file(self) -> None:
@@ -150,7 +152,7 @@ class LLModel(NotPickled):
             self._raise_closed()
         return self.model
 
-    # the device
+    # ---- the device
 
     @property
     def backend(self) -> BackendName:
@@ -172,7 +174,7 @@ class LLModel(NotPickled):
         size = Path(self._path).stat().st_size
         self._gpu = devices.choose(self._wanted_backend, device, size)
 
-    # loading
+    # ---- loading
 
     def load_model(self) -> bool:
         """Load the weights.
@@ -237,7 +239,7 @@ class LLModel(NotPickled):
         stages = self._open().network.stages
         return [s.be for s in stages if hasattr(s.be, "set_threads")]
 
-    # tokens
+    # ---- tokens
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -268,7 +270,7 @@ class LLModel(NotPickled):
                 f"Your message was too long and could not be processed ({n} > {limit})."
             )
 
-    # prompts
+    # ---- prompts
 
     def new_state(self) -> State:
         """An empty conversation."""
@@ -369,7 +371,7 @@ class LLModel(NotPickled):
         """Called with each of the prompt's tokens once it is read; return false to stop reading."""
         return True
 
-    # embeddings
+    # ---- embeddings
 
     def generate_embeddings(
         self,
@@ -380,7 +382,7 @@ class LLModel(NotPickled):
         atlas: bool,
         cancel_cb: EmbCancelCallbackType | None,
     ) -> EmbedResult:
-        """Embed a text, or a list of texts; see ``Embed4All.embed``."""
+        """Embed a text, or a list of texts, with the arguments of ``Embed4All.embed``."""
         if not text:
             raise ValueError("text must not be None or empty")
         if not isinstance(text, Iterable):
@@ -391,7 +393,7 @@ class LLModel(NotPickled):
         try:
             rows, n_tokens = embedding.answer(model, request, n_ctx, self.backend)
         except RuntimeError:
-            self._open()  # closed in the middle: that is the reason to give
+            self._open()  # if the model was closed meanwhile, that is the error to report
             raise
         return {
             "embeddings": rows[0] if isinstance(text, str) else rows,

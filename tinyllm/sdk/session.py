@@ -1,4 +1,4 @@
-"""Chat sessions: their messages, the tokens of them that the model has read, and who is inside of which."""
+"""Chat sessions: their messages, what the model has read of them, and which code is inside which session."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Turn:
     parts: list[str] = field(default_factory=list)
 
     def noting(self, callback: ResponseCallbackType) -> ResponseCallbackType:
-        """The callback, after noting each part of the answer."""
+        """Wrap a callback so that each part of the answer is noted before it is called."""
 
         def note(token_id: int, response: str) -> bool:
             self.parts.append(response)
@@ -78,14 +78,14 @@ class ChatSession:
     _answering: bool = False
     _warned: bool = False
 
-    # answers
+    # ---- answers
 
     @contextmanager
     def turn(self, prompt: str, model: LLModel) -> Iterator[Turn]:
         """Add the user's message and, when the block ends, the answer whose parts it noted.
 
-        An answer that was interrupted is one too, as far as it came; without any the history is as it was, or
-        the next call would fail too.
+        What was written of an interrupted answer counts as the answer. Without any, the message is taken out
+        again, or the next call would fail too.
         """
         with self._alone():
             self._end_stream()
@@ -168,7 +168,7 @@ class ChatSession:
         self.history.append({"role": "assistant", "content": "".join(parts)})
         self.read = [dict(m) for m in self.history]
 
-    # what the model reads
+    # ---- what the model reads
 
     def check(self, prompt: str, model: LLModel) -> str:
         """The conversation's text with the user's next message; nothing is changed.
@@ -221,7 +221,7 @@ class ChatSession:
                 stacklevel=2,
             )
 
-    # files
+    # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write messages and state to one file, atomically."""
@@ -286,7 +286,7 @@ def checked_history(messages: Any) -> list[MessageType]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a thread or an asyncio task stands: the sessions it entered, and up to which number none is its."""
+    """The sessions that a thread or asyncio task entered; none with a number up to ``before`` is its own."""
 
     entered: tuple[int, ...] = ()
     before: int = 0
@@ -355,7 +355,7 @@ class Sessions:
 
     @property
     def current(self) -> ChatSession | None:
-        """The session that the running code is in; as `current_number`."""
+        """The session that the running code is in, or None; RuntimeError if that is not clear."""
         number = self.current_number
         found = None if number is None else self._open.get(number)
         return None if found is None else found[0]
