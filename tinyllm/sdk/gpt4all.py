@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..engine.completion import Completion
@@ -426,3 +427,10 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
 
 def _remove_prefix(s: str, prefix: str) -> str:
     return s.removeprefix(prefix)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module that GPT4All's own imports: programs, and tests that replace it, look for it here."""
+    if name in ("hashlib", "platform", "re", "requests", "time", "tqdm"):
+        return import_module(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
