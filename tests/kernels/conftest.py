@@ -40,8 +40,8 @@ def opencl() -> Iterator[Any]:
 def interpreted() -> Iterator[Any]:
     """The CUDA backend with NVRTC's own code, interpreted."""
     pytest.importorskip("pyopencl", reason="needs PyOpenCL")
-    from interpreted_cuda import Interpreter
-    from simulated_cuda import backend as opened
+    from emulator.interpreted_cuda import Interpreter
+    from emulator.simulated_cuda import backend as opened
 
     driver = Interpreter()
     backend = opened(driver)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import normal, stored
 
 import tinyllm
 from tinyllm.cli.commands import main
 from tinyllm.errors import ArgumentError, DeviceError
-from tinyllm.gguf import quants
 from tinyllm.kernels.backend import open_backend
 from tinyllm.kernels.cpu import bfloat
 from tinyllm.kernels.cpu.backend import CPUBackend
@@ -20,24 +20,6 @@ KINDS = ["F32", "F16", "BF16"]
 SHAPES = [(48, 512, 3), (130, 288, 40), (17, 37, 7), (64, 2080, 530), (10, 1, 2)]  # n_out, n_in, T
 MINILM = "all-MiniLM-L6-v2.gguf2.f16.gguf"
 here = pytest.mark.skipif(not bfloat.available(), reason="the processor has no AVX512-BF16")
-
-
-class Stored:
-    """Random weights as a tensor of a file; ``values`` are what the file holds."""
-
-    name = "random"
-
-    def __init__(self, kind: str, n_out: int, n_in: int) -> None:
-        self.type, self.shape = kind, (n_out, n_in)
-        self.raw = quants.quantize(kind, normal(n_out, n_in, seed=1))
-        self.values = quants.dequantize(kind, self.raw).reshape(n_out, n_in)
-
-    def read_rows(self, start: int, stop: int, out: Any = None) -> np.ndarray:
-        return self.raw.reshape(self.shape[0], -1)[start:stop]
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -68,7 +50,7 @@ def be(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CPUBa
 def test_products_are_those_of_rounded_values(
     be: CPUBackend, kind: str, n_out: int, n_in: int, t: int
 ) -> None:
-    w, x, bias = Stored(kind, n_out, n_in), normal(t, n_in), normal(n_out, seed=2)
+    w, x, bias = stored(kind, n_out, n_in), normal(t, n_in), normal(n_out, seed=2)
     want = rounded(x) @ rounded(w.values).T + bias
     got = be.numpy(be.matmul(be.load(w), be.array(x), be.array(bias)))
     assert far(got, want) <= 1e-6
@@ -77,20 +59,20 @@ def test_products_are_those_of_rounded_values(
 
 
 def test_the_activation_follows_the_bias(be: CPUBackend) -> None:
-    w, x, bias = be.load(Stored("F16", 40, 96)), be.array(normal(5, 96)), be.array(normal(40))
+    w, x, bias = be.load(stored("F16", 40, 96)), be.array(normal(5, 96)), be.array(normal(40))
     plain = np.array(be.numpy(be.act(be.matmul(w, x, bias), "gelu")))
     assert np.array_equal(be.numpy(be.matmul_act(w, x, bias, "gelu")), plain)
 
 
 def test_a_row_has_the_same_bits_in_any_batch(be: CPUBackend) -> None:
-    w, x = be.load(Stored("F16", 48, 200)), normal(70, 200)
+    w, x = be.load(stored("F16", 48, 200)), normal(70, 200)
     whole = np.array(be.numpy(be.matmul(w, be.array(x))))
     for rows in (slice(0, 2), slice(30, 47), slice(5, 38)):
         assert np.array_equal(be.numpy(be.matmul(w, be.array(x[rows]))), whole[rows])
 
 
 def test_nan_and_infinity_are_not_rounded_away(be: CPUBackend) -> None:
-    w, x = be.load(Stored("F32", 16, 64)), normal(3, 64)
+    w, x = be.load(stored("F32", 16, 64)), normal(3, 64)
     x[1, 5] = np.frombuffer(np.uint32(0x7FFFFFFF).tobytes(), np.float32)[0]  # a NaN, all bits set
     x[2, 7] = np.inf
     y = be.numpy(be.matmul(w, be.array(x)))
@@ -101,7 +83,7 @@ def test_nan_and_infinity_are_not_rounded_away(be: CPUBackend) -> None:
 
 @here
 def test_one_token_is_computed_in_float32() -> None:
-    w, x = Stored("F16", 48, 96), normal(1, 96)
+    w, x = stored("F16", 48, 96), normal(1, 96)
     one, other = CPUBackend(1, "bf16"), CPUBackend(1)
     y = np.array(one.numpy(one.matmul(one.load(w), one.array(x))))
     assert np.array_equal(y, other.numpy(other.matmul(other.load(w), other.array(x))))
@@ -155,7 +137,7 @@ def test_load_refuses_what_it_does_not_know_or_cannot_use(data: Path) -> None:
 
 
 def test_a_file_without_floats_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyllm.model.FLOATS", ("F16",))  # of which the bundled model has none
+    monkeypatch.setattr("tinyllm.loading.FLOATS", ("F16",))  # of which the bundled model has none
     with pytest.raises(ArgumentError, match="has none; leave it out"):
         tinyllm.load(compute="bf16")
 

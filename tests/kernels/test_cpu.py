@@ -14,6 +14,7 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from llvmlite import ir
+from samples import normal, stored
 
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants
@@ -25,23 +26,6 @@ F32 = np.float32
 ONE, TWO = CPUBackend(1), CPUBackend(2)
 
 
-class Stored:
-    """Bytes as a tensor of a file."""
-
-    name = "w"
-
-    def __init__(self, type_name: str, rows: int, n: int) -> None:
-        self.type, self.shape = type_name, (rows, n)
-        self.raw = quants.quantize(type_name, normal(rows, n, seed=7))
-
-    def read_rows(self, start: int, stop: int, out: Any = None) -> np.ndarray:
-        return self.raw[start:stop]
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=F32)
-
-
 def product(be: CPUBackend, w: Any, x: np.ndarray) -> np.ndarray:
     return np.array(be.numpy(be.matmul(w, be.array(x))))
 
@@ -49,7 +33,7 @@ def product(be: CPUBackend, w: Any, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("n_out", [16, 80, 96])
 @pytest.mark.parametrize("type_name", ["F16", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "TQ2_0"])
 def test_a_row_has_the_same_bits_in_any_batch(type_name: str, n_out: int) -> None:
-    source, x = Stored(type_name, n_out, 512), normal(53, 512)
+    source, x = stored(type_name, n_out, 512), normal(53, 512)
     w = ONE.load(source)
     singly = np.concatenate([product(ONE, w, row[None]) for row in x])
     for n in (2, 7, 23, 37, 53):
@@ -58,7 +42,7 @@ def test_a_row_has_the_same_bits_in_any_batch(type_name: str, n_out: int) -> Non
 
 
 def test_rows_written_past_the_caches_are_the_same() -> None:
-    source, x = Stored("Q4_0", 2048, 32), normal(matmul.PAST // 2048, 32)
+    source, x = stored("Q4_0", 2048, 32), normal(matmul.PAST // 2048, 32)
     w = TWO.load(source)
     several = [product(TWO, w, part) for part in np.split(x, 4)]
     assert np.array_equal(product(TWO, w, x), np.concatenate(several))
@@ -89,7 +73,7 @@ def test_attention_has_the_same_bits_whole_in_chunks_or_one_by_one() -> None:
 
 
 def test_a_replayed_step_reads_the_new_batch_and_its_caches() -> None:
-    w = ONE.load(Stored("Q8_0", 64, 32))
+    w = ONE.load(stored("Q8_0", 64, 32))
     calls = []
 
     def fn(batch: Batch) -> Any:
@@ -150,7 +134,7 @@ def test_an_output_is_not_overwritten_while_it_is_held() -> None:
 
 
 def test_loading_refuses_what_has_no_matrix() -> None:
-    source = Stored("Q8_0", 8, 32)
+    source = stored("Q8_0", 8, 32)
     source.type = "Z9_K"
     with pytest.raises(DeviceError, match="Z9_K"):
         ONE.load(source)
@@ -209,11 +193,11 @@ IN_ANOTHER_PROCESS = """
 import sys
 import numpy as np
 sys.path.insert(0, {tests!r})
-from test_cpu import Stored, normal, product
+from test_cpu import normal, product, stored
 from tinyllm.kernels.cpu import jit, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 be = CPUBackend(1)
-y = product(be, be.load(Stored("Q4_K", 80, 512)), normal(1, 512))
+y = product(be, be.load(stored("Q4_K", 80, 512)), normal(1, 512))
 print(simd.instruction_set(), *jit.compiled)
 print("zmm" in jit.assembly("matvec_Q4_K") if {asm} else "numba" in sys.modules)
 print(y.tobytes().hex())
@@ -242,7 +226,7 @@ def test_avx2_alone_gives_the_same_bits_and_no_wide_registers(tmp_path: Path) ->
     lines = elsewhere(tmp_path, asm=True, **avx2)
     assert lines[0].startswith("avx2 ")
     assert lines[1] == "False"
-    here = product(ONE, ONE.load(Stored("Q4_K", 80, 512)), normal(1, 512))
+    here = product(ONE, ONE.load(stored("Q4_K", 80, 512)), normal(1, 512))
     assert lines[2] == here.tobytes().hex()
 
 
@@ -299,7 +283,7 @@ def products_of_extremes() -> list[np.ndarray]:
     """With the largest and the smallest codes of several sizes, and activations that all are 127 or -127."""
     found = []
     for type_name in ("Q4_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "Q8_0"):
-        source = Stored(type_name, 48, 512)
+        source = stored(type_name, 48, 512)
         blocks = source.raw.view(quants.FORMATS[type_name].dtype).reshape(48, -1)
         for name in {"qs", "ql", "qh", "hmask", "scales"} & set(blocks.dtype.names):
             kind = np.iinfo(blocks.dtype[name].base)

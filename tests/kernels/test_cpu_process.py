@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cpu import ONE, TWO, Stored, elsewhere, normal, product
+from test_cpu import ONE, TWO, elsewhere, normal, product, stored
 
 from tinyllm.kernels.cpu import jit, simd, translate
 
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written_is_passed_over(monkeypatch: Any, tmp_pa
 
 
 def test_two_python_threads_at_once() -> None:
-    w, x = TWO.load(Stored("Q8_0", 160, 256)), normal(40, 256)
+    w, x = TWO.load(stored("Q8_0", 160, 256)), normal(40, 256)
     want = [product(TWO, w, x[i : i + 1]) for i in range(40)]
     wrong: list[int] = []
 
@@ -158,8 +158,8 @@ import os, sys, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, {tests!r})
 import numpy as np
-from test_cpu import TWO, Stored, normal, product
-w, x = TWO.load(Stored("Q8_0", 160, 256)), normal(1, 256)
+from test_cpu import TWO, normal, product, stored
+w, x = TWO.load(stored("Q8_0", 160, 256)), normal(1, 256)
 want = product(TWO, w, x)
 pid = os.fork()
 same = np.array_equal(product(TWO, w, x), want)

@@ -6,26 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import stored
 
-from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch
 from tinyllm.kernels.cpu.backend import CPUBackend
 
 N_EXPERTS, N_OUT, N_IN = 6, 200, 256
-
-
-class Stack:
-    """Random matrices [N_EXPERTS, N_OUT, N_IN] of a type."""
-
-    name, shape = "stack", (N_EXPERTS, N_OUT, N_IN)
-
-    def __init__(self, type_name: str) -> None:
-        self.type = type_name
-        values = np.random.default_rng(0).normal(0, 0.1, (N_EXPERTS * N_OUT, N_IN))
-        self.raw = quants.quantize(type_name, values.astype(np.float32))
-
-    def read_rows(self, start: int, stop: int, out: Any = None) -> np.ndarray:
-        return self.raw.reshape(N_EXPERTS * N_OUT, -1)[start:stop]
 
 
 def choices(n_tokens: int) -> np.ndarray:
@@ -47,7 +33,10 @@ def test_grouped_rows_are_those_of_single_tokens(
     be: CPUBackend, type_name: str, n_tokens: int, each: bool
 ) -> None:
     rng, experts = np.random.default_rng(2), choices(n_tokens)
-    w, bias = be.load(Stack(type_name)), be.array(rng.normal(0, 1, (N_EXPERTS, N_OUT)))
+    w, bias = (
+        be.load(stored(type_name, N_EXPERTS, N_OUT, N_IN)),
+        be.array(rng.normal(0, 1, (N_EXPERTS, N_OUT))),
+    )
     shape = (n_tokens, 2, N_IN) if each else (n_tokens, N_IN)
     x = rng.normal(0, 1, shape).astype(np.float32)
     together = be.numpy(be.matmul_experts(w, be.array(x), be.array(experts), bias)).copy()
@@ -57,7 +46,7 @@ def test_grouped_rows_are_those_of_single_tokens(
 
 
 def test_a_replayed_step_groups_anew(be: CPUBackend) -> None:
-    w, n = be.load(Stack("Q8_0")), 8
+    w, n = be.load(stored("Q8_0", N_EXPERTS, N_OUT, N_IN)), 8
     x = be.array(np.random.default_rng(3).normal(0, 1, (n, N_IN)))
 
     def chosen(batch: Batch) -> Any:

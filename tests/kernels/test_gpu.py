@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import Stored, normal, stored
 
 from tinyllm.errors import ContextOverflow, DeviceError, NumericError, StateError
 from tinyllm.gguf import quants
@@ -27,25 +28,6 @@ LAYERS = [LayerCache(2, 16, 16)]
 @pytest.fixture
 def be(opencl: Any) -> Any:
     return opencl
-
-
-class Stored:
-    """Bytes as a tensor of a file."""
-
-    def __init__(self, type_name: str, raw: np.ndarray, shape: tuple[int, ...]) -> None:
-        self.name, self.type, self.shape, self.raw = f"{type_name}.weight", type_name, shape, raw
-
-    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        return self.raw[start:stop]
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=F32)
-
-
-def stored(type_name: str, *shape: int) -> Stored:
-    rows = normal(int(np.prod(shape[:-1])), shape[-1], seed=1)
-    return Stored(type_name, quants.quantize(type_name, rows), shape)
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
@@ -283,13 +265,13 @@ def test_too_little_memory_is_an_error_that_says_how_much(
 
     monkeypatch.setattr(be, "_allocate", none_left)
     with pytest.raises(DeviceError, match="8 MiB more do not fit"):
-        be.load(Stored("F32", np.zeros((1024, 8192), np.uint8), (1024, 2048)))
+        be.load(Stored("w", "F32", (1024, 2048), np.zeros((1024, 8192), np.uint8)))
 
 
 def test_loads_and_closes_leave_no_memory_behind() -> None:
     from tinyllm.kernels.gpu.opencl import OpenCLBackend
 
-    source = Stored("F32", np.zeros((512, 8192), np.uint8), (512, 2048))  # 4 MiB
+    source = Stored("w", "F32", (512, 2048), np.zeros((512, 8192), np.uint8))  # 4 MiB
 
     def resident() -> int:
         gc.collect()
@@ -379,7 +361,7 @@ def test_wide_loads_are_aligned_and_within_their_plane(name: str) -> None:
 
 def test_plain_integers_are_widened(be: Any) -> None:
     values = np.arange(-32, 32, dtype=np.int8).reshape(4, 16)
-    w = be.load(Stored("I8", values.view(np.uint8), (4, 16)))
+    w = be.load(Stored("w", "I8", (4, 16), values.view(np.uint8)))
     y = be.numpy(be.matmul(w, be.array(np.eye(16, dtype=F32))))
     assert np.array_equal(y, values.T)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import normal
 
 from tinyllm.errors import DeviceError
 from tinyllm.gguf import quants
@@ -33,10 +34,6 @@ def be(request: pytest.FixtureRequest) -> Iterator[Any]:
         pytest.skip(str(e))
     yield backend
     backend.close()
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=F32)
 
 
 def rounded(kv: str, x: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from tinyllm.errors import DeviceError
 from tinyllm.kernels.backend import Batch
 from tinyllm.kernels.gpu import pinned
 from tinyllm.kernels.reference import ReferenceBackend
-from tinyllm.models.network import build
+from tinyllm.models.build import build
 from tinyllm.models.stages import Stage
 
 pytestmark = pytest.mark.device
@@ -25,7 +25,7 @@ F32 = np.float32
 
 @pytest.fixture
 def driver() -> Any:
-    from simulated_cuda import Driver
+    from emulator.simulated_cuda import Driver
 
     try:
         return Driver()
@@ -35,7 +35,7 @@ def driver() -> Any:
 
 @pytest.fixture
 def cuda(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from simulated_cuda import module
+    from emulator.simulated_cuda import module
 
     return module(driver, monkeypatch)
 

@@ -8,21 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import normal
 
 from tinyllm import gguf
 from tinyllm.engine.generate import Run, generate_tokens
 from tinyllm.errors import DeviceError, NumericError
 from tinyllm.kernels import choose
-from tinyllm.models.network import Network, build
+from tinyllm.models.build import build
+from tinyllm.models.network import Network
 from tinyllm.sampling import Sampler, SamplingParams
 
 pytestmark = pytest.mark.device
 pytest.importorskip("pyopencl", reason="needs PyOpenCL")
 F32 = np.float32
-
-
-def normal(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape, dtype=F32)
 
 
 def picked(be: Any, x: np.ndarray, k: int) -> list[Any]:
@@ -66,7 +64,7 @@ def test_more_equals_than_there_is_room_for_are_left_to_the_host(opencl: Any) ->
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from simulated_cuda import Driver, module
+    from emulator.simulated_cuda import Driver, module
 
     try:
         driver = Driver()

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import normal, stored
 
 from tinyllm.errors import DeviceError
-from tinyllm.gguf import quants
 from tinyllm.kernels.gpu import products
 from tinyllm.kernels.gpu.products import LibraryProducts
 from tinyllm.kernels.reference import ReferenceBackend
@@ -17,17 +17,6 @@ pytestmark = pytest.mark.device
 pytest.importorskip("pyopencl", reason="needs PyOpenCL")
 REFERENCE = ReferenceBackend()
 F32 = np.float32
-
-
-class Stored:
-    """Bytes as a tensor of a file."""
-
-    def __init__(self, type_name: str, weights: np.ndarray) -> None:
-        self.name, self.type, self.shape = "w", type_name, weights.shape
-        self.raw = quants.quantize(type_name, weights)
-
-    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        return self.raw[start:stop]
 
 
 def as_float(kind: str, raw: np.ndarray) -> np.ndarray:
@@ -82,7 +71,7 @@ def test_library_products_are_as_exact_as_their_format(
     monkeypatch.setattr(products, "MOST_PARTS", room)
     monkeypatch.setattr(products, "MOST_PIECE", 2 * 256 * 20)  # 20 rows at a time, 8 at the end
     rng = np.random.default_rng(0)
-    source = Stored(kind, rng.standard_normal((48, 256), dtype=F32))
+    source = stored(kind, 48, 256)
     x = rng.standard_normal((20, 256), dtype=F32) * F32(size)
     x[3], bias = 0, rng.standard_normal(48, dtype=F32)
     want = REFERENCE.matmul(REFERENCE.load(source), x, bias)
@@ -91,9 +80,7 @@ def test_library_products_are_as_exact_as_their_format(
 
 
 def test_rows_that_are_not_whole_words_are_padded(be: Any) -> None:
-    rng = np.random.default_rng(0)
-    source = Stored("F16", rng.standard_normal((9, 37), dtype=F32))
-    x = rng.standard_normal((18, 37), dtype=F32)
+    source, x = stored("F16", 9, 37), normal(18, 37)
     want = REFERENCE.matmul(REFERENCE.load(source), x)
     got = be.numpy(be.matmul(be.load(source), be.array(x)))
     assert np.abs(got - want).max() < 1e-5
@@ -101,16 +88,7 @@ def test_rows_that_are_not_whole_words_are_padded(be: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "IQ2_S"])
 def test_long_prompts_see_the_same_rounded_activations_as_single_tokens(be: Any, kind: str) -> None:
-    rng = np.random.default_rng(0)
-    if kind == "IQ2_S":
-        source = Stored("Q8_0", rng.standard_normal((48, 256), dtype=F32))
-        f = quants.FORMATS[kind]
-        blocks = np.frombuffer(rng.bytes(48 * f.type_size), f.dtype).copy()
-        blocks["d"] = 0.02
-        source.type, source.raw = kind, blocks.view(np.uint8).reshape(48, -1)
-    else:
-        source = Stored(kind, rng.standard_normal((48, 256), dtype=F32))
-    w, x = be.load(source), rng.standard_normal((20, 256), dtype=F32)
+    w, x = be.load(stored(kind, 48, 256)), normal(20, 256)
     long = be.numpy(be.matmul(w, be.array(x)))
     single = np.concatenate([be.numpy(be.matmul(w, be.array(row[None]))) for row in x])
     assert np.sqrt(np.mean((long - single) ** 2) / np.mean(single**2)) < 5e-4

@@ -11,12 +11,12 @@ import pytest
 from tinyllm.errors import DeviceError
 from tinyllm.kernels.gpu import devices, nvrtc, sources
 
-HERE = Path(__file__).parent
+EMULATOR = Path(__file__).parent / "emulator"
 F16, F32 = np.float16, np.float32
 
 
 def text(prelude: str) -> str:
-    return prelude + (HERE / "tensor_words.c").read_text("utf-8")
+    return prelude + (EMULATOR / "tensor_words.c").read_text("utf-8")
 
 
 def run_emulated(kernel: str, *arrays: np.ndarray) -> None:
@@ -29,7 +29,7 @@ def run_emulated(kernel: str, *arrays: np.ndarray) -> None:
     except DeviceError as e:
         pytest.skip(str(e))
     queue = cl.CommandQueue(context)
-    emulated = (HERE / "emulated_tensor.h").read_text("utf-8")
+    emulated = (EMULATOR / "emulated_tensor.h").read_text("utf-8")
     source = text(sources.read("prelude_opencl.h") + emulated)
     program = cl.Program(context, source).build([*OPTIONS, *CPU_OPTIONS])
     flags = cl.mem_flags.READ_WRITE | cl.mem_flags.COPY_HOST_PTR
@@ -56,9 +56,9 @@ def run_cuda(kernel: str, *arrays: np.ndarray) -> None:
 
 def run_interpreted(kernel: str, *arrays: np.ndarray) -> None:
     pytest.importorskip("pyopencl", reason="needs PyOpenCL")
-    from interpreted_cuda import interpret
+    from emulator.interpreted_cuda import interpret
 
-    code = (HERE / "tensor_words.c").read_text("utf-8")
+    code = (EMULATOR / "tensor_words.c").read_text("utf-8")
     for architecture in ("compute_75", "compute_90"):
         copies = [x.copy() for x in arrays]
         interpret(code, kernel, 32, *copies, architecture=architecture)

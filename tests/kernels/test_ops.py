@@ -9,12 +9,12 @@ sigma, so the step is 2.4 / 127 and the error step / sqrt(12) = 0.0055 sigma.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+from samples import normal, stored
 
 from tinyllm.errors import DeviceError, NumericError
 from tinyllm.gguf import quants
@@ -47,8 +47,8 @@ def backend(device: str) -> Backend:
 def interpreted_cuda() -> Backend:
     """The CUDA backend on NVRTC's code, interpreted."""
     pytest.importorskip("pyopencl", reason="needs PyOpenCL")
-    from interpreted_cuda import Interpreter
-    from simulated_cuda import backend as opened
+    from emulator.interpreted_cuda import Interpreter
+    from emulator.simulated_cuda import backend as opened
 
     return opened(Interpreter())
 
@@ -63,53 +63,6 @@ def interpreted_cuda() -> Backend:
 )
 def be(request: pytest.FixtureRequest) -> Backend:
     return backend(request.param)
-
-
-@dataclass
-class Stored:
-    """Bytes as a tensor of a file."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    raw: np.ndarray  # [rows, row_bytes]
-
-    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        if out is None:
-            return self.raw[start:stop]
-        out.reshape(stop - start, -1)[...] = self.raw[start:stop]
-        return out
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=F32)
-
-
-def stored(type_name: str, *shape: int, seed: int = 1) -> Stored:
-    """Random weights of about unit size in any format; random bytes with sane scales where none is written."""
-    rows, n = int(np.prod(shape[:-1])), shape[-1]
-    f = quants.FORMATS[type_name]
-    if f.quantize is not None:
-        raw = quants.quantize(type_name, normal(rows, n, seed=seed))
-    else:
-        raw = random_blocks(f, rows * n // f.block_size, np.random.default_rng(seed)).reshape(
-            rows, -1
-        )
-    return Stored(f"{type_name}.weight", type_name, shape, raw)
-
-
-def random_blocks(f: quants.Format, n: int, rng: np.random.Generator) -> np.ndarray:
-    blocks = np.frombuffer(rng.bytes(n * f.type_size), f.dtype).copy()
-    for name in ("d", "dmin", "m", "s"):
-        if name in (f.dtype.names or ()) and f.dtype[name].kind == "f":
-            blocks[name] = rng.uniform(0.01, 0.02, blocks[name].shape)
-    if f.name == "IQ1_M":
-        scales = blocks["scales"]
-        scales[..., 3] = scales[..., 3] & 0x0FFF | 0x2000
-    if f.name == "NVFP4":
-        first = f.dtype.names[0]
-        blocks[first] = rng.integers(0x28, 0x40, blocks[first].shape)
-    return blocks.view(np.uint8)
 
 
 def same(be: Backend, got: Any, want: np.ndarray, bound: float = FLOAT) -> None:

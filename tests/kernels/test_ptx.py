@@ -12,11 +12,11 @@ pytestmark = pytest.mark.device
 pytest.importorskip("pyopencl", reason="needs PyOpenCL")
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="needs CuPy")
 
-from interpreted_cuda import interpret  # noqa: E402
-from ptx_instructions import Fault  # noqa: E402
+from emulator.interpreted_cuda import interpret  # noqa: E402
+from emulator.ptx_instructions import Fault  # noqa: E402
 
 F32, I32, U32 = np.float32, np.int32, np.uint32
-WORDS = (Path(__file__).parent / "tensor_words.c").read_text("utf-8")
+WORDS = (Path(__file__).parent / "emulator" / "tensor_words.c").read_text("utf-8")
 
 
 def elementwise(body: str, *sources: np.ndarray, out: Any = F32) -> np.ndarray:

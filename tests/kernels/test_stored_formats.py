@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import Stored
 
 from tinyllm.gguf import quants
 from tinyllm.kernels.cpu import formats_grid
@@ -17,26 +18,19 @@ QUANTISED = sorted(name for name, f in quants.FORMATS.items() if f.int8_form)
 BACKEND = CPUBackend(2)
 
 
-class Stored:
-    """Rows of random bytes as a tensor of a file; its scales are of one size."""
-
-    name = "w"
-
-    def __init__(self, type_name: str, rows: int, n: int) -> None:
-        self.type, self.shape = type_name, (rows, n)
-        f, rng = quants.FORMATS[type_name], np.random.default_rng(7)
-        self.raw = rng.integers(0, 256, (rows, n // f.block_size * f.type_size), np.uint8)
-        blocks = self.raw.view(f.dtype)
-        for field in f.dtype.names or ():
-            if f.dtype[field].kind == "f":
-                blocks[field] = rng.normal(0, 0.1, blocks.shape)
-        if type_name == "IQ1_M":  # the highest nibble of its half float
-            blocks["scales"][..., 3] &= 0xAFFF
-        if type_name == "MXFP4":
-            blocks["e"] = rng.integers(110, 130, blocks.shape)
-
-    def read_rows(self, start: int, stop: int, out: Any = None) -> np.ndarray:
-        return self.raw[start:stop]
+def random_bytes(type_name: str, rows: int, n: int) -> Stored:
+    """Rows of random bytes, any code and sign; scales are of one size."""
+    f, rng = quants.FORMATS[type_name], np.random.default_rng(7)
+    raw = rng.integers(0, 256, (rows, n // f.block_size * f.type_size), np.uint8)
+    blocks = raw.view(f.dtype)
+    for field in f.dtype.names or ():
+        if f.dtype[field].kind == "f":
+            blocks[field] = rng.normal(0, 0.1, blocks.shape)
+    if type_name == "IQ1_M":  # the highest nibble of its half float
+        blocks["scales"][..., 3] &= 0xAFFF
+    if type_name == "MXFP4":
+        blocks["e"] = rng.integers(110, 130, blocks.shape)
+    return Stored("w", type_name, (rows, n), raw)
 
 
 def product(w: Any, x: np.ndarray) -> np.ndarray:
@@ -49,13 +43,15 @@ def test_a_tile_has_exactly_the_bytes_of_the_file(name: str) -> None:
     places = sorted(i for start, size in ours.fields for i in range(start, start + size))
     assert places == list(range(file_format.type_size))
     assert ours.block == file_format.block_size
-    assert BACKEND.load(Stored(name, 32, 512)).nbytes == Stored(name, 32, 512).raw.nbytes
+    assert (
+        BACKEND.load(random_bytes(name, 32, 512)).nbytes == random_bytes(name, 32, 512).raw.nbytes
+    )
 
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_rows_are_decoded_to_the_bit(name: str) -> None:
     """Codes, scales and minima are those of ``gguf.quants``."""
-    source, ids = Stored(name, 70, 512), np.arange(69, -1, -1, dtype=np.int32)
+    source, ids = random_bytes(name, 70, 512), np.arange(69, -1, -1, dtype=np.int32)
     got = BACKEND.numpy(BACKEND.embed(BACKEND.load(source), BACKEND.array(ids), 1.0))
     assert np.array_equal(got, quants.dequantize(name, source.raw)[::-1])
 
@@ -64,7 +60,7 @@ def test_rows_are_decoded_to_the_bit(name: str) -> None:
 def test_a_row_has_the_same_bits_in_any_batch(name: str) -> None:
     """With one token, few and many, whose kernels are also those of test_ops."""
     x = np.random.default_rng(0).standard_normal((37, 512), dtype=F32)
-    w = BACKEND.load(Stored(name, 70, 512))
+    w = BACKEND.load(random_bytes(name, 70, 512))
     singly = np.concatenate([product(w, row[None]) for row in x])
     assert np.isfinite(singly).all()
     for n in (3, 8, 20, 37):

@@ -16,7 +16,8 @@ from tinyllm import gguf
 from tinyllm.errors import DeviceError, StateError
 from tinyllm.kernels.backend import open_backend
 from tinyllm.models.archs import ARCHS
-from tinyllm.models.network import Network, build
+from tinyllm.models.build import build
+from tinyllm.models.network import Network
 
 GOLDEN = """arctic baichuan-13b baichuan-7b bert-bge-cls bert-distil bert-minilm bert-roberta bloom
 chatglm codeshell cohere2 command-r command-r-qknorm deepseek2-lite deepseek2-v2 deepseek2-v3 exaone

@@ -192,7 +192,7 @@ def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
 
 
 def test_devices_that_are_not_there(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyllm.model.list_devices", list)
+    monkeypatch.setattr("tinyllm.kernels.devices.list_devices", list)
     with pytest.raises(ValueError, match=r"^Unable to retrieve available GPU devices$"):
         GPT4All.list_gpus()
     for device in ("gpu", "kompute", "kompute:0", "nvidia", "Some Name"):
@@ -212,7 +212,7 @@ def several(monkeypatch: pytest.MonkeyPatch) -> None:
         types.SimpleNamespace(id="opencl:0", name="Radeon", kind="opencl", memory=1000),
         types.SimpleNamespace(id="opencl:1", name="pthread-intel", kind="opencl", memory=1 << 40),
     ]
-    monkeypatch.setattr("tinyllm.model.list_devices", lambda: there)
+    monkeypatch.setattr("tinyllm.kernels.devices.list_devices", lambda: there)
 
 
 def test_devices_that_do_not_match(models: Path, several: None) -> None:

@@ -119,7 +119,7 @@ def load_decoder(args: Arguments) -> Model:
 
 def locate(name: str | None) -> Path:
     """The model's file, perhaps downloaded; what goes wrong on the way is one line."""
-    from ..model import locate as locate_model
+    from ..loading import locate as locate_model
 
     try:
         return locate_model(name)

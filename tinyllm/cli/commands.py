@@ -96,8 +96,8 @@ def info_arguments(p: Parser) -> None:
 
 
 def info(args: Arguments) -> None:
+    from ..engine.progress import checking
     from ..gguf.finite import check_finite
-    from ..model import checking
     from . import info as about
 
     with open_file(args.model) as file:

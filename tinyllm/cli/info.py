@@ -16,8 +16,9 @@ from ..gguf import GGUFFile, StringArray, Tensor
 from ..kernels.backend import KVType, Source
 from ..kernels.reference import ReferenceBackend
 from ..models.archs import Arch
-from ..models.memory import readable
-from ..models.network import Network, build, cache_bytes
+from ..models.build import build
+from ..models.memory import cache_bytes, readable
+from ..models.network import Network
 
 CAPTION = 14  # columns
 

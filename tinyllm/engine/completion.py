@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,15 @@ from ..errors import ArgumentError
 from ..sampling import Sampler, SamplingParams
 from ..text import TextStream
 from .generate import Overflow, Run, Timings, Token, generate_tokens
+from .progress import reading
 
 if TYPE_CHECKING:
-    from ..model import Model
     from ..models.network import Network
     from ..models.state import State
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
 
 SMALLEST_CONTEXT = 8
-LONG_PROMPT = 256  # tokens from which reading shows a bar
 
 
 @dataclass(frozen=True)
@@ -92,16 +91,13 @@ class Job:
         )  # fmt: skip
 
 
-def begin(model: Model, ids: list[int], o: Options, state: State | None) -> Job:
-    """A prompt's job; nothing is computed yet."""
-    tokenizer = model.tokenizer
+def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: Options) -> Job:
+    """Add a prompt to a state and make it a job; nothing is computed yet."""
     keep = 1 if tokenizer.add_bos else 0
-    if state is None:
-        state = model.new_state(room_for(ids, o, model.n_ctx))
     rest = state.n_ctx - len(state.ids)
     state.append(truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids)
     limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
-    sampler = Sampler(o.params, model.network.n_vocab, model.network.be.top_k)
+    sampler = Sampler(o.params, net.n_vocab, net.be.top_k)
     run = Run(
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
         o.echo and o.logprobs is not None,
@@ -120,7 +116,7 @@ def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:
 def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Completion]:
     """All jobs to their ends."""
     with (
-        reading(jobs) as read,
+        reading(sum(job.run.n_pending for job in jobs)) as read,
         closing(generate_tokens(net, [j.run for j in jobs], tap, read)) as tokens,
     ):
         for i, token in tokens:
@@ -153,7 +149,7 @@ class Pieces(Iterator[str]):
 
 def pieces_of(net: Network, job: Job, tap: Tap | None) -> Generator[str, None, None]:
     with (
-        reading([job]) as read,
+        reading(job.run.n_pending) as read,
         closing(generate_tokens(net, [job.run], tap, read)) as tokens,
     ):
         for _, token in tokens:
@@ -161,26 +157,6 @@ def pieces_of(net: Network, job: Job, tap: Tap | None) -> Generator[str, None, N
                 yield piece
     if piece := job.text.finish():  # the context was full
         yield piece
-
-
-@contextmanager
-def reading(jobs: Sequence[Job]) -> Iterator[Callable[[int], None] | None]:
-    """A bar on a terminal while long prompts are read; it goes when they are."""
-    total = sum(len(j.run.pending()) for j in jobs)
-    if total < LONG_PROMPT:
-        yield None
-        return
-    from tqdm import tqdm
-
-    def update(n: int) -> None:
-        bar.update(n)
-        if bar.n >= total:
-            bar.close()
-
-    with tqdm(
-        total=total, desc="reading", leave=False, unit="token", delay=1.0, disable=None
-    ) as bar:
-        yield update
 
 
 def control_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
@@ -218,3 +194,12 @@ def check_max_tokens(n: int) -> int:
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < -1:
         raise ArgumentError(f"max_tokens={n!r}; expected a whole number, or -1 for no limit")
     return int(n)
+
+
+def check_n_ctx(n: int | None) -> int | None:
+    """A context's length as a caller gives it, at least ``SMALLEST_CONTEXT``; None stays None."""
+    if n is None:
+        return None
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n < 1 << 31:
+        raise ArgumentError(f"n_ctx={n!r}; expected a whole number of at least 1, or None")
+    return max(int(n), SMALLEST_CONTEXT)

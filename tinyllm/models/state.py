@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from ..errors import ArgumentError, StateError
 if TYPE_CHECKING:
     from threading import RLock
 
-    from ..kernels.backend import Cache, LayerCache, RopeSpec
+    from ..kernels.backend import Cache, KVType, LayerCache, RopeSpec
+    from .config import Config
 
 HEADER = 4096  # bytes before the numbers of an array in a saved state, at most
 
@@ -182,3 +184,9 @@ class State:
         with self.lock:
             self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
         self.ids, self.n_past, self.spoilt = ids.tolist(), n_past, False
+
+
+def fingerprint(c: Config, kv_type: KVType) -> str:
+    """Name a model and its cache type, so that a saved state is not restored into another one."""
+    digest = hashlib.sha256(repr(c).encode()).hexdigest()[:16]
+    return f"{c.arch}-{c.n_layer}x{c.n_embd}-{kv_type}-{digest}"

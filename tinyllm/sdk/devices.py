@@ -42,7 +42,7 @@ class GPU:
 
 def gpus(mem_required: int = 0) -> list[GPU]:
     """The GPUs with at least this much memory, in bytes."""
-    from ..model import list_devices
+    from ..kernels.devices import list_devices
 
     found = []
     for device in list_devices():

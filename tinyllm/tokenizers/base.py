@@ -96,6 +96,22 @@ class Tokenizer(ABC):
             ids += self._after
         return ids
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Turn two texts into one sequence for a reranker: [CLS] first [SEP] second [SEP].
+
+        Vocabularies that end a text with ``</s>`` (RoBERTa's) put two of them between the texts.
+
+        Returns
+        -------
+        ids, token types : lists of int
+            The type is 0 for tokens of the first text and 1 for those of the second.
+        """
+        head, tail = self.encode(first), self.encode(second)[int(self.add_bos) :]
+        end = self.eos if self.eos is not None else self.sep
+        if end is not None and self.token_text(end) == "</s>":
+            tail = [end, *tail]
+        return head + tail, [0] * len(head) + [1] * len(tail)
+
     @abstractmethod
     def _encode_text(self, text: str, after_special: bool) -> Iterable[int]:
         """Ids of non-empty text without special tokens; `after_special`: a token or nothing precedes."""

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from ptx_instructions import WARP, Fault, operation
-from ptx_text import WIDTH, Instruction, Kernel, access, constant, place_of
+
+from .ptx_instructions import WARP, Fault, operation
+from .ptx_text import WIDTH, Instruction, Kernel, access, constant, place_of
 
 PAGE = 1 << 33  # addresses of one allocation of global memory
 MOST_THREADS = 4096  # at once

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import ptx
-import ptx_text
 import pytest
-from simulated_cuda import PAGE, CUDARuntimeError, Driver, Stream
 
 from tinyllm.kernels.gpu import sources
+
+from . import ptx, ptx_text
+from .simulated_cuda import PAGE, CUDARuntimeError, Driver, Stream
 
 ARCHITECTURE = "compute_90"
 
