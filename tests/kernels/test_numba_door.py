@@ -1,4 +1,4 @@
-"""Kernels compiled by numba: the words of ``simd``, our own kernels to the bit, kernels from outside, and errors."""
+"""Kernels compiled by numba: words, our own kernels to the bit, kernels from outside, errors."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ import inspect
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
+from samples import normal, stored
 
-from tinyllm.errors import ArgumentError, DeviceError
+from tinyllm.errors import ArgumentError
 from tinyllm.kernels.cpu import elementwise, jit, matmul, micro, numba_door, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 from tinyllm.kernels.cpu.formats import FORMATS
 from tinyllm.kernels.cpu.program import Tape
-from tinyllm.kernels.cpu.simd import f32, get_f32, hsum, load, load_n, set_f32, splat, store, store_n
+from tinyllm.kernels.cpu.simd import (
+    f32,
+    hsum,
+    load,
+    load_n,
+    splat,
+    store,
+    store_n,
+)
 
 WORDS = {name: word for name, word in vars(simd).items() if isinstance(word, simd.Emitter)}
 SLOT = 256  # bytes of memory for the result of each word
-
-
-def floats_of(*shape: int) -> np.ndarray:
-    return np.random.default_rng(5).normal(0, 1, shape).astype(np.float32)
 
 
 # ---- words
@@ -36,7 +40,12 @@ def floats_of(*shape: int) -> np.ndarray:
 def call_of(name: str, word: simd.Emitter, slot: int) -> str:
     """A line of a kernel that calls a word with values of its types and keeps what it returns at y + slot."""
     y = f"y + {slot}"
-    addresses = {"p": "x" if word.ret != simd.types.void else y, "to": y, "source": "x", "args": "x"}
+    addresses = {
+        "p": "x" if word.ret != simd.types.void else y,
+        "to": y,
+        "source": "x",
+        "args": "x",
+    }
     numbers = {"n": "n", "i": "1", "start": "n", "v": "n"}
     values = []
     for i, (parameter, kind) in enumerate(
@@ -67,7 +76,7 @@ def all_words(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def test_every_word_means_the_same_in_numba(all_words: ModuleType) -> None:
-    x, found = floats_of(512), []
+    x, found = normal(512), []
     for kernel in (jit.kernel(all_words.all_words), numba_door.compile(all_words.all_words)):
         y = np.zeros((len(WORDS), SLOT // 4), np.float32)
         kernel(0, 1, x=x.ctypes.data, y=y.ctypes.data, n=11)
@@ -99,7 +108,7 @@ def apply(p, q, n):
 
 
 def test_vectors_are_values_in_functions_of_numba() -> None:
-    x = floats_of(40)
+    x = normal(40)
     y = np.zeros_like(x)
     total = apply(x.ctypes.data, y.ctypes.data, 40)
     v = ((x - np.float32(0.5)) ** 2 + np.float32(1)) / np.float32(3)
@@ -133,7 +142,9 @@ def test_a_word_called_wrongly_says_what_it_takes(function: Any, complaint: str)
 # ---- our own kernels, from the very same source
 
 
-def by_both(body: Any, name: str, pieces: int, y: np.ndarray, names: dict[str, Any], **args: Any) -> list[np.ndarray]:
+def by_both(
+    body: Any, name: str, pieces: int, y: np.ndarray, names: dict[str, Any], **args: Any
+) -> list[np.ndarray]:
     """What a kernel writes to y, compiled by our translator and by numba."""
     found = []
     for kernel in (jit.kernel(body, name, **names), numba_door.compile(body, **names)):
@@ -145,15 +156,17 @@ def by_both(body: Any, name: str, pieces: int, y: np.ndarray, names: dict[str, A
 
 @pytest.mark.parametrize("n", [5, 64, 100])
 def test_rms_norm_has_the_same_bits(n: int) -> None:
-    x, w = floats_of(6, n), floats_of(2, n)
+    x, w = normal(6, n), normal(2, n)
     args = {"x": x.ctypes.data, "w": w.ctypes.data, "bias": w.ctypes.data, "n": n, "eps": 1e-5}
-    ours, numbas = by_both(elementwise.rms_norm, "rms_norm", 6, x, {}, **args, w_period=2, b_period=1)
+    ours, numbas = by_both(
+        elementwise.rms_norm, "rms_norm", 6, x, {}, **args, w_period=2, b_period=1
+    )
     assert ours.any()
     assert ours.tobytes() == numbas.tobytes()
 
 
 def test_rope_has_the_same_bits() -> None:
-    x, table = floats_of(3, 4, 32), floats_of(3, 2, 10)
+    x, table = normal(3, 4, 32), normal(3, 2, 10)
     sizes = {"n_head": 4, "head_dim": 32, "pairs": 10, "start": 4, "step": 1, "apart": 10}
     args = {"x": x.ctypes.data, "table": table.ctypes.data, **sizes}
     ours, numbas = by_both(elementwise.rope, "rope", 3, x, {}, **args)
@@ -163,7 +176,7 @@ def test_rope_has_the_same_bits() -> None:
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "tanh"])
 def test_activations_with_helpers_have_the_same_bits(kind: str) -> None:
-    x, up = 4 * floats_of(100), floats_of(100)
+    x, up = 4 * normal(100), normal(100)
     args = {"x": x.ctypes.data, "up": up.ctypes.data, "n": 100}
     names = {"activate": elementwise.ACTIVATIONS[kind]}
     ours, numbas = by_both(elementwise.act, f"act_{kind}", 1, x, names, **args)
@@ -171,15 +184,168 @@ def test_activations_with_helpers_have_the_same_bits(kind: str) -> None:
     assert ours.tobytes() == numbas.tobytes()
 
 
+def quantised(x: np.ndarray, span: int) -> np.ndarray:
+    """Activations of one token as the matvec reads them."""
+    n = x.shape[1]
+    out = np.zeros((n // 32, micro.record_bytes(1)), np.uint8)
+    quantise = {"quantise": micro.quantiser(1, span)}
+    kernel = jit.kernel(matmul.quantise_rows, f"quantise_1_{span}", **quantise)
+    sizes = {"n_rows": 1, "n": n, "slots": 1, "used": 1, "span": span}
+    kernel(0, -(-n // matmul.QUANTISED), x=x.ctypes.data, out=out.ctypes.data, **sizes)
+    return out
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
 def test_the_matvec_with_its_micro_kernel_has_the_same_bits(kind: str) -> None:
     backend = CPUBackend(1)
-    w = backend.load(Stored(kind, 48, 512))
-    x, bias, y = floats_of(1, 512), floats_of(48), np.zeros(48, np.float32)
-    records = record_of(x, w.format.span)
+    w = backend.load(stored(kind, 48, 512))
+    x, bias, y = normal(1, 512), normal(48), np.zeros(48, np.float32)
+    records = quantised(x, w.format.span)
     args = {"w": w.address, "x": records.ctypes.data, "bias": bias.ctypes.data}
     sizes = {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
     names = {"multiply": micro.multiplier(w.format, 1, 1)}
     ours, numbas = by_both(matmul.matvec, f"matvec_{kind}", 3, y, names, **args, **sizes)
     assert ours.any()
     assert ours.tobytes() == numbas.tobytes()
+
+
+# ---- kernels from outside, on the tape
+
+
+@numba.njit
+def bend(v, by):
+    """A helper of the user's."""
+    return v / (splat(np.float32(1)) + v * v * splat(by))
+
+
+@numba.njit
+def bend_rows(x, y, n, by: f32, first, last, worker):
+    """Words of ``simd``."""
+    for row in range(first, last):
+        for i in range(0, n, 16):
+            at = 4 * (n * row + i)
+            store_n(y + at, bend(load_n(x + at, n - i), by), n - i)
+
+
+@numba.njit
+def bend_numbers(x, y, n, by: f32, first, last, worker):
+    """Plain numba, on arrays."""
+    for row in range(first, last):
+        v, out = numba_door.floats(x + 4 * n * row, n), numba_door.floats(y + 4 * n * row, n)
+        for i in range(n):
+            out[i] = v[i] / (np.float32(1) + v[i] * v[i] * by)
+
+
+@pytest.mark.parametrize("function", [bend_rows, bend_numbers])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_kernel_from_outside_runs_on_the_tape(function: Any, threads: int) -> None:
+    rows, n = 200, 37
+    x = normal(rows, n)
+    tape = Tape()
+    middle, y = tape.array((rows, n)), tape.array((rows, n))
+    kernel = numba_door.compile(function)
+    tape.add(kernel, rows, chunk=8, x=x.ctypes.data, y=middle, n=n, by=0.5)
+    ours = jit.kernel(elementwise.act, "act_relu", activate=elementwise.relu)
+    tape.add(ours, -(-rows * n // 1024), x=middle, up=None, y=y, n=rows * n)
+    tape.run(threads)
+    bent = x / (np.float32(1) + x * x * np.float32(0.5))
+    assert np.array_equal(y.view(), np.maximum(bent, 0))
+
+
+def test_the_tape_asks_for_the_arguments_of_a_kernel_from_outside() -> None:
+    with pytest.raises(
+        TypeError, match=r"bend_rows takes \(x, y, n, by\).*missing: by; unknown: n_rows"
+    ):
+        Tape().add(numba_door.compile(bend_rows), 1, x=0, y=0, n=1, n_rows=1)
+
+
+# ---- errors
+
+
+@numba.njit(fastmath=True)
+def fast(x, first, last, worker):
+    """Results depend on how a loop is vectorised."""
+
+
+@numba.njit(parallel=True)
+def threaded(x, first, last, worker):
+    """Starts threads."""
+
+
+@numba.njit
+def calls_fast(x, first, last, worker):
+    fast(x, first, last, worker)
+
+
+def no_pieces(x, y, n):
+    """Has no first, last, worker."""
+
+
+def wrong_order(x, last, first, worker):
+    """The caller would pass first as last."""
+
+
+def wrong_kind(x, scale: str, first, last, worker):
+    """Text is no argument."""
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "complaint"),
+    [
+        (fast, ArgumentError, "fast is compiled with fastmath=True: .*; leave it out"),
+        (calls_fast, ArgumentError, "fast is compiled with fastmath=True"),
+        (
+            threaded,
+            ArgumentError,
+            "threaded is compiled with parallel=True: threads belong to the tape",
+        ),
+        (math.sqrt, ArgumentError, "a kernel is a Python function .* not <built-in function sqrt>"),
+        (no_pieces, TypeError, r"no_pieces\(x, y, n\): .*first, last, worker"),
+        (wrong_order, TypeError, "wrong_order.*first, last, worker"),
+        (wrong_kind, TypeError, "wrong_kind: scale is annotated .*; expected f32"),
+    ],
+)
+def test_what_is_no_kernel_is_refused(function: Any, kind: type, complaint: str) -> None:
+    with pytest.raises(kind, match=complaint):
+        numba_door.compile(function)
+
+
+def test_a_name_that_replaces_nothing_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="matvec refers to no global name multipy"):
+        numba_door.compile(matmul.matvec, multipy=micro.multiplier(FORMATS["Q4_0"], 1, 1))
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+from tinyllm.errors import DeviceError
+try:
+    import tinyllm.kernels.cpu.numba_door
+except DeviceError as error:
+    print(error)
+"""
+OTHER_PROCESSOR = """
+import os
+import numba
+os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = "generic", "+popcnt"
+from tinyllm.errors import DeviceError
+from tinyllm.kernels.cpu import numba_door
+def nothing(first, last, worker):
+    pass
+try:
+    numba_door.compile(nothing)
+except DeviceError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "complaint"),
+    [
+        (WITHOUT_NUMBA, "numba, which cannot be imported"),
+        (OTHER_PROCESSOR, "tinyllm for generic, and these features differ"),
+    ],
+)
+def test_a_numba_that_cannot_serve_is_an_error_that_says_so(program: str, complaint: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert complaint in done.stdout, done.stderr

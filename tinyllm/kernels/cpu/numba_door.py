@@ -19,20 +19,24 @@ A kernel is a function of addresses and numbers that does the pieces [first, las
 
 What a kernel may rely on:
 
-* **Arguments.** Every parameter is an int64 (an address, a count, a flag) unless it is annotated ``f32``. The last
-  three are ``first, last, worker``: the pieces that this call does, and the number of the thread that runs it (for
-  scratch memory of its own). Threads claim pieces in any order, so a piece may not read what another writes.
-* **Words.** Importing this module teaches numba every emitter of ``simd`` (``load``, ``fma``, ``hsum``, ``get_half``,
-  ...) and every micro-kernel made with ``simd.emitter``. Vectors of 16 float32 are values like any other: ``+ - * /``
-  and ``-v`` work lane by lane, and they may be passed to and returned from ``njit`` functions.
-  ``floats(address, n)`` is memory as a NumPy array, where loops over single numbers are enough.
-* **Bits.** Compiled for the same processor and features as our own kernels, without ``fastmath``: nothing is fused
-  or reordered that the source does not say. The functions of this package compute the same bits by either compiler.
-* **Errors.** A division by zero gives what C gives, as in NumPy; nothing checks bounds. An exception raised within a
-  kernel ends that call alone and is printed, because no Python code is there to catch it: do not raise.
+* **Arguments.** A parameter is an int64 (an address, a count, a flag) unless it is annotated ``f32``. The
+  last three are ``first, last, worker``: the pieces that this call does, and the number of the thread that
+  runs it (for scratch memory of its own). Threads claim pieces in any order, so no piece may read what
+  another one writes.
+* **Words.** Importing this module teaches numba every emitter of ``simd`` (``load``, ``fma``, ``hsum``,
+  ``get_half``, ...) and every micro-kernel made with ``simd.emitter``. Vectors of 16 float32 are values:
+  ``+ - * /`` and ``-v`` work lane by lane, and ``njit`` functions take and return them. ``floats(address,
+  n)`` gives memory as a NumPy array, where a loop over single numbers is enough.
+* **Bits.** Kernels are compiled for the same processor and features as our own, without ``fastmath``:
+  nothing is fused or reordered that the source does not say. The kernels of this package compute the same
+  bits by either compiler.
+* **Errors.** A division by zero gives infinity, NaN or the integer 0; nothing checks bounds. An exception
+  within a kernel ends that call alone and is only printed, for no Python code is there to catch it: do not
+  raise.
 
-Helpers may be ``njit`` functions or plain ones; plain ones are compiled along. numba takes about a second for a
-kernel and nothing is kept on disk: an edited helper is never stale. This is the only module that imports numba.
+Helpers may be ``njit`` functions or plain ones; plain ones are compiled along. numba takes some tenths of a
+second for a kernel. Nothing is kept on disk, so an edited helper is never stale. This is the only module
+that imports numba.
 """
 
 from __future__ import annotations
@@ -187,7 +191,9 @@ def floats(address: int, n: int) -> np.ndarray:
 # ---- kernels
 
 
-_codes: list[Any] = []  # machine code in use: a tape keeps addresses, so it lives as long as the process
+_codes: list[
+    Any
+] = []  # machine code in use: a tape keeps addresses, so it lives as long as the process
 
 
 def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel:  # noqa: A001
@@ -196,8 +202,8 @@ def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel
     Parameters
     ----------
     function
-        A function as the text of this module describes it, decorated with ``numba.njit`` or plain. It is compiled
-        anew: the decorator's options are not used, and ``fastmath`` and ``parallel`` are refused.
+        A function as the text of this module describes it, decorated with ``numba.njit`` or plain. It is
+        compiled anew: the decorator's options are not used; ``fastmath`` and ``parallel`` are refused.
     name : str, optional
         What errors and reports call the kernel; the function's name unless given.
     **names
@@ -211,7 +217,8 @@ def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel
     Raises
     ------
     ArgumentError
-        What was given is no function, or is decorated with an option that kernels cannot have.
+        What was given is no function, is decorated with an option that kernels cannot have, or does not refer
+        to one of ``names``.
     TypeError
         Parameters do not end with ``first, last, worker``, or an annotation is neither ``f32`` nor ``i64``.
     DeviceError
@@ -222,6 +229,10 @@ def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel
     _check_target()
     body = _body_of(function)
     kinds = parameters(body)
+    if unused := ", ".join(names.keys() - _names(body.__code__)):
+        raise ArgumentError(
+            f"{body.__name__} refers to no global name {unused}: nothing to replace"
+        )
     inner = _jitted(body, {}, names)
     load = _loader([_numbas(kind) for kind in kinds.values()])
 
