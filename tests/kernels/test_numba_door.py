@@ -315,6 +315,17 @@ def test_a_name_that_replaces_nothing_is_refused() -> None:
         numba_door.compile(matmul.matvec, multipy=micro.multiplier(FORMATS["Q4_0"], 1, 1))
 
 
+def test_a_processor_that_llvm_does_not_know_keeps_its_features(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(simd.llvm, "get_host_cpu_name", lambda: "generic")
+    assert simd.features_text.__wrapped__() == simd.llvm.get_host_cpu_features().flatten()
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    assert simd.features_text.__wrapped__() == ""
+
+
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = None

@@ -52,7 +52,7 @@ def features_text() -> str:
     chosen = os.environ.get("NUMBA_CPU_FEATURES")
     if chosen is not None:
         return chosen
-    if cpu_name().lower() == "generic":
+    if os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":  # asked for; not a host unknown to LLVM
         return ""
     return llvm.get_host_cpu_features().flatten()
 
