@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from samples import normal, stored
 
+import tinyllm
 from tinyllm.errors import ArgumentError
 from tinyllm.kernels.cpu import elementwise, jit, matmul, micro, numba_door, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
@@ -209,6 +211,25 @@ def test_the_matvec_with_its_micro_kernel_has_the_same_bits(kind: str) -> None:
     assert ours.tobytes() == numbas.tobytes()
 
 
+@pytest.mark.slow
+def test_a_whole_model_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, found, compiled = list(range(300, 340)), [], {}
+
+    def by_numba(body: Any, name: str | None = None, **names: Any) -> jit.Kernel:
+        name = name or body.__name__
+        if name not in compiled:
+            compiled[name] = numba_door.compile(body, name, **names)
+        return compiled[name]
+
+    for kernel in (jit.kernel, by_numba):
+        monkeypatch.setattr(jit, "kernel", kernel)
+        model = tinyllm.load(device="cpu")
+        state = model.new_state(64)
+        found.append([model.logits(ids, state), *(model.logits([i], state) for i in ids[:4])])
+    assert len(compiled) > 10
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # ---- kernels from outside, on the tape
 
 
@@ -277,6 +298,15 @@ def calls_fast(x, first, last, worker):
     fast(x, first, last, worker)
 
 
+@numba.njit
+def checks(n):
+    assert n > 0
+
+
+def calls_checks(x, first, last, worker):
+    checks(last)
+
+
 def no_pieces(x, y, n):
     """Has no first, last, worker."""
 
@@ -299,6 +329,7 @@ def wrong_kind(x, scale: str, first, last, worker):
             ArgumentError,
             "threaded is compiled with parallel=True: threads belong to the tape",
         ),
+        (calls_checks, ArgumentError, "checks has raise or assert"),
         (math.sqrt, ArgumentError, "a kernel is a Python function .* not <built-in function sqrt>"),
         (no_pieces, TypeError, r"no_pieces\(x, y, n\): .*first, last, worker"),
         (wrong_order, TypeError, "wrong_order.*first, last, worker"),
@@ -335,7 +366,7 @@ try:
 except DeviceError as error:
     print(error)
 """
-OTHER_PROCESSOR = """
+WITH_NUMBA = """
 import os
 import numba
 os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = "generic", "+popcnt"
@@ -351,12 +382,16 @@ except DeviceError as error:
 
 
 @pytest.mark.parametrize(
-    ("program", "complaint"),
+    ("program", "environment", "complaint"),
     [
-        (WITHOUT_NUMBA, "numba, which cannot be imported"),
-        (OTHER_PROCESSOR, "tinyllm for generic, and these features differ"),
+        (WITHOUT_NUMBA, {}, "numba, which cannot be imported"),
+        (WITH_NUMBA, {}, "tinyllm for generic, and these features differ"),
+        (WITH_NUMBA, {"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT is set"),
     ],
 )
-def test_a_numba_that_cannot_serve_is_an_error_that_says_so(program: str, complaint: str) -> None:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+def test_a_numba_that_cannot_serve_is_an_error_that_says_so(
+    program: str, environment: dict[str, str], complaint: str
+) -> None:
+    env = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert complaint in done.stdout, done.stderr

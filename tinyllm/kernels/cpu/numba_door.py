@@ -30,17 +30,18 @@ What a kernel may rely on:
 * **Bits.** Kernels are compiled for the same processor and features as our own, without ``fastmath``:
   nothing is fused or reordered that the source does not say. The kernels of this package compute the same
   bits by either compiler.
-* **Errors.** A division by zero gives infinity, NaN or the integer 0; nothing checks bounds. An exception
-  within a kernel ends that call alone and is only printed, for no Python code is there to catch it: do not
-  raise.
+* **Errors.** A division by zero gives infinity, NaN or the integer 0; nothing checks bounds. ``raise`` and
+  ``assert`` are refused, for no Python code is there to catch an exception; one that a function of numba
+  raises is printed, and ends that call alone.
 
-Helpers may be ``njit`` functions or plain ones; plain ones are compiled along. numba takes some tenths of a
-second for a kernel. Nothing is kept on disk, so an edited helper is never stale. This is the only module
-that imports numba.
+Helpers may be ``njit`` functions or plain ones; they are compiled with the kernel, by the kernel's options.
+numba takes some tenths of a second for a kernel. Nothing is kept on disk, so an edited helper is never stale.
+This is the only module that imports numba.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
 import operator
 from collections.abc import Callable
@@ -67,7 +68,7 @@ except ImportError as error:
         "pip install numba"
     ) from error
 
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False}
+OPTIONS = {"error_model": "numpy", "fastmath": False}
 FORBIDDEN = {
     "fastmath": "results would depend on how loops are vectorised",
     "parallel": "threads belong to the tape",
@@ -191,9 +192,7 @@ def floats(address: int, n: int) -> np.ndarray:
 # ---- kernels
 
 
-_codes: list[
-    Any
-] = []  # machine code in use: a tape keeps addresses, so it lives as long as the process
+_codes: dict[int, Any] = {}  # by address, the only thing that tapes keep: never given back
 
 
 def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel:  # noqa: A001
@@ -202,8 +201,8 @@ def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel
     Parameters
     ----------
     function
-        A function as the text of this module describes it, decorated with ``numba.njit`` or plain. It is
-        compiled anew: the decorator's options are not used; ``fastmath`` and ``parallel`` are refused.
+        A function as the text of this module describes it, decorated with ``numba.njit`` or plain. It and its
+        helpers are compiled anew: a decorator's options are not used; ``fastmath`` and ``parallel`` are refused.
     name : str, optional
         What errors and reports call the kernel; the function's name unless given.
     **names
@@ -217,12 +216,12 @@ def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel
     Raises
     ------
     ArgumentError
-        What was given is no function, is decorated with an option that kernels cannot have, or does not refer
-        to one of ``names``.
+        What was given is no function, is decorated with an option that kernels cannot have, raises exceptions,
+        or does not refer to one of ``names``.
     TypeError
         Parameters do not end with ``first, last, worker``, or an annotation is neither ``f32`` nor ``i64``.
     DeviceError
-        numba compiles for another processor than this package does.
+        numba compiles for another processor than this package does, or not at all.
     numba.core.errors.NumbaError
         numba cannot compile the function's body; the message shows the line.
     """
@@ -240,12 +239,20 @@ def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel
         inner(*load(args, first, last, worker))
 
     code = numba.cfunc(types.void(*[types.int64] * 4), **OPTIONS)(entry)
-    _codes.append(code)
+    _codes[code.address] = code
     return Kernel(name or body.__name__, code.address, kinds)
+
+
+def assembly(kernel: Kernel) -> str:
+    """The instructions of a kernel compiled here, to read; ``jit.assembly`` has those of our own."""
+    return _codes[kernel.address]._library.get_asm_str()
 
 
 def _check_target() -> None:
     """numba's processor must be ours: a micro-kernel for a larger one would end the process."""
+    if numba.config.DISABLE_JIT:
+        raise DeviceError("numba compiles nothing while NUMBA_DISABLE_JIT is set: unset it")
+    registry.cpu_target.typing_context.refresh()
     _, cpu, features = registry.cpu_target.target_context.codegen().magic_tuple()
     ours = simd.cpu_name(), _switches(simd.features_text())
     if (cpu, _switches(features)) != ours:
@@ -286,6 +293,10 @@ def _jitted(function: FunctionType, made: dict, names: dict[str, Any]) -> Any:
     if function in made:
         return made[function]
     code, known = function.__code__, {**function.__globals__, **names}
+    if any(i.opname == "RAISE_VARARGS" for i in dis.get_instructions(code)):
+        raise ArgumentError(
+            f"{function.__name__} has raise or assert: no Python code would catch it"
+        )
     cells = tuple(CellType() for _ in code.co_freevars)
     scope: dict[str, Any] = {"__builtins__": function.__globals__["__builtins__"]}
     copy = FunctionType(code, scope, function.__name__, function.__defaults__, cells)
@@ -298,14 +309,21 @@ def _jitted(function: FunctionType, made: dict, names: dict[str, Any]) -> Any:
 
 
 def _for_numba(value: Any, made: dict) -> Any:
-    """A value as numba understands it."""
-    if isinstance(value, FunctionType):
-        return value if value is floats else _jitted(value, made, {})
+    """A value as numba understands it; helpers are compiled anew, by the options of kernels."""
     if isinstance(value, ir.Type):
         return _numbas(value)
-    if extending.is_jitted(value):
-        _body_of(value)
+    if extending.is_jitted(value) or (isinstance(value, FunctionType) and not _is_known(value)):
+        return _jitted(_body_of(value), made, {})
     return value
+
+
+def _is_known(function: FunctionType) -> bool:
+    """Whether numba has an implementation of its own for a function, as for ``numba.carray``."""
+    try:
+        registry.cpu_target.typing_context.resolve_value_type(function)
+    except ValueError:
+        return False
+    return True
 
 
 def _names(code: CodeType) -> set[str]:
