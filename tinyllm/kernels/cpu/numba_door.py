@@ -201,8 +201,9 @@ def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel
     Parameters
     ----------
     function
-        A function as the text of this module describes it, decorated with ``numba.njit`` or plain. It and its
-        helpers are compiled anew: a decorator's options are not used; ``fastmath`` and ``parallel`` are refused.
+        A function as the text of this module describes it, decorated with ``numba.njit`` or plain. It and
+        its helpers are compiled anew: a decorator's options are not used; ``fastmath`` and ``parallel`` are
+        refused.
     name : str, optional
         What errors and reports call the kernel; the function's name unless given.
     **names
