@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError, TemplateError
+from ..files import replacing
 from .templates import MessageType, Template
 
 if TYPE_CHECKING:
@@ -99,15 +100,15 @@ class ChatSession:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write messages and state to one file, atomically."""
-        path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / "session"
-            with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("history.json", json.dumps(self.history))
-                if self.state is not None:
-                    self.state.save(Path(folder) / "state.npz")
-                    archive.write(Path(folder) / "state.npz", "state.npz")
-            os.replace(whole, path)
+        with (
+            replacing(path) as whole,
+            tempfile.TemporaryDirectory(dir=Path(path).resolve().parent) as folder,
+            zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            archive.writestr("history.json", json.dumps(self.history))
+            if self.state is not None:
+                self.state.save(Path(folder) / "state.npz")
+                archive.write(Path(folder) / "state.npz", "state.npz")
 
     def load(self, path: str | os.PathLike[str], model: LLModel) -> None:
         """Take over the conversation that `save` wrote, under the template in use here.
