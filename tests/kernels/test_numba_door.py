@@ -319,6 +319,10 @@ def wrong_kind(x, scale: str, first, last, worker):
     """Text is no argument."""
 
 
+def unknown_kind(x, scale: f33, first, last, worker):  # noqa: F821
+    """A slip of the pen."""
+
+
 @pytest.mark.parametrize(
     ("function", "kind", "complaint"),
     [
@@ -333,6 +337,7 @@ def wrong_kind(x, scale: str, first, last, worker):
         (math.sqrt, ArgumentError, "a kernel is a Python function .* not <built-in function sqrt>"),
         (no_pieces, TypeError, r"no_pieces\(x, y, n\): .*first, last, worker"),
         (wrong_order, TypeError, "wrong_order.*first, last, worker"),
+        (unknown_kind, TypeError, "unknown_kind: an annotation means nothing: name 'f33' is not"),
         (wrong_kind, TypeError, "wrong_kind: scale is annotated .*; expected f32"),
     ],
 )

@@ -52,7 +52,8 @@ def features_text() -> str:
     chosen = os.environ.get("NUMBA_CPU_FEATURES")
     if chosen is not None:
         return chosen
-    if os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":  # asked for; not a host unknown to LLVM
+    # not cpu_name(): LLVM calls a processor newer than itself generic, too, and yet knows its features
+    if os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":
         return ""
     return llvm.get_host_cpu_features().flatten()
 
@@ -543,18 +544,6 @@ get_i32, set_i32 = _scalar(i64, I32)
 get_i16, set_i16 = _scalar(i64, I16)
 get_i8, set_i8 = _scalar(i64, I8)
 get_f32, set_f32 = _scalar(f32, F32)
-
-
-@emitter(i64, i64, i64)
-def arg(e, args, i):
-    """Argument i of an instruction."""
-    return e.load(e.ptr(args), I64, e.b.mul(i, I64(8)))
-
-
-@emitter(f32, i64, i64)
-def float_arg(e, args, i):
-    """Argument i of an instruction, a float32 kept as bits (``program.float_bits``)."""
-    return e.load(e.ptr(args), F32, e.b.mul(i, I64(8)))
 
 
 @emitter(f32, i64)
