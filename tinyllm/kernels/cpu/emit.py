@@ -46,7 +46,8 @@ def features_text() -> str:
     chosen = os.environ.get("NUMBA_CPU_FEATURES")
     if chosen is not None:
         return chosen
-    if cpu_name().lower() == "generic":
+    # not cpu_name(): LLVM calls a processor newer than itself generic, too, and yet knows its features
+    if os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":
         return ""
     return llvm.get_host_cpu_features().flatten()
 
