@@ -18,7 +18,7 @@ from samples import normal, stored
 
 import tinyllm
 from tinyllm.errors import ArgumentError
-from tinyllm.kernels.cpu import elementwise, jit, matmul, micro, numba_door, simd
+from tinyllm.kernels.cpu import elementwise, emit, jit, matmul, micro, numba_door, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 from tinyllm.kernels.cpu.formats import FORMATS
 from tinyllm.kernels.cpu.program import Tape
@@ -53,14 +53,14 @@ def call_of(name: str, word: simd.Emitter, slot: int) -> str:
     for i, (parameter, kind) in enumerate(
         zip(list(inspect.signature(word.emit).parameters)[1:], word.args, strict=True)
     ):
-        if kind == simd.V16F:
+        if kind == emit.V16F:
             values.append(f"simd.load(x + {64 * i})")
-        elif kind == simd.F32:
+        elif kind == emit.F32:
             values.append(f"simd.get_f32(x + {4 * i})")
         else:
             values.append((addresses | numbers)[parameter])
     call = f"simd.{name}({', '.join(values)})"
-    keep = {simd.V16F: "store", simd.F32: "set_f32", simd.I64: "set_i64"}.get(word.ret)
+    keep = {emit.V16F: "store", emit.F32: "set_f32", emit.I64: "set_i64"}.get(word.ret)
     return f"simd.{keep}({y}, {call})" if keep else call
 
 
@@ -361,10 +361,10 @@ def test_a_processor_that_llvm_does_not_know_keeps_its_features(
 ) -> None:
     for variable in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(simd.llvm, "get_host_cpu_name", lambda: "generic")
-    assert simd.features_text.__wrapped__() == simd.llvm.get_host_cpu_features().flatten()
+    monkeypatch.setattr(emit.llvm, "get_host_cpu_name", lambda: "generic")
+    assert emit.features_text.__wrapped__() == emit.llvm.get_host_cpu_features().flatten()
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
-    assert simd.features_text.__wrapped__() == ""
+    assert emit.features_text.__wrapped__() == ""
 
 
 WITHOUT_NUMBA = """

@@ -33,7 +33,7 @@ from typing import Any
 import llvmlite
 from llvmlite import ir
 
-from . import machine, simd
+from . import emit, machine
 from .translate import parameters, translate
 
 Kinds = Mapping[str, ir.Type]  # of a kernel's arguments, by name
@@ -58,7 +58,7 @@ class Kernel:
 
     def __init__(self, name: str, address: int, kinds: Kinds) -> None:
         self.name, self.address, self.parameters = name, address, tuple(kinds)
-        self._formats = ["f4x" if kind == simd.F32 else "q" for kind in kinds.values()]
+        self._formats = ["f4x" if kind == emit.F32 else "q" for kind in kinds.values()]
         self._struct = struct.Struct("=" + "".join(self._formats))
         self._native = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_int64] * 3)(address)
 
@@ -148,7 +148,7 @@ def module_text(body: Callable, name: str, names: dict[str, Any], kinds: Kinds |
     variant = FunctionType(
         body.__code__, {**body.__globals__, **names}, name, None, body.__closure__
     )
-    return str(translate(variant, name, simd.target()[0], kinds))
+    return str(translate(variant, name, emit.target()[0], kinds))
 
 
 def _machine_code(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:
@@ -248,7 +248,7 @@ def _candidates() -> list[Path]:
 
 def _fingerprint() -> str:
     """A hash of everything that decides the machine code."""
-    triple, cpu, features = simd.target()
+    triple, cpu, features = emit.target()
     parts = [sys.version, llvmlite.__version__, triple, cpu, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):

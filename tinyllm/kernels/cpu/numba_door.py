@@ -53,9 +53,10 @@ import numpy as np
 from llvmlite import ir
 
 from ...errors import ArgumentError, DeviceError
-from . import simd
+from . import emit
+from .emit import F32, F64, I1, I64, Emit
 from .jit import Kernel
-from .simd import F32, F64, I1, I64, Emit, Emitter
+from .simd import Emitter
 from .translate import parameters
 
 try:
@@ -255,7 +256,7 @@ def _check_target() -> None:
         raise DeviceError("numba compiles nothing while NUMBA_DISABLE_JIT is set: unset it")
     registry.cpu_target.typing_context.refresh()
     _, cpu, features = registry.cpu_target.target_context.codegen().magic_tuple()
-    ours = simd.cpu_name(), _switches(simd.features_text())
+    ours = emit.cpu_name(), _switches(emit.features_text())
     if (cpu, _switches(features)) != ours:
         differ = sorted(_switches(features) ^ ours[1])
         raise DeviceError(

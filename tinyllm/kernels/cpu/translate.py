@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from .simd import F32, F64, I1, I64, Emit, Emitter
+from .emit import F32, F64, I1, I64, Emit
+from .simd import Emitter
 
 COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 SIGNS = {
