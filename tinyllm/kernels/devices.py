@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from .. import system
 from ..errors import DeviceError
+from .backend import Backend, Compute
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,53 @@ def resolve_all(device: str | None) -> list[str]:
 def on_gpu(name: str) -> bool:
     """Is the device of this engine's name one that layers can be moved to?"""
     return name.partition(":")[0] in ("cuda", "opencl")
+
+
+def open_backend(device: str, n_threads: int | None = None, compute: Compute = "f32") -> Backend:
+    """The backend of a device name: "cpu", "reference", "cuda[:i]", "opencl[:i]".
+
+    ``compute``: in what numbers matrices of floats are multiplied.
+
+    Raises
+    ------
+    DeviceError
+        The name is unknown, the driver or the optional package is missing, or the device cannot compute so.
+    """
+    kind, _, index = device.partition(":")
+    if compute != "f32" and kind != "cpu":
+        raise DeviceError(f"compute={compute!r} is for device='cpu', not {device!r}; leave it out")
+    if kind == "reference":
+        from .reference import ReferenceBackend
+
+        return ReferenceBackend()
+    if kind == "cpu":
+        from .cpu import jit
+
+        if not jit.can_compile():
+            return _instead_of_cpu(compute)
+        from .cpu.backend import CPUBackend
+
+        return CPUBackend(n_threads, compute)
+    if kind == "cuda":
+        from .gpu.cuda import CUDABackend
+
+        return CUDABackend(index or "0")
+    if kind == "opencl":
+        from .gpu.opencl import OpenCLBackend
+
+        return OpenCLBackend(index or "0")
+    raise DeviceError(
+        f"unknown device {device!r}; expected 'cpu', 'reference', 'cuda[:i]' or 'opencl[:i]'"
+    )
+
+
+def _instead_of_cpu(compute: Compute) -> Backend:
+    """What computes where the sources of the CPU's kernels were not shipped: NumPy, with a warning."""
+    missing = "the sources of the CPU's kernels are missing (only bytecode was shipped)"
+    advice = "ship tinyllm/kernels/cpu/*.py too"
+    if compute != "f32":
+        raise DeviceError(f"compute={compute!r}: {missing}; {advice}")
+    warnings.warn(f"{missing}: NumPy computes, slowly; {advice}", RuntimeWarning, stacklevel=2)
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend()
