@@ -7,15 +7,18 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
     from .weights import GPUWeight
 
-Buffer = Any  # a device's own handle
+Buffer = Any  # the handle by which a driver knows memory
 i32, u64, f32 = np.int32, np.uint64, np.float32  # scalar arguments of kernels
+Int8: TypeAlias = (
+    "tuple[GPUArray, GPUArray, GPUArray]"  # codes, scales and sums of an array's values
+)
 
 
 class GPUArray:
@@ -121,9 +124,6 @@ class Undivided:
     int8: Int8 | None
     squares: GPUArray
     eps: float
-
-
-Int8 = tuple[GPUArray, GPUArray, GPUArray]  # codes, scales and sums of an array's values
 
 
 class Pool:

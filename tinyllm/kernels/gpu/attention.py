@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .backend import GPUBackend
 
 THREADS = 128  # as in src/attention.c
-TILE_QUERIES = 16  # queries of a group when there are many rows
-DECODE_QUERIES = 8  # and when each sequence has one row
+TILE_QUERIES = 16  # queries that a group looks after, when there are many rows
+DECODE_QUERIES = 8  # likewise, when each sequence has one row
 WIDE_HEAD = 256  # from here on half as many queries fit into local memory
 
 

@@ -20,18 +20,21 @@ from .sources import Program
 if TYPE_CHECKING:
     from .backend import GPUBackend
 
-LOCAL_BYTES = 46 << 10  # of a group's tiles; 48 KB are there
+LOCAL_BYTES = 46 << 10  # for a group's tiles; multiprocessors have 48 KB for a group
 MOST_DIM = 256
-WHOLE_DIM = {"f16": 192, "q8_0": 96}  # wider values leave registers for scores of half a page
+WHOLE_DIM = {
+    "f16": 192,
+    "q8_0": 96,
+}  # with wider values registers hold the scores of half a page only
 
 INT8_ROWS = 16  # with more, the products that follow read halves
 
 # The times of an H200 in microseconds, reckoned from its latencies and rates: only their ratios decide.
 BEGIN = 0.8  # until a group's first keys have arrived
-TILE = 1.4  # from tile to tile, were memory and products infinitely fast
-JOIN, PART = 0.8, 0.025  # to be the last group, and for each part that it reads
-CORE_BYTES = 32_000  # of memory, a core, a microsecond
-CORE_PRODUCTS = 750_000  # of two terms each, a core, a microsecond
+TILE = 1.4  # the least from one tile to the next: latencies
+JOIN, PART = 0.8, 0.025  # for the last group to join the parts, and more for each part
+CORE_BYTES = 32_000  # bytes of memory that a core reads in a microsecond
+CORE_PRODUCTS = 750_000  # products, of two terms each, that a core makes in a microsecond
 MOST_SPLITS = 64
 
 
@@ -47,7 +50,7 @@ class GroupShape:
 
     rows: int
     keys: int
-    tile: int  # keys
+    tile: int  # keys that are read at a time
 
     @property
     def pairs(self) -> int:
@@ -69,8 +72,12 @@ def group_shape(pairs: int, k: Side, v: Side, even: bool = True) -> GroupShape:
         few_registers = k.kv_type == "q8_0" and v.dim > 192
         rows = 8 if pairs > 64 and even and not few_registers else 4
         return GroupShape(rows, 1, PAGE if whole and narrow else PAGE // 2)
-    shared = PAGE * (_stride(k) + _stride(v)) + 64 * (k.dim + 8)  # with the queries
-    whole = shared <= LOCAL_BYTES and 4 * 64 * (v.dim + 8) <= LOCAL_BYTES  # where warps meet
+    shared = PAGE * (_stride(k) + _stride(v)) + 64 * (
+        k.dim + 8
+    )  # tiles of keys and values, and the queries
+    whole = (
+        shared <= LOCAL_BYTES and 4 * 64 * (v.dim + 8) <= LOCAL_BYTES
+    )  # warps join their results in as much
     return GroupShape(1, 4, PAGE) if whole else GroupShape(1, 2, PAGE // 2)
 
 

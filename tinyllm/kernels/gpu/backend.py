@@ -53,9 +53,11 @@ from .sources import Program, Size
 from .steps import MOST_ROWS, NotRecordable, Steps
 from .weights import LAYOUTS, PLAIN, GPUWeight
 
-MATVEC_ROWS = 16  # up to so many rows of activations matvec.c is the fastest
+MATVEC_ROWS = 16  # rows of activations up to which matvec.c is the fastest
 MATVEC_ROWS_BESIDE_TENSOR_CORES = {"plain": 8, "quantised": 4}
-LIBRARY_ROWS = 256  # from here on it pays to decode a whole quantised matrix first
+LIBRARY_ROWS = (
+    256  # rows of activations from which it pays to decode a whole quantised matrix first
+)
 MATVEC_CHOICES = 32  # (row, expert) pairs; with more, rows are sorted by expert
 _NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 
@@ -64,17 +66,17 @@ class GPUBackend(Backend):
     """One GPU. ``Backend`` says what each operation promises."""
 
     n_cores: int  # multiprocessors, compute units
-    max_threads = 512  # of a group; a power of two
+    max_threads = 512  # that a group may have; a power of two
     n_counters = 1024  # groups of a launch that can find out which of them is the last
-    tensor_cores = False  # whether src/tensor.h is for this device
+    tensor_cores = False  # whether the device runs kernels that include src/tensor.h
     library: Library | None = None  # where a library's matrix product is installed
-    any_quantised = False  # among the weights
+    any_quantised = False  # whether a quantised matrix was loaded
     recording = False  # launches are kept, to be carried out later
     closed = False
 
     def __init__(self) -> None:
-        self.pool = Pool(self.allocate, self.free)  # of arrays that belong to a step
-        self.kept = Pool(self.allocate, self.free)  # of arrays that outlive it
+        self.pool = Pool(self.allocate, self.free)  # holds arrays that belong to a step
+        self.kept = Pool(self.allocate, self.free)  # holds arrays that outlive it
         self._weights: weakref.WeakSet[GPUWeight] = weakref.WeakSet()
         self._codebooks: dict[str, GPUArray] = {}
         self._stores: dict[tuple[tuple[LayerCache, ...], KVType], Store] = {}

@@ -37,7 +37,7 @@ class DeviceBatch(Batch):
 
 
 ALIGNMENT = 512  # bytes; a part of an OpenCL buffer begins at a multiple of 128 to 512
-FEWEST_PAGES = 16  # columns of a table: each further number of columns means another recorded step
+FEWEST_PAGES = 16  # columns of a page table: for each number of columns a step is recorded anew
 CHANGING = ("ids", "positions", "n_past", "outputs")  # what differs among batches of one key
 GIVEN = ("starts", *CHANGING)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PICKS = (1, 64, 256)
 COLUMNS = 4096  # as in src/choose.c
-ROOM = {1: 4, 64: 128}  # for equals of the k-th; of several, also for those that share a column
+ROOM = {1: 4, 64: 128}  # ids that may be found: also equals of the k-th and ids that share a column
 MOST_ROOM = 512
 
 

@@ -26,7 +26,7 @@ SIGNATURES = {
         *(c_void_p, c_void_p, c_int, c_int),  # alpha, A, its type and leading dimension
         *(c_void_p, c_int, c_int),  # B
         *(c_void_p, c_void_p, c_int, c_int),  # beta, C
-        *(c_int, c_int),  # what is computed in, algorithm
+        *(c_int, c_int),  # type of the arithmetic, algorithm
     ],
 }
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .backend import GPUBackend
     from .batch import DeviceBatch
 
-PAGE = 64  # positions, as in src/kv.h
+PAGE = 64  # positions in a page, as in src/kv.h
 MOST_DIM = 1024  # values of a head that ``rope_write`` turns, as in src/cache.c
-FIRST_BYTES = 64 << 20  # of a new buffer
+FIRST_BYTES = 64 << 20  # in a first buffer, which has 4 to 64 places
 MARKS = itertools.count()
 KV_CODE = {"f32": 0, "f16": 1, "q8_0": 2}
 _PIECE = {"f32": 4, "f16": 4, "q8_0": 32}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MOST_PIECE = 128 << 20  # bytes of decoded weights at a time
 TILE, TILES = 128, 4  # a multiprocessor should have some tiles [128, 128] of the library's product
 ALIGNED_ROWS = 64  # a piece of many rows has a multiple of these: the library wants aligned columns
-MOST_ROWS = 32768  # of a piece: the second dimension of a CUDA grid ends at 65535
+MOST_ROWS = 32768  # in a piece: the second dimension of a CUDA grid ends at 65535
 MOST_PARTS = 64 << 20  # bytes of products that wait to be added up
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TILE_ROWS, THREADS = 128, 256  # as in src/matmul_tensor.c
 UNIT = 32
 TOKENS = 16, 32, 64  # rows of activations in a tile: one program each
-LEAST_UNITS = 8  # of a row, that a group looks after
+LEAST_UNITS = 8  # units of a row that a group looks after
 
 
 class TensorTiles:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 8 << 20  # bytes of a copy
+PIECE = 8 << 20  # bytes that are copied at a time
 ROOM = 4 * PIECE  # bytes of copies under way
 ALIGNMENT = 64
 
@@ -38,7 +38,7 @@ class Pinned:
         self._allocate, self._wait = allocate, wait
         self._up = self._down = np.empty(0, np.uint8)
         self._used = self._up_address = self._down_address = 0
-        self._landings: list[np.ndarray] = []  # spare ones
+        self._landings: list[np.ndarray] = []  # that no copy uses
 
     def staged(self, x: np.ndarray) -> Iterator[tuple[int, int, int]]:
         """Copy x to pinned pieces: offset, address and length of each. They stay until the next ``wait``."""

@@ -9,7 +9,7 @@ from .weights import LAYOUTS, PLAIN, units
 
 Defines = tuple[tuple[str, str | int], ...]
 Program = tuple[tuple[str, ...], Defines]  # files in order, and macros
-Size = tuple[int, int, int]  # of a launch: groups, or threads of a group
+Size = tuple[int, int, int]  # groups of a launch, or threads of a group
 
 
 @cache

@@ -20,9 +20,11 @@ from .kvcache import GPUCache
 if TYPE_CHECKING:
     from .backend import GPUBackend
 
-MOST_ROWS = 512  # a chunk of a prompt: its launches take Python as long as a large device needs for their work
+MOST_ROWS = (
+    512  # in a recorded step; on more rows a device works longer than Python takes to launch
+)
 FIRST = 2  # the row of ``found`` in src/choose.c that holds the first ids
-MOST_STEPS = 32  # that are kept
+MOST_STEPS = 32  # recordings that are kept
 
 
 class NotRecordable(Exception):
