@@ -34,7 +34,8 @@ from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache, open_backend
 from tinyllm.kernels.devices import resolve
 from tinyllm.kernels.gpu import sources
-from tinyllm.models.network import Network, build
+from tinyllm.models.build import build
+from tinyllm.models.network import Network
 from tinyllm.sampling import Sampler, SamplingParams
 
 SHAPES = {  # n_embd, n_layer, n_head, n_head_kv, n_ff, n_vocab, head_dim, tied

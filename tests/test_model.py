@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tinyllm
-import tinyllm.model
+import tinyllm.loading
 from tinyllm.cli.perplexity import perplexity
 from tinyllm.errors import (
     ArgumentError,
@@ -354,6 +354,6 @@ def test_progress_counts_layers_as_they_are_loaded(
         assert len(seen) == total
 
     monkeypatch.setattr(CPUBackend, "load", counting)
-    monkeypatch.setattr(tinyllm.model, "progress", progress)
+    monkeypatch.setattr(tinyllm.loading, "loading", progress)
     tinyllm.load(stories260k).close()
     assert len(seen) == len(set(seen)) > 1

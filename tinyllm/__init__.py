@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors, gguf, tokenizers
     from .engine.completion import Completion
-    from .model import Model, list_devices, load
+    from .kernels.devices import list_devices
+    from .loading import load
+    from .model import Model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,8 +27,8 @@ _MODULES = {"errors", "gguf", "tokenizers", "sdk"}
 _HOMES = {
     "Completion": "engine.completion",
     "Model": "model",
-    "list_devices": "model",
-    "load": "model",
+    "list_devices": "kernels.devices",
+    "load": "loading",
 }
 
 

@@ -17,7 +17,7 @@ from tinyllm import gguf
 from tinyllm.cli import commands as cli
 from tinyllm.cli import terminal
 from tinyllm.cli.repl import Screen
-from tinyllm.model import BUNDLED
+from tinyllm.loading import BUNDLED
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\r\x9b31m\x7fdone\n\tso"
 
@@ -73,6 +73,8 @@ def test_a_hostile_model_does_not_drive_the_terminal(hostile: Path) -> None:
         "",
         "-n",
         "8",
+        "--seed",
+        "1",
         "--device",
         "reference",
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tinyllm
-from tinyllm import model as module
+from tinyllm import loading as module
 from tinyllm.errors import GGUFError
 
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
@@ -76,7 +76,7 @@ def after_a_layer(
 def test_writing_to_a_file_that_loads_is_an_error(
     path: Path, damage: Callable[[Path], None], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "progress", after_a_layer(damage, path))
+    monkeypatch.setattr(module, "loading", after_a_layer(damage, path))
     with pytest.raises(GGUFError, match=r"has shrunk|was written to") as caught:
         tinyllm.load(path, device)
     assert caught.value.path == str(path)
@@ -86,7 +86,7 @@ def test_writing_to_a_file_that_loads_is_an_error(
 def test_a_file_that_loads_may_be_replaced(
     path: Path, damage: Callable[[Path], None], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "progress", after_a_layer(damage, path))
+    monkeypatch.setattr(module, "loading", after_a_layer(damage, path))
     assert str(tinyllm.load(path).generate("Once", **GREEDY)) == expected
 
 

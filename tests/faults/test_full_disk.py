@@ -43,7 +43,7 @@ def save_state(path: Path) -> None:
 
 
 def save_session(path: Path) -> None:
-    bundled = tinyllm.model.BUNDLED
+    bundled = tinyllm.loading.BUNDLED
     with GPT4All(bundled.name, model_path=bundled.parent, allow_download=False) as llm:
         with llm.chat_session():
             llm.generate("Hello", max_tokens=4)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tinyllm
-from tinyllm.model import BUNDLED
+from tinyllm.loading import BUNDLED
 
 HERE = Path(__file__).parent
 

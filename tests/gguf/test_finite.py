@@ -14,7 +14,7 @@ from tinyllm.cli import commands as cli
 from tinyllm.errors import GGUFError, NumericError
 from tinyllm.gguf import finite, quants
 from tinyllm.gguf.finite import check_finite
-from tinyllm.model import BUNDLED
+from tinyllm.loading import BUNDLED
 
 
 @pytest.mark.parametrize("name", quants.FORMATS)

@@ -18,7 +18,7 @@ from tinyllm.kernels.gpu import backend, pinned
 from tinyllm.kernels.gpu.kvcache import Side
 from tinyllm.kernels.gpu.weights import GPUWeight
 from tinyllm.kernels.reference import ReferenceBackend
-from tinyllm.models.network import build
+from tinyllm.models.build import build
 from tinyllm.models.stages import Stage
 
 pytestmark = pytest.mark.device

@@ -10,7 +10,8 @@ import pytest
 
 from tinyllm import gguf
 from tinyllm.kernels.reference import ReferenceBackend
-from tinyllm.models.network import Network, build
+from tinyllm.models.build import build
+from tinyllm.models.network import Network
 
 pytestmark = pytest.mark.device
 OURS = Path(__file__).parent.parent / "data" / "models"

@@ -14,7 +14,8 @@ from tinyllm import gguf
 from tinyllm.engine.generate import Run, generate_tokens
 from tinyllm.errors import DeviceError, NumericError
 from tinyllm.kernels import choose
-from tinyllm.models.network import Network, build
+from tinyllm.models.build import build
+from tinyllm.models.network import Network
 from tinyllm.sampling import Sampler, SamplingParams
 
 pytestmark = pytest.mark.device

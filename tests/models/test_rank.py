@@ -11,7 +11,8 @@ import tinyllm
 from tinyllm import gguf
 from tinyllm.errors import ArgumentError, ContextOverflow, GGUFError, UnsupportedModel
 from tinyllm.kernels.backend import open_backend
-from tinyllm.models.network import Network, build
+from tinyllm.models.build import build
+from tinyllm.models.network import Network
 
 MODELS = Path(__file__).parent.parent / "data" / "models"
 
@@ -51,7 +52,7 @@ def test_documents_are_scored_one_by_one_or_together(reranker) -> None:
 
 
 def test_a_pair_is_joined_as_the_vocabulary_does(reranker) -> None:
-    ids, types = tinyllm.model.encode_pair(reranker.tokenizer, "a cat", "the dog")
+    ids, types = reranker.tokenizer.encode_pair("a cat", "the dog")
     text = [reranker.tokenizer.token_text(i) for i in ids]
     assert text == ["[CLS]", "▁a", "▁cat", "[SEP]", "▁the", "▁dog", "[SEP]"]
     assert types == [0, 0, 0, 0, 1, 1, 1]

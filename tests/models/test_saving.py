@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tinyllm
-from tinyllm.model import BUNDLED
+from tinyllm.loading import BUNDLED
 
 
 @cache

@@ -18,8 +18,9 @@ from tinyllm.errors import ArgumentError, DeviceError, StateError
 from tinyllm.kernels import devices
 from tinyllm.kernels.backend import open_backend
 from tinyllm.kernels.reference import ReferenceBackend
-from tinyllm.model import placing
-from tinyllm.models.network import Network, build
+from tinyllm.loading import placing
+from tinyllm.models.build import build
+from tinyllm.models.network import Network
 from tinyllm.models.stages import Stage, divide, stage_bytes
 
 ON_OPENCL = {
@@ -254,7 +255,7 @@ def test_gpu_layers_are_the_last_ones(
     where: list[tuple[str, range]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tinyllm.model.open_backend", lambda name, n, compute: Sized(name, 10))
+    monkeypatch.setattr("tinyllm.loading.open_backend", lambda name, n, compute: Sized(name, 10))
     monkeypatch.setattr(devices, "gpus", list)
     assert ranges(placing(device, None, n_gpu_layers)(4)) == where
 

@@ -17,8 +17,8 @@ from tinyllm import gguf
 from tinyllm.cli.info import Outlines
 from tinyllm.errors import TinyLLMError, UnsupportedModel
 from tinyllm.models.archs import ARCHS, NOT_RUN, REQUIRED, find
+from tinyllm.models.build import build
 from tinyllm.models.config import HARMLESS
-from tinyllm.models.network import build
 from tinyllm.models.weights import MAY_BE_ABSENT
 
 OURS = Path(__file__).parent.parent / "data" / "models"

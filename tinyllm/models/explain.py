@@ -17,7 +17,8 @@ import numpy as np
 
 from ..errors import DeviceError
 from ..kernels.backend import Backend, Batch, RopeSpec, Routing
-from .network import Network, build
+from .build import build
+from .network import Network
 from .step import Step
 
 OUTLINES = Path(__file__).parent / "outlines.json"

@@ -1,12 +1,18 @@
-"""How to say a size, and whether something fits."""
+"""What fits into memory, and how a size is said."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..errors import DeviceError
-from ..kernels.backend import Backend
+from ..kernels.backend import Backend, KVType, LayerCache
+
+if TYPE_CHECKING:
+    from .network import Network
 
 
 def check_fits(be: Backend, need: int, what: str, advice: str) -> None:
@@ -20,11 +26,28 @@ def check_fits(be: Backend, need: int, what: str, advice: str) -> None:
 
 @contextmanager
 def allocating(what: str, advice: str) -> Iterator[None]:
-    """What fitted a moment ago may not fit now: that is a DeviceError too."""
+    """Turn a MemoryError into a DeviceError: what fitted a moment ago may not fit now."""
     try:
         yield
     except MemoryError as e:
         raise DeviceError(f"the system gave no memory for {what}. {advice}") from e
+
+
+def cache_bytes(layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> int:
+    """Bytes of a full cache of ``n_ctx`` positions."""
+    per_value = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}[kv_type]
+    values = sum(c.n_head_kv * (c.head_dim + c.head_dim_v) for c in layers)
+    fixed = sum(4 * int(np.prod(shape)) for c in layers for _, shape in c.arrays)
+    return int(values * per_value * n_ctx) + fixed
+
+
+def default_n_ctx(net: Network) -> int:
+    """The trained length, or less where a full cache would take more than half of the free memory."""
+    fits = net.config.n_ctx_train
+    for stage in net.stages:
+        each = cache_bytes(stage.own(net.decoder.caches), 1, net.kv_type)
+        fits = min(fits, max(512, stage.be.memory()[0] // 2 // each)) if each else fits
+    return fits
 
 
 def readable(n: float) -> str:

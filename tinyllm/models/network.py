@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import threading
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import DeviceError, GGUFError, UnsupportedModel
+from ..errors import DeviceError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from ..kernels.backend import Best as Best
 from .ahead import Flight, landed
-from .archs import Arch, find
-from .config import CONTEXT, Config, Keys, architecture, read_config
+from .archs import Arch
+from .config import Config
 from .decoder import Decoder
-from .memory import allocating, check_fits
-from .stages import Place, Stage, caches_of, new_cache, stage_bytes
-from .state import State
+from .memory import allocating, cache_bytes, check_fits
+from .stages import Stage, caches_of, new_cache
+from .state import State, fingerprint
 from .step import Step, Tap
-from .weights import Tensors, check_layers
 
 Want = Literal["all", "last", "none"]
 Segment = tuple[
@@ -37,7 +34,6 @@ MOST_ENCODED = 1024  # of an encoder's
 UNKNOWN = -1  # which of several equals the device took for the largest
 NUMBERS = itertools.count()
 NETWORKS: weakref.WeakSet[Network] = weakref.WeakSet()
-Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
 
 
 End = Callable[[Step, Array], Array]  # what is made of the last activations
@@ -320,83 +316,3 @@ def output_rows(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
         counts.append(n - first)
         start += n
     return rows, counts
-
-
-def cache_bytes(layers: Sequence[Any], n_ctx: int, kv_type: KVType) -> int:
-    """Bytes of a full cache."""
-    per_value = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}[kv_type]
-    values = sum(c.n_head_kv * (c.head_dim + c.head_dim_v) for c in layers)
-    fixed = sum(4 * int(np.prod(shape)) for c in layers for _, shape in c.arrays)
-    return int(values * per_value * n_ctx) + fixed
-
-
-def fingerprint(c: Config, kv_type: KVType) -> str:
-    """Names the model that a saved state belongs to."""
-    digest = hashlib.sha256(repr(c).encode()).hexdigest()[:16]
-    return f"{c.arch}-{c.n_layer}x{c.n_embd}-{kv_type}-{digest}"
-
-
-def build(
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, Any],
-    where: Backend | Place,
-    kv_type: KVType = "f16",
-    strict: bool = True,
-    progress: Progress = lambda layers, n: layers,
-) -> Network:
-    """Load the weights of a file to one backend, or to several stages, and check that all is understood.
-
-    Raises
-    ------
-    UnsupportedModel
-        The architecture, a key or a tensor is not known; with ``strict=False`` the latter two are warnings.
-    GGUFError
-        A key or tensor is missing, misshapen or contradicts another.
-    """
-    arch = find(architecture(metadata))
-    keys = Keys(metadata, arch.name)
-    config = arch.adjust(read_config(keys))
-    if arch.norm:
-        config = replace(config, norm=arch.norm)
-    check_vocabulary(metadata, keys, tensors)
-    refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
-    check_layers(tensors, config.n_layer, arch.gated)
-    stages = (
-        [Stage(where, range(config.n_layer))]
-        if isinstance(where, Backend)
-        else where(config.n_layer)
-    )
-    for stage, need in zip(stages, stage_bytes(tensors, stages), strict=True):
-        advice = "Use a smaller model or format, or another n_gpu_layers"
-        check_fits(stage.be, need, "the weights", advice)
-    root = Tensors(tensors, stages[0].be, config)
-    if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
-        root.require("token_types.weight")
-    layers = [root.below(f"blk.{i}.", s.be) for s in stages for i in s.layers]
-    end = root.below("", stages[-1].be)
-    decoder = Decoder(config, arch, root, progress(layers, config.n_layer), end)
-    refuse(root.leftovers(), "tensors that this architecture does not use", strict)
-    return Network(config, arch, decoder, stages, kv_type)
-
-
-def check_vocabulary(metadata: Mapping[str, Any], keys: Keys, tensors: Mapping[str, Any]) -> None:
-    """Every row of the embedding has a token, and every token a row."""
-    embedding = tensors.get("token_embd.weight")
-    n_rows = 0 if embedding is None else embedding.shape[0]
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    counts = {"tokenizer.ggml.tokens": len(tokens) if len(tokens) else n_rows}
-    counts[keys.prefix + "vocab_size"] = keys.whole("vocab_size", n_rows, high=CONTEXT)
-    for name, n in counts.items():
-        if n_rows and n != n_rows:
-            raise GGUFError(f"counts {n} tokens; token_embd.weight has {n_rows} rows", name=name)
-
-
-def refuse(names: Sequence[str], what: str, strict: bool) -> None:
-    """Say what is not understood: an error, or a warning."""
-    if not names:
-        return
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    message = f"the file has {what}: {shown}"
-    if strict:
-        raise UnsupportedModel(f"{message}. Load with strict=False to ignore them")
-    warnings.warn(message, stacklevel=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ArgumentError, StateError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from threading import RLock
 
-    from ..kernels.backend import Cache, LayerCache, RopeSpec
+    from ..kernels.backend import Cache, KVType, LayerCache, RopeSpec
+    from .config import Config
 
 HEADER = 4096  # bytes before the numbers of an array in a saved state, at most
 
@@ -124,20 +127,14 @@ class State:
     def save(self, path: str | Path) -> None:
         """Write tokens and cache to a ``.npz`` file (no pickle), atomically."""
         self.check_whole()
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
         with self.lock:
             arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
         ids = np.asarray(self.ids, np.int32)
-        try:
-            with part.open("wb") as f:
-                np.savez(
-                    f, fingerprint=np.array(self.fingerprint), ids=ids,
-                    n_past=np.int64(self.n_past), **arrays,  # type: ignore[arg-type]
-                )  # fmt: skip
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as f:
+            np.savez(
+                f, fingerprint=np.array(self.fingerprint), ids=ids,
+                n_past=np.int64(self.n_past), **arrays,  # type: ignore[arg-type]
+            )  # fmt: skip
 
     def restore(self, path: str | Path) -> None:
         """Become the state that ``save`` wrote.
@@ -182,3 +179,9 @@ class State:
         with self.lock:
             self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
         self.ids, self.n_past, self.spoilt = ids.tolist(), n_past, False
+
+
+def fingerprint(c: Config, kv_type: KVType) -> str:
+    """Name a model and its cache type, so that a saved state is not restored into another one."""
+    digest = hashlib.sha256(repr(c).encode()).hexdigest()[:16]
+    return f"{c.arch}-{c.n_layer}x{c.n_embd}-{kv_type}-{digest}"

@@ -1,0 +1,147 @@
+"""Loading: from a file's name to a ``Model`` on its devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import gguf, tokenizers
+from .engine.completion import check_n_ctx
+from .engine.progress import checking, loading
+from .errors import ArgumentError, GGUFError
+from .gguf.finite import check_finite
+from .kernels import devices
+from .kernels.backend import Compute, KVType, open_backend
+from .model import Model
+from .models.build import build
+from .models.memory import default_n_ctx
+from .models.stages import Place, Stage, divide
+from .tokenizers import Tokenizer
+
+FLOATS = ("F32", "F16", "BF16")
+BUNDLED = Path(__file__).parent / "data" / "bundled.gguf"
+
+
+def load(
+    path: str | Path | None = None,
+    device: str | None = None,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    n_gpu_layers: int | None = None,
+    kv_type: KVType = "f16",
+    strict: bool = True,
+    check_weights: bool = False,
+    compute: Compute = "f32",
+) -> Model:
+    """Load a GGUF file.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A file; the first shard of a split one; "hf:owner/repo/file.gguf"; a name of GPT4All's list. None is
+        the small model that comes with the package.
+    device : str, optional
+        "cpu" (default), "auto", "gpu", "reference", "cuda[:i]", "opencl[:i]", a maker ("nvidia", "amd",
+        "intel") or a part of a device's name. Several, as "cuda:0,cuda:1", share the layers in proportion to
+        their free memory.
+    n_ctx : int, optional
+        Tokens of a conversation; default: the trained length, or what half of the free memory holds.
+    n_threads : int, optional
+        Default: the physical cores.
+    n_gpu_layers : int, optional
+        The last so many layers, and the head, go to the GPU, the layers before them to the CPU; 0: all to
+        the CPU. Default, or -1: all to the GPU.
+    kv_type : {"f16", "f32", "q8_0"}
+        How keys and values are stored.
+    strict : bool
+        Refuse files with keys or tensors that we do not understand (True), or warn (False).
+    check_weights : bool
+        Look for NaN and infinity in all weights and scales first, and refuse the file that has any. Reads the
+        file twice; without it, they are refused once they reach the logits.
+    compute : {"f32", "bf16"}
+        In what numbers matrices stored as F32, F16 or BF16 are multiplied with several tokens. "bf16" is
+        faster and rounds weights and activations to 8 binary digits; sums stay float32. It is for a CPU with
+        AVX512-BF16; a token by itself, and the matrices of experts, are computed in float32 all the same.
+
+    Raises
+    ------
+    GGUFError, UnsupportedModel, DeviceError, ArgumentError, FileNotFoundError
+
+    Examples
+    --------
+    >>> import tinyllm
+    >>> tinyllm.load().arch
+    'llama'
+    """
+    if kv_type not in ("f16", "f32", "q8_0"):
+        raise ArgumentError(f"kv_type={kv_type!r}; expected 'f16', 'f32' or 'q8_0'")
+    if compute not in ("f32", "bf16"):
+        raise ArgumentError(f"compute={compute!r}; expected 'f32' or 'bf16'")
+    wanted = check_n_ctx(n_ctx)
+    file = gguf.open(locate(path))
+    try:
+        tokenizer = vocabulary(file, strict)
+        if check_weights:
+            check_finite(file, checking)
+        if compute == "bf16":
+            check_floats(file)
+        place = placing(device, n_threads, n_gpu_layers, compute)
+        network = build(file.metadata, file.tensors, place, kv_type, strict, loading)
+        file.check_unchanged()
+    except GGUFError as e:
+        file.close()
+        raise file.located(e) from e
+    except BaseException:
+        file.close()
+        raise
+    return Model(file, network, wanted or default_n_ctx(network), tokenizer)
+
+
+def check_floats(file: gguf.GGUFFile) -> None:
+    """ArgumentError unless a file has matrices of floats."""
+    if not any(t.type in FLOATS and len(t.shape) == 2 for t in file.tensors.values()):
+        raise ArgumentError(
+            f"compute='bf16' is for matrices of {', '.join(FLOATS)}; {file.path} has none; leave it out"
+        )
+
+
+def placing(
+    device: str | None, n_threads: int | None, n_gpu_layers: int | None, compute: Compute = "f32"
+) -> Place:
+    """Where the layers of a model go: the last ``n_gpu_layers`` to the devices named, the others to the CPU."""
+    names = devices.resolve_all(device)
+    if not any(map(devices.on_gpu, names)):
+        if n_gpu_layers and device != "auto":
+            raise ArgumentError(
+                f"n_gpu_layers={n_gpu_layers}, but the device is {names[0]!r}; give device='gpu', 'cuda:0' "
+                "or a name of `tinyllm devices`, or leave n_gpu_layers out"
+            )
+        n_gpu_layers = None
+
+    def place(n_layer: int) -> list[Stage]:
+        wanted = n_layer if n_gpu_layers is None or n_gpu_layers < 0 else n_gpu_layers
+        first = max(n_layer - wanted, 0)
+        rest = [Stage(open_backend("cpu", n_threads, compute), range(first))] if first else []
+        if first == n_layer:
+            return rest
+        backends = [open_backend(n, n_threads, compute) for n in names]
+        return rest + divide(backends, range(first, n_layer))
+
+    return place
+
+
+def vocabulary(file: gguf.GGUFFile, strict: bool = True) -> Tokenizer | None:
+    """The file's tokenizer, if it has one."""
+    if "tokenizer.ggml.model" not in file.metadata:
+        return None
+    return tokenizers.load(file.metadata, strict)
+
+
+def locate(path: str | Path | None) -> Path:
+    """The file of a name; names of the hub or of GPT4All's list may be downloaded."""
+    if path is None:
+        return BUNDLED
+    if Path(path).exists() or isinstance(path, Path):
+        return Path(path)
+    from .hub.catalogue import find_model
+
+    return Path(find_model(path))

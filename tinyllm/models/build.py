@@ -1,0 +1,86 @@
+"""From a file's keys and tensors to a Network, with a check that everything in the file is understood."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..errors import GGUFError, UnsupportedModel
+from ..kernels.backend import Backend, KVType
+from .archs import find
+from .config import CONTEXT, Keys, architecture, read_config
+from .decoder import Decoder
+from .memory import check_fits
+from .network import Network
+from .stages import Place, Stage, stage_bytes
+from .weights import Tensors, check_layers
+
+Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
+
+
+def build(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    where: Backend | Place,
+    kv_type: KVType = "f16",
+    strict: bool = True,
+    progress: Progress = lambda layers, n: layers,
+) -> Network:
+    """Load the weights of a file to one backend, or to several stages, and check that all is understood.
+
+    Raises
+    ------
+    UnsupportedModel
+        The architecture, a key or a tensor is not known; with ``strict=False`` the latter two are warnings.
+    GGUFError
+        A key or tensor is missing, misshapen or contradicts another.
+    """
+    arch = find(architecture(metadata))
+    keys = Keys(metadata, arch.name)
+    config = arch.adjust(read_config(keys))
+    if arch.norm:
+        config = replace(config, norm=arch.norm)
+    check_vocabulary(metadata, keys, tensors)
+    refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
+    check_layers(tensors, config.n_layer, arch.gated)
+    stages = (
+        [Stage(where, range(config.n_layer))]
+        if isinstance(where, Backend)
+        else where(config.n_layer)
+    )
+    for stage, need in zip(stages, stage_bytes(tensors, stages), strict=True):
+        advice = "Use a smaller model or format, or another n_gpu_layers"
+        check_fits(stage.be, need, "the weights", advice)
+    root = Tensors(tensors, stages[0].be, config)
+    if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
+        root.require("token_types.weight")
+    layers = [root.below(f"blk.{i}.", s.be) for s in stages for i in s.layers]
+    end = root.below("", stages[-1].be)
+    decoder = Decoder(config, arch, root, progress(layers, config.n_layer), end)
+    refuse(root.leftovers(), "tensors that this architecture does not use", strict)
+    return Network(config, arch, decoder, stages, kv_type)
+
+
+def check_vocabulary(metadata: Mapping[str, Any], keys: Keys, tensors: Mapping[str, Any]) -> None:
+    """Raise GGUFError unless every row of the embedding has a token, and every token a row."""
+    embedding = tensors.get("token_embd.weight")
+    n_rows = 0 if embedding is None else embedding.shape[0]
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    counts = {"tokenizer.ggml.tokens": len(tokens) if len(tokens) else n_rows}
+    counts[keys.prefix + "vocab_size"] = keys.whole("vocab_size", n_rows, high=CONTEXT)
+    for name, n in counts.items():
+        if n_rows and n != n_rows:
+            raise GGUFError(f"counts {n} tokens; token_embd.weight has {n_rows} rows", name=name)
+
+
+def refuse(names: Sequence[str], what: str, strict: bool) -> None:
+    """Raise UnsupportedModel for what is not understood, or warn if not ``strict``."""
+    if not names:
+        return
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    message = f"the file has {what}: {shown}"
+    if strict:
+        raise UnsupportedModel(f"{message}. Load with strict=False to ignore them")
+    warnings.warn(message, stacklevel=4)
