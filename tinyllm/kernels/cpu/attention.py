@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from . import jit
+from .emit import F32, I64, LANES, V
 from .floats import as_float, rows_multiplier
 from .kvblocks import (
     BLOCK_BYTES,
@@ -28,10 +29,6 @@ from .kvblocks import (
     write_values,
 )
 from .simd import (
-    F32,
-    I64,
-    LANES,
-    V,
     clear,
     copy,
     emitter,
