@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "gguf": {"errors", "files"},
     "tokenizers": {"errors", "gguf"},
     "kernels": {"errors", "gguf"},
-    "kernels.backend": {"errors", "kernels.batch", "kernels.choose", "kernels.hardware"},
+    "kernels.backend": {"errors", "kernels.batch", "kernels.choose"},
     "models": {"errors", "files", "gguf", "kernels.backend"},
     "sampling": {"errors"},
     "text": {"errors", "tokenizers"},

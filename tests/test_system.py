@@ -335,7 +335,7 @@ with locked(Path({str(tmp_path / "lock")!r})):
 
 ASKING = re.compile(
     r"sys\.platform|os\.name\b|hasattr\((os|mmap)\b|fcntl|msvcrt|winreg|resource\.|register_at_fork"
-    r"|sysconf|sched_get|/proc/|/sys/|Path\.home|XDG_|LOCALAPPDATA|getuid|os\.uname"
+    r"|os\.sysconf|sched_get|/proc/|/sys/|Path\.home|XDG_|LOCALAPPDATA|getuid|os\.uname"
 )
 
 
