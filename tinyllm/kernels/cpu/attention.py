@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from . import jit
 from .floats import as_float, rows_multiplier
+from .jit import GIVEN
 from .kvblocks import (
     BLOCK_BYTES,
     TILE_BYTES,
@@ -78,8 +80,8 @@ def blocks_after(n_past: np.ndarray) -> np.ndarray:
     return n_past // BLOCK + 1
 
 
-def padded(n: int) -> int:
-    """n rounded up to whole vectors."""
+def padded(n: Any) -> Any:
+    """A number of values, or an array of such numbers, rounded up to whole vectors of 16."""
     return -(-n // 16) * 16
 
 
@@ -90,7 +92,7 @@ def part_bytes(m: int, dim_v: int) -> int:
 
 # ---- names that ``jit.kernel`` gives
 
-score_group = score_one = weigh_group = weigh_one = maxima = None
+score_group = score_one = weigh_group = weigh_one = maxima = GIVEN
 M = 1  # rows of a piece
 TILES = 4  # tiles multiplied at once
 SIZE = 2  # bytes of a stored value as the multipliers read it
@@ -356,7 +358,7 @@ def cache_write(k, v, caches, starts, n_past, layer, n_head, dim, dim_v, first, 
 WRITERS = {"f32": write_f32, "f16": write_f16, "q8_0": write_blocks}
 
 
-def write_kernel(kv: str) -> int:
+def write_kernel(kv: str) -> jit.Kernel:
     """``cache_write`` for a kind of cache."""
     return jit.kernel(cache_write, f"cache_write_{kv}", write=WRITERS[kv])
 
@@ -391,7 +393,7 @@ def rows_of(n: int) -> int:
     return 8 if n > 4 else 4 if n > 2 else n
 
 
-def attend_kernel(kv: str, m: int) -> int:
+def attend_kernel(kv: str, m: int) -> jit.Kernel:
     """``attend`` for a kind of cache and m rows."""
     number, kind, size = KINDS[kv]
     tiles = 2 if m == 8 else 4
@@ -412,6 +414,6 @@ def attend_kernel(kv: str, m: int) -> int:
     )
 
 
-def merge_kernel(m: int) -> int:
+def merge_kernel(m: int) -> jit.Kernel:
     """``merge_parts`` for m rows."""
     return jit.kernel(merge_parts, f"merge_parts_{m}", M=m)

@@ -200,7 +200,7 @@ ACTIVATIONS = {
 }
 
 
-def act_kernel(kind: str) -> int:
+def act_kernel(kind: str) -> jit.Kernel:
     """The kernel of an activation function."""
     if kind == "softplus":
         return jit.kernel(act_softplus)

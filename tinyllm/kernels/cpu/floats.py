@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
+from .jit import GIVEN
 from .simd import (
     F32,
     I16,
@@ -248,7 +249,7 @@ def widener(kind: str) -> Callable:
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_group = widen_tile = weight = store_row = None
+multiply = multiply_group = widen_tile = weight = store_row = GIVEN
 
 
 def matvec_float(w, x, y, bias, tile_bytes, n_blocks, tiles, first, last, worker):

@@ -180,7 +180,7 @@ def _add_parts(
         x = at(j)
         columns = Columns(e, fmt, part, x, tokens)
         sums = zip(*(columns.sums(half) for half in range(len(part.scales))), strict=True)
-        acc = [scaled(e, part, s, x, t, a) for s, t, a in zip(sums, tokens, acc, strict=True)]
+        acc = [scaled(e, part, [*s], x, t, a) for s, t, a in zip(sums, tokens, acc, strict=True)]
     return acc
 
 

@@ -114,7 +114,7 @@ class CPUArray:
     def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
-        self.derived: dict[Any, CPUArray] = {}  # forms of this array made for kernels (int8 blocks)
+        self.derived: dict[Any, Any] = {}  # what kernels need of it (int8 blocks), made once
 
     @property
     def size(self) -> int:
@@ -136,7 +136,7 @@ class CPUArray:
         return self.shape[0]
 
     def reshape(self, *shape: int) -> CPUArray:
-        """The same values under another shape."""
+        """An array in the same memory under another shape; one length may be -1."""
         known = -math.prod(shape)  # the product of the others when one is -1
         whole = [self.size // known if n == -1 else n for n in shape]
         return CPUArray(whole, self.dtype, self.address, self)
@@ -240,7 +240,8 @@ class Tape:
         at = ROW_BYTES * (self.n + 1)
         kernel.write(self.rows, at + 8 * ARGS, args)
         claims = -(-pieces // chunk)
-        HEAD.pack_into(self.rows, at, kernel.address, pieces, chunk, not joins, claims)
+        head = kernel.address, pieces, chunk, not joins, claims
+        HEAD.pack_into(self.rows, at, *head)  # type: ignore[arg-type]  # an array is a buffer
         self.n += 1
         self.keep(*[v for v in args.values() if hasattr(v, "address")])
         return self.n

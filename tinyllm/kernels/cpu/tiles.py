@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -198,7 +198,7 @@ class Room(threading.local):
         chunk = self.chunk()
         if chunk is None or self.used + n_bytes + ALIGN > chunk.nbytes:
             first = huge(max(n_bytes, CHUNK))
-            chunk = first.base
+            chunk = cast("np.ndarray", first.base)
             self.chunk, self.used = weakref.ref(chunk), first.ctypes.data - chunk.ctypes.data
         start = self.used
         self.used += -(-n_bytes // ALIGN) * ALIGN
