@@ -70,7 +70,7 @@ FAR = np.float32(3e38)
 
 
 def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
-    """Of one worker: queries, scores, probabilities, two parts, a block expanded."""
+    """Bytes that a worker needs: queries, scores, probabilities, two parts, a block expanded."""
     expanded = BLOCK * 4 * (dim + padded(dim_v)) if kv == "q8_0" else 0
     return m * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(m, dim_v) + expanded
 
@@ -227,7 +227,7 @@ def attend(
                 slope = np.float32(0)
                 if slopes != 0:
                     slope = get_f32(slopes + 4 * (head * group + r % group))
-                nearest, farthest = np.float32(0), FAR  # of i - j
+                nearest, farthest = np.float32(0), FAR  # bounds of the distance i - j
                 if causal == 0:
                     nearest = -FAR
                     if window > 0:
@@ -314,7 +314,7 @@ def merge_parts(
 
 
 def write_f32(k, v, keys, values, position, dim, dim_v):
-    """A key and a value to their places."""
+    """Write a key and a value to their places in a cache, as floats."""
     keys += 4 * (position // 16 * 16 * dim + position % 16)
     for i in range(dim):
         set_f32(keys + 64 * i, get_f32(k + 4 * i))
@@ -322,7 +322,7 @@ def write_f32(k, v, keys, values, position, dim, dim_v):
 
 
 def write_f16(k, v, keys, values, position, dim, dim_v):
-    """The same, as halves."""
+    """Write a key and a value to their places in a cache, as halves."""
     keys += 2 * (position // 16 * 16 * dim + position % 16)
     for i in range(dim):
         set_half(keys + 32 * i, get_f32(k + 4 * i))
@@ -332,7 +332,7 @@ def write_f16(k, v, keys, values, position, dim, dim_v):
 
 
 def write_blocks(k, v, keys, values, position, dim, dim_v):
-    """The same, as rows of q8_0 blocks."""
+    """Write a key and a value to their places in a cache, as rows of q8_0 blocks."""
     write_keys(k, keys + position // 16 * ((dim + 31) // 32 * TILE_BYTES), dim, position % 16)
     write_values(v, values + position * ((dim_v + 31) // 32 * BLOCK_BYTES), dim_v)
 
@@ -370,11 +370,11 @@ KINDS = {"f32": (0, "F32", 4), "f16": (1, "F16", 2), "q8_0": (2, "F32", 4)}
 
 @lru_cache
 def maxima_of(m: int) -> Callable:
-    """maxima(scores, tiles, out): the largest score of each of m rows -> out [m]."""
+    """Make maxima(scores, tiles, out): write the largest score of each of m rows to out [m]."""
 
     @emitter(types.void, i64, i64, i64)
     def maxima(e, scores, tiles, out):
-        """See ``maxima_of``."""
+        """Write the largest score of each row to out."""
         ty, scores = V(F32, LANES), e.ptr(scores)
 
         def tile(i, most):

@@ -115,12 +115,12 @@ def store_rounded(e, p, low, high):
 
 @lru_cache
 def packer(kind: str) -> Callable:
-    """pack(w, n_columns, panel): some columns of a tile into a panel; of an odd last pair one is zero."""
+    """Make pack(w, n_columns, panel): write columns of a tile to a panel; an odd last one gets zeros."""
     column_bytes = LANES * BYTES[kind]
 
     @emitter(types.void, i64, i64, i64)
     def pack(e, w, n_columns, panel):
-        """See ``packer``."""
+        """Write columns of a tile to a panel."""
         b, w, panel = e.b, e.ptr(w), e.ptr(panel)
 
         def pair(i, n):

@@ -36,11 +36,11 @@ from llvmlite import ir
 from . import machine, simd
 from .translate import PyFunction, parameters, translate
 
-Kinds = Mapping[str, ir.Type]  # of a kernel's arguments, by name
+Kinds = Mapping[str, ir.Type]  # types of a kernel's arguments by their names
 GIVEN: Any = None  # stands for a global name whose value ``kernel`` is given
 
 _kernels: dict[str, Kernel] = {}  # those in memory, by name
-_functions: dict[str, Callable[[int, int, int, int], None]] = {}  # likewise
+_functions: dict[str, Callable[[int, int, int, int], None]] = {}  # functions in memory, by name
 _sources: dict[str, tuple[PyFunction, dict[str, Any], Kinds | None]] = {}  # what both were made of
 compiled: list[str] = []  # those that were not in the cache
 _lock = threading.RLock()
@@ -68,26 +68,23 @@ class Kernel:
         self._native(self.pack(**args), first, last, 0)
 
     def pack(self, **args: Any) -> bytes:
-        """The arguments as the kernel reads them; see ``write``."""
+        """The arguments, numbers and addresses, as the kernel reads them; errors as of the two below."""
         memory = bytearray(8 * len(self.parameters))
-        self.write(memory, 0, args)
+        self.write(memory, 0, self.in_order(args))
         return bytes(memory)
 
-    def write(self, memory: Any, at: int, args: Mapping[str, Any]) -> None:
-        """Write the arguments to a byte of some memory: numbers, addresses for arrays, 0 for None.
-
-        Raises
-        ------
-        TypeError
-            Names are missing or unknown, or a value is not of its parameter's kind.
-        """
+    def in_order(self, args: Mapping[str, Any]) -> list[Any]:
+        """The arguments in the order of the parameters; TypeError if names are missing or unknown."""
         try:
-            values = [args[name] for name in self.parameters]
+            values = list(map(args.__getitem__, self.parameters))
         except KeyError:
             raise self._misnamed(args) from None
         if len(values) != len(args):
             raise self._misnamed(args)
-        values = [0 if v is None else getattr(v, "address", v) for v in values]
+        return values
+
+    def write(self, memory: Any, at: int, values: Sequence[Any]) -> None:
+        """Write ordered values to a byte of some memory; TypeError if one is not of its parameter's kind."""
         try:
             self._struct.pack_into(memory, at, *values)
         except (struct.error, OverflowError):

@@ -37,7 +37,7 @@ from .simd import (
     types,
 )
 
-ROWS = 16  # of a tile
+ROWS = 16  # rows of a tile
 RUN = 16  # bytes of neighbouring fields that are moved together
 CHUNK = 64 << 20  # bytes of memory taken from the system at a time
 
@@ -85,7 +85,7 @@ def move_words(e, to, source, row_bytes):
 
 @emitter(types.void, i64, i64, i64)
 def move_shorts(e, to, source, row_bytes):
-    """The same, as 8 words of 2 bytes."""
+    """16 bytes of each of 16 rows, as 8 shorts: the first short of all rows, then the second, ..."""
     emit_move(e, to, source, row_bytes, I16)
 
 

@@ -105,7 +105,7 @@ class Body:
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
         self.globals = {**vars(builtins), **function.__globals__, **dict(inner)}
-        self.places: dict[str, Any] = {}  # of local variables: where they are stored
+        self.places: dict[str, Any] = {}  # where local variables are stored
         self.loops: list[tuple[ir.Block, ir.Block]] = []  # where to continue, where to go on after
         self.exit = b.append_basic_block("exit")
         self.returned: list[tuple[Any, ir.Block]] = []
