@@ -224,13 +224,13 @@ class CPUBackend(Backend):
 
     # ---- matrices
 
-    def embed(self, w: CPUWeight, ids: Array, scale: float = 1.0) -> CPUArray:  # type: ignore[override]
+    def embed(self, w: CPUWeight, ids: Array, scale: float = 1.0) -> CPUArray:
         return matmul.record_embed(self._tape, w, ids, scale, self._workers)
 
-    def matmul(self, w: CPUWeight, x: Array, bias: Array | None = None) -> CPUArray:  # type: ignore[override]
+    def matmul(self, w: CPUWeight, x: Array, bias: Array | None = None) -> CPUArray:
         return matmul.record_matmul(self._tape, w, x, bias, self._workers, joins=False)
 
-    def matmuls(  # type: ignore[override]
+    def matmuls(
         self, ws: Sequence[CPUWeight], x: Array, biases: Sequence[Array | None]
     ) -> list[Array]:
         out = []
@@ -241,14 +241,12 @@ class CPUBackend(Backend):
                 out.append(matmul.record_matmul(self._tape, w, x, b, self._workers, i > 0))
         return out
 
-    def matmul_act(  # type: ignore[override]
-        self, w: CPUWeight, x: Array, bias: Array | None, kind: Activation
-    ) -> CPUArray:
+    def matmul_act(self, w: CPUWeight, x: Array, bias: Array | None, kind: Activation) -> CPUArray:
         if w.format is not None or x.shape[0] == 1 or elementwise.ACTIVATIONS.get(kind) is None:
             return super().matmul_act(w, x, bias, kind)
         return matmul.record_matmul(self._tape, w, x, bias, self._workers, False, kind)
 
-    def matmul_experts(  # type: ignore[override]
+    def matmul_experts(
         self, w: CPUWeight, x: Array, experts: Array, bias: Array | None = None
     ) -> CPUArray:
         return record_experts(self._tape, w, x, experts, bias, self._workers)
