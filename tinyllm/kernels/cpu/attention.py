@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import jit
+from .emit import F32, I64, LANES, V
 from .floats import as_float, rows_multiplier
 from .jit import GIVEN
 from .kvblocks import (
@@ -30,10 +31,6 @@ from .kvblocks import (
     write_values,
 )
 from .simd import (
-    F32,
-    I64,
-    LANES,
-    V,
     clear,
     copy,
     emitter,

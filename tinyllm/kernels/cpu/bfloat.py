@@ -21,28 +21,11 @@ from ...errors import DeviceError
 from . import amx, jit
 from .amx import VOID
 from .elementwise import ACTIVATIONS
+from .emit import F32, I8, I16, I32, I64, LANES, V16F, Emit, V, has_amx, target
 from .floats import BYTES, GROUP, PANEL_ROW, fetch_rows, row_storer, widen
 from .jit import GIVEN
 from .program import CPUArray, Tape
-from .simd import (
-    F32,
-    I8,
-    I16,
-    I32,
-    I64,
-    LANES,
-    V16F,
-    Emit,
-    V,
-    clear,
-    emitter,
-    f32x16,
-    i64,
-    load,
-    load_n,
-    target,
-    types,
-)
+from .simd import clear, emitter, f32x16, i64, load, load_n, types
 from .weights import CPUWeight
 
 SLOTS = 16  # tokens of a record
@@ -75,7 +58,7 @@ def available() -> bool:
 
 def has_unit() -> bool:
     """Whether a matrix unit does so too."""
-    return "amx-bf16" in target()[2] and amx.available()
+    return "amx-bf16" in target()[2] and has_amx()
 
 
 def check_available() -> None:

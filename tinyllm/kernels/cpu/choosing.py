@@ -8,22 +8,8 @@ import numpy as np
 
 from .. import choose
 from . import jit
-from .simd import (
-    F32,
-    I1,
-    I32,
-    I64,
-    LANES,
-    V16F,
-    V,
-    emitter,
-    f32,
-    get_f32,
-    get_i32,
-    i64,
-    set_f32,
-    set_i32,
-)
+from .emit import F32, I1, I32, I64, LANES, V16F, V
+from .simd import emitter, f32, get_f32, get_i32, i64, set_f32, set_i32
 
 RUN = 256  # logits that share a maximum
 MOST = 128  # found by insertion; more are left to NumPy

@@ -17,17 +17,7 @@ from . import jit, matmul, micro
 from .floats import GROUP, multiplier
 from .jit import GIVEN
 from .program import CPUArray, Tape, wrapped
-from .simd import (
-    copy,
-    get_f32,
-    get_i32,
-    get_i64,
-    load_n,
-    set_f32,
-    set_i32,
-    set_i64,
-    store_n,
-)
+from .simd import copy, get_f32, get_i32, get_i64, load_n, set_f32, set_i32, set_i64, store_n
 from .threads import call_kernel
 from .translate import parameters
 from .weights import CPUWeight

@@ -14,29 +14,9 @@ from functools import lru_cache
 
 from llvmlite import ir
 
+from .emit import F32, I16, I32, I64, LANES, V16F, Emit, V, lanes
 from .jit import GIVEN
-from .simd import (
-    F32,
-    I16,
-    I32,
-    I64,
-    LANES,
-    V16F,
-    Emit,
-    V,
-    emitter,
-    f32,
-    f32x16,
-    get_i32,
-    i64,
-    lanes,
-    load,
-    load_n,
-    set_f32,
-    store,
-    store_n,
-    types,
-)
+from .simd import emitter, f32, f32x16, get_i32, i64, load, load_n, set_f32, store, store_n, types
 
 TOKENS = 6  # multiplied at once: 6 x 64 accumulators just fit 32 registers of 16 lanes
 GROUP = 4  # tiles multiplied at once

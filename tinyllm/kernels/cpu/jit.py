@@ -33,7 +33,7 @@ from typing import Any
 import llvmlite
 from llvmlite import ir
 
-from . import machine, simd
+from . import emit, machine
 from .translate import PyFunction, parameters, translate
 
 Kinds = Mapping[str, ir.Type]  # types of a kernel's arguments by their names
@@ -59,7 +59,7 @@ class Kernel:
 
     def __init__(self, name: str, address: int, kinds: Kinds) -> None:
         self.name, self.address, self.parameters = name, address, tuple(kinds)
-        self._formats = ["f4x" if kind == simd.F32 else "q" for kind in kinds.values()]
+        self._formats = ["f4x" if kind == emit.F32 else "q" for kind in kinds.values()]
         self._struct = struct.Struct("=" + "".join(self._formats))
         self._native = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_int64] * 3)(address)
 
@@ -87,7 +87,7 @@ class Kernel:
         """Write ordered values to a byte of some memory; TypeError if one is not of its parameter's kind."""
         try:
             self._struct.pack_into(memory, at, *values)
-        except (struct.error, OverflowError):
+        except (struct.error, OverflowError, TypeError):
             raise self._unfit(values) from None
 
     def _misnamed(self, args: Mapping[str, Any]) -> TypeError:
@@ -104,9 +104,10 @@ class Kernel:
         for name, kind, v in fields:  # noqa: B007
             try:
                 struct.pack(kind, v)
-            except (struct.error, OverflowError):
+            except (struct.error, OverflowError, TypeError):
                 break
-        wanted = "a number that a float32 holds" if kind == "f4x" else "an array, None or an int64"
+        wanted = "an int64 or an address (a.ctypes.data of a NumPy array)"
+        wanted = "a number that a float32 holds" if kind == "f4x" else wanted
         return TypeError(f"kernel {self.name}: {name} is {v!r:.100}; expected {wanted}")
 
 
@@ -148,7 +149,7 @@ def module_text(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds
     variant = FunctionType(
         body.__code__, {**body.__globals__, **names}, name, None, body.__closure__
     )
-    return str(translate(variant, name, simd.target()[0], kinds))
+    return str(translate(variant, name, emit.target()[0], kinds))
 
 
 def _machine_code(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:
@@ -248,7 +249,7 @@ def _candidates() -> list[Path]:
 
 def _fingerprint() -> str:
     """A hash of everything that decides the machine code."""
-    triple, cpu, features = simd.target()
+    triple, cpu, features = emit.target()
     parts = [sys.version, llvmlite.__version__, triple, cpu, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes
+from .emit import has_amx
 from .floats import (
     COLUMNS,
     GROUP,
@@ -26,16 +27,7 @@ from .floats import (
 )
 from .jit import GIVEN
 from .program import CPUArray, Tape
-from .simd import (
-    clear,
-    f32,
-    get_f32,
-    get_i8,
-    get_i32,
-    load,
-    set_f32,
-    store,
-)
+from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
 from .weights import CPUWeight
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
@@ -283,14 +275,14 @@ def _matmul_quantised(w: CPUWeight) -> tuple[jit.Kernel, int, int, int]:
     fmt, kind, at_once, wide = w.format, w.kind, STEPS, 16
     assert fmt is not None  # floats have kernels of their own
     unit: dict[str, Any] = {"start": amx.nothing, "stop": amx.nothing}
-    if amx.available():
+    if has_amx():
         kind, unit = f"amx_{kind}", {"start": amx.starter(fmt), "stop": amx.stop}
-    if amx.available() and fmt.span == 256:
+    if has_amx() and fmt.span == 256:
         unpack, multiply = planes.unpacker(fmt), planes.multiplier(fmt)
         size, at_once, wide = planes.panel_bytes(fmt) // 8, 8, 32
     else:
         form = micro.unpacked(fmt, whole=True)
-        many = amx.multiplier if amx.available() else micro.tokens_multiplier
+        many = amx.multiplier if has_amx() else micro.tokens_multiplier
         unpack, multiply = micro.unpacker(fmt, form), many(form)
         size = form.tile_bytes * 32 // form.block
     names = {"unpack": unpack, "multiply_tokens": multiply, **unit}

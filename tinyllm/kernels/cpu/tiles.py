@@ -18,12 +18,9 @@ from typing import Any, cast
 import numpy as np
 
 from . import jit
+from .emit import I16, I32, I64, V
 from .program import ALIGN, huge
 from .simd import (
-    I16,
-    I32,
-    I64,
-    V,
     clear,
     emitter,
     get_i8,

@@ -27,7 +27,8 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from llvmlite import ir
 
-from .simd import F32, F64, I1, I64, Emit, Emitter
+from .emit import F32, F64, I1, I64, Emit
+from .simd import Emitter
 
 COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 SIGNS = {
@@ -62,10 +63,11 @@ def parameters(kernel: PyFunction) -> dict[str, ir.Type]:
     code, name = kernel.__code__, kernel.__name__
     names = code.co_varnames[: code.co_argcount]
     if names[-len(WORK) :] != WORK:
-        raise TypeError(
-            f"{name}({', '.join(names)}): a kernel's parameters end with {', '.join(WORK)}"
-        )
-    given = inspect.get_annotations(kernel, eval_str=True)
+        raise TypeError(f"{name}({', '.join(names)}): parameters must end with {', '.join(WORK)}")
+    try:
+        given = inspect.get_annotations(kernel, eval_str=True)
+    except NameError as error:
+        raise TypeError(f"{name}: an annotation means nothing: {error}; expected f32") from None
     kinds = {n: CASTS.get(given.get(n, I64), given.get(n, I64)) for n in names[: -len(WORK)]}
     for n, kind in kinds.items():
         if kind not in (I64, F32):
