@@ -13,7 +13,7 @@ from samples import normal, stored
 
 from tinyllm import gguf
 from tinyllm.errors import DeviceError
-from tinyllm.kernels.backend import Batch
+from tinyllm.kernels.backend import Batch, LayerCache
 from tinyllm.kernels.gpu import backend, pinned
 from tinyllm.kernels.gpu.kvcache import Side
 from tinyllm.kernels.gpu.weights import GPUWeight
@@ -147,6 +147,27 @@ def test_experts_of_two_formats_share_their_choices(be: Any) -> None:
         want = REFERENCE.matmul_experts(REFERENCE.load(source), x, experts)
         got = be.numpy(be.matmul_experts(be.load(source), *on_device))
         assert np.abs(got - want).max() < bound * np.abs(want).max()
+
+
+def test_attention_in_floats_deals_out_the_past_by_pages(be: Any) -> None:
+    """Sixteen pages go to as many groups of each of two key heads, since the device has 64 cores."""
+    launched, launch = [], be.launch
+    k, v, q = normal(900, 32), normal(900, 32, seed=1), normal(1, 64, seed=2)
+
+    def traced(program: Any, kernel: str, groups: Any, *args: Any) -> None:
+        launched.append((kernel, groups))
+        launch(program, kernel, groups, *args)
+
+    def attend(b: Any) -> np.ndarray:
+        cache = b.new_cache([LayerCache(2, 16, 16)], 1000, "f32")
+        past = b.upload(Batch.of([[0] * 900], [0], [0], [cache]))
+        b.cache_write(past, 0, b.array(k), b.array(v))
+        last = b.upload(Batch.of([[0]], [899], [0], [cache]))
+        return np.array(b.numpy(b.attention(last, 0, b.array(q), 4, scale=0.25)))
+
+    be.launch = traced
+    assert np.abs(attend(be) - attend(REFERENCE)).max() < 1e-5
+    assert ("attention", (2, 1, 16)) in launched
 
 
 def test_two_devices_share_the_layers(cuda: Any, driver: Any, data: Path) -> None:
