@@ -35,8 +35,8 @@ GENERATION, NEXT, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, PARKED = (LINE * i for i
 SPIN = 1500  # pauses before sleeping: some 50 microseconds
 WAKES = system.WAKES  # else nobody is woken, and those who wait look again
 YIELDS = 2000  # before the first nap: about a millisecond
-# nanoseconds: each nap is that much longer than the one before, so 1 ms after 25 ms without work, 10 ms after 2.5 s;
-# nobody waits for a thread that comes late, for the others do its pieces
+# nanoseconds: each nap is that much longer than the one before, so 1 ms after 25 ms without work, 10 ms
+# after 2.5 s; nobody waits for a thread that comes late, for the others do its pieces
 NAP, LONGEST_NAP = 20_000, 20_000_000
 SHIFT = 32  # the generation's place in the counters
 CLOSED = (1 << 31) - 1  # a ticket beyond every program's end

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from llvmlite import ir
@@ -49,10 +49,11 @@ CASTS = {np.float32: F32, np.float64: F64, float: F64, int: I64}
 MATH = {math.sqrt: "sqrt", math.exp: "exp", math.sin: "sin", math.cos: "cos", np.rint: "rint"}
 
 
+PyFunction: TypeAlias = Callable[..., Any]  # a kernel, or what it calls, as Python has it
 WORK = ("first", "last", "worker")  # how a kernel's parameters end
 
 
-def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
+def parameters(kernel: PyFunction) -> dict[str, ir.Type]:
     """Names and types of the arguments of a kernel's instructions: of what stands before ``first``.
 
     Raises
@@ -78,7 +79,7 @@ def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
 
 
 def translate(
-    function: FunctionType, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
+    function: PyFunction, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
 ) -> ir.Module:
     """A module with a function of four integers that returns nothing, under a name.
 
@@ -107,9 +108,10 @@ class Body:
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
         self.globals = {**vars(builtins), **function.__globals__, **dict(inner)}
-        self.places: dict[str, Any] = {}  # of local variables: where they are stored
+        self.places: dict[str, Any] = {}  # where local variables are stored
         self.loops: list[tuple[ir.Block, ir.Block]] = []  # where to continue, where to go on after
-        self.exit, self.returned = b.append_basic_block("exit"), []
+        self.exit = b.append_basic_block("exit")
+        self.returned: list[tuple[Any, ir.Block]] = []
         node = _definition(function)
         for parameter, value in zip(node.args.args, args, strict=True):
             self.assign(ast.Name(parameter.arg), value)
@@ -126,8 +128,8 @@ class Body:
                 return  # behind a break or a return
             getattr(self, type(s).__name__, self.refuse)(s)
 
-    def refuse(self, node: ast.AST, why: str = "") -> Any:
-        """An error that names the line."""
+    def refuse(self, node: ast.AST, why: str = "") -> NoReturn:
+        """Raise a SyntaxError that names the line."""
         line = self.function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
         why = why or f"a kernel cannot have {ast.unparse(node)!r}"
         raise SyntaxError(f"{why}: {self.function.__code__.co_filename}, line {line}")
@@ -280,7 +282,7 @@ class Body:
     def Attribute(self, node: ast.Attribute) -> Any:
         return getattr(self.value(node.value), node.attr)
 
-    def Tuple(self, node: ast.Tuple) -> tuple:
+    def Tuple(self, node: ast.Tuple) -> tuple[Any, ...]:
         return tuple(self.value(v) for v in node.elts)
 
     def UnaryOp(self, node: ast.UnaryOp) -> Any:
@@ -401,7 +403,9 @@ class Body:
         then, other = (partial(self.value, n) for n in (node.body, node.orelse))
         return self.choose(condition, then, other)
 
-    def choose(self, condition: Any, then: Callable, other: Callable, first: bool = True) -> Any:
+    def choose(
+        self, condition: Any, then: PyFunction, other: PyFunction, first: bool = True
+    ) -> Any:
         """then() or other(), whichever the condition (or, if not ``first``, its opposite) asks for."""
         blocks = [self.b.append_basic_block(n) for n in ("this", "that")]
         after = self.b.append_basic_block("chosen")
@@ -453,7 +457,7 @@ class Body:
             return np.float32(v)
         return self.cast(v, ty)
 
-    def extreme(self, op: str, args: list) -> Any:
+    def extreme(self, op: str, args: list[Any]) -> Any:
         """Python's rule: a later value wins if it compares so with the best before."""
         if all(type(a) is int for a in args):
             return min(args) if op == "<" else max(args)
@@ -468,7 +472,7 @@ class Body:
             return self.b.select(self.b.icmp_signed("<", v, I64(0)), self.b.neg(v), v)
         return self.e.call(f"llvm.fabs.{_suffix(v.type)}", v.type, v)
 
-    def mathematics(self, f: Callable, v: Any) -> Any:
+    def mathematics(self, f: PyFunction, v: Any) -> Any:
         v = self.cast(v, F64) if v.type == I64 else v
         if f is math.log1p:  # no instruction: the C library's
             return self.e.call("log1p" if v.type == F64 else "log1pf", v.type, v)
@@ -486,7 +490,7 @@ def _suffix(ty: ir.Type) -> str:
     return "f32" if ty == F32 else "f64"
 
 
-def source_of(function: FunctionType) -> str:
+def source_of(function: PyFunction) -> str:
     """The text of the file in which a function stands: in a folder, a zip or a notebook.
 
     Raises
@@ -497,21 +501,26 @@ def source_of(function: FunctionType) -> str:
     return _text(function.__code__.co_filename, *_origin(function))
 
 
-def _origin(function: FunctionType) -> tuple[Any, str]:
+def _origin(function: PyFunction) -> tuple[Any, str]:
     """Loader and name of the module in which a function was defined."""
     return function.__globals__.get("__loader__"), function.__globals__.get("__name__", "")
 
 
 def _text(path: str, loader: Any, module: str) -> str:
-    text: str | None = "".join(linecache.getlines(path)) if path.startswith("<") else ""
+    text: str | None = ""
     try:
         if hasattr(loader, "get_source"):  # not by the path: it may now hold another version
             text = loader.get_source(module)
     except ImportError:  # Python's prompt has the loader of something else
         pass
-    if text is None:
+    if text == "":
+        try:
+            text = Path(path).read_text("utf-8")
+        except OSError:  # a notebook's cell
+            text = "".join(linecache.getlines(path))
+    if not text:
         raise OSError(f"the source of {module} is missing; only its bytecode is here")
-    return text or Path(path).read_text("utf-8")
+    return text
 
 
 def _definition(function: FunctionType) -> ast.FunctionDef:
