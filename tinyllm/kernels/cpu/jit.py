@@ -86,7 +86,7 @@ class Kernel:
         """Write ordered values to a byte of some memory; TypeError if one is not of its parameter's kind."""
         try:
             self._struct.pack_into(memory, at, *values)
-        except (struct.error, OverflowError):
+        except (struct.error, OverflowError, TypeError):
             raise self._unfit(values) from None
 
     def _misnamed(self, args: Mapping[str, Any]) -> TypeError:
@@ -103,7 +103,7 @@ class Kernel:
         for name, kind, v in fields:  # noqa: B007
             try:
                 struct.pack(kind, v)
-            except (struct.error, OverflowError):
+            except (struct.error, OverflowError, TypeError):
                 break
         wanted = "a number that a float32 holds" if kind == "f4x" else "an array, None or an int64"
         return TypeError(f"kernel {self.name}: {name} is {v!r:.100}; expected {wanted}")
