@@ -299,10 +299,10 @@ def with_default(p, out, n, worker):
     set_i64(out, of_default(n, 1))
 
 
-def sometimes(n):
+def sometimes(n):  # noqa: RET503
     """None if n is 0."""
     if n > 0:
-        return n  # noqa: RET503 HERE
+        return n  # HERE
 
 
 def with_value_at_times(p, out, n, worker):
