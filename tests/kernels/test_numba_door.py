@@ -280,6 +280,11 @@ def test_the_tape_asks_for_the_arguments_of_a_kernel_from_outside() -> None:
         Tape().add(numba_door.compile(bend_rows), 1, x=0, y=0, n=1, n_rows=1)
 
 
+def test_a_numpy_array_where_an_address_is_due_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"bend_rows: x is array.*expected an int64 or an address"):
+        Tape().add(numba_door.compile(bend_rows), 1, x=normal(4), y=0, n=4, by=1.0)
+
+
 # ---- errors
 
 

@@ -105,7 +105,8 @@ class Kernel:
                 struct.pack(kind, v)
             except (struct.error, OverflowError, TypeError):
                 break
-        wanted = "a number that a float32 holds" if kind == "f4x" else "an array, None or an int64"
+        wanted = "an int64 or an address (a.ctypes.data of a NumPy array)"
+        wanted = "a number that a float32 holds" if kind == "f4x" else wanted
         return TypeError(f"kernel {self.name}: {name} is {v!r:.100}; expected {wanted}")
 
 
