@@ -427,11 +427,11 @@ def test_arguments_have_names() -> None:
         ({"factor": None, "scale": 1.0}, "missing: factor; unknown: scale"),
         ({"n": None}, "missing: n; unknown: none"),
         ({"m": 3, "pieces": 2}, "missing: none; unknown: m, pieces"),
-        ({"n": 2.5}, "n is 2.5; expected an array, None or an int64"),
-        ({"n": 1 << 63}, "n is 9223372036854775808; expected an array, None or an int64"),
+        ({"n": 2.5}, "n is 2.5; expected an int64 or an address"),
+        ({"n": 1 << 63}, "n is 9223372036854775808; expected an int64 or an address"),
         ({"factor": "1"}, "factor is '1'; expected a number that a float32 holds"),
         ({"factor": 1e300}, r"factor is 1e\+300; expected a number that a float32 holds"),
-        ({"x": np.zeros(3, F32)}, "x is array.*; expected an array, None or an int64"),
+        ({"x": np.zeros(3, F32)}, "x is array.*; expected an int64 or an address"),
     ],
 )
 def test_arguments_are_checked_when_they_are_recorded(change: dict, complaint: str) -> None:
