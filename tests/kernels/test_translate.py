@@ -243,7 +243,7 @@ def with_else_of_for(p, out, n, worker):
 
 
 def with_else_of_while(p, out, n, worker):
-    """Likewise."""
+    """An else of a loop of another sort."""
     while n > 0:
         n -= 1
     else:

@@ -127,7 +127,7 @@ class Arithmetic:
             return np.float32(v)
         return self.cast(v, ty)
 
-    def extreme(self, op: str, args: list) -> Any:
+    def extreme(self, op: str, args: list[Any]) -> Any:
         """Python's rule: a later value wins if it compares so with the best before."""
         if all(type(a) is int for a in args):
             return min(args) if op == "<" else max(args)
@@ -142,7 +142,7 @@ class Arithmetic:
             return self.b.select(self.b.icmp_signed("<", v, I64(0)), self.b.neg(v), v)
         return self.e.call(f"llvm.fabs.{_suffix(v.type)}", v.type, v)
 
-    def mathematics(self, f: Callable, v: Any) -> Any:
+    def mathematics(self, f: Callable[..., Any], v: Any) -> Any:
         v = self.cast(v, F64) if v.type == I64 else v
         if f is math.log1p:  # no instruction: the C library's
             return self.e.call("log1p" if v.type == F64 else "log1pf", v.type, v)

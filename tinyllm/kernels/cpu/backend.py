@@ -32,6 +32,7 @@ from .kvcache import CPUCache
 from .program import CPUArray, Tape, aligned, wrapped
 from .steps import Growing, Steps
 from .threads import pool
+from .translate import PyFunction
 from .weights import CPUWeight, load_weight
 
 NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
@@ -39,7 +40,7 @@ ACT_PIECE = 1024  # values
 
 
 class CPUBackend(Backend):
-    """Runs on the processor; see ``Backend`` for what each method promises.
+    """Runs on the processor: operations are recorded, and all threads run them when values are needed.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ class CPUBackend(Backend):
         """Use up to so many threads from the next step on; call it between steps."""
         if n_threads < 1:
             raise ArgumentError(f"n_threads is {n_threads}; expected 1 or more")
-        self.n_threads = n_threads  # as asked
+        self.n_threads = n_threads  # what the caller asked for
         self._workers = min(n_threads, pool().size)
         self._steps.set_workers(self._workers)
 
@@ -77,7 +78,7 @@ class CPUBackend(Backend):
     def _tape(self) -> Tape:
         return self._steps.tape
 
-    def _op(self, body: Callable, pieces: int, /, **args: Any) -> None:
+    def _op(self, body: PyFunction, pieces: int, /, **args: Any) -> None:
         """Record a kernel without micro-kernels."""
         self._tape.add(jit.kernel(body), pieces, max(1, pieces // 16), **args)
 
@@ -165,7 +166,7 @@ class CPUBackend(Backend):
 
     def _norm(
         self,
-        body: Callable,
+        body: PyFunction,
         x: CPUArray,
         w: CPUArray | None,
         eps: float,
@@ -281,7 +282,9 @@ class CPUBackend(Backend):
 
     def _sequences(self, batch: Batch) -> dict[str, Any]:
         """The caches' tables, and where sequences begin."""
-        return {"caches": self._steps.now.caches, "starts": batch.starts}
+        step = self._steps.now
+        assert step is not None, "caches are used within a step only"
+        return {"caches": step.caches, "starts": batch.starts}
 
     def attention(
         self,
@@ -448,7 +451,7 @@ class CPUBackend(Backend):
     ) -> CPUArray:
         return self._mix(recurrent.wkv7, batch, layer, r=r, w=w, k=k, v=v, a=a, b=b)
 
-    def _mix(self, body: Callable, batch: Batch, layer: int, **arrays: CPUArray) -> CPUArray:
+    def _mix(self, body: PyFunction, batch: Batch, layer: int, **arrays: CPUArray) -> CPUArray:
         n_head, dim = batch.caches[0].arrays[layer]["wkv"].shape[:2]
         y, args = self._carried(batch, layer, "wkv", arrays["r"].shape)
         self._op(body, n_head * batch.n_seq, n_head=n_head, dim=dim, **args, **arrays)

@@ -40,7 +40,7 @@ class Recorded:
     tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
     caches: CPUArray  # the memory of ``tables``
     growing: list[Growing] = field(default_factory=list)
-    blocks: list[int] | None = None  # [n_seq] of the past, for which ``growing`` rows are set
+    blocks: list[int] | None = None  # [n_seq]: blocks of the past that ``growing`` rows are set for
     result: Array = None
     replayable: bool = True
 
@@ -149,7 +149,8 @@ class _Local(threading.local):
     """What each Python thread has for itself."""
 
     def __init__(self) -> None:
-        self.tape, self.now = Tape(), None
+        self.tape = Tape()
+        self.now: Recorded | None = None
 
 
 def addresses(batch: Batch) -> list[int]:

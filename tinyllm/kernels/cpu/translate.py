@@ -24,7 +24,7 @@ from copy import copy
 from functools import lru_cache, partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 from llvmlite import ir
 
@@ -33,11 +33,12 @@ from .emit import F32, I64, Emit
 from .simd import Emitter
 
 COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+PyFunction: TypeAlias = Callable[..., Any]  # a kernel, or what it calls, as Python has it
 DEEPEST = 32  # calls within calls: more are taken for recursion
 WORK = ("first", "last", "worker")  # how a kernel's parameters end
 
 
-def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
+def parameters(kernel: PyFunction) -> dict[str, ir.Type]:
     """Names and types of the arguments of a kernel's instructions: of what stands before ``first``.
 
     Raises
@@ -63,7 +64,7 @@ def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
 
 
 def translate(
-    function: FunctionType, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
+    function: PyFunction, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
 ) -> ir.Module:
     """A module with a function of four integers that returns nothing, under a name.
 
@@ -93,16 +94,17 @@ class Body(Arithmetic):
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
         self.globals = {**vars(builtins), **function.__globals__, **dict(inner)}
-        self.places: dict[str, Any] = {}  # of local variables: where they are stored
-        self.known: set[str] | None = (
-            set()
-        )  # those with a value on every way here; None: no way leads here
+        self.places: dict[str, Any] = {}  # where local variables are stored
+        # the variables with a value on every way here; None: no way leads here
+        self.known: set[str] | None = set()
         # where to continue, where to go on after, what is known at each break
         self.loops: list[tuple[ir.Block, ir.Block, list[set[str] | None]]] = []
-        self.exit, self.returned = b.append_basic_block("exit"), []
-        self.here: ast.AST = _definition(function)  # the statement being translated
-        self.arguments(self.here.args, args)
-        self.run(self.here.body)
+        self.exit = b.append_basic_block("exit")
+        self.returned: list[tuple[Any, ir.Block]] = []
+        node = _definition(function)
+        self.here: ast.stmt = node  # the statement being translated
+        self.arguments(node.args, args)
+        self.run(node.body)
         self.leave(None)
         b.position_at_end(self.exit)
         self.result = self.join(self.returned)
@@ -128,8 +130,8 @@ class Body(Arithmetic):
             except TypeError as error:
                 self.refuse(self.here, str(error))
 
-    def refuse(self, node: ast.AST, why: str = "") -> Any:
-        """An error that names the line in the file."""
+    def refuse(self, node: ast.AST, why: str = "") -> NoReturn:
+        """Raise a SyntaxError that names the line of the file."""
         line = getattr(node, "lineno", getattr(self.here, "lineno", 0))
         why = why or f"a kernel cannot have {ast.unparse(node)!r}"
         raise SyntaxError(f"{why}: {self.function.__code__.co_filename}, line {line}")
@@ -300,7 +302,7 @@ class Body(Arithmetic):
         of = self.value(node.value)
         return self.refuse(node) if isinstance(of, ir.Value) else getattr(of, node.attr)
 
-    def Tuple(self, node: ast.Tuple) -> tuple:
+    def Tuple(self, node: ast.Tuple) -> tuple[Any, ...]:
         return tuple(self.value(v) for v in node.elts)
 
     def UnaryOp(self, node: ast.UnaryOp) -> Any:
@@ -352,7 +354,9 @@ class Body(Arithmetic):
         then, other = (partial(self.value, n) for n in (node.body, node.orelse))
         return self.choose(condition, then, other)
 
-    def choose(self, condition: Any, then: Callable, other: Callable, first: bool = True) -> Any:
+    def choose(
+        self, condition: Any, then: PyFunction, other: PyFunction, first: bool = True
+    ) -> Any:
         """then() or other(), whichever the condition (or, if not ``first``, its opposite) asks for."""
         blocks = [self.b.append_basic_block(n) for n in ("this", "that")]
         after = self.b.append_basic_block("chosen")
