@@ -25,7 +25,7 @@ ALLOWED = {
     "models": {"errors", "gguf", "kernels.backend"},
     "sampling": {"errors"},
     "text": {"errors", "tokenizers"},
-    "engine": {"errors", "tokenizers", "models", "sampling", "text"},
+    "engine": {"errors", "tokenizers", "kernels.backend", "models", "sampling", "text"},
     "chat": {"errors", "tokenizers"},
     "hub": {"errors"},
     "model": BELOW_MODEL,
