@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from . import gguf
 from .engine.completion import (
     SMALLEST_CONTEXT,
+    Completion,
+    GenerateOptions,
     Options,
     Pieces,
+    Prompt,
     begin,
     check_max_tokens,
     check_n_ctx,
     complete,
+    or_beginning,
     room_for,
     split_prompts,
     strings,
@@ -28,8 +32,14 @@ from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError,
 from .models.network import Network
 from .models.state import State
 from .models.step import Tap
-from .sampling import SamplingParams
+from .sampling import LogitsProcessor, SamplingParams
 from .tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .chat.render import Message
+    from .models.config import Config
 
 
 class Model:
@@ -52,14 +62,14 @@ class Model:
         return self._network
 
     @property
-    def config(self) -> Any:
-        """Sizes and scales of the model; see ``tinyllm.models.config.Config``."""
+    def config(self) -> Config:
+        """Sizes and scales of the model, such as ``config.n_embd``."""
         return self.network.config
 
     @property
     def arch(self) -> str:
         """The architecture's name, as in the file."""
-        return str(self.network.arch.name)
+        return self.network.arch.name
 
     @property
     def device(self) -> str:
@@ -180,10 +190,47 @@ class Model:
 
     # ---- text
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str: it comes first
+        self,
+        prompt: Prompt,
+        max_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion: ...
+    @overload
     def generate(
         self,
-        prompt: str | Sequence[Any],
+        prompt: Prompt,
+        max_tokens: int = ...,
+        *,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Pieces: ...
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        max_tokens: int = ...,
+        *,
+        stream: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | Pieces: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        max_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
         max_tokens: int = 256,
+        *,
         temperature: float = 0.8,
         top_k: int = 40,
         top_p: float = 0.95,
@@ -194,7 +241,7 @@ class Model:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
-        logits_processor: Callable[[list[int], np.ndarray], np.ndarray | None] | None = None,
+        logits_processor: LogitsProcessor | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
@@ -203,7 +250,7 @@ class Model:
         tap: Tap | None = None,
         overflow: Overflow = "error",
         stream: bool = False,
-    ) -> Any:
+    ) -> Completion | list[Completion] | Pieces:
         """Continue a prompt.
 
         Parameters
@@ -214,7 +261,8 @@ class Model:
             At most so many tokens; -1: until the context is full.
         temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n, \
 presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
-            See ``tinyllm.sampling.SamplingParams``. Each prompt of a list has its own generator of ``seed``.
+            How a token is chosen; ``tinyllm.sampling.SamplingParams`` explains each. Each prompt of a list
+            draws from random numbers of its own, all from this ``seed``.
         stop : str or sequence of str
             Strings that end the text; they are not part of it. They add to the model's own end tokens.
         logprobs : int, optional
@@ -251,9 +299,19 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         if not self.config.causal:
             raise ArgumentError(f"{self.arch} reads texts and writes none; use embed")
         params = SamplingParams(
-            temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n,
-            presence_penalty, frequency_penalty, logit_bias, logits_processor, seed,
-        )  # fmt: skip
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logits_processor=logits_processor,
+            seed=seed,
+        )
         options = Options(
             params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow
         )
@@ -269,13 +327,49 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         completions = complete(self.network, jobs, tap)
         return completions if many else completions[0]
 
+    @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
+        template: str | None = ...,
+        tools: Sequence[Any] | None = ...,
+        *,
+        max_tokens: int = ...,
+        stream: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        template: str | None = ...,
+        tools: Sequence[Any] | None = ...,
+        *,
+        max_tokens: int = ...,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Pieces: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        template: str | None = ...,
+        tools: Sequence[Any] | None = ...,
+        *,
+        max_tokens: int = ...,
+        stream: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | Pieces: ...
+    def chat(
+        self,
+        messages: Sequence[Message],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
-        **options: Any,
-    ) -> Any:
+        *,
+        max_tokens: int = 256,
+        stream: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | Pieces:
         """Answer a conversation, in the form that the file's own chat template gives it.
 
         Parameters
@@ -285,9 +379,9 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         template : str, optional
             A Jinja template to use instead of the file's.
         tools : sequence, optional
-            Handed to the template.
-        **options
-            As ``generate``. With ``state=``, what the state holds already is not read again.
+            Descriptions of tools in whatever form the template reads them.
+        max_tokens, stream, **options
+            What ``generate`` takes under these names. What a ``state`` holds already is not read again.
 
         Returns
         -------
@@ -316,16 +410,12 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             kept = state.reuse(ids)
             state.truncate(kept)
             ids = ids[kept:]
-        return self.generate(ids, **options)
+        return self.generate(ids, max_tokens, stream=stream, **options)
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens; an empty one is the beginning-of-text token."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = [int(i) for i in prompt]
-        first = self.tokenizer.bos if self.tokenizer.bos is not None else self.tokenizer.eos
-        return ids or ([] if first is None else [first])
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        return or_beginning(self.tokenizer, ids)
 
     def close(self) -> None:
         """Free the weights at once; using the model afterwards raises TinyLLMError."""

@@ -67,17 +67,28 @@ def test_every_example_parses(name):
         ([], "expected one of run, embed"),
         (["rnu", "x"], "did you mean 'run'?"),
         (["zzz"], "expected one of run, embed"),
-        (["run"], "required: PROMPT; see tinyllm run --help"),
-        (["run", "x", "--tmep", "1"], "unrecognized arguments: --tmep"),
+        (["run"], 'there is no text; expected one: tinyllm run "Once upon a time"'),
+        (
+            ["run", "x", "--temprature=1"],
+            "unrecognized arguments: --temprature=1; did you mean '--temperature'?",
+        ),
+        (["run", "Once", "upon", "a"], "found 'Once upon a'; put the text between quotes"),
+        (["run", "a.gguf", "x", "-f", "y"], "found 'a.gguf x' and --file"),
+        (["explain", "lama"], "did you mean 'llama'?"),
+        (["help", "rnu"], "unknown command 'rnu'; did you mean 'run'?"),
+        (["quantize", "a", "b", "q4_km"], "did you mean 'Q4_K_M'?"),
+        (["completion", "bsh"], "did you mean 'bash'?"),
         (["run", "x", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
         (["run", "x", "--top-p", "3"], "top_p=3.0; expected a number from 0 to 1"),
         (["run", "x", "--seed", "-1"], "seed=-1; expected an integer >= 0"),
+        (["embed"], 'tinyllm embed "A text"'),
         (["run", "model.gguf"], 'tinyllm run model.gguf "Once upon a time"'),
         (["tokenize", "model.gguf"], 'tinyllm tokenize model.gguf "Once upon a time"'),
         (["bench", "--kv-type", "q9"], "invalid choice: 'q9'"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_code_2(argv, hint, capsys):
+def test_a_wrong_argument_is_one_line_and_code_2(argv, hint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     try:
         code = main(argv)
     except SystemExit as stop:
@@ -99,7 +110,7 @@ def test_a_missing_file_is_one_line_and_code_1(command, capsys):
 
 def test_bytes_that_are_no_text_are_one_line_and_code_2(tiny, capsys):
     assert main(["perplexity", tiny, tiny, *REFERENCE]) == 2
-    assert capsys.readouterr().err.startswith(f"tinyllm: {tiny}: expected a text in utf-8 (")
+    assert capsys.readouterr().err.startswith(f"tinyllm: {tiny}: expected a text in UTF-8 (")
 
 
 def test_a_malformed_file_is_one_line_and_code_1(tmp_path, capsys):

@@ -14,9 +14,10 @@ import time
 import pytest
 
 import tinyllm
+from tinyllm.cli.commands import COMMANDS as COMMAND_LINES
 from tinyllm.cli.commands import main
 from tinyllm.cli.conversation import Conversation, load, save
-from tinyllm.cli.repl import COMMAND, COMMANDS, Repl, Screen, read_message
+from tinyllm.cli.repl import COMMANDS, Repl, Screen, read_message
 from tinyllm.errors import ContextOverflow, TinyLLMError
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -80,6 +81,9 @@ def said(chat: Conversation) -> list[str]:
         (["one \\", "two\\", "three"], ("one \ntwo\nthree", True)),
         (['"""', "/exit", "", " x\\", '"""'], ("/exit\n\n x\\", False)),
         (["/reset"], ("/reset", True)),
+        (['"""one line"""'], ("one line", False)),
+        (['"""one', 'two"""'], ("one\ntwo", False)),
+        (['""""""'], ("", False)),
     ],
 )
 def test_a_message_may_have_several_lines(lines, message):
@@ -87,8 +91,23 @@ def test_a_message_may_have_several_lines(lines, message):
 
 
 def test_a_block_without_an_end_is_told():
-    with pytest.raises(TinyLLMError, match='expected a line of """'):
+    with pytest.raises(TinyLLMError, match='expected """'):
         read_message(Typed('"""', "x").ask)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/think about cats", "/think about cats"),
+        ("/no_think", "/no_think"),
+        ("/tmp/a.txt", "/tmp/a.txt"),
+        ("//reset", "/reset"),
+        ("/", "/"),
+    ],
+)
+def test_only_known_names_are_commands(chat, line, message):
+    typed(chat, line)
+    assert said(chat) == [message]
 
 
 # ---- talking
@@ -225,7 +244,6 @@ def test_regen_without_a_new_answer_keeps_the_old(chat):
     ("line", "note"),
     [
         ("/regen", "no answer yet"),
-        ("/quit", "unknown command /quit; /help"),
         ("/reset all", "takes nothing after it"),
         ("/save", "/save chat.json"),
         ("/load", "/load chat.json"),
@@ -307,9 +325,9 @@ def test_a_pipe_gets_the_answers_and_nothing_else(monkeypatch, capsys, model):
 
 
 def test_an_error_ends_a_pipe(monkeypatch, capsys):
-    rc, out, err = piped(monkeypatch, capsys, "/nonesuch\nHello\n")
+    rc, out, err = piped(monkeypatch, capsys, "/reset all\nHello\n")
     assert (rc, out) == (2, "")
-    assert err == "tinyllm: unknown command /nonesuch; /help lists them\n"
+    assert err == "tinyllm: /reset takes nothing after it; found 'all'\n"
 
 
 def test_bytes_that_are_no_text_are_one_line(monkeypatch, capsys):
@@ -321,8 +339,9 @@ def test_bytes_that_are_no_text_are_one_line(monkeypatch, capsys):
 def test_help_ends_with_an_example_that_parses(capsys):
     with pytest.raises(SystemExit):
         main(["chat", "--help"])
-    assert capsys.readouterr().out.rstrip().endswith(f"example:\n  {COMMAND.example}")
-    COMMAND.parser("chat").parse_args(shlex.split(COMMAND.example)[2:])
+    chat = COMMAND_LINES["chat"]
+    assert capsys.readouterr().out.rstrip().endswith(f"example:\n  {chat.example}")
+    chat.parser("chat").parse_args(shlex.split(chat.example)[2:])
 
 
 def test_a_model_without_a_template_asks_for_one(monkeypatch, capsys, stories260k, tmp_path):

@@ -73,6 +73,8 @@ def test_a_hostile_model_does_not_drive_the_terminal(hostile: Path) -> None:
         "",
         "-n",
         "8",
+        "--seed",
+        "1",
         "--device",
         "reference",
     ]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ArgumentError, TinyLLMError
+from ..files import read_text
+from .terminal import has_terminal, show
 
 if TYPE_CHECKING:
     from ..gguf import GGUFFile
@@ -26,7 +30,23 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+        hint = self.hint(message)
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}{hint}; see {self.prog} --help\n")
+
+    def hint(self, message: str) -> str:
+        """The option or choice that was probably meant by the one that a complaint names."""
+        if found := re.match(r"unrecognized arguments: (--?[^\s=]+)", message):
+            return did_you_mean(found[1], self._option_string_actions)
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            return did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
+        return ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question to end an error message with; empty where no known word is near."""
+    by_case = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_case, 1)
+    return f"; did you mean {by_case[near[0]]!r}?" if near else ""
 
 
 @dataclass(frozen=True)
@@ -80,11 +100,12 @@ def sampling_options(p: Parser) -> None:
         flag, kind = f"--{name.replace('_', '-')}", type(default)
         p.add_argument(flag, type=kind, default=default, metavar="X", help="default %(default)s")
     p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", type=unescaped,
+                   help=r"ends the text; \n and the like are understood; may be repeated")  # fmt: skip
 
 
 def sampling_of(args: Arguments) -> dict[str, Any]:
-    """What ``generate`` takes; a wrong value is told before a large file is read."""
+    """The sampling options as ``generate`` takes them, checked before a large file is read."""
     from ..sampling import SamplingParams
 
     found = {name: getattr(args, name) for name in [*sampling_defaults(), "seed"]}
@@ -95,7 +116,7 @@ def sampling_of(args: Arguments) -> dict[str, Any]:
 def load_model(args: Arguments) -> Model:
     import tinyllm
 
-    return tinyllm.load(
+    model = tinyllm.load(
         locate(args.model),
         device=args.device,
         n_ctx=args.n_ctx,
@@ -106,6 +127,15 @@ def load_model(args: Arguments) -> Model:
         check_weights=args.check_weights,
         compute=args.compute,
     )
+    trained = model.config.n_ctx_train
+    if args.n_ctx and args.n_ctx > trained:
+        note(f"the model was trained for {trained} tokens; beyond them its text gets worse")
+    return model
+
+
+def note(text: str) -> None:
+    """Tell the user something beside the output."""
+    show(f"({text})\n", sys.stderr)
 
 
 def load_decoder(args: Arguments) -> Model:
@@ -118,7 +148,7 @@ def load_decoder(args: Arguments) -> Model:
 
 
 def locate(name: str | None) -> Path:
-    """The model's file, perhaps downloaded; what goes wrong on the way is one line."""
+    """The model's file, downloaded if need be; an error on the way has a message of one line."""
     from ..loading import locate as locate_model
 
     try:
@@ -130,28 +160,69 @@ def locate(name: str | None) -> Path:
 
 
 def open_file(name: str | None) -> GGUFFile:
-    """A model's metadata and tensors, weights unread."""
+    """Open a model's file; its weights are not read."""
     from .. import gguf
 
     return gguf.open(locate(name))
 
 
-def text_argument(text: str) -> str:
-    """The text itself, or all of standard input for "-"."""
-    return read_text("-") if text == "-" else text
+def is_model(word: str) -> bool:
+    """Whether a word of the command line names a model: a file, ``*.gguf`` or ``hf:...``, not a sentence."""
+    named = word.startswith("hf:") or word.lower().endswith(".gguf")
+    return (named and not re.search(r"\s", word)) or (bool(word) and Path(word).is_file())
 
 
-def read_text(name: str) -> str:
-    """All of a text file, or of standard input for "-"."""
-    try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise ArgumentError(f"{name}: expected a text in {e.encoding} ({e})") from None
+def text_arguments(p: Parser, what: str) -> None:
+    p.add_argument("words", metavar="[MODEL] TEXT", nargs="*",
+                   help=f"{what}, behind {MODEL_HELP}; - or nothing: standard input")  # fmt: skip
+    p.add_argument("-f", "--file", metavar="FILE", help="read the text from a file in UTF-8")
 
 
-def refuse_lonely_model(command: str, model: str | None, text: str) -> None:
-    """A single argument is the text; if it looks like a model, the text was forgotten."""
-    if model is None and text.endswith(".gguf"):
+def model_and_text(command: str, args: Arguments) -> str:
+    """The one text of a command, from an argument, a file or a pipe; ``args.model`` is set beside it.
+
+    Raises
+    ------
+    ArgumentError
+        There is no text, or more than one.
+    """
+    words, from_file = list(args.words), args.file is not None
+    lonely = len(words) == 1 and (is_model(words[0]) or from_file)
+    args.model = words.pop(0) if lonely or len(words) == 2 else None
+    if len(words) + from_file > 1:
+        shown = " ".join(args.words)
         raise ArgumentError(
-            f'after the model comes a text: tinyllm {command} {text} "Once upon a time"'
+            f"expected one text, found {shown!r:.80}{' and --file' * from_file}; put the text between quotes"
         )
+    if words:
+        return without_end(read_text("-")) if words[0] == "-" else words[0]
+    if from_file:
+        return read_text(args.file)
+    piped = "" if sys.stdin is None or has_terminal(sys.stdin) else read_text("-")
+    if not piped:
+        place = f"{args.model} " if args.model else ""
+        raise ArgumentError(
+            f'there is no text; expected one: tinyllm {command} {place}"Once upon a time"'
+        )
+    return without_end(piped)
+
+
+def without_end(text: str) -> str:
+    """A piped text without the line end that ``echo`` adds."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""A text in which ``\n``, ``\t``, ``\r``, ``\\``, ``\xhh`` and ``\uhhhh`` stand for the characters."""
+    return re.sub(
+        r"\\(?:([ntr\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4}))",
+        lambda m: ESCAPES[m[1]] if m[1] else chr(int(m[2] or m[3], 16)),
+        text,
+    )
+
+
+def json_option(p: Parser) -> None:
+    p.add_argument("--json", action="store_true", help="one line of JSON")

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
-import io
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from .. import __version__
 from ..errors import ArgumentError, TinyLLMError
+from ..files import lines_of, read_text
 from .arguments import (
     MODEL_HELP,
     USAGE_ERROR,
     Arguments,
     Command,
     Parser,
+    did_you_mean,
+    is_model,
+    json_option,
     load_decoder,
     load_model,
     load_options,
+    model_and_text,
     model_argument,
+    note,
     open_file,
-    read_text,
-    refuse_lonely_model,
     sampling_of,
     sampling_options,
-    text_argument,
+    text_arguments,
 )
-from .terminal import show
+from .terminal import drop_output, has_terminal, prepare_streams, show
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
 
@@ -39,46 +41,81 @@ FAILED, INTERRUPTED = 1, 130  # exit codes
 
 
 def run_arguments(p: Parser) -> None:
-    model_argument(p)
-    p.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads standard input")
+    text_arguments(p, "the text to continue")
     load_options(p)
     p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="-1: no limit")
     sampling_options(p)
     p.add_argument("--overflow", default="error", choices=("error", "shift", "truncate"),
                    help="when the context is full")  # fmt: skip
+    p.add_argument(
+        "--chat", action="store_true", help="answer the text, in the model's chat template"
+    )
+    p.add_argument("--system", metavar="TEXT", help="a system message; the text is answered")
     p.add_argument("--no-echo", action="store_true", help="do not repeat the prompt")
+    json_option(p)
 
 
 def run(args: Arguments) -> None:
-    refuse_lonely_model("run", args.model, args.prompt)
-    prompt, sampling = text_argument(args.prompt), sampling_of(args)
+    prompt, sampling = model_and_text("run", args), sampling_of(args)
+    answers = args.chat or args.system is not None
     with load_decoder(args) as model:
-        pieces = model.generate(
-            prompt, args.max_tokens, **sampling, stop=args.stop, overflow=args.overflow, stream=True
-        )
-        show("" if args.no_echo else prompt)
-        for piece in pieces:
-            show(piece)
-        print()
+        options = {**sampling, "stop": args.stop, "overflow": args.overflow, "stream": True}
+        if answers:
+            system = [] if args.system is None else [{"role": "system", "content": args.system}]
+            messages = [*system, {"role": "user", "content": prompt}]
+            pieces = model.chat(messages, max_tokens=args.max_tokens, **options)
+        else:
+            pieces = model.generate(prompt, args.max_tokens, **options)
+            if (
+                args.model
+                and "tokenizer.chat_template" in model.metadata
+                and has_terminal(sys.stderr)
+            ):
+                note("this model also answers: --chat puts the text into its chat template")
+        if args.json:
+            text = "".join(pieces)
+        else:
+            show("" if args.no_echo or answers else prompt)
+            for piece in pieces:
+                show(piece)
+            show("\n")
+        done = pieces.completion
+        if args.json:
+            print_json({"text": text, "ids": done.ids, "finish_reason": done.finish_reason,
+                        "n_prompt": len(done.prompt_ids), "model": str(model.path),
+                        "prompt_per_s": done.timings.prompt_per_s,
+                        "generated_per_s": done.timings.generated_per_s})  # fmt: skip
+        if done.finish_reason == "context":
+            note(
+                f"the context of {model.n_ctx} tokens is full; --overflow shift goes on, -c N enlarges it"
+            )
+
+
+def print_json(found: object) -> None:
+    show(json.dumps(found, ensure_ascii=False) + "\n")
 
 
 # ---- embed
 
 
 def embed_arguments(p: Parser) -> None:
-    model_argument(p)
-    p.add_argument("text", metavar="TEXT", nargs="+", help="- reads one text per line")
+    p.add_argument("words", metavar="[MODEL] TEXT", nargs="*",
+                   help=f"texts, behind {MODEL_HELP}; - or nothing: lines of standard input")  # fmt: skip
     load_options(p)
     p.add_argument("--pooling", choices=("mean", "cls", "last"), help="default: as the file says")
     p.add_argument("--no-normalize", action="store_true", help="keep the vectors' lengths")
 
 
 def embed(args: Arguments) -> None:
-    refuse_lonely_model("embed", args.model, args.text[0])
-    texts = read_text("-").splitlines() if args.text == ["-"] else args.text
+    texts = list(args.words)
+    args.model = texts.pop(0) if texts and is_model(texts[0]) else None
+    if texts in ([], ["-"]):
+        texts = [] if has_terminal(sys.stdin) else lines_of(read_text("-"))
+    if not texts:
+        raise ArgumentError('there is no text; expected one or more: tinyllm embed "A text"')
     with load_model(args) as model:
         for vector in model.embed(texts, args.pooling, not args.no_normalize):
-            print(json.dumps([float(f"{x:.7g}") for x in vector]))
+            print_json([float(f"{x:.7g}") for x in vector])
 
 
 # ---- info
@@ -93,6 +130,7 @@ def info_arguments(p: Parser) -> None:
     p.add_argument(
         "--check", action="store_true", help="read all weights; NaN or infinity is an error"
     )
+    json_option(p)
 
 
 def info(args: Arguments) -> None:
@@ -101,17 +139,23 @@ def info(args: Arguments) -> None:
     from . import info as about
 
     with open_file(args.model) as file:
-        if args.keys:
-            lines = about.keys(file.metadata)
+        if args.json:
+            print_json(about.as_json(file, args.n_ctx, args.kv_type))
+        elif args.keys:
+            show_lines(about.keys(file.metadata))
         elif args.tensors:
-            lines = about.tensor_lines(file.tensors)
+            show_lines(about.tensor_lines(file.tensors))
         else:
-            lines = about.report(file, args.n_ctx, args.kv_type)
-        for line in lines:
-            print(line)
+            show_lines(about.report(file, args.n_ctx, args.kv_type))
         if args.check:
             check_finite(file, checking)
-            print(f"weights      all of {len(file.tensors)} tensors are finite")
+            if not args.json:
+                show(f"weights      all of {len(file.tensors)} tensors are finite\n")
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        show(line + "\n")
 
 
 # ---- explain
@@ -128,51 +172,60 @@ def explain(args: Arguments) -> None:
     from ..models.archs import ARCHS
 
     if args.model in ARCHS:
-        lines = list(programs.explain(*programs.example(args.model)))
-    else:
-        with open_file(args.model) as file:
-            lines = list(programs.explain(file.metadata, file.tensors))
-    print("\n".join(lines))
+        show_lines(programs.explain(*programs.example(args.model)))
+        return
+    if args.model and not is_model(args.model) and (hint := did_you_mean(args.model, ARCHS)):
+        raise ArgumentError(f"{args.model!r} is neither an architecture nor a file{hint}")
+    with open_file(args.model) as file:
+        show_lines(programs.explain(file.metadata, file.tensors))
 
 
 # ---- tokenize
 
 
 def tokenize_arguments(p: Parser) -> None:
-    model_argument(p)
-    p.add_argument("text", metavar="TEXT", help="- reads standard input")
+    text_arguments(p, "the text")
     p.add_argument("--ids", action="store_true", help="only the ids, on one line")
     p.add_argument("--no-special", action="store_true", help="add no special tokens")
     p.add_argument("--no-parse-special", action="store_true", help="<s> in the text is just text")
+    json_option(p)
 
 
 def tokenize(args: Arguments) -> None:
     from .. import tokenizers
 
-    refuse_lonely_model("tokenize", args.model, args.text)
+    text = model_and_text("tokenize", args)
     with open_file(args.model) as file:
         tokenizer = tokenizers.load(file.metadata)
-    ids = tokenizer.encode(text_argument(args.text), not args.no_special, not args.no_parse_special)
-    if args.ids:
-        print(*ids)
-        return
-    for i in ids:
-        shown = tokenizer.token_bytes(i) or tokenizer.token_text(i).encode()
-        print(f"{i:>8}  {shown.decode('utf-8', 'backslashreplace')!r}")
+    ids = tokenizer.encode(text, not args.no_special, not args.no_parse_special)
+    shown = [tokenizer.token_bytes(i) or tokenizer.token_text(i).encode() for i in ids]
+    if args.json:
+        texts = [piece.decode("utf-8", "backslashreplace") for piece in shown]
+        print_json({"ids": ids, "tokens": texts})
+    elif args.ids:
+        show(" ".join(map(str, ids)) + "\n")
+    else:
+        show_lines(
+            f"{i:>8}  {t.decode('utf-8', 'backslashreplace')!r}"
+            for i, t in zip(ids, shown, strict=True)
+        )
 
 
 # ---- devices
 
 
-def no_arguments(p: Parser) -> None:
-    """The command takes none."""
+def devices_arguments(p: Parser) -> None:
+    json_option(p)
 
 
 def devices(args: Arguments) -> None:
     import tinyllm
 
-    for d in tinyllm.list_devices():
-        print(f"{d.id:<12} {d.memory / 1e9:>7.1f} GB  {d.name}")
+    found = tinyllm.list_devices()
+    if args.json:
+        print_json([asdict(d) for d in found])
+    else:
+        show_lines(f"{d.id:<12} {d.memory / 1e9:>7.1f} GB  {d.name}" for d in found)
 
 
 # ---- bench
@@ -187,7 +240,7 @@ def bench_arguments(p: Parser) -> None:
     p.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="default %(default)s")
     p.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="tokens in the context")
     p.add_argument("-r", "--repeat", type=int, default=3, metavar="N", help="default %(default)s")
-    p.add_argument("--json", action="store_true", help="one line of JSON")
+    json_option(p)
 
 
 def bench(args: Arguments) -> None:
@@ -196,11 +249,10 @@ def bench(args: Arguments) -> None:
     with load_decoder(args) as model:
         results = benchmark.measure(model, args.n_prompt, args.n_gen, args.depth, args.repeat)
         about = benchmark.describe(model)
-    print(
-        json.dumps(benchmark.as_json(about, results))
-        if args.json
-        else benchmark.as_table(about, results)
-    )
+    if args.json:
+        print_json(benchmark.as_json(about, results))
+    else:
+        show(benchmark.as_table(about, results) + "\n")
 
 
 # ---- perplexity
@@ -214,6 +266,7 @@ def perplexity_arguments(p: Parser) -> None:
         "--window", type=int, default=512, metavar="N", help="tokens, half of them scored"
     )
     p.add_argument("--n-windows", type=int, metavar="N", help="at most; default: all")
+    json_option(p)
 
 
 def perplexity(args: Arguments) -> None:
@@ -226,10 +279,11 @@ def perplexity(args: Arguments) -> None:
         ids = model.tokenizer.encode(text, parse_special=False)
         found = score(model, ids, args.window, args.n_windows,
                       lambda starts, n: tqdm(starts, "scoring", n, leave=False, disable=None))  # fmt: skip
-    print(
-        f"perplexity {found.value:.4f} ± {found.error:.4f} "
-        f"({found.n_scored} tokens of {found.n_windows} windows of {args.window})"
-    )
+    if args.json:
+        print_json(asdict(found))
+    else:
+        show(f"perplexity {found.value:.4f} ± {found.error:.4f} "
+             f"({found.n_scored} tokens of {found.n_windows} windows of {args.window})\n")  # fmt: skip
 
 
 # ---- quantize
@@ -264,9 +318,9 @@ def quantize(args: Arguments) -> None:
             n_threads=args.n_threads, report=lambda *_: bar.update(),
         )  # fmt: skip
     for kind, n in Counter(types.values()).most_common():
-        print(f"{kind:<8} {n} tensors")
+        show(f"{kind:<8} {n} tensors\n")
     nbytes = Path(args.target).stat().st_size
-    print(f"{args.target}: {nbytes / 1e6:.1f} MB, {8 * nbytes / n_weights:.2f} bits per weight")
+    show(f"{args.target}: {nbytes / 1e6:.1f} MB, {8 * nbytes / n_weights:.2f} bits per weight\n")
 
 
 # ---- warmup
@@ -283,7 +337,53 @@ def warmup(args: Arguments) -> None:
 
     with load_model(args) as model:
         warm_up(model)
-        print(f"ready on {model.device}; {jit.report()}")
+        show(f"ready on {model.device}; {jit.report()}\n")
+
+
+# ---- chat
+
+
+def chat_arguments(p: Parser) -> None:
+    p.add_argument("file", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    p.add_argument("-m", "--model", metavar="MODEL", help="another way to name it")
+    load_options(p)
+    p.add_argument("-d", dest="device", metavar="DEVICE", help="short for --device")
+    p.add_argument("--system", default="", metavar="TEXT", help="the system message")
+    p.add_argument("--template", metavar="FILE", help="a Jinja chat template; default: the model's")
+    p.add_argument("-n", "--max-tokens", type=int, default=-1, metavar="N", help="of an answer")
+    sampling_options(p)
+
+
+def chat(args: Arguments) -> None:
+    from .repl import talk
+
+    talk(args)
+
+
+# ---- help and completion
+
+
+def help_arguments(p: Parser) -> None:
+    p.add_argument("command", metavar="COMMAND", nargs="?", help="default: all of them, briefly")
+
+
+def help_(args: Arguments) -> None:
+    show(overview() if args.command is None else parser_of(args.command).format_help())
+
+
+def completion_arguments(p: Parser) -> None:
+    p.add_argument(
+        "shell",
+        metavar="SHELL",
+        choices=("bash", "zsh", "fish"),
+        help="its output goes into ~/.bashrc, ~/.zshrc or ~/.config/fish/completions/tinyllm.fish",
+    )
+
+
+def completion(args: Arguments) -> None:
+    from .shells import script
+
+    show(script(args.shell, {name: parser_of(name) for name in COMMANDS}, summaries()))
 
 
 # ---- all of them
@@ -316,7 +416,7 @@ COMMANDS = {
         tokenize_arguments, tokenize,
     ),
     "devices": Command(
-        "List what models can run on.", "tinyllm devices", no_arguments, devices,
+        "List what models can run on.", "tinyllm devices", devices_arguments, devices,
     ),
     "warmup": Command(
         "Compile a model's kernels ahead of its first use; they are kept on disk.",
@@ -338,42 +438,53 @@ COMMANDS = {
         "tinyllm quantize model-f16.gguf model-q4.gguf Q4_K_M",
         quantize_arguments, quantize,
     ),
+    "chat": Command(
+        "Talk with a model.",
+        'tinyllm chat -m model.gguf --system "Answer briefly."',
+        chat_arguments, chat,
+    ),
+    "help": Command(
+        "Explain a command.", "tinyllm help run", help_arguments, help_,
+    ),
+    "completion": Command(
+        "Print what a shell needs to complete commands, options and choices.",
+        "tinyllm completion bash",
+        completion_arguments, completion,
+    ),
 }  # fmt: skip
-ELSEWHERE = {"chat": "Talk with a model."}
+
+
+def summaries() -> dict[str, str]:
+    return {name: command.summary for name, command in COMMANDS.items()}
 
 
 def overview() -> str:
-    summaries = {name: c.summary for name, c in COMMANDS.items()} | ELSEWHERE
-    lines = [f"  {name:<12} {summary}" for name, summary in summaries.items()]
+    lines = [f"  {name:<12} {summary}" for name, summary in summaries().items()]
     return "\n".join([
         "usage: tinyllm COMMAND ...\n\nRun language models from GGUF files.\n\ncommands:", *lines,
-        "\nexample:\n  tinyllm run \"Once upon a time\"\n\nEach command explains itself: tinyllm run --help",
+        "\nexample:\n  tinyllm run \"Once upon a time\"\n\nEach command explains itself: tinyllm run --help\n",
     ])  # fmt: skip
+
+
+def parser_of(name: str) -> Parser:
+    if name not in COMMANDS:
+        known = f"; expected one of {', '.join(COMMANDS)}"
+        raise ArgumentError(f"unknown command {name!r}{did_you_mean(name, COMMANDS) or known}")
+    return COMMANDS[name].parser(name)
 
 
 def dispatch(argv: Sequence[str]) -> None:
     """Run the command that the first argument names with the others."""
     name, rest = (argv[0], list(argv[1:])) if argv else ("", [])
     if name in ("-h", "--help"):
-        print(overview())
-    elif name == "--version":
-        print(f"tinyllm {__version__}")
-    elif name == "chat":
-        from .repl import main as chat
-
-        chat(rest)
-    elif name in COMMANDS:
-        command = COMMANDS[name]
-        command.run(command.parser(name).parse_intermixed_args(rest))
+        show(overview())
+    elif name in ("-V", "--version"):
+        show(f"tinyllm {__version__}\n")
+    elif not name:
+        raise ArgumentError(f"no command; expected one of {', '.join(COMMANDS)}")
     else:
-        raise ArgumentError(unknown_command(name))
-
-
-def unknown_command(name: str) -> str:
-    known = [*COMMANDS, *ELSEWHERE]
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-    return f"unknown command {name!r}; {hint}" if name else f"no command; {hint}"
+        parser = parser_of(name)
+        COMMANDS[name].run(parser.parse_intermixed_args(rest))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -382,8 +493,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 when it worked, 2 for a wrong argument, 1 for any other error (one line on stderr says which), 130
     after Ctrl-C.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
+    prepare_streams()
     try:
         dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -391,9 +501,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return FAILED
     except (TinyLLMError, OSError, MemoryError) as e:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # the output is what failed: a full disk, say
+            drop_output()
         message = " ".join(str(e).split()) or type(e).__name__
         show(f"tinyllm: {message}\n", sys.stderr)
         return USAGE_ERROR if isinstance(e, ArgumentError) else FAILED

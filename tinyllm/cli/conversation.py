@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ..chat.render import chat_ids
 from ..engine.generate import Timings
 from ..errors import ArgumentError, TinyLLMError
+from ..files import read_text, replacing
 
 if TYPE_CHECKING:
     from ..model import Model
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
-ANSWER_SHARE = 4  # an answer may count on one in so many tokens of the context
+ANSWER_SHARE = 4  # a prompt leaves at least 1 / 4 of the context to the answer
 
 
 @dataclass
@@ -105,12 +106,12 @@ class Conversation:
                 self.timings.append(stream.completion.timings)
 
     def _next_seed(self) -> int | None:
-        """Each answer has its own, so that one written again differs."""
+        """A seed of its own for each answer, so that one written again differs."""
         return None if self.seed is None else self.seed + len(self.timings)
 
     @property
     def full(self) -> bool:
-        """The last answer ended because no token more had room."""
+        """Whether the last answer ended because the context had no room for another token."""
         return len(self.state.ids) >= self.state.n_ctx
 
     def again(self, answer: Callable[[str], None]) -> None:
@@ -131,13 +132,9 @@ class Conversation:
 
 
 def save(messages: Sequence[Message], path: Path) -> None:
-    """Write them as JSON; an older file stays whole until the new one is."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write messages as JSON; an older file stays whole until the new one is written."""
+    with replacing(path) as file:
+        file.write((json.dumps(messages, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def load(path: Path) -> list[Message]:
@@ -149,7 +146,7 @@ def load(path: Path) -> list[Message]:
         The file is no list of messages in which user and assistant take turns.
     """
     try:
-        messages = json.loads(path.read_text("utf-8"))
+        messages = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:
         raise TinyLLMError(f"{path}: expected a conversation in JSON ({e})") from None
     if not isinstance(messages, list):
@@ -161,7 +158,7 @@ def load(path: Path) -> list[Message]:
 
 
 def check_message(message: object, where: str) -> None:
-    """Role and content, both of them texts that can be written."""
+    """Raise TinyLLMError unless a message has a role and a content, both texts that can be written."""
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise TinyLLMError(f'{where} is not {{"role": ..., "content": ...}}')
     if message["role"] not in ROLES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -35,7 +35,7 @@ class Outline:
 class Outlines(ReferenceBackend):
     """Loads nothing: a network built on it checks the file, and knows its sizes."""
 
-    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> Any:
+    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> Outline:
         return Outline(source.type, source.shape, 0)
 
 
@@ -53,7 +53,7 @@ def outline(file: GGUFFile, kv_type: KVType) -> tuple[Network | None, str]:
 
 
 def report(file: GGUFFile, n_ctx: int | None = None, kv_type: KVType = "f16") -> Iterator[str]:
-    """The report's lines."""
+    """The lines of the report on a file and on the memory that ``n_ctx`` tokens take."""
     network, runs = outline(file, kv_type)
     yield from entry("file", f"{file.path}, GGUF {file.version}, {file.byteorder}-endian")
     yield from entry("name", text(file.metadata.get("general.name", "not said")))
@@ -67,6 +67,36 @@ def report(file: GGUFFile, n_ctx: int | None = None, kv_type: KVType = "f16") ->
     yield from entry("chat template", "none" if template is None else "")
     if template is not None:
         yield text(template)
+
+
+def as_json(file: GGUFFile, n_ctx: int | None = None, kv_type: KVType = "f16") -> dict[str, Any]:
+    """What the report says, for programs: bytes and counts as numbers."""
+    network, runs = outline(file, kv_type)
+    found: dict[str, Any] = {
+        "file": str(file.path),
+        "version": file.version,
+        "byteorder": file.byteorder,
+        "name": file.metadata.get("general.name"),
+        "architecture": file.metadata.get("general.architecture"),
+        "runs": network is not None,
+        "doubts": None if runs == "yes" else runs,
+        "n_params": sum(t.n_elements for t in file.tensors.values()),
+        "nbytes": sum(t.nbytes for t in file.tensors.values()),
+        "formats": dict(Counter(t.type for t in file.tensors.values())),
+        "tokenizer": tokenizer(file.metadata),
+        "chat_template": file.metadata.get("tokenizer.chat_template"),
+    }
+    if network is not None:
+        c = network.config
+        found |= {
+            "n_layer": c.n_layer,
+            "n_embd": c.n_embd,
+            "n_ctx_train": c.n_ctx_train,
+            "n_vocab": network.n_vocab,
+            "causal": c.causal,
+            "cache_nbytes": cache_bytes(network.decoder.caches, n_ctx or c.n_ctx_train, kv_type),
+        }
+    return found
 
 
 def entry(caption: str, *values: str) -> Iterator[str]:
@@ -103,7 +133,7 @@ def architecture(metadata: Mapping[str, Any], network: Network | None) -> Iterat
 
 
 def row(arch: Arch) -> str:
-    """What the row says beyond the defaults."""
+    """The fields of an architecture's row that differ from the defaults."""
     plain = Arch("", "")
     said = [
         f"{f.name}={shown(getattr(arch, f.name))}"
@@ -118,7 +148,7 @@ def shown(value: Any) -> str:
 
 
 def spread(values: Sequence[int]) -> str:
-    """One number for all layers, or the least and the most."""
+    """The number of all layers if they have the same, else the least and the largest."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low} to {high}"
 
@@ -152,10 +182,10 @@ def format_line(name: str, tensors: Sequence[Tensor]) -> str:
 
 def kernel_of(name: str) -> str:
     """How the cpu backend multiplies by a matrix of this format."""
-    from ..kernels.cpu import formats, simd
+    from ..kernels.cpu import emit, formats
 
     if name in formats.FORMATS:
-        return f"cpu: int8 products ({simd.instruction_set()})"
+        return f"cpu: int8 products ({emit.instruction_set()})"
     if name in ("F32", "F16", "BF16"):
         return "cpu: float32 products"
     return "cpu: not supported"

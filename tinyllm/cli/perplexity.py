@@ -55,12 +55,18 @@ def perplexity(
     ArgumentError
         The text does not fill one window, or the window is too short.
     """
+    if n_windows is not None and n_windows < 1:
+        raise ArgumentError(f"n_windows={n_windows}; expected at least 1, or leave it out for all")
     n = len(ids) // window if window >= 4 else 0
     if n == 0:
         raise ArgumentError(
             f"the text has {len(ids)} tokens; a window of {window} needs as many, and at least 4"
         )
     starts = [i * window for i in range(min(n, n_windows or n))]
+    if len(starts) * scored(window) < 2:
+        raise ArgumentError(
+            "one token alone would be scored; give a larger window, or more of them"
+        )
     bos = model.tokenizer.bos if model.tokenizer.add_bos else None
     losses = []
     for start in progress(starts, len(starts)):
@@ -72,6 +78,11 @@ def perplexity(
     value = math.exp(loss.mean())
     error = value * loss.std(ddof=1) / math.sqrt(len(loss))
     return Perplexity(value, float(error), len(starts), len(loss))
+
+
+def scored(window: int) -> int:
+    """How many tokens of a window are scored: those of its second half but the first."""
+    return window - window // 2 - 1
 
 
 def window_losses(model: Model, ids: list[int]) -> np.ndarray:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.generate import Timings
 from ..errors import ArgumentError, ContextOverflow, TinyLLMError
+from ..files import read_text
 from .arguments import (
-    MODEL_HELP,
     Arguments,
-    Command,
-    Parser,
     load_decoder,
-    load_options,
-    read_text,
     sampling_of,
-    sampling_options,
 )
 from .conversation import Conversation, load, save
-from .terminal import show, visible
+from .terminal import has_terminal, show, visible
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -56,7 +50,7 @@ class Screen:
         try:
             if self.interactive:
                 return input(prompt)
-            line = sys.stdin.readline()
+            line = "" if sys.stdin is None else sys.stdin.readline()
         except UnicodeDecodeError as e:
             raise TinyLLMError(f"the input is not a text in {e.encoding} ({e})") from None
         if not line:
@@ -67,11 +61,12 @@ class Screen:
 def read_message(ask: Callable[[str], str]) -> tuple[str, bool]:
     r"""One message, and whether it may be a command.
 
-    A line that ends with ``\`` goes on in the next; lines between two of three quotes are one message.
+    A line that ends with ``\`` goes on in the next; what stands between three quotes and three quotes is one
+    message, on one line or on many.
     """
     line = ask(PROMPT)
-    if line.strip() == QUOTES:
-        return read_block(ask), False
+    if line.strip().startswith(QUOTES):
+        return read_block(ask, line.strip().removeprefix(QUOTES)), False
     lines = []
     while line.endswith("\\"):
         lines.append(line[:-1])
@@ -79,14 +74,16 @@ def read_message(ask: Callable[[str], str]) -> tuple[str, bool]:
     return "\n".join([*lines, line]).strip(), True
 
 
-def read_block(ask: Callable[[str], str]) -> str:
-    lines: list[str] = []
+def read_block(ask: Callable[[str], str], first: str) -> str:
+    """A message up to the three quotes that end it; ``first`` follows those that began it."""
+    lines = [first] if first else []
     try:
-        while (line := ask(MORE)).strip() != QUOTES:
-            lines.append(line)
+        while not (lines and lines[-1].rstrip().endswith(QUOTES)):
+            lines.append(ask(MORE))
     except EOFError:
-        raise TinyLLMError(f"the message has no end; expected a line of {QUOTES}") from None
-    return "\n".join(lines)
+        raise TinyLLMError(f"the message has no end; expected {QUOTES}") from None
+    last = lines.pop().rstrip().removesuffix(QUOTES)
+    return "\n".join([*lines, last] if last else lines)
 
 
 # ---- commands
@@ -100,7 +97,7 @@ class Repl:
     screen: Screen
 
     def run(self) -> None:
-        """The loop; on a terminal an error is told and the next line read, in a pipe it is the end."""
+        """Read and obey until the input ends; on a terminal errors are told, in a pipe they end the loop."""
         interrupted = False
         while True:
             try:
@@ -126,14 +123,18 @@ class Repl:
                 self.screen.note(" ".join(str(e).split()))
 
     def obey(self, text: str, plain: bool) -> bool:
-        """Do what a message asks; False to leave."""
+        """Do what a message asks; False to leave.
+
+        Only the names of commands are commands: some models take words such as "/think". Two slashes send one.
+        """
         name, _, rest = text.partition(" ")
-        if not plain or not re.fullmatch(r"/[a-z]*", name):
+        if not plain or name not in COMMANDS:
+            text = text[1:] if plain and text.startswith("//") else text
+            if self.screen.interactive and plain and text == name and name.startswith("/"):
+                self.screen.note(f"({name} is no command and goes to the model; /help lists them)")
             if text.strip():
                 self.say(text)
             return True
-        if name not in COMMANDS:
-            raise ArgumentError(f"unknown command {name}; /help lists them")
         _, takes, command = COMMANDS[name]
         if rest.strip() and not takes:
             raise ArgumentError(f"{name} takes nothing after it; found {rest.strip()!r:.40}")
@@ -162,7 +163,7 @@ class Repl:
         self.conclude(finished, len(self.chat.timings) > n_answers)
 
     def conclude(self, finished: bool, answered: bool) -> None:
-        """What there is to say after an answer."""
+        """Note after an answer whether it was cut, and how fast it was."""
         if finished and self.chat.full:
             self.screen.note("(the context is full: the answer was cut)")
         if self.screen.interactive:
@@ -211,7 +212,7 @@ class Repl:
         self.screen.note("\n".join([*lines, MULTILINE]))
 
     def exit(self, _: str) -> None:
-        """Leaving is the loop's part."""
+        """Do nothing: the loop leaves after this command."""
 
 
 COMMANDS: dict[str, tuple[str, str, Callable[[Repl, str], None]]] = {
@@ -225,7 +226,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Repl, str], None]]] = {
     "/exit": ("leave; Ctrl-D too", "", Repl.exit),
 }
 MULTILINE = f"""Ctrl-C stops an answer.
-A line that ends with \\ goes on in the next; so do all lines between two lines of {QUOTES}."""
+A line that ends with \\ goes on in the next; so do all lines between {QUOTES} and {QUOTES}.
+Two slashes begin a message with one."""
 
 
 def file_argument(command: str, name: str) -> Path:
@@ -235,17 +237,6 @@ def file_argument(command: str, name: str) -> Path:
 
 
 # ---- the command line
-
-
-def chat_arguments(p: Parser) -> None:
-    p.add_argument("file", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    p.add_argument("-m", "--model", metavar="MODEL", help="the same")
-    load_options(p)
-    p.add_argument("-d", dest="device", metavar="DEVICE", help="the same as --device")
-    p.add_argument("--system", default="", metavar="TEXT", help="the system message")
-    p.add_argument("--template", metavar="FILE", help="a Jinja chat template; default: the model's")
-    p.add_argument("-n", "--max-tokens", type=int, default=-1, metavar="N", help="of an answer")
-    sampling_options(p)
 
 
 def talk(args: Arguments) -> None:
@@ -283,7 +274,7 @@ def own_template(model: Model) -> str:
 
 
 def open_screen(model: Model) -> Screen:
-    screen = Screen(sys.stdin.isatty() and sys.stdout.isatty())
+    screen = Screen(has_terminal(sys.stdin) and has_terminal(sys.stdout))
     if screen.interactive:
         try:
             import readline  # noqa: F401 (input() then edits lines and remembers them)
@@ -294,12 +285,3 @@ def open_screen(model: Model) -> Screen:
             "/help lists the commands"
         )
     return screen
-
-
-COMMAND = Command("Talk with a model.", "tinyllm chat -m model.gguf --system \"Answer briefly.\"",
-                  chat_arguments, talk)  # fmt: skip
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``tinyllm chat`` with these arguments."""
-    COMMAND.run(COMMAND.parser("chat").parse_intermixed_args(argv))

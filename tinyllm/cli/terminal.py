@@ -1,4 +1,4 @@
-"""A model's text on a terminal, which obeys control characters: those are shown, not sent.
+"""A model's text on a terminal: control characters are shown as pictures, so that none is obeyed.
 
 A hostile model, template or file could otherwise move the cursor over what was printed before, retitle the
 window or, on some terminals, type commands.
@@ -6,7 +6,10 @@ window or, on some terminals, type commands.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 ALLOWED = "\n\t"
@@ -25,7 +28,38 @@ def visible(text: str) -> str:
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
-    """Write at once to standard output, or another stream; only terminals get another text than was given."""
+    """Write a text to standard output or another stream, and flush it.
+
+    A terminal gets it with control characters made visible; a file or pipe gets it unchanged.
+    """
     out = stream or sys.stdout
     out.write(visible(text) if out.isatty() else text)
     out.flush()
+
+
+def prepare_streams() -> None:
+    """Have the standard streams carry UTF-8 where no terminal is at their other end.
+
+    A pipe's encoding would otherwise be what the system was set up for, and a redirected text damaged. Output
+    for which there is no stream is dropped. A terminal that lacks a character shows another.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None and name != "stdin":
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            errors = "strict" if name == "stdin" else "surrogateescape"
+            stream.reconfigure(encoding="utf-8", errors=errors)
+        elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(errors="replace")
+
+
+def drop_output() -> None:
+    """Drop what is still to be written: Python would complain when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def has_terminal(stream: TextIO | None) -> bool:
+    """Is somebody at the other end of a standard stream?"""
+    return stream is not None and not stream.closed and stream.isatty()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import numpy as np
 
 from ..errors import ArgumentError
-from ..sampling import Sampler, SamplingParams
+from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
-from .generate import Overflow, Run, Timings, Token, generate_tokens
+from .generate import FinishReason, Overflow, Run, Timings, Token, generate_tokens
 from .progress import reading
 
 if TYPE_CHECKING:
@@ -23,6 +23,33 @@ if TYPE_CHECKING:
     from ..tokenizers import Tokenizer
 
 SMALLEST_CONTEXT = 8
+Prompt: TypeAlias = str | Sequence[int]  # a text, or the ids of its tokens
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What ``Model.generate`` and ``Model.chat`` take by keyword, for type checkers.
+
+    ``Model.generate`` explains each of them.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    logits_processor: LogitsProcessor | None
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: int | None
+    echo: bool
+    state: State | None
+    tap: Tap | None
+    overflow: Overflow
 
 
 @dataclass(frozen=True)
@@ -36,7 +63,7 @@ class Completion:
 
     text: str
     ids: list[int]
-    finish_reason: str
+    finish_reason: FinishReason
     prompt_ids: list[int]
     logprobs: list[Token] | None = None
     prompt_logprobs: list[Token] | None = None
@@ -113,11 +140,16 @@ def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:
     return max(needed, SMALLEST_CONTEXT)
 
 
-def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Completion]:
-    """All jobs to their ends."""
+def complete(
+    net: Network,
+    jobs: Sequence[Job],
+    tap: Tap | None = None,
+    before_step: Callable[[], object] | None = None,
+) -> list[Completion]:
+    """All jobs to their ends, side by side; ``before_step`` as `generate_tokens` has it."""
     with (
         reading(sum(job.run.n_pending for job in jobs)) as read,
-        closing(generate_tokens(net, [j.run for j in jobs], tap, read)) as tokens,
+        closing(generate_tokens(net, [j.run for j in jobs], tap, read, before_step)) as tokens,
     ):
         for i, token in tokens:
             jobs[i].accept(token)
@@ -133,7 +165,7 @@ class Pieces(Iterator[str]):
         self._job, self._pieces = job, pieces_of(net, job, tap)
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        return next(self._pieces)[1]
 
     def close(self) -> None:
         self._pieces.close()
@@ -147,16 +179,27 @@ class Pieces(Iterator[str]):
         return self._job.completion()
 
 
-def pieces_of(net: Network, job: Job, tap: Tap | None) -> Generator[str, None, None]:
+def pieces_of(
+    net: Network,
+    job: Job,
+    tap: Tap | None = None,
+    progress: Callable[[int], object] | None = None,
+    before_step: Callable[[], object] | None = None,
+) -> Generator[tuple[int, str], None, None]:
+    """(id of the last token, text) whenever text can be shown.
+
+    ``progress`` and ``before_step`` as `generate_tokens` has them; without the first, reading a long prompt
+    shows a bar on a terminal.
+    """
     with (
-        reading(job.run.n_pending) as read,
-        closing(generate_tokens(net, [job.run], tap, read)) as tokens,
+        reading(job.run.n_pending) as bar,
+        closing(generate_tokens(net, [job.run], tap, progress or bar, before_step)) as tokens,
     ):
         for _, token in tokens:
             if piece := job.accept(token):
-                yield piece
+                yield token.id, piece
     if piece := job.text.finish():  # the context was full
-        yield piece
+        yield job.tokens[-1].id, piece
 
 
 def control_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
@@ -171,16 +214,21 @@ def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int
     return ids if len(ids) <= limit else ids[:keep] + ids[len(ids) - (limit - keep) :]
 
 
-def split_prompts(prompt: str | Sequence[Any]) -> tuple[list[Any], bool]:
-    """One prompt or a list of them, told apart by the first element."""
+def or_beginning(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """A prompt's ids; an empty one is the beginning-of-text token, or the one that ends texts."""
+    first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
+    return ids or ([] if first is None else [first])
+
+
+def split_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts of a call, and whether they came as a list; the first element tells."""
     if isinstance(prompt, str):
         return [prompt], False
-    items = list(prompt)
-    if items and not isinstance(items[0], (int, np.integer)):
-        return items, True
-    if not all(isinstance(i, (int, np.integer)) for i in items):
+    prompts = [p for p in prompt if not isinstance(p, (int, np.integer))]
+    ids = [int(i) for i in prompt if isinstance(i, (int, np.integer))]
+    if prompts and ids:
         raise ArgumentError("prompt mixes ids and texts; give text, ids, or a list of either")
-    return [items], False
+    return (prompts, True) if prompts else ([ids], False)
 
 
 def strings(stop: str | Sequence[str]) -> tuple[str, ...]:

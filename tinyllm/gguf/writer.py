@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
+from ..files import replacing
 from .strings import StringArray, encode
 from .tensor import Tensor
 from .types import (
@@ -100,16 +101,8 @@ def write(
     if not isinstance(path_or_file, (str, os.PathLike)):
         _write_to(path_or_file, header, stored, byteorder, alignment)
         return
-    path = os.fspath(path_or_file)
-    unfinished = f"{path}.{os.getpid()}.part"
-    try:
-        with open(unfinished, "wb") as file:
-            _write_to(file, header, stored, byteorder, alignment)
-        os.replace(unfinished, path)
-    except BaseException:
-        if os.path.exists(unfinished):
-            os.unlink(unfinished)
-        raise
+    with replacing(path_or_file) as file:
+        _write_to(file, header, stored, byteorder, alignment)
 
 
 def _with_alignment(metadata: dict[str, Any], wanted: int | None) -> tuple[dict[str, Any], int]:

@@ -6,13 +6,13 @@ import difflib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ..errors import ArgumentError
+from ..files import replacing
 from .download import TIMEOUT, HTTPError, fetch, safe_name
 
 ConfigType = dict[str, Any]
@@ -48,10 +48,9 @@ def _keep_list(models: list[ConfigType]) -> None:
     path = cache_directory() / "models3.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
-            json.dump(models, f)
-        os.replace(f.name, path)
-    except OSError:  # a read-only home: the list is fetched again next time
+        with replacing(path) as f:
+            f.write(json.dumps(models).encode())
+    except OSError:  # the home directory cannot be written: the list is fetched again next time
         return
 
 
@@ -149,7 +148,7 @@ def find_model(
 
 
 def _list_for(name: str) -> list[ConfigType]:
-    """The list, fetched for a name that no file has; without a network the file is what is missing."""
+    """Fetch the list to find a name that no file has; without a network the error is a missing file."""
     import requests
 
     try:
@@ -168,5 +167,5 @@ def _not_found(name: str, models: list[ConfigType]) -> str:
 
 
 def append_extension_if_missing(model_name: str) -> str:
-    """The name of a model's file."""
+    """The name of a model's file: the model's name, with .gguf unless it has an ending already."""
     return model_name if model_name.endswith((".bin", ".gguf")) else f"{model_name}.gguf"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..errors import ArgumentError, StateError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from threading import RLock
@@ -123,20 +124,14 @@ class State:
     def save(self, path: str | Path) -> None:
         """Write tokens and cache to a ``.npz`` file (no pickle), atomically."""
         self.check_whole()
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
         with self.lock:
             arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
         ids = np.asarray(self.ids, np.int32)
-        try:
-            with part.open("wb") as f:
-                np.savez(
-                    f, fingerprint=np.array(self.fingerprint), ids=ids,
-                    n_past=np.int64(self.n_past), **arrays,  # type: ignore[arg-type]
-                )  # fmt: skip
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as f:
+            np.savez(
+                f, fingerprint=np.array(self.fingerprint), ids=ids,
+                n_past=np.int64(self.n_past), **arrays,  # type: ignore[arg-type]
+            )  # fmt: skip
 
     def restore(self, path: str | Path) -> None:
         """Become the state that ``save`` wrote.

@@ -83,7 +83,7 @@ class Vocab:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    # Reading one key
+    # ---- one key
 
     def get(self, key: str) -> Any:
         """The raw value of ``tokenizer.ggml.<key>``, or None."""
@@ -117,7 +117,7 @@ class Vocab:
         return list(self.stored(key, required))
 
     def stored(self, key: str, required: bool = False) -> StringArray | list[str]:
-        """The same, not yet decoded where it is a file's."""
+        """An array of strings, empty when absent; one that a file holds is not decoded yet."""
         value = self.get(key)
         if isinstance(value, StringArray):
             return value
@@ -156,7 +156,7 @@ class Vocab:
             raise key_error("scores", f"the score of token {wrong[0]} is {out[wrong[0]]}")
         return out
 
-    # Building
+    # ---- everything, when it is made
 
     def _index(self) -> dict[str, int]:
         tokens = self.tokens
@@ -213,7 +213,7 @@ class Vocab:
                     "<0x00> to <0xFF> are expected",
                 )
 
-    # Asking
+    # ---- questions
 
     def of_types(self, *types: int) -> list[int]:
         """Ids whose type is one of `types`, ascending."""

@@ -6,38 +6,29 @@ states, so results are equal to the bit. A tile of sums leaves the unit through 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 
 from llvmlite import ir
 
+from .emit import F32, I8, I16, I32, I64, LANES, Emit, V
 from .formats import Format, Tile
-from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, target, types
+from .micro import Activations, scaled
+from .simd import emitter, i64, types
 
 SLOTS = 16  # tokens of a tile register
 VOID = ir.VoidType()
 SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
 
 
-@lru_cache(1)
-def available() -> bool:
-    """Whether kernels are compiled for AMX and the system lets this process use it (Linux must be asked)."""
-    if not {"amx-int8", "amx-tile", "avx512f"} <= target()[2] or sys.platform != "linux":
-        return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
-
-
 @lru_cache
 def starter(fmt: Format) -> Callable:
-    """start(): shape the tile registers for as many columns at once as share a scale, 64 at most."""
+    """Make start(): shape the tile registers for as many columns as share a scale, 64 at most."""
     group = min(64, fmt.group if fmt.span == 32 else fmt.span)
 
     @emitter(types.void)
     def start(e):
-        """See ``starter``."""
+        """Shape the tile registers."""
         config = e.room(ir.ArrayType(I8, 64))
         config.align = 64
         p = e.b.bitcast(config, e.ptr(I64(0)).type)
@@ -55,7 +46,7 @@ def starter(fmt: Format) -> Callable:
 
 @emitter(types.void)
 def nothing(e):
-    """Where a processor has no matrix unit to start or stop."""
+    """Do nothing: stands for start and stop where a processor has no matrix unit."""
 
 
 @emitter(types.void)
@@ -65,10 +56,10 @@ def stop(e):
 
 
 class Products:
-    """Sums of 16 tokens x 16 rows, of ``group`` columns at a time, each step's to memory of its own parity.
+    """Sums of 16 tokens x 16 rows, ``group`` columns at a time; even and odd steps have a memory each.
 
-    What a product needs is asked for before the product ahead of it: a register loaded or cleared just in time
-    makes the unit wait (`benchmarks/ops.py` with 512 tokens: 1.15 to 1.45 times the speed so).
+    The operands of a product are loaded before the product ahead of it is computed: a register that is loaded
+    just in time makes the unit wait (this order is 1.15 to 1.45 times as fast with 512 tokens).
     """
 
     def __init__(self, e: Emit, panel, records, n_steps, form: Format) -> None:
@@ -80,14 +71,14 @@ class Products:
         self.memory = e.b.bitcast(memory, self.panel.type)
 
     def place(self, i) -> tuple:
-        """Where the records and the codes of step i are, or of the last step when there are no more."""
+        """Addresses of the records and codes of step i, or of the last step when there are no more."""
         b = self.e.b
         i = b.select(b.icmp_signed("<", i, self.last), i, self.last)
         record = self.e.at(self.records, b.mul(i, I64(64 * SLOTS)))
         return record, self.e.at(self.panel, b.mul(i, I64(self.form.tile_bytes)))
 
     def fetch(self, i, g: int, k: int) -> None:
-        """Codes of group g of step i, and zeros to add to, into the registers of parity k."""
+        """Load the codes of group g of step i into the registers of parity k, and clear their sums."""
         e, group = self.e, self.form.group
         record, codes = self.place(i)
         e.call("llvm.x86.tilezero", VOID, I8(SUMS[k]))
@@ -95,7 +86,7 @@ class Products:
         e.call("llvm.x86.tileloadd64", VOID, I8(RIGHT[k]), e.at(codes, 16 * group * g), I64(64))
 
     def compute(self, i, parity: int) -> None:
-        """The sums of step i, fetched before; what comes next is fetched."""
+        """Compute the sums of step i, whose operands are loaded already, and load those of the next."""
         e, n = self.e, self.n_groups
         for g in range(n):
             k = (parity * n + g) % 2
@@ -115,14 +106,14 @@ class Products:
 
 @lru_cache
 def multiplier(form: Format) -> Callable:
-    """multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, ..): y += unpacked tiles times 16 tokens.
+    """Make multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, ..): y += tiles times 16 tokens.
 
-    The sums of a step are scaled while the unit is at the next one.
+    The tiles are unpacked. The sums of a step are scaled while the unit computes the next one.
     """
 
     @emitter(types.void, i64, i64, i64, i64)
     def tile(e, panel, records, n_steps, y):
-        """One tile."""
+        """Multiply one tile by 16 tokens."""
         b, p = e.b, Products(e, panel, records, n_steps, form)
 
         def step(i, parity, acc):
@@ -143,7 +134,7 @@ def multiplier(form: Format) -> Callable:
             e.store(v, e.ptr(y), 64 * t)
 
     def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
-        """See ``multiplier``."""
+        """Add the products of all tiles with 16 tokens to y."""
         for i in range(n_tiles):
             tile(panels + i * panel_bytes, records, n_steps, y + 1024 * i)
 
@@ -151,8 +142,6 @@ def multiplier(form: Format) -> Callable:
 
 
 def _scale(e: Emit, part, sums, record, token: int, acc):
-    from .micro import Activations, scaled  # it imports this module
-
     x = Activations(e, record, e.at(record, 32 * SLOTS), SLOTS, LANES)
     totals = [e.load(sums, V(I32, LANES), 1024 * g + 64 * token) for g in range(len(part.scales))]
     return scaled(e, part, totals, x, token, acc)

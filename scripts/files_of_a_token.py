@@ -1,0 +1,143 @@
+"""Count the files that somebody opens who follows one token: scripts/files_of_a_token.py [--names]
+
+Nothing is guessed from the text: the bundled model runs, and the Python stack says which files led to a place.
+
+to the Backend     the files on the stack wherever ``tinyllm run`` calls an operation of its backend, with those
+                   on the way to the tokenizer's last call, and the Backend's contract
+to the arithmetic  further, those on the stack when the first product's dot instruction is emitted; the compiler
+                   that stands in between (jit, translate) need not be read, as one need not read Python's
+a decode step      the files of which any code runs between one token and the next, when the step is replayed
+climbs             how often the calls from ``GPT4All.generate`` to ``Network.forward`` come back to a file that
+                   they had left
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tinyllm  # noqa: E402
+from tinyllm.cli import main  # noqa: E402
+from tinyllm.kernels.cpu import emit, jit  # noqa: E402
+from tinyllm.models.network import Network  # noqa: E402
+from tinyllm.sdk import GPT4All  # noqa: E402
+
+PACKAGE = Path(tinyllm.__file__).parent
+CPU, LOOP = "kernels/cpu/backend.py", "engine/generate.py"
+COMPILER = {"kernels/cpu/jit.py", "kernels/cpu/translate.py"}
+AT_MOST = {"to the Backend": 10, "to the arithmetic": 14, "a decode step": 12, "climbs": 2}
+
+
+def file_of(frame: FrameType) -> str | None:
+    """A frame's file below the package, None for others."""
+    path = Path(frame.f_code.co_filename)
+    return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else None
+
+
+def stack(frame: FrameType | None) -> list[str]:
+    """The package's files on the stack, outermost first, one entry a call."""
+    found = []
+    while frame is not None:
+        if name := file_of(frame):
+            found.append(name)
+        frame = frame.f_back
+    return found[::-1]
+
+
+@contextlib.contextmanager
+def watching(seen: Callable[[FrameType], object]) -> Iterator[None]:
+    """Show ``seen`` each frame of the package that begins on this thread."""
+
+    def event(frame: FrameType, what: str, arg: object) -> None:
+        if what == "call" and file_of(frame):
+            seen(frame)
+
+    sys.setprofile(event)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def quietly(*argv: str) -> None:
+    """Run a command line, its output dropped."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(argv) == 0
+
+
+def to_the_backend() -> list[str]:
+    """Files on the stack at the backend's operations, and the contract of these."""
+    found: dict[str, None] = {}
+
+    def seen(frame: FrameType) -> None:
+        caller = file_of(frame.f_back) if frame.f_back else None
+        crosses = file_of(frame) == CPU and caller is not None and not caller.startswith("kernels/")
+        if crosses and LOOP in stack(frame):
+            found.update(dict.fromkeys(n for n in stack(frame) if not n.startswith("kernels/")))
+
+    with watching(seen):
+        quietly("run", "Once upon a time", "-n", "1")
+    return [*found, "kernels/backend.py"]
+
+
+def to_the_arithmetic() -> list[str]:
+    """Files on the stack between the backend and the first dot product that is emitted."""
+    found: list[str] = []
+    dot = emit.Emit.dot
+
+    def noted(*args: object) -> object:
+        found.extend(n for n in stack(sys._getframe()) if n.startswith("kernels/"))
+        return dot(*args)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TINYLLM_CACHE=folder):
+        jit.cache_folder.cache_clear()
+        with mock.patch.object(emit.Emit, "dot", noted):
+            quietly("run", "Once", "-n", "1")
+    jit.cache_folder.cache_clear()
+    return [n for n in dict.fromkeys(found) if n not in COMPILER]
+
+
+def a_decode_step() -> list[str]:
+    """Files whose code runs between two tokens of a text, once steps are replayed."""
+    found: dict[str, None] = {}
+    with tinyllm.load() as model:
+        tokens = model.generate("Once upon a time", 20, stream=True)
+        for _ in range(10):
+            next(tokens)
+        with watching(lambda frame: found.setdefault(str(file_of(frame)))):
+            next(tokens)
+        tokens.close()
+    return [*found]
+
+
+def climbs() -> list[str]:
+    """Files that the calls from ``GPT4All.generate`` to ``Network.forward`` come back to."""
+    paths: list[list[str]] = []
+    forward = Network.forward
+
+    def noted(*args: object, **more: object) -> object:
+        paths.append(stack(sys._getframe().f_back))
+        return forward(*args, **more)
+
+    bundled = PACKAGE / "data" / "bundled.gguf"
+    with mock.patch.object(Network, "forward", noted), GPT4All(str(bundled)) as model:
+        with model.chat_session():
+            model.generate("Hello", max_tokens=2)
+    (path, *_) = paths
+    rooms = [name for i, name in enumerate(path) if i == 0 or path[i - 1] != name]
+    return [name for i, name in enumerate(rooms) if name in rooms[:i]]
+
+
+if __name__ == "__main__":
+    for f in (to_the_backend, to_the_arithmetic, a_decode_step, climbs):
+        print(f.__name__, *f(), sep="\n   ")

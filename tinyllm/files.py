@@ -1,0 +1,97 @@
+"""Text files that are read, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import ArgumentError
+
+_numbers = itertools.count()
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def decode(data: bytes, name: str) -> str:
+    """The text of UTF-8 bytes, without a byte order mark.
+
+    Raises
+    ------
+    ArgumentError
+        The bytes are no UTF-8; ``name`` says whose they are.
+    """
+    if data.startswith(WIDE):
+        raise ArgumentError(f"{name}: expected a text in UTF-8; this one is UTF-16: convert it")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ArgumentError(f"{name}: expected a text in UTF-8 ({e})") from None
+
+
+def read_text(name: str | os.PathLike[str]) -> str:
+    """All of a text file in UTF-8, or of standard input for "-".
+
+    Raises
+    ------
+    ArgumentError
+        What was read is no UTF-8, or there is no standard input.
+    """
+    if name != "-":
+        return decode(Path(name).expanduser().read_bytes(), os.fspath(name))
+    if sys.stdin is None or sys.stdin.closed:
+        raise ArgumentError("there is no standard input to read; give the text as an argument")
+    raw = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if raw is None else decode(raw.read(), "standard input")
+
+
+def lines_of(text: str) -> list[str]:
+    r"""The text's lines: only ``\n`` and ``\r\n`` end one, and the last may lack its end."""
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of ``path`` when the block ends without an error.
+
+    An older file stays whole until then, and its permissions stay. Through a link, the file is replaced that
+    the link leads to.
+
+    Raises
+    ------
+    ArgumentError
+        There is something else than a regular file at that place.
+    OSError
+        It cannot be written; the error names ``path``.
+    """
+    name = os.fspath(path)
+    target = os.path.realpath(name)
+    part = f"{target}.{os.getpid()}-{next(_numbers)}.part"
+    mode = None
+    with suppress(FileNotFoundError):
+        status = os.stat(target)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise ArgumentError(f"{name} is {kind}; give the name of a file to write")
+        mode = stat.S_IMODE(status.st_mode)
+    try:
+        with open(part, "xb") as file:
+            yield file
+        if mode is not None:
+            os.chmod(part, mode)
+        os.replace(part, target)
+    except OSError as e:
+        if e.filename == part:  # a name that means nothing to the caller
+            raise type(e)(e.errno, e.strerror, name) from None
+        raise
+    finally:
+        with suppress(OSError):
+            os.unlink(part)
