@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DeviceError
-from ..kernels.backend import Backend, Batch, RopeSpec, Routing
+from ..kernels.backend import Backend, Batch, Device, RopeSpec, Routing
 from .build import build
 from .network import Network
 from .step import Step
@@ -84,7 +84,7 @@ def short(name: str) -> str:
 class Recorder(Backend):
     """Writes down each operation."""
 
-    name = "recorder"
+    where = Device("recorder")
 
     def __init__(self) -> None:
         self.lines: list[Line] = []

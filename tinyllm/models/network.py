@@ -21,7 +21,7 @@ from .config import Config
 from .decoder import Decoder
 from .memory import allocating, cache_bytes, check_fits
 from .stages import Stage, caches_of, new_cache
-from .state import Segment, State, Want, fingerprint
+from .state import Segment, State, fingerprint
 from .step import Step, Tap
 
 End = Callable[[Step, Array], Array]  # makes a step's result of the last activations
