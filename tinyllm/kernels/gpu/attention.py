@@ -14,9 +14,9 @@ from .kvcache import KV_CODE, Side, Store
 if TYPE_CHECKING:
     from .backend import GPUBackend
 
-THREADS = 128  # as in src/attention.c
+THREADS = 128  # the value in src/attention.c
 TILE_QUERIES = 16  # queries that a group looks after, when there are many rows
-DECODE_QUERIES = 8  # likewise, when each sequence has one row
+DECODE_QUERIES = 8  # the value in src/attention.c when each sequence has one row
 WIDE_HEAD = 256  # from here on half as many queries fit into local memory
 
 

@@ -305,18 +305,14 @@ class GPUBackend(Backend):
         self._weights.add(w)
         return w
 
-    def embed(  # type: ignore[override]
-        self, w: GPUWeight, ids: GPUArray, scale: float = 1.0
-    ) -> GPUArray:
+    def embed(self, w: GPUWeight, ids: GPUArray, scale: float = 1.0) -> GPUArray:
         return self.matvec.embed(w, ids, scale)
 
-    def matmul(  # type: ignore[override]
-        self, w: GPUWeight, x: GPUArray, bias: GPUArray | None = None
-    ) -> GPUArray:
+    def matmul(self, w: GPUWeight, x: GPUArray, bias: GPUArray | None = None) -> GPUArray:
         y = self.matvec.pending(w, x, bias)
         return self.matmuls([w], x, [bias])[0] if y is None else y
 
-    def matmuls(  # type: ignore[override]
+    def matmuls(
         self, ws: Sequence[GPUWeight], x: GPUArray, biases: Sequence[GPUArray | None]
     ) -> list[GPUArray]:
         n_x = x.size // x.shape[-1]
@@ -328,7 +324,7 @@ class GPUBackend(Backend):
             self.choose_product(run[0].w, n_x).multiply(run, x, n_x)
         return ys
 
-    def matmul_gated(  # type: ignore[override]
+    def matmul_gated(
         self,
         ws: Sequence[GPUWeight],
         x: GPUArray,
@@ -340,7 +336,7 @@ class GPUBackend(Backend):
         code = elementwise.code_of(elementwise.ACTIVATIONS, kind)
         return self.matvec.multiply_gated(ws, x, biases, code)
 
-    def matmul_experts_gated(  # type: ignore[override]
+    def matmul_experts_gated(
         self,
         ws: Sequence[GPUWeight],
         x: GPUArray,
@@ -353,7 +349,7 @@ class GPUBackend(Backend):
         code = elementwise.code_of(elementwise.ACTIVATIONS, kind)
         return self.matvec.multiply_gated(ws, x, biases, code, experts)
 
-    def matmul_experts(  # type: ignore[override]
+    def matmul_experts(
         self, w: GPUWeight, x: GPUArray, experts: GPUArray, bias: GPUArray | None = None
     ) -> GPUArray:
         y = self.empty((*experts.shape, w.n_out))
@@ -361,7 +357,7 @@ class GPUBackend(Backend):
         product.multiply_choices(Job(w, bias, y), x, experts)
         return y
 
-    def matmul_heads(self, w: GPUWeight, x: GPUArray) -> GPUArray:  # type: ignore[override]
+    def matmul_heads(self, w: GPUWeight, x: GPUArray) -> GPUArray:
         h, n_out, n_in = w.shape
         t = x.shape[0]
         if (t, h) not in self._heads:

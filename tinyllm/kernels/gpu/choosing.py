@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .backend import GPUBackend
 
 PICKS = (1, 64, 256)
-COLUMNS = 4096  # as in src/choose.c
+COLUMNS = 4096  # the value in src/choose.c
 ROOM = {1: 4, 64: 128}  # ids that may be found: also equals of the k-th and ids that share a column
 MOST_ROOM = 512
 

@@ -21,7 +21,7 @@ ACTIVATIONS = (
     *("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus"),
     "swiglu_oai",
 )
-MOST_THREADS = 512  # as in src/rows.c
+MOST_THREADS = 512  # the value in src/rows.c
 NORM_QUADS = 4  # groups of four values that each thread keeps, as in src/rows.c
 
 

@@ -15,7 +15,7 @@ from .sources import EXPERTS
 if TYPE_CHECKING:
     from .backend import GPUBackend
 
-MAX_EXPERTS = 1024  # as in src/experts.c
+MAX_EXPERTS = 1024  # the value in src/experts.c
 GATINGS = ("softmax", "sigmoid", "softmax_selected")
 
 

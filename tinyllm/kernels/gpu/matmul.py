@@ -19,11 +19,11 @@ from .weights import PLAIN, GPUWeight
 if TYPE_CHECKING:
     from .backend import GPUBackend
 
-LANES, WARPS, ROWS = 32, 4, 2  # as in src/matvec.c
+LANES, WARPS, ROWS = 32, 4, 2  # the values in src/matvec.c
 GATED_WARPS, GATED_OUTPUTS = 8, 32
 ADD_THREADS, ADD_OUTPUTS = 512, 32
 BUSY = 48  # rows in flight that keep a core busy: 24 warps
-TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # as in src/matmul.c
+TILE_TOKENS, TILE_ROWS, TILE_THREADS = 32, 64, 128  # the values in src/matmul.c
 
 
 class Job(NamedTuple):

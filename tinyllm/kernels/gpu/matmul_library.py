@@ -77,7 +77,7 @@ class Library:
     def _multiply(
         self, w: GPUWeight, x: GPUArray, rows: range, y: GPUArray, keep: bool = False
     ) -> None:
-        row_length = -(-w.n_in // 8) * 8  # as it lies on the device
+        row_length = -(-w.n_in // 8) * 8  # the length of a row on the device
         self.gemm(w.kind, (w.buffer, row_length), x, rows, y, range(w.n_out), keep)
 
     def _by_terms(

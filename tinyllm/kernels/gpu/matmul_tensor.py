@@ -18,7 +18,7 @@ from .operands import halves
 if TYPE_CHECKING:
     from .backend import GPUBackend
 
-TILE_ROWS, THREADS = 128, 256  # as in src/matmul_tensor.c
+TILE_ROWS, THREADS = 128, 256  # the values in src/matmul_tensor.c
 UNIT = 32
 TOKENS = 16, 32, 64  # rows of activations in a tile: one program each
 LEAST_UNITS = 8  # units of a row that a group looks after
