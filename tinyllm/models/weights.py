@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import GGUFError, UnsupportedModel
-from ..kernels.backend import Array, Backend, Weight
+from ..kernels.backend import Array, Backend, Source, Weight
 from .config import Config
 
 # Tensors that a file may carry although the model does not read them, each with its reason.
@@ -76,6 +76,17 @@ class Norm:
         return self.be.add_layer_norm(x, y, self.weight, self.eps, self.bias)
 
 
+class Stored(Source, Protocol):
+    """A tensor of a file as a model reads it; ``tinyllm.gguf.Tensor`` is one."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def dequantize(self) -> np.ndarray:
+        """The values, float32 [*shape]."""
+        ...
+
+
 class Row:
     """Host values as a tensor that a backend can load like a file's, of type F32."""
 
@@ -98,7 +109,7 @@ class Tensors:
 
     def __init__(
         self,
-        tensors: Mapping[str, Any],
+        tensors: Mapping[str, Stored],
         be: Backend,
         c: Config,
         prefix: str = "",
@@ -115,7 +126,7 @@ class Tensors:
         """Whether one of these tensors is there."""
         return any(f"{self.prefix}{name}" in self.tensors for name in names)
 
-    def source(self, name: str, *shape: int) -> Any:
+    def source(self, name: str, *shape: int) -> Stored:
         """The tensor, with its shape checked where one is given, marked as used."""
         full = self.prefix + name
         if full not in self.tensors:
@@ -178,7 +189,7 @@ class Tensors:
         )
 
 
-def check_layers(tensors: Mapping[str, Any], n_layer: int, gated: bool) -> None:
+def check_layers(tensors: Mapping[str, Stored], n_layer: int, gated: bool) -> None:
     """Check that layers of one kind have the same tensors, and that biases stand together.
 
     Raises
@@ -199,7 +210,7 @@ def check_layers(tensors: Mapping[str, Any], n_layer: int, gated: bool) -> None:
                 check_together(f"blk.{i}.", names, group)
 
 
-def by_layer(tensors: Mapping[str, Any], n_layer: int) -> list[set[str]]:
+def by_layer(tensors: Mapping[str, Stored], n_layer: int) -> list[set[str]]:
     """The names below ``blk.i.`` of each layer."""
     layers: list[set[str]] = [set() for _ in range(n_layer)]
     for name in tensors:
@@ -244,7 +255,7 @@ def has_experts(names: Iterable[str]) -> bool:
     return any("_exps." in n or n.startswith("ffn_gate_inp.") for n in names)
 
 
-def check_biases(tensors: Mapping[str, Any]) -> None:
+def check_biases(tensors: Mapping[str, Stored]) -> None:
     """Raise GGUFError for a bias without its weight, or where only some norms of the stream have biases."""
     for name in tensors:
         base = name.removesuffix(".bias")
