@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .engine.completion import (
     room_for,
     split_prompts,
     strings,
+    without_end,
 )
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
@@ -89,7 +90,15 @@ class Model:
         """Logits after each of ``ids`` in one causal pass -> float32 [len(ids), n_vocab].
 
         With a ``state``, the ids continue it and stay in it.
+
+        Raises
+        ------
+        ArgumentError
+            The model is an encoder, or an id is not in the vocabulary.
+        ContextOverflow
+            The state has no room for so many.
         """
+        self._check_writes()
         ids = [int(i) for i in ids]
         if not ids:
             return np.empty((0, self.network.n_vocab), np.float32)
@@ -248,8 +257,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> len(m.generate("Once upon a time", max_tokens=5, temperature=0).ids)
         5
         """
-        if not self.config.causal:
-            raise ArgumentError(f"{self.arch} reads texts and writes none; use embed")
+        self._check_writes()
         params = SamplingParams(
             temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n,
             presence_penalty, frequency_penalty, logit_bias, logits_processor, seed,
@@ -274,6 +282,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Mapping[str, Any]],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> Any:
         """Answer a conversation, in the form that the file's own chat template gives it.
@@ -283,9 +293,14 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages : sequence of mapping
             ``{"role": "user" | "assistant" | "system" | ..., "content": str}``, oldest first.
         template : str, optional
-            A Jinja template to use instead of the file's.
+            A Jinja template to use instead of the file's, or the name of a well-known one: "chatml", "llama2",
+            "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna".
         tools : sequence, optional
             Handed to the template.
+        template_vars : mapping, optional
+            Further variables of the template, such as ``{"enable_thinking": False}``.
+        continue_final_message : bool
+            Go on with the last message, usually the assistant's, instead of opening a new turn.
         **options
             As ``generate``. With ``state=``, what the state holds already is not read again.
 
@@ -304,13 +319,19 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> m = tinyllm.load()
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
-        from .chat.render import chat_ids, pick_template
+        from .chat.render import chat_ids, check_variables, given_template, pick_template
 
-        chosen = template or pick_template(self.metadata)
+        check_variables(template_vars or {})
+        given = template is not None
+        chosen = given_template(template) if given else pick_template(self.metadata)
         if chosen is None:
             raise TemplateError("the file has no chat template; give one with template=")
         t = self.tokenizer
-        ids = chat_ids(t, chosen, messages, bos_id=t.bos, eos_id=t.eos, tools=tools)
+        ids = chat_ids(
+            t, chosen, messages, bos_id=t.bos, eos_id=t.eos, must_show=given,
+            continue_final=continue_final_message, **{"tools": tools, **(template_vars or {})},
+        )  # fmt: skip
+        ids = without_end(t, ids)
         state = options.get("state")
         if state is not None:
             kept = state.reuse(ids)
@@ -318,10 +339,20 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             ids = ids[kept:]
         return self.generate(ids, **options)
 
+    def _check_writes(self) -> None:
+        """ArgumentError unless the model continues texts."""
+        if not self.config.causal:
+            raise ArgumentError(f"{self.arch} reads texts and writes none; use embed")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a model cannot be pickled: it holds memory and threads; load {self.path} where it is needed"
+        )
+
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens; an empty one is the beginning-of-text token."""
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
+            ids = without_end(self.tokenizer, self.tokenizer.encode(prompt))
         else:
             ids = [int(i) for i in prompt]
         first = self.tokenizer.bos if self.tokenizer.bos is not None else self.tokenizer.eos
