@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 
 from . import gguf
 from .engine.completion import (
     SMALLEST_CONTEXT,
+    Completion,
+    GenerateOptions,
     Options,
     Pieces,
+    Prompt,
     begin,
     check_max_tokens,
     check_n_ctx,
@@ -29,8 +32,14 @@ from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError,
 from .models.network import Network
 from .models.state import State
 from .models.step import Tap
-from .sampling import SamplingParams
+from .sampling import LogitsProcessor, SamplingParams
 from .tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .chat.render import Message
+    from .models.config import Config
 
 
 class Model:
@@ -53,14 +62,14 @@ class Model:
         return self._network
 
     @property
-    def config(self) -> Any:
-        """Sizes and scales of the model; see ``tinyllm.models.config.Config``."""
+    def config(self) -> Config:
+        """Sizes and scales of the model, such as ``config.n_embd``."""
         return self.network.config
 
     @property
     def arch(self) -> str:
         """The architecture's name, as in the file."""
-        return str(self.network.arch.name)
+        return self.network.arch.name
 
     @property
     def device(self) -> str:
@@ -189,9 +198,45 @@ class Model:
 
     # ---- text
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str: it comes first
+        self,
+        prompt: Prompt,
+        max_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion: ...
+    @overload
     def generate(
         self,
-        prompt: str | Sequence[Any],
+        prompt: Prompt,
+        max_tokens: int = ...,
+        *,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Pieces: ...
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        max_tokens: int = ...,
+        *,
+        stream: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | Pieces: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        max_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
         max_tokens: int = 256,
         temperature: float = 0.8,
         top_k: int = 40,
@@ -203,16 +248,16 @@ class Model:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
-        logits_processor: Callable[[list[int], np.ndarray], np.ndarray | None] | None = None,
+        logits_processor: LogitsProcessor | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         logprobs: int | None = None,
         echo: bool = False,
         state: State | None = None,
         tap: Tap | None = None,
         overflow: Overflow = "error",
         stream: bool = False,
-    ) -> Any:
+    ) -> Completion | list[Completion] | Pieces:
         """Continue a prompt.
 
         Parameters
@@ -223,7 +268,8 @@ class Model:
             At most so many tokens; -1: until the context is full.
         temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n, \
 presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
-            See ``tinyllm.sampling.SamplingParams``. Each prompt of a list has its own generator of ``seed``.
+            How a token is chosen; ``tinyllm.sampling.SamplingParams`` explains each. Each prompt of a list
+            draws from random numbers of its own, all from this ``seed``.
         stop : str or sequence of str
             Strings that end the text; they are not part of it. They add to the model's own end tokens.
         logprobs : int, optional
@@ -259,9 +305,19 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         """
         self._check_writes()
         params = SamplingParams(
-            temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n,
-            presence_penalty, frequency_penalty, logit_bias, logits_processor, seed,
-        )  # fmt: skip
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logits_processor=logits_processor,
+            seed=seed,
+        )
         options = Options(
             params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow
         )
@@ -277,15 +333,57 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         completions = complete(self.network, jobs, tap)
         return completions if many else completions[0]
 
+    @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
+        template: str | None = ...,
+        tools: Sequence[Any] | None = ...,
+        template_vars: Mapping[str, Any] | None = ...,
+        continue_final_message: bool = ...,
+        *,
+        max_tokens: int = ...,
+        stream: Literal[False] = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        template: str | None = ...,
+        tools: Sequence[Any] | None = ...,
+        template_vars: Mapping[str, Any] | None = ...,
+        continue_final_message: bool = ...,
+        *,
+        max_tokens: int = ...,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Pieces: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        template: str | None = ...,
+        tools: Sequence[Any] | None = ...,
+        template_vars: Mapping[str, Any] | None = ...,
+        continue_final_message: bool = ...,
+        *,
+        max_tokens: int = ...,
+        stream: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | Pieces: ...
+    def chat(
+        self,
+        messages: Sequence[Message],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
         template_vars: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
-        **options: Any,
-    ) -> Any:
+        *,
+        max_tokens: int = 256,
+        stream: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | Pieces:
         """Answer a conversation, in the form that the file's own chat template gives it.
 
         Parameters
@@ -296,13 +394,13 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             A Jinja template to use instead of the file's, or the name of a well-known one: "chatml", "llama2",
             "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna".
         tools : sequence, optional
-            Handed to the template.
+            Descriptions of tools in whatever form the template reads them.
         template_vars : mapping, optional
             Further variables of the template, such as ``{"enable_thinking": False}``.
         continue_final_message : bool
             Go on with the last message, usually the assistant's, instead of opening a new turn.
-        **options
-            As ``generate``. With ``state=``, what the state holds already is not read again.
+        max_tokens, stream, **options
+            What ``generate`` takes under these names. What a ``state`` holds already is not read again.
 
         Returns
         -------
@@ -337,7 +435,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             kept = state.reuse(ids)
             state.truncate(kept)
             ids = ids[kept:]
-        return self.generate(ids, **options)
+        return self.generate(ids, max_tokens, stream=stream, **options)
 
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""

@@ -30,7 +30,7 @@ LogitsProcessor: TypeAlias = Callable[[list[int], Floats], "Floats | None"]
 LARGEST_PENALTY = 1e30  # beyond, a float32 product may be 0 x infinity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen.
 
@@ -59,7 +59,7 @@ class SamplingParams:
     logits_processor : callable, optional
         ``f(ids, logits)`` with the ids so far and float32 [n_vocab]; edits in place, or returns a replacement.
     seed : int, optional
-        Of the random numbers; None takes one from the operating system.
+        Where the random numbers start; None takes a start from the operating system.
 
     Raises
     ------
@@ -195,9 +195,8 @@ def min_p(logits: Floats, p: float) -> int:
 
 def draw(logits: Floats, temperature: float, u: float) -> int:
     """Position drawn from softmax(sorted logits [n] / temperature) by one uniform number u in [0, 1)."""
-    with np.errstate(
-        over="ignore"
-    ):  # a tiny temperature: the quotient may become -inf, probability 0
+    # with a tiny temperature the quotient may become -inf, which is probability 0
+    with np.errstate(over="ignore"):
         mass = np.exp((logits - logits[0]) / temperature).cumsum()
     return min(int(mass.searchsorted(u * mass[-1], side="right")), len(logits) - 1)
 
@@ -230,7 +229,7 @@ class Sampler:
 
     @cached_property
     def _random(self) -> np.random.Generator:
-        """Made at the first draw: greedy decoding need not import what makes it."""
+        """The random generator, made at the first draw: greedy decoding does not import NumPy's."""
         return np.random.Generator(np.random.PCG64(self.params.seed))
 
     def choose(self, logits: Floats, history: Sequence[int]) -> int:
@@ -252,7 +251,7 @@ class Sampler:
 
     @cached_property
     def _lowers(self) -> bool:
-        """Are logits changed, if at all, by penalties that raise none of them?"""
+        """Whether nothing can raise a logit: penalties may lower some, and nothing else changes any."""
         p = self.params
         if p.logits_processor is not None or len(self._bias):
             return False
@@ -260,24 +259,27 @@ class Sampler:
         return not p.penalises or (1 <= p.repeat_penalty < LARGEST_PENALTY and lowest >= 0)
 
     def needs(self, n_history: int) -> int:
-        """Of how many of the largest logits ``choose_best`` makes what ``choose`` makes of all.
+        """How many of the largest logits ``choose_best`` needs to pick the same token as ``choose``.
 
-        Penalties that only lower logits bring no token among the k largest but those that come next. Where
-        anything may lift one, the whole vocabulary is needed.
+        Where penalties can only lower logits, each recent token may fall out of the k largest, and the next
+        largest takes its place. Where anything may raise a logit, the whole vocabulary is needed.
         """
         if not self._lowers:
             return self.n_vocab
         return self._k + (self._n_recent(n_history) if self.params.penalises else 0)
 
     def choose_best(self, ids: Ids, values: Floats, history: Sequence[int]) -> int:
-        """As ``choose``, from at least the ``needs`` largest logits [n], largest first; all are finite."""
+        """The next token's id, as ``choose`` picks it, from the largest logits alone.
+
+        ``ids`` and ``values`` [n] are the n >= ``needs`` largest, largest first; all values are finite.
+        """
         if self.params.penalises:
             n = self.needs(len(history))
             ids, values = self._penalised(ids[:n], values[:n], history)
         return self._draw(ids[: self._k], values[: self._k])
 
     def _penalised(self, ids: Ids, values: Floats, history: Sequence[int]) -> tuple[Ids, Floats]:
-        """The largest logits, those of recent tokens lowered, in order again."""
+        """The largest logits after the penalties have lowered recent tokens, sorted again."""
         p = self.params
         recent = Counter(history[len(history) - self._n_recent(len(history)) :])
         at = [i for i, token in enumerate(ids.tolist()) if token in recent]
@@ -295,7 +297,7 @@ class Sampler:
         return n_history if n < 0 else min(n, n_history)
 
     def _draw(self, ids: Ids, values: Floats) -> int:
-        """One of the k largest."""
+        """Pick one of the k largest logits: the first, or by a draw."""
         if self.params.temperature == 0:
             return int(ids[0])
         ids, values = self._filter(ids, values.astype(np.float64))
@@ -304,8 +306,8 @@ class Sampler:
     def logprobs(self, logits: Floats, id: int, n: int = 0) -> tuple[float, dict[int, float]]:  # noqa: A002
         """Natural log probability of ``id``, and the ``n`` largest by id, largest first.
 
-        Of the model's own distribution, before bias, penalties and filters: call it before ``choose``,
-        which edits the logits in place.
+        They are those of the model's own distribution, before bias, penalties and filters: call it before
+        ``choose``, which edits the logits in place.
         """
         largest = float(self._top_k(logits, 1)[1][0])
         log_sum = largest + math.log(np.exp(logits - largest).sum(dtype=np.float64))
@@ -339,7 +341,7 @@ class Sampler:
         return result
 
     def _filter(self, ids: Ids, values: Floats) -> tuple[Ids, Floats]:
-        """Of the k largest, the ids that may be drawn and their logits; both [n], largest first."""
+        """Filter the k largest: the ids that may be drawn and their logits, both [n], largest first."""
         p = self.params
         if values[-1] == -math.inf:
             values = values[values > -math.inf]

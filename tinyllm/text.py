@@ -66,8 +66,8 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._shown: list[str] = []
         self._held = ""  # decoded, but it may be the beginning of a stop string
-        self._n_chars = 0  # shown and held
-        # the characters that each token not wholly shown touches
+        self._n_chars = 0  # characters shown and held
+        # for each token that is not wholly shown, its first character and the one after its last
         self._spans: list[tuple[int, int]] = []
         self._ended = False
         self.stopped: str | None = None

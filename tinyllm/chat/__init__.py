@@ -1,1 +1,1 @@
-"""Chat templates in their sandbox: messages become text and ids."""
+"""From messages to text and ids: chat templates, and the sandbox that runs them."""

@@ -1,4 +1,4 @@
-"""The allowance on which a chat template's rendering draws, and the weight of values."""
+"""Limits on one rendering of a chat template: steps, characters, and the weight of values."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
 
-MAX_DEPTH = 64  # nesting of a value
-MAX_BITS = 4096  # of a whole number
-STEPS = 100_000  # of one rendering, before what the input adds
+MAX_DEPTH = 64  # levels of lists and mappings inside a value
+MAX_BITS = 4096  # a whole number may have so many
+STEPS = 100_000  # a rendering may take so many, and more for a large input
 OUTPUT_BASE = 1 << 20  # characters of output, beyond four for each of the input
-NODE = 16  # a container's element weighs as many characters
+NODE = 16  # each element of a list or mapping weighs as much as so many characters
 REGEX_S = 0.5  # seconds for the regular expressions of one rendering: nothing else bounds them
-PER_STEP = 64  # characters read or made in one step
+PER_STEP = 64  # reading or making so many characters costs a step
 
 
 class Stopped(SecurityError):
@@ -33,24 +33,26 @@ class Meter(threading.local):
     regex_s: float = REGEX_S
 
     def reset(self, size: int, weight: int) -> None:
-        """Allow what an input of `size` characters, and of this weight as a value, may need."""
+        """Begin a rendering: allow what an input of `size` characters and of this weight may need."""
         self.cap, self.emitted = OUTPUT_BASE + 4 * size, 0
         self.regex_s = REGEX_S
         self.limit = self.cap + 2 * weight
         self.steps = STEPS + 4 * weight
 
     def tick(self, n: int = 1) -> bool:
+        """Charge `n` steps; True, so that generated code may write it as a condition."""
         self.steps -= n
         if self.steps < 0:
             raise Stopped("it takes too many steps")
         return True
 
     def fits(self, n: int) -> None:
+        """Refuse a string of more characters than one may have."""
         if n > self.cap:
             raise Stopped(f"it makes more than {self.cap} characters")
 
     def weigh(self, value: Any) -> int:
-        """Weight of a value, which is charged; refused when it is too heavy, too deep or too long a number."""
+        """Charge for a value and return its weight; refuse one that is too heavy, too deep or too long."""
         if isinstance(value, str):
             self.fits(len(value))
             self.tick(len(value) // PER_STEP)
@@ -62,6 +64,7 @@ class Meter(threading.local):
         return weight
 
     def made(self, value: Any) -> Any:
+        """Charge for a value that the template made, and return it."""
         self.weigh(value)
         return value
 

@@ -1,4 +1,4 @@
-"""Messages to a prompt, through the Jinja template that a model's file carries."""
+"""From messages to a prompt, by the Jinja template that a model's file carries."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _collect(template: Template, variables: dict[str, Any], cap: int) -> str:
 
 
 def _explain(error: Exception) -> str:
-    """One line: where and why."""
+    """One line that says where a template failed, and why."""
     if isinstance(error, RecursionError):
         return "chat template: it calls itself without end, or nests too deeply"
     line = getattr(error, "lineno", None) or _template_line(error)
@@ -204,7 +204,10 @@ def _tojson(
 def _regex_replace(
     environment: Environment, value: Any, pattern: str, replacement: str = ""
 ) -> str:
-    """A filter that the templates of GPT4All's list use; all of them together get half a second."""
+    """Replace what a pattern matches: a filter that templates of GPT4All's list use.
+
+    All calls of one rendering together get half a second.
+    """
     import regex
 
     meter, text = environment.meter, str(value)

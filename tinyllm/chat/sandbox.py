@@ -44,13 +44,17 @@ METHODS: dict[type, frozenset[str]] = {
     float: frozenset({"is_integer"}),
     int: frozenset({"bit_length"}),
 }
-FREE_RESULTS = frozenset({"get", "items", "keys", "values"})  # they make nothing
+FREE_RESULTS = frozenset({"get", "items", "keys", "values"})  # methods that make no new value
 
+# Filters by what they cost: lazy ones yield element by element, shallow ones look at the value only,
+# deep ones read all that is in it.
 LAZY = frozenset("batch items map reject rejectattr reverse select selectattr slice unique".split())
 SHALLOW = LAZY | frozenset(
     "abs count d default first float int last length list round safe".split()
 )
-PASSING = frozenset({"d", "default", "first", "last"})  # they return what they were given
+PASSING = frozenset(
+    {"d", "default", "first", "last"}
+)  # filters that return a value they were given
 DEEP = frozenset(
     "capitalize center dictsort e escape format groupby indent join lower max min replace sort string sum"
     " title tojson trim truncate upper wordcount".split()
@@ -79,7 +83,7 @@ class MeteredCode(CodeGenerator):
         self.write(")")
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        if node.test is not None:  # it runs for elements that never reach the body
+        if node.test is not None:  # the condition also runs for elements that never reach the body
             node.test = nodes.And(nodes.EnvironmentAttribute("meter.tick()"), node.test)
         super().visit_For(node, frame)
 
@@ -173,10 +177,10 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 )
         return tree
 
-    # what the generated code calls
+    # ---- what the generated code calls
 
     def emit(self, value: Any) -> Any:
-        """A value about to be printed."""
+        """Charge for a value that is about to be printed, and return it."""
         weight = self.meter.weigh(value)
         self.meter.emitted += weight
         if self.meter.emitted > 8 * self.meter.cap:
@@ -184,11 +188,13 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return value
 
     def concatenate(self, parts: Iterable[Any]) -> str:
+        """Join the operands of ``~``, whose length is checked first."""
         parts = list(parts)
         self.meter.fits(sum(map(self.meter.weigh, parts)))
         return "".join(map(str, parts))
 
     def compared(self, value: Any) -> Any:
+        """Charge for an operand of a comparison, and return it."""
         if isinstance(value, str | list | tuple | dict):
             self.meter.weigh(value)
         return value
@@ -240,7 +246,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         return bounded
 
-    # limits
+    # ---- limits
 
     def _check_method(
         self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Any

@@ -1,4 +1,4 @@
-"""The command line: one function per command."""
+"""The command line: ``main`` runs one command."""
 
 from .commands import main
 

@@ -105,7 +105,7 @@ def sampling_options(p: Parser) -> None:
 
 
 def sampling_of(args: Arguments) -> dict[str, Any]:
-    """What ``generate`` takes; a wrong value is told before a large file is read."""
+    """The sampling options as ``generate`` takes them, checked before a large file is read."""
     from ..sampling import SamplingParams
 
     found = {name: getattr(args, name) for name in [*sampling_defaults(), "seed"]}
@@ -148,7 +148,7 @@ def load_decoder(args: Arguments) -> Model:
 
 
 def locate(name: str | None) -> Path:
-    """The model's file, perhaps downloaded; what goes wrong on the way is one line."""
+    """The model's file, downloaded if need be; an error on the way has a message of one line."""
     from ..loading import locate as locate_model
 
     try:
@@ -160,7 +160,7 @@ def locate(name: str | None) -> Path:
 
 
 def open_file(name: str | None) -> GGUFFile:
-    """A model's metadata and tensors, weights unread."""
+    """Open a model's file; its weights are not read."""
     from .. import gguf
 
     return gguf.open(locate(name))

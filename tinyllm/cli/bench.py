@@ -38,7 +38,7 @@ class Result:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the rates; 0 of a single one."""
+        """Standard deviation of the rates; 0 if there is only one."""
         return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
 
 
@@ -77,7 +77,7 @@ def repeat(model: Model, name: str, work: Work, n: int, depth: int, n_repeat: in
 
 
 def read_prompt(net: Network, state: State, ids: list[int]) -> None:
-    """Compute ids in full steps; logits only of the last."""
+    """Compute ids in steps as large as may be, with the logits of the last id only."""
     state.append(ids)
     while left := len(state.ids) - state.n_past:
         n = min(left, net.n_batch)
@@ -85,7 +85,7 @@ def read_prompt(net: Network, state: State, ids: list[int]) -> None:
 
 
 def write_tokens(net: Network, state: State, ids: list[int]) -> None:
-    """Compute ids one by one, each with its logits; on a device that picks tokens, with the largest."""
+    """Compute ids one by one, each with its logits, or with the largest where the device picks tokens."""
     best = int(1 in net.be.picks)
     for i in ids:
         state.append([i])
@@ -115,13 +115,13 @@ def describe(model: Model) -> dict[str, Any]:
             "n_params": sum(t.n_elements for t in tensors.values()),
             "bytes_per_token": bytes_per_token(tensors, config.n_expert, config.n_expert_used),
             "device": model.device,
-            "n_threads": getattr(model.network.be, "n_threads", None),  # only the cpu has some
+            "n_threads": getattr(model.network.be, "n_threads", None),  # only "cpu" has threads
             "tinyllm": __version__,
         }
 
 
 def as_json(about: dict[str, Any], results: list[Result]) -> dict[str, Any]:
-    """Everything, by the tests' names."""
+    """What was measured and every test's figures under its name, ready for JSON."""
     out = dict(about)
     for r in results:
         out[r.name] = {
@@ -137,7 +137,7 @@ def as_json(about: dict[str, Any], results: list[Result]) -> dict[str, Any]:
 
 
 def as_table(about: dict[str, Any], results: list[Result]) -> str:
-    """llama-bench's Markdown table."""
+    """The results as a Markdown table, laid out as llama-bench's."""
     threads = about["n_threads"] or "-"
     lines = [
         f"| {'model':<30} | {'size':>10} | {'params':>10} | {'backend':<10} | {'threads':>7} "
@@ -155,10 +155,10 @@ def as_table(about: dict[str, Any], results: list[Result]) -> str:
 
 
 def mib(n: int) -> str:
-    """Bytes in llama-bench's units."""
+    """A number of bytes as llama-bench writes it, in MiB or GiB."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
 
 
 def millions(n: int) -> str:
-    """Parameters in llama-bench's units."""
+    """A number of parameters as llama-bench writes it, in millions or billions."""
     return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"

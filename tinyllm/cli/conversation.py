@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
-ANSWER_SHARE = 4  # an answer may count on one in so many tokens of the context
+ANSWER_SHARE = 4  # a prompt leaves at least 1 / 4 of the context to the answer
 
 
 @dataclass
@@ -106,12 +106,12 @@ class Conversation:
                 self.timings.append(stream.completion.timings)
 
     def _next_seed(self) -> int | None:
-        """Each answer has its own, so that one written again differs."""
+        """A seed of its own for each answer, so that one written again differs."""
         return None if self.seed is None else self.seed + len(self.timings)
 
     @property
     def full(self) -> bool:
-        """The last answer ended because no token more had room."""
+        """Whether the last answer ended because the context had no room for another token."""
         return len(self.state.ids) >= self.state.n_ctx
 
     def again(self, answer: Callable[[str], None]) -> None:
@@ -132,7 +132,7 @@ class Conversation:
 
 
 def save(messages: Sequence[Message], path: Path) -> None:
-    """Write them as JSON; an older file stays whole until the new one is."""
+    """Write messages as JSON; an older file stays whole until the new one is written."""
     with replacing(path) as file:
         file.write((json.dumps(messages, ensure_ascii=False, indent=1) + "\n").encode())
 
@@ -158,7 +158,7 @@ def load(path: Path) -> list[Message]:
 
 
 def check_message(message: object, where: str) -> None:
-    """Role and content, both of them texts that can be written."""
+    """Raise TinyLLMError unless a message has a role and a content, both texts that can be written."""
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise TinyLLMError(f'{where} is not {{"role": ..., "content": ...}}')
     if message["role"] not in ROLES:

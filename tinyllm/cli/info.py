@@ -35,7 +35,7 @@ class Outline:
 class Outlines(ReferenceBackend):
     """Loads nothing: a network built on it checks the file, and knows its sizes."""
 
-    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> Any:
+    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> Outline:
         return Outline(source.type, source.shape, 0)
 
 
@@ -53,7 +53,7 @@ def outline(file: GGUFFile, kv_type: KVType) -> tuple[Network | None, str]:
 
 
 def report(file: GGUFFile, n_ctx: int | None = None, kv_type: KVType = "f16") -> Iterator[str]:
-    """The report's lines."""
+    """The lines of the report on a file and on the memory that ``n_ctx`` tokens take."""
     network, runs = outline(file, kv_type)
     yield from entry("file", f"{file.path}, GGUF {file.version}, {file.byteorder}-endian")
     yield from entry("name", text(file.metadata.get("general.name", "not said")))
@@ -133,7 +133,7 @@ def architecture(metadata: Mapping[str, Any], network: Network | None) -> Iterat
 
 
 def row(arch: Arch) -> str:
-    """What the row says beyond the defaults."""
+    """The fields of an architecture's row that differ from the defaults."""
     plain = Arch("", "")
     said = [
         f"{f.name}={shown(getattr(arch, f.name))}"
@@ -148,7 +148,7 @@ def shown(value: Any) -> str:
 
 
 def spread(values: Sequence[int]) -> str:
-    """One number for all layers, or the least and the most."""
+    """The number of all layers if they have the same, else the least and the largest."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low} to {high}"
 

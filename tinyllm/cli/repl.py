@@ -97,7 +97,7 @@ class Repl:
     screen: Screen
 
     def run(self) -> None:
-        """The loop; on a terminal an error is told and the next line read, in a pipe it is the end."""
+        """Read and obey until the input ends; on a terminal errors are told, in a pipe they end the loop."""
         interrupted = False
         while True:
             try:
@@ -163,7 +163,7 @@ class Repl:
         self.conclude(finished, len(self.chat.timings) > n_answers)
 
     def conclude(self, finished: bool, answered: bool) -> None:
-        """What there is to say after an answer."""
+        """Note after an answer whether it was cut, and how fast it was."""
         if finished and self.chat.full:
             self.screen.note("(the context is full: the answer was cut)")
         if self.screen.interactive:
@@ -212,7 +212,7 @@ class Repl:
         self.screen.note("\n".join([*lines, MULTILINE]))
 
     def exit(self, _: str) -> None:
-        """Leaving is the loop's part."""
+        """Do nothing: the loop leaves after this command."""
 
 
 COMMANDS: dict[str, tuple[str, str, Callable[[Repl, str], None]]] = {

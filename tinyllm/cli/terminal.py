@@ -1,4 +1,4 @@
-"""A model's text on a terminal, which obeys control characters: those are shown, not sent.
+"""A model's text on a terminal: control characters are shown as pictures, so that none is obeyed.
 
 A hostile model, template or file could otherwise move the cursor over what was printed before, retitle the
 window or, on some terminals, type commands.
@@ -28,7 +28,10 @@ def visible(text: str) -> str:
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
-    """Write at once to standard output, or another stream; only terminals get another text than was given."""
+    """Write a text to standard output or another stream, and flush it.
+
+    A terminal gets it with control characters made visible; a file or pipe gets it unchanged.
+    """
     out = stream or sys.stdout
     out.write(visible(text) if out.isatty() else text)
     out.flush()

@@ -1,16 +1,16 @@
-"""Compiling ahead: run every kind of step that a model takes, so that its kernels are in the cache."""
+"""Compile a model's kernels ahead of its use, by running every kind of step that it takes."""
 
 from __future__ import annotations
 
 from ..model import Model
 
 PROMPTS = (1, 2, 3, 5, 8, 16)  # tokens: kernels differ for one, a few, many
-CHOICES = 40  # the sampler's default
-BEHIND = 4  # tokens written after each
+CHOICES = 40  # the sampler's default top_k
+BEHIND = 4  # room for so many tokens after each prompt
 
 
 def warm_up(model: Model) -> None:
-    """Read prompts of several lengths and continue them, alone and two at once; or embed them."""
+    """Read prompts of several lengths and continue them, one and two at a time; an encoder embeds them."""
     prompts = [[0] * n for n in PROMPTS]
     if not model.config.causal:
         model.network.hidden(prompts)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
 from ..errors import ArgumentError
-from ..sampling import Sampler, SamplingParams
+from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
-from .generate import Overflow, Run, Timings, Token, generate_tokens
+from .generate import FinishReason, Overflow, Run, Timings, Token, generate_tokens
 from .progress import reading
 
 if TYPE_CHECKING:
@@ -23,6 +23,33 @@ if TYPE_CHECKING:
     from ..tokenizers import Tokenizer
 
 SMALLEST_CONTEXT = 8
+Prompt: TypeAlias = str | Sequence[int]  # a text, or the ids of its tokens
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What ``Model.generate`` and ``Model.chat`` take by keyword, for type checkers.
+
+    ``Model.generate`` explains each of them.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    logits_processor: LogitsProcessor | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    echo: bool
+    state: State | None
+    tap: Tap | None
+    overflow: Overflow
 
 
 @dataclass(frozen=True)
@@ -36,7 +63,7 @@ class Completion:
 
     text: str
     ids: list[int]
-    finish_reason: str
+    finish_reason: FinishReason
     prompt_ids: list[int]
     logprobs: list[Token] | None = None
     prompt_logprobs: list[Token] | None = None
@@ -181,8 +208,8 @@ def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int
     return ids if len(ids) <= limit else ids[:keep] + ids[len(ids) - (limit - keep) :]
 
 
-def split_prompts(prompt: str | Sequence[Any]) -> tuple[list[Any], bool]:
-    """One prompt or a list of them, told apart by the first element."""
+def split_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts of a call, and whether they came as a list; the first element tells."""
     if isinstance(prompt, str):
         return [prompt], False
     items = _sequence(prompt)
@@ -202,8 +229,10 @@ def split_prompts(prompt: str | Sequence[Any]) -> tuple[list[Any], bool]:
 
 def _sequence(x: Any) -> list[Any] | None:
     """The items of a list, tuple or array; None for what is no sequence of items, bytes among them."""
-    known = isinstance(x, (Sequence, np.ndarray)) and not isinstance(x, (str, bytes, bytearray))
-    return list(x) if known and np.ndim(x) > 0 else None
+    if isinstance(x, np.ndarray):
+        return list(x) if x.ndim else None
+    known = isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray))
+    return list(x) if known else None
 
 
 def _are_ids(items: Sequence[Any] | None) -> bool:

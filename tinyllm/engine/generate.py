@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from ..models.state import State
     from ..models.step import Tap
 
+FinishReason = Literal["stop", "length", "context", "cancelled"]
 Overflow = Literal["error", "shift", "truncate"]
 DAMAGED = "logits hold NaN or infinity: the weights are damaged"
-ERASED = 0.75  # of the context's length is dropped by a shift, as GPT4All does
+ERASED = 0.75  # a context shift drops this fraction of n_ctx, as GPT4All does
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Run:
     prompt_logprobs: bool = False
     prompt: list[Token] = field(default_factory=list)  # filled when prompt_logprobs
     n_generated: int = 0
-    finish_reason: str | None = None  # "stop" | "length" | "context" | what the caller sets
+    finish_reason: FinishReason | None = None  # None while the run goes on; the caller may set it
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
@@ -218,10 +219,10 @@ def choose(run: Run, logits: np.ndarray) -> Token:
 
 
 def choose_best(run: Run, best: Best) -> Token:
-    """The same, of the largest logits, as many as the sampler needs."""
+    """The next token, chosen from the largest logits alone, which the device has found."""
     if not best.finite:
         raise NumericError(DAMAGED)
-    if not len(best.ids):  # so many equals that the device left them out
+    if not len(best.ids):  # too many equal logits for the device to give the largest
         return choose(run, best.all())
     chosen = run.sampler.choose_best(best.ids, best.values, run.state.ids)
     join(run, chosen)
@@ -248,7 +249,7 @@ def book(runs: Sequence[Run], work: Sequence[tuple[int, int]], seconds: float) -
     """Share the step's time among the runs by their rows."""
     rows = sum(n for _, n in work)
     for i, n in work:
-        t: Any = runs[i].timings
+        t = runs[i].timings
         if runs[i].n_generated <= 1 and t.n_generated == 0:
             t.n_prompt += n
             t.prompt_s += seconds * n / rows

@@ -5,22 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
+T = TypeVar("T")
 LONG_PROMPT = 256  # tokens from which reading a prompt shows a bar
 
 
-def checking(tensors: Iterable[Any]) -> Iterable[Any]:
+def checking(tensors: Iterable[T]) -> Iterable[T]:
     """Show a bar while the weights of these tensors are checked."""
     return bar(tensors, "checking", "tensor")
 
 
-def loading(layers: Iterable[Any], total: int) -> Iterable[Any]:
+def loading(layers: Iterable[T], total: int) -> Iterable[T]:
     """Show a bar while these layers are loaded, once that has taken a second."""
     return bar(layers, "loading", "layer", total)
 
 
-def bar(items: Iterable[Any], doing: str, unit: str, total: int | None = None) -> Iterable[Any]:
+def bar(items: Iterable[T], doing: str, unit: str, total: int | None = None) -> Iterable[T]:
     """Count the items on the terminal as they are taken."""
     if sys.stderr is None or not sys.stderr.isatty():
         return items

@@ -1,4 +1,4 @@
-"""Walking through the header of a file: every read is bounded, every count limited before memory is taken."""
+"""A walk through the header of a file: every read is bounded, every count limited before memory is taken."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_STRINGS = 1 << 21  # strings in the arrays of a file; the largest known has 
 MAX_NESTED = 1 << 16  # arrays inside arrays
 MAX_DEPTH = 4
 _FIRST_READ = 1 << 20
-# A leap over fewer strings than this is not worth its time; so many are walked before the next one.
+# A leap over fewer strings than this costs more than it saves: so many are then walked before the next leap.
 _WALK = 4096
-_LEAP = 1 << 18  # bytes looked at together for the strings in them
+_LEAP = 1 << 18  # bytes that one leap searches for strings
 _FORMATS = {"U32": "I", "U64": "Q"}
 
 
@@ -170,7 +170,7 @@ class Header:
         return values.astype(dtype)
 
     def _strings(self, n: int) -> StringArray:
-        """n strings -> StringArray."""
+        """Read an array of n strings."""
         self._count(n, 8, "strings")
         self._n_strings += n
         if self._n_strings > MAX_STRINGS:

@@ -18,9 +18,9 @@ from .quants import FORMATS
 
 
 class Place(NamedTuple):
-    """Where a tensor stands: what rules may look at."""
+    """Where a tensor stands in its model; rules choose a type by this."""
 
-    layer: int  # for value projections: the how many-th of them
+    layer: int  # for a value projection, its number among them
     n_layer: int
     n_gqa: int  # query heads that share a key head
     n_expert: int
@@ -34,7 +34,7 @@ def _always(kind: str) -> Rule:
 
 
 def _often(kind: str) -> Rule:
-    """In the first and the last eighth of the layers, and in every third one between."""
+    """A rule for the first and the last eighth of the layers, and for every third one between."""
 
     def rule(at: Place) -> str | None:
         first = at.n_layer // 8
@@ -49,12 +49,12 @@ def _first(count: int, kind: str, then: str | None = None) -> Rule:
 
 
 def _first_part(divisor: int, kind: str, then: str | None = None) -> Rule:
-    """In the first n_layer / divisor layers."""
+    """A rule for the first n_layer / divisor layers."""
     return lambda at: kind if at.layer < at.n_layer // divisor else then
 
 
 def _shared(kind: str, otherwise: str | None = None) -> Rule:
-    """If four or more query heads share a value head, which makes it small and precious."""
+    """A rule for four or more query heads to a value head, which makes it small and precious."""
     return lambda at: kind if at.n_gqa >= 4 else otherwise
 
 
@@ -172,7 +172,7 @@ def plan(
     Parameters
     ----------
     metadata : Mapping
-        Of the file: architecture, numbers of layers, heads and experts.
+        The file's: its architecture, and its numbers of layers, heads and experts, are read.
     shapes : Mapping
         The shape in NumPy order of each tensor, by name, in the order of the file.
     mixture : str

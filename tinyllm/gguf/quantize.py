@@ -92,7 +92,7 @@ def _check_sources(file: GGUFFile, types: dict[str, str]) -> None:
 
 
 def _metadata(file: GGUFFile, mixture: str) -> dict[str, Any]:
-    """The file's own, but for what says how it is stored."""
+    """The file's metadata, with new values where they say how the weights are stored."""
     kept = {k: v for k, v in file.exact_metadata.items() if not k.startswith("split.")}
     kept["general.file_type"] = np.uint32(MIXTURES[mixture].file_type)
     if quants.FORMATS[MIXTURES[mixture].base].int8_form:

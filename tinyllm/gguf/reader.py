@@ -64,9 +64,9 @@ class GGUFFile:
         }
 
     def located(self, error: GGUFError) -> GGUFError:
-        """The same error, saying also the file and where its key or tensor begins.
+        """Add to an error the file, and where the key or tensor that it names begins.
 
-        For those who check what the values mean and know only a name.
+        Code that checks what values mean knows only the name of a key or tensor.
         """
         name = error.name
         if error.path is not None or name is None:
@@ -78,7 +78,10 @@ class GGUFFile:
         return GGUFError(message, path=path, offset=offset, name=name)
 
     def check_unchanged(self) -> None:
-        """Raise GGUFError if a part was written to since it was opened (not: another put in its place)."""
+        """Raise GGUFError if a part was written to since it was opened.
+
+        Another file that was put in its place does no harm: the one that is open stays as it is.
+        """
         for part in self._parts:
             part.file.check_unchanged()
 

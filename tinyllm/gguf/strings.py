@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes = bytes  # the class below has a method of that name
-GAP = bytes(8)  # between strings
+GAP = bytes(8)  # stands before each string in memory
 
 
 class StringArray(Sequence[str]):
@@ -39,7 +39,7 @@ class StringArray(Sequence[str]):
 
     @classmethod
     def of(cls, strings: Sequence[str | Bytes]) -> StringArray:
-        """The same type, from Python strings."""
+        """Make an array from Python strings, or from bytes."""
         parts = [encode(s) for s in strings]
         ends = np.cumsum(np.array([8 + len(p) for p in parts], np.int64))
         return cls(b"".join(GAP + p for p in parts), ends)
@@ -48,7 +48,10 @@ class StringArray(Sequence[str]):
     def from_file(
         cls, stored: npt.NDArray[np.uint8], lengths: npt.NDArray[np.int64]
     ) -> StringArray:
-        """From strings that each have a length of 8 bytes before them: stored uint8 [sum(lengths + 8)]."""
+        """Make an array from a file's bytes: each string after its length, a number of 8 bytes.
+
+        stored uint8 [sum(lengths + 8)], lengths int64 [n].
+        """
         ends = np.cumsum(lengths + 8)
         cleared = np.concatenate([stored, np.zeros(8, np.uint8)])
         np.ndarray(len(stored) + 1, np.uint64, cleared, strides=(1,))[ends - lengths - 8] = 0

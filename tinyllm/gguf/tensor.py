@@ -26,8 +26,10 @@ class Tensor:
         ggml's name of the type, such as ``"Q4_K"``.
     offset : int
         Where its bytes begin in its file.
-    n_elements, nbytes, row_nbytes : int
-        Of the whole tensor; bytes of one row of ``shape[-1]`` elements.
+    n_elements, nbytes : int
+        Elements and bytes of the whole tensor.
+    row_nbytes : int
+        Bytes of one row of ``shape[-1]`` elements.
     """
 
     __slots__ = ("_file", "_kind", "_swapped", "n_elements", "name", "nbytes", "offset", "shape")
@@ -57,14 +59,14 @@ class Tensor:
 
     @property
     def path(self) -> str:
-        """The file it lies in; with a split model, the part."""
+        """The file that holds the tensor; a part, if the model is split."""
         return self._file.path
 
     @property
     def raw(self) -> npt.NDArray[np.uint8]:
         """The stored blocks, read-only uint8 [*shape[:-1], row_nbytes], as a view of the mapped file.
 
-        Of a big-endian file it is a converted copy. If another program cuts the file while it is mapped,
+        For a big-endian file it is a converted copy. If another program cuts the file while it is mapped,
         touching the view ends the process: a model is better loaded with `read`.
         """
         raw = self._file.map(self.offset, self.nbytes)

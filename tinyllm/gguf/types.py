@@ -19,9 +19,8 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 16  # pages of 64 KiB exist, larger ones do not
 MAX_TENSOR_NAME = 63  # bytes; ggml keeps 64 with the closing zero
-ARCHITECTURE = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}\Z"
-)  # what general.architecture may say
+# what general.architecture may say
+ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}\Z")
 MAX_KEY = 65535  # bytes, by the specification
 Order = Literal["<", ">"]
 FILE_ORDER: dict[str, Order] = {"little": "<", "big": ">"}

@@ -1,1 +1,1 @@
-"""Names of models become files: GPT4All's list, Hugging Face, downloads."""
+"""From a model's name to its file: GPT4All's list, Hugging Face, downloads."""

@@ -50,7 +50,7 @@ def _keep_list(models: list[ConfigType]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as f:
             f.write(json.dumps(models).encode())
-    except OSError:  # a read-only home: the list is fetched again next time
+    except OSError:  # the home directory cannot be written: the list is fetched again next time
         return
 
 
@@ -148,7 +148,7 @@ def find_model(
 
 
 def _list_for(name: str) -> list[ConfigType]:
-    """The list, fetched for a name that no file has; without a network the file is what is missing."""
+    """Fetch the list to find a name that no file has; without a network the error is a missing file."""
     import requests
 
     try:
@@ -167,5 +167,5 @@ def _not_found(name: str, models: list[ConfigType]) -> str:
 
 
 def append_extension_if_missing(model_name: str) -> str:
-    """The name of a model's file."""
+    """The name of a model's file: the model's name, with .gguf unless it has an ending already."""
     return model_name if model_name.endswith((".bin", ".gguf")) else f"{model_name}.gguf"

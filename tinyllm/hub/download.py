@@ -1,4 +1,4 @@
-"""Fetching large files: resumable, verified, once for all processes."""
+"""Downloads of large files: they can be resumed, are verified, and happen once for all processes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 from ..errors import ArgumentError
 from .locks import locked
 
+if TYPE_CHECKING:
+    from requests import Response
+    from tqdm import tqdm
+
 BLOCK = 1 << 20  # bytes
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two pieces of an answer
-ATTEMPTS = 5  # in a row, without one new byte
+ATTEMPTS = 5  # give up after so many in a row that brought no new byte
 BACK_OFF = 0.5  # seconds before the second attempt; doubles with each
 MAX_WAIT = 30.0  # seconds, whatever Retry-After says
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -31,7 +35,7 @@ _sleep: Callable[[float], None] = time.sleep
 
 @dataclass(frozen=True)
 class Checks:
-    """What is known about the file beforehand; None where nothing is."""
+    """What is known about a file before it is fetched; None for what is not known."""
 
     size: int | None = None
     md5: str | None = None
@@ -47,7 +51,7 @@ class HTTPError(ValueError):
 
 
 def safe_name(name: str) -> str:
-    """The name, if it is one of a file directly inside a directory.
+    """Return the name if it can be that of a file directly inside a directory.
 
     Raises
     ------
@@ -91,7 +95,7 @@ def fetch(
     headers : dict, optional
         Further request headers.
     verbose : bool
-        Say on stderr what happens. On a terminal the progress bar is shown in any case.
+        Say on stderr what happens. The progress bar is shown in any case, but not in a log.
 
     Raises
     ------
@@ -114,7 +118,7 @@ def fetch(
 
 @dataclass
 class _Transfer:
-    """One file on its way; `have` bytes of it are in the `.part` file."""
+    """The download of one file; its first `have` bytes are in the `.part` file."""
 
     url: str
     path: Path
@@ -123,7 +127,7 @@ class _Transfer:
     verbose: bool
     have: int = 0
     total: int | None = None
-    note: dict[str, Any] = field(default_factory=dict)  # what identifies the bytes we have
+    note: dict[str, str] = field(default_factory=dict)  # what identifies the bytes we have
 
     def __post_init__(self) -> None:
         self.part = self.path.with_name(self.path.name + ".part")
@@ -171,10 +175,10 @@ class _Transfer:
                     self._discard()
                 raise
 
-    # what an earlier call left
+    # ---- what an earlier call left
 
     def _find_kept(self) -> bool:
-        """Take up the bytes of an earlier call, if they are of this address."""
+        """Use the bytes that an earlier call kept of this address; delete those of another one."""
         try:
             note = json.loads(self.note_path.read_text(encoding="utf-8"))
             have = self.part.stat().st_size
@@ -191,13 +195,14 @@ class _Transfer:
             with suppress(FileNotFoundError):
                 leftover.unlink()
 
-    def _keep_note(self, response: Any) -> None:
+    def _keep_note(self, response: Response) -> None:
         tag = response.headers.get("ETag", "")
         strong = tag if tag.startswith('"') else ""
-        self.note = {"url": self.url, "if_range": strong or response.headers.get("Last-Modified")}
+        since = response.headers.get("Last-Modified", "")
+        self.note = {"url": self.url, "if_range": strong or since}
         self.note_path.write_text(json.dumps(self.note), encoding="utf-8")
 
-    # the transfer
+    # ---- the transfer
 
     def _download(self, part: IO[bytes]) -> None:
         failures, best = 0, self.have
@@ -213,8 +218,8 @@ class _Transfer:
                 if self.have:
                     _print(f"\nDownload interrupted, resuming from byte position {self.have}")
 
-    def _attempt(self, part: IO[bytes], bar: Any) -> Exception | None:
-        """One request; the error after which another may help, None when all is here."""
+    def _attempt(self, part: IO[bytes], bar: tqdm[NoReturn]) -> Exception | None:
+        """Make one request; return the error after which another may help, None when all is here."""
         import requests
         import urllib3
 
@@ -236,7 +241,7 @@ class _Transfer:
         return None if self.total is None or self.have >= self.total else _stuck()
 
     def _unreachable(self, error: Exception) -> Exception:
-        """The same error, in one line that people understand."""
+        """An error of the same type whose message is one line that people understand."""
         kind, host = type(error), urlsplit(self.url).netloc
         told = kind(
             f"{self.path.name} cannot be downloaded: no connection to {host} ({kind.__name__})"
@@ -244,7 +249,7 @@ class _Transfer:
         told.__cause__ = error
         return told
 
-    def _request(self) -> Any:
+    def _request(self) -> Response:
         import requests
 
         # an encoding would change the meaning of ranges
@@ -255,8 +260,8 @@ class _Transfer:
                 headers["If-Range"] = self.note["if_range"]
         return requests.get(self.url, stream=True, headers=headers, timeout=TIMEOUT)
 
-    def _place(self, part: IO[bytes], response: Any, bar: Any) -> None:
-        """Read the answer's headers; go to where its bytes belong."""
+    def _place(self, part: IO[bytes], response: Response, bar: tqdm[NoReturn]) -> None:
+        """Read the answer's headers, and move in the file to where its bytes belong."""
         if response.status_code == 416:
             self._beyond_the_end(response)
         if response.status_code not in (200, 206):
@@ -278,15 +283,15 @@ class _Transfer:
         bar.total = self.total
         bar.update(self.have - bar.n)
 
-    def _beyond_the_end(self, response: Any) -> None:
-        """The server has nothing after what we have: all is here, or what we have is of another file."""
+    def _beyond_the_end(self, response: Response) -> None:
+        """Decide what it means that the server has no bytes after ours: the file is whole, or another one."""
         size = response.headers.get("Content-Range", "").rpartition("/")[2]
         if size == str(self.have):
             raise _Complete
         raise _WrongFile(f"Expected file size of {size or 'fewer'} bytes, got {self.have}")
 
-    def _learn_digest(self, response: Any) -> None:
-        """Hugging Face states the SHA-256 of a large file in its first answer, before it redirects."""
+    def _learn_digest(self, response: Response) -> None:
+        """Take the SHA-256 of the file that Hugging Face states in its first answer, before it redirects."""
         first = response.history[0] if response.history else response
         tag = first.headers.get("X-Linked-ETag", "").strip('"')
         if self.checks.sha256 is None and len(tag) == 64:
@@ -300,9 +305,9 @@ class _Transfer:
                 f"{self.path.name} needs {needed} more bytes; {self.path.parent} has {free} left"
             )
 
-    def _write(self, part: IO[bytes], block: bytes, bar: Any) -> None:
+    def _write(self, part: IO[bytes], block: bytes, bar: tqdm[NoReturn]) -> None:
         part.write(block)
-        part.flush()  # what is counted survives us
+        part.flush()  # the system has every byte that is counted, even if this process dies
         self.have += len(block)
         bar.update(len(block))
         if self.checks.size is not None and self.have > self.checks.size:
@@ -310,7 +315,7 @@ class _Transfer:
                 f"Expected file size of {self.checks.size} bytes, got at least {self.have}"
             )
 
-    # verification
+    # ---- verification
 
     def _verify(self, part: IO[bytes]) -> None:
         size = part.seek(0, os.SEEK_END)
@@ -367,25 +372,25 @@ def _pause(error: Exception, failures: int) -> float:
     return min(MAX_WAIT, BACK_OFF * 2.0 ** (failures - 1) if asked is None else asked)
 
 
-def _retry_after(response: Any) -> float | None:
+def _retry_after(response: Response) -> float | None:
     value = response.headers.get("Retry-After", "")
     return float(value) if value.isdigit() else None
 
 
-def _range_start(response: Any) -> int:
+def _range_start(response: Response) -> int:
     digits = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
     if not digits.isdigit():
         raise ValueError("Connection was interrupted and server does not support range requests")
     return int(digits)
 
 
-def _total(response: Any, start: int) -> int | None:
+def _total(response: Response, start: int) -> int | None:
     length = response.headers.get("Content-Length", "")
     return start + int(length) if length.isdigit() else None
 
 
-def _arriving(response: Any) -> Iterator[bytes]:
-    """Pieces as they arrive, so that a cut loses nothing of what came before it."""
+def _arriving(response: Response) -> Iterator[bytes]:
+    """The answer's bytes piece by piece as they arrive: a cut loses nothing of what came before it."""
     raw = response.raw
     # urllib3 1.26 has no read1, and its read does not wait for all
     read = getattr(raw, "read1", raw.read)
@@ -393,11 +398,12 @@ def _arriving(response: Any) -> Iterator[bytes]:
         yield block
 
 
-def _bar(desc: str, total: int | None, initial: int = 0) -> Any:
+def _bar(desc: str, total: int | None, initial: int = 0) -> tqdm[NoReturn]:
     from tqdm import tqdm
 
-    # a log is no place for a bar that redraws itself
-    return tqdm(desc=desc, total=total, initial=initial, unit="iB", unit_scale=True, disable=None)
+    # a log is no place for a bar that redraws itself; a notebook, whose stream is its own, is one
+    logged = sys.stderr is sys.__stderr__ and not (sys.stderr and sys.stderr.isatty())
+    return tqdm(desc=desc, total=total, initial=initial, unit="iB", unit_scale=True, disable=logged)
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:

@@ -51,7 +51,9 @@ def _open_locked(path: Path) -> int:
             raise
         if _is_still(path, fd):
             return fd
-        os.close(fd)  # its holder removed it while we waited: ours is no longer at this path
+        os.close(
+            fd
+        )  # the holder removed the file while we waited: we have locked one without a name
 
 
 def _is_still(path: Path, fd: int) -> bool:

@@ -54,19 +54,19 @@ class Weight(Protocol):
 
     @property
     def type(self) -> str:
-        """As in the file, "Q4_K"."""
+        """The tensor type that the file names, such as "Q4_K"."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     @property
     def nbytes(self) -> int:
-        """On the device."""
+        """Bytes that the weight takes on the device."""
 
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMS norms of each head of queries and of keys (see ``Backend.rope_write``)."""
+    """RMS norms of each head of queries and of keys, which ``Backend.rope_write`` may take along."""
 
     q: Array  # [D] weights
     k: Array  # [D]
@@ -75,7 +75,7 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class Routing:
-    """How a mixture of experts turns router logits into choices (see ``Backend.route``)."""
+    """How a mixture of experts turns router logits into choices; ``Backend.route`` applies it."""
 
     n_used: int
     gating: Literal["softmax", "sigmoid", "softmax_selected"] = "softmax"
@@ -121,7 +121,7 @@ class Backend(ABC):
         return fn(self.upload(batch))
 
     def upload(self, batch: Batch) -> Batch:
-        """The same batch with its arrays on the device."""
+        """Copy a batch's arrays to the device; what is not an array stays as it is."""
         return Batch(
             self.array(batch.ids),
             self.array(batch.positions),
@@ -135,7 +135,7 @@ class Backend(ABC):
         )
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all, where weights and caches live."""
+        """Bytes free, and bytes in all, of the memory that holds weights and caches."""
         from .hardware import available_bytes, memory_bytes
 
         return available_bytes(), memory_bytes()
@@ -156,7 +156,7 @@ class Backend(ABC):
     def matmuls(
         self, ws: Sequence[Weight], x: Array, biases: Sequence[Array | None]
     ) -> list[Array]:
-        """Several matrices on the same x: q, k and v, or gate and up."""
+        """Products of several matrices with the same x: q, k and v, or gate and up."""
         return [self.matmul(w, x, b) for w, b in zip(ws, biases, strict=True)]
 
     def matmul_act(self, w: Weight, x: Array, bias: Array | None, kind: Activation) -> Array:
@@ -190,14 +190,14 @@ class Backend(ABC):
     def matmul_experts(
         self, w: Weight, x: Array, experts: Array, bias: Array | None = None
     ) -> Array:
-        """Each (row, choice) through its own matrix of the stack w [n, n_out, n_in].
+        """Multiply each (row, choice) by its own matrix of the stack w [n, n_out, n_in].
 
         x [T, n_in] (the same for all choices) or [T, k, n_in]; experts [T, k] int32; bias [n, n_out]
         -> [T, k, n_out].
         """
 
     def matmul_heads(self, w: Weight, x: Array) -> Array:
-        """Each head of x [T, H * n_in] through its own matrix of w [H, n_out, n_in] -> [T, H * n_out]."""
+        """Multiply each head of x [T, H * n_in] by its own matrix of w [H, n_out, n_in] -> [T, H * n_out]."""
         h, n_out, n_in = w.shape
         t = x.shape[0]
         heads = self.array(np.tile(np.arange(h, dtype=np.int32), (t, 1)))
@@ -246,7 +246,7 @@ class Backend(ABC):
 
     @abstractmethod
     def add(self, x: Array, *ys: Array, scale: float = 1.0) -> Array:
-        """X + scale * y1 + scale * y2 ...; a y of shape [n] is added to every row."""
+        """Sum x + scale * y1 + scale * y2 + ...; a y of shape [n] is added to every row."""
 
     @abstractmethod
     def mul(self, x: Array, y: Array) -> Array:
@@ -265,7 +265,7 @@ class Backend(ABC):
         """Join [T, n_head * D_i] head by head -> [T, n_head * sum(D_i)]."""
 
     def repeat(self, x: Array, n: int) -> Array:
-        """The row n times side by side: [T, D] -> [T, n * D]."""
+        """Repeat each row n times side by side: [T, D] -> [T, n * D]."""
         return self.concat([x] * n)
 
     @abstractmethod
@@ -289,10 +289,10 @@ class Backend(ABC):
         head_dim: int,
         norms: HeadNorms | None = None,
     ) -> Array:
-        """Q turned to its positions, while k, turned likewise, and v are stored.
+        """Turn q and k to their positions, store k and v, return q.
 
-        The same as ``rms_norm`` of each head of q and k (with ``norms``), ``rope`` and ``cache_write``,
-        perhaps in one pass.
+        The result is that of ``rms_norm`` of each head of q and k (with ``norms``), ``rope`` and
+        ``cache_write`` one after the other; a backend may do it in one pass.
         """
         if norms is not None:
             q = self.rms_norm(q, norms.q, norms.eps, None, head_dim)
@@ -336,7 +336,9 @@ class Backend(ABC):
         window: int = 0,
         slopes: Array | None = None,
     ) -> Array:
-        """Attention within each sequence's rows, both directions, nothing stored (encoders).
+        """Attention of each row over all rows of its sequence, before and after it; for encoders.
+
+        Nothing is stored.
 
         With a window, |i - j| <= window // 2; slopes[h] * -|i - j| is added to the scores.
         """
@@ -379,9 +381,9 @@ class Backend(ABC):
         raise DeviceError(f"{self.name}: logits are not picked on the device")
 
     def picked_later(self, result: tuple[Array, Array]) -> Callable[[], list[Best]]:
-        """``picked``, as a call that waits for this step only: another one may run meanwhile.
+        """A call that waits for this step only and returns what ``picked`` does.
 
-        ``Best.all`` then is of the other step.
+        Another step may run meanwhile; ``Best.all`` then gives the logits of that one.
         """
         raise DeviceError(f"{self.name}: logits are not picked on the device")
 
@@ -397,9 +399,10 @@ class Backend(ABC):
         fn: Callable[[Batch], Array],
         batch: Batch,
     ) -> Array:
-        """``step`` on a batch with a row for each that was picked: its ids are those of the largest logits.
+        """Run ``step`` on a batch whose ids the device takes from ``result``: the largest logit of each row.
 
-        The ids of the host's batch do not count. Where several logits are the largest, it is any of them.
+        The batch has one row for each row that was picked from; its own ids are ignored. Where several logits
+        are the largest, the device takes any of them.
         """
         raise DeviceError(f"{self.name}: logits are not picked on the device")
 

@@ -7,11 +7,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-Array = Any  # a backend's own array; has .shape
+Array: TypeAlias = Any  # a backend's own array; has .shape
 Pairing = Literal["adjacent", "half"]
 KVType = Literal["f32", "f16", "q8_0"]
 
@@ -32,7 +32,7 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """How rotary embedding turns the values of one head (see ``Backend.rope``)."""
+    """How rotary embedding turns the values of one head; ``Backend.rope`` defines the pairs."""
 
     freqs: Array  # [n_pairs] float32, radians per position
     pairing: Pairing
@@ -70,18 +70,20 @@ class Cache(ABC):
 
     @abstractmethod
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """The inverse of ``export``; shapes are checked (StateError)."""
+        """Put back what ``export`` gave; StateError if names, shapes or types are others."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """The rows of one step: one or more sequences, each a run of consecutive rows.
 
-    Host arrays as the decoder makes them; ``Backend.step`` hands ``fn`` a Batch whose arrays are on the
+    The decoder makes its arrays on the host; ``Backend.step`` hands ``fn`` a Batch whose arrays are on the
     device. Row t of sequence s stands at position ``positions[t] = n_past[s] + t - starts[s]``.
     """
 
-    ids: Array  # [T] int32; behind layers of another device [T, E] float32, what those computed
+    ids: (
+        Array  # [T] int32; or float32 [T, E], the output of the layers that another device computed
+    )
     positions: Array  # [T] int32
     starts: Array  # [n_seq + 1] int32: sequence s has the rows starts[s]:starts[s + 1]
     n_past: Array  # [n_seq] int32: positions stored before this step
@@ -93,7 +95,7 @@ class Batch:
 
     @staticmethod
     def next(ids: Sequence[int], n_past: Sequence[int], caches: Sequence[Cache]) -> Batch:
-        """One row for each sequence, and all results wanted: a step of decoding."""
+        """Make the batch of a decoding step: one row for each sequence, all results wanted."""
         n = len(ids)
         count = counting(n + 1)
         past = np.array(n_past, np.int32)

@@ -26,6 +26,7 @@ from .backend import (
     RopeSpec,
     Routing,
     Source,
+    Weight,
 )
 from .choose import check_largest
 
@@ -117,7 +118,7 @@ def round_q8_0(x: np.ndarray) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, spec: RopeSpec) -> np.ndarray:
-    """Rotary embedding of x [T, H, D]; see ``Backend.rope``."""
+    """Rotary embedding of x [T, H, D]: pairs of values turn by position * frequency."""
     p = len(spec.freqs)
     angle = positions[:, None].astype(F32) * spec.freqs  # [T, p]
     cos, sin = (f(angle)[:, None].astype(F32) * F32(spec.scale) for f in (np.cos, np.sin))
@@ -133,7 +134,7 @@ def rotate(x: np.ndarray, positions: np.ndarray, spec: RopeSpec) -> np.ndarray:
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis, shifted by the largest value so that exp cannot overflow."""
+    """Softmax over the last axis, shifted by the largest value so that exp cannot overflow."""
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
@@ -177,7 +178,7 @@ def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 class ReferenceBackend(Backend):
-    """The NumPy backend; see ``Backend`` for what each method promises."""
+    """The NumPy backend: each method does what ``Backend`` promises, in the plainest way."""
 
     name = "reference"
 
@@ -185,7 +186,7 @@ class ReferenceBackend(Backend):
         with np.errstate(all="ignore"):  # what is not finite is found in the logits
             return super().step(key, fn, batch)
 
-    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> DenseWeight:
+    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> Weight:
         n_rows = int(np.prod(source.shape[:-1]))
         dense = quants.dequantize(source.type, source.read_rows(0, n_rows)).reshape(source.shape)
         return DenseWeight(

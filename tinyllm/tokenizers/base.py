@@ -64,7 +64,7 @@ class Tokenizer(ABC):
         self._special = SpecialTokens(vocab)
         self._before, self._after = self._surroundings()
 
-    # Text to ids
+    # ---- text to ids
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Turn text into ids.
@@ -114,7 +114,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_text(self, text: str, after_special: bool) -> Iterable[int]:
-        """Ids of non-empty text without special tokens; `after_special`: a token or nothing precedes."""
+        """Ids of a non-empty text without special tokens.
+
+        `after_special` says that a special token, or nothing, stands before the text.
+        """
 
     def _surroundings(self) -> tuple[list[int], list[int]]:
         """Ids that `encode` puts before and after."""
@@ -128,7 +131,7 @@ class Tokenizer(ABC):
             raise key_error(f"add_{role}_token", f"true, but the file names no {role} token")
         return [i]
 
-    # Ids to text
+    # ---- ids to text
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Turn ids into text; bytes that are no UTF-8 become U+FFFD.
@@ -139,7 +142,11 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
-        """Turn ids into the exact bytes they stand for; see `decode`."""
+        """Turn ids into the exact bytes they stand for.
+
+        The one space that `encode` put before the text is dropped. With `skip_special`, control tokens
+        are left out.
+        """
         pieces: list[bytes] = []
         drop_space = self.add_space_prefix
         for i in ids:
@@ -152,7 +159,7 @@ class Tokenizer(ABC):
         return b"".join(pieces)
 
     def token_bytes(self, i: int) -> bytes:
-        """The bytes of one id as they stream: with the leading space, nothing for control tokens."""
+        """The bytes that one id adds to a text: with its leading space; none for a control token."""
         type_ = self._type(i)
         if type_ == NORMAL:
             return self._piece(self.vocab.tokens[i])
@@ -161,7 +168,7 @@ class Tokenizer(ABC):
         return self._spelled(i) if type_ == USER_DEFINED else b""
 
     def token_text(self, i: int) -> str:
-        """The token as the vocabulary spells it, control tokens too."""
+        """How the vocabulary spells a token; control tokens have a spelling too."""
         self._type(i)
         return self.vocab.tokens[i]
 
@@ -172,7 +179,7 @@ class Tokenizer(ABC):
     def _spelled(self, i: int) -> bytes:
         return to_bytes(self.vocab.tokens[i])
 
-    # Asking
+    # ---- questions
 
     def token_id(self, text: str) -> int | None:
         """The id of a token spelled exactly so in the vocabulary, or None."""
@@ -206,7 +213,7 @@ class Tokenizer(ABC):
 
 
 class Remembered(dict[str, V]):
-    """What `compute` makes of words: most of a text is made of few of them.
+    """A cache of what `compute` makes of each word; few words make up most of a text.
 
     Parameters
     ----------
@@ -230,7 +237,7 @@ class Remembered(dict[str, V]):
 
 
 def to_bytes(text: str) -> bytes:
-    """UTF-8, lone surrogates standing for stray bytes."""
+    """Encode text as UTF-8; a lone surrogate becomes the stray byte that it stands for."""
     return text.encode("utf-8", "surrogateescape")
 
 

@@ -26,7 +26,8 @@ TO_ALPHABET = {b: 0x100 + n for n, b in enumerate(_OTHERS)}
 FROM_ALPHABET = {c: b for b, c in TO_ALPHABET.items()}
 
 _SOLID = regex.compile(r"\S+")
-_CROSSING = regex.compile(f"([^{SPACE} \0]) ?{SPACE}")  # in "left right": a word's end, then ▁
+# a character and a ▁ after it, in one of the two halves of a merge "left right" or across them
+_CROSSING = regex.compile(f"([^{SPACE} \0]) ?{SPACE}")
 
 
 class BPE(Tokenizer):
@@ -92,12 +93,12 @@ class BPE(Tokenizer):
 
     @cached_property
     def _ranks(self) -> dict[str, int]:
-        """ "left right" to rank; keyed so, the file's strings need no splitting."""
+        """Rank of each merge by its string "left right": the file's strings need no splitting."""
         return dict(zip(self._merges, range(len(self._merges)), strict=True))
 
     @cached_property
     def _words_of(self) -> regex.Pattern[str]:
-        """Matches what can be merged by itself: no merge reaches over a word's end."""
+        """An expression for words that can be merged alone, because no merge reaches over their ends."""
         return words_apart(_CROSSING.findall("\0".join(self._ranks)))
 
     def _piece(self, token: str) -> bytes:
@@ -117,5 +118,5 @@ def _character(c: str) -> bytes:
 
 
 def lower(text: str) -> str:
-    """Lower case character by character: a final sigma is not special."""
+    """Turn a text to lower case character by character, so that a final sigma is like any other."""
     return text.replace("Σ", "σ").lower()

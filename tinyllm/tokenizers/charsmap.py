@@ -105,7 +105,7 @@ class CharsMap:
         return max(_common(here, p) for p in self._protected[max(i - 1, 0) : i + 1])
 
     def _find_unchanged(self) -> regex.Pattern[bytes]:
-        """Matches a run of ASCII that no entry of the map can touch: nearly all of an English text."""
+        """An expression for ASCII that no entry of the map can change: nearly all of an English text."""
         if not self._units:
             return regex.compile(b"")
         alone = {c for c in _VISIBLE_ASCII if not self._begins(c)}

@@ -1,7 +1,8 @@
-"""Finding the tokens that a text goes on with, quickly and with little memory.
+"""Find the tokens that begin at a place of a text, quickly and with little memory.
 
-Instead of a trie: the lengths that tokens have, by their first two symbols. Real vocabularies have few
-lengths for each, and a slice with a dictionary look-up costs less than a walk through nodes.
+There is no trie. A table has, for every two first symbols, the lengths of the tokens that begin with them.
+Real vocabularies have few lengths for each, and a slice with a dictionary look-up costs less than a walk
+through nodes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Lengths(Generic[S]):
     Parameters
     ----------
     tokens : iterable of str or of bytes
-        Those to be found; empty ones never are.
+        The tokens to be found; an empty one never is.
     """
 
     def __init__(self, tokens: Iterable[S]) -> None:
@@ -33,7 +34,7 @@ class Lengths(Generic[S]):
         }
 
     def at(self, text: S, at: int) -> tuple[int, ...]:
-        """Ascending; of these lengths, the slice from `at` is to be looked up."""
+        """Lengths, ascending, of the tokens that may begin at `at`: the caller looks up each such slice."""
         head = text[at : at + 2]
         return self._by_head.get(head) or self._by_head.get(head[:1], ())
 

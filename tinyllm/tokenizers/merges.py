@@ -1,6 +1,6 @@
-"""Merging neighbouring symbols, best pair first: the heart of BPE and of SentencePiece's BPE.
+"""Merge neighbouring symbols, best pair first: the heart of BPE and of SentencePiece's BPE.
 
-And the list of merges that a file has, checked.
+The list of merges that a file has is read and checked here, too.
 
 Symbols form a doubly linked list. Every mergeable pair waits in a heap under one integer, `rank` times
 the number of symbols plus the position of its left symbol, so the best pair, and of equals the leftmost,
@@ -82,7 +82,7 @@ def read_merges(vocab: Vocab, required: bool) -> Sequence[str]:
 
 
 def _check_singly(merges: list[str], vocab: Vocab) -> None:
-    """Look at one after the other, and say which is wrong."""
+    """Check one merge after the other; the error names the one that is wrong."""
     for i, m in enumerate(merges):
         if " " not in m:
             raise key_error("merges", f"merge {i}, {m[:40]!r}, is not two tokens with a space")
@@ -96,7 +96,10 @@ def _check_singly(merges: list[str], vocab: Vocab) -> None:
 
 
 def _well_formed(merges: StringArray, tokens: StringArray) -> bool:
-    """Look at all together, in a tenth of the time; False also where a token holds a space or a zero byte."""
+    """Check all merges together, in a tenth of the time; False may also mean that this cannot tell.
+
+    It cannot where a token holds a space or a zero byte.
+    """
     memory, ends, starts, n = merges.memory, merges.ends, merges.starts(), len(merges)
     spaces = np.flatnonzero(np.frombuffer(memory, np.uint8) == ord(" "))
     if len(spaces) != n or merges.holds_zeros or tokens.holds_zeros:

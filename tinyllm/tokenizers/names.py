@@ -92,7 +92,7 @@ ENDINGS = (
 )
 ENDING_ROLES = ("fim_pad", "fim_rep", "fim_sep", "eos", "eot", "eom")
 
-# Part of the visible text of a channelled (gpt-oss) answer.
+# These mark the channels of an answer (gpt-oss) and are part of its visible text.
 ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 

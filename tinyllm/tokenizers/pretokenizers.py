@@ -62,7 +62,7 @@ _LINES = r"[^\n]+|\n+"
 
 
 def _two_cases(letter: str, numbers: str, contraction: str = "") -> str:
-    """Words whose capitals come first; only ASCII letters have a case."""
+    """An expression for words whose capitals come first; only ASCII letters have a case."""
     upper, lower = rf"(?:(?![a-z]){letter})", rf"(?:(?![A-Z]){letter})"
     before = r"[^\r\n\p{L}\p{N}]?"
     return (
@@ -85,7 +85,7 @@ def _cut(text: str, at: list[int]) -> list[str]:
 
 
 def digits_after_text(text: str) -> list[str]:
-    """Numbers in threes counted from their end; the first group stays with the text before it."""
+    """Cut numbers in threes counted from their end; the first group stays with the text before it."""
     runs = (m.span() for m in _NUMBERS.finditer(hide_new(text)))
     return _cut(text, [i for a, b in runs for i in range(a + ((b - a) % 3 or 3), b + 1, 3)])
 
@@ -142,7 +142,7 @@ class PreTokenizer:
 
 @cache
 def _splitter(expression: str) -> Callable[[str], list[str]]:
-    """Cut a text into matches and what lies between."""
+    """A function that cuts a text into what the expression matches and what lies between."""
     find = regex.compile(expression).findall
     split = regex.compile(f"({expression})").split
 
@@ -156,7 +156,7 @@ def _splitter(expression: str) -> Callable[[str], list[str]]:
 
 
 def _seeing_old_unicode(cut: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
-    """Let `cut` see no character newer than the categories of `unassigned.py`."""
+    """A function that cuts as `cut` does, but treats characters newer than Unicode 15.1 as unassigned."""
 
     def cut_shown(text: str) -> list[str]:
         shown = hide_new(text)

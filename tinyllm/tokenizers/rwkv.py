@@ -49,4 +49,5 @@ class RWKV(Tokenizer):
 def _unescape(match: regex.Match[bytes]) -> bytes:
     if match[1] is not None:
         return bytes.fromhex(match[1].decode())
-    return _LETTERS.get(match[2], match[2])
+    letter: bytes = match[2]
+    return _LETTERS.get(letter, letter)

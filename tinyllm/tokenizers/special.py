@@ -1,4 +1,4 @@
-"""Finding special tokens in text, before any other tokenizing."""
+"""Find special tokens in a text, before anything else is tokenized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .names import CONTROL, UNKNOWN, USER_DEFINED
 from .vocab import Vocab
 
 _SPACE = " \t\n\v\f\r"
-_HEAD = 3  # characters of a token that are looked for first, once for all tokens that share them
+_HEAD = 3  # tokens that share so many first characters are looked for only if the text has these
 
 Part = str | int
 

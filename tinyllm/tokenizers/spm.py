@@ -16,7 +16,7 @@ from .vocab import Vocab, key_error
 
 SPACE = "▁"  # how the vocabulary spells a space
 
-CROSSING = regex.compile(f"([^{SPACE}\0]){SPACE}")
+CROSSING = regex.compile(f"([^{SPACE}\0]){SPACE}")  # a character and a space after it, in one token
 
 
 class SPM(Tokenizer):
@@ -58,7 +58,7 @@ class SPM(Tokenizer):
 
     @cached_property
     def _words_of(self) -> regex.Pattern[str]:
-        """Matches what can be merged by itself: no token goes on after a word's end."""
+        """An expression for words that can be merged alone, because no token reaches over their ends."""
         return words_apart(CROSSING.findall("\0".join(self.vocab.tokens)))
 
     def _piece(self, token: str) -> bytes:

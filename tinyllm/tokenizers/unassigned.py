@@ -85,7 +85,7 @@ E0002-E001F E0080-E00FF E01F0-EFFFF FFFFE-FFFFF 10FFFE-10FFFF
 
 @cache
 def _bounds() -> list[int]:
-    """Where ranges begin and where they have ended, in turn, ascending."""
+    """The first code point of each range and the one after its last, ascending."""
     ranges = (r.partition("-") for r in RANGES.split())
     return [bound for a, _, b in ranges for bound in (int(a, 16), int(b or a, 16) + 1)]
 

@@ -46,7 +46,7 @@ class Unigram(Tokenizer):
         for start, end in self._best_cuts(text):
             piece = text[start:end]
             i = self.vocab.ids[piece] if piece in self._scores else self._unknown
-            if i != self._unknown or not ids or ids[-1] != i:  # neighbours unknown become one
+            if i != self._unknown or not ids or ids[-1] != i:  # unknown neighbours become one token
                 ids.append(i)
         return ids
 
@@ -77,7 +77,10 @@ class Unigram(Tokenizer):
         return cuts[::-1]
 
     def _arcs_of(self, word: str) -> list[list[Arc]]:
-        """For each place in a word, the tokens that begin there, shortest first; else an unknown one."""
+        """For each place in a word, the tokens that begin there, shortest first.
+
+        Where none of them has one character, an unknown character is added.
+        """
         out: list[list[Arc]] = []
         for at in range(len(word)):
             pieces = (word[at : at + n] for n in self._lengths.at(word, at) if at + n <= len(word))
@@ -89,7 +92,7 @@ class Unigram(Tokenizer):
 
     @cached_property
     def _words_of(self) -> regex.Pattern[str]:
-        """Matches what no token reaches over."""
+        """An expression for words over whose ends no token reaches."""
         return words_apart(CROSSING.findall("\0".join(self._scores)))
 
     def _piece(self, token: str) -> bytes:
@@ -97,7 +100,7 @@ class Unigram(Tokenizer):
 
 
 def _scores(vocab: Vocab, usable: list[int]) -> tuple[dict[str, float], float]:
-    """Token to score, those the user defined winning over all; and the score of an unknown one."""
+    """The score of each token, and that of an unknown one; user-defined tokens win over all."""
     scores = vocab.scores()
     normal = scores[vocab.types == NORMAL]
     worst = np.float32(normal.min() if len(normal) else 0.0) - np.float32(UNKNOWN_PENALTY)

@@ -19,7 +19,7 @@ from . import names
 from .names import BYTE, NORMAL, UNDEFINED
 
 PREFIX = "tokenizer.ggml."
-NO_TOKEN = (-1, 0xFFFFFFFF)  # what some converters write for "none"
+NO_TOKEN = 0xFFFFFFFF  # what some converters write for "none"
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_CHARS = 1 << 14  # the longest of real vocabularies has 512; longer ones only cost time
 
@@ -85,7 +85,7 @@ class Vocab:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    # Reading one key
+    # ---- one key
 
     def get(self, key: str) -> Any:
         """The raw value of ``tokenizer.ggml.<key>``, or None."""
@@ -119,7 +119,7 @@ class Vocab:
         return list(self.stored(key, required))
 
     def stored(self, key: str, required: bool = False) -> StringArray | list[str]:
-        """The same, not yet decoded where it is a file's."""
+        """An array of strings, empty when absent; one that a file holds is not decoded yet."""
         value = self.get(key)
         if isinstance(value, StringArray):
             return value
@@ -158,7 +158,7 @@ class Vocab:
             raise key_error("scores", f"the score of token {wrong[0]} is {out[wrong[0]]}")
         return out
 
-    # Building
+    # ---- everything, when it is made
 
     def _index(self) -> dict[str, int]:
         tokens = self.tokens
@@ -193,7 +193,7 @@ class Vocab:
         for role, keys in ROLES.items():
             for key in keys:
                 value = self.get(key)
-                if value is not None and value in NO_TOKEN:
+                if value == NO_TOKEN:
                     out.pop(role, None)
                     if role in ("bos", "eos"):
                         warnings.warn(f"{PREFIX + key} is {value}: no {role} token", stacklevel=4)
@@ -219,7 +219,7 @@ class Vocab:
                     "<0x00> to <0xFF> are expected",
                 )
 
-    # Asking
+    # ---- questions
 
     def of_types(self, *types: int) -> list[int]:
         """Ids whose type is one of `types`, ascending."""

@@ -18,7 +18,7 @@ from .vocab import Vocab
 
 MAX_WORD = 100  # characters; longer words are unknown, as in Hugging Face's WordPiece
 
-# Written without spaces between words; every character is a word. U+2B920 is the reference's.
+# Scripts without spaces between words: every character is a word. U+2B920 as in the original's ranges.
 _IDEOGRAPHS = (
     r"\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
     r"\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f"
@@ -30,7 +30,10 @@ _MARKS = regex.compile(r"\p{M}")
 
 
 class WPM(Tokenizer):
-    """Lower case without accents where the file says so (it does by default)."""
+    """Splits words and punctuation, then each word by the longest pieces.
+
+    Text becomes lower case and loses its accents unless the file says otherwise.
+    """
 
     kind = "wpm"
 
@@ -53,7 +56,7 @@ class WPM(Tokenizer):
     def _normalized(self, text: str) -> str:
         text = hide_new(text)
         if self._strip_accents and not text.isascii():
-            # Only the first character of a decomposition, so of Korean only leading consonants.
+            # The first character of each decomposition stays; of a Korean syllable, its first consonant.
             text = "".join(unicodedata.normalize("NFD", c)[0] for c in text)
             text = _MARKS.sub("", text)
         text = _INVISIBLE.sub("", text)

@@ -31,9 +31,9 @@ from .iq_tables import IQ4_STEPS, codebook
 # weight = d * (2 s + 1) / 8 * sign * grid[index]: per 32 weights four indices, then in one
 # word four times seven sign bits and four bits of s; 2.0625 bits per weight
 IQ2_XXS = np.dtype([("d", "<f2"), ("qs", [("index", "u1", 4), ("signs", "<u4")], 8)])
-# the same; qs: index in nine bits, signs in seven; scales: s of 16 weights; 2.3125 bits
+# weight as in IQ2_XXS: qs has nine bits of index and seven of signs, scales s for 16 weights; 2.3125 bits
 IQ2_XS = np.dtype([("d", "<f2"), ("qs", "<u2", 32), ("scales", "u1", 8)])
-# the same; index: qs and two bits of qh; all eight signs; 2.5625 bits
+# weight as in IQ2_XXS: the index is qs and two bits of qh, all eight signs are stored; 2.5625 bits
 IQ2_S = np.dtype(
     [("d", "<f2"), ("qs", "u1", 32), ("signs", "u1", 32), ("qh", "u1", 8), ("scales", "u1", 8)]
 )
@@ -46,8 +46,8 @@ IQ3_S = np.dtype(
 # weight = d * (2 s + 1) / 8 * (8 * grid[index] +- 1): per 32 weights qh has three upper index
 # bits for each of four runs, three bits of s, and the minus on top; 1.5625 bits
 IQ1_S = np.dtype([("d", "<f2"), ("qs", "u1", 32), ("qh", "<u2", 8)])
-# the same: a nibble of qh has three index bits and the minus of one run; scales: three bits
-# of s for 16 weights, four times, and above them a nibble of the half float d; 1.75 bits
+# weight as in IQ1_S: a nibble of qh has three index bits and the minus of one run; a word of scales
+# has three bits of s for 16 weights, four times, and above them a nibble of the half float d; 1.75 bits
 IQ1_M = np.dtype([("qs", "u1", 32), ("qh", "u1", 16), ("scales", "<u2", 4)])
 # weight = d * steps[q]; 4.5 bits
 IQ4_NL = np.dtype([("d", "<f2"), ("qs", "u1", 16)])

@@ -21,7 +21,7 @@ Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("
 # weight = d * scale[g] * q - dmin * min[g], 8 groups of six-bit scales and minima;
 # 4.5 bits per weight
 Q4_K = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128)])
-# the same with qh as the fifth bit of q; 5.5 bits per weight
+# weight as in Q4_K, with qh as the fifth bit of q; 5.5 bits per weight
 Q5_K = np.dtype(
     [("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)]
 )

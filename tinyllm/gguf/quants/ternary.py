@@ -12,8 +12,8 @@ import numpy as np
 from .fit import divide, fit_scale, rounded
 from .format import Array, Floats, Int8Form, pack_planes, planes, quantised
 
-# weight = d * (digit - 1): 160 weights as 5 planes of the first 32 bytes of qs, 80 as 5 planes
-# of the other 16, 16 as 4 planes of qh; 1.6875 bits per weight
+# weight = d * (digit - 1): the first 32 bytes of qs hold 160 weights in 5 planes, the other 16
+# bytes 80 weights in 5 planes, and qh 16 weights in 4 planes; 1.6875 bits per weight
 TQ1_0 = np.dtype([("qs", "u1", 48), ("qh", "u1", 4), ("d", "<f2")])
 # weight = d * (q - 1); q in four planes of 32 bytes, twice; 2.0625 bits per weight
 TQ2_0 = np.dtype([("qs", "u1", 64), ("d", "<f2")])
