@@ -421,7 +421,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
 
         check_variables(template_vars or {})
         given = template is not None
-        chosen = given_template(template) if given else pick_template(self.metadata)
+        chosen = pick_template(self.metadata) if template is None else given_template(template)
         if chosen is None:
             raise TemplateError("the file has no chat template; give one with template=")
         t = self.tokenizer

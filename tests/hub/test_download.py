@@ -8,6 +8,7 @@ import http.server
 import multiprocessing
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -288,7 +289,10 @@ def test_an_unreachable_server_raises_what_requests_raises(
     assert names(tmp_path) == []
 
 
-def test_an_unknown_host_is_told_at_once(tmp_path: Path, waits: list[float], capfd) -> None:
+def test_an_unknown_host_is_told_at_once(
+    tmp_path: Path, waits: list[float], capfd, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
     with pytest.raises(
         requests.exceptions.ConnectionError, match="no connection to nowhere.invalid"
     ):
