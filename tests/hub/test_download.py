@@ -294,7 +294,7 @@ def test_an_unknown_host_is_told_at_once(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", sys.__stderr__)
     with pytest.raises(
-        requests.exceptions.ConnectionError, match="no connection to nowhere.invalid"
+        requests.exceptions.ConnectionError, match=r"no connection to nowhere\.invalid"
     ):
         fetch("http://nowhere.invalid/m", tmp_path / "m.gguf")
     assert (waits, names(tmp_path), capfd.readouterr().err) == ([], [], "")
