@@ -21,6 +21,7 @@ from .engine.completion import (
     check_max_tokens,
     check_n_ctx,
     complete,
+    or_beginning,
     room_for,
     split_prompts,
     strings,
@@ -453,8 +454,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             ids = without_end(self.tokenizer, self.tokenizer.encode(prompt))
         else:
             ids = [int(i) for i in prompt]
-        first = self.tokenizer.bos if self.tokenizer.bos is not None else self.tokenizer.eos
-        return ids or ([] if first is None else [first])
+        return or_beginning(self.tokenizer, ids)
 
     def close(self) -> None:
         """Free the weights at once; using the model afterwards raises TinyLLMError."""

@@ -44,7 +44,7 @@ def perplexities(logits: np.ndarray, z: dict[str, np.ndarray], i: int) -> tuple[
 
 
 def difference(logits: np.ndarray, z: dict[str, np.ndarray], i: int) -> np.ndarray:
-    """Of the stored logits, in standard deviations of the reference's."""
+    """How far the stored logits differ, in standard deviations of the reference's logits."""
     ours = np.take_along_axis(logits, z[f"top_ids_{i}"], axis=1)
     found: np.ndarray = np.abs(ours - z[f"top_logits_{i}"]) / z[f"std_{i}"]
     return found

@@ -1,4 +1,4 @@
-"""Loading matrices: read and interleaved in pieces, in parallel, into tiles of 16 rows (see ``tiles``)."""
+"""Load matrices: pieces of a file are read in parallel and interleaved into tiles of 16 rows."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int)
 
 
 def _rows_of_piece(n_out: int, row_bytes: int, n_threads: int) -> int:
-    """Whole tiles of about PIECE bytes at most; of a matrix worth sharing, each thread has as many."""
+    """Rows of a piece: whole tiles of about PIECE bytes at most, the same number of pieces for each thread."""
     n_bytes = n_out * row_bytes
     rounds = -(-n_bytes // (PIECE * n_threads))
     n_pieces = rounds * n_threads if n_bytes >= ALONE else 1
