@@ -31,8 +31,8 @@ import tinyllm
 from tinyllm.engine.generate import Run, generate_tokens
 from tinyllm.errors import DeviceError
 from tinyllm.gguf import quants
-from tinyllm.kernels.backend import Batch, LayerCache, open_backend
-from tinyllm.kernels.devices import resolve
+from tinyllm.kernels.backend import Batch, LayerCache
+from tinyllm.kernels.devices import open_backend, resolve
 from tinyllm.kernels.gpu import sources
 from tinyllm.models.build import build
 from tinyllm.models.network import Network

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from test_cpu import ONE, TWO, elsewhere, normal, product, stored
 
-from tinyllm.kernels.cpu import jit, simd, translate
+from tinyllm.kernels.cpu import emit, jit, translate
 
 
 def test_the_cache_is_used_by_the_next_process_and_numbas_own_is_left_alone(tmp_path: Path) -> None:
@@ -58,11 +58,11 @@ def test_another_processor_version_or_kernel_has_another_cache(
         Path(jit.__file__).parent, sources, ignore=shutil.ignore_patterns("__pycache__")
     )
     monkeypatch.setattr(jit, "__file__", str(sources / "jit.py"))
-    triple, cpu, features = simd.target()
+    triple, cpu, features = emit.target()
     names = [
         name_after(lambda m: None),
-        name_after(lambda m: m.setattr(simd, "target", lambda: (triple, "another", features))),
-        name_after(lambda m: m.setattr(simd, "target", lambda: (triple, cpu, features | {"new"}))),
+        name_after(lambda m: m.setattr(emit, "target", lambda: (triple, "another", features))),
+        name_after(lambda m: m.setattr(emit, "target", lambda: (triple, cpu, features | {"new"}))),
         name_after(lambda m: m.setattr(jit.llvmlite, "__version__", "0.0.1")),
     ]
     with (sources / "formats.py").open("a") as f:
@@ -78,20 +78,20 @@ def test_an_edited_kernel_from_elsewhere_is_compiled_anew(monkeypatch: Any, tmp_
         source = tmp_path / "mine.py"
         source.write_text(
             "from tinyllm.kernels.cpu.simd import set_i64\n"
-            f"def mine(args, first, last, worker): set_i64(args, {value})\n"
+            f"def mine(out, first, last, worker): set_i64(out, {value})\n"
         )
         names: dict[str, Any] = {}
         exec(compile(source.read_text(), str(source), "exec"), names)
-        jit._addresses.pop("mine", None)
+        jit._kernels.pop("mine", None)
         translate._definitions.cache_clear()
         assert native(jit.kernel(names["mine"])) == value
     assert jit.compiled.count("mine") == 2
 
 
-def native(address: int) -> int:
+def native(kernel: jit.Kernel) -> int:
     """What a kernel writes to an integer."""
     out = ctypes.c_int64()
-    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(address)(ctypes.addressof(out), 0, 1, 0)
+    kernel(0, 1, out=ctypes.addressof(out))
     return out.value
 
 

@@ -12,7 +12,8 @@ from samples import normal
 
 from tinyllm.errors import DeviceError
 from tinyllm.gguf import quants
-from tinyllm.kernels.backend import Batch, LayerCache, open_backend
+from tinyllm.kernels.backend import Batch, LayerCache
+from tinyllm.kernels.devices import open_backend
 from tinyllm.kernels.gpu.attention_tensor import GroupShape, choose_splits, group_shape
 from tinyllm.kernels.gpu.kvcache import Side
 from tinyllm.kernels.reference import ReferenceBackend

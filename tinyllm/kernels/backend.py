@@ -455,37 +455,3 @@ class Backend(ABC):
         All inputs [T, H * D], with D = S.shape[1] -> [T, H * D]. arXiv:2503.14456.
         """
         raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
-
-
-def open_backend(device: str, n_threads: int | None = None, compute: Compute = "f32") -> Backend:
-    """The backend of a device name: "cpu", "reference", "cuda[:i]", "opencl[:i]".
-
-    ``compute``: in what numbers matrices of floats are multiplied.
-
-    Raises
-    ------
-    DeviceError
-        The name is unknown, the driver or the optional package is missing, or the device cannot compute so.
-    """
-    kind, _, index = device.partition(":")
-    if compute != "f32" and kind != "cpu":
-        raise DeviceError(f"compute={compute!r} is for device='cpu', not {device!r}; leave it out")
-    if kind == "reference":
-        from .reference import ReferenceBackend
-
-        return ReferenceBackend()
-    if kind == "cpu":
-        from .cpu.backend import CPUBackend
-
-        return CPUBackend(n_threads, compute)
-    if kind == "cuda":
-        from .gpu.cuda import CUDABackend
-
-        return CUDABackend(index or "0")
-    if kind == "opencl":
-        from .gpu.opencl import OpenCLBackend
-
-        return OpenCLBackend(index or "0")
-    raise DeviceError(
-        f"unknown device {device!r}; expected 'cpu', 'reference', 'cuda[:i]' or 'opencl[:i]'"
-    )

@@ -28,9 +28,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import amx
+from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, instruction_set, lanes
 from .formats import Format, Part, Tile, int8_format, whole_format
-from .simd import F32, I8, I32, I64, LANES, Emit, V, emitter, i64, instruction_set, lanes, types
+from .simd import emitter, i64, types
 
 INVERSE_127 = float(np.float32(1 / 127))
 SLOTS = 16  # tokens of a record when there are more than one
@@ -268,7 +268,7 @@ def unpacked(fmt: Format, whole: bool = False) -> Format:
         offset = 0 if signed else 128 if fmt.signed else fmt.offset
         return whole_format(fmt.group, offset, signed, fmt.bits)
     plain = int8_format(fmt.group, fmt.minima)
-    signed |= amx.available()
+    signed |= has_amx()
     offset = 0 if signed else 128 if fmt.signed else fmt.offset
     name = f"{plain.name}_{offset}_{fmt.bits}"
     return replace(plain, name=name, offset=offset, signed=signed, bits=fmt.bits)

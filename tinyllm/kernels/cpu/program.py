@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from . import jit
-from .threads import ARGS, ROW, pool
+from .threads import ARGS, ROW, ROW_BYTES, pool
 
 ALIGN = 64
+NUMBERS = (int, float, bool)
+HEAD = struct.Struct(f"={ARGS}q")  # of an instruction: what stands before its arguments
 
 
 def aligned(n_bytes: int) -> np.ndarray:
@@ -108,11 +110,13 @@ class Arena:
 class CPUArray:
     """An array of this backend: a shape, a type and an address."""
 
-    __slots__ = ("__weakref__", "_owner", "address", "derived", "dtype", "shape")
+    __slots__ = ("__weakref__", "_owner", "address", "derived", "dtype", "in_arena", "shape")
 
     def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
+        whole = isinstance(owner, CPUArray)  # of which this is another form
+        self.in_arena: bool = owner.in_arena if whole else isinstance(owner, _Place)
         self.derived: dict[Any, CPUArray] = {}  # forms of this array made for kernels (int8 blocks)
 
     @property
@@ -122,14 +126,6 @@ class CPUArray:
     @property
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
-
-    @property
-    def in_arena(self) -> bool:
-        """Whether the memory is a place of an arena."""
-        owner = self._owner
-        while isinstance(owner, CPUArray):
-            owner = owner._owner
-        return isinstance(owner, _Place)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -147,6 +143,11 @@ class CPUArray:
         pointer = {"data": (self.address, False), "shape": self.shape, "version": 3}
         pointer["typestr"] = self.dtype.str
         return np.asarray(_Interface(pointer, self))
+
+
+def wrapped(memory: np.ndarray) -> CPUArray:
+    """An array of this backend in a NumPy array's memory."""
+    return CPUArray(memory.shape, memory.dtype, memory.ctypes.data, memory)
 
 
 class _Interface:
@@ -167,11 +168,6 @@ class _Place:
     def __del__(self) -> None:
         if hasattr(self, "place"):  # Ctrl-C may have come before it was taken
             self.arena.give(self.place)
-
-
-def float_bits(x: float) -> int:
-    """A float32 argument of an instruction: its bits."""
-    return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
 class Tape:
@@ -207,21 +203,55 @@ class Tape:
             self._grouped = False
 
     def add(
-        self, kernel: int, pieces: int, args: Sequence[int], chunk: int = 1, joins: bool = False
+        self, kernel: jit.Kernel, pieces: int, /, chunk: int = 1, joins: bool = False, **args: Any
     ) -> int:
-        """Append an instruction; ``joins``: it may run beside the previous one. Returns its row."""
+        """Append an instruction, and keep the arrays that it is given.
+
+        Parameters
+        ----------
+        kernel, pieces
+            What is run, and for how many pieces.
+        chunk : int
+            Pieces that a thread claims at once.
+        joins : bool
+            The instruction may run beside the previous one.
+        **args
+            The kernel's arguments by name: arrays and weights, numbers, addresses; None is the address 0.
+
+        Returns
+        -------
+        int
+            Its row.
+
+        Raises
+        ------
+        TypeError
+            The names are not those of the kernel's parameters, or a value does not fit.
+        """
         if self.n + 1 >= len(self.rows):
             self._grow()
+        if len(args) > ROW - ARGS:
+            raise TypeError(f"kernel {kernel.name}: {len(args)} arguments; at most {ROW - ARGS}")
+        values, at = kernel.in_order(args), ROW_BYTES * (self.n + 1)
+        for i, v in enumerate(values):
+            if v.__class__ is CPUArray:
+                values[i] = v.address
+                if not v.in_arena:
+                    self.kept.append(v)
+            elif v is None:
+                values[i] = 0
+            elif v.__class__ not in NUMBERS and hasattr(v, "address"):
+                values[i] = v.address
+                self.kept.append(v)
+        kernel.write(self.rows, at + 8 * ARGS, values)
+        claims = -(-pieces // chunk)
+        HEAD.pack_into(self.rows, at, kernel.address, pieces, chunk, not joins, claims)
         self.n += 1
-        row = self.rows[self.n]
-        row[1:ARGS] = pieces, chunk, not joins, -(-pieces // chunk)
-        row[0] = kernel
-        row[ARGS : ARGS + len(args)] = args
         return self.n
 
     def keep(self, *things: Any) -> None:
-        """Keep what the recorded rows point to, but not places of the arena: it stays, and reuses them."""
-        self.kept += [t for t in things if not (isinstance(t, CPUArray) and t.in_arena)]
+        """Keep memory that recorded rows point to in other ways than by their arguments."""
+        self.kept += things
 
     def _grow(self) -> None:
         grown = np.zeros((2 * len(self.rows), ROW), np.int64)

@@ -24,7 +24,8 @@ import numpy as np
 from llvmlite import ir
 
 from . import jit
-from .simd import I32, I64, P8, emitter, get_i64, i64, set_i64, target, types
+from .emit import I32, I64, P8, target
+from .simd import emitter, get_i64, i64, set_i64, types
 
 ROW = 32  # int64 values of an instruction
 ROW_BYTES = ROW * 8
@@ -268,7 +269,7 @@ class Pool:
         self._lock = threading.Lock()
         self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
-        self._work = _foreign(work)
+        self._work = jit.function(work)
         self._started = 1  # the caller is worker 0
         self._retired: deque[tuple[int, object]] = deque()
 
@@ -305,11 +306,6 @@ class Pool:
             if parked and self._retired[0][0] > min(parked):
                 return
             self._retired.popleft()
-
-
-def _foreign(body) -> ctypes._CFuncPtr:
-    """A compiled function of four integers as Python calls it: without the interpreter's lock."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(body))
 
 
 _pool: Pool | None = None

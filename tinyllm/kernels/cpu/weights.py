@@ -30,6 +30,7 @@ class CPUWeight:
     kind: str  # the float type, or the format's name: what kernels are compiled for
     tile_bytes: int
     memory: np.ndarray
+    address: int  # of the memory
 
     @property
     def nbytes(self) -> int:
@@ -53,10 +54,6 @@ class CPUWeight:
         """What a micro-kernel counts along a row: blocks, or columns of a float matrix."""
         return self.n_in // self.format.block if self.format else self.n_in
 
-    @property
-    def address(self) -> int:
-        return self.memory.ctypes.data
-
 
 def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int) -> CPUWeight:
     """Read a tensor, or some of its rows, into tiles."""
@@ -67,8 +64,8 @@ def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int)
     row_bytes = n_blocks * int(fields[:, 1].sum())
     n_mats, tiles = int(np.prod(shape[:-2])), -(-n_out // ROWS)
     memory = room.take(n_mats * tiles * ROWS * row_bytes)
-    weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory)
-    address = weight.address
+    address = memory.ctypes.data
+    weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory, address)
 
     def load(piece: tuple[int, int, int]) -> None:
         m, start, stop = piece
