@@ -14,7 +14,8 @@ from ..errors import ContextOverflow, NumericError
 from ..sampling import Sampler
 
 if TYPE_CHECKING:
-    from ..models.network import Best, Network
+    from ..kernels.backend import Best
+    from ..models.network import Network
     from ..models.state import State
     from ..models.step import Tap
 

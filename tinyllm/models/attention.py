@@ -12,6 +12,7 @@ from ..errors import GGUFError
 from ..kernels.backend import Array, HeadNorms, LayerCache, RopeSpec
 from . import probe
 from .config import Config, RopeScaling
+from .mixer import Mixer
 from .probe import Scoring
 from .rope import alibi_slopes, attention_scale, frequencies, magnitude
 from .step import Step
@@ -34,7 +35,7 @@ class Rope:
         return self.long if self.long is not None and n_ctx > self.n_ctx_original else self.short
 
 
-class Attention:
+class Attention(Mixer):
     """Project to q, k, v; normalise, rotate; attend over the past; project back. [T, E] -> [T, E]."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:

@@ -13,11 +13,8 @@ from ..errors import GGUFError, UnsupportedModel
 
 POOLING = ("none", "mean", "cls", "last", "rank")
 GATING = ("", "softmax", "sigmoid", "softmax_selected")  # "": the row says
-LAYERS, WIDTH, CONTEXT = (
-    512,
-    1 << 20,
-    1 << 31,
-)  # more than any model has; less than memory breaks at
+# More than any model has, and little enough that no size overflows memory before it is checked.
+LAYERS, WIDTH, CONTEXT = 512, 1 << 20, 1 << 31
 
 # Keys that change no arithmetic of ours: what they say is also in the tensors, or is advice to others.
 HARMLESS = {

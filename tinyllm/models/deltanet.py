@@ -14,6 +14,7 @@ from ..kernels.backend import Array, LayerCache
 from .attention import Attention
 from .config import Config
 from .mamba2 import check_groups, convolutions, widened
+from .mixer import Mixer
 from .step import Step
 from .weights import Linear, Norm, Tensors
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 UNIT_EPS = 1e-6  # of the lengths that queries and keys are divided by
 
 
-class DeltaNet:
+class DeltaNet(Mixer):
     """[T, E] -> [T, E]; H value heads of D channels, G key heads of D channels."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from ..errors import GGUFError
 from ..kernels.backend import Array, LayerCache
 from .config import Config
-from .ffn import Row
+from .mixer import Mixer
 from .step import Step
-from .weights import Linear, Norm, Tensors
+from .weights import Linear, Norm, Row, Tensors
 
 if TYPE_CHECKING:
     from .archs import Arch
@@ -28,7 +28,7 @@ def difference(step: Step, be: Any, i: int, x: Array, name: str) -> Array:
     return be.add(be.shift_rows(step.batch, i, x, name), x, scale=-1.0)
 
 
-class TimeMix:
+class TimeMix(Mixer):
     """What both versions share: token shift, heads, the norm over heads, the output."""
 
     n_mix = 0  # how many mixtures of this row and the one before are made

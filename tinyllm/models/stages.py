@@ -23,8 +23,8 @@ class Stage:
     layers: range
 
     @property
-    def said(self) -> str:
-        """Its layers in words."""
+    def label(self) -> str:
+        """The stage's layers in words: "layers 0 to 11"."""
         first, last = self.layers[0], self.layers[-1]
         return f"layer {first}" if first == last else f"layers {first} to {last}"
 
@@ -43,6 +43,11 @@ def divide(backends: Sequence[Backend], layers: range) -> list[Stage]:
     starts = [0, *ends[:-1]]
     stages = [Stage(be, layers[a:b]) for be, a, b in zip(backends, starts, ends, strict=True)]
     return [s for s in stages if len(s.layers)]
+
+
+def gpus_first(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages on GPUs before those on the CPU, otherwise in the order of their layers."""
+    return sorted(stages, key=lambda s: not s.be.where.is_gpu)
 
 
 def stage_bytes(tensors: Mapping[str, Any], stages: Sequence[Stage]) -> list[int]:

@@ -76,6 +76,23 @@ class Norm:
         return self.be.add_layer_norm(x, y, self.weight, self.eps, self.bias)
 
 
+class Row:
+    """Host values as a tensor that a backend can load like a file's, of type F32."""
+
+    type = "F32"
+
+    def __init__(self, name: str, values: np.ndarray) -> None:
+        self.name, self.shape = name, values.shape
+        self.values = np.ascontiguousarray(values, np.float32)
+
+    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        raw = self.values.reshape(-1, self.shape[-1])[start:stop].view(np.uint8)
+        if out is None:
+            return raw
+        out[...] = raw
+        return out
+
+
 class Tensors:
     """The tensors below one prefix (``blk.3.``), loaded to one backend as they are asked for."""
 
