@@ -67,7 +67,7 @@ def rounds_of(element: Any, step: Callable[[Any, Any, Any], Any]) -> Any:
 
     @simd.emitter(simd.types.void, simd.i64, simd.i64)
     def rounds(e, p, n):
-        """See ``rounds_of``."""
+        """Run n rounds of the step."""
         v = e.load(e.ptr(p), emit.V(element, emit.lanes()))
         out = e.loop(n, [v] * CHAINS, lambda _, sums: [step(e, x, v) for x in sums])
         for i, x in enumerate(out):  # each is stored: none is idle work

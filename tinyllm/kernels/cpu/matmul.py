@@ -25,14 +25,15 @@ from .floats import (
     tile_widener,
     widener,
 )
+from .jit import GIVEN
 from .program import CPUArray, Tape
 from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
 from .weights import CPUWeight
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = None
-start = stop = None  # of the matrix unit, where there is one
+multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = GIVEN
+start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
 STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
 QUANTISED = 512  # columns of a piece
@@ -204,7 +205,7 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
     pieces = -(-n // QUANTISED)
     kernel = jit.kernel(quantise_rows, name, quantise=quantise)
     claimed = pieces if slots == 1 else 1
-    sizes = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
+    sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
     tape.add(kernel, tiles * pieces, claimed, x=x, out=out, **sizes)
     return out
 
@@ -240,8 +241,8 @@ def _few_kernel(
 def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to so many tokens; results as of ``matvec_kernel``."""
-    more = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
+    """The kernel for up to so many tokens, some of its arguments, and its number of pieces."""
+    more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     if w.format is None:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
@@ -272,7 +273,8 @@ def tiles_together(w: CPUWeight, n_workers: int) -> int:
 def _matmul_quantised(w: CPUWeight) -> tuple[jit.Kernel, int, int, int]:
     """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
     fmt, kind, at_once, wide = w.format, w.kind, STEPS, 16
-    unit = {"start": amx.nothing, "stop": amx.nothing}
+    assert fmt is not None  # floats have kernels of their own
+    unit: dict[str, Any] = {"start": amx.nothing, "stop": amx.nothing}
     if has_amx():
         kind, unit = f"amx_{kind}", {"start": amx.starter(fmt), "stop": amx.stop}
     if has_amx() and fmt.span == 256:
@@ -292,7 +294,8 @@ def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_worker
     """Rows of a matrix, decoded: [T, n_in]."""
     n = len(ids)
     y = tape.array((n, w.n_in))
-    args = {"w": w, "ids": ids, "y": y, "scale": scale, "tile_bytes": w.tile_bytes, "n": w.n_in}
+    args: dict[str, Any] = {"w": w, "ids": ids, "y": y, "scale": scale}
+    args |= {"tile_bytes": w.tile_bytes, "n": w.n_in}
     if w.format is None:
         kernel = jit.kernel(embed_float, f"embed_{w.kind}", weight=widener(w.kind))
     else:
