@@ -4,8 +4,6 @@ Nothing is imported before a program asks for gpt4all. `tinyllm shim on` copies 
 where it has to work by itself.
 """
 
-from __future__ import annotations
-
 import sys
 
 TYPE_CHECKING = False
@@ -25,14 +23,14 @@ class Finder:
     def __init__(self, home: str = "") -> None:
         self.home = home
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
         """The module gpt4all; its submodules are there once it is imported."""
         if name != "gpt4all" or (shim := self._shim()) is None:
             return None
         found: ModuleSpec = shim.spec_of_gpt4all()
         return found
 
-    def find_distributions(self, context: Any = None) -> Iterable[Distribution]:
+    def find_distributions(self, context: "Any" = None) -> "Iterable[Distribution]":
         """What `importlib.metadata` tells of gpt4all."""
         name = getattr(context, "name", None)
         if (name or "gpt4all").lower() != "gpt4all" or (shim := self._shim()) is None:
@@ -43,7 +41,7 @@ class Finder:
     def invalidate_caches(self) -> None:
         """Nothing is kept."""
 
-    def _shim(self) -> ModuleType | None:
+    def _shim(self) -> "ModuleType | None":
         """tinyllm's side of it; None when tinyllm was removed."""
         for folder in ("", self.home):
             if folder and folder not in sys.path:
