@@ -6,7 +6,6 @@ import io
 import random
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 

@@ -74,7 +74,7 @@ def test_cpu_is_as_near_as_eight_bits_are(real: tuple[Path, dict[str, np.ndarray
             found.append((np.exp(top) * (top - ours)).sum(axis=1))
             pairs.append(perplexities(logits, z, i))
         assert np.concatenate(found).mean() <= KL
-        ours, theirs = pairs[-1]  # of the long one
+        ours, theirs = pairs[-1]  # the last text is the long one
         assert ours == pytest.approx(theirs, rel=0.01)
 
 
