@@ -6,6 +6,7 @@ unpacks a few tiles into its scratch memory and runs all tokens past them, so th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes
@@ -25,6 +26,7 @@ from .floats import (
     tile_widener,
     widener,
 )
+from .formats import FORMATS
 from .jit import GIVEN
 from .program import CPUArray, Tape
 from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
@@ -212,13 +214,19 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
 
 def matvec_kernel(w: CPUWeight) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for one token, its arguments besides those of all products, and its pieces."""
-    name = f"matvec_{w.kind}"
+    kernel = _matvec(w.kind)
     if w.format is not None:
-        one = micro.multiplier(w.format, 1, 1)
-        return jit.kernel(matvec, name, multiply=one), {}, w.n_tiles
-    one, group = multiplier(w.kind, 1), multiplier(w.kind, GROUP)
-    kernel = jit.kernel(matvec_float, name, multiply=one, multiply_group=group)
+        return kernel, {}, w.n_tiles
     return kernel, {"tiles": w.n_tiles}, -(-w.n_tiles // GROUP)
+
+
+@lru_cache
+def _matvec(kind: str) -> jit.Kernel:
+    name = f"matvec_{kind}"
+    if kind in FORMATS:
+        return jit.kernel(matvec, name, multiply=micro.multiplier(FORMATS[kind], 1, 1))
+    one, group = multiplier(kind, 1), multiplier(kind, GROUP)
+    return jit.kernel(matvec_float, name, multiply=one, multiply_group=group)
 
 
 def chunk(pieces: int) -> int:
@@ -251,7 +259,7 @@ def matmul_kernel(
         kernel = jit.kernel(matmul_float, f"matmul_{w.kind}{act and '_' + act}", **names)
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
-        kernel, step_bytes, at_once, wide = _matmul_quantised(w)
+        kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind)
         n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
         least = w.n_blocks * minima.n_minima(w.format) * 64
@@ -270,10 +278,10 @@ def tiles_together(w: CPUWeight, n_workers: int) -> int:
     return next((n for n in UNPACKED if n <= wanted), UNPACKED[-1])
 
 
-def _matmul_quantised(w: CPUWeight) -> tuple[jit.Kernel, int, int, int]:
+@lru_cache
+def _matmul_quantised(kind: str) -> tuple[jit.Kernel, int, int, int]:
     """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
-    fmt, kind, at_once, wide = w.format, w.kind, STEPS, 16
-    assert fmt is not None  # floats have kernels of their own
+    fmt, at_once, wide = FORMATS[kind], STEPS, 16
     unit: dict[str, Any] = {"start": amx.nothing, "stop": amx.nothing}
     if has_amx():
         kind, unit = f"amx_{kind}", {"start": amx.starter(fmt), "stop": amx.stop}

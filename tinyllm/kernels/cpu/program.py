@@ -22,7 +22,6 @@ from . import jit
 from .threads import ARGS, ROW, ROW_BYTES, pool
 
 ALIGN = 64
-NUMBERS = (int, float, bool)
 HEAD = struct.Struct(f"={ARGS}q")  # the beginning of an instruction, before its arguments
 
 
@@ -115,8 +114,8 @@ class CPUArray:
     def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
-        whole = isinstance(owner, CPUArray)  # this is another form of its owner
-        self.in_arena: bool = owner.in_arena if whole else isinstance(owner, _Place)
+        kind = owner.__class__
+        self.in_arena: bool = kind is _Place or (kind is CPUArray and owner.in_arena)
         self.derived: dict[Any, Any] = {}  # what kernels need of it (int8 blocks), made once
 
     @property
@@ -234,13 +233,16 @@ class Tape:
             raise TypeError(f"kernel {kernel.name}: {len(args)} arguments; at most {ROW - ARGS}")
         values, at = kernel.in_order(args), ROW_BYTES * (self.n + 1)
         for i, v in enumerate(values):
-            if v.__class__ is CPUArray:
+            kind = v.__class__
+            if kind is int:  # as most are
+                continue
+            if kind is CPUArray:
                 values[i] = v.address
                 if not v.in_arena:
                     self.kept.append(v)
             elif v is None:
                 values[i] = 0
-            elif v.__class__ not in NUMBERS and hasattr(v, "address"):
+            elif kind is not float and hasattr(v, "address"):
                 values[i] = v.address
                 self.kept.append(v)
         kernel.write(self.rows, at + 8 * ARGS, values)

@@ -88,7 +88,7 @@ def _rows_of_piece(n_out: int, row_bytes: int, n_threads: int) -> int:
 
 
 def _shape_of(source: Source, rows: np.ndarray | slice | None) -> tuple[int, ...]:
-    shape = tuple(source.shape)
+    shape = tuple(map(int, source.shape))  # recording counts with them: NumPy's are slow
     if len(shape) < 2:
         shape = (1, *shape)
     if rows is None:
