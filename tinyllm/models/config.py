@@ -23,7 +23,7 @@ HARMLESS = {
     "rope.scaling.yarn_beta_slow",
     "expert_shared_count",  # the shared expert's width is its tensors'
     "expert_shared_feed_forward_length",
-    "expert_feed_forward_length",  # likewise
+    "expert_feed_forward_length",  # the experts' width is their tensors'
     "hidden_activation",
     "classifier.output_labels",  # names of the scores; how many there are, the tensors say
     "interleave_moe_layer_step",

@@ -19,7 +19,7 @@ from .weights import Linear, Norm, Row, Tensors
 if TYPE_CHECKING:
     from .archs import Arch
 
-GROUP_EPS = 64e-5  # of the norm over each head's output
+GROUP_EPS = 64e-5  # epsilon of the norm over each head's output
 SLOWEST = -0.606531  # -e^-0.5: RWKV 7's decay is exp(SLOWEST * sigmoid(.))
 
 
@@ -29,7 +29,7 @@ def difference(step: Step, be: Any, i: int, x: Array, name: str) -> Array:
 
 
 class TimeMix(Mixer):
-    """What both versions share: token shift, heads, the norm over heads, the output."""
+    """The parts that both versions share: token shift, heads, the norm over heads, the output."""
 
     n_mix = 0  # how many mixtures of this row and the one before are made
 

@@ -52,7 +52,7 @@ class State:
 
     @property
     def can_truncate(self) -> bool:
-        """Recurrent layers keep a summary that cannot be unwound."""
+        """Can tokens be dropped from the end? Recurrent layers keep a summary that cannot be unwound."""
         return not any(layer.arrays for layer in self.layers)
 
     def append(self, ids: Sequence[int]) -> None:
@@ -111,7 +111,7 @@ class State:
         self.n_past -= discard
 
     def spoil(self) -> None:
-        """Note that a step did not come to its end; keys and values are then written again, sums are lost."""
+        """Note that a step did not end. Keys and values will be written again; recurrent sums are lost."""
         self.spoilt = self.spoilt or not self.can_truncate
 
     def check_whole(self) -> None:

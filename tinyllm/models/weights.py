@@ -16,25 +16,27 @@ from .config import Config
 MAY_BE_LEFT = {
     "rope_freqs.weight": "written per file, used by the layers that rotate",
     "attn_rot_embd": "a table of angles that old converters stored",
-    "rotary_emb.inv_freq": "likewise",
+    "rotary_emb.inv_freq": "a table of frequencies that old converters stored",
 }
 # Tensors without which a file is a whole model of its architecture too, each with its reason.
 MAY_BE_ABSENT = {
     "output.weight": "the embedding is the head too (tied), unless the row says otherwise",
     "token_types.weight": "DistilBERT has none; where the vocabulary counts two types, it is needed",
     "cls.bias": "a ranking head has two to four parts; no key says which",
-    "cls.norm.weight": "likewise: ModernBERT's has it",
-    "cls.output.bias": "likewise: Qwen's has none",
+    "cls.norm.weight": "only ModernBERT's ranking head has it",
+    "cls.output.bias": "Qwen's ranking head has none",
     "rope_freqs.weight": "only some files of an architecture stretch the rotation; no key says which",
 }
 MAY_DIFFER = {"attn_norm.weight", "attn_norm.bias"}  # ModernBERT's first layer has none
 BIAS_ALONE = ("exp_probs_b", "ssm_dt")  # names that have a bias and may have no weight
-STREAM_NORMS = tuple(  # of the residual stream
+# The norms that the residual stream is read through.
+STREAM_NORMS = tuple(
     f"{name}.weight"
     for name in """attn_norm attn_norm_2 ffn_norm attn_output_norm layer_output_norm token_embd_norm
     output_norm""".split()
 )
-BIASED_TOGETHER = (  # in models whose feed-forward half has no gate
+# Groups that have biases all or none, in models whose feed-forward half has no gate.
+BIASED_TOGETHER = (
     ("attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output"),
     ("ffn_up", "ffn_down"),
 )
@@ -108,7 +110,7 @@ class Tensors:
         self.taken: set[str] = set() if taken is None else taken
 
     def below(self, prefix: str, be: Backend | None = None) -> Tensors:
-        """The same tensors under a longer prefix, perhaps on another backend."""
+        """Go down to a longer prefix, and perhaps to another backend."""
         return Tensors(self.tensors, be or self.be, self.c, self.prefix + prefix, self.taken)
 
     def has(self, *names: str) -> bool:
@@ -170,7 +172,7 @@ class Tensors:
         return self.norm(name, size, kind) if self.has(f"{name}.weight") else None
 
     def leftovers(self) -> list[str]:
-        """Tensors that nobody used."""
+        """Names of the tensors that nothing has asked for."""
         return sorted(
             n
             for n in self.tensors
@@ -228,7 +230,7 @@ def check_uniform(layers: list[set[str]]) -> None:
 
 
 def parts(names: set[str]) -> dict[tuple[bool, ...], set[str]]:
-    """A layer's names as those of its feed-forward half and the others, each under what kind it is."""
+    """Divide a layer's names between its feed-forward half and its mixer; the key tells the kind of each."""
     ffn = {n for n in names if n.startswith(("ffn_", "exp_probs_b"))}
     mixer = tuple(
         any(n.startswith(p) for n in names) for p in ("attn_output.", "ssm_", "shortconv.")
@@ -252,7 +254,7 @@ def check_biases(tensors: Mapping[str, Any]) -> None:
 
 
 def check_pair(prefix: str, names: set[str], first: str, second: str) -> None:
-    """Two tensors that come together or not at all."""
+    """Raise GGUFError where only one of two tensors is there that come together or not at all."""
     here = {first, second} & names
     if len(here) == 1:
         absent = ({first, second} - here).pop()
@@ -260,7 +262,7 @@ def check_pair(prefix: str, names: set[str], first: str, second: str) -> None:
 
 
 def check_together(prefix: str, names: set[str], group: Sequence[str]) -> None:
-    """Those of the group that are there have biases all or none."""
+    """Raise GGUFError where some members of the group that are there have a bias and others have none."""
     here = [g for g in group if f"{g}.weight" in names]
     without = [g for g in here if f"{g}.bias" not in names]
     if 0 < len(without) < len(here):
