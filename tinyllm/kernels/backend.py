@@ -40,9 +40,15 @@ Compute = Literal["f32", "bf16"]
 class Source(Protocol):
     """A tensor of a file as ``Backend.load`` reads it; ``tinyllm.gguf.Tensor`` is one."""
 
-    name: str
-    type: str
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> str:
+        """The tensor type that the file names, such as "Q4_K"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Raw bytes [stop - start, row_nbytes] of rows of the tensor seen as [-1, shape[-1]]."""

@@ -39,7 +39,7 @@ class PendingStep:
     next_ids: list[int] = field(default_factory=list)
 
     def serves(self, segments: Sequence[Segment]) -> bool:
-        """Is this the step that computes these segments?"""
+        """Whether this is the step that computes these segments."""
         if len(segments) != len(self.sequences):
             return False
         expected = zip(self.sequences, self.past, self.next_ids, strict=True)
@@ -110,9 +110,8 @@ def start_next(net: Network, now: PendingStep, segments: Sequence[Segment]) -> P
     """Start the step behind one that has just begun, on the ids that the device chooses, if it can be."""
     past = [s.n_past + n for s, n, _ in segments]
     full = any(p == s.n_ctx for p, (s, _, _) in zip(past, segments, strict=True))
-    if (
-        full or net.be.n_steps != now.n_step
-    ):  # another thread's step has taken its place on the device
+    # after another step of the backend, the device no longer has the ids
+    if full or net.be.n_steps != now.n_step:
         return None
     batch = Batch.next([0] * len(past), past, [s.cache for s, _, _ in segments])
     try:

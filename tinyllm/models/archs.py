@@ -53,7 +53,7 @@ class Arch:
 
 
 def scaled_embedding(c: Config) -> Config:
-    """Gemma multiplies embeddings by the root of their length."""
+    """Scale embeddings by the root of their length, as Gemma does."""
     return replace(c, embedding_scale=sqrt(c.n_embd))
 
 
@@ -92,17 +92,17 @@ def olmo2(c: Config) -> Config:
 
 
 def smollm3(c: Config) -> Config:
-    """Every fourth layer has no rotary embedding."""
+    """Leave the rotary embedding out of every fourth layer."""
     return replace(c, rope_on=tuple((i + 1) % 4 != 0 for i in range(c.n_layer)))
 
 
 def no_window(c: Config) -> Config:
-    """The files carry a window that the reference does not apply."""
+    """Drop the window, which the files carry and the reference does not apply."""
     return replace(c, window=(0,) * c.n_layer)
 
 
 def alibi(c: Config) -> Config:
-    """The bias of 8 is the paper's; the files do not repeat it."""
+    """Set the largest ALiBi bias to the paper's 8, which the files do not repeat."""
     return replace(c, max_alibi_bias=c.max_alibi_bias or 8.0)
 
 
@@ -136,7 +136,7 @@ LFM2_NORM = {"output_norm": "token_embd_norm"}
 
 
 def granitehybrid(c: Config) -> Config:
-    """Its attention layers rotate only where the file says so."""
+    """Let attention layers rotate only where the file says so."""
     return replace(divided_logits(c), rope_on=(c.rope_finetuned,) * c.n_layer)
 
 
@@ -145,12 +145,12 @@ def gemma_embedding(c: Config) -> Config:
 
 
 def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
-    """Layers without key heads are recurrent."""
+    """Make the mixer of a layer: without key heads it is recurrent."""
     return (Attention if c.n_head_kv[i] else Mamba2)(c, a, i, w)
 
 
 def conv_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
-    """Layers without key heads are convolutions."""
+    """Make the mixer of a layer: without key heads it is a convolution."""
     return (Attention if c.n_head_kv[i] else ShortConv)(c, a, i, w)
 
 

@@ -58,7 +58,7 @@ class Attention(Mixer):
 
     @property
     def scoring(self) -> Scoring:
-        """How this layer scores, for a tap that asks for probabilities."""
+        """How the layer makes scores, for a tap that asks for probabilities."""
         return Scoring(
             self.i, self.n_head, self.n_head_kv, self.causal, self.scale, self.window,
             self.softcap, self.slopes, self.sinks,
@@ -91,11 +91,11 @@ class Attention(Mixer):
         return w.linear("attn_q", self.n_head * c.head_dim, c.n_embd)
 
     def normed(self, q: Array, k: Array) -> tuple[Array, Array]:
-        """Queries and keys through their norms, where there are any."""
+        """Normalise queries and keys, where the layer has norms for them."""
         return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k
 
     def place(self, step: Step, q: Array, k: Array) -> tuple[Array, Array]:
-        """Queries and keys turned to their positions."""
+        """Turn queries and keys to their positions."""
         if self.rope is None:
             return q, k
         spec, positions = self.rope.at(step.n_ctx), step.batch.positions
@@ -154,7 +154,7 @@ class NormsBehindRope(Attention):
 
 
 def check_has_heads(c: Config, i: int) -> None:
-    """An attention layer needs heads, and they need values."""
+    """Raise GGUFError unless an attention layer has heads, and they have values."""
     for key, n in (
         ("head_count", c.n_head[i]),
         ("head_count_kv", c.n_head_kv[i]),

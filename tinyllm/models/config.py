@@ -67,7 +67,7 @@ class Keys:
         return value
 
     def whole(self, key: str, default: int | None = None, low: int = 0, high: int = WIDTH) -> int:
-        """An integer in [low, high]."""
+        """A key that is an integer in [low, high]."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise GGUFError(
@@ -306,7 +306,7 @@ def read_groups_used(k: Keys, n_group: int) -> int:
 
 
 def check_heads(k: Keys, n_embd: int, n_head: tuple[int, ...], n_head_kv: tuple[int, ...]) -> None:
-    """Query heads must be whole multiples of key heads."""
+    """Raise GGUFError unless the query heads are a multiple of the key heads."""
     for h, kv in zip(n_head, n_head_kv, strict=True):
         if h and kv and h % kv:  # a layer without key heads is no attention layer
             raise GGUFError(
@@ -352,7 +352,7 @@ def read_rope_dim(k: Keys, head_dim: int) -> int:
 
 
 def read_scaling(k: Keys) -> RopeScaling:
-    """``rope.scaling.*``."""
+    """How positions are scaled, from the keys ``rope.scaling.*``."""
     kind = k.text("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedModel(

@@ -69,7 +69,7 @@ def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:
 
 
 def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
-    """Do attention and feed-forward read the same input?"""
+    """Whether attention and feed-forward read the same input."""
     if a.residual == "file":
         return c.parallel_residual
     if a.residual == "norms":

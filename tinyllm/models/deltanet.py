@@ -21,7 +21,7 @@ from .weights import Linear, Norm, Tensors
 if TYPE_CHECKING:
     from .archs import Arch
 
-UNIT_EPS = 1e-6  # added to the squared lengths that queries and keys are divided by
+UNIT_EPS = 1e-6  # added to the lengths that queries and keys are divided by
 
 
 class DeltaNet(Mixer):
@@ -104,7 +104,7 @@ class GatedAttention(Attention):
 
 
 def delta_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> DeltaNet | GatedAttention:
-    """Make the mixer that the layer has tensors for."""
+    """Make the mixer whose tensors the layer has."""
     matrices = "attn_qkv attn_gate ssm_alpha ssm_ba ssm_beta ssm_conv1d ssm_norm ssm_out".split()
     recurrent = w.has("ssm_a", "ssm_dt.bias", *(f"{n}.weight" for n in matrices))
     return DeltaNet(c, a, i, w) if recurrent else GatedAttention(c, a, i, w)

@@ -65,7 +65,7 @@ class Mamba2(Mixer):
 
 
 def check_groups(c: Config) -> None:
-    """Channels are divided into heads, and heads into groups."""
+    """Raise GGUFError unless channels divide into heads, and heads into groups."""
     for key, n, whole in (
         ("time_step_rank", c.ssm_dt_rank, c.ssm_inner),
         ("group_count", c.ssm_group, c.ssm_dt_rank),

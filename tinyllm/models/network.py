@@ -53,9 +53,8 @@ class Network:
         self.fingerprint = fingerprint(config, kv_type)
 
         whole = len(stages) == 1
-        recurrent = any(
-            c.arrays for c in decoder.caches
-        )  # a step that nobody wants cannot be undone
+        # a step that nobody wants cannot be undone in recurrent layers
+        recurrent = any(c.arrays for c in decoder.caches)
         self.ahead = RunAhead(enabled=bool(self.be.picks) and whole and not recurrent)
         # may steps be recorded and replayed?
         self.repeats = whole or not any(b.mixer.carries for b in decoder.blocks)
@@ -245,7 +244,7 @@ class Network:
         return stage.be.step(key if plain else None, compute, batch)
 
     def rope_class(self, n_ctx: int) -> bool:
-        """Is the context a long one? LongRoPE rotates those by another table, so that steps differ."""
+        """Whether the context is a long one: LongRoPE rotates those by another table, so that steps differ."""
         return n_ctx > self.config.rope_scaling.n_ctx_original
 
     def check_ids(self, ids: Sequence[Sequence[int]]) -> None:
@@ -265,9 +264,9 @@ class Network:
 
 
 def unlock() -> None:
-    """In a forked child, the thread that held a lock does not exist."""
+    """Free all locks in a forked child, where the threads that held them do not exist."""
     for network in list(NETWORKS):
-        network.lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does
+        network.lock._at_fork_reinit()  # type: ignore[attr-defined]  # the standard library calls it, too
 
 
 if hasattr(os, "register_at_fork"):

@@ -24,7 +24,7 @@ SLOWEST = -0.606531  # -e^-0.5: RWKV 7's decay is exp(SLOWEST * sigmoid(.))
 
 
 def difference(step: Step, be: Any, i: int, x: Array, name: str) -> Array:
-    """The row before, minus this one."""
+    """The difference between the row before and each row of x."""
     return be.add(be.shift_rows(step.batch, i, x, name), x, scale=-1.0)
 
 
@@ -49,7 +49,7 @@ class TimeMix(Mixer):
 
     @property
     def cache(self) -> LayerCache:
-        """The last rows of both halves, and one matrix per head."""
+        """What the layer keeps: the last rows of both halves, and one matrix per head."""
         e, d = self.n_embd, self.head_dim
         return LayerCache(arrays=(("att", (e,)), ("ffn", (e,)), ("wkv", (self.n_head, d, d))))
 

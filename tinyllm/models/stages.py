@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import StateError
 from ..kernels.backend import Backend, Batch, Cache, KVType, LayerCache, RopeSpec
+
+if TYPE_CHECKING:
+    from .weights import Stored
 
 LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
@@ -50,13 +53,14 @@ def gpus_first(stages: Sequence[Stage]) -> list[Stage]:
     return sorted(stages, key=lambda s: not s.be.where.is_gpu)
 
 
-def stage_bytes(tensors: Mapping[str, Any], stages: Sequence[Stage]) -> list[int]:
+def stage_bytes(tensors: Mapping[str, Stored], stages: Sequence[Stage]) -> list[int]:
     """Bytes of each stage's weights; a tied embedding counts where it is read and where it is the head."""
     total = [0] * len(stages)
     for name, tensor in tensors.items():
         total[stage_of(name, stages)] += tensor.nbytes
-    if len(stages) > 1 and "output.weight" not in tensors:
-        total[-1] += getattr(tensors.get("token_embd.weight"), "nbytes", 0)
+    tied = tensors.get("token_embd.weight") if "output.weight" not in tensors else None
+    if len(stages) > 1 and tied is not None:
+        total[-1] += tied.nbytes
     return total
 
 

@@ -52,7 +52,7 @@ class State:
 
     @property
     def can_truncate(self) -> bool:
-        """Can tokens be dropped from the end? Recurrent layers keep a summary that cannot be unwound."""
+        """Whether tokens can be taken back: the summary that recurrent layers keep cannot be unwound."""
         return not any(layer.arrays for layer in self.layers)
 
     def append(self, ids: Sequence[int]) -> None:

@@ -21,9 +21,8 @@ class Step:
     batch: Batch
     n_ctx: int = 0
     user_tap: Tap | None = None
-    types: Array | None = (
-        None  # [T] int32: 0 for rows of a pair's first text, 1 for the second (BERT)
-    )
+    # int32 [T], for BERT: 0 for rows of a pair's first text, 1 for those of the second
+    types: Array | None = None
     # what a layer hands to later layers of this pass (RWKV 7's first values)
     carried: dict[str, Array] = field(default_factory=dict)
 
