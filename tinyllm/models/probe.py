@@ -1,4 +1,4 @@
-"""Attention probabilities for a tap that asks for them. Backends never hold them whole: here they are.
+"""Attention probabilities for a tap that asks for them. Backends never hold them whole: they are computed anew.
 
 A tap asks by an attribute: ``tap.attn_probs = True``. It then also sees ``blk.N.attn_probs``, float32
 [H, T, S] of each sequence in turn, and what it returns in their place weighs the values. That is slow (keys and
