@@ -29,7 +29,9 @@ from .engine.completion import (
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
 from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError, UnsupportedModel
+from .kernels.backend import Device
 from .models.network import Network
+from .models.stages import gpus_first
 from .models.state import State
 from .models.step import Tap
 from .sampling import LogitsProcessor, SamplingParams
@@ -74,11 +76,15 @@ class Model:
     @property
     def device(self) -> str:
         """What really runs: "cpu", "reference", "cuda:0 NVIDIA H200"; of several, with the layers of each."""
-        stages = self.network.stages
+        stages = gpus_first(self.network.stages)
         if len(stages) == 1:
             return stages[0].be.name
-        gpus_first = sorted(stages, key=lambda s: s.be.name == "cpu")
-        return " + ".join(f"{s.be.name} ({s.said})" for s in gpus_first)
+        return " + ".join(f"{s.be.name} ({s.label})" for s in stages)
+
+    @property
+    def devices(self) -> list[Device]:
+        """The devices that compute the model's layers, GPUs first."""
+        return [s.be.where for s in gpus_first(self.network.stages)]
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -19,6 +19,7 @@ from ..backend import (
     Backend,
     Batch,
     Compute,
+    Device,
     KVType,
     LayerCache,
     RopeSpec,
@@ -55,7 +56,7 @@ class CPUBackend(Backend):
         The processor does not multiply bfloat16.
     """
 
-    name = "cpu"
+    where = Device("cpu")
 
     def __init__(self, n_threads: int | None = None, compute: Compute = "f32") -> None:
         if compute == "bf16":
