@@ -110,7 +110,7 @@ class Job:
         return self.run.finish_reason is not None
 
     def accept(self, token: Token) -> str:
-        """Take one token; the text that may be shown because of it."""
+        """Take one token and return the text that may be shown now."""
         self.tokens.append(token)
         piece = "" if self.run.finish_reason == "stop" else self.text.push(token.id)
         if self.text.stopped is not None:
@@ -143,7 +143,7 @@ def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: O
 
 
 def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:
-    """Tokens of context for a prompt and its answer: all there are, if it may come to that."""
+    """Tokens of context for a prompt and its answer; all ``n_ctx`` where they may be needed."""
     needed = len(ids) + o.max_tokens
     if o.max_tokens < 0 or o.overflow == "shift" or needed > n_ctx:
         return n_ctx
@@ -156,7 +156,7 @@ def complete(
     tap: Tap | None = None,
     before_step: Callable[[], object] | None = None,
 ) -> list[Completion]:
-    """All jobs to their ends, side by side; ``before_step`` as `generate_tokens` has it."""
+    """Run all jobs to their ends, side by side; ``before_step`` is called before each step."""
     with (
         reading(sum(job.run.n_pending for job in jobs)) as read,
         closing(generate_tokens(net, [j.run for j in jobs], tap, read, before_step)) as tokens,
@@ -219,7 +219,7 @@ def control_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
 
 
 def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int]:
-    """The prompt without so much of its middle-left that the answer, or half the room, is free."""
+    """Drop tokens after the first ``keep`` until the answer, or half of the room, is free."""
     limit = room - min(max(max_tokens, 0) or room // 2, room // 2)
     return ids if len(ids) <= limit else ids[:keep] + ids[len(ids) - (limit - keep) :]
 

@@ -31,8 +31,11 @@ class Finder:
         return found
 
     def find_distributions(self, context: "Any" = None) -> "Iterable[Distribution]":
-        """What `importlib.metadata` tells of gpt4all."""
+        """What `importlib.metadata` tells of gpt4all, once, however many of these finders there are."""
         name = getattr(context, "name", None)
+        ours = [f for f in sys.meta_path if hasattr(f, "stands_for_gpt4all")]
+        if ours and ours[0] is not self:
+            return ()
         if (name or "gpt4all").lower() != "gpt4all" or (shim := self._shim()) is None:
             return ()
         found: Iterable[Distribution] = shim.distributions(context)
@@ -57,5 +60,6 @@ class Finder:
 
 
 def install(home: str) -> None:
-    """Let ``import gpt4all`` find tinyllm from now on."""
-    sys.meta_path.insert(0, Finder(home))
+    """Let ``import gpt4all`` find tinyllm from now on; once, though some Pythons read a .pth file twice."""
+    if not any(hasattr(finder, "stands_for_gpt4all") for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder(home))
