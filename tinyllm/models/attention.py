@@ -103,7 +103,7 @@ class Attention(Mixer):
         return q, self.be.rope(k, positions, spec, self.head_dim)
 
     def stored(self, step: Step, rope: Rope, q: Array, k: Array, v: Array) -> Array:
-        """Queries normed and turned; keys, likewise, and values in the cache: all at once if possible."""
+        """Norm and turn queries and keys, and store keys and values; returns the queries."""
         norms = head_norms(self.q_norm, self.k_norm, self.head_dim)
         if norms is None:
             q, k = self.normed(q, k)
@@ -111,7 +111,7 @@ class Attention(Mixer):
         return self.be.rope_write(step.batch, self.i, q, k, v, spec, self.head_dim, norms)
 
     def gated(self, x: Array, y: Array) -> Array:
-        """What passes of the heads' outputs y, given the layer's input x: all of them."""
+        """Gate the heads' outputs y by the layer's input x; plain attention lets all pass."""
         return y
 
     def attend(self, step: Step, q: Array, k: Array, v: Array) -> Array:
@@ -137,7 +137,7 @@ class Attention(Mixer):
 
 
 class NormsBehindRope(Attention):
-    """Queries and keys are turned first and normalised then (Hunyuan)."""
+    """Attention that turns queries and keys before it normalises them (Hunyuan)."""
 
     can_shift = False  # what is stored is no longer a rotation
 

@@ -1,4 +1,4 @@
-"""The one model: token ids through embedding, blocks and head. Encoders are the same without a head."""
+"""The one model: token ids through embedding, blocks and head. Encoders have no head."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Decoder:
         return x
 
     def body(self, step: Step, x: Array) -> Array:
-        """Activations after the last block as they are: all that is wanted are the caches."""
+        """Leave the last block's activations as they are: only what the caches keep is wanted."""
         return x
 
     def hidden(self, step: Step, x: Array) -> Array:

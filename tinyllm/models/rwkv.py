@@ -29,7 +29,7 @@ def difference(step: Step, be: Any, i: int, x: Array, name: str) -> Array:
 
 
 class TimeMix(Mixer):
-    """What both versions share: token shift, heads, the norm over heads, the output."""
+    """The parts that both versions share: token shift, heads, the norm over heads, the output."""
 
     n_mix = 0  # how many mixtures of this row and the one before are made
 

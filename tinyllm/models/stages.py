@@ -104,7 +104,7 @@ class StagedCache(Cache):
 
 
 def caches_of(batch: Batch, i: int) -> Batch:
-    """The batch with the caches' parts of stage i."""
+    """The batch for stage i, with that stage's part of each cache."""
     parts = tuple(c.parts[i] for c in batch.caches if isinstance(c, StagedCache))
     return replace(batch, caches=parts) if parts else batch
 

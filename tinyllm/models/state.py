@@ -112,7 +112,7 @@ class State:
         self.n_past -= discard
 
     def spoil(self) -> None:
-        """Note that a step did not come to its end; keys and values are then written again, sums are lost."""
+        """Note that a step did not end. Keys and values will be written again; recurrent sums are lost."""
         self.spoilt = self.spoilt or not self.can_truncate
 
     def check_whole(self) -> None:

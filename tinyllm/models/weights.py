@@ -34,7 +34,8 @@ STREAM_NORMS = tuple(  # norms of the residual stream
     for name in """attn_norm attn_norm_2 ffn_norm attn_output_norm layer_output_norm token_embd_norm
     output_norm""".split()
 )
-BIASED_TOGETHER = (  # in models whose feed-forward half has no gate
+# Groups that have biases all or none, in models whose feed-forward half has no gate.
+BIASED_TOGETHER = (
     ("attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output"),
     ("ffn_up", "ffn_down"),
 )
@@ -181,7 +182,7 @@ class Tensors:
         return self.norm(name, size, kind) if self.has(f"{name}.weight") else None
 
     def leftovers(self) -> list[str]:
-        """Tensors that nobody used."""
+        """Names of the tensors that nothing has asked for."""
         return sorted(
             n
             for n in self.tensors
