@@ -371,6 +371,9 @@ def test_names_of_the_second_version(llm: GPT4All) -> None:
         )
         == "H\n\nU: u A: a\n\n\nF"
     )
+    llm._current_prompt_template = "U: {0} A: {1} end"  # as the list has them
+    assert llm._format_chat_prompt_template([{"role": "user", "content": "u"}]) == "U: u A: "
+    llm._current_prompt_template = "U: {0} A: "
     llm._history = [{"role": "system", "content": "Sys "}]
     answer = llm.generate(ONE, **GREEDY)
     assert len(llm._history) == 3

@@ -16,7 +16,16 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..errors import DeviceError
-from ..kernels.backend import Backend, Batch, KVType, LayerCache, RopeSpec, Routing, Source
+from ..kernels.backend import (
+    Backend,
+    Batch,
+    Device,
+    KVType,
+    LayerCache,
+    RopeSpec,
+    Routing,
+    Source,
+)
 from .build import build
 from .network import Network
 from .step import Step
@@ -84,7 +93,7 @@ def short(name: str) -> str:
 class Recorder(Backend):
     """A backend that computes nothing, and writes down each operation that it is asked for."""
 
-    name = "recorder"
+    where = Device("recorder")
 
     def __init__(self) -> None:
         self.lines: list[Line] = []

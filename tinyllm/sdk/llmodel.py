@@ -157,12 +157,12 @@ class LLModel(NotPickled):
     @property
     def backend(self) -> BackendName:
         """The kind of device in use: "cpu", "cuda", or "kompute" for OpenCL."""
-        return devices.backend_of(self._open().device)
+        return devices.backend_of(self._open().devices[0])
 
     @property
     def device(self) -> str | None:
         """The GPU's name, or None on the CPU."""
-        return devices.gpu_name(self._open().device)
+        return devices.gpu_name(self._open().devices[0])
 
     @staticmethod
     def list_gpus(mem_required: int = 0) -> list[str]:
@@ -186,7 +186,7 @@ class LLModel(NotPickled):
         """
         import tinyllm
 
-        engine = "cpu" if self._gpu is None else self._gpu.engine
+        engine = "cpu" if self._gpu is None else self._gpu.device.id
         n_ctx = max(self.n_ctx, SMALLEST_CONTEXT)
         try:
             self.model = tinyllm.load(

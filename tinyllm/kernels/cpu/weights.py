@@ -30,7 +30,7 @@ class CPUWeight:
     kind: str  # the float type, or the format's name: what kernels are compiled for
     tile_bytes: int
     memory: np.ndarray
-    address: int  # of the memory
+    address: int  # where the memory begins
 
     @property
     def nbytes(self) -> int:
