@@ -186,7 +186,7 @@ def mask(scores, first, n, i, cap, slope, biased, window, causal):
 
     n positions are stored; the query's place i is counted from the first of them.
     """
-    nearest, farthest = np.float32(0), FAR  # of i - j
+    nearest, farthest = np.float32(0), FAR  # bounds of the distance i - j
     if causal == 0:
         nearest = -FAR
         if window > 0:
