@@ -4,8 +4,8 @@ A kernel is written ``def body(x, y, n, eps: f32, first, last, worker)``: it doe
 one instruction, whose arguments are what stands before. Compiled it is a C function ``(args, first, last,
 worker)`` that finds them at the address ``args``. Callers name them (``Kernel``, ``Tape.add``).
 
-``kernel(body, **names)`` compiles ``body`` with the given values in the place of its global names, so that one
-loop serves many micro-kernels.
+``kernel(body, **names)`` compiles ``body``, and what it calls of its own file, with the given values in the
+place of global names, so that one loop serves many micro-kernels.
 
 The cache holds one object file for each kernel, with a hash of its bytes. It lives beside this file, or in the
 user's cache folder when that is read-only, under a name made of all kernel sources, the version of llvmlite,
@@ -26,7 +26,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import llvmlite
@@ -145,10 +144,7 @@ def assembly(name: str) -> str:
 
 def module_text(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> str:
     """A kernel as LLVM IR."""
-    variant = FunctionType(
-        body.__code__, {**body.__globals__, **names}, name, None, body.__closure__
-    )
-    return str(translate(variant, name, emit.target()[0], kinds))
+    return str(translate(body, name, emit.target()[0], kinds, names))
 
 
 def _machine_code(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:

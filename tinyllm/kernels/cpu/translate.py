@@ -65,12 +65,17 @@ def parameters(kernel: PyFunction) -> dict[str, ir.Type]:
 
 
 def translate(
-    function: PyFunction, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
+    function: PyFunction,
+    name: str,
+    triple: str,
+    kinds: Mapping[str, ir.Type] | None,
+    given: Mapping[str, Any],
 ) -> ir.Module:
     """A module with a function of four integers that returns nothing, under a name.
 
     Given the ``kinds`` of its ``parameters`` it is a kernel: the integers are (args, first, last, worker), and
     the parameters before ``first`` are read from the address ``args``, 8 bytes each. Else it takes the four.
+    ``given`` values replace globals of the function's file, there and in what it calls of that file.
     """
     module = ir.Module(name)
     module.triple = triple
@@ -81,7 +86,7 @@ def translate(
     if kinds is not None:
         e, address = Emit(b), values.pop(0)
         values[:0] = [e.load(e.ptr(address), ty, 8 * i) for i, ty in enumerate(kinds.values())]
-    Body(b, function, values)
+    Body(b, function, values, (function.__globals__, given))
     b.ret_void()
     return module
 
@@ -89,12 +94,21 @@ def translate(
 class Body(Arithmetic):
     """The statements of one call, written where the builder stands; ``result`` is what it returns."""
 
-    def __init__(self, b: ir.IRBuilder, function: Any, args: Sequence[Any], depth: int = 0) -> None:
+    def __init__(
+        self,
+        b: ir.IRBuilder,
+        function: Any,
+        args: Sequence[Any],
+        given: tuple[dict[str, Any], Mapping[str, Any]],
+        depth: int = 0,
+    ) -> None:
         super().__init__(b)
-        self.function, self.depth = function, depth
+        self.function, self.given, self.depth = function, given, depth
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
-        self.globals = {**vars(builtins), **function.__globals__, **dict(inner)}
+        home, values = given  # the globals of the kernel's file, and what replaces some of them
+        new = values if function.__globals__ is home else {}
+        self.globals = {**vars(builtins), **function.__globals__, **new, **dict(inner)}
         self.places: dict[str, Any] = {}  # where local variables are stored
         # the variables with a value on every way here; None: no way leads here
         self.known: set[str] | None = set()
@@ -175,7 +189,10 @@ class Body(Arithmetic):
             self.refuse(target)
 
     def Return(self, s: ast.Return) -> None:
-        self.leave(None if s.value is None else self.typed(self.value(s.value)))
+        value = None if s.value is None else self.value(s.value)
+        if value is not None:
+            value = tuple(map(self.typed, value)) if isinstance(value, tuple) else self.typed(value)
+        self.leave(value)
 
     def leave(self, value: Any) -> None:
         if self.b.block.is_terminated:
@@ -183,8 +200,7 @@ class Body(Arithmetic):
         if value is None and self.known is None:
             self.b.unreachable()  # every way here returned before
             return
-        kinds = {v is not None and v.type for v in (value, *(v for v, _ in self.returned))}
-        if len(kinds) > 1:
+        if len({kind_of(v) for v in (value, *(v for v, _ in self.returned))}) > 1:
             self.refuse(
                 self.here,
                 f"{self.function.__name__} does not always return a value of one type",
@@ -381,6 +397,11 @@ class Body(Arithmetic):
         values = [v for v, _ in incoming]
         if not values or values[0] is None:
             return None
+        if isinstance(values[0], tuple):
+            ends = [block for _, block in incoming]
+            return tuple(
+                self.join(list(zip(vs, ends, strict=True))) for vs in zip(*values, strict=True)
+            )
         phi = self.b.phi(values[0].type)
         for v, block in incoming:
             phi.add_incoming(v, block)
@@ -401,7 +422,7 @@ class Body(Arithmetic):
                 self.refuse(
                     node, f"{f.__name__} is called {DEEPEST} calls deep; kernels cannot recurse"
                 )
-            return Body(self.b, f, args, self.depth + 1).result
+            return Body(self.b, f, args, self.given, self.depth + 1).result
         if f in (min, max):
             self.count(node, 2, len(args))
             return self.extreme("<" if f is min else ">", args)
@@ -421,6 +442,11 @@ class Body(Arithmetic):
             self.refuse(
                 call, f"{ast.unparse(call)} has {len(call.args)} arguments; expected {wanted}"
             )
+
+
+def kind_of(value: Any) -> Any:
+    """The type of what a function returns: one of LLVM's, several, or None."""
+    return tuple(v.type for v in value) if isinstance(value, tuple) else value and value.type
 
 
 def common(ways: list[set[str] | None]) -> set[str] | None:
