@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UnsupportedModel
+from ..errors import ArgumentError, StateError, TinyLLMError
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from .ahead import RunAhead
 from .archs import Arch
@@ -51,6 +51,7 @@ class Network:
         NETWORKS.add(self)
         self.number = next(NUMBERS)  # several networks may share a backend and its recorded steps
         self.fingerprint = fingerprint(config, kv_type)
+        self.closed = False
 
         whole = len(stages) == 1
         # a step that nobody wants cannot be undone in recurrent layers
@@ -121,6 +122,7 @@ class Network:
             valid until the next step: hold ``lock`` while using them, or copy.
         """
         for s, _, _ in segments:
+            self.check_own(s)
             s.check_whole()
         try:
             with self.lock:
@@ -139,6 +141,14 @@ class Network:
                 s.spoil()
             raise
         return split(rows, segments)
+
+    def check_own(self, state: State) -> None:
+        """Raise StateError for a state of another model: kernels write to its memory by address."""
+        if state.lock is not self.lock:
+            raise StateError(
+                "the state belongs to another model, or to another loading of this one; "
+                "make one with new_state, and restore what the other has saved"
+            )
 
     def make_batch(self, segments: Sequence[Segment]) -> Batch:
         """The rows of a step over these segments."""
@@ -211,6 +221,8 @@ class Network:
         Between two stages, activations pass through the host. With ``after``, the result of the step that
         has just begun, the ids are those that it finds (``Backend.follow``).
         """
+        if self.closed:
+            raise TinyLLMError("the model is closed")
         carried: dict[str, np.ndarray] = {}
         for i, stage in enumerate(self.stages):
             step = Step(stage.be, batch, n_ctx, tap)
@@ -248,16 +260,17 @@ class Network:
         return n_ctx > self.config.rope_scaling.n_ctx_original
 
     def check_ids(self, ids: Sequence[Sequence[int]]) -> None:
-        """Raise UnsupportedModel for ids that are not rows of the embedding."""
+        """Raise ArgumentError for ids that are not rows of the embedding."""
         for sequence in ids:
             if len(sequence) and not 0 <= min(sequence) <= max(sequence) < self.n_vocab:
-                raise UnsupportedModel(
-                    f"token ids {min(sequence)} to {max(sequence)} do not fit the vocabulary of {self.n_vocab}"
+                raise ArgumentError(
+                    f"token ids {min(sequence)} to {max(sequence)}; expected 0 to {self.n_vocab - 1}"
                 )
 
     def close(self) -> None:
         """Free the weights and what was computed ahead."""
         with self.lock:
+            self.closed = True
             self.ahead.pending.clear()
             for stage in self.stages:
                 stage.be.close()

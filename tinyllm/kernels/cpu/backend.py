@@ -67,8 +67,11 @@ class CPUBackend(Backend):
 
     def set_threads(self, n_threads: int) -> None:
         """Use up to so many threads from the next step on; call it between steps."""
-        if n_threads < 1:
-            raise ArgumentError(f"n_threads is {n_threads}; expected 1 or more")
+        whole = isinstance(n_threads, int) and not isinstance(n_threads, bool)
+        if not whole or n_threads < 1:
+            raise ArgumentError(
+                f"n_threads={n_threads!r}; expected a whole number of at least 1, or None"
+            )
         self.n_threads = n_threads  # what the caller asked for
         self._workers = min(n_threads, pool().size)
         self._steps.set_workers(self._workers)
