@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import system
 from ..errors import StateError, TemplateError
 from ..files import replacing
 from .answering import room_for_prompt
@@ -228,7 +229,7 @@ class ChatSession:
         with (
             self._alone(),
             replacing(path) as whole,
-            tempfile.TemporaryDirectory(dir=Path(path).resolve().parent) as folder,
+            tempfile.TemporaryDirectory(dir=system.expanded(path).resolve().parent) as folder,
             zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
         ):
             archive.writestr("history.json", json.dumps(self.history))
@@ -246,7 +247,7 @@ class ChatSession:
         """
         with self._alone():
             try:
-                history, state = self._read(Path(path), model)
+                history, state = self._read(system.expanded(path), model)
             except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
                 raise StateError(f"{path}: not a saved session ({error})") from error
             self._end_stream()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import linecache
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,12 +65,17 @@ def parameters(kernel: PyFunction) -> dict[str, ir.Type]:
 
 
 def translate(
-    function: PyFunction, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
+    function: PyFunction,
+    name: str,
+    triple: str,
+    kinds: Mapping[str, ir.Type] | None,
+    given: Mapping[str, Any],
 ) -> ir.Module:
     """A module with a function of four integers that returns nothing, under a name.
 
     Given the ``kinds`` of its ``parameters`` it is a kernel: the integers are (args, first, last, worker), and
     the parameters before ``first`` are read from the address ``args``, 8 bytes each. Else it takes the four.
+    ``given`` values replace globals of the function's file, there and in what it calls of that file.
     """
     module = ir.Module(name)
     module.triple = triple
@@ -80,7 +86,7 @@ def translate(
     if kinds is not None:
         e, address = Emit(b), values.pop(0)
         values[:0] = [e.load(e.ptr(address), ty, 8 * i) for i, ty in enumerate(kinds.values())]
-    Body(b, function, values)
+    Body(b, function, values, (function.__globals__, given))
     b.ret_void()
     return module
 
@@ -88,12 +94,21 @@ def translate(
 class Body(Arithmetic):
     """The statements of one call, written where the builder stands; ``result`` is what it returns."""
 
-    def __init__(self, b: ir.IRBuilder, function: Any, args: Sequence[Any], depth: int = 0) -> None:
+    def __init__(
+        self,
+        b: ir.IRBuilder,
+        function: Any,
+        args: Sequence[Any],
+        given: tuple[dict[str, Any], Mapping[str, Any]],
+        depth: int = 0,
+    ) -> None:
         super().__init__(b)
-        self.function, self.depth = function, depth
+        self.function, self.given, self.depth = function, given, depth
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
-        self.globals = {**vars(builtins), **function.__globals__, **dict(inner)}
+        home, values = given  # the globals of the kernel's file, and what replaces some of them
+        new = values if function.__globals__ is home else {}
+        self.globals = {**vars(builtins), **function.__globals__, **new, **dict(inner)}
         self.places: dict[str, Any] = {}  # where local variables are stored
         # the variables with a value on every way here; None: no way leads here
         self.known: set[str] | None = set()
@@ -174,7 +189,10 @@ class Body(Arithmetic):
             self.refuse(target)
 
     def Return(self, s: ast.Return) -> None:
-        self.leave(None if s.value is None else self.typed(self.value(s.value)))
+        value = None if s.value is None else self.value(s.value)
+        if value is not None:
+            value = tuple(map(self.typed, value)) if isinstance(value, tuple) else self.typed(value)
+        self.leave(value)
 
     def leave(self, value: Any) -> None:
         if self.b.block.is_terminated:
@@ -182,8 +200,7 @@ class Body(Arithmetic):
         if value is None and self.known is None:
             self.b.unreachable()  # every way here returned before
             return
-        kinds = {v is not None and v.type for v in (value, *(v for v, _ in self.returned))}
-        if len(kinds) > 1:
+        if len({kind_of(v) for v in (value, *(v for v, _ in self.returned))}) > 1:
             self.refuse(
                 self.here,
                 f"{self.function.__name__} does not always return a value of one type",
@@ -380,6 +397,11 @@ class Body(Arithmetic):
         values = [v for v, _ in incoming]
         if not values or values[0] is None:
             return None
+        if isinstance(values[0], tuple):
+            ends = [block for _, block in incoming]
+            return tuple(
+                self.join(list(zip(vs, ends, strict=True))) for vs in zip(*values, strict=True)
+            )
         phi = self.b.phi(values[0].type)
         for v, block in incoming:
             phi.add_incoming(v, block)
@@ -400,7 +422,7 @@ class Body(Arithmetic):
                 self.refuse(
                     node, f"{f.__name__} is called {DEEPEST} calls deep; kernels cannot recurse"
                 )
-            return Body(self.b, f, args, self.depth + 1).result
+            return Body(self.b, f, args, self.given, self.depth + 1).result
         if f in (min, max):
             self.count(node, 2, len(args))
             return self.extreme("<" if f is min else ">", args)
@@ -422,23 +444,61 @@ class Body(Arithmetic):
             )
 
 
+def kind_of(value: Any) -> Any:
+    """The type of what a function returns: one of LLVM's, several, or None."""
+    return tuple(v.type for v in value) if isinstance(value, tuple) else value and value.type
+
+
 def common(ways: list[set[str] | None]) -> set[str] | None:
     """The variables that have a value on each of the ways that meet here; None if there is no way."""
     there = [known for known in ways if known is not None]
     return set.intersection(*there) if there else None
 
 
+def source_of(function: PyFunction) -> str:
+    """The text of the file in which a function stands: in a folder, a zip or a notebook.
+
+    Raises
+    ------
+    OSError
+        Only its bytecode is here.
+    """
+    return _text(function.__code__.co_filename, *_origin(function))
+
+
+def _origin(function: PyFunction) -> tuple[Any, str]:
+    """Loader and name of the module in which a function was defined."""
+    return function.__globals__.get("__loader__"), function.__globals__.get("__name__", "")
+
+
+def _text(path: str, loader: Any, module: str) -> str:
+    text: str | None = ""
+    try:
+        if hasattr(loader, "get_source"):  # not by the path: it may now hold another version
+            text = loader.get_source(module)
+    except ImportError:  # Python's prompt has the loader of something else
+        pass
+    if text == "":
+        try:
+            text = Path(path).read_text("utf-8")
+        except OSError:  # a notebook's cell
+            text = "".join(linecache.getlines(path))
+    if not text:
+        raise OSError(f"the source of {module} is missing; only its bytecode is here")
+    return text
+
+
 def _definition(function: FunctionType) -> ast.FunctionDef:
     code = function.__code__
-    found = _definitions(code.co_filename).get(code.co_firstlineno)
+    found = _definitions(code.co_filename, *_origin(function)).get(code.co_firstlineno)
     if found is None:
         raise OSError(f"the source of {function.__name__} is not in {code.co_filename}")
     return found
 
 
 @lru_cache
-def _definitions(path: str) -> dict[int, ast.FunctionDef]:
+def _definitions(path: str, loader: Any, module: str) -> dict[int, ast.FunctionDef]:
     """The functions of a file, by their first lines."""
-    tree = ast.parse(Path(path).read_text("utf-8"))
+    tree = ast.parse(_text(path, loader, module))
     found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     return {min([n.lineno, *(d.lineno for d in n.decorator_list)]): n for n in found}
