@@ -327,7 +327,8 @@ class Sessions:
         place = self._place
         if number in place.entered:
             rest = tuple(n for n in place.entered if n != number)
-            self._set_place(_Place(rest, next(_numbers)))
+            others = _Place(rest, next(_numbers)) if rest or self._open else None
+            self._set_place(others)
 
     @property
     def current_number(self) -> int | None:
@@ -365,5 +366,6 @@ class Sessions:
     def _place(self) -> _Place:
         return _places.get().get(self._number, _Place())
 
-    def _set_place(self, place: _Place) -> None:
-        _places.set({**_places.get(), self._number: place})
+    def _set_place(self, place: _Place | None) -> None:
+        places = {number: p for number, p in _places.get().items() if number != self._number}
+        _places.set(places if place is None else {**places, self._number: place})

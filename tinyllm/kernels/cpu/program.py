@@ -263,7 +263,6 @@ class Tape:
     def run(self, n_threads: int) -> None:
         """Run all instructions; they stay recorded."""
         if self.n:
-            jit.end_line()
             self.rows[0, 0] = self.n
             pool().run(self.rows.ctypes.data, n_threads)
 

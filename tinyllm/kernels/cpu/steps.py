@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..backend import Array, Batch
-from .attention import blocks_after
+from . import jit
+from .attention import BLOCK
 from .program import CPUArray, Tape, wrapped
 
 MOST_STEPS = 8  # recorded at a time
@@ -49,7 +50,7 @@ class Recorded:
         for view, name in zip(self.inputs, INPUTS, strict=True):
             view[...] = getattr(batch, name)
         self.tables[:] = addresses(batch)
-        blocks = blocks_after(batch.n_past).tolist()
+        blocks = (batch.n_past // BLOCK + 1).tolist()  # those that the new token sees
         if self.growing and blocks != self.blocks:
             for g in self.growing:
                 self.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))
@@ -90,7 +91,9 @@ class Steps:
     def settle(self) -> None:
         """Run what this thread has recorded and not run."""
         tape = self.tape
-        tape.run(self._workers)
+        if tape.n:
+            jit.end_line()
+            tape.run(self._workers)
         tape.clear()
 
     def settle_for_values(self) -> None:
@@ -139,6 +142,7 @@ class Steps:
         self._local.now = recorded
         try:
             recorded.result = fn(recorded.batch)
+            jit.end_line()
             tape.run(self._workers)
         finally:
             self._local.now = outer
