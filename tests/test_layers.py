@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
 THIRD_PARTY = {
     "cupy",
     "jinja2",
+    "llguidance",
     "llvmlite",
     "PyInstaller",  # runs its hook
     "numba",
