@@ -51,9 +51,8 @@ class Random:
         return np.tile(self._block, (-(-(stop - start) // 16), 1))[: stop - start]
 
 
-def read_memory(args, first, last, worker):
+def read_memory(source, out, first, last, worker):
     """Add up a stretch of memory; a piece is 64 KiB."""
-    source, out = simd.arg(args, 0), simd.arg(args, 1)
     for piece in range(first, last):
         a = b = c = d = simd.splat(np.float32(0))
         p = source + 65536 * piece
@@ -92,10 +91,10 @@ REGISTERS = {  # what is done at once, by the kernel's name
 rounds = None  # given by ``jit.kernel``
 
 
-def on_registers(args, first, last, worker):
+def on_registers(out, first, last, worker):
     """The processor's arithmetic, nothing else; a piece is 10,000 rounds."""
     for _ in range(first, last):
-        rounds(simd.arg(args, 0) + 4096 * worker, 10000)
+        rounds(out + 4096 * worker, 10000)
 
 
 def best(run: Callable[[], Any], seconds: float) -> float:
@@ -115,7 +114,8 @@ def read_bandwidth(threads: int, seconds: float) -> float:
     memory[:] = 1
     out[:] = 0
     tape = program.Tape()
-    tape.add(jit.kernel(read_memory), 4096, [memory.ctypes.data, out.ctypes.data], 16)
+    places = {"source": memory.ctypes.data, "out": out.ctypes.data}
+    tape.add(jit.kernel(read_memory), 4096, 16, **places)
     return memory.nbytes / best(lambda: tape.run(threads), seconds)
 
 
@@ -124,7 +124,7 @@ def peak(what: str, threads: int, seconds: float) -> float:
     out = program.aligned(4096 * 256)
     out[:] = 0
     tape = program.Tape()
-    tape.add(jit.kernel(on_registers, what, rounds=REGISTERS[what]), 16, [out.ctypes.data])
+    tape.add(jit.kernel(on_registers, what, rounds=REGISTERS[what]), 16, out=out.ctypes.data)
     return 16 * 10000 * CHAINS * simd.lanes() / best(lambda: tape.run(threads), seconds)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -230,11 +229,11 @@ def test_avx2_alone_gives_the_same_bits_and_no_wide_registers(tmp_path: Path) ->
     assert lines[2] == here.tobytes().hex()
 
 
-dot = None  # given by ``jit.kernel``
+dot = None  # given by ``jit.function``
 
 
 def dots(p: int, n: int, step: int, worker: int) -> None:
-    """n dot products, ``step`` bytes apart: a kernel."""
+    """n dot products, ``step`` bytes apart."""
     for i in range(n):
         dot(p + step * i)
 
@@ -259,9 +258,7 @@ def test_dot_products_of_all_bytes_are_exact(monkeypatch: Any, isa: str, lowest:
     table = np.stack([np.repeat(v, 4).astype(np.int8).view(np.int32) for v in (codes, x, x)])
     table[2] = np.arange(table.shape[1])
     rows = np.ascontiguousarray(table.reshape(3, -1, lanes).transpose(1, 0, 2))
-    run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(
-        jit.kernel(dots, f"dots_{isa}_{lowest < 0}", dot=emitted)
-    )
+    run = jit.function(dots, f"dots_{isa}_{lowest < 0}", dot=emitted)
     run(rows.ctypes.data, len(rows), rows[0].nbytes, 0)
     want = 4 * codes.ravel() * x.ravel() + np.arange(codes.size)
     assert np.array_equal(rows[:, 2].ravel(), want)
@@ -314,7 +311,7 @@ def test_the_largest_sums_have_the_same_bits_without_wide_registers(
 def test_halves_by_bits_are_numpys(monkeypatch: Any) -> None:
     """Every half, and floats around the roundings, through the integer conversions."""
     monkeypatch.setattr(simd, "has_half", lambda: False)
-    convert = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(convert_halves))
+    convert = jit.function(convert_halves)
     halves = np.arange(1 << 16, dtype=np.uint16)
     floats = np.empty(1 << 16, F32)
     convert(halves.ctypes.data, floats.ctypes.data, 1 << 16, False)
@@ -348,7 +345,7 @@ def set_halves(e: simd.Emit, p: Any, v: Any) -> None:
 
 
 def convert_halves(source: int, to: int, n: int, back: int) -> None:
-    """n halves to floats, or back: a kernel."""
+    """n halves to floats, or back."""
     for i in range(0, n, 16):
         if back:
             set_halves(to + 2 * i, simd.load(source + 4 * i))
@@ -356,10 +353,10 @@ def convert_halves(source: int, to: int, n: int, back: int) -> None:
             simd.store(to + 4 * i, halves(source + 2 * i))
 
 
-def convert_pieces(args: int, first: int, last: int, worker: int) -> None:
+def convert_pieces(source: int, to: int, first: int, last: int, worker: int) -> None:
     """Halves to floats; a piece is 16."""
     for piece in range(first, last):
-        simd.store(simd.arg(args, 1) + 64 * piece, halves(simd.arg(args, 0) + 32 * piece))
+        simd.store(to + 64 * piece, halves(source + 32 * piece))
 
 
 def test_small_halves_by_bits_are_numbers_in_kernels(monkeypatch: Any) -> None:
@@ -368,8 +365,8 @@ def test_small_halves_by_bits_are_numbers_in_kernels(monkeypatch: Any) -> None:
     small = np.arange(1 << 11, dtype=np.uint16)
     floats = np.empty(len(small), F32)
     tape = program.Tape()
-    args = [small.ctypes.data, floats.ctypes.data]
-    tape.add(jit.kernel(convert_pieces), len(small) // 16, args)
+    places = {"source": small.ctypes.data, "to": floats.ctypes.data}
+    tape.add(jit.kernel(convert_pieces), len(small) // 16, **places)
     tape.run(1)
     assert np.array_equal(floats, small.view(np.float16).astype(F32))
 

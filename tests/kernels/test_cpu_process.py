@@ -78,20 +78,20 @@ def test_an_edited_kernel_from_elsewhere_is_compiled_anew(monkeypatch: Any, tmp_
         source = tmp_path / "mine.py"
         source.write_text(
             "from tinyllm.kernels.cpu.simd import set_i64\n"
-            f"def mine(args, first, last, worker): set_i64(args, {value})\n"
+            f"def mine(out, first, last, worker): set_i64(out, {value})\n"
         )
         names: dict[str, Any] = {}
         exec(compile(source.read_text(), str(source), "exec"), names)
-        jit._addresses.pop("mine", None)
+        jit._kernels.pop("mine", None)
         translate._definitions.cache_clear()
         assert native(jit.kernel(names["mine"])) == value
     assert jit.compiled.count("mine") == 2
 
 
-def native(address: int) -> int:
+def native(kernel: jit.Kernel) -> int:
     """What a kernel writes to an integer."""
     out = ctypes.c_int64()
-    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(address)(ctypes.addressof(out), 0, 1, 0)
+    kernel(0, 1, out=ctypes.addressof(out))
     return out.value
 
 

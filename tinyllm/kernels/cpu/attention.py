@@ -32,12 +32,11 @@ from .simd import (
     I64,
     LANES,
     V,
-    arg,
     clear,
     copy,
     emitter,
     exp,
-    float_arg,
+    f32,
     get_f32,
     get_i32,
     get_i64,
@@ -140,24 +139,14 @@ def scaled_copy(to, source, n, scale):
         store_n(to + 4 * i, load_n(source + 4 * i, n - i) * scale, n - i)
 
 
-def attend(args, first, last, worker):
+def attend(
+    q, y, caches, starts, n_past, n_seq, layer, n_head, n_head_kv, dim, dim_v, scale: f32,
+    window, cap: f32, slopes, sinks, causal, parts, scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
     """Rows of queries over one block each (split) or over all (not split): see the module's text."""
-    q, y, caches, starts, n_past = (
-        arg(args, 0),
-        arg(args, 1),
-        arg(args, 2),
-        arg(args, 3),
-        arg(args, 4),
-    )
-    n_seq, layer, n_head, n_head_kv = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
-    dim, dim_v, scale, window = (
-        arg(args, 9),
-        arg(args, 10),
-        splat(float_arg(args, 11)),
-        arg(args, 12),
-    )
-    cap, slopes, sinks, causal = float_arg(args, 13), arg(args, 14), arg(args, 15), arg(args, 16)
-    parts, scratch = arg(args, 17), arg(args, 18) + worker * arg(args, 19)
+    scale = splat(scale)
+    scratch = scratch + worker * scratch_bytes
     group, dim_vp = n_head // n_head_kv, (dim_v + 15) // 16 * 16
     tiles_v, n_part = dim_vp // 16, 128 + 4 * M * dim_vp
     queries, scores = scratch, scratch + M * Q_STEP
@@ -286,11 +275,12 @@ def attend(args, first, last, worker):
                 finish(sum_part, M, m, sink, sinks != 0, out, dim_v)
 
 
-def merge_parts(args, first, last, worker):
+def merge_parts(
+    y, starts, n_past, n_seq, n_head, n_head_kv, dim_v, sinks, parts, scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
     """The parts of the blocks of one (row tile, key head) -> rows of y; a piece is one of these."""
-    y, starts, n_past, n_seq = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n_head, n_head_kv, dim_v, sinks = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    parts, scratch = arg(args, 8), arg(args, 9) + worker * arg(args, 10)
+    scratch = scratch + worker * scratch_bytes
     group, tiles = n_head // n_head_kv, (dim_v + 15) // 16
     n_part = 128 + 64 * M * tiles
     for piece in range(first, last):
@@ -348,16 +338,8 @@ def write_blocks(k, v, keys, values, position, dim, dim_v):
 write = write_f16
 
 
-def cache_write(args, first, last, worker):
+def cache_write(k, v, caches, starts, n_past, layer, n_head, dim, dim_v, first, last, worker):
     """Keys and values of new rows to their sequences' caches; a piece is a row."""
-    k, v, caches, starts, n_past = (
-        arg(args, 0),
-        arg(args, 1),
-        arg(args, 2),
-        arg(args, 3),
-        arg(args, 4),
-    )
-    layer, n_head, dim, dim_v = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
     for t in range(first, last):
         seq = 0
         while get_i32(starts + 4 * seq + 4) <= t:

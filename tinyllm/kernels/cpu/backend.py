@@ -33,7 +33,7 @@ from . import attention, bfloat, choosing, elementwise, jit, matmul, recurrent
 from .attention import padded
 from .experts import record_experts
 from .kvcache import CPUCache
-from .program import CPUArray, Tape, aligned, float_bits
+from .program import CPUArray, Tape, aligned, wrapped
 from .threads import pool
 from .weights import CPUWeight, load_weight
 
@@ -61,7 +61,8 @@ class Recorded:
     tape: Tape
     batch: Batch
     inputs: list[np.ndarray]  # views of the batch's arrays
-    caches: np.ndarray  # [n_seq] int64: addresses of the caches' tables
+    tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
+    caches: CPUArray  # the memory of ``tables``
     growing: list[Growing] = field(default_factory=list)
     blocks: list[int] | None = None  # [n_seq] of the past, for which ``growing`` rows are set
     result: Array = None
@@ -121,13 +122,9 @@ class CPUBackend(Backend):
         tape.run(self._workers)
         tape.clear()
 
-    def _op(
-        self, body: Callable, pieces: int, args: Sequence[int], keep: Sequence[Any], chunk: int = 0
-    ) -> None:
+    def _op(self, body: Callable, pieces: int, /, **args: Any) -> None:
         """Record a kernel without micro-kernels."""
-        chunk = chunk or max(1, pieces // 16)
-        self._tape.add(jit.kernel(body), pieces, args, chunk)
-        self._tape.keep(*keep)
+        self._tape.add(jit.kernel(body), pieces, max(1, pieces // 16), **args)
 
     def _new(self, shape: Sequence[int], dtype: Any = np.float32) -> CPUArray:
         return self._tape.array(shape, dtype)
@@ -200,7 +197,7 @@ class CPUBackend(Backend):
         tables = np.array([c.address for c in batch.caches] or [0], np.int64)
         uploaded = self.upload(batch)
         inputs = [getattr(uploaded, name).view() for name in INPUTS]
-        recorded = Recorded(tape, uploaded, inputs, tables)
+        recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables))
         self._local.step = recorded
         try:
             recorded.result = fn(recorded.batch)
@@ -213,7 +210,7 @@ class CPUBackend(Backend):
         """Put a batch in the place of the recorded one, and run."""
         for view, name in zip(known.inputs, INPUTS, strict=True):
             view[...] = getattr(batch, name)
-        known.caches[:] = [c.address for c in batch.caches] or [0]
+        known.tables[:] = [c.address for c in batch.caches] or [0]
         blocks = attention.blocks_after(batch.n_past).tolist()
         if known.growing and blocks != known.blocks:
             for g in known.growing:
@@ -263,12 +260,12 @@ class CPUBackend(Backend):
     def layer_norm(
         self, x: Array, w: Array | None, eps: float, bias: Array | None = None, group: int = 0
     ) -> CPUArray:
-        return self._norm(elementwise.layer_norm, x, w, eps, bias, group)
+        return self._norm(elementwise.layer_norm, x, w, eps, bias, group, more=None)
 
     def add_layer_norm(
         self, x: Array, y: Array, w: Array | None, eps: float, bias: Array | None = None
     ) -> CPUArray:
-        return self._norm(elementwise.layer_norm, x, w, eps, bias, 0, y)
+        return self._norm(elementwise.layer_norm, x, w, eps, bias, 0, more=y)
 
     def _norm(
         self,
@@ -278,14 +275,13 @@ class CPUBackend(Backend):
         eps: float,
         bias: CPUArray | None,
         group: int,
-        more: CPUArray | None = None,
+        **more: CPUArray | None,
     ) -> CPUArray:
         n = group or x.shape[-1]
         y = self._new(x.shape)
-        args = [x.address, y.address, *(p.address if p is not None else 0 for p in (w, bias))]
-        args += [n, float_bits(eps), *(p.size // n if p is not None else 1 for p in (w, bias))]
-        args.append(more.address if more is not None else 0)
-        self._op(body, x.size // n, args, [x, y, w, bias, more])
+        w_period, b_period = (p.size // n if p is not None else 1 for p in (w, bias))
+        periods = {"w_period": w_period, "b_period": b_period}
+        self._op(body, x.size // n, x=x, y=y, w=w, bias=bias, n=n, eps=eps, **periods, **more)
         return y
 
     def rope(self, x: Array, positions: Array, spec: RopeSpec, head_dim: int) -> CPUArray:
@@ -294,8 +290,9 @@ class CPUBackend(Backend):
         table = self._rope_table(positions, spec, t, pairs)
         y = self._new(x.shape)
         step, apart = (1, pairs) if spec.pairing == "half" else (2, 1)
-        args = [x.address, y.address, table.address, n // head_dim, head_dim, pairs]
-        self._op(elementwise.rope, t, [*args, spec.first, step, apart], [x, y, table])
+        heads = {"n_head": n // head_dim, "head_dim": head_dim}
+        places = {"pairs": pairs, "start": spec.first, "step": step, "apart": apart}
+        self._op(elementwise.rope, t, x=x, y=y, table=table, **heads, **places)
         return y
 
     def _rope_table(self, positions: CPUArray, spec: RopeSpec, t: int, pairs: int) -> CPUArray:
@@ -303,9 +300,8 @@ class CPUBackend(Backend):
         key = (spec.freqs.view().tobytes(), spec.scale)  # layers hold equal copies
         if key not in positions.derived:
             table = self._new((t, 2, pairs))
-            args = [positions.address, spec.freqs.address, table.address, pairs]
-            keep = [positions, spec.freqs, table]
-            self._op(elementwise.rope_table, t, [*args, float_bits(spec.scale)], keep)
+            args = {"positions": positions, "freqs": spec.freqs, "scale": spec.scale}
+            self._op(elementwise.rope_table, t, table=table, pairs=pairs, **args)
             positions.derived[key] = table
         return positions.derived[key]
 
@@ -320,10 +316,9 @@ class CPUBackend(Backend):
             known = ", ".join(elementwise.ACTIVATIONS)
             raise ArgumentError(f"unknown activation {kind!r}; expected one of {known}")
         y = self._new(x.shape)
-        args = [x.address, up.address if up is not None else 0, y.address, x.size]
         pieces = -(-x.size // ACT_PIECE)
-        self._tape.add(elementwise.act_kernel(kind), pieces, args, max(1, pieces // 16))
-        self._tape.keep(x, up)
+        kernel = elementwise.act_kernel(kind)
+        self._tape.add(kernel, pieces, max(1, pieces // 16), x=x, up=up, y=y, n=x.size)
         return y
 
     def add(self, x: Array, *ys: Array, scale: float = 1.0) -> CPUArray:
@@ -335,8 +330,7 @@ class CPUBackend(Backend):
         n = x.shape[-1]
         out = self._new(x.shape)
         step = 4 * n if y.size == x.size else 0
-        args = [x.address, y.address, out.address, n, step, float_bits(scale)]
-        self._op(elementwise.add, x.size // n, args, [x, y, out])
+        self._op(elementwise.add, x.size // n, x=x, y=y, out=out, n=n, y_step=step, scale=scale)
         return out
 
     def mul(self, x: Array, y: Array) -> CPUArray:
@@ -344,8 +338,7 @@ class CPUBackend(Backend):
         out = self._new(x.shape)
         single = len(y.shape) == len(x.shape) and y.shape[-1] == 1 and n != 1
         step = 4 if single else 4 * n if y.size == x.size else 0
-        args = [x.address, y.address, out.address, n, step, single]
-        self._op(elementwise.mul, x.size // n, args, [x, y, out])
+        self._op(elementwise.mul, x.size // n, x=x, y=y, out=out, n=n, y_step=step, single=single)
         return out
 
     def scale_softcap(self, x: Array, scale: float = 1.0, cap: float = 0.0) -> CPUArray:
@@ -356,8 +349,8 @@ class CPUBackend(Backend):
 
     def _scaled(self, x: CPUArray, scale: float, cap: float, limit: float) -> CPUArray:
         y = self._new(x.shape)
-        args = [x.address, y.address, x.size, *(float_bits(v) for v in (scale, cap, limit))]
-        self._op(elementwise.scale_softcap, -(-x.size // ACT_PIECE), args, [x, y])
+        how = {"scale": scale, "cap": cap, "limit": limit}
+        self._op(elementwise.scale_softcap, -(-x.size // ACT_PIECE), x=x, y=y, n=x.size, **how)
         return y
 
     def concat(self, xs: Sequence[Array], n_head: int = 1) -> CPUArray:
@@ -367,16 +360,15 @@ class CPUBackend(Backend):
         out = self._new((t, n_head * total // 4))
         offset = 0
         for x, width in zip(xs, widths, strict=True):
-            args = [x.address, out.address, width, total, offset]
-            self._op(elementwise.concat, t * n_head, args, [x, out])
+            place = {"n_bytes": width, "y_bytes": total, "offset": offset}
+            self._op(elementwise.concat, t * n_head, x=x, y=out, **place)
             offset += width
         return out
 
     def take(self, x: Array, rows: Array) -> CPUArray:
         n_bytes = x.dtype.itemsize * math.prod(x.shape[1:])
         out = self._new((len(rows), *x.shape[1:]), x.dtype)
-        args = [x.address, rows.address, out.address, n_bytes]
-        self._op(elementwise.take, len(rows), args, [x, rows, out])
+        self._op(elementwise.take, len(rows), x=x, rows=rows, y=out, n_bytes=n_bytes)
         return out
 
     # ---- attention
@@ -384,17 +376,16 @@ class CPUBackend(Backend):
     def cache_write(self, batch: Batch, layer: int, k: Array, v: Array) -> None:
         cache = batch.caches[0]
         c = cache.layers[layer]
-        args = [k.address, v.address, *self._past(batch), layer]
-        args += [c.n_head_kv, c.head_dim, c.head_dim_v]
-        self._write(cache.kv_type, batch.n_rows, args, [k, v, batch])
+        dims = {"n_head": c.n_head_kv, "dim": c.head_dim, "dim_v": c.head_dim_v}
+        past = {**self._sequences(batch), "n_past": batch.n_past, "layer": layer}
+        self._write(cache.kv_type, batch.n_rows, k=k, v=v, **past, **dims)
 
-    def _write(self, kv: KVType, rows: int, args: list[int], keep: list[Any]) -> None:
-        self._tape.add(attention.write_kernel(kv), rows, args, max(1, rows // 16))
-        self._tape.keep(*keep)
+    def _write(self, kv: KVType, rows: int, /, **args: Any) -> None:
+        self._tape.add(attention.write_kernel(kv), rows, max(1, rows // 16), **args)
 
-    def _past(self, batch: Batch) -> list[int]:
-        """Addresses: the caches' tables, where sequences begin, how much each has stored."""
-        return [self._step.caches.ctypes.data, batch.starts.address, batch.n_past.address]
+    def _sequences(self, batch: Batch) -> dict[str, Any]:
+        """The caches' tables, and where sequences begin."""
+        return {"caches": self._step.caches, "starts": batch.starts}
 
     def attention(
         self,
@@ -410,13 +401,11 @@ class CPUBackend(Backend):
         sinks: Array | None = None,
     ) -> CPUArray:
         cache = batch.caches[0]
-        heads = (n_head, cache.layers[layer].n_head_kv)
-        dims = (cache.layers[layer].head_dim, cache.layers[layer].head_dim_v)
-        how = [float_bits(scale), window, float_bits(softcap)]
-        how += [a.address if a is not None else 0 for a in (slopes, sinks)] + [True]
-        self._tape.keep(slopes, sinks, batch)
-        past = [*self._past(batch), batch.n_seq, layer]
-        return self._attend(batch, q, heads, dims, cache.kv_type, past, how)
+        c = cache.layers[layer]
+        dims = {"n_head_kv": c.n_head_kv, "dim": c.head_dim, "dim_v": c.head_dim_v}
+        past = {**self._sequences(batch), "n_past": batch.n_past, "layer": layer}
+        how = {"scale": scale, "window": window, "cap": softcap, "slopes": slopes, "sinks": sinks}
+        return self._attend(batch, q, n_head, cache.kv_type, causal=True, **dims, **past, **how)
 
     def attention_full(
         self,
@@ -431,75 +420,67 @@ class CPUBackend(Backend):
         window: int = 0,
         slopes: Array | None = None,
     ) -> CPUArray:
-        dims = (k.shape[1] // n_head_kv, v.shape[1] // n_head_kv)
-        stored, _places = self._stored_once(batch, k, v, n_head_kv, dims)  # held until recorded
-        past = [*stored, batch.n_seq, 0]
-        how = [float_bits(scale), window, 0, slopes.address if slopes is not None else 0, 0, False]
-        self._tape.keep(slopes, batch)
-        return self._attend(batch, q, (n_head, n_head_kv), dims, "f32", past, how)
+        dims = {"dim": k.shape[1] // n_head_kv, "dim_v": v.shape[1] // n_head_kv}
+        past, _places = self._stored_once(batch, k, v, n_head_kv, **dims)  # held until recorded
+        how = {"scale": scale, "window": window, "cap": 0.0, "slopes": slopes, "sinks": None}
+        dims["n_head_kv"] = n_head_kv
+        return self._attend(batch, q, n_head, "f32", causal=False, **dims, **past, **how)
 
     def _stored_once(
-        self, batch: Batch, k: CPUArray, v: CPUArray, n_head_kv: int, dims: tuple[int, int]
-    ) -> tuple[list[int], list[Any]]:
+        self, batch: Batch, k: CPUArray, v: CPUArray, n_head_kv: int, dim: int, dim_v: int
+    ) -> tuple[dict[str, Any], list[CPUArray]]:
         """Keys and values of an encoder's rows, laid out as in a cache, for this step only."""
         lengths = np.diff(batch.starts.view())
         tables = np.zeros((batch.n_seq, attention.LAYER // 8), np.int64)
-        none_past = self.array(np.zeros(batch.n_seq, np.int32))
-        kept: list[Any] = [tables, none_past, k, v, batch]
+        places = []
         rows = padded(lengths).astype(np.int64)
-        first = n_head_kv * (
-            rows.cumsum() - rows
-        )  # of each sequence, all heads of those before it passed
-        for i, width in enumerate((dims[0], padded(dims[1]))):
+        first = n_head_kv * (rows.cumsum() - rows)  # behind all heads of the sequences before
+        for i, width in enumerate((dim, padded(dim_v))):
             room = self._new((n_head_kv * int(rows.sum()), width))
             tables[:, i] = room.address + 4 * width * first
             tables[:, i + 2] = 4 * width * rows
-            kept.append(room)
+            places.append(room)
         caches = tables.ctypes.data + attention.LAYER * np.arange(batch.n_seq, dtype=np.int64)
-        past = [caches.ctypes.data, batch.starts.address, none_past.address]
-        args = [k.address, v.address, *past, 0, n_head_kv, *dims]
-        self._write("f32", batch.n_rows, args, [*kept, caches])
-        return past, kept
+        past = {"caches": wrapped(caches), "starts": batch.starts, "layer": 0}
+        past["n_past"] = self.array(np.zeros(batch.n_seq, np.int32))
+        dims = {"n_head": n_head_kv, "dim": dim, "dim_v": dim_v}
+        self._write("f32", batch.n_rows, k=k, v=v, **past, **dims)
+        self._tape.keep(tables)
+        return past, places
 
     def _attend(
         self,
         batch: Batch,
         q: CPUArray,
-        heads: tuple[int, int],
-        dims: tuple[int, int],
+        n_head: int,
         kv_type: KVType,
-        past: list[int],
-        how: list[int],
+        **args: Any,
     ) -> CPUArray:
         """One token a sequence: blocks in parallel, then merged. More: row tiles in parallel."""
-        group = heads[0] // heads[1]
+        dim, dim_v, n_head_kv = args["dim"], args["dim_v"], args["n_head_kv"]
+        group = n_head // n_head_kv
         lengths = np.diff(batch.starts.view())
-        single = bool((lengths == 1).all()) and how[-1] is True
+        single = bool((lengths == 1).all()) and args["causal"]
         m = attention.rows_of(group * int(lengths.max()))
-        tiles = -(-lengths * group // m) * heads[1]
-        y = self._new((batch.n_rows, heads[0] * dims[1]))
-        scratch = self._new((self._workers, attention.scratch_bytes(m, *dims, kv_type)), "u1")
-        parts_at = 0
-        if single:
-            most = tiles * -(-np.array([c.n_ctx for c in batch.caches]) // attention.BLOCK)
-            parts = self._new((int(most.sum()), attention.part_bytes(m, dims[1])), "u1")
-            parts_at = parts.address
-        args = [q.address, y.address, *past, *heads, *dims, *how]
-        args += [parts_at, scratch.address, scratch.shape[1]]
-        address = attention.attend_kernel(kv_type, m)
+        tiles = -(-lengths * group // m) * n_head_kv
+        y = self._new((batch.n_rows, n_head * dim_v))
+        scratch = self._new((self._workers, attention.scratch_bytes(m, dim, dim_v, kv_type)), "u1")
+        args |= {"q": q, "y": y, "n_head": n_head, "n_seq": batch.n_seq, "parts": None}
+        args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
+        kernel = attention.attend_kernel(kv_type, m)
         if not single:
-            self._tape.add(address, int(tiles.sum()), args)
-            self._tape.keep(q, y, scratch)
+            self._tape.add(kernel, int(tiles.sum()), **args)
             return y
 
+        most = tiles * -(-np.array([c.n_ctx for c in batch.caches]) // attention.BLOCK)
+        args["parts"] = self._new((int(most.sum()), attention.part_bytes(m, dim_v)), "u1")
         blocks = attention.blocks_after(batch.n_past.view())
-        row = self._tape.add(address, int((tiles * blocks).sum()), args)
+        row = self._tape.add(kernel, int((tiles * blocks).sum()), **args)
         if self._step is not None:
             self._step.growing.append(Growing(row, tiles))
-        merged = [y.address, *past[1:4], *heads, dims[1], how[4], parts_at]
-        merged += [scratch.address, scratch.shape[1]]
-        self._tape.add(attention.merge_kernel(m), int(tiles.sum()), merged)
-        self._tape.keep(q, y, scratch, parts)
+        merge = attention.merge_kernel(m)
+        merged = {name: args[name] for name in merge.parameters}
+        self._tape.add(merge, int(tiles.sum()), **merged)
         return y
 
     # ---- mixtures of experts
@@ -512,18 +493,17 @@ class CPUBackend(Backend):
         experts, weights = self._new((t, k), np.int32), self._new((t, k))
         scratch = self._new((self._workers, 2 * n + 2 * r.n_group))
         gating = ("softmax", "sigmoid", "softmax_selected").index(r.gating)
-        args = [logits.address, bias.address if bias is not None else 0]
-        args += [experts.address, weights.address, n, k, gating, r.renormalise]
-        args += [float_bits(r.scale), r.n_group, r.n_group_used]
-        args += [scratch.address, 4 * scratch.shape[1]]
-        self._op(elementwise.route, t, args, [logits, bias, experts, weights, scratch])
+        args = {"logits": logits, "bias": bias, "experts": experts, "weights": weights}
+        args |= {"n": n, "k": k, "gating": gating, "renormalise": r.renormalise, "scale": r.scale}
+        args |= {"n_group": r.n_group, "n_group_used": r.n_group_used}
+        args |= {"scratch": scratch, "scratch_bytes": 4 * scratch.shape[1]}
+        self._op(elementwise.route, t, **args)
         return experts, weights
 
     def combine(self, x: Array, weights: Array) -> CPUArray:
         t, k, n = x.shape
         y = self._new((t, n))
-        args = [x.address, weights.address, y.address, k, n]
-        self._op(elementwise.combine, t, args, [x, weights, y])
+        self._op(elementwise.combine, t, x=x, weights=weights, y=y, k=k, n=n)
         return y
 
     # ---- choosing
@@ -543,54 +523,44 @@ class CPUBackend(Backend):
         name: str = "conv",
     ) -> CPUArray:
         n, width = w.shape
-        more = [w.address, bias.address if bias is not None else 0]
-        keep = [w, bias]
-        return self._carry(recurrent.conv1d, batch, layer, name, x, n, [n, width, *more], keep)
+        y, args = self._carried(batch, layer, name, x.shape)
+        more = {"n": n, "width": width, "w": w, "bias": bias}
+        self._op(recurrent.conv1d, n * batch.n_seq, x=x, **args, **more)
+        return y
 
     def scan(
         self, batch: Batch, layer: int, x: Array, dt: Array, a: Array, b: Array, c: Array, d: Array
     ) -> CPUArray:
         n, size = batch.caches[0].arrays[layer]["ssm"].shape
-        more = [dt, a, b, c, d]
-        args = [n, size, *(m.address for m in more), a.shape[1], b.shape[1] // size]
-        return self._carry(recurrent.scan, batch, layer, "ssm", x, n, args, more)
+        y, args = self._carried(batch, layer, "ssm", x.shape)
+        args |= {"n": n, "size": size, "n_decay": a.shape[1], "n_group": b.shape[1] // size}
+        self._op(recurrent.scan, n * batch.n_seq, x=x, dt=dt, a=a, b=b, c=c, d=d, **args)
+        return y
 
     def shift_rows(self, batch: Batch, layer: int, x: Array, name: str) -> CPUArray:
-        args = [4 * x.shape[1]]
-        return self._carry(recurrent.shift_rows, batch, layer, name, x, 1, args, [])
+        y, args = self._carried(batch, layer, name, x.shape)
+        self._op(recurrent.shift_rows, batch.n_seq, x=x, n_bytes=4 * x.shape[1], **args)
+        return y
 
     def wkv6(
         self, batch: Batch, layer: int, r: Array, k: Array, v: Array, w: Array, u: Array
     ) -> CPUArray:
-        return self._mix(recurrent.wkv6, batch, layer, r, [k, v, w, u])
+        return self._mix(recurrent.wkv6, batch, layer, r=r, k=k, v=v, w=w, u=u)
 
     def wkv7(
         self, batch: Batch, layer: int, r: Array, w: Array, k: Array, v: Array, a: Array, b: Array
     ) -> CPUArray:
-        return self._mix(recurrent.wkv7, batch, layer, r, [w, k, v, a, b])
+        return self._mix(recurrent.wkv7, batch, layer, r=r, w=w, k=k, v=v, a=a, b=b)
 
-    def _mix(
-        self, body: Callable, batch: Batch, layer: int, r: CPUArray, more: list[CPUArray]
-    ) -> CPUArray:
+    def _mix(self, body: Callable, batch: Batch, layer: int, **arrays: CPUArray) -> CPUArray:
         n_head, dim = batch.caches[0].arrays[layer]["wkv"].shape[:2]
-        args = [n_head, dim, *(m.address for m in more)]
-        return self._carry(body, batch, layer, "wkv", r, n_head, args, more)
-
-    def _carry(
-        self,
-        body: Callable,
-        batch: Batch,
-        layer: int,
-        name: str,
-        x: CPUArray,
-        parts: int,
-        args: list[int],
-        keep: list[Any],
-    ) -> CPUArray:
-        """A kernel that goes through each sequence's rows, ``parts`` pieces a sequence."""
-        y = self._new(x.shape)
-        field_ = batch.caches[0].index(layer, name)
-        caches, starts, _ = self._past(batch)
-        common = [x.address, y.address, caches, starts, layer, field_]
-        self._op(body, parts * batch.n_seq, [*common, *args], [x, batch, *keep])
+        y, args = self._carried(batch, layer, "wkv", arrays["r"].shape)
+        self._op(body, n_head * batch.n_seq, n_head=n_head, dim=dim, **args, **arrays)
         return y
+
+    def _carried(
+        self, batch: Batch, layer: int, name: str, shape: Sequence[int]
+    ) -> tuple[CPUArray, dict[str, Any]]:
+        """The output, and what kernels that go through each sequence's rows are given."""
+        y, place = self._new(shape), batch.caches[0].index(layer, name)
+        return y, {"y": y, **self._sequences(batch), "layer": layer, "field": place}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -32,7 +33,6 @@ from .simd import (
     V16F,
     Emit,
     V,
-    arg,
     clear,
     emitter,
     f32x16,
@@ -136,9 +136,8 @@ def packer(kind: str) -> Callable:
     return pack
 
 
-def round_rows(args, first, last, worker):
+def round_rows(x, out, n_rows, n, first, last, worker):
     """x [T, n] -> records; a piece is SLOTS tokens, of which those behind the last repeat it."""
-    x, out, n_rows, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     to = out + first * ((n + WIDTH - 1) // WIDTH) * RECORD
     for piece in range(first, last):
         # record by record: the lines of a row lie where caches have few places
@@ -243,35 +242,36 @@ def multiply_vectors(e, panels, records, x_bytes, n_steps, sums, begins):
 pack = multiply = store_row = begin = end = None
 
 
-def matmul_bfloat(args, first, last, worker):
-    """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens."""
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, n_in, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    n_tokens, x_bytes, panels = arg(args, 8), arg(args, 9), arg(args, 10) + worker * arg(args, 11)
+def matmul_bfloat(
+    w, x, y, bias, tile_bytes, n_blocks, tiles, n_out, n_tokens, x_bytes, scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
+    """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens. A block is a column."""
+    panels = scratch + worker * scratch_bytes
     groups = (tiles + GROUP - 1) // GROUP
     begin()
     for piece in range(first, last):
         tile, token0 = piece % groups * GROUP, piece // groups * TOKEN_BLOCK
         n_tiles, token1 = min(GROUP, tiles - tile), min(token0 + TOKEN_BLOCK, n_tokens)
         width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0
-        for column in range(0, n_in, COLUMNS):
-            n = min(COLUMNS, n_in - column)
+        for column in range(0, n_blocks, COLUMNS):
+            n = min(COLUMNS, n_blocks - column)
             steps = (n + WIDTH - 1) // WIDTH
             for t in range(n_tiles):
                 panel = panels + t * PANEL
                 if n % WIDTH != 0:
                     clear(panel + (steps - 1) * RECORD, RECORD)
-                pack(w + (tile + t) * tile_bytes + column * (tile_bytes // n_in), n, panel)
+                pack(w + (tile + t) * tile_bytes + column * (tile_bytes // n_blocks), n, panel)
             sums = panels + GROUP * PANEL
             for token in range(token0, token1, TOKENS):
                 records = x + token // SLOTS * x_bytes + column // WIDTH * RECORD
                 corner, n_rows = y + 4 * (token * n_out + 16 * tile), min(TOKENS, token1 - token)
-                if column + n == n_in:
+                if column + n == n_blocks:
                     fetch_rows(corner, n_rows, 4 * n_out)
                 for t in range(0, n_tiles, 2):
                     to = sums + 64 * t
                     multiply(panels + t * PANEL, records, x_bytes, steps, to, column)
-                if column + n == n_in:
+                if column + n == n_blocks:
                     for t in range(n_rows):
                         store_row(sums + t * PANEL_ROW, corner + 4 * t * n_out, width, bias_here)
                 sums += TOKENS * PANEL_ROW
@@ -286,14 +286,13 @@ def round_array(tape: Tape, x: CPUArray) -> CPUArray:
     n_rows, n = x.shape
     pieces = -(-n_rows // TOKENS) * 2
     out = tape.array((pieces, -(-n // WIDTH) * RECORD), "u1")
-    tape.add(jit.kernel(round_rows), pieces, [x.address, out.address, n_rows, n])
-    tape.keep(x)
+    tape.add(jit.kernel(round_rows), pieces, x=x, out=out, n_rows=n_rows, n=n)
     return out
 
 
 def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str
-) -> tuple[int, list[int], int, CPUArray]:
+) -> tuple[jit.Kernel, dict[str, Any], int]:
     """As ``matmul.matmul_kernel``."""
     size = GROUP * PANEL + -(-min(n_tokens, TOKEN_BLOCK) // TOKENS) * TOKENS * PANEL_ROW
     scratch = tape.array((n_workers, size), "u1")
@@ -303,7 +302,8 @@ def matmul_kernel(
     else:
         nothing = {"begin": amx.nothing, "end": amx.nothing}
         how, names = "vectors", names | {"multiply": multiply_vectors, **nothing}
-    address = jit.kernel(matmul_bfloat, f"matmul_bf16_{how}_{w.kind}_{act}", **names)
+    kernel = jit.kernel(matmul_bfloat, f"matmul_bf16_{how}_{w.kind}_{act}", **names)
     pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // TOKEN_BLOCK)
-    more = [w.n_tiles, w.n_out, n_tokens, -(-w.n_in // WIDTH) * RECORD]
-    return address, [*more, scratch.address, scratch.shape[1]], pieces, scratch
+    more = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
+    more |= {"x_bytes": -(-w.n_in // WIDTH) * RECORD, "scratch": scratch, "scratch_bytes": size}
+    return kernel, more, pieces

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 
@@ -19,7 +16,6 @@ from .simd import (
     LANES,
     V16F,
     V,
-    arg,
     emitter,
     f32,
     get_f32,
@@ -82,13 +78,11 @@ def tail_max(p, n):
     return most
 
 
-def find_largest(args, first, last, worker):
+def find_largest(x, n, k, maxima, ids, values, first, last, worker):
     """The k largest of x [n] -> ids, values; only the first value, NaN, if there is one. One piece.
 
     The k-th largest of the runs' maxima is a bound: only runs that reach it are looked at.
     """
-    x, n, k, maxima = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    ids, values = arg(args, 4), arg(args, 5)
     n_runs, found = (n + RUN - 1) // RUN, 0
     for r in range(n_runs):
         p, size = x + 4 * RUN * r, min(RUN, n - RUN * r)
@@ -118,29 +112,23 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     room = _room
     if n > room.n_logits:
         room.grow(n)
-    room.args[:3] = logits.ctypes.data, n, k
-    _search()(room.address, 0, 1, 0)
+    jit.kernel(find_largest)(0, 1, x=logits.ctypes.data, n=n, k=k, **room.places)
     choose.check_largest(float(room.values[0]))
     return room.ids[:k].copy(), room.values[:k].copy()
 
 
 class _Room(threading.local):
-    """A thread's arguments and results of ``find_largest``: their addresses cost more than the search."""
+    """A thread's room for ``find_largest``: to ask NumPy for addresses costs more than the search."""
 
     n_logits = 0
 
     def grow(self, n: int) -> None:
         self.maxima = np.empty(-(-n // RUN), np.float32)
         self.ids, self.values = np.empty(MOST, np.int32), np.empty(MOST, np.float32)
-        places = [a.ctypes.data for a in (self.maxima, self.ids, self.values)]
-        self.args = np.array([0, 0, 0, *places])
-        self.address, self.n_logits = self.args.ctypes.data, n
+        self.places = {
+            name: getattr(self, name).ctypes.data for name in ("maxima", "ids", "values")
+        }
+        self.n_logits = n
 
 
 _room = _Room()
-
-
-@lru_cache(1)
-def _search() -> Callable[[int, int, int, int], None]:
-    """``find_largest`` as Python calls it: without the interpreter's lock."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(find_largest))

@@ -12,11 +12,10 @@ import numpy as np
 from . import jit
 from .floats import as_float
 from .simd import (
-    arg,
     copy,
     erf,
     exp,
-    float_arg,
+    f32,
     fma,
     get_f32,
     get_i32,
@@ -49,10 +48,8 @@ def affine(v, w, bias, i, n):
     return v
 
 
-def rms_norm(args, first, last, worker):
+def rms_norm(x, y, w, bias, n, eps: f32, w_period, b_period, first, last, worker):
     """Rows of n: x / sqrt(mean(x^2) + eps) * w + bias. w holds n values for each of ``period`` rows."""
-    x, y, w, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n, eps, w_period, b_period = arg(args, 4), float_arg(args, 5), arg(args, 6), arg(args, 7)
     for row in range(first, last):
         p, out = x + 4 * n * row, y + 4 * n * row
         total = splat(np.float32(0))
@@ -68,11 +65,8 @@ def rms_norm(args, first, last, worker):
             store_n(out + 4 * i, affine(v, w_row, b_row, i, n), n - i)
 
 
-def layer_norm(args, first, last, worker):
+def layer_norm(x, y, w, bias, n, eps: f32, w_period, b_period, more, first, last, worker):
     """Rows of n: (x - mean) / sqrt(variance + eps) * w + bias, of x + more if there is more."""
-    x, y, w, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n, eps, w_period, b_period = arg(args, 4), float_arg(args, 5), arg(args, 6), arg(args, 7)
-    more = arg(args, 8)
     for row in range(first, last):
         p, out = x + 4 * n * row, y + 4 * n * row
         if more != 0:
@@ -96,10 +90,8 @@ def layer_norm(args, first, last, worker):
             store_n(out + 4 * i, affine(v, w_row, b_row, i, n), n - i)
 
 
-def rope_table(args, first, last, worker):
+def rope_table(positions, freqs, table, pairs, scale: f32, first, last, worker):
     """Cosines then sines of position * frequency, times scale: [T, 2, pairs]; a piece is a row."""
-    positions, freqs, table = arg(args, 0), arg(args, 1), arg(args, 2)
-    pairs, scale = arg(args, 3), float_arg(args, 4)
     for t in range(first, last):
         position = as_float(get_i32(positions + 4 * t))
         out = table + 8 * pairs * t
@@ -109,11 +101,8 @@ def rope_table(args, first, last, worker):
             set_f32(out + 4 * (pairs + i), np.float32(math.sin(angle)) * scale)
 
 
-def rope(args, first, last, worker):
+def rope(x, y, table, n_head, head_dim, pairs, start, step, apart, first, last, worker):
     """Turn the pairs of every head of a row. Members of pair i stand at first + i * step and ``apart`` on."""
-    x, y, table = arg(args, 0), arg(args, 1), arg(args, 2)
-    n_head, head_dim, pairs = arg(args, 3), arg(args, 4), arg(args, 5)
-    start, step, apart = arg(args, 6), arg(args, 7), arg(args, 8)
     n = n_head * head_dim
     for t in range(first, last):
         cosines = table + 8 * pairs * t
@@ -173,9 +162,8 @@ def swiglu_oai(gate, up):
 activate = silu
 
 
-def act(args, first, last, worker):
+def act(x, up, y, n, first, last, worker):
     """act(x), or act(x) * up if there is one; a piece is 1024 values."""
-    x, up, y, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     for i in range(1024 * first, min(1024 * last, n), 16):
         v = activate(load_n(x + 4 * i, n - i))
         if up != 0:
@@ -183,17 +171,15 @@ def act(args, first, last, worker):
         store_n(y + 4 * i, v, n - i)
 
 
-def act_swiglu(args, first, last, worker):
+def act_swiglu(x, up, y, n, first, last, worker):
     """The activation that needs both of its arguments."""
-    x, up, y, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     for i in range(1024 * first, min(1024 * last, n), 16):
         v = swiglu_oai(load_n(x + 4 * i, n - i), load_n(up + 4 * i, n - i))
         store_n(y + 4 * i, v, n - i)
 
 
-def act_softplus(args, first, last, worker):
+def act_softplus(x, up, y, n, first, last, worker):
     """log(1 + e^x), one value at a time, in float64."""
-    x, up, y, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     for i in range(1024 * first, min(1024 * last, n)):
         v = np.float64(get_f32(x + 4 * i))
         v = np.float32(max(v, 0.0) + math.log1p(math.exp(-abs(v))))
@@ -223,10 +209,9 @@ def act_kernel(kind: str) -> int:
     return jit.kernel(act, f"act_{kind}", activate=ACTIVATIONS[kind])
 
 
-def add(args, first, last, worker):
+def add(x, y, out, n, y_step, scale: f32, first, last, worker):
     """x + scale * y by rows of n; a y of one row is added to all. A piece is a row."""
-    x, y, out, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    y_step, scale = arg(args, 4), splat(float_arg(args, 5))
+    scale = splat(scale)
     for row in range(first, last):
         p, q, to = x + 4 * n * row, y + y_step * row, out + 4 * n * row
         for i in range(0, n, 16):
@@ -234,10 +219,8 @@ def add(args, first, last, worker):
             store_n(to + 4 * i, v, n - i)
 
 
-def mul(args, first, last, worker):
+def mul(x, y, out, n, y_step, single, first, last, worker):
     """x * y by rows of n; y has rows of n, one row for all, or (``single``) a value for each row."""
-    x, y, out, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    y_step, single = arg(args, 4), arg(args, 5)
     for row in range(first, last):
         p, q, to = x + 4 * n * row, y + y_step * row, out + 4 * n * row
         for i in range(0, n, 16):
@@ -245,10 +228,9 @@ def mul(args, first, last, worker):
             store_n(to + 4 * i, load_n(p + 4 * i, n - i) * f, n - i)
 
 
-def scale_softcap(args, first, last, worker):
+def scale_softcap(x, y, n, scale: f32, cap: f32, limit: f32, first, last, worker):
     """x * scale, bounded by ``limit`` or bent by ``cap`` unless these are 0; a piece is 1024 values."""
-    x, y, n, scale = arg(args, 0), arg(args, 1), arg(args, 2), splat(float_arg(args, 3))
-    cap, limit = float_arg(args, 4), float_arg(args, 5)
+    scale = splat(scale)
     for i in range(1024 * first, min(1024 * last, n), 16):
         v = load_n(x + 4 * i, n - i) * scale
         if cap != np.float32(0):
@@ -258,29 +240,20 @@ def scale_softcap(args, first, last, worker):
         store_n(y + 4 * i, v, n - i)
 
 
-def concat(args, first, last, worker):
+def concat(x, y, n_bytes, y_bytes, offset, first, last, worker):
     """Copy x [T * heads, bytes] to a place in rows of ``y_bytes``; a piece is a row of x."""
-    x, y, n_bytes, y_bytes, offset = (
-        arg(args, 0),
-        arg(args, 1),
-        arg(args, 2),
-        arg(args, 3),
-        arg(args, 4),
-    )
     for row in range(first, last):
         copy(y + y_bytes * row + offset, x + n_bytes * row, n_bytes)
 
 
-def take(args, first, last, worker):
+def take(x, rows, y, n_bytes, first, last, worker):
     """y[i] = x[rows[i]]; a piece is a row."""
-    x, rows, y, n_bytes = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     for i in range(first, last):
         copy(y + n_bytes * i, x + n_bytes * get_i32(rows + 4 * i), n_bytes)
 
 
-def combine(args, first, last, worker):
+def combine(x, weights, y, k, n, first, last, worker):
     """Sum over k of x [T, k, n] * weights [T, k]; a piece is a row."""
-    x, weights, y, k, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4)
     for t in range(first, last):
         for i in range(0, n, 16):
             total = splat(np.float32(0))
@@ -311,12 +284,13 @@ def best(values, n):
     return found
 
 
-def route(args, first, last, worker):
+def route(
+    logits, bias, experts, weights, n, k, gating, renormalise, scale: f32, n_group,
+    n_group_used, scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
     """Choose k experts of a row: see ``Backend.route``. Scratch holds two rows of n and the groups."""
-    logits, bias, experts, weights = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n, k, gating, renormalise = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    scale, n_group, n_group_used = float_arg(args, 8), arg(args, 9), arg(args, 10)
-    scores = arg(args, 11) + worker * arg(args, 12)
+    scores = scratch + worker * scratch_bytes
     choice, groups = scores + 4 * n, scores + 8 * n
     never = np.float32(-np.inf)
     for t in range(first, last):

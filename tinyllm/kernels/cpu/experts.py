@@ -9,14 +9,14 @@ so each expert's weights are read once. Those kernels compute the same bits for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from . import jit, matmul, micro
 from .floats import GROUP, multiplier
-from .program import CPUArray, Tape
+from .program import CPUArray, Tape, wrapped
 from .simd import (
-    arg,
     copy,
     get_f32,
     get_i32,
@@ -28,6 +28,7 @@ from .simd import (
     store_n,
 )
 from .threads import call_kernel
+from .translate import parameters
 from .weights import CPUWeight
 
 # ---- kernels; the micro-kernel that they name is given by ``jit.kernel``
@@ -38,12 +39,17 @@ INNER = 256  # bytes of the arguments of the kernel that a piece calls
 FEW, FEW_FLOAT = 6, 2  # rows that go one by one: cheaper than unpacking, the tiles being in cache
 SEGMENT = 24  # bytes: an expert, its first place in ``order``, its number of rows
 
+# the arguments of that kernel which a piece sets, and where they stand: all such kernels begin alike
+SET = ("w", "x", "y", "tiles", "n_out", "n_tokens")
+BEGINNING = tuple(parameters(matmul.matmul))
+W, X, Y, TILES, N_OUT, N_TOKENS = (8 * BEGINNING.index(name) for name in SET)
 
-def matvec_experts(args, first, last, worker):
+
+def matvec_experts(
+    w, x, y, bias, tile_bytes, n_blocks, tiles, n_out, experts, x_bytes, choices, scratch,
+    first, last, worker,
+):  # fmt: skip
     """y [rows, n_out], row r through the matrix experts[r]; a piece is a tile of one row."""
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, n_blocks, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    experts, x_bytes, choices, scratch = arg(args, 8), arg(args, 9), arg(args, 10), arg(args, 11)
     out = scratch + 64 * worker
     for piece in range(first, last):
         row, tile = piece // tiles, piece % tiles
@@ -58,13 +64,13 @@ def matvec_experts(args, first, last, worker):
         copy(y + 4 * (row * n_out + 16 * tile), out, 4 * n)
 
 
-def group_rows(args, first, last, worker):
+def group_rows(
+    experts, n_rows, n_experts, slots, segments, n_segments, order, n_order, ends,
+    first, last, worker,
+):  # fmt: skip
     """experts [rows] -> segments, one for each expert that is chosen, and ``order``: the rows of a segment
     side by side, each segment beginning a run of ``slots``; -1 where there is none. One piece.
     """
-    experts, n_rows, n_experts, slots = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    segments, n_segments = arg(args, 4), arg(args, 5)
-    order, n_order, ends = arg(args, 6), arg(args, 7), arg(args, 8)
     for e in range(n_experts):
         set_i32(ends + 4 * e, 0)
     for i in range(n_order):
@@ -91,10 +97,8 @@ def group_rows(args, first, last, worker):
         set_i32(e, get_i32(e) + 1)
 
 
-def gather_records(args, first, last, worker):
+def gather_records(x, out, order, choices, n_bytes, slots, span, first, last, worker):
     """Records of one token -> records of ``slots``; a piece is a run of ``order``."""
-    x, out, order, choices = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n_bytes, slots, span = arg(args, 4), arg(args, 5), arg(args, 6)
     for piece in range(first, last):
         run = order + 4 * slots * piece
         for slot in range(slots):
@@ -111,30 +115,22 @@ def gather_records(args, first, last, worker):
                 to += slots * 2 * span
 
 
-def gather_floats(args, first, last, worker):
+def gather_floats(x, out, order, choices, n_bytes, first, last, worker):
     """Rows of x [.., n], side by side as in ``order``; a piece is a row."""
-    x, out, order, choices = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n_bytes = arg(args, 4)
     for piece in range(first, last):
         row = get_i32(order + 4 * piece)
         if row >= 0:
             copy(out + n_bytes * piece, x + n_bytes * (row // choices), n_bytes)
 
 
-def matmul_experts(args, first, last, worker):
+def matmul_experts(
+    w, x, y, bias, tile_bytes, tiles, n_out, at_once, segments, order, choices, x_bytes,
+    packed, packed_bytes, slots, matvec, matvec_args, per_piece, matmul, matmul_args, scratch,
+    scratch_bytes, at_most,
+    first, last, worker,
+):  # fmt: skip
     """y [rows, n_out] of grouped rows; a piece is one segment and ``at_once`` tiles."""
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, tiles, n_out, at_once = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    segments, order, choices = arg(args, 8), arg(args, 9), arg(args, 10)
-    x_bytes, packed, packed_bytes, slots = (
-        arg(args, 11),
-        arg(args, 12),
-        arg(args, 13),
-        arg(args, 14),
-    )
-    matvec, matvec_args, per_piece = arg(args, 15), arg(args, 16), arg(args, 17)
-    matmul, matmul_args = arg(args, 18), arg(args, 19)
-    at_most, inner = arg(args, 22), arg(args, 20) + worker * arg(args, 21)
+    inner = scratch + worker * scratch_bytes
     out, groups = inner + INNER, (tiles + at_once - 1) // at_once
     most = ROWS_AT_ONCE // slots * slots
     for piece in range(first, last):
@@ -144,20 +140,20 @@ def matmul_experts(args, first, last, worker):
         width, n = 16 * n_tiles, min(16 * n_tiles, n_out - 16 * tile)
         few = n_rows <= at_most
         copy(inner, matvec_args if few else matmul_args, INNER)
-        set_i64(inner, w + (expert * tiles + tile) * tile_bytes)
-        set_i64(inner + 16, out)
-        set_i64(inner + 48, n_tiles)
-        set_i64(inner + 56, width)
+        set_i64(inner + W, w + (expert * tiles + tile) * tile_bytes)
+        set_i64(inner + Y, out)
+        set_i64(inner + TILES, n_tiles)
+        set_i64(inner + N_OUT, width)
         start = 0
         while start < n_rows:
             rows = 1 if few else min(most, n_rows - start)
             if few:
                 row = get_i32(order + 4 * (place + start))
-                set_i64(inner + 8, x + row // choices * x_bytes)
+                set_i64(inner + X, x + row // choices * x_bytes)
                 call_kernel(matvec, inner, 0, (n_tiles + per_piece - 1) // per_piece, worker)
             else:
-                set_i64(inner + 8, packed + (place + start) // slots * packed_bytes)
-                set_i64(inner + 64, rows)
+                set_i64(inner + X, packed + (place + start) // slots * packed_bytes)
+                set_i64(inner + N_TOKENS, rows)
                 call_kernel(matmul, inner, 0, 1, worker)
             for r in range(rows):
                 row = get_i32(order + 4 * (place + start + r))
@@ -184,18 +180,14 @@ def record_experts(
     groups = _Groups.of(tape, w, experts) if n_tokens > 1 else None
     packed = groups.gather(tape, w, x, forms) if groups else None
     y = tape.array((n_tokens, k, w.n_out))
-    common = [w.address, forms.address, y.address, bias.address if bias is not None else 0]
+    args = {"w": w, "x": forms, "y": y, "bias": bias, "tile_bytes": w.tile_bytes}
+    args |= {"tiles": w.n_tiles, "n_out": w.n_out, "x_bytes": _row_bytes(w)}
+    args["choices"] = 1 if len(x.shape) == 3 else k  # outputs of a row of x
     if groups:
-        _record_grouped(tape, w, common, groups, packed, _choices(x, k), n_workers)
+        _record_grouped(tape, w, groups, packed, n_workers, args)
     else:
-        _record_each(tape, w, common, experts, _choices(x, k), n_workers)
-    tape.keep(w, x, forms, experts, bias, y)
+        _record_each(tape, w, experts, n_workers, args)
     return y
-
-
-def _choices(x: CPUArray, k: int) -> int:
-    """How many outputs a row of x has."""
-    return 1 if len(x.shape) == 3 else k
 
 
 def _single(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
@@ -215,15 +207,14 @@ def _row_bytes(w: CPUWeight) -> int:
 
 
 def _record_each(
-    tape: Tape, w: CPUWeight, common: list[int], experts: CPUArray, choices: int, n_workers: int
+    tape: Tape, w: CPUWeight, experts: CPUArray, n_workers: int, args: dict[str, Any]
 ) -> None:
     one = micro.multiplier(w.format, 1, 1) if w.format else multiplier(w.kind, 1)
-    scratch = tape.array((n_workers, 64), "u1")
-    args = [*common, w.tile_bytes, w.n_blocks, w.n_tiles, w.n_out, experts.address]
-    args += [_row_bytes(w), choices, scratch.address]
-    address = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}", multiply=one)
+    kernel = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}", multiply=one)
     pieces = experts.size * w.n_tiles
-    tape.add(address, pieces, args, matmul.chunk(pieces))
+    more = {"n_blocks": w.n_blocks, "experts": experts}
+    scratch = tape.array((n_workers, 64), "u1")
+    tape.add(kernel, pieces, matmul.chunk(pieces), scratch=scratch, **more, **args)
 
 
 class _Groups:
@@ -236,9 +227,10 @@ class _Groups:
         self.segments = tape.array((self.n_segments, SEGMENT // 8), np.int64)
         self.order = tape.array((self.n_runs, slots), np.int32)
         ends = tape.array((n_experts,), np.int32)
-        args = [experts.address, n_rows, n_experts, slots, self.segments.address, self.n_segments]
-        args += [self.order.address, self.order.size, ends.address]
-        tape.add(jit.kernel(group_rows), 1, args)
+        sizes = {"n_rows": n_rows, "n_experts": n_experts, "slots": slots}
+        sizes |= {"n_segments": self.n_segments, "n_order": self.order.size}
+        places = {"segments": self.segments, "order": self.order, "ends": ends}
+        tape.add(jit.kernel(group_rows), 1, experts=experts, **places, **sizes)
         self.packed: dict[CPUArray, CPUArray] = {}
 
     @staticmethod
@@ -258,9 +250,9 @@ class _Groups:
         size = micro.record_bytes(1) * n // 32 if w.format else 4 * n
         out = tape.array((self.n_runs * self.slots, size), "u1")
         body: Callable = gather_records if w.format else gather_floats
-        args = [forms.address, out.address, self.order.address, self.n_rows * n // x.size]
-        args += [size, self.slots, w.format.span] if w.format else [4 * n]
-        tape.add(jit.kernel(body), self.n_runs, args)
+        args = {"x": forms, "out": out, "order": self.order, "n_bytes": size}
+        args |= {"slots": self.slots, "span": w.format.span} if w.format else {}
+        tape.add(jit.kernel(body), self.n_runs, choices=self.n_rows * n // x.size, **args)
         self.packed[forms] = out
         return out
 
@@ -268,27 +260,35 @@ class _Groups:
 def _record_grouped(
     tape: Tape,
     w: CPUWeight,
-    common: list[int],
     groups: _Groups,
     packed: CPUArray,
-    choices: int,
     n_workers: int,
+    args: dict[str, Any],
 ) -> None:
-    at_once, per_piece = (matmul.tiles_together(w, n_workers), 1) if w.format else (GROUP, GROUP)
+    at_once = matmul.tiles_together(w, n_workers) if w.format else GROUP
     most = min(groups.n_rows, ROWS_AT_ONCE)
-    matvec, one_more = matmul.matvec_kernel(w)
-    product, many_more, _, inner = matmul.matmul_kernel(tape, w, most, n_workers)
-    blocks = [w.tile_bytes, w.n_blocks]
-    templates = np.zeros((2, INNER // 8), np.int64)
-    for template, more in zip(templates, (one_more, many_more), strict=True):
-        template[4 : 6 + len(more)] = blocks + more
+    matvec, one_more, _ = matmul.matvec_kernel(w)
+    product, many_more, _ = matmul.matmul_kernel(tape, w, most, n_workers)
+    one, many = _inner(w, matvec, one_more), _inner(w, product, many_more)
     scratch = tape.array((n_workers, INNER + 64 * at_once * most), "u1")
-    args = [*common, w.tile_bytes, w.n_tiles, w.n_out, at_once]
-    args += [groups.segments.address, groups.order.address, choices, _row_bytes(w)]
-    args += [packed.address, packed.nbytes // groups.n_runs, groups.slots]
-    args += [matvec, templates[0].ctypes.data, per_piece]
-    args += [product, templates[1].ctypes.data, scratch.address, scratch.shape[1]]
-    args += [FEW if w.format else FEW_FLOAT]
+    more = {"segments": groups.segments, "order": groups.order, "slots": groups.slots}
+    more |= {"packed": packed, "packed_bytes": packed.nbytes // groups.n_runs}
+    more |= {"matvec": matvec, "matvec_args": one, "per_piece": 1 if w.format else GROUP}
+    more |= {"matmul": product, "matmul_args": many, "at_once": at_once}
+    more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     pieces = groups.n_segments * -(-w.n_tiles // at_once)
-    tape.add(jit.kernel(matmul_experts), pieces, args)
-    tape.keep(templates, inner, scratch)
+    at_most = FEW if w.format else FEW_FLOAT
+    tape.add(jit.kernel(matmul_experts), pieces, at_most=at_most, **more, **args)
+
+
+def _inner(w: CPUWeight, kernel: jit.Kernel, args: dict[str, Any]) -> CPUArray:
+    """The arguments of a kernel that ``matmul_experts`` calls, but for those that it sets itself."""
+    for name in SET:
+        i = BEGINNING.index(name)
+        if kernel.parameters[i : i + 1] not in ((name,), ()):
+            raise TypeError(f"kernel {kernel.name}{kernel.parameters}: {name} must be argument {i}")
+    own = {n: 0 for n in (*SET, "bias") if n in kernel.parameters}
+    blocks = {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
+    memory = np.zeros(INNER, np.uint8)
+    kernel.write(memory, 0, {**args, **blocks, **own})
+    return wrapped(memory)

@@ -23,11 +23,9 @@ from .simd import (
     V16F,
     Emit,
     V,
-    arg,
     emitter,
     f32,
     f32x16,
-    float_arg,
     get_i32,
     i64,
     lanes,
@@ -253,45 +251,46 @@ def widener(kind: str) -> Callable:
 multiply = multiply_group = widen_tile = weight = store_row = None
 
 
-def matvec_float(args, first, last, worker):
-    """y [n_out] of one token; a piece is GROUP tiles. y has room for whole tiles."""
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, n_in, tiles = arg(args, 4), arg(args, 5), arg(args, 6)
+def matvec_float(w, x, y, bias, tile_bytes, n_blocks, tiles, first, last, worker):
+    """y [n_out] of one token; a piece is GROUP tiles. y has room for whole tiles. A block is a column."""
     for piece in range(first, last):
         tile, stop = piece * GROUP, min(piece * GROUP + GROUP, tiles)
         if stop - tile == GROUP:
-            multiply_group(w + tile * tile_bytes, x, 0, n_in, y + 64 * tile)
+            multiply_group(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile)
         else:
             for t in range(tile, stop):
-                multiply(w + t * tile_bytes, x, 0, n_in, y + 64 * t)
+                multiply(w + t * tile_bytes, x, 0, n_blocks, y + 64 * t)
         if bias != 0:
             for t in range(tile, stop):
                 store(y + 64 * t, load(y + 64 * t) + load(bias + 64 * t))
 
 
-def matmul_float(args, first, last, worker):
-    """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens."""
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, n_in, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    n_tokens, panel = arg(args, 8), arg(args, 9) + worker * arg(args, 10)
+def matmul_float(
+    w, x, y, bias, tile_bytes, n_blocks, tiles, n_out, n_tokens, scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
+    """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens. A block is a column."""
+    panel = scratch + worker * scratch_bytes
     groups = (tiles + GROUP - 1) // GROUP
     for piece in range(first, last):
         tile, token0 = piece % groups * GROUP, piece // groups * TOKEN_BLOCK
         n_tiles, token1 = min(GROUP, tiles - tile), min(token0 + TOKEN_BLOCK, n_tokens)
         width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0
-        for column in range(0, n_in, COLUMNS):
-            n = min(COLUMNS, n_in - column)
+        for column in range(0, n_blocks, COLUMNS):
+            n = min(COLUMNS, n_blocks - column)
             for t in range(n_tiles):
-                source = w + (tile + t) * tile_bytes + column * (tile_bytes // n_in)
+                source = w + (tile + t) * tile_bytes + column * (tile_bytes // n_blocks)
                 widen_tile(source, n, panel + 64 * t)
             sums = panel + COLUMNS * PANEL_ROW
             for token in range(token0, token1, TOKENS):
-                rows, n_rows = x + 4 * (token * n_in + column), min(TOKENS, token1 - token)
+                rows, n_rows = x + 4 * (token * n_blocks + column), min(TOKENS, token1 - token)
                 corner = y + 4 * (token * n_out + 16 * tile)
-                if column + n == n_in:  # outputs lie far apart: they come while sums are computed
+                if (
+                    column + n == n_blocks
+                ):  # outputs lie far apart: they come while sums are computed
                     fetch_rows(corner, n_rows, 4 * n_out)
-                multiply_panel(panel, n, rows, 4 * n_in, n_rows, sums, column)
-                if column + n == n_in:
+                multiply_panel(panel, n, rows, 4 * n_blocks, n_rows, sums, column)
+                if column + n == n_blocks:
                     for t in range(n_rows):
                         store_row(sums + t * PANEL_ROW, corner + 4 * t * n_out, width, bias_here)
                 sums += TOKENS * PANEL_ROW
@@ -333,10 +332,8 @@ def row_storer(activate: Callable | None) -> Callable:
     return store_row
 
 
-def embed_float(args, first, last, worker):
+def embed_float(w, ids, y, scale: f32, tile_bytes, n, first, last, worker):
     """Rows ids of w, scaled."""
-    w, ids, y, scale = arg(args, 0), arg(args, 1), arg(args, 2), float_arg(args, 3)
-    tile_bytes, n = arg(args, 4), arg(args, 5)
     for t in range(first, last):
         row = get_i32(ids + 4 * t)
         base = w + (row // 16) * tile_bytes

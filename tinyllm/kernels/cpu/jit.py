@@ -1,8 +1,11 @@
 """Compiling kernels, one by one, when they are first needed, with a cache on disk.
 
-A kernel is a C function ``(args, first, last, worker)``: it does the pieces [first, last) of one
-instruction, whose arguments are 64-bit values at the address ``args``. ``kernel(body, **names)`` compiles
-``body`` with the given values in the place of its global names, so that one loop serves many micro-kernels.
+A kernel is written ``def body(x, y, n, eps: f32, first, last, worker)``: it does the pieces [first, last) of
+one instruction, whose arguments are what stands before. Compiled it is a C function ``(args, first, last,
+worker)`` that finds them at the address ``args``. Callers name them (``Kernel``, ``Tape.add``).
+
+``kernel(body, **names)`` compiles ``body`` with the given values in the place of its global names, so that one
+loop serves many micro-kernels.
 
 The cache holds one object file for each kernel, with a hash of its bytes. It lives beside this file, or in the
 user's cache folder when that is read-only, under a name made of all kernel sources, the version of llvmlite,
@@ -11,14 +14,16 @@ and the target processor: nothing stale is ever run. Files appear whole, so proc
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
+import struct
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -26,12 +31,16 @@ from types import FunctionType
 from typing import Any
 
 import llvmlite
+from llvmlite import ir
 
 from . import machine, simd
-from .translate import translate
+from .translate import parameters, translate
 
-_addresses: dict[str, int] = {}  # of the kernels in memory, by name
-_sources: dict[str, tuple[Callable, dict[str, Any]]] = {}  # what they were made of
+Kinds = Mapping[str, ir.Type]  # of a kernel's arguments, by name
+
+_kernels: dict[str, Kernel] = {}  # those in memory, by name
+_functions: dict[str, Callable[[int, int, int, int], None]] = {}  # likewise
+_sources: dict[str, tuple[Callable, dict[str, Any], Kinds | None]] = {}  # what both were made of
 compiled: list[str] = []  # those that were not in the cache
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # in a child, the thread that held it does not exist
@@ -41,38 +50,117 @@ LINE = "tinyllm: compiling kernels for this processor (once):"
 HASH = 32  # bytes before the machine code
 
 
-def kernel(body: Callable, name: str | None = None, **names: Any) -> int:
-    """The address of ``body`` compiled with the global ``names`` replaced; ``name`` tells variants apart."""
+class Kernel:
+    """Machine code that does pieces of an instruction, and the names of the instruction's arguments.
+
+    An argument is 8 bytes in memory: an integer, the address of an array or, if its kind is F32, a float32.
+    """
+
+    def __init__(self, name: str, address: int, kinds: Kinds) -> None:
+        self.name, self.address, self.parameters = name, address, tuple(kinds)
+        self._formats = ["f4x" if kind == simd.F32 else "q" for kind in kinds.values()]
+        self._struct = struct.Struct("=" + "".join(self._formats))
+        self._native = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_int64] * 3)(address)
+
+    def __call__(self, first: int, last: int, /, **args: Any) -> None:
+        """Do some pieces here and now, as worker 0, without the interpreter's lock."""
+        self._native(self.pack(**args), first, last, 0)
+
+    def pack(self, **args: Any) -> bytes:
+        """The arguments as the kernel reads them; see ``write``."""
+        memory = bytearray(8 * len(self.parameters))
+        self.write(memory, 0, args)
+        return bytes(memory)
+
+    def write(self, memory: Any, at: int, args: Mapping[str, Any]) -> None:
+        """Write the arguments to a byte of some memory: numbers, addresses for arrays, 0 for None.
+
+        Raises
+        ------
+        TypeError
+            Names are missing or unknown, or a value is not of its parameter's kind.
+        """
+        try:
+            values = [args[name] for name in self.parameters]
+        except KeyError:
+            raise self._misnamed(args) from None
+        if len(values) != len(args):
+            raise self._misnamed(args)
+        values = [0 if v is None else getattr(v, "address", v) for v in values]
+        try:
+            self._struct.pack_into(memory, at, *values)
+        except (struct.error, OverflowError):
+            raise self._unfit(values) from None
+
+    def _misnamed(self, args: Mapping[str, Any]) -> TypeError:
+        missing = ", ".join(n for n in self.parameters if n not in args) or "none"
+        unknown = ", ".join(n for n in args if n not in self.parameters) or "none"
+        takes = ", ".join(self.parameters)
+        return TypeError(
+            f"kernel {self.name} takes ({takes}); arguments missing: {missing}; unknown: {unknown}"
+        )
+
+    def _unfit(self, values: Sequence[Any]) -> TypeError:
+        """The error for the first value that cannot be written."""
+        fields = zip(self.parameters, self._formats, values, strict=True)
+        for name, kind, v in fields:  # noqa: B007
+            try:
+                struct.pack(kind, v)
+            except (struct.error, OverflowError):
+                break
+        wanted = "a number that a float32 holds" if kind == "f4x" else "an array, None or an int64"
+        return TypeError(f"kernel {self.name}: {name} is {v!r:.100}; expected {wanted}")
+
+
+def kernel(body: Callable, name: str | None = None, **names: Any) -> Kernel:
+    """``body`` compiled with the global ``names`` replaced; ``name`` tells variants apart."""
     name = name or body.__name__
     with _lock:
-        if name not in _addresses:
-            _sources[name] = body, names
-            _addresses[name] = machine.load(name, _machine_code(body, name, names))
-        return _addresses[name]
+        if name not in _kernels:
+            kinds = parameters(body)
+            _kernels[name] = Kernel(name, _load(body, name, names, kinds), kinds)
+        return _kernels[name]
+
+
+def function(
+    body: Callable, name: str | None = None, **names: Any
+) -> Callable[[int, int, int, int], None]:
+    """A function of four integers, no kernel, compiled; a call releases the interpreter's lock."""
+    name = name or body.__name__
+    with _lock:
+        if name not in _functions:
+            native = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
+            _functions[name] = native(_load(body, name, names, None))
+        return _functions[name]
+
+
+def _load(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> int:
+    _sources[name] = body, names, kinds
+    return machine.load(name, _machine_code(body, name, names, kinds))
 
 
 def assembly(name: str) -> str:
     """The instructions of a kernel in use, to read."""
-    body, names = _sources[name]
-    return machine.assembly(module_text(body, name, names))
+    body, names, kinds = _sources[name]
+    return machine.assembly(module_text(body, name, names, kinds))
 
 
-def module_text(body: Callable, name: str, names: dict[str, Any]) -> str:
+def module_text(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> str:
     """A kernel as LLVM IR."""
     variant = FunctionType(
         body.__code__, {**body.__globals__, **names}, name, None, body.__closure__
     )
-    return str(translate(variant, name, simd.target()[0]))
+    return str(translate(variant, name, simd.target()[0], kinds))
 
 
-def _machine_code(body: Callable, name: str, names: dict[str, Any]) -> bytes:
+def _machine_code(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:
     """From the cache, or compiled now and kept there."""
     folder = cache_folder()
     path = folder / f"{name}-{_origin(body)}.o" if folder else None
     if code := _kept(path):
         return code
     start = time.perf_counter()
-    code = machine.machine_code(module_text(body, name, names))
+    code = machine.machine_code(module_text(body, name, names, kinds))
     compiled.append(name)
     _tell(time.perf_counter() - start)
     if path:
@@ -130,7 +218,7 @@ def end_line() -> None:
 def report() -> str:
     """How many kernels are in use, and where they are kept."""
     folder = cache_folder() or "nowhere: set TINYLLM_CACHE to a folder that can be written"
-    return f"{len(compiled)} kernels compiled, {len(_addresses)} in use, kept in {folder}"
+    return f"{len(compiled)} kernels compiled, {len(_sources)} in use, kept in {folder}"
 
 
 @lru_cache(1)

@@ -6,6 +6,8 @@ unpacks a few tiles into its scratch memory and runs all tokens past them, so th
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes
 from .floats import (
     COLUMNS,
@@ -22,11 +24,10 @@ from .floats import (
     tile_widener,
     widener,
 )
-from .program import CPUArray, Tape, float_bits
+from .program import CPUArray, Tape
 from .simd import (
-    arg,
     clear,
-    float_arg,
+    f32,
     get_f32,
     get_i8,
     get_i32,
@@ -48,10 +49,9 @@ PAST = 1 << 20  # outputs that had better not pass through the caches
 FEW = 8  # tokens for which unpacking does not pay
 
 
-def quantise_rows(args, first, last, worker):
+def quantise_rows(x, out, n_rows, n, slots, used, span, first, last, worker):
     """x [T, n] -> records of S tokens, of which ``used`` are filled; a piece is QUANTISED columns."""
-    x, out, n_rows, n, slots = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4)
-    used, span, pieces = arg(args, 5), arg(args, 6), (n + QUANTISED - 1) // QUANTISED
+    pieces = (n + QUANTISED - 1) // QUANTISED
     for piece in range(first, last):
         tile, begin = piece // pieces, piece % pieces * QUANTISED
         for column in range(begin, min(begin + QUANTISED, n), span):
@@ -61,47 +61,36 @@ def quantise_rows(args, first, last, worker):
                 quantise(x + 4 * (row * n + column), record, slot)
 
 
-def matvec(args, first, last, worker):
+def matvec(w, x, y, bias, tile_bytes, n_blocks, first, last, worker):
     """y [n_out] of one token; a piece is a tile of 16 rows."""
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, n_blocks = arg(args, 4), arg(args, 5)
     for tile in range(first, last):
         multiply(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile)
         if bias != 0:
             store(y + 64 * tile, load(y + 64 * tile) + load(bias + 64 * tile))
 
 
-def matmul_few(args, first, last, worker):
+def matmul_few(
+    w, x, y, bias, tile_bytes, n_blocks, n_out, n_tokens, scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
     """y [T, n_out] of no more tokens than ``multiply`` takes, straight from the tiles; a piece is a tile."""
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, n_blocks, n_out, n_tokens = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    sums = arg(args, 8) + worker * arg(args, 9)
+    sums = scratch + worker * scratch_bytes
     for tile in range(first, last):
         multiply(w + tile * tile_bytes, x, 0, n_blocks, sums)
         store_tiles(sums, y + 64 * tile, n_tokens, 1, n_out, 16 * tile, bias, False)
 
 
-def matmul(args, first, last, worker):
+def matmul(
+    w, x, y, bias, tile_bytes, n_blocks, tiles, n_out, n_tokens, x_bytes, step_bytes, n_steps,
+    wide, at_once, least_bytes, together, scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
     """y [T, n_out] of many tokens; a piece is ``together`` tiles and TOKEN_BLOCK tokens.
 
     Columns go by chunks of ``at_once`` records, so that those of 16 tokens stay in the first-level cache
     while the tiles pass, and the sums of all tokens wait in ``sums`` [T / 16][together][16][16].
     """
-    w, x, y, bias = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    tile_bytes, n_blocks, tiles, n_out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    n_tokens, x_bytes, step_bytes, n_steps = (
-        arg(args, 8),
-        arg(args, 9),
-        arg(args, 10),
-        arg(args, 11),
-    )
-    wide, at_once, least_bytes, together = (
-        arg(args, 12),
-        arg(args, 13),
-        arg(args, 14),
-        arg(args, 15),
-    )
-    panels = arg(args, 16) + worker * arg(args, 17)
+    panels = scratch + worker * scratch_bytes
     per_block, panel_bytes = n_steps // n_blocks, at_once * step_bytes
     least, groups = panels + together * panel_bytes, (tiles + together - 1) // together
     sums = least + together * least_bytes
@@ -140,13 +129,13 @@ def matmul(args, first, last, worker):
     stop()
 
 
-def embed(args, first, last, worker):
+def embed(
+    w, ids, y, scale: f32, tile_bytes, n_blocks, n, offset, group, minima, signed, step_bytes,
+    scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
     """Rows ids of w, decoded and scaled: value = scale * (code - offset) + minimum."""
-    w, ids, y, scale = arg(args, 0), arg(args, 1), arg(args, 2), float_arg(args, 3)
-    tile_bytes, n_blocks, n = arg(args, 4), arg(args, 5), arg(args, 6)
-    offset, group, minima = arg(args, 7), arg(args, 8), arg(args, 9)
-    signed, step_bytes = arg(args, 10), arg(args, 11)
-    scratch = arg(args, 12) + worker * arg(args, 13)
+    scratch = scratch + worker * scratch_bytes
     for t in range(first, last):
         row = get_i32(ids + 4 * t)
         unpack(w + (row // 16) * tile_bytes, n_blocks, scratch)
@@ -183,15 +172,18 @@ def record_matmul(
     forms = prepare(tape, w, x)
     y = tape.array((n_tokens, -(-w.n_out // 16) * 16 if n_tokens == 1 else w.n_out))
     y.shape = (n_tokens, w.n_out)
-    bias_at = bias.address if bias is not None else 0
-    common = [w.address, forms.address, y.address, bias_at, w.tile_bytes, w.n_blocks]
     if n_tokens == 1:
-        _record_matvec(tape, w, common, joins)
+        kernel, more, pieces = matvec_kernel(w)
+        claimed = chunk(pieces)
     elif w.format is not None and n_tokens <= FEW:
-        _record_few(tape, w, common, n_tokens, n_workers, joins)
+        kernel, more, pieces = _few_kernel(tape, w, n_tokens, n_workers)
+        claimed = chunk(pieces)
     else:
-        _record_many(tape, w, common, n_tokens, n_workers, joins, act)
-    tape.keep(w, x, forms, y, bias)
+        many = bfloat.matmul_kernel if isinstance(w, bfloat.RoundedWeight) else matmul_kernel
+        kernel, more, pieces = many(tape, w, n_tokens, n_workers, act)
+        claimed = 1
+    blocks = {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
+    tape.add(kernel, pieces, claimed, joins, w=w, x=forms, y=y, bias=bias, **blocks, **more)
     return y
 
 
@@ -218,27 +210,22 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
     used = min(slots, FEW) if n_rows <= FEW else slots
     name, quantise = f"quantise_{slots}_{span}", micro.quantiser(slots, span)
     pieces = -(-n // QUANTISED)
-    args = [x.address, out.address, n_rows, n, slots, used, span]
-    address = jit.kernel(quantise_rows, name, quantise=quantise)
-    tape.add(address, tiles * pieces, args, pieces if slots == 1 else 1)
-    tape.keep(x)
+    kernel = jit.kernel(quantise_rows, name, quantise=quantise)
+    claimed = pieces if slots == 1 else 1
+    sizes = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
+    tape.add(kernel, tiles * pieces, claimed, x=x, out=out, **sizes)
     return out
 
 
-def _record_matvec(tape: Tape, w: CPUWeight, common: list[int], joins: bool) -> None:
-    address, more = matvec_kernel(w)
-    pieces = w.n_tiles if w.format else -(-w.n_tiles // GROUP)
-    tape.add(address, pieces, [*common, *more], chunk(pieces), joins)
-
-
-def matvec_kernel(w: CPUWeight) -> tuple[int, list[int]]:
-    """The kernel for one token, and its arguments after the first six."""
+def matvec_kernel(w: CPUWeight) -> tuple[jit.Kernel, dict[str, Any], int]:
+    """The kernel for one token, its arguments besides those of all products, and its pieces."""
+    name = f"matvec_{w.kind}"
     if w.format is not None:
         one = micro.multiplier(w.format, 1, 1)
-        return jit.kernel(matvec, f"matvec_{w.kind}", multiply=one), []
+        return jit.kernel(matvec, name, multiply=one), {}, w.n_tiles
     one, group = multiplier(w.kind, 1), multiplier(w.kind, GROUP)
-    name = f"matvec_{w.kind}"
-    return jit.kernel(matvec_float, name, multiply=one, multiply_group=group), [w.n_tiles]
+    kernel = jit.kernel(matvec_float, name, multiply=one, multiply_group=group)
+    return kernel, {"tiles": w.n_tiles}, -(-w.n_tiles // GROUP)
 
 
 def chunk(pieces: int) -> int:
@@ -246,55 +233,42 @@ def chunk(pieces: int) -> int:
     return max(1, min(8, pieces // 16))
 
 
-def _record_few(
-    tape: Tape, w: CPUWeight, common: list[int], n_tokens: int, n_workers: int, joins: bool
-) -> None:
+def _few_kernel(
+    tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int
+) -> tuple[jit.Kernel, dict[str, Any], int]:
+    """The kernel for up to FEW tokens; results as of ``matvec_kernel``."""
     slots = next(n for n in (2, 4, 8) if n >= n_tokens)  # spare ones repeat the last token
-    names = {"multiply": micro.multiplier(w.format, slots, micro.SLOTS)}
-    address = jit.kernel(matmul_few, f"matmul_{slots}_{w.kind}", **names)
+    multiply = micro.multiplier(w.format, slots, micro.SLOTS)
+    kernel = jit.kernel(matmul_few, f"matmul_{slots}_{w.kind}", multiply=multiply)
     scratch = tape.array((n_workers, slots * 64), "u1")
-    args = [*common, w.n_out, n_tokens, scratch.address, scratch.shape[1]]
-    tape.add(address, w.n_tiles, args, chunk(w.n_tiles), joins)
-    tape.keep(scratch)
-
-
-def _record_many(
-    tape: Tape,
-    w: CPUWeight,
-    common: list[int],
-    n_tokens: int,
-    n_workers: int,
-    joins: bool,
-    act: str,
-) -> None:
-    kernel = bfloat.matmul_kernel if isinstance(w, bfloat.RoundedWeight) else matmul_kernel
-    address, more, pieces, scratch = kernel(tape, w, n_tokens, n_workers, act)
-    tape.add(address, pieces, [*common, *more], 1, joins)
-    tape.keep(scratch)
+    more = {"n_out": w.n_out, "n_tokens": n_tokens}
+    return kernel, more | {"scratch": scratch, "scratch_bytes": slots * 64}, w.n_tiles
 
 
 def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
-) -> tuple[int, list[int], int, CPUArray]:
-    """The kernel for up to so many tokens, its arguments after the first six, its pieces, its scratch."""
-    more = [w.n_tiles, w.n_out, n_tokens]
+) -> tuple[jit.Kernel, dict[str, Any], int]:
+    """The kernel for up to so many tokens; results as of ``matvec_kernel``."""
+    more = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     if w.format is None:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
         end = row_storer(elementwise.ACTIVATIONS[act] if act else None)
         names = {"widen_tile": tile_widener(w.kind), "store_row": end}
-        address = jit.kernel(matmul_float, f"matmul_{w.kind}{act and '_' + act}", **names)
+        kernel = jit.kernel(matmul_float, f"matmul_{w.kind}{act and '_' + act}", **names)
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
-        address, step_bytes, at_once, wide = _matmul_quantised(w)
+        kernel, step_bytes, at_once, wide = _matmul_quantised(w)
         n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
         least = w.n_blocks * minima.n_minima(w.format) * 64
         scratch = tape.array((n_workers, together * (at_once * step_bytes + least + sums)), "u1")
-        more += [n_steps * micro.record_bytes(micro.SLOTS), step_bytes, n_steps]
-        more += [wide, at_once, least, together]
+        more |= {"x_bytes": n_steps * micro.record_bytes(micro.SLOTS), "step_bytes": step_bytes}
+        more |= {"n_steps": n_steps, "wide": wide, "at_once": at_once, "least_bytes": least}
+        more |= {"together": together}
         pieces = -(-w.n_tiles // together) * -(-n_tokens // TOKEN_BLOCK)
-    return address, [*more, scratch.address, scratch.shape[1]], pieces, scratch
+    more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
+    return kernel, more, pieces
 
 
 def tiles_together(w: CPUWeight, n_workers: int) -> int:
@@ -303,7 +277,7 @@ def tiles_together(w: CPUWeight, n_workers: int) -> int:
     return next((n for n in UNPACKED if n <= wanted), UNPACKED[-1])
 
 
-def _matmul_quantised(w: CPUWeight) -> tuple[int, int, int, int]:
+def _matmul_quantised(w: CPUWeight) -> tuple[jit.Kernel, int, int, int]:
     """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
     fmt, kind, at_once, wide = w.format, w.kind, STEPS, 16
     unit = {"start": amx.nothing, "stop": amx.nothing}
@@ -326,17 +300,15 @@ def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_worker
     """Rows of a matrix, decoded: [T, n_in]."""
     n = len(ids)
     y = tape.array((n, w.n_in))
-    args = [w.address, ids.address, y.address, float_bits(scale), w.tile_bytes]
+    args = {"w": w, "ids": ids, "y": y, "scale": scale, "tile_bytes": w.tile_bytes, "n": w.n_in}
     if w.format is None:
-        address = jit.kernel(embed_float, f"embed_{w.kind}", weight=widener(w.kind))
-        tape.add(address, n, [*args, w.n_in])
+        kernel = jit.kernel(embed_float, f"embed_{w.kind}", weight=widener(w.kind))
     else:
         form = micro.unpacked(w.format)
+        kernel = jit.kernel(embed, f"embed_{w.kind}", unpack=micro.unpacker(w.format, form))
         scratch = tape.array((n_workers, w.n_in // 32 * form.tile_bytes), "u1")
-        args += [w.n_blocks, w.n_in, form.offset, form.group, form.minima, form.signed]
-        args += [form.tile_bytes, scratch.address, scratch.shape[1]]
-        unpack = micro.unpacker(w.format, form)
-        tape.add(jit.kernel(embed, f"embed_{w.kind}", unpack=unpack), n, args)
-        tape.keep(scratch)
-    tape.keep(w, ids, y)
+        args |= {"n_blocks": w.n_blocks, "step_bytes": form.tile_bytes}
+        args |= {name: getattr(form, name) for name in ("offset", "group", "minima", "signed")}
+        args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
+    tape.add(kernel, n, **args)
     return y

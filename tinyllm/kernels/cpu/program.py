@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from . import jit
-from .threads import ARGS, ROW, pool
+from .threads import ARGS, ROW, ROW_BYTES, pool
 
 ALIGN = 64
+HEAD = struct.Struct(f"={ARGS}q")  # of an instruction: what stands before its arguments
 
 
 def aligned(n_bytes: int) -> np.ndarray:
@@ -149,6 +150,11 @@ class CPUArray:
         return np.asarray(_Interface(pointer, self))
 
 
+def wrapped(memory: np.ndarray) -> CPUArray:
+    """An array of this backend in a NumPy array's memory."""
+    return CPUArray(memory.shape, memory.dtype, memory.ctypes.data, memory)
+
+
 class _Interface:
     """What NumPy needs to see foreign memory; keeps its owner alive."""
 
@@ -167,11 +173,6 @@ class _Place:
     def __del__(self) -> None:
         if hasattr(self, "place"):  # Ctrl-C may have come before it was taken
             self.arena.give(self.place)
-
-
-def float_bits(x: float) -> int:
-    """A float32 argument of an instruction: its bits."""
-    return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
 class Tape:
@@ -207,16 +208,41 @@ class Tape:
             self._grouped = False
 
     def add(
-        self, kernel: int, pieces: int, args: Sequence[int], chunk: int = 1, joins: bool = False
+        self, kernel: jit.Kernel, pieces: int, /, chunk: int = 1, joins: bool = False, **args: Any
     ) -> int:
-        """Append an instruction; ``joins``: it may run beside the previous one. Returns its row."""
+        """Append an instruction, and keep the arrays that it is given.
+
+        Parameters
+        ----------
+        kernel, pieces
+            What is run, and for how many pieces.
+        chunk : int
+            Pieces that a thread claims at once.
+        joins : bool
+            The instruction may run beside the previous one.
+        **args
+            The kernel's arguments by name: arrays and weights, numbers, addresses; None is the address 0.
+
+        Returns
+        -------
+        int
+            Its row.
+
+        Raises
+        ------
+        TypeError
+            The names are not those of the kernel's parameters, or a value does not fit.
+        """
         if self.n + 1 >= len(self.rows):
             self._grow()
+        if len(args) > ROW - ARGS:
+            raise TypeError(f"kernel {kernel.name}: {len(args)} arguments; at most {ROW - ARGS}")
+        at = ROW_BYTES * (self.n + 1)
+        kernel.write(self.rows, at + 8 * ARGS, args)
+        claims = -(-pieces // chunk)
+        HEAD.pack_into(self.rows, at, kernel.address, pieces, chunk, not joins, claims)
         self.n += 1
-        row = self.rows[self.n]
-        row[1:ARGS] = pieces, chunk, not joins, -(-pieces // chunk)
-        row[0] = kernel
-        row[ARGS : ARGS + len(args)] = args
+        self.keep(*[v for v in args.values() if hasattr(v, "address")])
         return self.n
 
     def keep(self, *things: Any) -> None:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from .attention import LAYER
-from .simd import arg, copy, get_f32, get_i32, get_i64, set_f32
+from .simd import copy, get_f32, get_i32, get_i64, set_f32
 
 
 def state_of(caches, seq, layer, field):
@@ -19,11 +19,8 @@ def state_of(caches, seq, layer, field):
     return get_i64(get_i64(caches + 8 * seq) + layer * LAYER + 8 * field)
 
 
-def conv1d(args, first, last, worker):
+def conv1d(x, y, caches, starts, layer, field, n, width, w, bias, first, last, worker):
     """Causal convolution of each channel; a piece is one sequence's channel."""
-    x, y, caches, starts = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    layer, field, n, width = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    w, bias = arg(args, 8), arg(args, 9)
     for piece in range(first, last):
         seq, i = piece // n, piece % n
         kept = state_of(caches, seq, layer, field) + 4 * i
@@ -43,12 +40,11 @@ def conv1d(args, first, last, worker):
             set_f32(y + 4 * (t * n + i), total)
 
 
-def scan(args, first, last, worker):
+def scan(
+    x, y, caches, starts, layer, field, n, size, dt, a, b, c, d, n_decay, n_group,
+    first, last, worker,
+):  # fmt: skip
     """h = exp(dt a) h + dt x b; y = h c + d x, for each channel; a piece is one sequence's channel."""
-    x, y, caches, starts = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    layer, field, n, size = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    dt, a, b, c, d = arg(args, 8), arg(args, 9), arg(args, 10), arg(args, 11), arg(args, 12)
-    n_decay, n_group = arg(args, 13), arg(args, 14)
     for piece in range(first, last):
         seq, i = piece // n, piece % n
         group = i * n_group // n
@@ -68,10 +64,8 @@ def scan(args, first, last, worker):
             set_f32(y + 4 * (t * n + i), total + get_f32(d + 4 * i) * here)
 
 
-def shift_rows(args, first, last, worker):
+def shift_rows(x, y, caches, starts, layer, field, n_bytes, first, last, worker):
     """Each row becomes the one before it; the last is kept. A piece is a sequence."""
-    x, y, caches, starts = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    layer, field, n_bytes = arg(args, 4), arg(args, 5), arg(args, 6)
     for seq in range(first, last):
         kept = state_of(caches, seq, layer, field)
         before = kept
@@ -82,11 +76,8 @@ def shift_rows(args, first, last, worker):
             copy(kept, before, n_bytes)
 
 
-def wkv6(args, first, last, worker):
+def wkv6(r, y, caches, starts, layer, field, n_head, dim, k, v, w, u, first, last, worker):
     """y = r (S + diag(u) k^T v); S = diag(w) S + k^T v. A piece is one sequence's head."""
-    r, y, caches, starts = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    layer, field, n_head, dim = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    k, v, w, u = arg(args, 8), arg(args, 9), arg(args, 10), arg(args, 11)
     for piece in range(first, last):
         seq, head = piece // n_head, piece % n_head
         state = state_of(caches, seq, layer, field) + 4 * head * dim * dim
@@ -104,11 +95,8 @@ def wkv6(args, first, last, worker):
                     set_f32(at, wi * s + kv)
 
 
-def wkv7(args, first, last, worker):
+def wkv7(r, y, caches, starts, layer, field, n_head, dim, w, k, v, a, b, first, last, worker):
     """S = S diag(w) + (S a) b^T + v k^T; y = S r. A piece is one sequence's head."""
-    r, y, caches, starts = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    layer, field, n_head, dim = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    w, k, v, a, b = arg(args, 8), arg(args, 9), arg(args, 10), arg(args, 11), arg(args, 12)
     for piece in range(first, last):
         seq, head = piece // n_head, piece % n_head
         state = state_of(caches, seq, layer, field) + 4 * head * dim * dim

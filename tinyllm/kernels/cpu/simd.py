@@ -545,18 +545,6 @@ get_i8, set_i8 = _scalar(i64, I8)
 get_f32, set_f32 = _scalar(f32, F32)
 
 
-@emitter(i64, i64, i64)
-def arg(e, args, i):
-    """Argument i of an instruction."""
-    return e.load(e.ptr(args), I64, e.b.mul(i, I64(8)))
-
-
-@emitter(f32, i64, i64)
-def float_arg(e, args, i):
-    """Argument i of an instruction, a float32 kept as bits (``program.float_bits``)."""
-    return e.load(e.ptr(args), F32, e.b.mul(i, I64(8)))
-
-
 @emitter(f32, i64)
 def get_half(e, p):
     """The half at an address, as a float."""

@@ -268,7 +268,7 @@ class Pool:
         self._lock = threading.Lock()
         self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
-        self._work = _foreign(work)
+        self._work = jit.function(work)
         self._started = 1  # the caller is worker 0
         self._retired: deque[tuple[int, object]] = deque()
 
@@ -305,11 +305,6 @@ class Pool:
             if parked and self._retired[0][0] > min(parked):
                 return
             self._retired.popleft()
-
-
-def _foreign(body) -> ctypes._CFuncPtr:
-    """A compiled function of four integers as Python calls it: without the interpreter's lock."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(body))
 
 
 _pool: Pool | None = None

@@ -6,14 +6,12 @@ memory sees every byte twice, once read and once written.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -26,7 +24,6 @@ from .simd import (
     I32,
     I64,
     V,
-    arg,
     clear,
     emitter,
     get_i8,
@@ -127,11 +124,10 @@ def move_some(to, source, row_bytes, rows, size, word):
         clear(q + rows * word, (16 - rows) * word)
 
 
-def interleave(args, first, last, worker):
+def interleave(
+    source, out, row_bytes, n_rows, n_blocks, block_bytes, fields, n_fields, first, last, worker
+):
     """Rows of blocks -> tiles, field by field; a piece is a tile. Missing rows become zeros."""
-    source, out, row_bytes, n_rows = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n_blocks, block_bytes = arg(args, 4), arg(args, 5)
-    fields, n_fields = arg(args, 6), arg(args, 7)
     for tile in range(first, last):
         to = out + tile * 16 * n_blocks * block_bytes
         rows = min(16, n_rows - 16 * tile)
@@ -171,16 +167,18 @@ def runs(fields: Sequence[tuple[int, int]]) -> np.ndarray:
 def interleave_rows(raw: np.ndarray, to: int, n_blocks: int, fields: np.ndarray) -> None:
     """Write the tiles of raw, uint8 [n, row_bytes], to an address; n_blocks and fields (``runs``) of a row."""
     n, row_bytes = raw.shape
-    block_bytes, (n_fields, _) = row_bytes // n_blocks, fields.shape
-    row = (raw.ctypes.data, to, row_bytes, n, n_blocks, block_bytes, fields.ctypes.data, n_fields)
-    args = np.array(row, np.int64)
-    _interleave()(args.ctypes.data, 0, -(-n // ROWS), 0)
-
-
-@lru_cache(1)
-def _interleave() -> Callable[[int, int, int, int], None]:
-    """``interleave`` as Python calls it: without the interpreter's lock."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(jit.kernel(interleave))
+    jit.kernel(interleave)(
+        0,
+        -(-n // ROWS),
+        source=raw.ctypes.data,
+        out=to,
+        row_bytes=row_bytes,
+        n_rows=n,
+        n_blocks=n_blocks,
+        block_bytes=row_bytes // n_blocks,
+        fields=fields.ctypes.data,
+        n_fields=len(fields),
+    )
 
 
 # ---- memory

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import ast
 import builtins
+import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -46,14 +47,51 @@ CASTS = {np.float32: F32, np.float64: F64, float: F64, int: I64}
 MATH = {math.sqrt: "sqrt", math.exp: "exp", math.sin: "sin", math.cos: "cos", np.rint: "rint"}
 
 
-def translate(function: FunctionType, name: str, triple: str) -> ir.Module:
-    """A module with ``function`` of four integers, that returns nothing, under a name."""
+WORK = ("first", "last", "worker")  # how a kernel's parameters end
+
+
+def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
+    """Names and types of the arguments of a kernel's instructions: of what stands before ``first``.
+
+    Raises
+    ------
+    TypeError
+        The parameters do not end with first, last and worker, or one is annotated otherwise than ``f32``.
+    """
+    code, name = kernel.__code__, kernel.__name__
+    names = code.co_varnames[: code.co_argcount]
+    if names[-len(WORK) :] != WORK:
+        raise TypeError(
+            f"{name}({', '.join(names)}): a kernel's parameters end with {', '.join(WORK)}"
+        )
+    given = inspect.get_annotations(kernel, eval_str=True)
+    kinds = {n: CASTS.get(given.get(n, I64), given.get(n, I64)) for n in names[: -len(WORK)]}
+    for n, kind in kinds.items():
+        if kind not in (I64, F32):
+            raise TypeError(
+                f"{name}: {n} is annotated {kind}; expected f32, or nothing for an integer"
+            )
+    return kinds
+
+
+def translate(
+    function: FunctionType, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
+) -> ir.Module:
+    """A module with a function of four integers that returns nothing, under a name.
+
+    Given the ``kinds`` of its ``parameters`` it is a kernel: the integers are (args, first, last, worker), and
+    the parameters before ``first`` are read from the address ``args``, 8 bytes each. Else it takes the four.
+    """
     module = ir.Module(name)
     module.triple = triple
     f = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 4), name)
     f.attributes.add("nounwind")
     b = ir.IRBuilder(f.append_basic_block("entry"))
-    Body(b, function, f.args)
+    values = list(f.args)
+    if kinds is not None:
+        e, address = Emit(b), values.pop(0)
+        values[:0] = [e.load(e.ptr(address), ty, 8 * i) for i, ty in enumerate(kinds.values())]
+    Body(b, function, values)
     b.ret_void()
     return module
 
