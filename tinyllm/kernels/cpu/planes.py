@@ -36,16 +36,16 @@ def panel_bytes(fmt: Format) -> int:
 
 @lru_cache
 def unpacker(fmt: Format) -> Callable:
-    """unpack(w, n_blocks, out): a tile of 16 rows, as planes."""
+    """unpack(w, n_blocks, out, ahead): a tile of 16 rows, as planes; ``ahead`` as in ``micro.unpacker``."""
 
-    @emitter(types.void, i64, i64, i64)
-    def unpack(e, w, n_blocks, out):
+    @emitter(types.void, i64, i64, i64, i64)
+    def unpack(e, w, n_blocks, out, ahead):
         """See ``unpacker``."""
 
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
             to = e.at(e.ptr(out), e.b.mul(i, I64(panel_bytes(fmt))))
-            _put_block(e, fmt, Tile(e, p, fmt, I64(0), LANES), to)
+            _put_block(e, fmt, Tile(e, p, fmt, I64(0), LANES, ahead), to)
             return state
 
         e.loop(n_blocks, [], block)
