@@ -28,14 +28,14 @@ PEAK_S = 0.5  # spent on measuring the peak, each round
 
 
 def short_texts(n: int) -> list[str]:
-    """Of 6 to 30 words."""
+    """Texts of 6 to 30 words."""
     return [
         f"{i}: " + " ".join(WORDS[j % len(WORDS)] for j in range(5 + i * 7 % 25)) for i in range(n)
     ]
 
 
 def long_texts(n: int) -> list[str]:
-    """Of 510 words that are a token each, which two more tokens enclose."""
+    """Texts of 510 words, each of them one token; two more tokens enclose a text."""
     return [" ".join(WORDS[(i + j) % 9] for j in range(510)) for i in range(n)]
 
 

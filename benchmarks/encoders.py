@@ -75,7 +75,7 @@ class TinyLLM(Encoder):
 
 
 class Rounded(TinyLLM):
-    """The same with products of bfloat16, where the processor has them."""
+    """tinyllm with products of bfloat16, where the processor has them."""
 
     compute = "bf16"
 

@@ -47,7 +47,7 @@ class Random:
         self._block = block.reshape(16, -1)
 
     def read_rows(self, start: int, stop: int, out: Any = None) -> np.ndarray:
-        """The same 16 rows again and again."""
+        """Rows that repeat one block of 16 rows."""
         return np.tile(self._block, (-(-(stop - start) // 16), 1))[: stop - start]
 
 

@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 
 import tinyllm  # noqa: E402
 from tinyllm.cli import main  # noqa: E402
-from tinyllm.kernels.backend import Backend  # noqa: E402
 from tinyllm.kernels.cpu import jit, simd  # noqa: E402
 from tinyllm.models.network import Network  # noqa: E402
 from tinyllm.sdk import GPT4All  # noqa: E402

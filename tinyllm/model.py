@@ -21,6 +21,7 @@ from .engine.completion import (
     check_max_tokens,
     check_n_ctx,
     complete,
+    or_beginning,
     room_for,
     split_prompts,
     strings,
@@ -413,12 +414,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens; an empty one is the beginning-of-text token."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = [int(i) for i in prompt]
-        first = self.tokenizer.bos if self.tokenizer.bos is not None else self.tokenizer.eos
-        return ids or ([] if first is None else [first])
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        return or_beginning(self.tokenizer, ids)
 
     def close(self) -> None:
         """Free the weights at once; using the model afterwards raises TinyLLMError."""

@@ -71,7 +71,7 @@ def anything(rng: random.Random) -> Any:
 
 
 def edited_list(values: list[Any], rng: random.Random) -> list[Any]:
-    """The same list with one element replaced, removed, doubled, moved or spliced with another."""
+    """A copy of the list with one element replaced, removed, doubled, moved or spliced with another."""
     out, i, j = list(values), rng.randrange(len(values)), rng.randrange(len(values))
     kind = rng.randrange(6)
     if kind == 0:
@@ -103,7 +103,7 @@ def edited_value(value: Any, rng: random.Random) -> Any:
 
 
 def edited_tensor(tensor: gguf.Tensor, rng: random.Random) -> gguf.RawTensor:
-    """The same bytes under another shape, or a row more or less, or spoilt."""
+    """A tensor's bytes under another shape, with a row more or less, or spoilt."""
     raw, shape = tensor.read(), list(tensor.shape)
     kind = rng.randrange(4)
     if kind == 0:

@@ -119,9 +119,10 @@ def test_keys_normalised_behind_their_rotation_are_not_shifted() -> None:
 def batches(
     net: Network, sequences: list[list[int]], one_by_one: int | None
 ) -> list[list[np.ndarray]]:
-    """The same sequences together; for decoders also in chunks, alone and together, and one by one.
+    """Logits or rows of sequences computed in several ways, each of which must give the same.
 
-    Of the last, so many tokens of each, or all.
+    All compute the sequences together; a decoder also computes them in chunks, alone and together, and one
+    by one, the last with so many tokens of each, or all.
     """
     if not net.config.causal:
         return [net.hidden(sequences)]

@@ -30,7 +30,9 @@ STORY = "{% for m in messages %}{{ m.content }}{{ ' ' }}{% endfor %}"
 @pytest.fixture
 def model(models: Path) -> Iterator[GPT4All]:
     """A model that a test may close."""
-    with GPT4All("stories260K", model_path=models, allow_download=False) as model:
+    with GPT4All(
+        "stories260K", model_path=models, allow_download=False, private_sessions=True
+    ) as model:
         yield model
 
 

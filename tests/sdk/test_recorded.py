@@ -62,7 +62,7 @@ EMBEDDED: dict[str, Call] = {
 
 
 def cosines(a: Any, b: Any) -> np.ndarray:
-    """Of the rows of two lists of vectors -> [n]."""
+    """Cosines between the rows of two lists of vectors -> [n]."""
     x, y = (np.atleast_2d(np.asarray(v, np.float64)) for v in (a, b))
     return (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
 

@@ -6,7 +6,7 @@ an error itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from tinyllm.kernels.devices import Device
 from tinyllm.models.config import Config
 from tinyllm.models.state import State
 from tinyllm.sampling import SamplingParams
-from tinyllm.sdk import GPT4All
+from tinyllm.sdk import Embed4All, GPT4All
 
 
 def one_prompt_gives_a_completion(model: Model, ids: tuple[int, ...]) -> None:
@@ -62,12 +62,23 @@ def results_are_known(model: Model, done: Completion, state: State) -> None:
     assert_type(done.timings.generated_per_s, float)
 
 
-def the_sdk_gives_texts(llm: GPT4All) -> None:
+def the_sdk_gives_texts(llm: GPT4All, streaming: bool) -> None:
     assert_type(llm.generate("a"), str)
+    assert_type(llm.generate("a", max_tokens=4, temp=0, top_k=1, seed=2), str)
     assert_type(next(llm.generate("a", streaming=True)), str)
+    assert_type(llm.generate("a", streaming=streaming), str | Generator[str, None, None])
+    assert_type(llm.generate("a", logprobs=2), Completion)
+    assert_type(llm.generate(["a"]), list[str])
+    assert_type(llm.generate(["a"], logprobs=0), list[Completion])
 
 
-def mistakes_are_reported(model: Model) -> None:
+def the_sdk_gives_vectors(embedder: Embed4All) -> None:
+    assert_type(embedder.embed("a"), list[float])
+    assert_type(embedder.embed(["a"]), list[list[float]])
+    assert_type(embedder.embed("a", return_dict=True)["n_prompt_tokens"], int)
+
+
+def mistakes_are_reported(model: Model, llm: GPT4All) -> None:
     model.generate(3.5)  # type: ignore
     model.generate("a", temprature=0)  # type: ignore
     model.generate("a", 8, 0.7)  # type: ignore
@@ -78,3 +89,5 @@ def mistakes_are_reported(model: Model) -> None:
     print(model.config.n_embed)  # type: ignore
     tinyllm.load(kv_type="f8")  # type: ignore
     SamplingParams(0.7, 40)  # type: ignore
+    llm.generate("a", temperature=0)  # type: ignore
+    llm.generate(["a"], streaming=True)  # type: ignore

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
@@ -140,11 +140,16 @@ def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:
     return max(needed, SMALLEST_CONTEXT)
 
 
-def complete(net: Network, jobs: Sequence[Job], tap: Tap | None) -> list[Completion]:
-    """All jobs to their ends."""
+def complete(
+    net: Network,
+    jobs: Sequence[Job],
+    tap: Tap | None = None,
+    before_step: Callable[[], object] | None = None,
+) -> list[Completion]:
+    """All jobs to their ends, side by side; ``before_step`` as `generate_tokens` has it."""
     with (
         reading(sum(job.run.n_pending for job in jobs)) as read,
-        closing(generate_tokens(net, [j.run for j in jobs], tap, read)) as tokens,
+        closing(generate_tokens(net, [j.run for j in jobs], tap, read, before_step)) as tokens,
     ):
         for i, token in tokens:
             jobs[i].accept(token)
@@ -160,7 +165,7 @@ class Pieces(Iterator[str]):
         self._job, self._pieces = job, pieces_of(net, job, tap)
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        return next(self._pieces)[1]
 
     def close(self) -> None:
         self._pieces.close()
@@ -174,16 +179,27 @@ class Pieces(Iterator[str]):
         return self._job.completion()
 
 
-def pieces_of(net: Network, job: Job, tap: Tap | None) -> Generator[str, None, None]:
+def pieces_of(
+    net: Network,
+    job: Job,
+    tap: Tap | None = None,
+    progress: Callable[[int], object] | None = None,
+    before_step: Callable[[], object] | None = None,
+) -> Generator[tuple[int, str], None, None]:
+    """(id of the last token, text) whenever text can be shown.
+
+    ``progress`` and ``before_step`` as `generate_tokens` has them; without the first, reading a long prompt
+    shows a bar on a terminal.
+    """
     with (
-        reading(job.run.n_pending) as read,
-        closing(generate_tokens(net, [job.run], tap, read)) as tokens,
+        reading(job.run.n_pending) as bar,
+        closing(generate_tokens(net, [job.run], tap, progress or bar, before_step)) as tokens,
     ):
         for _, token in tokens:
             if piece := job.accept(token):
-                yield piece
+                yield token.id, piece
     if piece := job.text.finish():  # the context was full
-        yield piece
+        yield job.tokens[-1].id, piece
 
 
 def control_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
@@ -196,6 +212,12 @@ def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int
     """The prompt without so much of its middle-left that the answer, or half the room, is free."""
     limit = room - min(max(max_tokens, 0) or room // 2, room // 2)
     return ids if len(ids) <= limit else ids[:keep] + ids[len(ids) - (limit - keep) :]
+
+
+def or_beginning(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """A prompt's ids; an empty one is the beginning-of-text token, or the one that ends texts."""
+    first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
+    return ids or ([] if first is None else [first])
 
 
 def split_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

@@ -97,13 +97,15 @@ def generate_tokens(
     runs: Sequence[Run],
     tap: Tap | None = None,
     progress: Callable[[int], object] | None = None,
+    before_step: Callable[[], object] | None = None,
 ) -> Generator[tuple[int, Token], None, None]:
     """Continue all runs together, yielding (index of the run, token) as each is chosen.
 
     Each step computes the pending tokens of as many runs as fit into ``net.n_batch`` rows, so prompts are
     read and answers written in the same passes. A run ends when its ``finish_reason`` is set, here or by
     the caller between two tokens; closing the iterator ends all at once. ``progress`` is told the number of
-    prompt tokens each step has read.
+    prompt tokens each step has read. ``before_step`` is called under the network's lock, which is then held
+    until the step is done; what it raises ends the iteration.
 
     Raises
     ------
@@ -120,7 +122,10 @@ def generate_tokens(
             run.finish_reason = "length"
     while active := [i for i, run in enumerate(runs) if run.finish_reason is None]:
         read = n_read(runs) if progress is not None else 0
-        tokens = step(net, runs, active, tap)
+        with net.lock:
+            if before_step is not None:
+                before_step()
+            tokens = step(net, runs, active, tap)
         if progress is not None:
             progress(n_read(runs) - read)
         yield from tokens

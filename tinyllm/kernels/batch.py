@@ -88,7 +88,8 @@ class Batch:
     starts: Array  # [n_seq + 1] int32: sequence s has the rows starts[s]:starts[s + 1]
     n_past: Array  # [n_seq] int32: positions stored before this step
     outputs: Array  # [n_out] int32: rows whose result is wanted
-    caches: tuple[Cache, ...]  # one per sequence; () when nothing is kept (encoders)
+    # one Cache of the backend's own kind for each sequence; () when nothing is kept (encoders)
+    caches: tuple[Any, ...]
     n_rows: int
     n_seq: int
     n_out: int

@@ -453,7 +453,7 @@ def sequences(batch: Batch) -> Iterator[tuple[ReferenceCache, slice, int]]:
     """Each sequence's cache, its rows, and how many positions it had stored."""
     bounds = zip(batch.starts[:-1], batch.starts[1:], strict=True)
     for cache, (start, stop), past in zip(batch.caches, bounds, batch.n_past, strict=True):
-        yield cache, slice(int(start), int(stop)), int(past)  # type: ignore[misc]
+        yield cache, slice(int(start), int(stop)), int(past)
 
 
 def attend(

@@ -64,7 +64,7 @@ def build(
 
 
 def check_vocabulary(metadata: Mapping[str, Any], keys: Keys, tensors: Mapping[str, Any]) -> None:
-    """Every row of the embedding has a token, and every token a row."""
+    """Raise GGUFError unless every row of the embedding has a token, and every token a row."""
     embedding = tensors.get("token_embd.weight")
     n_rows = 0 if embedding is None else embedding.shape[0]
     tokens = metadata.get("tokenizer.ggml.tokens", ())
@@ -76,7 +76,7 @@ def check_vocabulary(metadata: Mapping[str, Any], keys: Keys, tensors: Mapping[s
 
 
 def refuse(names: Sequence[str], what: str, strict: bool) -> None:
-    """Say what is not understood: an error, or a warning."""
+    """Raise UnsupportedModel for what is not understood, or warn if not ``strict``."""
     if not names:
         return
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -26,7 +26,7 @@ def check_fits(be: Backend, need: int, what: str, advice: str) -> None:
 
 @contextmanager
 def allocating(what: str, advice: str) -> Iterator[None]:
-    """What fitted a moment ago may not fit now: that is a DeviceError too."""
+    """Turn a MemoryError into a DeviceError: what fitted a moment ago may not fit now."""
     try:
         yield
     except MemoryError as e:

@@ -22,7 +22,7 @@ F32 = np.float32
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a layer turns products of queries and keys into scores; see ``Backend.attention``."""
+    """How a layer turns products of queries and keys into scores, as ``Backend.attention`` does."""
 
     layer: int
     n_head: int
@@ -36,7 +36,7 @@ class Scoring:
 
 
 def asked(step: Step) -> bool:
-    """Does the user's tap want probabilities?"""
+    """Whether the user's tap wants probabilities."""
     return bool(getattr(step.user_tap, "attn_probs", False))
 
 

@@ -36,7 +36,7 @@ class RankHead:
 
 
 class Projections:
-    """What EmbeddingGemma and others multiply pooled rows by, in turn: [.., E] -> [.., E or else]."""
+    """Matrices that EmbeddingGemma and others multiply pooled rows by, in turn: [.., E] -> [.., n_out]."""
 
     def __init__(self, w: Tensors) -> None:
         names = [n for n in ("dense_2", "dense_3") if w.has(f"{n}.weight")]
@@ -64,7 +64,7 @@ def product(m: tuple[np.ndarray, np.ndarray | None], x: np.ndarray) -> np.ndarra
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """With the exact error function, as the reference has it."""
+    """GELU with the exact error function, as the reference has it."""
     return np.array([0.5 * v * (1 + erf(v / 2**0.5)) for v in x.tolist()], np.float32)
 
 

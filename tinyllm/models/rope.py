@@ -46,7 +46,7 @@ def yarn_ramp(dim: int, base: float, n_ctx_original: int) -> np.ndarray:
 
 
 def magnitude(scaling: RopeScaling) -> float:
-    """What cos and sin are multiplied by. DeepSeek's log multiplier moves YaRN's share to the scores."""
+    """The factor of cos and sin. DeepSeek's log multiplier moves YaRN's share of it to the scores."""
     if scaling.type == "yarn" and not scaling.log_multiplier:
         return scaling.attn_factor * (1 + 0.1 * math.log(scaling.factor))
     return scaling.attn_factor

@@ -29,7 +29,7 @@ class Stage:
         return f"layer {first}" if first == last else f"layers {first} to {last}"
 
     def own(self, layers: Sequence[LayerCache]) -> list[LayerCache]:
-        """The same list with nothing to keep for the layers of other stages."""
+        """What each layer keeps, with nothing to keep for the layers of other stages."""
         return [c if i in self.layers else LayerCache() for i, c in enumerate(layers)]
 
 
@@ -46,7 +46,7 @@ def divide(backends: Sequence[Backend], layers: range) -> list[Stage]:
 
 
 def stage_bytes(tensors: Mapping[str, Any], stages: Sequence[Stage]) -> list[int]:
-    """What each stage's weights take; a tied embedding counts where it is read and where it is the head."""
+    """Bytes of each stage's weights; a tied embedding counts where it is read and where it is the head."""
     total = [0] * len(stages)
     for name, tensor in tensors.items():
         total[stage_of(name, stages)] += tensor.nbytes

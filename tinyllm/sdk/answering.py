@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
-from ..engine.completion import Completion, Job
-from ..engine.generate import ERASED, Run, step
-from ..sampling import Sampler, SamplingParams
+from ..engine.completion import (
+    SMALLEST_CONTEXT,
+    Completion,
+    Options,
+    begin,
+    complete,
+    pieces_of,
+    strings,
+)
+from ..engine.generate import ERASED, Overflow
+from ..errors import ArgumentError
+from ..sampling import SamplingParams
 
 if TYPE_CHECKING:
     from ..model import Model
     from ..models.state import State
+    from .names import ResponseCallbackType
 
 STOP_STRINGS = (
     "### System",
@@ -28,18 +40,91 @@ STOP_STRINGS = (
 )
 
 
+class AnswerOptions(TypedDict, total=False):
+    """What ``GPT4All.generate`` takes by keyword, for type checkers; it explains each of them."""
+
+    max_tokens: int
+    temp: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    n_batch: int
+    n_predict: int | None
+    callback: ResponseCallbackType
+    seed: int | None
+    stop: str | Sequence[str]
+
+
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for, beyond the prompt."""
+    """What a call asks for beyond the prompt, with the names and defaults of GPT4All's ``prompt_model``.
 
-    params: SamplingParams
-    n_predict: int
-    stop: tuple[str, ...] = ()
+    ``seed``, ``stop`` and ``logprobs`` are those of tinyllm's models. ``n_batch`` is checked and otherwise
+    ignored: prompts are read in the engine's own batches.
+
+    Raises
+    ------
+    ArgumentError
+        A value is out of range; the message names the argument as it is called here.
+    """
+
+    n_predict: int = 4096
+    top_k: int = 40
+    top_p: float = 0.9
+    min_p: float = 0.0
+    temp: float = 0.1
+    n_batch: int = 8
+    repeat_penalty: float = 1.2
+    repeat_last_n: int = 10
+    context_erase: float = ERASED
+    reset_context: bool = True
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
     logprobs: int | None = None
 
+    def __post_init__(self) -> None:
+        whole("n_predict", self.n_predict)
+        if whole("n_batch", self.n_batch) < 1:
+            raise ArgumentError(f"n_batch={self.n_batch!r}; expected a whole number of at least 1")
+        if self.context_erase != ERASED or not self.reset_context:
+            raise ArgumentError(
+                f"context_erase is {ERASED}; to continue a conversation, pass its state"
+            )
+        self.options("error")
 
-class Answer(Job):
-    """A prompt being answered in a state, which keeps what it has in common with the prompt."""
+    def options(self, overflow: Overflow) -> Options:
+        """The engine's options for this request."""
+        try:
+            params = SamplingParams(
+                temperature=self.temp,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                repeat_penalty=self.repeat_penalty,
+                repeat_last_n=self.repeat_last_n,
+                seed=self.seed,
+            )
+        except ArgumentError as error:
+            raise ArgumentError(str(error).replace("temperature=", "temp=", 1)) from None
+        # GPT4All counts after it has answered: a negative limit allows one token
+        limit = 1 if self.n_predict < 0 else int(self.n_predict)
+        stop = (*STOP_STRINGS, *strings(self.stop))
+        return Options(params, limit, stop, self.logprobs, False, overflow)
+
+
+class _Cancelled(Exception):
+    """The callback that follows the reading of the prompt returned false."""
+
+
+class Answer:
+    """A prompt being answered in a state, which keeps what it has in common with the prompt.
+
+    Iterating gives (token id, text) whenever text can be shown. ``check`` is called before each step, while no
+    other call can compute; ``on_prompt`` with each token of the prompt once it is read, and a false result
+    ends the answer.
+    """
 
     def __init__(
         self,
@@ -47,77 +132,57 @@ class Answer(Job):
         state: State,
         ids: list[int],
         request: Request,
-        borrowed: bool = False,
+        check: Callable[[], object],
+        on_prompt: Callable[[int], bool],
     ) -> None:
-        tokenizer, network = model.tokenizer, model.network
-        keep = 1 if tokenizer.add_bos else 0
-        prompt_ids = erase_oldest(ids, state.n_ctx, keep)
-        state.reuse(prompt_ids)
-        # GPT4All counts after it has answered: a negative limit allows one token
-        limit = 1 if request.n_predict < 0 else request.n_predict
-        run = Run(
-            state,
-            Sampler(request.params, network.n_vocab, network.be.top_k),
-            limit,
-            eog=tokenizer.eog,
-            overflow="shift" if state.can_truncate and state.can_shift else "error",
-            keep=keep,
-            logprobs=request.logprobs,
-            finish_reason="length" if limit == 0 else None,
-        )
-        super().__init__(tokenizer, run, (*STOP_STRINGS, *request.stop), prompt_ids)
-        self.network, self.state = network, state
-        self.borrowed = borrowed  # the state goes back when the answer ends
+        self.network, self.state = model.network, state
+        self._check, self._on_prompt = check, on_prompt
+        ids = erase_oldest(ids, state.n_ctx, 1 if model.tokenizer.add_bos else 0)
+        kept = state.reuse(ids)
+        state.truncate(kept)
+        shifts = state.can_truncate and state.can_shift
+        options = request.options("shift" if shifts else "error")
+        self.job = begin(model.tokenizer, model.network, state, ids[kept:], options)
+        self.job.prompt_ids = ids
+
+    def __iter__(self) -> Generator[tuple[int, str], None, None]:
+        try:
+            with suppress(_Cancelled):
+                yield from pieces_of(
+                    self.network, self.job, progress=self._note_read, before_step=self._check
+                )
+        finally:
+            self.end()
+
+    def _note_read(self, n: int) -> None:
+        end = self.job.run.timings.n_reused + self.job.run.timings.n_prompt
+        if not all(map(self._on_prompt, self.job.prompt_ids[end - n : end])):
+            raise _Cancelled
 
     def end(self) -> None:
         """Stop here. The state keeps what was shown: no part of a stop string, no unread prompt."""
-        self.run.finish_reason = self.run.finish_reason or "cancelled"
-        state = self.state
-        if self.run.n_generated == 0:
+        run, text, state = self.job.run, self.job.text, self.state
+        run.finish_reason = run.finish_reason or "cancelled"
+        if run.n_generated == 0:
             state.truncate(state.n_past)
-        elif self.text.stopped is not None and state.can_truncate:
-            state.truncate(max(len(state.ids) - self.text.n_held_tokens, 0))
+        elif text.stopped is not None and state.can_truncate:
+            state.truncate(max(len(state.ids) - text.n_held_tokens, 0))
 
 
-def pieces(
-    answer: Answer, check: Callable[[], None], on_prompt: Callable[[int], bool]
-) -> Iterator[tuple[int, str]]:
-    """(id, text) whenever text can be shown; ``check`` runs before, and under the lock of, each step."""
-    run, state = answer.run, answer.state
-    try:
-        while not answer.done:
-            start, reading = state.n_past, run.n_generated == 0
-            with answer.network.lock:
-                check()
-                chosen = step(answer.network, [run], [0], None)
-            read = answer.prompt_ids[start : state.n_past] if reading else []
-            if not all(on_prompt(i) for i in read):
-                return
-            for _, token in chosen:
-                if text := answer.accept(token):
-                    yield token.id, text
-        if rest := answer.text.finish():  # the context was full
-            yield answer.tokens[-1].id, rest
-    finally:
-        answer.end()
-
-
-def complete(answers: Sequence[Answer], check: Callable[[], None]) -> list[Completion]:
+def complete_all(answers: Sequence[Answer], check: Callable[[], object]) -> list[Completion]:
     """Several answers side by side, in the same steps."""
-    runs = [answer.run for answer in answers]
+    if not answers:
+        return []
     try:
-        while active := [i for i, answer in enumerate(answers) if not answer.done]:
-            network = answers[0].network
-            with network.lock:
-                check()
-                chosen = step(network, runs, active, None)
-            for i, token in chosen:
-                answers[i].accept(token)
+        return complete(answers[0].network, [answer.job for answer in answers], None, check)
     finally:
         for answer in answers:
-            answer.text.finish()
             answer.end()
-    return [answer.completion() for answer in answers]
+
+
+def room_for_prompt(n_ctx: int) -> int:
+    """Tokens of a message that leave room to answer it."""
+    return max(n_ctx, SMALLEST_CONTEXT) - 4
 
 
 def erase_oldest(ids: list[int], n_ctx: int, keep: int) -> list[int]:
@@ -126,3 +191,11 @@ def erase_oldest(ids: list[int], n_ctx: int, keep: int) -> list[int]:
         return ids
     remaining = max(1, min(n_ctx, int(n_ctx * (1 - ERASED))))
     return ids[:keep] + ids[keep + len(ids) - remaining :]
+
+
+def whole(name: str, value: object) -> int:
+    """A whole number given as an argument; ArgumentError, naming it, for anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ArgumentError(f"{name}={value!r:.80}; expected a whole number") from None

@@ -30,7 +30,10 @@ class GPU:
         return not self.name.lower().startswith(SOFTWARE)
 
     def answers_to(self, backend: str, wanted: str) -> bool:
-        """Is this what was asked for? Digits are an index; what only plays a GPU answers to its name."""
+        """Whether this device was asked for, by kind, vendor, index or name.
+
+        Digits are an index. A device that only plays a GPU answers to its full name alone.
+        """
         if backend == "cuda" and self.backend != "cuda":
             return False
         if wanted == "gpu" or wanted in VENDORS:
@@ -38,6 +41,17 @@ class GPU:
         if wanted.isdigit():
             return self.backend == backend and self.engine.endswith(f":{wanted}")
         return wanted in (self.name, self.full_name)
+
+
+def backend_of(engine: str) -> BackendName:
+    """GPT4All's name for the kind of a device that the engine calls ``engine``, such as "cuda:0 X"."""
+    names: dict[str, BackendName] = {"cuda": "cuda", "opencl": "kompute"}
+    return names.get(engine.split(":")[0].split(" ")[0], "cpu")
+
+
+def gpu_name(engine: str) -> str | None:
+    """The GPU's own name in what the engine calls it; None on the CPU."""
+    return None if backend_of(engine) == "cpu" else engine.partition(" ")[2] or engine
 
 
 def gpus(mem_required: int = 0) -> list[GPU]:
@@ -57,7 +71,7 @@ def gpus(mem_required: int = 0) -> list[GPU]:
 
 
 def list_gpus(mem_required: int = 0) -> list[str]:
-    """Names such as ``"cuda:NVIDIA H200"``.
+    """Names of the GPUs with at least this much memory, such as ``"cuda:NVIDIA H200"``.
 
     Raises
     ------
@@ -68,7 +82,7 @@ def list_gpus(mem_required: int = 0) -> list[str]:
 
 
 def real(found: list[GPU]) -> list[GPU]:
-    """The GPUs without what only plays one."""
+    """The GPUs that are hardware, without programs that only play one; ValueError if there is none."""
     kept = [gpu for gpu in found if gpu.is_real]
     if not kept:
         raise ValueError("Unable to retrieve available GPU devices")

@@ -17,9 +17,9 @@ class Embed4All(Closing):
     Parameters
     ----------
     model_name : str, optional
-        As for `GPT4All`; default ``all-MiniLM-L6-v2.gguf2.f16.gguf``.
+        A model as `GPT4All` names it; default ``all-MiniLM-L6-v2.gguf2.f16.gguf``.
     n_threads, device, **kwargs
-        As for `GPT4All`; ``compute="bf16"`` embeds faster and less exactly on a CPU that has it.
+        Arguments of `GPT4All`; ``compute="bf16"`` embeds faster and less exactly on a CPU that has it.
     """
 
     MIN_DIMENSIONALITY = 64
@@ -93,7 +93,7 @@ class Embed4All(Closing):
         return_dict : bool
             Return the number of tokens too.
         atlas : bool
-            As the Atlas API: texts of more than 8192 tokens are an error in mode "mean".
+            Behave as the Atlas API: texts of more than 8192 tokens are an error in mode "mean".
         cancel_cb : callable, optional
             ``cancel_cb(batch_sizes, backend_name)``, called before the work; return true to cancel it.
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import TinyLLMError
+from .names import CancellationError, EmbCancelCallbackType
+
 if TYPE_CHECKING:
     from ..model import Model
-
-CancelCallback = Callable[[list[int], str], bool]
 
 ATLAS_MAX_LENGTH = 8192  # tokens
 CHUNK_OVERLAP = 8  # tokens
 EMPTY_PLACEHOLDER = "24df574ea1c998de59d5be15e769658e"  # MD5 of "nomic empty"
-
-
-class Canceled(Exception):
-    """The cancel callback said so."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +69,36 @@ class Request:
     dimensionality: int  # -1: all
     do_mean: bool
     atlas: bool
-    cancel_cb: CancelCallback | None = None
+    cancel_cb: EmbCancelCallbackType | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a text, with what goes around it."""
+    """Tokens of a part of text number ``text``, with the prefix and the special tokens around it."""
 
     text: int
     ids: list[int]
+
+
+def answer(
+    model: Model, request: Request, n_ctx: int, backend: str
+) -> tuple[list[list[float]], int]:
+    """Embeddings as lists [n_texts][dimensionality], and how many tokens of text they took.
+
+    Raises
+    ------
+    RuntimeError
+        What was asked for does not fit the model; the message is GPT4All's.
+    CancellationError
+        ``cancel_cb`` returned true.
+    """
+    for text in (*request.texts, request.prefix or ""):
+        text.encode()  # GPT4All's errors: AttributeError for what is no text, UnicodeEncodeError
+    try:
+        vectors, n_tokens = embed(model, request, n_ctx, backend)
+    except (ValueError, TinyLLMError) as error:
+        raise RuntimeError(f"Failed to generate embeddings: {error}") from error
+    return vectors.tolist(), n_tokens
 
 
 def embed(
@@ -92,7 +110,7 @@ def embed(
     ------
     ValueError
         The model, the prefix or the dimensionality does not fit; the message is GPT4All's.
-    Canceled
+    CancellationError
         ``cancel_cb`` returned true.
     """
     name, spec = name_of(model), SPEC_OF.get(name_of(model))
@@ -102,7 +120,7 @@ def embed(
     prefix = check_prefix(request.prefix, name, spec)
     chunks, n_tokens = split(model, request, prefix, n_ctx)
     if request.cancel_cb and request.cancel_cb(batch_sizes(chunks, n_ctx), backend):
-        raise Canceled("operation was canceled")
+        raise CancellationError("operation was canceled")
     rows = model.embed_batch([chunk.ids for chunk in chunks], None, False)
     matryoshka = bool(spec and spec.recommended)
     return combine(rows, chunks, len(request.texts), width, matryoshka), n_tokens
@@ -113,7 +131,7 @@ def name_of(model: Model) -> str:
 
 
 def supports_embedding(model: Model) -> bool:
-    """Encoders, and decoders whose file says how rows are pooled."""
+    """Whether a model embeds: encoders do, and decoders whose file says how rows are pooled."""
     return not model.config.causal or f"{model.arch}.pooling_type" in model.metadata
 
 
@@ -144,7 +162,10 @@ def check_prefix(prefix: str | None, name: str, spec: Spec | None) -> str:
 
 
 def split(model: Model, request: Request, prefix: str, n_ctx: int) -> tuple[list[Chunk], int]:
-    """The chunks to compute, overlapping where a text is longer than the model takes; tokens in all."""
+    """The chunks to compute, and how many tokens of text they have.
+
+    The chunks of a text that is longer than the model takes overlap.
+    """
     before, after = surroundings(model)
     if prefix:
         before = before + plain_ids(model, prefix + ":")
@@ -163,7 +184,7 @@ def split(model: Model, request: Request, prefix: str, n_ctx: int) -> tuple[list
 
 
 def starts(n: int, room: int, do_mean: bool) -> list[int]:
-    """Where the chunks of n tokens begin."""
+    """Positions where the chunks of a text of n tokens begin."""
     found, start = [0], room
     while do_mean and start < n:
         found.append(start - CHUNK_OVERLAP)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import sys  # programs import it from here
-import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..engine.completion import Completion
 from ..hub import catalogue
 from ..hub.catalogue import ConfigType, append_extension_if_missing
 from ..hub.download import _fsync
-from . import answering
+from .answering import AnswerOptions, Request, complete_all, whole
 from .closing import Closing
 from .devices import BackendName, split_device
 from .embed4all import Embed4All
@@ -28,7 +27,7 @@ from .llmodel import (
     empty_response_callback,
 )
 from .retrieval import ModelFiles
-from .session import ChatSession
+from .session import ChatSession, Sessions, Turn, alone
 from .templates import (
     DEFAULT_PROMPT_TEMPLATE,
     FormattingMethod,
@@ -39,7 +38,7 @@ from .templates import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from ..kernels.backend import Compute
 
@@ -89,7 +88,10 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
     verbose : bool
         Say on stderr which file is used.
     compute : {"f32", "bf16"}
-        As for `tinyllm.load`: "bf16" multiplies F32, F16 and BF16 weights faster and less exactly.
+        "bf16" multiplies F32, F16 and BF16 weights faster and less exactly, as in `tinyllm.load`.
+    private_sessions : bool
+        A chat session is seen only by the thread or asyncio task that opens it, and by what carries its
+        context on, as `asyncio.to_thread` does. By default a thread that opened none is in the model's.
 
     Raises
     ------
@@ -116,9 +118,10 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         ngl: int = 100,
         verbose: bool = False,
         compute: Compute = "f32",
+        private_sessions: bool = False,
     ) -> None:
         self.model_type = model_type
-        self._local = threading.local()
+        self._sessions = Sessions(private_sessions)
         backend, gpu = split_device(device)
         self.config: ConfigType = self.retrieve_model(
             model_name, model_path=model_path, allow_download=allow_download, verbose=verbose
@@ -158,26 +161,33 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
 
     @overload
     def generate(
-        self, prompt: str, *, max_tokens: int = ..., temp: float = ..., top_k: int = ..., top_p: float = ...,
-        min_p: float = ..., repeat_penalty: float = ..., repeat_last_n: int = ..., n_batch: int = ...,
-        n_predict: int | None = ..., streaming: Literal[False] = ..., callback: ResponseCallbackType = ...,
-        seed: int | None = ..., stop: str | Sequence[str] = ..., logprobs: None = ...,
+        self, prompt: str, *, streaming: Literal[False] = ..., logprobs: None = ...,
+        **options: Unpack[AnswerOptions],
     ) -> str: ...  # fmt: skip
     @overload
     def generate(
-        self, prompt: str, *, max_tokens: int = ..., temp: float = ..., top_k: int = ..., top_p: float = ...,
-        min_p: float = ..., repeat_penalty: float = ..., repeat_last_n: int = ..., n_batch: int = ...,
-        n_predict: int | None = ..., streaming: Literal[True], callback: ResponseCallbackType = ...,
-        seed: int | None = ..., stop: str | Sequence[str] = ..., logprobs: None = ...,
+        self, prompt: str, *, streaming: Literal[True], logprobs: None = ...,
+        **options: Unpack[AnswerOptions],
     ) -> Generator[str, None, None]: ...  # fmt: skip
     @overload
     def generate(
-        self, prompt: str | list[str], *, max_tokens: int = ..., temp: float = ..., top_k: int = ...,
-        top_p: float = ..., min_p: float = ..., repeat_penalty: float = ..., repeat_last_n: int = ...,
-        n_batch: int = ..., n_predict: int | None = ..., streaming: bool = ...,
-        callback: ResponseCallbackType = ..., seed: int | None = ..., stop: str | Sequence[str] = ...,
-        logprobs: int | None = ...,
-    ) -> Any: ...  # fmt: skip
+        self, prompt: str, *, streaming: bool, logprobs: None = ..., **options: Unpack[AnswerOptions],
+    ) -> str | Generator[str, None, None]: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompt: str, *, streaming: Literal[False] = ..., logprobs: int,
+        **options: Unpack[AnswerOptions],
+    ) -> Completion: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompt: list[str], *, streaming: Literal[False] = ..., logprobs: None = ...,
+        **options: Unpack[AnswerOptions],
+    ) -> list[str]: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompt: list[str], *, streaming: Literal[False] = ..., logprobs: int,
+        **options: Unpack[AnswerOptions],
+    ) -> list[Completion]: ...  # fmt: skip
     def generate(
         self,
         prompt: str | list[str],
@@ -196,7 +206,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
-    ) -> Any:
+    ) -> str | Generator[str, None, None] | Completion | list[str] | list[Completion]:
         """Answer a prompt: in a chat session the user's next message, else a text to continue.
 
         Parameters
@@ -206,15 +216,16 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         max_tokens, n_predict : int
             At most so many tokens; the second wins.
         temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n
-            See ``tinyllm.sampling.SamplingParams``.
+            How a token is chosen; ``tinyllm.sampling.SamplingParams`` explains each (``temp`` is its
+            ``temperature``).
         n_batch : int
-            Accepted; prompts are read at the engine's best speed in any case.
+            Checked and otherwise ignored: prompts are read at the engine's best speed.
         streaming : bool
             Return an iterator of pieces; closing it ends the work.
         callback : callable
             ``callback(token_id, text)`` ends the answer by returning something false.
         seed : int, optional
-            Of the random numbers; with it the answer can be repeated.
+            Where the random numbers start; the same seed gives the same answer again.
         stop : str or sequence of str
             Strings that end the answer and are not part of it.
         logprobs : int, optional
@@ -230,35 +241,22 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         ValueError
             The message is longer than the context, an argument is out of range, or the model is closed.
         """
+        n_predict = whole("max_tokens", max_tokens) if n_predict is None else n_predict
         options: dict[str, Any] = {
             "temp": temp, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "n_batch": n_batch,
-            "n_predict": max_tokens if n_predict is None else n_predict, "seed": seed, "stop": stop,
+            "n_predict": n_predict, "seed": seed, "stop": stop, "logprobs": logprobs,
         }  # fmt: skip
-        if logprobs is not None:
-            options["logprobs"] = logprobs
-            if streaming:
-                raise ValueError(
-                    "logprobs come with the whole answer; do not ask for streaming too"
-                )
-        session = self._chat_session
-        if isinstance(prompt, list):
-            if streaming or session is not None or callback is not empty_response_callback:
-                raise ValueError("a list of prompts takes no streaming, callback or chat session")
-            return self._answer_list(prompt, options)
-        if session is None:
-            self.model.check_length(prompt)
-        else:
-            prompt = session.begin(prompt, self.model)
-            options["state"] = session.state
-        if logprobs is not None:
-            return self._completion(session, prompt, callback, options)
-        if not streaming:
-            return self._answer(session, prompt, callback, options)
-        stream = self._stream(session, prompt, callback, options)
-        if session is not None:
-            session.stream = stream
-        return stream
+        Request(**options)  # a wrong option is an error now, not when a stream is first read
+        session = self._sessions.current
+        if streaming and logprobs is not None:
+            raise ValueError("logprobs come with the whole answer; do not ask for streaming too")
+        if not isinstance(prompt, list):
+            answer = self._stream if streaming else self._answer
+            return answer(session, prompt, callback, options)
+        if streaming or session is not None or callback is not empty_response_callback:
+            raise ValueError("a list of prompts takes no streaming, callback or chat session")
+        return self._answer_list(prompt, options)
 
     def _answer(
         self,
@@ -266,11 +264,17 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         prompt: str,
         callback: ResponseCallbackType,
         options: dict[str, Any],
-    ) -> str:
-        parts: list[str] = []
-        with _turn(session, parts):
-            self.model.prompt_model(prompt, _collecting(parts, callback), **options)
-        return "".join(parts)
+    ) -> str | Completion:
+        turn_of = alone(prompt, self.model) if session is None else session.turn(prompt, self.model)
+        with turn_of as turn:
+            note = turn.noting(callback)
+            if options["logprobs"] is None:
+                self.model.prompt_model(turn.text, note, state=turn.state, **options)
+                return "".join(turn.parts)
+            answer = self.model.start(turn.text, state=turn.state, **options)
+            with closing(iter(answer)) as pieces:
+                all(note(token_id, text) for token_id, text in pieces)
+            return answer.job.completion()
 
     def _stream(
         self,
@@ -279,36 +283,24 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         callback: ResponseCallbackType,
         options: dict[str, Any],
     ) -> Generator[str, None, None]:
-        parts: list[str] = []
-        with _turn(session, parts):
-            yield from self.model.prompt_model_streaming(
-                prompt, _collecting(parts, callback), **options
+        def write(turn: Turn) -> Generator[str, None, None]:
+            return self.model.prompt_model_streaming(
+                turn.text, turn.noting(callback), state=turn.state, **options
             )
 
-    def _completion(
-        self,
-        session: ChatSession | None,
-        prompt: str,
-        callback: ResponseCallbackType,
-        options: dict[str, Any],
-    ) -> Completion:
-        parts: list[str] = []
-        collect = _collecting(parts, callback)
-        with _turn(session, parts):
-            answer = self.model.start(prompt, **options)
-            for token_id, text in self.model.pieces_of(answer):
-                if not collect(token_id, text):
-                    break
-        return answer.completion()
+        if session is not None:
+            session.check(prompt, self.model)
+            return session.stream(prompt, self.model, write)
+        with alone(prompt, self.model) as turn:
+            return write(turn)
 
     def _answer_list(
         self, prompts: list[str], options: dict[str, Any]
     ) -> list[str] | list[Completion]:
         for prompt in prompts:
             self.model.check_length(prompt)
-        answers = [self.model.start(prompt, **options) for prompt in prompts]
-        done = answering.complete(answers, self.model._check_open)
-        return done if "logprobs" in options else [completion.text for completion in done]
+        done = complete_all([self.model.start(p, **options) for p in prompts], self.model._open)
+        return [c.text for c in done] if options["logprobs"] is None else done
 
     # ---- chat sessions
 
@@ -323,7 +315,9 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
     ) -> Iterator[Self]:
         """Hold a conversation: inside, `generate` sends the user's next message.
 
-        The session belongs to the thread that opens it.
+        The session is the model's, and seen from every thread, until it ends here. Threads and asyncio tasks
+        that open sessions of their own are each in their own. A stream that was begun inside may be read to
+        its end outside.
 
         Parameters
         ----------
@@ -333,7 +327,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             A Jinja template, or a format string with ``{0}`` (the message) and ``{1}`` (the answer).
             Default: the model's, of GPT4All's list or of the file.
         system_prompt, prompt_template : str, optional
-            The same, under GPT4All 2's names.
+            ``system_message`` and ``chat_template`` under GPT4All 2's names.
 
         Raises
         ------
@@ -346,14 +340,11 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         source = prompt_template if chat_template is None else chat_template
         template = self._template(source)
         history = [] if system is False else [{"role": "system", "content": str(system)}]
-        outer = self._chat_session
-        self._chat_session = ChatSession(template, history)
+        number = self._sessions.begin(ChatSession(template, history))
         try:
             yield self
         finally:
-            session, self._chat_session = self._chat_session, outer
-            if session is not None:
-                session.end_stream()
+            self._sessions.end(number)
 
     def _template(self, source: str | None) -> Template:
         method = type(self)._format_chat_prompt_template
@@ -370,22 +361,24 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
 
     @property
     def current_chat_session(self) -> list[MessageType] | None:
-        """The messages of this thread's session, a list that may be changed; None outside of one.
+        """The messages of the session that the running code is in, a list that may be changed, or None.
 
         Messages that were changed are read again; what comes before them is not.
         """
-        return None if self._chat_session is None else self._chat_session.history
+        session = self._sessions.current
+        return None if session is None else session.history
 
     @current_chat_session.setter
     def current_chat_session(self, history: list[MessageType]) -> None:
-        if self._chat_session is None:
+        session = self._sessions.current
+        if session is None:
             raise ValueError(
                 "current_chat_session may only be set when there is an active chat session"
             )
-        self._chat_session.history[:] = history
+        session.history[:] = history
 
     def save_session(self, path: str | os.PathLike[str]) -> None:
-        """Write the current session, and what the model has read of it, to a file."""
+        """Write the current session to a file: its messages, and the model's state after reading them."""
         self._session().save(path)
 
     def load_session(self, path: str | os.PathLike[str]) -> None:
@@ -399,32 +392,11 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         self._session().load(path, self.model)
 
     def _session(self) -> ChatSession:
-        if self._chat_session is None:
+        session = self._sessions.current
+        if session is None:
             raise ValueError("there is no active chat session; open one with chat_session()")
-        return self._chat_session
-
-    @property
-    def _chat_session(self) -> ChatSession | None:
-        return getattr(self._local, "session", None)
-
-    @_chat_session.setter
-    def _chat_session(self, session: ChatSession | None) -> None:
-        self._local.session = session
+        return session
 
 
 def _remove_prefix(s: str, prefix: str) -> str:
     return s.removeprefix(prefix)
-
-
-def _collecting(parts: list[str], callback: ResponseCallbackType) -> ResponseCallbackType:
-    """The callback, after noting what was generated."""
-
-    def collect(token_id: int, response: str) -> bool:
-        parts.append(response)
-        return callback(token_id, response)
-
-    return collect
-
-
-def _turn(session: ChatSession | None, parts: list[str]) -> AbstractContextManager[None]:
-    return nullcontext() if session is None else session.turn(parts)

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
-from .session import ChatSession
+from .session import ChatSession, Sessions
 from .templates import MessageType, template_of
 
 
 class LegacyNames:
-    """The session as GPT4All 2 kept it: a history and a format string."""
+    """Attributes of `GPT4All` under which GPT4All 2 kept its session: a history and a format string."""
 
     if TYPE_CHECKING:
-        _local: threading.local
-        _chat_session: ChatSession | None
+        _sessions: Sessions
+
+    _default_prompt_template = "{0}"
 
     @property
     def _history(self) -> list[MessageType] | None:
-        return None if self._chat_session is None else self._chat_session.history
+        session = self._sessions.current
+        return None if session is None else session.history
 
     @_history.setter
     def _history(self, history: list[MessageType] | None) -> None:
-        """Assigning a list begins a session, None ends it."""
+        """Assigning a list changes the session's, or begins a session; None ends it."""
+        number, session = self._sessions.current_number, self._sessions.current
         if history is None:
-            self._chat_session = None
+            if number is not None:
+                self._sessions.end(number)
+        elif session is None:
+            template = template_of(self._current_prompt_template)
+            self._sessions.begin(ChatSession(template, history))
         else:
-            self._chat_session = ChatSession(template_of(self._current_prompt_template), history)
+            session.history = history
 
     @property
     def _current_prompt_template(self) -> str:
-        session = self._chat_session
-        default = getattr(self._local, "prompt_template", "{0}")
-        return default if session is None else session.template.source
+        session = self._sessions.current
+        return self._default_prompt_template if session is None else session.template.source
 
     @_current_prompt_template.setter
     def _current_prompt_template(self, source: str) -> None:
-        self._local.prompt_template = source
-        if self._chat_session is not None:
-            self._chat_session.template = template_of(source)
+        self._default_prompt_template = source
+        if (session := self._sessions.current) is not None:
+            session.template = template_of(source)
 
     def _format_chat_prompt_template(
         self,

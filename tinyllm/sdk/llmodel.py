@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..engine.completion import SMALLEST_CONTEXT
-from ..engine.generate import ERASED
-from ..errors import GGUFError, TinyLLMError, UnsupportedModel
-from ..sampling import SamplingParams
+from ..chat.render import encode_chat
+from ..engine.completion import SMALLEST_CONTEXT, or_beginning
+from ..errors import GGUFError, UnsupportedModel
 from . import devices, embedding
-from .answering import Answer, Request, pieces
+from .answering import Answer, Request, room_for_prompt
 from .devices import BackendName
 from .names import (
     MAX_BATCH,
@@ -81,7 +80,7 @@ class LLModel:
     n_threads : int, optional
         CPU threads; default: as many as are good for this machine.
     compute : {"f32", "bf16"}
-        As for `tinyllm.load`.
+        In what numbers matrices of floats are multiplied, as in `tinyllm.load`.
 
     Raises
     ------
@@ -113,8 +112,7 @@ class LLModel:
         self._gpu: devices.GPU | None = None
         self._n_threads, self._compute = n_threads, compute
         self._closed = False
-        self._idle: list[State] = []  # of the last call: the next may begin alike
-        self._idle_lock = threading.Lock()
+        self._idle: deque[State] = deque(maxlen=1)  # the last call's: the next one may begin alike
         self._check_file()
 
     def _check_file(self) -> None:
@@ -147,20 +145,17 @@ class LLModel:
             self._raise_closed()
         return self.model
 
-    # the device
+    # ---- the device
 
     @property
     def backend(self) -> BackendName:
         """The kind of device in use: "cpu", "cuda", or "kompute" for OpenCL."""
-        kind = self._open().device.split(":")[0].split(" ")[0]
-        names: dict[str, BackendName] = {"cuda": "cuda", "opencl": "kompute"}
-        return names.get(kind, "cpu")
+        return devices.backend_of(self._open().device)
 
     @property
     def device(self) -> str | None:
         """The GPU's name, or None on the CPU."""
-        name = self._open().device
-        return None if self.backend == "cpu" else name.partition(" ")[2] or name
+        return devices.gpu_name(self._open().device)
 
     @staticmethod
     def list_gpus(mem_required: int = 0) -> list[str]:
@@ -172,7 +167,7 @@ class LLModel:
         size = Path(self._path).stat().st_size
         self._gpu = devices.choose(self._wanted_backend, device, size)
 
-    # loading
+    # ---- loading
 
     def load_model(self) -> bool:
         """Load the weights.
@@ -237,7 +232,7 @@ class LLModel:
         stages = self._open().network.stages
         return [s.be for s in stages if hasattr(s.be, "set_threads")]
 
-    # tokens
+    # ---- tokens
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -246,49 +241,33 @@ class LLModel:
         ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
         return {name: tokenizer.token_text(i) for name, i in ids.items() if i is not None}
 
+    def prompt_ids(self, prompt: str, special: bool = True) -> list[int]:
+        """A prompt's tokens, the one at its beginning once; ``special`` tokens in the text are read."""
+        prompt.encode()  # GPT4All's errors: AttributeError for what is no text, UnicodeEncodeError
+        tokenizer = self._open().tokenizer
+        if special:
+            ids = encode_chat(tokenizer, prompt, tokenizer.bos)
+        else:
+            ids = tokenizer.encode(prompt, add_special=True, parse_special=False)
+        return or_beginning(tokenizer, ids)
+
     def count_prompt_tokens(self, prompt: str) -> int:
         """How many tokens a prompt takes, the one at its beginning included."""
-        return len(self._encode(prompt))
+        return len(self.prompt_ids(prompt))
 
     def check_length(self, prompt: str) -> None:
         """Raise ValueError for a message that leaves no room to answer it."""
-        n, limit = self.count_prompt_tokens(prompt), self.n_ctx - 4
+        n, limit = self.count_prompt_tokens(prompt), room_for_prompt(self.n_ctx)
         if n > limit:
             raise ValueError(
                 f"Your message was too long and could not be processed ({n} > {limit})."
             )
 
-    def _encode(self, prompt: str, special: bool = True) -> list[int]:
-        """A prompt's tokens: special tokens read unless told otherwise, the beginning token once."""
-        from ..chat.render import encode_chat
-
-        prompt.encode()  # GPT4All's errors: AttributeError for what is no text, UnicodeEncodeError
-        tokenizer = self._open().tokenizer
-        first = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
-        if special:
-            ids = encode_chat(tokenizer, prompt, tokenizer.bos)
-        else:
-            ids = tokenizer.encode(prompt, add_special=True, parse_special=False)
-        return ids or ([] if first is None else [first])
+    # ---- prompts
 
     def new_state(self) -> State:
         """An empty conversation."""
         return self._open().new_state()
-
-    def _take_state(self) -> State:
-        """A state that no other call uses."""
-        model = self._open()
-        with self._idle_lock:
-            if self._idle:
-                return self._idle.pop()
-        return model.new_state()
-
-    def _give_back(self, state: State) -> None:
-        with self._idle_lock:
-            if self.model is not None and not self._idle:
-                self._idle.append(state)
-
-    # prompts
 
     def prompt_model(
         self,
@@ -306,7 +285,7 @@ class LLModel:
         callback : callable
             Receives each token; GPT4All 2.8's template may stand before it.
         *args, **options
-            As `start` has them.
+            The fields of `answering.Request`, and those of `start`.
         """
         for _ in self.prompt_model_streaming(prompt, callback, *args, **options):
             pass
@@ -317,66 +296,50 @@ class LLModel:
         callback: ResponseCallbackType | str = empty_response_callback,
         *args: Any,
         **options: Any,
-    ) -> Iterator[str]:
-        """As `prompt_model`, yielding the pieces for which the callback returned true.
+    ) -> Generator[str, None, None]:
+        """Answer as `prompt_model` does, yielding the pieces for which the callback returned true.
 
         Nothing is computed ahead: closing the iterator ends the work.
         """
         prompt, callback, options = _with_template(prompt, callback, args, options)
-        stream = self.pieces(prompt, **options)
+        state = options.pop("state", None)
+        borrowed = self._take_state() if state is None else None
+        answer = self.start(prompt, state=state or borrowed, **options)
         try:
-            for token_id, text in stream:
-                if not callback(token_id, text):
-                    break
-                yield text
-        finally:
-            stream.close()
-
-    def pieces(self, prompt: str, **options: Any) -> Any:
-        """Generator of (token id, text) of the answer; ``options`` as `start` has them."""
-        answer = self.start(prompt, **options)
-        yield from self.pieces_of(answer)
-
-    def pieces_of(self, answer: Answer) -> Any:
-        """Generator of (token id, text) of an answer that was started."""
-        try:
-            yield from pieces(answer, self._check_open, self._prompt_callback)
+            with closing(iter(answer)) as pieces:
+                for token_id, text in pieces:
+                    if not callback(token_id, text):
+                        break
+                    yield text
         finally:
             if self.context is not None:
                 self.context.n_past = self.context.tokens_size = answer.state.n_past
-            if answer.borrowed:
-                self._give_back(answer.state)
+            if borrowed is not None and self.model is not None:
+                self._idle.append(borrowed)
 
-    def _check_open(self) -> None:
-        if self.model is None:
-            self._raise_closed()
+    def _take_state(self) -> State:
+        """A state that no other call uses; the last call's, if it is there."""
+        model = self._open()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return model.new_state()
 
     def start(
-        self,
-        prompt: str,
-        *,
-        n_predict: int = 4096,
-        top_k: int = 40,
-        top_p: float = 0.9,
-        min_p: float = 0.0,
-        temp: float = 0.1,
-        n_batch: int = 8,
-        repeat_penalty: float = 1.2,
-        repeat_last_n: int = 10,
-        context_erase: float = 0.75,
-        reset_context: bool = True,
-        special: bool = True,
-        state: State | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
+        self, prompt: str, *, state: State | None = None, special: bool = True, **options: Any
     ) -> Answer:
-        """An answer, not yet begun.
+        """An answer, not yet begun; iterating computes it.
 
-        ``state`` is the conversation to continue, one of this call alone when not given; what it has in
-        common with the prompt is not computed again. ``seed``, ``stop`` and ``logprobs`` are those of
-        ``tinyllm``'s models, the others GPT4All's, of which ``context_erase`` and ``reset_context`` have
-        one value only. The engine reads prompts in batches of its own choice, whatever ``n_batch`` says.
+        Parameters
+        ----------
+        prompt : str
+            The whole text.
+        state : State, optional
+            The conversation to continue; what it has in common with the prompt is not computed again.
+        special : bool
+            Read special tokens in the prompt.
+        **options
+            The fields of `answering.Request`.
 
         Raises
         ------
@@ -385,41 +348,23 @@ class LLModel:
         ValueError
             An argument is out of range, or the model is closed.
         """
-        model = self._open()
-        if n_batch < 1:
-            raise ValueError(f"n_batch must be positive, got {n_batch}")
-        if context_erase != ERASED or not reset_context:
-            raise ValueError(
-                f"context_erase is {ERASED}; to continue a conversation, pass its state"
-            )
+        model, request = self._open(), Request(**options)
         if not model.config.causal:
             raise RuntimeError("prompt error: this model does not support text or chat completion.")
-        params = SamplingParams(
-            temperature=temp,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            repeat_last_n=repeat_last_n,
-            seed=seed,
-        )
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         self.context = LLModelPromptContext(
-            0, 0, self.n_ctx, n_predict, top_k, top_p, min_p, temp, min(n_batch, MAX_BATCH),
-            repeat_penalty, repeat_last_n, context_erase,
+            0, 0, self.n_ctx, request.n_predict, request.top_k, request.top_p, request.min_p, request.temp,
+            min(request.n_batch, MAX_BATCH), request.repeat_penalty, request.repeat_last_n,
         )  # fmt: skip
-        request = Request(params, operator.index(n_predict), stops, logprobs)
-        ids = self._encode(prompt, special)
-        if state is None:
-            return Answer(model, self._take_state(), ids, request, borrowed=True)
-        return Answer(model, state, ids, request)
+        ids = self.prompt_ids(prompt, special)
+        state = state or model.new_state()
+        return Answer(model, state, ids, request, self._open, self._prompt_callback)
 
     @staticmethod
     def _prompt_callback(token_id: int) -> bool:
         """Called with each of the prompt's tokens once it is read; return false to stop reading."""
         return True
 
-    # embeddings
+    # ---- embeddings
 
     def generate_embeddings(
         self,
@@ -430,25 +375,17 @@ class LLModel:
         atlas: bool,
         cancel_cb: EmbCancelCallbackType | None,
     ) -> EmbedResult:
-        """Embed a text, or a list of texts; see ``Embed4All.embed``."""
+        """Embed a text, or a list of texts, with the arguments of ``Embed4All.embed``."""
         if not text:
             raise ValueError("text must not be None or empty")
-        model = self._open()
+        model, n_ctx = self._open(), max(self.n_ctx, SMALLEST_CONTEXT)
         texts = [text] if isinstance(text, str) else list(text)
-        for t in (*texts, prefix or ""):
-            t.encode()
         request = embedding.Request(texts, prefix, dimensionality, do_mean, atlas, cancel_cb)
         try:
-            vectors, n_tokens = embedding.embed(
-                model, request, max(self.n_ctx, SMALLEST_CONTEXT), self.backend
-            )
-        except embedding.Canceled as error:
-            raise CancellationError(str(error)) from None
-        except (ValueError, TinyLLMError) as error:
-            if self.model is None:
-                self._raise_closed()
-            raise RuntimeError(f"Failed to generate embeddings: {error}") from error
-        rows = vectors.tolist()
+            rows, n_tokens = embedding.answer(model, request, n_ctx, self.backend)
+        except RuntimeError:
+            self._open()  # if the model was closed meanwhile, that is the error to report
+            raise
         return {
             "embeddings": rows[0] if isinstance(text, str) else rows,
             "n_prompt_tokens": n_tokens,

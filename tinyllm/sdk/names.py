@@ -16,17 +16,17 @@ ResponseCallback = RawResponseCallbackType
 EmbCancelCallback = EmbCancelCallbackType
 
 MODEL_LIB_PATH = Path(__file__).parent  # GPT4All keeps shared libraries there; we have none
-MAX_BATCH = 128  # what GPT4All makes of a larger n_batch
+MAX_BATCH = 128  # GPT4All reduces a larger n_batch to this
 cuda_found = False  # GPT4All's own CUDA packages; ours come with the extras
 llmodel = None
 
 
 def _load_cuda(rtver: str, blasver: str) -> None:
-    """Nothing is preloaded here: the CUDA extras bring their own libraries."""
+    """Do nothing: the CUDA extras bring their own libraries."""
 
 
 def load_llmodel_library() -> None:
-    """There is no library to load."""
+    """Do nothing: there is no library to load."""
 
 
 class Sentinel(Enum):

@@ -1,4 +1,4 @@
-"""Finding, listing and downloading the files of models."""
+"""Find, list and download the files of models."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ModelFiles:
 
     @classmethod
     def _models_for(cls, filename: str, directory: Path) -> list[ConfigType]:
-        """The list, for a file that must be downloaded; without a network, one line that says what to do."""
+        """Fetch the list to download a file; without a network the error says in one line what to do."""
         try:
             return cls.list_models()
         except requests.exceptions.ConnectionError as error:

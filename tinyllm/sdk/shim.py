@@ -1,4 +1,4 @@
-"""``import gpt4all`` answered by tinyllm: opt in, and reversible."""
+"""Let ``import gpt4all`` find tinyllm's classes, where a program asks for it, until it is undone."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Shim(Closing):
         sys.meta_path.insert(0, self._finder)
 
     def uninstall(self) -> None:
-        """Undo it: what was imported or installed before is found again."""
+        """Let ``import gpt4all`` find again what was imported or installed before."""
         global _installed
         if _installed is not self:
             return

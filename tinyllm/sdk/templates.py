@@ -1,4 +1,4 @@
-"""Conversations to prompts: Jinja templates, and the ``{0}``/``{1}`` format strings of GPT4All 2."""
+"""From a conversation to a prompt: Jinja templates, and the ``{0}``/``{1}`` format strings of GPT4All 2."""
 
 from __future__ import annotations
 
@@ -129,6 +129,6 @@ def default_source(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> st
 
 
 def from_percent(source: str) -> str:
-    """A template of GPT4All's list, ``%1`` and ``%2``, as a format string."""
+    """Turn a template of GPT4All's list, with ``%1`` and ``%2``, into a format string."""
     escaped = source.replace("{", "{{").replace("}", "}}") if "{0}" not in source else source
     return escaped.replace("%1", "{0}", 1).replace("%2", "{1}", 1)

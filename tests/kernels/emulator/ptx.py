@@ -43,7 +43,7 @@ class Memory:
     def _places(
         self, addresses: np.ndarray, size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Any]]:
-        """Of each allocation that is meant: its bytes, where in them, and by which of the addresses."""
+        """For each allocation that addresses hit: its bytes, offsets into them, and which addresses hit it."""
         pages = addresses // PAGE
         for page in {int(pages[0])} if (pages == pages[0]).all() else set(pages.tolist()):
             which = pages == page
@@ -265,7 +265,7 @@ class Groups:
         return [self.reader(x.strip()) for x in text.strip("{}").split(",")]
 
     def address(self, text: str) -> Callable[[np.ndarray], np.ndarray]:
-        """Of [register + offset] or [array + offset], for the threads of a mask."""
+        """A function from a mask of threads to their addresses: [register + offset] or [array + offset]."""
         base, offset = place_of(text)
         read = self.reader(base)
         return lambda mask: read()[mask].astype(np.int64) + offset

@@ -43,7 +43,7 @@ def operation(op: tuple[str, ...]) -> Callable[..., Bits]:
 
 @cache
 def numpy_type(kind: str) -> np.dtype[Any]:
-    """Of .s32, .b16, .f32 and so on."""
+    """NumPy's type for a type of PTX, such as s32, b16 or f32."""
     letter = {"b": "u", "u": "u", "s": "i", "f": "f"}[kind[0]]
     return np.dtype(f"{letter}{int(kind[1:]) // 8}")
 

@@ -32,12 +32,12 @@ def available() -> bool:
 
 @lru_cache
 def starter(fmt: Format) -> Callable:
-    """start(): shape the tile registers for as many columns at once as share a scale, 64 at most."""
+    """Make start(): shape the tile registers for as many columns as share a scale, 64 at most."""
     group = min(64, fmt.group if fmt.span == 32 else fmt.span)
 
     @emitter(types.void)
     def start(e):
-        """See ``starter``."""
+        """Shape the tile registers."""
         config = e.room(ir.ArrayType(I8, 64))
         config.align = 64
         p = e.b.bitcast(config, e.ptr(I64(0)).type)
@@ -55,7 +55,7 @@ def starter(fmt: Format) -> Callable:
 
 @emitter(types.void)
 def nothing(e):
-    """Where a processor has no matrix unit to start or stop."""
+    """Do nothing: stands for start and stop where a processor has no matrix unit."""
 
 
 @emitter(types.void)
@@ -65,10 +65,10 @@ def stop(e):
 
 
 class Products:
-    """Sums of 16 tokens x 16 rows, of ``group`` columns at a time, each step's to memory of its own parity.
+    """Sums of 16 tokens x 16 rows, ``group`` columns at a time; even and odd steps have a memory each.
 
-    What a product needs is asked for before the product ahead of it: a register loaded or cleared just in time
-    makes the unit wait (`benchmarks/ops.py` with 512 tokens: 1.15 to 1.45 times the speed so).
+    The operands of a product are loaded before the product ahead of it is computed: a register that is loaded
+    just in time makes the unit wait (this order is 1.15 to 1.45 times as fast with 512 tokens).
     """
 
     def __init__(self, e: Emit, panel, records, n_steps, form: Format) -> None:
@@ -80,14 +80,14 @@ class Products:
         self.memory = e.b.bitcast(memory, self.panel.type)
 
     def place(self, i) -> tuple:
-        """Where the records and the codes of step i are, or of the last step when there are no more."""
+        """Addresses of the records and codes of step i, or of the last step when there are no more."""
         b = self.e.b
         i = b.select(b.icmp_signed("<", i, self.last), i, self.last)
         record = self.e.at(self.records, b.mul(i, I64(64 * SLOTS)))
         return record, self.e.at(self.panel, b.mul(i, I64(self.form.tile_bytes)))
 
     def fetch(self, i, g: int, k: int) -> None:
-        """Codes of group g of step i, and zeros to add to, into the registers of parity k."""
+        """Load the codes of group g of step i into the registers of parity k, and clear their sums."""
         e, group = self.e, self.form.group
         record, codes = self.place(i)
         e.call("llvm.x86.tilezero", VOID, I8(SUMS[k]))
@@ -95,7 +95,7 @@ class Products:
         e.call("llvm.x86.tileloadd64", VOID, I8(RIGHT[k]), e.at(codes, 16 * group * g), I64(64))
 
     def compute(self, i, parity: int) -> None:
-        """The sums of step i, fetched before; what comes next is fetched."""
+        """Compute the sums of step i, whose operands are loaded already, and load those of the next."""
         e, n = self.e, self.n_groups
         for g in range(n):
             k = (parity * n + g) % 2
@@ -115,14 +115,14 @@ class Products:
 
 @lru_cache
 def multiplier(form: Format) -> Callable:
-    """multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, ..): y += unpacked tiles times 16 tokens.
+    """Make multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, ..): y += tiles times 16 tokens.
 
-    The sums of a step are scaled while the unit is at the next one.
+    The tiles are unpacked. The sums of a step are scaled while the unit computes the next one.
     """
 
     @emitter(types.void, i64, i64, i64, i64)
     def tile(e, panel, records, n_steps, y):
-        """One tile."""
+        """Multiply one tile by 16 tokens."""
         b, p = e.b, Products(e, panel, records, n_steps, form)
 
         def step(i, parity, acc):
@@ -143,7 +143,7 @@ def multiplier(form: Format) -> Callable:
             e.store(v, e.ptr(y), 64 * t)
 
     def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
-        """See ``multiplier``."""
+        """Add the products of all tiles with 16 tokens to y."""
         for i in range(n_tiles):
             tile(panels + i * panel_bytes, records, n_steps, y + 1024 * i)
 

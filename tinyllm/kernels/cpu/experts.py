@@ -290,8 +290,8 @@ def _inner(w: CPUWeight, kernel: jit.Kernel, args: dict[str, Any]) -> CPUArray:
         i = BEGINNING.index(name)
         if kernel.parameters[i : i + 1] not in ((name,), ()):
             raise TypeError(f"kernel {kernel.name}{kernel.parameters}: {name} must be argument {i}")
-    own = {n: 0 for n in (*SET, "bias") if n in kernel.parameters}
-    blocks = {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
-    memory = np.zeros(INNER, np.uint8)
-    kernel.write(memory, 0, {**args, **blocks, **own})
-    return wrapped(memory)
+    numbers = {name: getattr(v, "address", v) for name, v in args.items()}
+    numbers |= {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
+    numbers |= {name: 0 for name in (*SET, "bias") if name in kernel.parameters}
+    packed = np.frombuffer(kernel.pack(**numbers), np.uint8)
+    return wrapped(np.pad(packed, (0, INNER - len(packed))))

@@ -1,6 +1,6 @@
-"""How each quantised format without a codebook lies in memory here: see ``layout``.
+"""How kernels decode each quantised format without a codebook, from tiles as ``layout`` describes them.
 
-Layouts of the blocks: ``tinyllm.gguf.quants``.
+``tinyllm.gguf.quants`` has the layouts of blocks in a file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from . import formats_grid
-from .layout import NIBBLES, Format, Part, Tile, byte_of, lookup_nibbles, spread, words
+from .layout import NIBBLES, Code, Format, Part, Tile, byte_of, lookup_nibbles, spread, words
 from .simd import F32, I8, I32, Emit, V
 
 __all__ = ["FORMATS", "Format", "Part", "Tile", "int8_format", "whole_format"]
@@ -20,8 +20,8 @@ MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 NVFP4_VALUES = tuple(16 + v for v in MXFP4_VALUES)
 
 
-def _nibbles(e: Emit, tile: Tile, start: int) -> list[Callable[[], Any]]:
-    """16 bytes: the low halves are columns 0..15, the high halves 16..31."""
+def _nibbles(e: Emit, tile: Tile, start: int) -> list[Code]:
+    """Codes in 16 bytes: the low halves are columns 0..15, the high halves 16..31."""
     words = [tile.word(start + 4 * c) for c in range(4)]
     low = [lambda w=w: e.mask(w, NIBBLES) for w in words]
     return low + [lambda w=w: e.mask(e.shr(w, 4), NIBBLES) for w in words]
@@ -35,8 +35,8 @@ def _take_q4_1(e: Emit, t: Tile) -> Iterator[Part]:
     yield Part(_nibbles(e, t, 4), [t.half(0)], [t.half(2)])
 
 
-def _fifth_bits(e: Emit, codes: list[Callable], high: Any) -> list[Callable]:
-    """Bit i of ``high`` becomes bit 4 of code i."""
+def _fifth_bits(e: Emit, codes: list[Code], high: Any) -> list[Code]:
+    """Codes whose bit 4 is bit i of ``high``, for code i."""
     return [lambda c=c: e.b.or_(codes[c](), spread(e, high, 4 * c, 1, 4)) for c in range(8)]
 
 
@@ -53,23 +53,23 @@ def _take_q8_0(e: Emit, t: Tile) -> Iterator[Part]:
 
 
 def _take_q8_1(e: Emit, t: Tile) -> Iterator[Part]:
-    """The sum of the codes, at 2, is not needed."""
+    """Q8_1; the sum of the codes stored at byte 2 is not needed."""
     yield Part(_bytes(t, 4), [t.half(0)], [])
 
 
 def _take_q8_k(e: Emit, t: Tile) -> Iterator[Part]:
-    """Nor are the sums of 16 codes, at 260."""
+    """Q8_K; the sums of 16 codes stored at byte 260 are not needed."""
     d = e.b.bitcast(t.word(0), V(F32, t.n))
     for i in range(8):
         yield Part(_bytes(t, 4 + 32 * i), [d], [])
 
 
-def _bytes(t: Tile, start: int) -> list[Callable]:
+def _bytes(t: Tile, start: int) -> list[Code]:
     return [lambda c=c: t.word(start + 4 * c) for c in range(8)]
 
 
-def _looked_up(e: Emit, t: Tile, start: int, values: tuple[int, ...]) -> list[Callable]:
-    """Values by nibble: 16 bytes, whose low halves are columns 0..15."""
+def _looked_up(e: Emit, t: Tile, start: int, values: tuple[int, ...]) -> list[Code]:
+    """The values that 16 bytes select, nibble by nibble: the low halves are columns 0..15."""
     words = [t.word(start + 4 * c) for c in range(4)]
     return [lambda w=w, h=h: lookup_nibbles(e, w, h, values) for h in range(2) for w in words]
 
@@ -79,7 +79,7 @@ def _take_iq4_nl(e: Emit, t: Tile) -> Iterator[Part]:
 
 
 def _take_mxfp4(e: Emit, t: Tile) -> Iterator[Part]:
-    """The scale is half of a power of two: 2^(x - 128), below the normal numbers for x < 2."""
+    """MXFP4; the scale 2^(x - 128) is half of the file's power of two, and subnormal for x < 2."""
     x = t.byte(0)
     normal = e.shl(e.b.sub(x, e.const(1, x.type)), 23)
     tiny = e.b.shl(e.const(0x00200000, x.type), x)
@@ -89,7 +89,7 @@ def _take_mxfp4(e: Emit, t: Tile) -> Iterator[Part]:
 
 
 def _half_of_e4m3(e: Emit, x: Any) -> Any:
-    """Half of a number of 4 bits of exponent and 3 of mantissa, without a sign; 0x7F is 0."""
+    """Halve a number with 4 bits of exponent, 3 of mantissa and no sign; 0x7F gives 0."""
     size = e.mask(x, 127)
     bits = e.b.add(e.shl(size, 20), e.const(119 << 23, x.type))
     normal = e.b.bitcast(bits, V(F32, x.type.count))
@@ -100,18 +100,20 @@ def _half_of_e4m3(e: Emit, x: Any) -> Any:
 
 
 def _take_nvfp4(e: Emit, t: Tile) -> Iterator[Part]:
-    """16 columns are 8 bytes: the low halves, then the high halves."""
+    """NVFP4; 16 columns are 8 bytes, the low halves before the high halves."""
     scales = [_half_of_e4m3(e, byte_of(e, [t.word(0)], g)) for g in range(4)]
 
     for i in range(2):
         pairs = [[t.word(4 + 8 * g + 4 * c) for c in range(2)] for g in (2 * i, 2 * i + 1)]
         places = [(w, h) for pair in pairs for h in range(2) for w in pair]
-        codes = [lambda p=p: lookup_nibbles(e, *p, NVFP4_VALUES) for p in places]
+        codes: list[Code] = [
+            lambda w=w, h=h: lookup_nibbles(e, w, h, NVFP4_VALUES) for w, h in places
+        ]
         yield Part(codes, scales[2 * i : 2 * i + 2], [])
 
 
-def _two_bits(e: Emit, t: Tile, start: int, q: int) -> list[Callable]:
-    """Bits 2q, 2q + 1 of 32 bytes."""
+def _two_bits(e: Emit, t: Tile, start: int, q: int) -> list[Code]:
+    """Codes from bits 2q and 2q + 1 of 32 bytes."""
     return [lambda c=c: e.mask(e.shr(t.word(start + 4 * c), 2 * q), 0x03030303) for c in range(8)]
 
 
@@ -146,7 +148,7 @@ def _take_q3_k(e: Emit, t: Tile) -> Iterator[Part]:
 
 
 def _six_bit_scales(e: Emit, t: Tile) -> tuple[list[Any], list[Any]]:
-    """The 12 bytes at 4 hold 8 scales and 8 minima of 6 bits: two words of bytes each."""
+    """The 8 scales and 8 minima of 6 bits that bytes 4..15 hold, as two words of bytes each."""
     a, b, c = (t.word(4 + 4 * i) for i in range(3))
     top = [e.shl(e.mask(e.shr(w, 6), 0x03030303), 4) for w in (a, b)]
     scales = [e.mask(a, 0x3F3F3F3F), e.b.or_(e.mask(c, NIBBLES), top[0])]
@@ -154,7 +156,7 @@ def _six_bit_scales(e: Emit, t: Tile) -> tuple[list[Any], list[Any]]:
     return scales, minima
 
 
-def _take_q4_k(e: Emit, t: Tile, codes: Callable | None = None) -> Iterator[Part]:
+def _take_q4_k(e: Emit, t: Tile, codes: Callable[..., list[Code]] | None = None) -> Iterator[Part]:
     scales, minima = _six_bit_scales(e, t)
     d, less = t.half(0), e.b.fneg(t.half(2))
     for i in range(8):
@@ -163,13 +165,13 @@ def _take_q4_k(e: Emit, t: Tile, codes: Callable | None = None) -> Iterator[Part
         yield Part((codes or _pair_nibbles)(e, t, i), [scale], [least], d)
 
 
-def _pair_nibbles(e: Emit, t: Tile, i: int, start: int = 16) -> list[Callable]:
-    """32 bytes serve two runs of 32 columns: low halves the even run, high halves the odd one."""
+def _pair_nibbles(e: Emit, t: Tile, i: int, start: int = 16) -> list[Code]:
+    """Codes of run i: 32 bytes hold two runs of 32 columns, the even in low halves, the odd in high ones."""
     at, shift = start + 32 * (i // 2), 4 * (i % 2)
     return [lambda c=c: e.mask(e.shr(t.word(at + 4 * c), shift), NIBBLES) for c in range(8)]
 
 
-def _q5_k_codes(e: Emit, t: Tile, i: int) -> list[Callable]:
+def _q5_k_codes(e: Emit, t: Tile, i: int) -> list[Code]:
     four = _pair_nibbles(e, t, i, 48)
 
     def join(c):
@@ -218,7 +220,7 @@ def _take_tq2_0(e: Emit, t: Tile) -> Iterator[Part]:
 
 
 def _digit(e: Emit, word: Any, plane: int) -> Any:
-    """Base-3 digit of the fraction in each byte: times 3 carries it out of the byte."""
+    """A base-3 digit of the fraction in each byte; multiplying by 3 carries each digit out of the byte."""
     ty = V(I8, 4 * word.type.count)
     q = e.b.bitcast(word, ty)
     for _ in range(plane):
@@ -227,7 +229,7 @@ def _digit(e: Emit, word: Any, plane: int) -> Any:
     return e.b.bitcast(e.b.add(*(e.b.zext(a, ty) for a in above)), word.type)
 
 
-# for each 4 columns: the first of their bytes and the digit
+# for each 4 columns, the first of their bytes and which digit of it they are
 _TQ1_0_ORDER = [(4 * c, n) for n in range(5) for c in range(8)]
 _TQ1_0_ORDER += [(32 + 4 * c, n) for n in range(5) for c in range(4)]
 _TQ1_0_ORDER += [(48, n) for n in range(4)]
@@ -241,7 +243,7 @@ def _take_tq1_0(e: Emit, t: Tile) -> Iterator[Part]:
 
 
 def _take_bits(e: Emit, t: Tile, width: int, shift: int = 0) -> Iterator[Part]:
-    """All codes of a block in order, ``width`` bits of each."""
+    """Q1_0 and Q2_0: the codes of a block stand in order, ``width`` bits each."""
     d = t.half(0)
 
     def code(bit):
@@ -255,8 +257,8 @@ def _take_bits(e: Emit, t: Tile, width: int, shift: int = 0) -> Iterator[Part]:
 _take_q1_0, _take_q2_0 = partial(_take_bits, width=1, shift=1), partial(_take_bits, width=2)
 
 
-def _take_int8(group: int, minima: bool) -> Callable:
-    """32 signed codes, then float scales and minima: what tiles are unpacked to."""
+def _take_int8(group: int, minima: bool) -> Callable[[Emit, Tile], Iterator[Part]]:
+    """Make ``take`` for unpacked tiles: 32 signed codes, then float scales and minima."""
     n = 32 // group
 
     def take(e: Emit, t: Tile) -> Iterator[Part]:
@@ -270,15 +272,15 @@ def _take_int8(group: int, minima: bool) -> Callable:
 
 
 def int8_format(group: int, minima: bool) -> Format:
-    """Signed bytes with a float scale, and perhaps a minimum, for each ``group`` columns."""
+    """The format of unpacked tiles: signed bytes, and a float scale, perhaps a minimum, for each ``group``."""
     n_floats = 32 // group * (1 + minima)
     name = f"int8_{group}{'_min' if minima else ''}"
     fields = words(0, 32 + 4 * n_floats)
     return Format(name, 32, fields, _take_int8(group, minima), 0, True, group, minima)
 
 
-def _take_whole(group: int) -> Callable:
-    """256 columns as ``_take_int8`` has 32, but with integer scales, and last their unit."""
+def _take_whole(group: int) -> Callable[[Emit, Tile], Iterator[Part]]:
+    """Make ``take`` for unpacked blocks of 256 columns: codes and integer scales of each 32, then the unit."""
     n = 32 // group
     size = 32 + 4 * n
 
@@ -292,14 +294,14 @@ def _take_whole(group: int) -> Callable:
 
 
 def whole_format(group: int, offset: int, signed: bool, bits: int) -> Format:
-    """Unpacked blocks of 256 columns: codes as bytes, integer scales; one float for all. No minima."""
+    """The format of unpacked blocks of 256 columns: codes as bytes, integer scales, one float unit."""
     name = f"whole_{group}_{'signed' if signed else offset}_{bits}"
     fields = words(0, 8 * (32 + 4 * (32 // group)) + 4)
     layout = (name, 256, fields, _take_whole(group), offset, signed, group)
     return Format(*layout, bits=bits, span=256)
 
 
-# in the order in which they are read: memory is fastest so (Q6_K: 10 % against the file's order)
+# Fields in the order in which they are read, which memory likes (Q6_K: 10 % faster than the file's order).
 _D, _M = (0, 2), (2, 2)
 _Q2_K = ((80, 2), (82, 2), *words(0, 80))
 _Q3_K = ((108, 2), *words(96, 108), *words(0, 96))

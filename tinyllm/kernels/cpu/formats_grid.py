@@ -1,4 +1,4 @@
-"""Formats whose weights are rows of a codebook: IQ1, IQ2 (rows of 8) and IQ3 (rows of 4). See ``layout``.
+"""How kernels decode formats whose weights are rows of a codebook: IQ1, IQ2 (rows of 8), IQ3 (rows of 4).
 
 A codebook's values are one of a few levels, so eight of them are the nibbles of one 32-bit number: one
 look-up in memory brings 8 columns of a row. Bit 3 of a nibble is the sign, and a table of 16 has the codes.
@@ -17,6 +17,7 @@ from llvmlite import ir
 from ...gguf.quants.iq_tables import codebook
 from .layout import (
     NIBBLES,
+    Code,
     Format,
     Part,
     Tile,
@@ -32,13 +33,13 @@ from .layout import (
 )
 from .simd import I1, I8, I16, I32, I64, P8, Emit, V, instruction_set
 
-OFFSET, OFFSET_IQ1 = 64, 16  # make codes positive
+OFFSET, OFFSET_IQ1 = 64, 16  # added to codes, which makes them positive
 MINUS = 0x88888888
 
 
 @cache
 def table(name: str) -> tuple[int, ...]:
-    """A codebook, a number for each row: the level of column j in bits 8j, of column 4 + j in bits 8j + 4."""
+    """A codebook as one number for each row: bits 8j are the level of column j, bits 8j + 4 of column 4 + j."""
     rows = codebook(name)
     levels = np.searchsorted(np.unique(rows), rows).astype(np.uint32)
     shifts = np.array([0, 8, 16, 24, 4, 12, 20, 28], np.uint32)
@@ -47,7 +48,10 @@ def table(name: str) -> tuple[int, ...]:
 
 @cache
 def code_of_nibble(name: str) -> tuple[int, ...]:
-    """OFFSET + level, OFFSET - level where bit 3 is set; of IQ1 OFFSET_IQ1 + 8 * level + 1 and - 1."""
+    """The code of each nibble: OFFSET + level, or OFFSET - level where bit 3 is set.
+
+    For IQ1 they are OFFSET_IQ1 + 8 * level + 1, or - 1 where bit 3 is set.
+    """
     levels = np.unique(codebook(name))
     ways = [OFFSET + levels, OFFSET - levels]
     if name == "IQ1":
@@ -73,7 +77,7 @@ def gather(e: Emit, name: str, index: Any) -> Any:
 
 
 def _constant(e: Emit, name: str) -> Any:
-    """The address of a table in the module."""
+    """The address of a codebook's table, which becomes a constant of the module."""
     module, numbers = e.b.module, table(name)
     if name not in module.globals:
         ty = ir.ArrayType(I32, len(numbers))
@@ -83,8 +87,8 @@ def _constant(e: Emit, name: str) -> Any:
     return e.b.bitcast(module.globals[name], P8)
 
 
-def _codes(e: Emit, name: str, index: Callable, minus: Callable) -> list[Callable]:
-    """32 columns: ``index(k)`` is the row of their k-th 8 or 4, ``minus(run)`` has the signs of 8."""
+def _codes(e: Emit, name: str, index: Callable, minus: Callable) -> list[Code]:
+    """Codes of 32 columns: ``index(k)`` is the row of their k-th 8 or 4, ``minus(run)`` the signs of 8."""
     codes = code_of_nibble(name)
 
     def levels(run: int) -> Any:
@@ -102,7 +106,7 @@ def _codes(e: Emit, name: str, index: Callable, minus: Callable) -> list[Callabl
 
 @cache
 def planes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A codebook of rows of 4 as two bytes for each: the two lower bits of its levels, their third bits."""
+    """A codebook of rows of 4 as two bytes for each: the two lower bits of its levels, and their third bits."""
     rows = codebook(name)
     levels = np.searchsorted(np.unique(rows), rows)
     two = ((levels & 3) << np.array([0, 2, 4, 6])).sum(1)
@@ -112,13 +116,13 @@ def planes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @cache
 def code_of_bits(name: str) -> tuple[int, ...]:
-    """Codes by 6 bits, from the lowest: any, third bit of the level, its lower two, any, minus."""
+    """A table of 64 codes by the level (third bit in bit 1, lower two in bits 2 and 3) and the sign (bit 5)."""
     codes = code_of_nibble(name)
     return tuple(codes[(i >> 2 & 3) + (i >> 1 & 1) * 4 + (i >> 5) * 8] for i in range(64))
 
 
 def _permute(e: Emit, plane: tuple[int, ...], index: Any, ninth: Any) -> Any:
-    """plane[index] for each byte; bit 0 of the bytes of ``ninth`` (or None) counts 256."""
+    """Look up plane[index] for each byte; bit 0 of the bytes of ``ninth``, if any, adds 256 to the index."""
     ty, instruction = V(I8, 64), "llvm.x86.avx512.vpermi2var.qi.512"
     low = e.b.bitcast(index, ty)
     tables = [ir.Constant(ty, plane[i : i + 64]) for i in range(0, len(plane), 64)]
@@ -133,12 +137,12 @@ def _permute(e: Emit, plane: tuple[int, ...], index: Any, ninth: Any) -> Any:
     return e.b.bitcast(found[0], index.type)
 
 
-def _permuted(e: Emit, name: str, index: list[Any], ninth: list[Any], signs: Any) -> list[Callable]:
-    """32 columns: two words of 4 indices of rows, their ninth bits, and a bit of sign for each column."""
+def _permuted(e: Emit, name: str, index: list[Any], ninth: list[Any], signs: Any) -> list[Code]:
+    """Codes of 32 columns from two words of 4 row numbers, their ninth bits, and a sign bit for each column."""
 
     @cache
     def found(i: int) -> tuple[Any, Any]:
-        """Of 4 rows a byte each: two bits of the levels; third bits, and signs above them."""
+        """Bytes of 4 rows: the two lower bits of their levels; and the third bits with the signs above."""
         two, third = (_permute(e, plane, index[i], ninth[i]) for plane in planes(name))
         nibbles = tuple(16 * i + 4 * row - 4 for row in range(4))
         return two, e.b.or_(third, bit_fields(e, signs, nibbles, 0xF0F0F0F0))
@@ -159,10 +163,11 @@ def _permuted(e: Emit, name: str, index: list[Any], ninth: list[Any], signs: Any
 
 
 def _signs(e: Emit, four: Any, run: int) -> Any:
-    """Bits of byte ``run`` of ``four`` to bit 3 of the nibbles of their columns."""
+    """Move each bit of byte ``run`` of ``four`` to bit 3 of its column's nibble."""
     if has_bit_fields():
         return bit_fields(e, four, tuple(8 * run + j - 3 for j in range(4)), MINUS)
-    few = e.mask(shuffle(e, four, (run, None, run, None)), 0x00CC0033)  # bits that do not meet
+    # the bits kept are far enough apart that the products below do not overlap
+    few = e.mask(shuffle(e, four, (run, None, run, None)), 0x00CC0033)
     shorts = V(I16, 2 * few.type.count)
     factors = ir.Constant(shorts, [0x0408, 0x0102] * few.type.count)
     moved = e.b.mul(e.b.bitcast(few, shorts), factors)
@@ -173,13 +178,13 @@ _ODD = tuple(128 * (i.bit_count() % 2) for i in range(16))
 
 
 def _even(e: Emit, four: Any) -> Any:
-    """Bytes of 7 bits, with an eighth so that the number of ones is even."""
+    """Complete bytes of 7 bits with an eighth that makes the number of ones even."""
     nibbles = e.mask(e.b.xor(four, e.shr(four, 4)), NIBBLES)
     return e.b.or_(four, lookup(e, nibbles, _ODD))
 
 
 def _packed_signs(e: Emit, word: Any) -> Any:
-    """4 x 7 bits of a word, to bytes."""
+    """The four sign bytes that 4 x 7 bits of a word stand for."""
     if has_bit_fields():
         return _even(e, bit_fields(e, word, (0, 7, 14, 21), 0x7F7F7F7F))
     seven = [e.mask(e.shl(word, i), 0x7F << 8 * i) for i in range(4)]
@@ -187,7 +192,7 @@ def _packed_signs(e: Emit, word: Any) -> Any:
 
 
 def _any(e: Emit, parts: list[Any]) -> Any:
-    """Their bitwise or."""
+    """The bitwise or of all parts."""
     first, *others = parts
     for other in others:
         first = e.b.or_(first, other)
@@ -201,12 +206,12 @@ def _field(e: Emit, word: Any, at: int, mask: int, shift: int = 0) -> Any:
 
 
 def _scale(e: Emit, word: Any, at: int, width: int) -> Any:
-    """2 s + 1, with s in ``width`` bits of a word."""
+    """The scale 2 s + 1, with s in ``width`` bits of a word."""
     return e.b.or_(_field(e, word, at, (1 << width) - 1, 1), e.const(1, word.type))
 
 
 def _two_scales(e: Emit, t: Tile, start: int, i: int) -> list[Any]:
-    """The nibbles of byte i."""
+    """The two scales that the nibbles of byte i hold."""
     word = t.word(start + i // 4 * 4)
     return [_scale(e, word, i % 4 * 8 + 4 * half, 4) for half in range(2)]
 
@@ -219,7 +224,7 @@ def _iq2_xxs(e: Emit, t: Tile, i: int) -> Part:
 
 
 def _iq2_xs(e: Emit, t: Tile, i: int) -> Part:
-    """A run has two bytes: 9 bits of index, 7 of sign."""
+    """IQ2_XS; a run of 8 columns has two bytes: 9 bits of index, 7 of sign."""
     two = [t.word(2 + 8 * i + 4 * c) for c in range(2)]
     minus = partial(_signs, e, _even(e, e.mask(e.shr(_upper_bytes(e, two), 1), 0x7F7F7F7F)))
     codes = _codes(e, "IQ2_XS", lambda r: _field(e, two[r // 2], 16 * (r % 2), 511), minus)
@@ -227,7 +232,7 @@ def _iq2_xs(e: Emit, t: Tile, i: int) -> Part:
 
 
 def _upper_bytes(e: Emit, two: list[Any]) -> Any:
-    """Of four shorts."""
+    """The upper bytes of four shorts, as the bytes of one word."""
     return e.b.or_(shuffle(e, two[0], (1, 3, None, None)), shuffle(e, two[1], (None, None, 1, 3)))
 
 
@@ -267,7 +272,7 @@ def _iq3_s(e: Emit, t: Tile, i: int) -> Part:
 
 
 def _all_signs(e: Emit, word: Any, bit: int) -> Any:
-    """MINUS where the bit is set."""
+    """The signs of 8 columns: MINUS where the bit of the word is set, else 0."""
     top = e.shl(word, 31 - bit)
     return e.mask(e.b.ashr(top, e.const(31, top.type)), MINUS)
 
@@ -298,7 +303,7 @@ def _first_half(e: Emit, t: Tile) -> Any:
 
 
 def _hidden_half(e: Emit, t: Tile) -> Any:
-    """The upper nibbles of four shorts."""
+    """The half float whose nibbles are the upper nibbles of four shorts."""
     nibbles = [_field(e, t.word(48 + k // 2 * 4), 12 + 16 * (k % 2), 15, 4 * k) for k in range(4)]
     word = _any(e, nibbles)
     return e.half(e.b.trunc(word, V(I16, word.type.count)))
@@ -312,7 +317,7 @@ def _format(
     group: int = 32,
     half: Callable = _first_half,
 ) -> Format:
-    """256 columns, of which ``part(e, t, i)`` takes the i-th 32; their unit: ``half`` times ``factor``."""
+    """A format of 256 columns: ``part(e, t, i)`` takes the i-th 32; the unit is ``half`` times ``factor``."""
 
     def take(e: Emit, t: Tile) -> Iterator[Part]:
         d = half(e, t)

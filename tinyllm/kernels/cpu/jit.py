@@ -67,26 +67,23 @@ class Kernel:
         self._native(self.pack(**args), first, last, 0)
 
     def pack(self, **args: Any) -> bytes:
-        """The arguments as the kernel reads them; see ``write``."""
+        """The arguments, numbers and addresses, as the kernel reads them; errors as of the two below."""
         memory = bytearray(8 * len(self.parameters))
-        self.write(memory, 0, args)
+        self.write(memory, 0, self.in_order(args))
         return bytes(memory)
 
-    def write(self, memory: Any, at: int, args: Mapping[str, Any]) -> None:
-        """Write the arguments to a byte of some memory: numbers, addresses for arrays, 0 for None.
-
-        Raises
-        ------
-        TypeError
-            Names are missing or unknown, or a value is not of its parameter's kind.
-        """
+    def in_order(self, args: Mapping[str, Any]) -> list[Any]:
+        """The arguments in the order of the parameters; TypeError if names are missing or unknown."""
         try:
-            values = [args[name] for name in self.parameters]
+            values = list(map(args.__getitem__, self.parameters))
         except KeyError:
             raise self._misnamed(args) from None
         if len(values) != len(args):
             raise self._misnamed(args)
-        values = [0 if v is None else getattr(v, "address", v) for v in values]
+        return values
+
+    def write(self, memory: Any, at: int, values: Sequence[Any]) -> None:
+        """Write ordered values to a byte of some memory; TypeError if one is not of its parameter's kind."""
         try:
             self._struct.pack_into(memory, at, *values)
         except (struct.error, OverflowError):

@@ -32,7 +32,7 @@ from .simd import (
 )
 
 BLOCK_BYTES = 34
-TILE_BYTES = LANES * BLOCK_BYTES  # of 32 columns of 16 keys
+TILE_BYTES = LANES * BLOCK_BYTES  # 32 columns of 16 keys
 
 
 @emitter(f32x16, i64)
@@ -42,11 +42,11 @@ def load_codes(e, p):
 
 
 def _code_storer(step: int) -> Callable:
-    """store_codes(p, v): the lanes of v, rounded to even, as bytes ``step`` apart."""
+    """Make store_codes(p, v): store the lanes of v, rounded to even, as bytes ``step`` apart."""
 
     @emitter(types.void, i64, f32x16)
     def store_codes(e, p, v):
-        """See ``_code_storer``."""
+        """Store the lanes of v, rounded to even, as bytes."""
         b, to = e.b, e.ptr(p)
         codes = b.fptosi(e.call("llvm.rint.v16f32", V16F, v), V16I)
         small = b.trunc(codes, V(I8, LANES))
@@ -63,12 +63,12 @@ store_row, store_column = _code_storer(1), _code_storer(LANES)
 
 
 def inverse(scale):
-    """1 / scale, 0 of 0."""
+    """1 / scale, and 0 where the scale is 0."""
     return f32(1) / scale if scale > f32(0) else f32(0)
 
 
 def write_values(source, out, n):
-    """A row of n floats -> blocks of a half and 32 codes."""
+    """Write a row of n floats as blocks of a half and 32 codes."""
     for i in range(0, n, 32):
         a, b = load_n(source + 4 * i, n - i), load_n(source + 4 * i + 64, n - i - 16)
         scale = hmax(vmax(vabs(a), vabs(b))) / f32(127)
@@ -80,7 +80,7 @@ def write_values(source, out, n):
 
 
 def write_keys(source, out, n, lane):
-    """The same, into one lane of a tile of keys."""
+    """Write a row of n floats as blocks into one lane of a tile of 16 keys."""
     for i in range(0, n, 32):
         a, b = load_n(source + 4 * i, n - i), load_n(source + 4 * i + 64, n - i - 16)
         scale = hmax(vmax(vabs(a), vabs(b))) / f32(127)
@@ -92,7 +92,7 @@ def write_keys(source, out, n, lane):
 
 
 def expand_keys(source, out, n_tiles, dim):
-    """Tiles of keys -> [n_tiles][dim][16] floats."""
+    """Decode tiles of keys to floats [n_tiles][dim][16]."""
     for _ in range(n_tiles):
         for i in range(0, dim, 32):
             scale = load_half(source)
@@ -103,7 +103,7 @@ def expand_keys(source, out, n_tiles, dim):
 
 
 def expand_values(source, out, n, dim, step):
-    """n rows of blocks -> [n][step / 4] floats; ``step`` is that of dim rounded up to 16."""
+    """Decode n rows of blocks to floats [n][step / 4]; ``step`` is 4 * dim rounded up to 64 bytes."""
     for _ in range(n):
         for i in range(0, dim, 32):
             scale = splat(get_half(source))

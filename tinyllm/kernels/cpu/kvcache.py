@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,10 +11,14 @@ from ...errors import DeviceError, StateError
 from ..backend import Cache, KVType, LayerCache, RopeSpec
 from .attention import LAYER, MAX_DIM, padded
 
-TYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "q8_0": np.dtype(np.uint8)}
+TYPES: dict[KVType, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "q8_0": np.dtype(np.uint8),
+}
 
 
-def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """Zeros on a cache line's boundary; the system gives the memory when it is first written."""
     n_bytes = int(np.prod(shape)) * dtype.itemsize
     memory = np.zeros(n_bytes + 64, np.uint8)
@@ -29,7 +34,7 @@ def blocks_bytes(n: int) -> int:
 class CPUCache(Cache):
     """Keys and values as ``attention`` describes; ``table`` [layers, 16] int64 holds their addresses.
 
-    ``settle`` runs what was recorded but not run yet: called before the host looks.
+    ``settle`` runs what was recorded but not run yet; it is called before the host reads or writes.
     """
 
     def __init__(
@@ -54,18 +59,16 @@ class CPUCache(Cache):
     def _keys(self, c: LayerCache) -> np.ndarray:
         if c.head_dim > MAX_DIM or c.head_dim_v > MAX_DIM:
             raise DeviceError(f"heads of {c.head_dim} values; the cpu backend goes to {MAX_DIM}")
-        if self.kv_type == "q8_0":
-            shape = (c.n_head_kv, -(-self.n_ctx // 16), 16 * blocks_bytes(c.head_dim))
-        else:
-            shape = (c.n_head_kv, -(-self.n_ctx // 16), c.head_dim, 16)
-        return zeros(shape, TYPES[self.kv_type])
+        blocks = self.kv_type == "q8_0"
+        tile = (16 * blocks_bytes(c.head_dim),) if blocks else (c.head_dim, 16)
+        return zeros((c.n_head_kv, -(-self.n_ctx // 16), *tile), TYPES[self.kv_type])
 
     def _values(self, c: LayerCache) -> np.ndarray:
         width = blocks_bytes(c.head_dim_v) if self.kv_type == "q8_0" else padded(c.head_dim_v)
         return zeros((c.n_head_kv, self.n_ctx, width), TYPES[self.kv_type])
 
     def index(self, layer: int, name: str) -> int:
-        """Where the address of a recurrent array stands in a layer's row of the table."""
+        """The column of the table that has the address of a layer's recurrent array."""
         return 4 + list(self.arrays[layer]).index(name)
 
     @property
@@ -73,7 +76,7 @@ class CPUCache(Cache):
         recurrent = [a for layer in self.arrays for a in layer.values()]
         return sum(a.nbytes for a in [*self.k, *self.v, *recurrent])
 
-    # ---- seen from the host, as [positions, heads, values]
+    # ---- reading and writing from the host, as [positions, heads, values]
 
     def _read(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
         k, v, c = self.k[layer], self.v[layer], self.layers[layer]
@@ -149,7 +152,7 @@ class CPUCache(Cache):
 
 
 def keys_to_rows(tiles: np.ndarray) -> np.ndarray:
-    """[K, tiles, bytes] as ``kvblocks`` lays keys -> [K, 16 * tiles, bytes], a row of blocks each."""
+    """Keys in tiles, [K, tiles, bytes] -> a row of q8_0 blocks for each key, [K, 16 * tiles, bytes]."""
     heads, n_tiles, n_bytes = tiles.shape
     blocks = tiles.reshape(heads, n_tiles, n_bytes // 544, 544)
     scales = blocks[..., :32].reshape(*blocks.shape[:3], 16, 2)
@@ -159,7 +162,7 @@ def keys_to_rows(tiles: np.ndarray) -> np.ndarray:
 
 
 def rows_to_keys(rows: np.ndarray) -> np.ndarray:
-    """The inverse of ``keys_to_rows``."""
+    """Rows of q8_0 blocks [K, 16 * tiles, bytes] -> keys in tiles [K, tiles, bytes]."""
     heads, n, n_bytes = rows.shape
     blocks = rows.reshape(heads, n // 16, 16, n_bytes // 34, 34).swapaxes(2, 3)
     scales = blocks[..., :2].reshape(*blocks.shape[:3], 32)
@@ -168,15 +171,15 @@ def rows_to_keys(rows: np.ndarray) -> np.ndarray:
 
 
 def decode_q8_0(blocks: np.ndarray, n: int) -> np.ndarray:
-    """[.., bytes] -> [.., n] float32."""
+    """Rows of q8_0 blocks [.., bytes] -> their first n values, float32 [.., n]."""
     b = np.ascontiguousarray(blocks).reshape(*blocks.shape[:-1], -1, 34)
     scale = np.ascontiguousarray(b[..., :2]).view(np.float16).astype(np.float32)
-    x = np.ascontiguousarray(b[..., 2:]).view(np.int8) * scale
+    x: np.ndarray = np.ascontiguousarray(b[..., 2:]).view(np.int8) * scale
     return x.reshape(*blocks.shape[:-1], -1)[..., :n]
 
 
 def encode_q8_0(x: np.ndarray) -> np.ndarray:
-    """[.., n] float32 -> [.., bytes]."""
+    """Values float32 [.., n] -> rows of q8_0 blocks, uint8 [.., bytes]."""
     n = x.shape[-1]
     whole = np.zeros((*x.shape[:-1], -(-n // 32) * 32), np.float32)
     whole[..., :n] = x

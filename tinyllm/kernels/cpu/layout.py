@@ -1,4 +1,4 @@
-"""A quantised matrix in memory: 16 rows, field by field, and the pieces of which formats take it apart.
+"""A quantised matrix in memory: tiles of 16 rows, stored field by field, and helpers to decode them.
 
 At load, 16 rows of a matrix become a *tile*: field i of a block (4 bytes of codes, a 2-byte scale) is
 stored for all 16 rows side by side before field i + 1. So one load brings the same field of 16 rows, one per
@@ -8,30 +8,31 @@ A format's ``take`` yields, for each 32 columns of a block, a ``Part``: 8 vector
 columns in each lane) and the scales and minima of their rows: weight = scale * (code - offset) + minimum.
 Where a block is 256 columns with integer scales and one float, ``unit``, the sums of the whole block are added
 as integers first (``span`` = 256): weight = unit * scale * (code - offset) + minimum.
-The formats: ``formats``, ``formats_grid``.
+The formats themselves stand in ``formats`` and, those with codebooks, in ``formats_grid``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from llvmlite import ir
 
 from .simd import I8, I16, I32, I64, LANES, Emit, V, instruction_set, target
 
 NIBBLES = 0x0F0F0F0F
+Code: TypeAlias = Callable[..., Any]  # called without arguments: 4 columns as i32 lanes
 
 
 @dataclass
 class Part:
-    """32 columns of some rows: see the module's text. One scale and minimum for all 32, or one per 16."""
+    """32 columns of some rows: weight = scale * (code - offset) + minimum, for all 32 or for each 16."""
 
-    codes: list[Callable[[], Any]]  # 8 x () -> i32 lanes, computed when asked for
+    codes: list[Code]  # 8, each computed when it is called
     scales: list[Any]
     minima: list[Any]
-    unit: Any = None  # where scales are integers, what they are multiples of
+    unit: Any = None  # where scales are integers: the float that multiplies them
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ class Format:
     block: int  # columns
     fields: tuple[tuple[int, int], ...]
     take: Callable[[Emit, Tile], Iterator[Part]]
-    offset: int = 0  # what is subtracted from a code
+    offset: int = 0  # subtracted from a code
     signed: bool = False  # codes are signed bytes; else 0..127
     group: int = 32  # columns that share a scale
     minima: bool = False
-    bits: int = 8  # that hold the size of any code
+    bits: int = 8  # enough for the size of any code
     narrow: bool = False  # a code times its integer scale fits a byte
-    span: int = 32  # columns whose sums are added as integers: activations share a scale as far
+    span: int = 32  # columns that are summed as integers; the activations of so many share a scale
 
     @property
     def block_bytes(self) -> int:
@@ -151,7 +152,7 @@ def has_bit_fields() -> bool:
 
 
 def bit_fields(e: Emit, v: Any, starts: tuple[int, ...], mask: int = 0xFFFFFFFF) -> Any:
-    """Byte j of each lane: 8 of its bits from ``starts[j]`` on, of which ``mask`` (of the lane) stays."""
+    """Make byte j of each lane from 8 of its bits from ``starts[j]`` on; keep the lane's bits in ``mask``."""
     control = [(32 * odd + start) % 64 for odd in range(2) for start in starts]
     ty = V(I8, 4 * v.type.count)
     table = ir.Constant(ty, control * (v.type.count // 2))
@@ -161,7 +162,7 @@ def bit_fields(e: Emit, v: Any, starts: tuple[int, ...], mask: int = 0xFFFFFFFF)
 
 
 def spread(e: Emit, v: Any, first: int, width: int, shift: int = 0) -> Any:
-    """Byte j of each lane: its bits from ``first + width * j`` on, ``width`` (1 or 2) of them, shifted left."""
+    """Make byte j of each lane from its ``width`` (1 or 2) bits at ``first + width * j``, shifted left."""
     if has_bit_fields():
         starts = tuple(first + width * j - shift for j in range(4))
         return bit_fields(e, v, starts, 0x01010101 * ((1 << width) - 1 << shift))

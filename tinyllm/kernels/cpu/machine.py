@@ -1,4 +1,4 @@
-"""LLVM's part: from a module to machine code for the target that ``simd`` names, and into memory."""
+"""From a module of LLVM to machine code for the target that ``simd`` names, and into memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import simd
 
 @lru_cache(1)
 def target_machine() -> Any:
-    """What writes machine code; the options are numba's."""
+    """LLVM's writer of machine code for this processor; the options are numba's."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_triple(llvm.get_process_triple())
@@ -27,16 +27,18 @@ def target_machine() -> Any:
 
 def machine_code(ir_text: str) -> bytes:
     """Optimised machine code of a module: an object file."""
-    return target_machine().emit_object(optimised(ir_text))
+    code: bytes = target_machine().emit_object(optimised(ir_text))
+    return code
 
 
 def assembly(ir_text: str) -> str:
-    """The same, to read."""
-    return target_machine().emit_assembly(optimised(ir_text))
+    """Optimised machine code of a module as assembly, to read."""
+    text: str = target_machine().emit_assembly(optimised(ir_text))
+    return text
 
 
 def optimised(ir_text: str) -> Any:
-    """A module after LLVM's passes: loops are vectorised, straight lines are not."""
+    """A module after LLVM's passes, which vectorise loops but not straight lines."""
     module = llvm.parse_assembly(ir_text)
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
@@ -52,8 +54,9 @@ def _engine() -> Any:
 
 
 def load(name: str, code: bytes) -> int:
-    """The address of a function of an object file, after loading it."""
+    """Load an object file into memory, and return the address of one of its functions."""
     engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return engine.get_function_address(name)
+    address: int = engine.get_function_address(name)
+    return address

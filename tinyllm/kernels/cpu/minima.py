@@ -13,18 +13,18 @@ from .formats import Format, Tile
 from .micro import SLOTS, Activations, record_bytes
 from .simd import F32, I64, LANES, Emit, V, emitter, i64, lanes, types
 
-TOKENS = 8  # at once
-PARTS = 8  # of a block
+TOKENS = 8  # multiplied at once
+PARTS = 8  # parts of 32 columns in a block
 
 
 def n_minima(fmt: Format) -> int:
-    """Minima of a block and row, as vectors of 16 rows."""
+    """How many minima a row has in each block; 0 if they are not summed apart."""
     return fmt.block // fmt.group if fmt.minima and fmt.span == 256 else 0
 
 
 @lru_cache
 def unpacker(fmt: Format) -> Callable:
-    """unpack(w, n_blocks, out): the minima of a tile of 16 rows, [n_blocks][minima of a block][16]."""
+    """Make unpack(w, n_blocks, out): write the minima of a tile of 16 rows, [n_blocks][n_minima][16]."""
     n = lanes()
 
     def put(e: Emit, p, to, first) -> None:
@@ -34,7 +34,7 @@ def unpacker(fmt: Format) -> Callable:
 
     @emitter(types.void, i64, i64, i64)
     def unpack(e, w, n_blocks, out):
-        """See ``unpacker``."""
+        """Write the minima of a tile of 16 rows to out, [n_blocks][n_minima][16]."""
         if n_minima(fmt) == 0:
             return
 
@@ -50,7 +50,7 @@ def unpacker(fmt: Format) -> Callable:
 
 
 def _sums(e: Emit, fmt: Format, minima: list, records, n_blocks, n: int) -> list:
-    """[tile][token] of n rows: the minima of some tiles times TOKENS tokens."""
+    """Minima of n rows of some tiles times TOKENS tokens, as vectors [tile][token]."""
     names = ("ds",) if fmt.group == 32 else ("ds0", "ds1")
     count = n_minima(fmt)
 
@@ -75,12 +75,12 @@ def _sums(e: Emit, fmt: Format, minima: list, records, n_blocks, n: int) -> list
 
 @lru_cache
 def adder(fmt: Format, n_tiles: int) -> Callable:
-    """add(minima, tile_bytes, records, n_blocks, sums): sums [n_tiles][16][16] += those of 8 tokens."""
+    """Make add(minima, tile_bytes, records, n_blocks, sums): sums [n_tiles][16][16] += those of 8 tokens."""
     n = lanes()
 
     @emitter(types.void, i64, i64, i64, i64, i64)
     def add(e, minima, tile_bytes, records, n_blocks, sums):
-        """See ``adder``."""
+        """Add the products of the minima with 8 tokens to sums [n_tiles][16][16]."""
 
         def rows(first) -> None:
             here = e.b.mul(first, I64(4))
@@ -98,19 +98,22 @@ def adder(fmt: Format, n_tiles: int) -> Callable:
 
 @emitter(types.void, i64, i64, i64, i64, i64, i64, i64)
 def no_minima(e, minima, tile_bytes, records, n_blocks, sums, n, n_tiles):
-    """Of formats that have none, or add them with the rest."""
+    """Do nothing: for formats without minima, and those that add them with the other sums."""
 
 
 @lru_cache
 def tiles_adder(fmt: Format) -> Callable:
-    """add(minima, tile_bytes, records, n_blocks, sums, n, n_tiles): of n <= 16 tokens, two tiles at once."""
+    """Make add(minima, tile_bytes, records, n_blocks, sums, n, n_tiles), for n <= 16 tokens.
+
+    Two tiles are computed at once where vectors have 16 lanes.
+    """
     wide = 2 if lanes() == LANES else 1
     if n_minima(fmt) == 0:
         return no_minima
     some, one = adder(fmt, wide), adder(fmt, 1)
 
     def add(minima, tile_bytes, records, n_blocks, sums, n, n_tiles):
-        """See ``tiles_adder``."""
+        """Add the products of the minima of n_tiles tiles with n tokens to sums."""
         for slot in range(0, n, TOKENS):
             tile = 0
             while tile < n_tiles:

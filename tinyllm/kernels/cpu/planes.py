@@ -1,8 +1,8 @@
-"""Blocks of 256 columns on the matrix unit of ``amx``: their sums need no scaling on the way.
+"""Products of blocks of 256 columns on the matrix unit: their sums need no scaling on the way.
 
 A weight is a small integer, scale times code, of up to 13 bits, times the block's unit. Unpacked, it lies in
 *planes* of bytes: weight = 128 * high + low (one plane where it fits). The unit adds up 64 columns of each
-plane in one instruction and a whole block before anything leaves it, exactly as ``micro`` states the sums.
+plane in one instruction, and a whole block before anything leaves it: the sums are those that ``micro`` states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def n_planes(fmt: Format) -> int:
 
 
 def panel_bytes(fmt: Format) -> int:
-    """Of an unpacked block of 16 rows: planes [STEPS][planes][64 columns][16 rows], unit."""
+    """Bytes of an unpacked block of 16 rows: planes [STEPS][planes][64 columns][16 rows], and units."""
     return STEPS * n_planes(fmt) * TILE + 64
 
 
@@ -36,11 +36,14 @@ def panel_bytes(fmt: Format) -> int:
 
 @lru_cache
 def unpacker(fmt: Format) -> Callable:
-    """unpack(w, n_blocks, out, ahead): a tile of 16 rows, as planes; ``ahead`` as in ``micro.unpacker``."""
+    """Make unpack(w, n_blocks, out, ahead): write a tile of 16 rows as planes.
+
+    ``ahead``: as in ``micro.multiplier``.
+    """
 
     @emitter(types.void, i64, i64, i64, i64)
     def unpack(e, w, n_blocks, out, ahead):
-        """See ``unpacker``."""
+        """Write a tile of 16 rows as planes."""
 
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
@@ -64,7 +67,7 @@ def _put_block(e: Emit, fmt: Format, tile: Tile, to) -> None:
 
 
 def _planes(e: Emit, fmt: Format, part: Part, c: int) -> list:
-    """4 neighbouring columns of 16 rows: bytes of each plane."""
+    """The bytes of each plane for 4 neighbouring columns of 16 rows."""
     b, ty = e.b, V(I16, 2 * LANES)
     codes = part.codes[c]()
     if fmt.offset:
@@ -89,10 +92,10 @@ def _planes(e: Emit, fmt: Format, part: Part, c: int) -> list:
 
 
 class Products:
-    """Sums of a block of some tiles of rows and one or two of 16 tokens, each tile's to memory of its parity.
+    """Sums of one block: some tiles of rows times one or two tiles of 16 tokens.
 
-    A register is loaded anew as soon as no product needs what it holds, and the product that takes
-    the youngest one comes last, so that loads and products overlap.
+    Even and odd tiles of rows have a memory each. A register is loaded again as soon as no product needs what
+    it holds, and the product that takes the youngest register comes last, so that loads and products overlap.
     """
 
     def __init__(self, e: Emit, fmt: Format, panels, records: list, n_tiles, y: list) -> None:
@@ -106,18 +109,18 @@ class Products:
         self.memory = e.b.bitcast(memory, self.panels.type)
 
     def panel(self, i, offset: int = 0):
-        """The block of tile i."""
+        """The address of the block of tile i, ``offset`` bytes on."""
         return self.e.at(
             self.panels, self.e.b.add(self.e.b.mul(i, I64(self.panel_bytes)), I64(offset))
         )
 
     def load_left(self, t: int, step: int) -> None:
-        """64 columns of tile t of tokens."""
+        """Load 64 columns of tile t of tokens."""
         p = self.e.at(self.records[t], 64 * step)
         self.e.call("llvm.x86.tileloadd64", VOID, I8(LEFT[t]), p, I64(256))
 
     def load_right(self, k: int, i, step: int) -> None:
-        """64 columns of plane k of tile i."""
+        """Load 64 columns of plane k of tile i."""
         p = self.panel(i, TILE * (self.planes * step + k))
         self.e.call("llvm.x86.tileloadd64", VOID, I8(RIGHT[k]), p, I64(64))
 
@@ -130,7 +133,7 @@ class Products:
             self.load_left(t, 0)
 
     def step(self, i, s: int) -> None:
-        """The products of 64 columns; their registers are filled for the next."""
+        """Multiply 64 columns, and load the registers for the next 64."""
         b, tokens = self.e.b, range(len(self.records))
         after = b.add(i, I64(1))
         after = b.select(b.icmp_signed("<", after, self.last), after, self.last)
@@ -150,17 +153,17 @@ class Products:
             order.reverse()
 
     def sums(self, parity):
-        """Where the sums of a tile wait."""
+        """The address of the sums of even, or odd, tiles."""
         return self.e.at(self.memory, self.e.b.mul(parity, I64(TILE * self.n_sums)))
 
     def store(self, parity) -> None:
-        """The sums of a tile, to memory."""
+        """Store the sums of a tile in the memory of its parity."""
         for n in range(self.n_sums):
             out = self.e.at(self.sums(parity), TILE * n)
             self.e.call("llvm.x86.tilestored64", VOID, I8(SUMS[n]), out, I64(64))
 
     def scale(self, i, parity, tokens: range) -> None:
-        """y [tile][16][16] += the sums of tile i of some tokens, scaled."""
+        """Add the scaled sums of tile i and some tokens to y [tile][16][16]."""
         e, b, vector = self.e, self.e.b, V(F32, LANES)
         unit = e.load(self.panel(i, STEPS * self.planes * TILE), vector)
         sums = self.sums(parity)
@@ -174,7 +177,7 @@ class Products:
             e.store(acc, y, 64 * slot)
 
     def total(self, sums, t: int, slot: int):
-        """The sum of all planes of a token."""
+        """The sum over all planes for one token."""
         at = [TILE * (self.planes * t + k) + 64 * slot for k in range(self.planes)]
         parts = [self.e.load(sums, V(I32, LANES), p) for p in at]
         if len(parts) == 1:
@@ -183,7 +186,7 @@ class Products:
 
 
 def _multiply(e: Emit, p: Products) -> None:
-    """All tiles; one is scaled while the next is multiplied, not at once, as its last sums take a while."""
+    """Multiply all tiles. One is scaled while the next is multiplied: its last sums take a while to arrive."""
     b, n = e.b, len(p.records) * SLOTS
     ends = [0, *(n * k // (STEPS - 1) for k in range(STEPS))]
 
@@ -206,24 +209,24 @@ def _multiply(e: Emit, p: Products) -> None:
 
 @lru_cache
 def multiplier(fmt: Format) -> Callable:
-    """multiply(panels, _, records, n, _, n_tiles, y, x_bytes, y_bytes): one block of tiles times 32 tokens.
+    """Make multiply(panels, _, records, n, _, n_tiles, y, x_bytes, y_bytes): one block times up to 32 tokens.
 
-    The second 16 are x_bytes after the first, and their sums y_bytes.
+    The second 16 tokens stand x_bytes after the first, and their sums y_bytes.
     """
 
     @emitter(types.void, i64, i64, i64, i64)
     def one(e, panels, records, n_tiles, y):
-        """16 tokens."""
+        """Multiply all tiles by 16 tokens."""
         _multiply(e, Products(e, fmt, panels, [records], n_tiles, [y]))
 
     @emitter(types.void, i64, i64, i64, i64, i64, i64)
     def two(e, panels, records, n_tiles, y, x_bytes, y_bytes):
-        """32 tokens."""
+        """Multiply all tiles by 32 tokens."""
         more, out = e.b.add(records, x_bytes), e.b.add(y, y_bytes)
         _multiply(e, Products(e, fmt, panels, [records, more], n_tiles, [y, out]))
 
     def multiply(panels, panel_bytes, records, n, steps, n_tiles, y, x_bytes, y_bytes):
-        """See ``multiplier``."""
+        """Add the products of one block of all tiles with n tokens to y."""
         if n > 16:
             two(panels, records, n_tiles, y, x_bytes, y_bytes)
         else:

@@ -22,6 +22,7 @@ from . import jit
 from .threads import ARGS, ROW, ROW_BYTES, pool
 
 ALIGN = 64
+NUMBERS = (int, float, bool)
 HEAD = struct.Struct(f"={ARGS}q")  # of an instruction: what stands before its arguments
 
 
@@ -109,11 +110,13 @@ class Arena:
 class CPUArray:
     """An array of this backend: a shape, a type and an address."""
 
-    __slots__ = ("__weakref__", "_owner", "address", "derived", "dtype", "shape")
+    __slots__ = ("__weakref__", "_owner", "address", "derived", "dtype", "in_arena", "shape")
 
     def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
+        whole = isinstance(owner, CPUArray)  # of which this is another form
+        self.in_arena: bool = owner.in_arena if whole else isinstance(owner, _Place)
         self.derived: dict[Any, CPUArray] = {}  # forms of this array made for kernels (int8 blocks)
 
     @property
@@ -123,14 +126,6 @@ class CPUArray:
     @property
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
-
-    @property
-    def in_arena(self) -> bool:
-        """Whether the memory is a place of an arena."""
-        owner = self._owner
-        while isinstance(owner, CPUArray):
-            owner = owner._owner
-        return isinstance(owner, _Place)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -237,17 +232,26 @@ class Tape:
             self._grow()
         if len(args) > ROW - ARGS:
             raise TypeError(f"kernel {kernel.name}: {len(args)} arguments; at most {ROW - ARGS}")
-        at = ROW_BYTES * (self.n + 1)
-        kernel.write(self.rows, at + 8 * ARGS, args)
+        values, at = kernel.in_order(args), ROW_BYTES * (self.n + 1)
+        for i, v in enumerate(values):
+            if v.__class__ is CPUArray:
+                values[i] = v.address
+                if not v.in_arena:
+                    self.kept.append(v)
+            elif v is None:
+                values[i] = 0
+            elif v.__class__ not in NUMBERS and hasattr(v, "address"):
+                values[i] = v.address
+                self.kept.append(v)
+        kernel.write(self.rows, at + 8 * ARGS, values)
         claims = -(-pieces // chunk)
         HEAD.pack_into(self.rows, at, kernel.address, pieces, chunk, not joins, claims)
         self.n += 1
-        self.keep(*[v for v in args.values() if hasattr(v, "address")])
         return self.n
 
     def keep(self, *things: Any) -> None:
-        """Keep what the recorded rows point to, but not places of the arena: it stays, and reuses them."""
-        self.kept += [t for t in things if not (isinstance(t, CPUArray) and t.in_arena)]
+        """Keep memory that recorded rows point to in other ways than by their arguments."""
+        self.kept += things
 
     def _grow(self) -> None:
         grown = np.zeros((2 * len(self.rows), ROW), np.int64)

@@ -1,4 +1,4 @@
-"""Loading matrices: read and interleaved in pieces, in parallel, into tiles of 16 rows (see ``tiles``)."""
+"""Load matrices: pieces of a file are read in parallel and interleaved into tiles of 16 rows."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class CPUWeight:
     kind: str  # the float type, or the format's name: what kernels are compiled for
     tile_bytes: int
     memory: np.ndarray
+    address: int  # of the memory
 
     @property
     def nbytes(self) -> int:
@@ -53,10 +54,6 @@ class CPUWeight:
         """What a micro-kernel counts along a row: blocks, or columns of a float matrix."""
         return self.n_in // self.format.block if self.format else self.n_in
 
-    @property
-    def address(self) -> int:
-        return self.memory.ctypes.data
-
 
 def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int) -> CPUWeight:
     """Read a tensor, or some of its rows, into tiles."""
@@ -67,8 +64,8 @@ def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int)
     row_bytes = n_blocks * int(fields[:, 1].sum())
     n_mats, tiles = int(np.prod(shape[:-2])), -(-n_out // ROWS)
     memory = room.take(n_mats * tiles * ROWS * row_bytes)
-    weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory)
-    address = weight.address
+    address = memory.ctypes.data
+    weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory, address)
 
     def load(piece: tuple[int, int, int]) -> None:
         m, start, stop = piece
@@ -83,7 +80,7 @@ def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int)
 
 
 def _rows_of_piece(n_out: int, row_bytes: int, n_threads: int) -> int:
-    """Whole tiles of about PIECE bytes at most; of a matrix worth sharing, each thread has as many."""
+    """Rows of a piece: whole tiles of about PIECE bytes at most, the same number of pieces for each thread."""
     n_bytes = n_out * row_bytes
     rounds = -(-n_bytes // (PIECE * n_threads))
     n_pieces = rounds * n_threads if n_bytes >= ALONE else 1
