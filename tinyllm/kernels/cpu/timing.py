@@ -35,18 +35,18 @@ class Way:
 
 @dataclass
 class Result:
-    """GB/s of each way of a trial, the fastest round of each."""
+    """The fastest way of a kernel, and GB/s of each in its fastest round, plain reading first."""
 
     name: str
     way: Way
     rates: dict[Way, float] = field(default_factory=dict)
-    doubtful: bool = False
+    doubtful: bool = False  # the rounds disagree
 
     def __str__(self) -> str:
         plain, best = next(iter(self.rates.values())), self.rates[self.way]
-        how = f"{self.way.ahead} bytes ahead, loads by {self.way.order}"
-        text = f"{self.name}: {how}: {best:.1f} GB/s, {best / plain:.2f} x plain reading"
-        return text + " (the machine was busy: not kept)" * self.doubtful
+        text = f"{self.name}: {best:.1f} GB/s by {self.way.order}, {self.way.ahead} bytes ahead"
+        text += f"; {plain:.1f} with nothing asked for"
+        return text + " (not kept: the machine is busy)" * self.doubtful
 
 
 QUICK = (0, 2048, 4096, 8192, 12288, 16384)  # bytes ahead
