@@ -210,9 +210,8 @@ def _record_each(
     tape: Tape, w: CPUWeight, experts: CPUArray, n_workers: int, args: dict[str, Any]
 ) -> None:
     way = matmul.way_of(w, 1, n_workers)
-    one = multiplier(w.kind, 1)
-    if w.format:
-        one = micro.multiplier(w.format, 1, 1, order=way.order)
+    fmt = w.format
+    one = micro.multiplier(fmt, 1, 1, order=way.order) if fmt else multiplier(w.kind, 1)
     kernel = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}_{way.order}", multiply=one)
     pieces = experts.size * w.n_tiles
     more = {"n_blocks": w.n_blocks, "experts": experts, "ahead": way.ahead}
