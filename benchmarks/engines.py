@@ -84,9 +84,9 @@ class TinyLLM(Engine):
     def about(self) -> dict[str, Any]:
         """Bytes that a token reads, and the instruction set of the kernels."""
         from tinyllm.cli import bench
-        from tinyllm.kernels.cpu import simd
+        from tinyllm.kernels.cpu import emit
 
-        return {**bench.describe(self.model), "instruction set": simd.instruction_set()}
+        return {**bench.describe(self.model), "instruction set": emit.instruction_set()}
 
     def read(self, ids: list[int], keep: bool) -> float:
         """Make the state hold exactly ids."""

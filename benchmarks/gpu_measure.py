@@ -31,8 +31,8 @@ import tinyllm
 from tinyllm.engine.generate import Run, generate_tokens
 from tinyllm.errors import DeviceError
 from tinyllm.gguf import quants
-from tinyllm.kernels.backend import Batch, LayerCache, open_backend
-from tinyllm.kernels.devices import resolve
+from tinyllm.kernels.backend import Batch, LayerCache
+from tinyllm.kernels.devices import open_backend, resolve
 from tinyllm.kernels.gpu import sources
 from tinyllm.models.build import build
 from tinyllm.models.network import Network
@@ -180,12 +180,15 @@ def limits(be: Any, quick: bool) -> Iterator[dict[str, Any]]:
     found["copy_gb_s"] = 2 * n / seconds(be, lambda: be.copy(b, a, n)) / 1e9
     be.free(a)
     be.free(b)
-    if getattr(be, "_cublas", None) is not None and not quick:
+    if be.library is not None and not quick:
         size = 8192
         host = np.random.default_rng(0).standard_normal((1, size, size), np.float32)
         x, y = be.array(host.astype(np.float16)), be.empty((size, size))
         w = be.array(host[0].astype(np.float16))
-        t = seconds(be, lambda: be.gemm("F16", w.buffer, size, x, 0, y, range(size)))
+        everything = range(size)
+        t = seconds(
+            be, lambda: be.library.gemm("F16", (w.buffer, size), x, everything, y, everything)
+        )
         found["half_tflop_s"] = 2 * size**3 / t / 1e12
     yield found
 

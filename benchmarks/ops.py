@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch
-from tinyllm.kernels.cpu import jit, program, simd
+from tinyllm.kernels.cpu import emit, jit, program, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 
 COMMON = ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "F16", "F32"]
@@ -67,26 +67,26 @@ def rounds_of(element: Any, step: Callable[[Any, Any, Any], Any]) -> Any:
 
     @simd.emitter(simd.types.void, simd.i64, simd.i64)
     def rounds(e, p, n):
-        """See ``rounds_of``."""
-        v = e.load(e.ptr(p), simd.V(element, simd.lanes()))
+        """Run n rounds of the step."""
+        v = e.load(e.ptr(p), emit.V(element, emit.lanes()))
         out = e.loop(n, [v] * CHAINS, lambda _, sums: [step(e, x, v) for x in sums])
         for i, x in enumerate(out):  # each is stored: none is idle work
-            e.store(x, e.ptr(p), 4 * simd.lanes() * i)
+            e.store(x, e.ptr(p), 4 * emit.lanes() * i)
 
     return rounds
 
 
 def byte_dots(e: Any, x: Any, v: Any) -> Any:
     """Four products of bytes to a lane, as the kernels add them up; of x, or LLVM would compute them once."""
-    if simd.instruction_set() != "avx2":
+    if emit.instruction_set() != "avx2":
         return e.dot(x, v, x)
     pairs = e.pairs(v, x)
     return e.b.bitcast(e.b.add(e.b.bitcast(x, pairs.type), pairs), x.type)
 
 
 REGISTERS = {  # what is done at once, by the kernel's name
-    "byte_dots": rounds_of(simd.I32, byte_dots),
-    "float_adds": rounds_of(simd.F32, lambda e, x, v: e.fma(v, v, x)),
+    "byte_dots": rounds_of(emit.I32, byte_dots),
+    "float_adds": rounds_of(emit.F32, lambda e, x, v: e.fma(v, v, x)),
 }
 rounds = None  # given by ``jit.kernel``
 
@@ -125,7 +125,7 @@ def peak(what: str, threads: int, seconds: float) -> float:
     out[:] = 0
     tape = program.Tape()
     tape.add(jit.kernel(on_registers, what, rounds=REGISTERS[what]), 16, out=out.ctypes.data)
-    return 16 * 10000 * CHAINS * simd.lanes() / best(lambda: tape.run(threads), seconds)
+    return 16 * 10000 * CHAINS * emit.lanes() / best(lambda: tape.run(threads), seconds)
 
 
 def float_peak(threads: int, seconds: float) -> float:
@@ -183,7 +183,7 @@ def main() -> None:
     report = {
         "benchmark": "ops",
         "machine": common.machine(),
-        "instruction set": simd.instruction_set(),
+        "instruction set": emit.instruction_set(),
         "threads": be.n_threads,
         "limits": limits(be.n_threads, options.seconds),
         "formats": [measure(be, f, options.seconds) for f in options.formats],

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tinyllm import gguf  # noqa: E402
 from tinyllm.cli.info import row as said  # noqa: E402
-from tinyllm.kernels.backend import open_backend  # noqa: E402
+from tinyllm.kernels.devices import open_backend  # noqa: E402
 from tinyllm.models.archs import ARCHS, NOT_RUN  # noqa: E402
 from tinyllm.models.build import build  # noqa: E402
 from tinyllm.models.explain import OUTLINES  # noqa: E402

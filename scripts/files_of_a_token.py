@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import tinyllm  # noqa: E402
 from tinyllm.cli import main  # noqa: E402
-from tinyllm.kernels.cpu import jit, simd  # noqa: E402
+from tinyllm.kernels.cpu import emit, jit  # noqa: E402
 from tinyllm.models.network import Network  # noqa: E402
 from tinyllm.sdk import GPT4All  # noqa: E402
 
@@ -93,15 +93,15 @@ def to_the_backend() -> list[str]:
 def to_the_arithmetic() -> list[str]:
     """Files on the stack between the backend and the first dot product that is emitted."""
     found: list[str] = []
-    emit = simd.Emit.dot
+    dot = emit.Emit.dot
 
     def noted(*args: object) -> object:
         found.extend(n for n in stack(sys._getframe()) if n.startswith("kernels/"))
-        return emit(*args)
+        return dot(*args)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TINYLLM_CACHE=folder):
         jit.cache_folder.cache_clear()
-        with mock.patch.object(simd.Emit, "dot", noted):
+        with mock.patch.object(emit.Emit, "dot", noted):
             quietly("run", "Once", "-n", "1")
     jit.cache_folder.cache_clear()
     return [n for n in dict.fromkeys(found) if n not in COMPILER]

@@ -10,7 +10,8 @@ from .engine.progress import checking, loading
 from .errors import ArgumentError, GGUFError
 from .gguf.finite import check_finite
 from .kernels import devices
-from .kernels.backend import Compute, KVType, open_backend
+from .kernels.backend import Compute, KVType
+from .kernels.devices import open_backend
 from .model import Model
 from .models.build import build
 from .models.memory import default_n_ctx

@@ -12,9 +12,9 @@ from samples import normal, stored
 import tinyllm
 from tinyllm.cli.commands import main
 from tinyllm.errors import ArgumentError, DeviceError
-from tinyllm.kernels.backend import open_backend
 from tinyllm.kernels.cpu import bfloat
 from tinyllm.kernels.cpu.backend import CPUBackend
+from tinyllm.kernels.devices import open_backend
 
 KINDS = ["F32", "F16", "BF16"]
 SHAPES = [(48, 512, 3), (130, 288, 40), (17, 37, 7), (64, 2080, 530), (10, 1, 2)]  # n_out, n_in, T

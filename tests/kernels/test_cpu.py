@@ -18,7 +18,7 @@ from samples import normal, stored
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache
-from tinyllm.kernels.cpu import jit, matmul, program, simd
+from tinyllm.kernels.cpu import emit, jit, matmul, program, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 
 F32 = np.float32
@@ -150,16 +150,16 @@ def test_more_threads_than_cores_are_remembered_not_started() -> None:
 # ---- instruction sets
 
 
-def assembly(triple: str, features: str, emit: Any) -> str:
+def assembly(triple: str, features: str, write: Any) -> str:
     """The machine code of one emitted function for another processor."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     module = ir.Module()
     module.triple = triple
-    pointer = simd.P8
+    pointer = emit.P8
     f = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer] * 3), "f")
     b = ir.IRBuilder(f.append_basic_block())
-    emit(simd.Emit(b), *f.args)
+    write(emit.Emit(b), *f.args)
     b.ret_void()
     machine = llvm.Target.from_triple(triple).create_target_machine(features=features, opt=2)
     return machine.emit_assembly(llvm.parse_assembly(str(module)))
@@ -177,13 +177,13 @@ def assembly(triple: str, features: str, emit: Any) -> str:
 def test_dot_products_of_other_processors(
     monkeypatch: Any, isa: str, triple: str, features: str, lanes: int, instruction: str
 ) -> None:
-    monkeypatch.setattr(simd, "instruction_set", lambda: isa)
-    ty = ir.VectorType(simd.I32, lanes)
+    monkeypatch.setattr(emit, "instruction_set", lambda: isa)
+    ty = ir.VectorType(emit.I32, lanes)
 
-    def emit(e: simd.Emit, total: Any, codes: Any, x: Any) -> None:
+    def add_dot(e: emit.Emit, total: Any, codes: Any, x: Any) -> None:
         e.store(e.dot(e.load(total, ty), e.load(codes, ty), e.load(x, ty)), total)
 
-    text = assembly(triple, features, emit).replace("\t", " ")
+    text = assembly(triple, features, add_dot).replace("\t", " ")
     assert instruction in text
     assert ("zmm" in text) == (lanes == 16)
 
@@ -193,11 +193,11 @@ import sys
 import numpy as np
 sys.path.insert(0, {tests!r})
 from test_cpu import normal, product, stored
-from tinyllm.kernels.cpu import jit, simd
+from tinyllm.kernels.cpu import emit, jit
 from tinyllm.kernels.cpu.backend import CPUBackend
 be = CPUBackend(1)
 y = product(be, be.load(stored("Q4_K", 80, 512)), normal(1, 512))
-print(simd.instruction_set(), *jit.compiled)
+print(emit.instruction_set(), *jit.compiled)
 print("zmm" in jit.assembly("matvec_Q4_K_parts") if {asm} else "numba" in sys.modules)
 print(y.tobytes().hex())
 """
@@ -219,7 +219,7 @@ def in_another_process(
     return run.stdout.split("\n")
 
 
-@pytest.mark.skipif(simd.instruction_set() != "avx512vnni", reason="needs AVX-512 to compare with")
+@pytest.mark.skipif(emit.instruction_set() != "avx512vnni", reason="needs AVX-512 to compare with")
 def test_avx2_alone_gives_the_same_bits_and_no_wide_registers(tmp_path: Path) -> None:
     avx2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"}
     lines = elsewhere(tmp_path, asm=True, **avx2)
@@ -243,13 +243,13 @@ def dots(p: int, n: int, step: int, worker: int) -> None:
 def test_dot_products_of_all_bytes_are_exact(monkeypatch: Any, isa: str, lowest: int) -> None:
     """Each code with each activation, in all four places at once, where sums of 16 bits are largest."""
     lanes = 8 if isa == "avx2" else 4
-    if simd.lanes() < lanes:
+    if emit.lanes() < lanes:
         pytest.skip(f"this processor has no {isa}")
-    monkeypatch.setattr(simd, "instruction_set", lambda: isa)
+    monkeypatch.setattr(emit, "instruction_set", lambda: isa)
 
     @simd.emitter(simd.types.void, simd.i64)
-    def emitted(e: simd.Emit, p: Any) -> None:
-        ty = ir.VectorType(simd.I32, lanes)
+    def emitted(e: emit.Emit, p: Any) -> None:
+        ty = ir.VectorType(emit.I32, lanes)
         codes, x, total = (e.load(e.ptr(p), ty, 4 * lanes * i) for i in range(3))
         e.store(e.dot(total, codes, x, lowest < 0), e.ptr(p), 8 * lanes)
 
@@ -267,10 +267,10 @@ def test_dot_products_of_all_bytes_are_exact(monkeypatch: Any, isa: str, lowest:
 EXTREMES = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_cpu import jit, products_of_extremes, simd
+from test_cpu import emit, jit, products_of_extremes
 found = products_of_extremes()
 wide = ["zmm" in jit.assembly(name) for name in jit.compiled if "Q4_0" in name]
-print(simd.instruction_set(), len(wide), any(wide))
+print(emit.instruction_set(), len(wide), any(wide))
 for y in found:
     print(y.tobytes().hex())
 """
@@ -291,7 +291,7 @@ def products_of_extremes() -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.skipif(simd.instruction_set() != "avx512vnni", reason="needs AVX-512 to compare with")
+@pytest.mark.skipif(emit.instruction_set() != "avx512vnni", reason="needs AVX-512 to compare with")
 @pytest.mark.parametrize("more", ["avx2", "avxvnni"])
 def test_the_largest_sums_have_the_same_bits_without_wide_registers(
     tmp_path: Path, more: str
@@ -310,7 +310,7 @@ def test_the_largest_sums_have_the_same_bits_without_wide_registers(
 
 def test_halves_by_bits_are_numpys(monkeypatch: Any) -> None:
     """Every half, and floats around the roundings, through the integer conversions."""
-    monkeypatch.setattr(simd, "has_half", lambda: False)
+    monkeypatch.setattr(emit, "has_half", lambda: False)
     convert = jit.function(convert_halves)
     halves = np.arange(1 << 16, dtype=np.uint16)
     floats = np.empty(1 << 16, F32)
@@ -333,13 +333,13 @@ def test_halves_by_bits_are_numpys(monkeypatch: Any) -> None:
 
 
 @simd.emitter(simd.f32x16, simd.i64)
-def halves(e: simd.Emit, p: Any) -> Any:
+def halves(e: emit.Emit, p: Any) -> Any:
     """16 halves at an address."""
-    return e.half(e.load(e.ptr(p), ir.VectorType(simd.I16, 16)))
+    return e.half(e.load(e.ptr(p), ir.VectorType(emit.I16, 16)))
 
 
 @simd.emitter(simd.types.void, simd.i64, simd.f32x16)
-def set_halves(e: simd.Emit, p: Any, v: Any) -> None:
+def set_halves(e: emit.Emit, p: Any, v: Any) -> None:
     """16 floats as halves."""
     e.store(e.to_half(v), e.ptr(p))
 
@@ -361,7 +361,7 @@ def convert_pieces(source: int, to: int, first: int, last: int, worker: int) -> 
 
 def test_small_halves_by_bits_are_numbers_in_kernels(monkeypatch: Any) -> None:
     """Threads of kernels take floats below 2^-126 for zero; the bits of a small half are such a float's."""
-    monkeypatch.setattr(simd, "has_half", lambda: False)
+    monkeypatch.setattr(emit, "has_half", lambda: False)
     small = np.arange(1 << 11, dtype=np.uint16)
     floats = np.empty(len(small), F32)
     tape = program.Tape()

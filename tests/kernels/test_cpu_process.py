@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from test_cpu import ONE, TWO, elsewhere, normal, product, stored
 
-from tinyllm.kernels.cpu import jit, simd, translate
+from tinyllm.kernels.cpu import emit, jit, translate
 
 
 def test_the_cache_is_used_by_the_next_process_and_numbas_own_is_left_alone(tmp_path: Path) -> None:
@@ -58,11 +58,11 @@ def test_another_processor_version_or_kernel_has_another_cache(
         Path(jit.__file__).parent, sources, ignore=shutil.ignore_patterns("__pycache__")
     )
     monkeypatch.setattr(jit, "__file__", str(sources / "jit.py"))
-    triple, cpu, features = simd.target()
+    triple, cpu, features = emit.target()
     names = [
         name_after(lambda m: None),
-        name_after(lambda m: m.setattr(simd, "target", lambda: (triple, "another", features))),
-        name_after(lambda m: m.setattr(simd, "target", lambda: (triple, cpu, features | {"new"}))),
+        name_after(lambda m: m.setattr(emit, "target", lambda: (triple, "another", features))),
+        name_after(lambda m: m.setattr(emit, "target", lambda: (triple, cpu, features | {"new"}))),
         name_after(lambda m: m.setattr(jit.llvmlite, "__version__", "0.0.1")),
     ]
     with (sources / "formats.py").open("a") as f:

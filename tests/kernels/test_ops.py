@@ -18,15 +18,8 @@ from samples import normal, stored
 
 from tinyllm.errors import DeviceError, NumericError
 from tinyllm.gguf import quants
-from tinyllm.kernels.backend import (
-    Backend,
-    Batch,
-    HeadNorms,
-    LayerCache,
-    RopeSpec,
-    Routing,
-    open_backend,
-)
+from tinyllm.kernels.backend import Backend, Batch, HeadNorms, LayerCache, RopeSpec, Routing
+from tinyllm.kernels.devices import open_backend
 from tinyllm.kernels.reference import ReferenceBackend
 
 FLOAT, QUANTISED = 2e-5, 0.01

@@ -13,7 +13,8 @@ import pytest
 
 from tinyllm import gguf
 from tinyllm.errors import DeviceError
-from tinyllm.kernels.backend import Backend, open_backend
+from tinyllm.kernels.backend import Backend
+from tinyllm.kernels.devices import open_backend
 from tinyllm.models.build import build
 
 FORMATS = """F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S

@@ -14,7 +14,7 @@ import pytest
 
 from tinyllm import gguf
 from tinyllm.errors import DeviceError, StateError
-from tinyllm.kernels.backend import open_backend
+from tinyllm.kernels.devices import open_backend
 from tinyllm.models.archs import ARCHS
 from tinyllm.models.build import build
 from tinyllm.models.network import Network

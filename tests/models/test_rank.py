@@ -10,7 +10,7 @@ import pytest
 import tinyllm
 from tinyllm import gguf
 from tinyllm.errors import ArgumentError, ContextOverflow, GGUFError, UnsupportedModel
-from tinyllm.kernels.backend import open_backend
+from tinyllm.kernels.devices import open_backend
 from tinyllm.models.build import build
 from tinyllm.models.network import Network
 

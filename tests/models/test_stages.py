@@ -16,7 +16,7 @@ import tinyllm
 from tinyllm import gguf
 from tinyllm.errors import ArgumentError, DeviceError, StateError
 from tinyllm.kernels import devices
-from tinyllm.kernels.backend import open_backend
+from tinyllm.kernels.devices import open_backend
 from tinyllm.kernels.reference import ReferenceBackend
 from tinyllm.loading import placing
 from tinyllm.models.build import build

@@ -57,6 +57,7 @@ def printed(home: Path, package: str, code: str) -> tuple[str, Any]:
         **os.environ,
         "HOME": str(home),
         "LLM_USER_PATH": str(home / "llm"),
+        "LLM_LOAD_PLUGINS": "llm-gpt4all",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }

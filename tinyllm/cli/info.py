@@ -182,10 +182,10 @@ def format_line(name: str, tensors: Sequence[Tensor]) -> str:
 
 def kernel_of(name: str) -> str:
     """How the cpu backend multiplies by a matrix of this format."""
-    from ..kernels.cpu import formats, simd
+    from ..kernels.cpu import emit, formats
 
     if name in formats.FORMATS:
-        return f"cpu: int8 products ({simd.instruction_set()})"
+        return f"cpu: int8 products ({emit.instruction_set()})"
     if name in ("F32", "F16", "BF16"):
         return "cpu: float32 products"
     return "cpu: not supported"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -62,6 +62,9 @@ class Weight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes on the device."""
+
+
+Loaded: TypeAlias = Any  # a Weight of the backend's own: it is given only those that it loaded
 
 
 @dataclass(frozen=True)
@@ -146,26 +149,26 @@ class Backend(ABC):
     # ---- matrices
 
     @abstractmethod
-    def embed(self, w: Weight, ids: Array, scale: float = 1.0) -> Array:
+    def embed(self, w: Loaded, ids: Array, scale: float = 1.0) -> Array:
         """Rows ``ids`` [T] of w [V, E], decoded and scaled -> [T, E]."""
 
     @abstractmethod
-    def matmul(self, w: Weight, x: Array, bias: Array | None = None) -> Array:
+    def matmul(self, w: Loaded, x: Array, bias: Array | None = None) -> Array:
         """x [T, n_in] times w [n_out, n_in] transposed, plus bias [n_out] -> [T, n_out]."""
 
     def matmuls(
-        self, ws: Sequence[Weight], x: Array, biases: Sequence[Array | None]
+        self, ws: Sequence[Loaded], x: Array, biases: Sequence[Array | None]
     ) -> list[Array]:
         """Products of several matrices with the same x: q, k and v, or gate and up."""
         return [self.matmul(w, x, b) for w, b in zip(ws, biases, strict=True)]
 
-    def matmul_act(self, w: Weight, x: Array, bias: Array | None, kind: Activation) -> Array:
+    def matmul_act(self, w: Loaded, x: Array, bias: Array | None, kind: Activation) -> Array:
         """``act(matmul(w, x, bias), kind)``, perhaps without a pass of its own over the values."""
         return self.act(self.matmul(w, x, bias), kind)
 
     def matmul_gated(
         self,
-        ws: Sequence[Weight],
+        ws: Sequence[Loaded],
         x: Array,
         biases: Sequence[Array | None],
         kind: Activation,
@@ -176,7 +179,7 @@ class Backend(ABC):
 
     def matmul_experts_gated(
         self,
-        ws: Sequence[Weight],
+        ws: Sequence[Loaded],
         x: Array,
         experts: Array,
         biases: Sequence[Array | None],
@@ -188,7 +191,7 @@ class Backend(ABC):
 
     @abstractmethod
     def matmul_experts(
-        self, w: Weight, x: Array, experts: Array, bias: Array | None = None
+        self, w: Loaded, x: Array, experts: Array, bias: Array | None = None
     ) -> Array:
         """Multiply each (row, choice) by its own matrix of the stack w [n, n_out, n_in].
 
@@ -196,7 +199,7 @@ class Backend(ABC):
         -> [T, k, n_out].
         """
 
-    def matmul_heads(self, w: Weight, x: Array) -> Array:
+    def matmul_heads(self, w: Loaded, x: Array) -> Array:
         """Multiply each head of x [T, H * n_in] by its own matrix of w [H, n_out, n_in] -> [T, H * n_out]."""
         h, n_out, n_in = w.shape
         t = x.shape[0]
@@ -455,37 +458,3 @@ class Backend(ABC):
         All inputs [T, H * D], with D = S.shape[1] -> [T, H * D]. arXiv:2503.14456.
         """
         raise DeviceError(f"{self.name}: recurrent layers are not supported; use device='cpu'")
-
-
-def open_backend(device: str, n_threads: int | None = None, compute: Compute = "f32") -> Backend:
-    """The backend of a device name: "cpu", "reference", "cuda[:i]", "opencl[:i]".
-
-    ``compute``: in what numbers matrices of floats are multiplied.
-
-    Raises
-    ------
-    DeviceError
-        The name is unknown, the driver or the optional package is missing, or the device cannot compute so.
-    """
-    kind, _, index = device.partition(":")
-    if compute != "f32" and kind != "cpu":
-        raise DeviceError(f"compute={compute!r} is for device='cpu', not {device!r}; leave it out")
-    if kind == "reference":
-        from .reference import ReferenceBackend
-
-        return ReferenceBackend()
-    if kind == "cpu":
-        from .cpu.backend import CPUBackend
-
-        return CPUBackend(n_threads, compute)
-    if kind == "cuda":
-        from .gpu.cuda import CUDABackend
-
-        return CUDABackend(index or "0")
-    if kind == "opencl":
-        from .gpu.opencl import OpenCLBackend
-
-        return OpenCLBackend(index or "0")
-    raise DeviceError(
-        f"unknown device {device!r}; expected 'cpu', 'reference', 'cuda[:i]' or 'opencl[:i]'"
-    )

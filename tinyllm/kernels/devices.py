@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ..errors import DeviceError
+from .backend import Backend, Compute
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,37 @@ def resolve_all(device: str | None) -> list[str]:
 def on_gpu(name: str) -> bool:
     """Is the device of this engine's name one that layers can be moved to?"""
     return name.partition(":")[0] in ("cuda", "opencl")
+
+
+def open_backend(device: str, n_threads: int | None = None, compute: Compute = "f32") -> Backend:
+    """The backend of a device name: "cpu", "reference", "cuda[:i]", "opencl[:i]".
+
+    ``compute``: in what numbers matrices of floats are multiplied.
+
+    Raises
+    ------
+    DeviceError
+        The name is unknown, the driver or the optional package is missing, or the device cannot compute so.
+    """
+    kind, _, index = device.partition(":")
+    if compute != "f32" and kind != "cpu":
+        raise DeviceError(f"compute={compute!r} is for device='cpu', not {device!r}; leave it out")
+    if kind == "reference":
+        from .reference import ReferenceBackend
+
+        return ReferenceBackend()
+    if kind == "cpu":
+        from .cpu.backend import CPUBackend
+
+        return CPUBackend(n_threads, compute)
+    if kind == "cuda":
+        from .gpu.cuda import CUDABackend
+
+        return CUDABackend(index or "0")
+    if kind == "opencl":
+        from .gpu.opencl import OpenCLBackend
+
+        return OpenCLBackend(index or "0")
+    raise DeviceError(
+        f"unknown device {device!r}; expected 'cpu', 'reference', 'cuda[:i]' or 'opencl[:i]'"
+    )

@@ -207,15 +207,15 @@ class ReferenceBackend(Backend):
 
     # ---- matrices
 
-    def embed(self, w: Any, ids: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    def embed(self, w: DenseWeight, ids: np.ndarray, scale: float = 1.0) -> np.ndarray:
         return w.data[ids] * F32(scale)
 
-    def matmul(self, w: Any, x: np.ndarray, bias: Array | None = None) -> np.ndarray:
+    def matmul(self, w: DenseWeight, x: np.ndarray, bias: Array | None = None) -> np.ndarray:
         y = product(x, w.data)
         return y if bias is None else y + bias
 
     def matmul_experts(
-        self, w: Any, x: np.ndarray, experts: np.ndarray, bias: Array | None = None
+        self, w: DenseWeight, x: np.ndarray, experts: np.ndarray, bias: Array | None = None
     ) -> np.ndarray:
         if x.ndim == 2:
             x = np.repeat(x[:, None], experts.shape[1], axis=1)

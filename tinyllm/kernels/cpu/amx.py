@@ -6,28 +6,19 @@ states, so results are equal to the bit. A tile of sums leaves the unit through 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 
 from llvmlite import ir
 
+from .emit import F32, I8, I16, I32, I64, LANES, Emit, V
 from .formats import Format, Tile
-from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, target, types
+from .micro import Activations, scaled
+from .simd import emitter, i64, types
 
 SLOTS = 16  # tokens of a tile register
 VOID = ir.VoidType()
 SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)  # tile registers
-
-
-@lru_cache(1)
-def available() -> bool:
-    """Whether kernels are compiled for AMX and the system lets this process use it (Linux must be asked)."""
-    if not {"amx-int8", "amx-tile", "avx512f"} <= target()[2] or sys.platform != "linux":
-        return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 @lru_cache
@@ -151,8 +142,6 @@ def multiplier(form: Format) -> Callable:
 
 
 def _scale(e: Emit, part, sums, record, token: int, acc):
-    from .micro import Activations, scaled  # it imports this module
-
     x = Activations(e, record, e.at(record, 32 * SLOTS), SLOTS, LANES)
     totals = [e.load(sums, V(I32, LANES), 1024 * g + 64 * token) for g in range(len(part.scales))]
     return scaled(e, part, totals, x, token, acc)

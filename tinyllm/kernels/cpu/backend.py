@@ -35,6 +35,7 @@ from .experts import record_experts
 from .kvcache import CPUCache
 from .program import CPUArray, Tape, aligned, wrapped
 from .threads import pool
+from .translate import PyFunction
 from .weights import CPUWeight, load_weight
 
 NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
@@ -64,13 +65,13 @@ class Recorded:
     tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
     caches: CPUArray  # the memory of ``tables``
     growing: list[Growing] = field(default_factory=list)
-    blocks: list[int] | None = None  # [n_seq] of the past, for which ``growing`` rows are set
+    blocks: list[int] | None = None  # [n_seq]: blocks of the past that ``growing`` rows are set for
     result: Array = None
     replayable: bool = True
 
 
 class CPUBackend(Backend):
-    """Runs on the processor; see ``Backend`` for what each method promises.
+    """Runs on the processor: operations are recorded, and all threads run them when values are needed.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ class CPUBackend(Backend):
         """Use up to so many threads from the next step on; call it between steps."""
         if n_threads < 1:
             raise ArgumentError(f"n_threads is {n_threads}; expected 1 or more")
-        self.n_threads = n_threads  # as asked
+        self.n_threads = n_threads  # what the caller asked for
         self._workers = min(n_threads, pool().size)
         self._steps.clear()  # recorded steps have room for the old number of workers
 
@@ -122,7 +123,7 @@ class CPUBackend(Backend):
         tape.run(self._workers)
         tape.clear()
 
-    def _op(self, body: Callable, pieces: int, /, **args: Any) -> None:
+    def _op(self, body: PyFunction, pieces: int, /, **args: Any) -> None:
         """Record a kernel without micro-kernels."""
         self._tape.add(jit.kernel(body), pieces, max(1, pieces // 16), **args)
 
@@ -153,7 +154,7 @@ class CPUBackend(Backend):
         return x.view()
 
     def _settle_within_step(self) -> None:
-        """Values are asked for while a step is recorded: it cannot be replayed."""
+        """Run what is recorded; a step in which values are asked for cannot be replayed."""
         if self._step is not None:
             self._step.replayable = False
         self._settle()
@@ -269,7 +270,7 @@ class CPUBackend(Backend):
 
     def _norm(
         self,
-        body: Callable,
+        body: PyFunction,
         x: CPUArray,
         w: CPUArray | None,
         eps: float,
@@ -385,7 +386,9 @@ class CPUBackend(Backend):
 
     def _sequences(self, batch: Batch) -> dict[str, Any]:
         """The caches' tables, and where sequences begin."""
-        return {"caches": self._step.caches, "starts": batch.starts}
+        step = self._step
+        assert step is not None, "caches are used within a step only"
+        return {"caches": step.caches, "starts": batch.starts}
 
     def attention(
         self,
@@ -552,7 +555,7 @@ class CPUBackend(Backend):
     ) -> CPUArray:
         return self._mix(recurrent.wkv7, batch, layer, r=r, w=w, k=k, v=v, a=a, b=b)
 
-    def _mix(self, body: Callable, batch: Batch, layer: int, **arrays: CPUArray) -> CPUArray:
+    def _mix(self, body: PyFunction, batch: Batch, layer: int, **arrays: CPUArray) -> CPUArray:
         n_head, dim = batch.caches[0].arrays[layer]["wkv"].shape[:2]
         y, args = self._carried(batch, layer, "wkv", arrays["r"].shape)
         self._op(body, n_head * batch.n_seq, n_head=n_head, dim=dim, **args, **arrays)

@@ -8,22 +8,8 @@ import numpy as np
 
 from .. import choose
 from . import jit
-from .simd import (
-    F32,
-    I1,
-    I32,
-    I64,
-    LANES,
-    V16F,
-    V,
-    emitter,
-    f32,
-    get_f32,
-    get_i32,
-    i64,
-    set_f32,
-    set_i32,
-)
+from .emit import F32, I1, I32, I64, LANES, V16F, V
+from .simd import emitter, f32, get_f32, get_i32, i64, set_f32, set_i32
 
 RUN = 256  # logits that share a maximum
 MOST = 128  # found by insertion; more are left to NumPy
@@ -105,7 +91,7 @@ def find_largest(x, n, k, maxima, ids, values, first, last, worker):
 
 
 def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See ``choose.top_k``."""
+    """The k largest of logits [n]: ids int32 and values, largest first, equal ones in order of their ids."""
     n = len(logits)
     if k == 1 or k > min(MOST, n) or not (logits.dtype == np.float32 and logits.flags.c_contiguous):
         return choose.top_k(logits, k)

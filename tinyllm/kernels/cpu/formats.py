@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from . import formats_grid
+from .emit import F32, I8, I32, Emit, V
 from .layout import NIBBLES, Code, Format, Part, Tile, byte_of, lookup_nibbles, spread, words
-from .simd import F32, I8, I32, Emit, V
 
 __all__ = ["FORMATS", "Format", "Part", "Tile", "int8_format", "whole_format"]
 

@@ -15,6 +15,7 @@ import numpy as np
 from llvmlite import ir
 
 from ...gguf.quants.iq_tables import codebook
+from .emit import I1, I8, I16, I32, I64, P8, Emit, V, instruction_set
 from .layout import (
     NIBBLES,
     Code,
@@ -31,7 +32,6 @@ from .layout import (
     spread,
     words,
 )
-from .simd import I1, I8, I16, I32, I64, P8, Emit, V, instruction_set
 
 OFFSET, OFFSET_IQ1 = 64, 16  # added to codes, which makes them positive
 MINUS = 0x88888888

@@ -33,14 +33,15 @@ from typing import Any
 import llvmlite
 from llvmlite import ir
 
-from . import machine, simd
-from .translate import parameters, translate
+from . import emit, machine
+from .translate import PyFunction, parameters, translate
 
-Kinds = Mapping[str, ir.Type]  # of a kernel's arguments, by name
+Kinds = Mapping[str, ir.Type]  # types of a kernel's arguments by their names
+GIVEN: Any = None  # stands for a global name whose value ``kernel`` is given
 
 _kernels: dict[str, Kernel] = {}  # those in memory, by name
-_functions: dict[str, Callable[[int, int, int, int], None]] = {}  # likewise
-_sources: dict[str, tuple[Callable, dict[str, Any], Kinds | None]] = {}  # what both were made of
+_functions: dict[str, Callable[[int, int, int, int], None]] = {}  # functions in memory, by name
+_sources: dict[str, tuple[PyFunction, dict[str, Any], Kinds | None]] = {}  # what both were made of
 compiled: list[str] = []  # those that were not in the cache
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # in a child, the thread that held it does not exist
@@ -58,7 +59,7 @@ class Kernel:
 
     def __init__(self, name: str, address: int, kinds: Kinds) -> None:
         self.name, self.address, self.parameters = name, address, tuple(kinds)
-        self._formats = ["f4x" if kind == simd.F32 else "q" for kind in kinds.values()]
+        self._formats = ["f4x" if kind == emit.F32 else "q" for kind in kinds.values()]
         self._struct = struct.Struct("=" + "".join(self._formats))
         self._native = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_int64] * 3)(address)
 
@@ -86,7 +87,7 @@ class Kernel:
         """Write ordered values to a byte of some memory; TypeError if one is not of its parameter's kind."""
         try:
             self._struct.pack_into(memory, at, *values)
-        except (struct.error, OverflowError):
+        except (struct.error, OverflowError, TypeError):
             raise self._unfit(values) from None
 
     def _misnamed(self, args: Mapping[str, Any]) -> TypeError:
@@ -103,13 +104,14 @@ class Kernel:
         for name, kind, v in fields:  # noqa: B007
             try:
                 struct.pack(kind, v)
-            except (struct.error, OverflowError):
+            except (struct.error, OverflowError, TypeError):
                 break
-        wanted = "a number that a float32 holds" if kind == "f4x" else "an array, None or an int64"
+        wanted = "an int64 or an address (a.ctypes.data of a NumPy array)"
+        wanted = "a number that a float32 holds" if kind == "f4x" else wanted
         return TypeError(f"kernel {self.name}: {name} is {v!r:.100}; expected {wanted}")
 
 
-def kernel(body: Callable, name: str | None = None, **names: Any) -> Kernel:
+def kernel(body: PyFunction, name: str | None = None, **names: Any) -> Kernel:
     """``body`` compiled with the global ``names`` replaced; ``name`` tells variants apart."""
     name = name or body.__name__
     with _lock:
@@ -120,7 +122,7 @@ def kernel(body: Callable, name: str | None = None, **names: Any) -> Kernel:
 
 
 def function(
-    body: Callable, name: str | None = None, **names: Any
+    body: PyFunction, name: str | None = None, **names: Any
 ) -> Callable[[int, int, int, int], None]:
     """A function of four integers, no kernel, compiled; a call releases the interpreter's lock."""
     name = name or body.__name__
@@ -131,7 +133,7 @@ def function(
         return _functions[name]
 
 
-def _load(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> int:
+def _load(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> int:
     _sources[name] = body, names, kinds
     return machine.load(name, _machine_code(body, name, names, kinds))
 
@@ -142,15 +144,15 @@ def assembly(name: str) -> str:
     return machine.assembly(module_text(body, name, names, kinds))
 
 
-def module_text(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> str:
+def module_text(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> str:
     """A kernel as LLVM IR."""
     variant = FunctionType(
         body.__code__, {**body.__globals__, **names}, name, None, body.__closure__
     )
-    return str(translate(variant, name, simd.target()[0], kinds))
+    return str(translate(variant, name, emit.target()[0], kinds))
 
 
-def _machine_code(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:
+def _machine_code(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:
     """From the cache, or compiled now and kept there."""
     folder = cache_folder()
     path = folder / f"{name}-{_origin(body)}.o" if folder else None
@@ -166,7 +168,7 @@ def _machine_code(body: Callable, name: str, names: dict[str, Any], kinds: Kinds
     return code
 
 
-def _origin(body: Callable) -> str:
+def _origin(body: PyFunction) -> str:
     """A name of the file in which a kernel stands, for those from outside that of its content."""
     source = Path(body.__code__.co_filename)
     if source.parent == Path(__file__).parent:
@@ -247,7 +249,7 @@ def _candidates() -> list[Path]:
 
 def _fingerprint() -> str:
     """A hash of everything that decides the machine code."""
-    triple, cpu, features = simd.target()
+    triple, cpu, features = emit.target()
     parts = [sys.version, llvmlite.__version__, triple, cpu, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):

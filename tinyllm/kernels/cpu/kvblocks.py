@@ -8,13 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .emit import I8, I32, LANES, V16F, V16I, V
 from .simd import (
-    I8,
-    I32,
-    LANES,
-    V16F,
-    V16I,
-    V,
     emitter,
     f32,
     f32x16,

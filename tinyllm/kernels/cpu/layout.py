@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from llvmlite import ir
 
-from .simd import I8, I16, I32, I64, LANES, Emit, V, instruction_set, target
+from .emit import I8, I16, I32, I64, LANES, Emit, V, instruction_set, target
 
 NIBBLES = 0x0F0F0F0F
 Code: TypeAlias = Callable[..., Any]  # called without arguments: 4 columns as i32 lanes

@@ -7,7 +7,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from . import simd
+from . import emit
 
 
 @lru_cache(1)
@@ -17,8 +17,8 @@ def target_machine() -> Any:
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     return target.create_target_machine(
-        cpu=simd.cpu_name(),
-        features=simd.features_text(),
+        cpu=emit.cpu_name(),
+        features=emit.features_text(),
         opt=3,
         reloc="static" if target.name.startswith("x86") else "default",
         codemodel="jitdefault",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes, timing
+from .emit import has_amx
 from .floats import (
     COLUMNS,
     GROUP,
@@ -28,25 +29,17 @@ from .floats import (
     widener,
 )
 from .formats import Format
+from .jit import GIVEN
 from .program import CPUArray, Tape, wrapped
-from .simd import (
-    clear,
-    f32,
-    get_f32,
-    get_i8,
-    get_i32,
-    load,
-    set_f32,
-    store,
-)
+from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
 from .timing import Way
 from .weights import CPUWeight
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = None
-multiply_8 = multiply_4 = multiply_2 = None
-start = stop = None  # of the matrix unit, where there is one
+multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = GIVEN
+multiply_8 = multiply_4 = multiply_2 = GIVEN
+start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
 STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
 QUANTISED = 512  # columns of a piece
@@ -235,7 +228,7 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
     pieces = -(-n // QUANTISED)
     kernel = jit.kernel(quantise_rows, name, quantise=quantise)
     claimed = pieces if slots == 1 else 1
-    sizes = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
+    sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
     tape.add(kernel, tiles * pieces, claimed, x=x, out=out, **sizes)
     return out
 
@@ -271,12 +264,13 @@ def chunk(pieces: int) -> int:
 def _few_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to FEW tokens; results as of ``matvec_kernel``."""
+    """The kernel for up to FEW tokens, some of its arguments, and its number of pieces."""
+    assert w.format
     at_once = next((n for n in AT_ONCE if n >= n_tokens), AT_ONCE[-1])
     way = way_of(w, at_once, n_workers)
     rows = n_tokens + AT_ONCE[-1]  # the last ones may be repeated
     scratch = tape.array((n_workers, 64 * rows), "u1")
-    more = {"ahead": way.ahead, "n_out": w.n_out, "n_tokens": n_tokens}
+    more: dict[str, Any] = {"ahead": way.ahead, "n_out": w.n_out, "n_tokens": n_tokens}
     more |= {"x_bytes": w.n_in // 32 * micro.record_bytes(micro.SLOTS)}
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     return _direct(w.format, n_tokens, way.order), more, w.n_tiles
@@ -285,12 +279,12 @@ def _few_kernel(
 def _few_floats(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The same for float weights; ``act`` as of ``record_matmul``."""
+    """The kernel for up to FEW tokens and float weights; otherwise as ``_few_kernel``."""
     at_once = min(floats.FEW_AT_ONCE, key=lambda n: (-(-n_tokens // n) * n, -n))
     rows = -(-n_tokens // at_once) * at_once
     scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
-    more = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens, "at_once": at_once}
-    more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
+    more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
+    more |= {"at_once": at_once, "scratch": scratch, "scratch_bytes": scratch.shape[1]}
     more["ahead"] = way_of(w, at_once, n_workers).ahead
     return _float_few(w.kind, at_once, act), more, -(-w.n_tiles // GROUP)
 
@@ -316,8 +310,8 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
     x = wrapped(np.zeros((micro.SLOTS, 4 * TRIED), np.uint8))  # floats or records of some tokens
 
     def record(tape: Tape, address: int, tiles: int, way: Way) -> None:
-        args = {"w": address, "x": x, "bias": None, "tile_bytes": tile_bytes, "n_blocks": n_blocks}
-        args |= {"y": tape.array((n_tokens, 16 * tiles)), "ahead": way.ahead}
+        args: dict[str, Any] = {"w": address, "x": x, "bias": None, "tile_bytes": tile_bytes}
+        args |= {"n_blocks": n_blocks, "y": tape.array((n_tokens, 16 * tiles)), "ahead": way.ahead}
         if n_tokens > 1:
             scratch = tape.array((n_workers, n_tokens * PANEL_ROW), "u1")
             args |= {"n_out": 16 * tiles, "n_tokens": n_tokens}
@@ -331,18 +325,16 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
             args |= {"at_once": n_tokens} if n_tokens > 1 else {}
         tape.add(kernel, pieces, chunk(pieces), **args)
 
-    orders = micro.ORDERS if fmt else micro.ORDERS[:1]
-    if fmt and n_tokens > 1:
-        orders = (way_of(w, 1, n_workers).order,)
+    orders = micro.ORDERS if fmt and n_tokens == 1 else micro.ORDERS[:1]
     return timing.chosen(f"{w.kind}_{n_tokens}", orders, record, tile_bytes, n_workers)
 
 
 def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to so many tokens; results as of ``matvec_kernel``."""
+    """The kernel for up to so many tokens, some of its arguments, and its number of pieces."""
     asks = way_of(w, 1, n_workers).ahead > 0  # then for the columns of the next tile
-    more = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
+    more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     more["ahead"] = w.tile_bytes if asks else 0
     if w.format is None:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
@@ -374,15 +366,16 @@ def tiles_together(w: CPUWeight, n_workers: int) -> int:
 def _matmul_quantised(w: CPUWeight) -> tuple[jit.Kernel, int, int, int]:
     """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
     fmt, kind, at_once, wide = w.format, w.kind, STEPS, 16
-    unit = {"start": amx.nothing, "stop": amx.nothing}
-    if amx.available():
+    assert fmt is not None  # floats have kernels of their own
+    unit: dict[str, Any] = {"start": amx.nothing, "stop": amx.nothing}
+    if has_amx():
         kind, unit = f"amx_{kind}", {"start": amx.starter(fmt), "stop": amx.stop}
-    if amx.available() and fmt.span == 256:
+    if has_amx() and fmt.span == 256:
         unpack, multiply = planes.unpacker(fmt), planes.multiplier(fmt)
         size, at_once, wide = planes.panel_bytes(fmt) // 8, 8, 32
     else:
         form = micro.unpacked(fmt, whole=True)
-        many = amx.multiplier if amx.available() else micro.tokens_multiplier
+        many = amx.multiplier if has_amx() else micro.tokens_multiplier
         unpack, multiply = micro.unpacker(fmt, form), many(form)
         size = form.tile_bytes * 32 // form.block
     names = {"unpack": unpack, "multiply_tokens": multiply, **unit}
@@ -394,7 +387,8 @@ def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_worker
     """Rows of a matrix, decoded: [T, n_in]."""
     n = len(ids)
     y = tape.array((n, w.n_in))
-    args = {"w": w, "ids": ids, "y": y, "scale": scale, "tile_bytes": w.tile_bytes, "n": w.n_in}
+    args: dict[str, Any] = {"w": w, "ids": ids, "y": y, "scale": scale}
+    args |= {"tile_bytes": w.tile_bytes, "n": w.n_in}
     if w.format is None:
         kernel = jit.kernel(embed_float, f"embed_{w.kind}", weight=widener(w.kind))
     else:

@@ -29,9 +29,9 @@ from functools import lru_cache
 import numpy as np
 from llvmlite import ir
 
-from . import amx
+from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, instruction_set, lanes
 from .formats import Format, Part, Tile, int8_format, whole_format
-from .simd import F32, I8, I32, I64, LANES, Emit, V, emitter, i64, instruction_set, lanes, types
+from .simd import emitter, i64, types
 
 INVERSE_127 = float(np.float32(1 / 127))
 SLOTS = 16  # tokens of a record when there are more than one
@@ -119,7 +119,7 @@ class Columns:
         return totals
 
     def pairs(self, half: int) -> Iterator[list]:
-        """The same in parts, in 16-bit lanes as full as may be: that takes two instructions, not three."""
+        """Partial sums in 16-bit lanes, each as long as it cannot overflow: two instructions, not three."""
         e, run = self.e, self.runs[half]
         fit = max(1, 32767 // (2 * 127 * (2**self.fmt.bits - 1)))
         for first in run[::fit]:
@@ -199,7 +199,7 @@ def _add_parts(
         x = at(j)
         columns = Columns(e, fmt, part, x, tokens)
         sums = zip(*(columns.sums(half) for half in range(len(part.scales))), strict=True)
-        acc = [scaled(e, part, s, x, t, a) for s, t, a in zip(sums, tokens, acc, strict=True)]
+        acc = [scaled(e, part, [*s], x, t, a) for s, t, a in zip(sums, tokens, acc, strict=True)]
     return acc
 
 
@@ -219,7 +219,10 @@ def in_order(e: Emit, order: str) -> None:
 def _add_whole(
     e: Emit, fmt: Format, parts: Callable, at: Callable, tokens: range, acc: list, order: str
 ) -> list:
-    """The same where the sums of the block are added as integers; minima have sums of their own, the last."""
+    """acc[token] + the columns of a block whose sums are added as integers.
+
+    The last elements of ``acc`` are the sums of the minima.
+    """
     acc, least = acc[: len(tokens)], acc[len(tokens) :]
     whole = [e.const(0, V(I32, acc[0].type.count))] * len(acc)
     if least:  # first, while registers are free
@@ -288,7 +291,7 @@ def multiplier(
 
     @emitter(types.void, *[i64] * (5 if resume else 6))
     def multiply(e, w, x, slot, n_blocks, y, ahead=None):
-        """See ``multiplier``."""
+        """Multiply a tile by tokens, and write the sums to y."""
         e.each_run(lambda first: rows(e, w, x, slot, n_blocks, y, first, ahead))
 
     return multiply
@@ -305,7 +308,7 @@ def unpacked(fmt: Format, whole: bool = False) -> Format:
         offset = 0 if signed else 128 if fmt.signed else fmt.offset
         return whole_format(fmt.group, offset, signed, fmt.bits)
     plain = int8_format(fmt.group, fmt.minima)
-    signed |= amx.available()
+    signed |= has_amx()
     offset = 0 if signed else 128 if fmt.signed else fmt.offset
     name = f"{plain.name}_{offset}_{fmt.bits}"
     return replace(plain, name=name, offset=offset, signed=signed, bits=fmt.bits)
@@ -348,7 +351,7 @@ def unpacker(fmt: Format, form: Format) -> Callable:
 
     @emitter(types.void, i64, i64, i64, i64)
     def unpack(e, w, n_blocks, out, ahead):
-        """See ``unpacker``."""
+        """Write a tile as bytes with scales."""
 
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
@@ -363,11 +366,11 @@ def unpacker(fmt: Format, form: Format) -> Callable:
 
 @lru_cache
 def quantiser(slots: int, span: int) -> Callable:
-    """quantise(x, record, slot): ``span`` floats into a record, as int8 with one scale."""
+    """Make quantise(x, record, slot): write ``span`` floats into a record, as int8 with one scale."""
 
     @emitter(types.void, i64, i64, i64)
     def quantise(e, x, record, slot):
-        """See ``quantiser``."""
+        """Write floats into a record, as int8 with one scale."""
         b, ty = e.b, V(F32, LANES)
         source, record = e.ptr(x), e.ptr(record)
         v = [e.load(source, ty, 4 * i) for i in range(0, span, LANES)]
@@ -423,7 +426,7 @@ def tokens_multiplier(form: Format) -> Callable:
     many, some, few = emit.values()
 
     def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
-        """See ``tokens_multiplier``."""
+        """Add the products of all tiles with n tokens to y."""
         n_blocks = n_steps // per_block
         for tile in range(n_tiles):
             panel, slot = panels + tile * panel_bytes, 0

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+from .emit import F32, I64, LANES, Emit, V, lanes
 from .formats import Format, Tile
 from .micro import SLOTS, Activations, record_bytes
-from .simd import F32, I64, LANES, Emit, V, emitter, i64, lanes, types
+from .simd import emitter, i64, types
 
 TOKENS = 8  # multiplied at once
 PARTS = 8  # parts of 32 columns in a block

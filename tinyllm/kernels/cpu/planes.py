@@ -14,8 +14,9 @@ from llvmlite import ir
 
 from . import micro
 from .amx import LEFT, RIGHT, SLOTS, SUMS, VOID
+from .emit import F32, I8, I16, I32, I64, LANES, Emit, V
 from .formats import Format, Part, Tile
-from .simd import F32, I8, I16, I32, I64, LANES, Emit, V, emitter, i64, types
+from .simd import emitter, i64, types
 
 TILE = 1024  # bytes of a tile register
 STEPS = 4  # products of 64 columns to a block

@@ -23,7 +23,7 @@ from .threads import ARGS, ROW, ROW_BYTES, pool
 
 ALIGN = 64
 NUMBERS = (int, float, bool)
-HEAD = struct.Struct(f"={ARGS}q")  # of an instruction: what stands before its arguments
+HEAD = struct.Struct(f"={ARGS}q")  # the beginning of an instruction, before its arguments
 
 
 def aligned(n_bytes: int) -> np.ndarray:
@@ -115,9 +115,9 @@ class CPUArray:
     def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
-        whole = isinstance(owner, CPUArray)  # of which this is another form
+        whole = isinstance(owner, CPUArray)  # this is another form of its owner
         self.in_arena: bool = owner.in_arena if whole else isinstance(owner, _Place)
-        self.derived: dict[Any, CPUArray] = {}  # forms of this array made for kernels (int8 blocks)
+        self.derived: dict[Any, Any] = {}  # what kernels need of it (int8 blocks), made once
 
     @property
     def size(self) -> int:
@@ -131,7 +131,7 @@ class CPUArray:
         return self.shape[0]
 
     def reshape(self, *shape: int) -> CPUArray:
-        """The same values under another shape."""
+        """An array in the same memory under another shape; one length may be -1."""
         known = -math.prod(shape)  # the product of the others when one is -1
         whole = [self.size // known if n == -1 else n for n in shape]
         return CPUArray(whole, self.dtype, self.address, self)
@@ -245,7 +245,8 @@ class Tape:
                 self.kept.append(v)
         kernel.write(self.rows, at + 8 * ARGS, values)
         claims = -(-pieces // chunk)
-        HEAD.pack_into(self.rows, at, kernel.address, pieces, chunk, not joins, claims)
+        head = kernel.address, pieces, chunk, not joins, claims
+        HEAD.pack_into(self.rows, at, *head)  # type: ignore[arg-type]  # an array is a buffer
         self.n += 1
         return self.n
 

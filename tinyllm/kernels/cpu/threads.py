@@ -24,7 +24,8 @@ import numpy as np
 from llvmlite import ir
 
 from . import jit
-from .simd import I32, I64, P8, emitter, get_i64, i64, set_i64, target, types
+from .emit import I32, I64, P8, target
+from .simd import emitter, get_i64, i64, set_i64, types
 
 ROW = 32  # int64 values of an instruction
 ROW_BYTES = ROW * 8

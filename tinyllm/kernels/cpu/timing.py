@@ -49,6 +49,7 @@ class Result:
         return text + " (not kept: the machine is busy)" * self.doubtful
 
 
+Record = Callable[[Tape, int, int, Way], None]
 QUICK = (0, 2048, 4096, 8192, 12288, 16384)  # bytes ahead
 THOROUGH = (0, 512, 1024, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384, 24576)
 BURSTS = (0, 6144)  # likewise, of blocks: two kernels differ more than distances do
@@ -66,7 +67,7 @@ if hasattr(os, "register_at_fork"):  # in a child, the thread that held it does 
 def chosen(
     name: str,
     orders: Sequence[str],
-    record: Callable[[Tape, int, int, Way], None],
+    record: Record,
     piece_bytes: int,
     n_workers: int,
 ) -> Way:
@@ -103,7 +104,8 @@ def thoroughly() -> Iterator[list[Result]]:
     global _thorough
     with _lock:
         _results.clear()
-        _thorough, found = True, []
+        _thorough = True
+    found: list[Result] = []
     try:
         yield found
     finally:
@@ -121,15 +123,15 @@ def _ways(orders: Sequence[str]) -> list[Way]:
 
 
 def _measure(
-    name: str, orders: Sequence[str], record: Callable, piece_bytes: int, n_workers: int
+    name: str, orders: Sequence[str], record: Record, piece_bytes: int, n_workers: int
 ) -> Result:
     """Time all ways, round by round, so that what disturbs one disturbs all."""
     memory = huge(min(max(2 * last_cache_bytes(), SMALLEST), LARGEST))
     memory[:] = 1
     pieces = memory.nbytes // piece_bytes
-    tapes, times = {}, {}
-    for way in _ways(orders):
-        tapes[way], times[way] = Tape(), []
+    tapes = {way: Tape() for way in _ways(orders)}
+    times: dict[Way, list[float]] = {way: [] for way in tapes}
+    for way in tapes:
         record(tapes[way], wrapped(memory).address, pieces, way)
     for _ in range(MANY_ROUNDS if _thorough else ROUNDS):
         for way, tape in tapes.items():

@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from llvmlite import ir
 
-from .simd import F32, F64, I1, I64, Emit, Emitter
+from .emit import F32, F64, I1, I64, Emit
+from .simd import Emitter
 
 COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 SIGNS = {
@@ -47,10 +48,11 @@ CASTS = {np.float32: F32, np.float64: F64, float: F64, int: I64}
 MATH = {math.sqrt: "sqrt", math.exp: "exp", math.sin: "sin", math.cos: "cos", np.rint: "rint"}
 
 
+PyFunction: TypeAlias = Callable[..., Any]  # a kernel, or what it calls, as Python has it
 WORK = ("first", "last", "worker")  # how a kernel's parameters end
 
 
-def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
+def parameters(kernel: PyFunction) -> dict[str, ir.Type]:
     """Names and types of the arguments of a kernel's instructions: of what stands before ``first``.
 
     Raises
@@ -61,10 +63,11 @@ def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
     code, name = kernel.__code__, kernel.__name__
     names = code.co_varnames[: code.co_argcount]
     if names[-len(WORK) :] != WORK:
-        raise TypeError(
-            f"{name}({', '.join(names)}): a kernel's parameters end with {', '.join(WORK)}"
-        )
-    given = inspect.get_annotations(kernel, eval_str=True)
+        raise TypeError(f"{name}({', '.join(names)}): parameters must end with {', '.join(WORK)}")
+    try:
+        given = inspect.get_annotations(kernel, eval_str=True)
+    except NameError as error:
+        raise TypeError(f"{name}: an annotation means nothing: {error}; expected f32") from None
     kinds = {n: CASTS.get(given.get(n, I64), given.get(n, I64)) for n in names[: -len(WORK)]}
     for n, kind in kinds.items():
         if kind not in (I64, F32):
@@ -75,7 +78,7 @@ def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
 
 
 def translate(
-    function: FunctionType, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
+    function: PyFunction, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
 ) -> ir.Module:
     """A module with a function of four integers that returns nothing, under a name.
 
@@ -104,9 +107,10 @@ class Body:
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
         self.globals = {**vars(builtins), **function.__globals__, **dict(inner)}
-        self.places: dict[str, Any] = {}  # of local variables: where they are stored
+        self.places: dict[str, Any] = {}  # where local variables are stored
         self.loops: list[tuple[ir.Block, ir.Block]] = []  # where to continue, where to go on after
-        self.exit, self.returned = b.append_basic_block("exit"), []
+        self.exit = b.append_basic_block("exit")
+        self.returned: list[tuple[Any, ir.Block]] = []
         node = _definition(function)
         for parameter, value in zip(node.args.args, args, strict=True):
             self.assign(ast.Name(parameter.arg), value)
@@ -123,8 +127,8 @@ class Body:
                 return  # behind a break or a return
             getattr(self, type(s).__name__, self.refuse)(s)
 
-    def refuse(self, node: ast.AST, why: str = "") -> Any:
-        """An error that names the line."""
+    def refuse(self, node: ast.AST, why: str = "") -> NoReturn:
+        """Raise a SyntaxError that names the line."""
         line = self.function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
         why = why or f"a kernel cannot have {ast.unparse(node)!r}"
         raise SyntaxError(f"{why}: {self.function.__code__.co_filename}, line {line}")
@@ -277,7 +281,7 @@ class Body:
     def Attribute(self, node: ast.Attribute) -> Any:
         return getattr(self.value(node.value), node.attr)
 
-    def Tuple(self, node: ast.Tuple) -> tuple:
+    def Tuple(self, node: ast.Tuple) -> tuple[Any, ...]:
         return tuple(self.value(v) for v in node.elts)
 
     def UnaryOp(self, node: ast.UnaryOp) -> Any:
@@ -398,7 +402,9 @@ class Body:
         then, other = (partial(self.value, n) for n in (node.body, node.orelse))
         return self.choose(condition, then, other)
 
-    def choose(self, condition: Any, then: Callable, other: Callable, first: bool = True) -> Any:
+    def choose(
+        self, condition: Any, then: PyFunction, other: PyFunction, first: bool = True
+    ) -> Any:
         """then() or other(), whichever the condition (or, if not ``first``, its opposite) asks for."""
         blocks = [self.b.append_basic_block(n) for n in ("this", "that")]
         after = self.b.append_basic_block("chosen")
@@ -450,7 +456,7 @@ class Body:
             return np.float32(v)
         return self.cast(v, ty)
 
-    def extreme(self, op: str, args: list) -> Any:
+    def extreme(self, op: str, args: list[Any]) -> Any:
         """Python's rule: a later value wins if it compares so with the best before."""
         if all(type(a) is int for a in args):
             return min(args) if op == "<" else max(args)
@@ -465,7 +471,7 @@ class Body:
             return self.b.select(self.b.icmp_signed("<", v, I64(0)), self.b.neg(v), v)
         return self.e.call(f"llvm.fabs.{_suffix(v.type)}", v.type, v)
 
-    def mathematics(self, f: Callable, v: Any) -> Any:
+    def mathematics(self, f: PyFunction, v: Any) -> Any:
         v = self.cast(v, F64) if v.type == I64 else v
         if f is math.log1p:  # no instruction: the C library's
             return self.e.call("log1p" if v.type == F64 else "log1pf", v.type, v)

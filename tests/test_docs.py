@@ -1,0 +1,71 @@
+"""What docs/cpu.md shows is run, in the order of the page."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "cpu.md"
+TEXT = PAGE.read_text("utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+COMMANDS = re.findall(r"^python (benchmarks/.*)$", TEXT, re.M)
+
+
+def test_the_page_of_cpu_kernels_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    names: dict[str, object] = {}
+    for code in PYTHON:
+        if file := re.match(r"# (\w+\.py)\n", code):
+            (tmp_path / file[1]).write_text(code, "utf-8")
+        else:
+            exec(compile(code, str(PAGE), "exec"), names)
+    out = capsys.readouterr().out
+    assert "unknown: out" in out
+    assert "GB/s; reading alone" in out
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_page_run(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, *arguments = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--seconds", "0.01"])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    table = re.search(r"```\n(avx512vnni.*?)```", TEXT, re.S)
+    assert table
+    shown, found = table[1].splitlines(), capsys.readouterr().out.splitlines()
+    assert [s.split("|")[:2] for s in shown[1:]] == [s.split("|")[:2] for s in found[1:]]
+
+
+def test_the_page_quotes_the_source() -> None:
+    source = (ROOT / "tinyllm/kernels/cpu/formats.py").read_text("utf-8")
+    quoted = re.findall(r"```\n(def .*?)```", TEXT, re.S)
+    assert quoted
+    assert [q for q in quoted if q not in source] == []
+
+
+def test_files_that_the_page_names_exist() -> None:
+    named = re.findall(r"`((?:tinyllm|benchmarks|tests|kernels)/[\w./]+)`", TEXT)
+    named += [
+        f"tinyllm/kernels/cpu/{n}"
+        for n in re.findall(r"`(\w+\.py)`", TEXT)
+        if "test_" not in n and n != "mine.py"
+    ]
+    named = [n if not n.startswith("kernels/") else f"tinyllm/{n}" for n in named]
+    assert len(named) > 20
+    assert [n for n in named if not (ROOT / n).exists()] == []
+
+
+def test_every_file_of_cpu_kernels_is_on_the_page() -> None:
+    files = {p.name for p in (ROOT / "tinyllm/kernels/cpu").glob("*.py")} - {"__init__.py"}
+    assert files - set(re.findall(r"`(\w+\.py)`", TEXT)) == set()
