@@ -47,7 +47,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCHES = (64, 8, 16, 32, 2, 4)  # sequences decoded together
 WARM = 3  # steps of decoding until it is replayed: as it is, recorded, replayed
 MOST_ERROR = 0.03  # relative, of products with int8 activations; more is a wrong kernel
-SCALES = {"d": 3e-3, "dmin": 3e-3, "m": -0.02, "s": 0.0}  # of made-up blocks
+SCALES = {"d": 3e-3, "dmin": 3e-3, "m": -0.02, "s": 0.0}  # fields of made-up blocks
 
 
 # ---- made-up weights

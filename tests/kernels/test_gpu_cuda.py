@@ -192,7 +192,7 @@ def test_many_small_copies_in_flight_keep_their_values(
     host = np.empty(700, F32)
     arrays = []
     for i in range(20):
-        host[:] = i  # the same memory again and again
+        host[:] = i  # one memory is used again and again
         arrays.append(be.array(host))
     assert [be.numpy(x).min() for x in arrays] == list(range(20))
     assert [be.numpy(x).max() for x in arrays] == list(range(20))

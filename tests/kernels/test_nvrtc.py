@@ -16,7 +16,7 @@ from tinyllm.errors import DeviceError
 from tinyllm.kernels.gpu import elementwise, nvrtc
 
 REPORT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "gpu-registers.json"
-REGISTERS, SHARED = 65536, 48 << 10  # of a multiprocessor, and bytes that every group may have
+REGISTERS, SHARED = 65536, 48 << 10  # a multiprocessor has; bytes that every group may have
 PROGRAMS = nvrtc.programs()
 ALL = [(name, arch) for name in PROGRAMS for arch in nvrtc.ARCHITECTURES]
 

@@ -80,7 +80,7 @@ def clock(monkeypatch: Any, tmp_path: Path) -> Iterator[Callable[..., Clock]]:
         return made
 
     monkeypatch.setattr(timing, "SMALLEST", 1 << 21)
-    monkeypatch.setattr(timing, "last_cache_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(timing.system, "cache_bytes", lambda: 1 << 20)
     monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
     return make
 
@@ -143,7 +143,7 @@ def test_small_matrices_are_not_timed(monkeypatch: Any) -> None:
 def test_large_matrices_are_timed_once(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(timing, "_results", {})
     monkeypatch.setattr(timing, "SMALLEST", 1 << 22)
-    monkeypatch.setattr(timing, "last_cache_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(timing.system, "cache_bytes", lambda: 1 << 20)
     folder = jit.cache_folder()
     monkeypatch.setattr(timing, "_path", lambda name: tmp_path / name if folder else None)
     for type_name, n in (("Q4_0", 1), ("Q4_0", 5), ("Q6_K", 1), ("F16", 1), ("F16", 3)):

@@ -17,6 +17,7 @@ import requests
 
 from tinyllm.engine.completion import Completion
 from tinyllm.hub import catalogue
+from tinyllm.kernels.backend import Device
 from tinyllm.sdk import CancellationError, Embed4All, GPT4All, devices
 from tinyllm.sdk import gpt4all as module
 from tinyllm.sdk.llmodel import LLModel
@@ -234,10 +235,10 @@ def test_devices_that_are_not_there(models: Path, monkeypatch: pytest.MonkeyPatc
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices of each kind; the last is PoCL's, which runs on the CPU."""
     there = [
-        types.SimpleNamespace(id="cpu", name="A CPU", kind="cpu", memory=1 << 40),
-        types.SimpleNamespace(id="cuda:0", name="NVIDIA H200", kind="cuda", memory=1 << 37),
-        types.SimpleNamespace(id="opencl:0", name="Radeon", kind="opencl", memory=1000),
-        types.SimpleNamespace(id="opencl:1", name="pthread-intel", kind="opencl", memory=1 << 40),
+        Device("cpu", 0, "A CPU", 1 << 40),
+        Device("cuda", 0, "NVIDIA H200", 1 << 37),
+        Device("opencl", 0, "Radeon", 1000),
+        Device("opencl", 1, "pthread-intel", 1 << 40),
     ]
     monkeypatch.setattr("tinyllm.kernels.devices.list_devices", lambda: there)
 
@@ -269,7 +270,7 @@ def test_devices_that_do_not_match(models: Path, several: None) -> None:
     ],
 )
 def test_devices_by_kind_index_and_name(device: str, engine: str, several: None) -> None:
-    assert devices.choose(*devices.split_device(device)).engine == engine
+    assert devices.choose(*devices.split_device(device)).device.id == engine
 
 
 def test_threads(models: Path) -> None:
@@ -429,6 +430,17 @@ def test_a_number_of_tokens_is_whole(llm: GPT4All) -> None:
 def test_a_lone_surrogate_is_refused(llm: GPT4All) -> None:
     with pytest.raises(UnicodeEncodeError):
         llm.generate("a\ud800b")
+
+
+def test_a_prompt_does_not_end_in_the_end_token(
+    llm: GPT4All, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = llm.model.model.tokenizer
+    plain = llm.model.prompt_ids(START)
+    monkeypatch.setattr(tokenizer, "add_eos", True)
+    monkeypatch.setattr(tokenizer, "_after", [tokenizer.eos])
+    assert tokenizer.encode(START)[-1] == tokenizer.eos
+    assert llm.model.prompt_ids(START) == llm.model.prompt_ids(START, special=False) == plain
 
 
 def test_a_nul_does_not_end_the_prompt(llm: GPT4All) -> None:

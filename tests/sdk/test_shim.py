@@ -8,12 +8,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 
 from tinyllm.errors import TinyLLMError
@@ -22,6 +22,7 @@ from tinyllm.sdk.shim import environment
 from tinyllm.sdk.shim.finder import Finder
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = str(Path(numpy.__file__).parents[1])
 
 
 def test_the_names_resolve_to_ours() -> None:
@@ -138,7 +139,7 @@ print(__name__, gpt4all.GPT4All.__module__, sys.argv[1:], os.path.basename(sys.a
 
 def python(*args: object, at: Path, executable: object = sys.executable, **environment: str) -> Any:
     """A finished Python process in the folder ``at``, which finds tinyllm and what it needs."""
-    path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib"), str(at / "lib")])
+    path = os.pathsep.join([str(ROOT), PACKAGES, str(at / "lib")])
     return subprocess.run(
         [str(executable), *map(str, args)],
         capture_output=True,
@@ -244,10 +245,13 @@ def test_an_environment_is_turned_on_and_off(tmp_path: Path) -> None:
         "from tinyllm.sdk import install_as_gpt4all as i\nwith i(replace=True): import gpt4all"
     )
     assert run("-c", install) == ""
-    alone = python(
-        "-c", child, at=tmp_path, executable=own, PYTHONPATH=sysconfig.get_path("purelib")
-    )
+    alone = python("-c", child, at=tmp_path, executable=own, PYTHONPATH=PACKAGES)
     assert alone.stdout == "tinyllm.sdk.gpt4all\n"  # the finder knows where tinyllm is
+    listed = (
+        "import importlib.metadata as m; from tinyllm.sdk import install_as_gpt4all as i; i(replace=True)\n"
+        "print([d.metadata['Name'] for d in m.distributions()].count('gpt4all'))"
+    )
+    assert run("-c", listed) == "1\n"
     assert run("-m", "tinyllm", "shim", "status").startswith("on: ")
     for _ in range(2):
         assert run("-m", "tinyllm", "shim", "off").startswith("off: ")

@@ -401,7 +401,7 @@ def shim(args: Arguments) -> None:
     from ..sdk.shim import environment
 
     do = {"on": environment.turn_on, "off": environment.turn_off, "status": environment.status}
-    show(do[args.what]())
+    show(do[args.what]() + "\n")
 
 
 # ---- all of them

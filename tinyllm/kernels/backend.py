@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from .. import system
 from ..errors import DeviceError
 from .batch import Array as Array
 from .batch import Batch as Batch
@@ -40,9 +41,15 @@ Compute = Literal["f32", "bf16"]
 class Source(Protocol):
     """A tensor of a file as ``Backend.load`` reads it; ``tinyllm.gguf.Tensor`` is one."""
 
-    name: str
-    type: str
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> str:
+        """The tensor type that the file names, such as "Q4_K"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Raw bytes [stop - start, row_nbytes] of rows of the tensor seen as [-1, shape[-1]]."""
@@ -88,10 +95,43 @@ class Routing:
     n_group_used: int = 1
 
 
+@dataclass(frozen=True)
+class Device:
+    """One device that models run on."""
+
+    kind: str  # "cpu", "reference", "cuda" or "opencl"
+    index: int = 0  # among the devices of its kind
+    name: str = ""  # the maker's, "NVIDIA H200"
+    memory: int = 0  # bytes in all; 0 where nobody asked
+
+    @property
+    def id(self) -> str:
+        """What ``load(device=...)`` calls it: "cpu", "cuda:0"."""
+        return f"{self.kind}:{self.index}" if self.is_gpu else self.kind
+
+    @property
+    def is_gpu(self) -> bool:
+        """Is it reached through CUDA or OpenCL?"""
+        return self.kind in ("cuda", "opencl")
+
+    @property
+    def is_real_gpu(self) -> bool:
+        """Is it a GPU, and not the CPU behind OpenCL (PoCL), which names its devices so?"""
+        return self.is_gpu and not self.name.lower().startswith(("cpu", "pthread"))
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.name}" if self.is_gpu else self.id
+
+
 class Backend(ABC):
     """One device. Methods raise DeviceError for what the device cannot do, when it is loaded, not later."""
 
-    name: str  # what really runs: "cpu", "reference", "cuda:0 NVIDIA H200"
+    where: Device  # what really runs
+
+    @property
+    def name(self) -> str:
+        """The device in words: "cpu", "reference", "cuda:0 NVIDIA H200"."""
+        return str(self.where)
 
     # ---- weights and transfers
 
@@ -139,9 +179,7 @@ class Backend(ABC):
 
     def memory(self) -> tuple[int, int]:
         """Bytes free, and bytes in all, of the memory that holds weights and caches."""
-        from .hardware import available_bytes, memory_bytes
-
-        return available_bytes(), memory_bytes()
+        return system.available_bytes(), system.memory_bytes()
 
     def close(self) -> None:  # noqa: B027 (most backends hold nothing but memory)
         """Free what the device holds; the backend is not used afterwards."""

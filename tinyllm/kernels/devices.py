@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
 from importlib.util import find_spec
 
+from .. import system
 from ..errors import DeviceError
-from .backend import Backend, Compute
-
-
-@dataclass(frozen=True)
-class Device:
-    """One device: ``id`` for ``load``, the maker's name, "cpu" | "cuda" | "opencl", bytes of memory."""
-
-    id: str
-    name: str
-    kind: str
-    memory: int
+from .backend import Backend, Compute, Device
 
 
 def list_devices() -> list[Device]:
@@ -25,9 +16,7 @@ def list_devices() -> list[Device]:
 
 
 def cpu() -> Device:
-    from .hardware import cpu_name, memory_bytes
-
-    return Device("cpu", cpu_name(), "cpu", memory_bytes())
+    return Device("cpu", 0, system.cpu_name(), system.memory_bytes())
 
 
 def gpus() -> list[Device]:
@@ -36,8 +25,7 @@ def gpus() -> list[Device]:
         return []
     from .gpu import devices
 
-    found = ((*d.name.partition(" ")[::2], d.kind, d.memory) for d in devices.list())
-    return [Device(*fields) for fields in found]
+    return list(devices.list())
 
 
 def resolve(device: str | None) -> str:
@@ -58,7 +46,7 @@ def resolve(device: str | None) -> str:
     if kind == "kompute":
         return "opencl" + wanted[len(kind) :]
     present = gpus()
-    real = [d for d in present if not d.name.lower().startswith(("cpu", "pthread"))]  # PoCL's
+    real = [d for d in present if d.is_real_gpu]
     if wanted in ("auto", "gpu"):
         if wanted == "auto" and not real:
             return "cpu"
@@ -102,6 +90,10 @@ def open_backend(device: str, n_threads: int | None = None, compute: Compute = "
 
         return ReferenceBackend()
     if kind == "cpu":
+        from .cpu import jit
+
+        if not jit.can_compile():
+            return _instead_of_cpu(compute)
         from .cpu.backend import CPUBackend
 
         return CPUBackend(n_threads, compute)
@@ -116,3 +108,15 @@ def open_backend(device: str, n_threads: int | None = None, compute: Compute = "
     raise DeviceError(
         f"unknown device {device!r}; expected 'cpu', 'reference', 'cuda[:i]' or 'opencl[:i]'"
     )
+
+
+def _instead_of_cpu(compute: Compute) -> Backend:
+    """What computes where the sources of the CPU's kernels were not shipped: NumPy, with a warning."""
+    missing = "the sources of the CPU's kernels are missing (only bytecode was shipped)"
+    advice = "ship tinyllm/kernels/cpu/*.py too"
+    if compute != "f32":
+        raise DeviceError(f"compute={compute!r}: {missing}; {advice}")
+    warnings.warn(f"{missing}: NumPy computes, slowly; {advice}", RuntimeWarning, stacklevel=2)
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend()

@@ -21,6 +21,7 @@ from .backend import (
     Backend,
     Batch,
     Cache,
+    Device,
     KVType,
     LayerCache,
     RopeSpec,
@@ -180,7 +181,7 @@ def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 class ReferenceBackend(Backend):
     """The NumPy backend: each method does what ``Backend`` promises, in the plainest way."""
 
-    name = "reference"
+    where = Device("reference")
 
     def step(self, key: Hashable | None, fn: Callable[[Batch], Array], batch: Batch) -> Array:
         with np.errstate(all="ignore"):  # what is not finite is found in the logits

@@ -10,18 +10,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib import resources
 from typing import Any, NoReturn
 
 import numpy as np
 
 from ..errors import DeviceError
-from ..kernels.backend import Backend, Batch, KVType, LayerCache, RopeSpec, Routing, Source
+from ..kernels.backend import (
+    Backend,
+    Batch,
+    Device,
+    KVType,
+    LayerCache,
+    RopeSpec,
+    Routing,
+    Source,
+)
 from .build import build
 from .network import Network
 from .step import Step
 
-OUTLINES = Path(__file__).parent / "outlines.json"
+OUTLINES: Any = resources.files(__package__) / "outlines.json"
 Shape = tuple[Any, ...]
 
 
@@ -84,7 +93,7 @@ def short(name: str) -> str:
 class Recorder(Backend):
     """A backend that computes nothing, and writes down each operation that it is asked for."""
 
-    name = "recorder"
+    where = Device("recorder")
 
     def __init__(self) -> None:
         self.lines: list[Line] = []

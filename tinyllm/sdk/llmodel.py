@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..chat.render import encode_chat
-from ..engine.completion import SMALLEST_CONTEXT, or_beginning
+from ..engine.completion import SMALLEST_CONTEXT, or_beginning, without_end
 from ..errors import ArgumentError, GGUFError, UnsupportedModel
 from . import devices, embedding
 from .answering import Answer, Request, room_for_prompt
@@ -157,12 +157,12 @@ class LLModel(NotPickled):
     @property
     def backend(self) -> BackendName:
         """The kind of device in use: "cpu", "cuda", or "kompute" for OpenCL."""
-        return devices.backend_of(self._open().device)
+        return devices.backend_of(self._open().devices[0])
 
     @property
     def device(self) -> str | None:
         """The GPU's name, or None on the CPU."""
-        return devices.gpu_name(self._open().device)
+        return devices.gpu_name(self._open().devices[0])
 
     @staticmethod
     def list_gpus(mem_required: int = 0) -> list[str]:
@@ -186,7 +186,7 @@ class LLModel(NotPickled):
         """
         import tinyllm
 
-        engine = "cpu" if self._gpu is None else self._gpu.engine
+        engine = "cpu" if self._gpu is None else self._gpu.device.id
         n_ctx = max(self.n_ctx, SMALLEST_CONTEXT)
         try:
             self.model = tinyllm.load(
@@ -256,7 +256,7 @@ class LLModel(NotPickled):
             ids = encode_chat(tokenizer, prompt, tokenizer.bos)
         else:
             ids = tokenizer.encode(prompt, add_special=True, parse_special=False)
-        return or_beginning(tokenizer, ids)
+        return or_beginning(tokenizer, without_end(tokenizer, ids))
 
     def count_prompt_tokens(self, prompt: str) -> int:
         """How many tokens a prompt takes, the one at its beginning included."""

@@ -9,6 +9,7 @@ so each expert's weights are read once. Those kernels compute the same bits for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -279,12 +280,18 @@ def _record_grouped(
 
 def _inner(w: CPUWeight, kernel: jit.Kernel, args: dict[str, Any]) -> CPUArray:
     """The arguments of a kernel that ``matmul_experts`` calls, but for those that it sets itself."""
+    numbers = {name: getattr(v, "address", v) for name, v in args.items()}
+    packed = kernel.pack(
+        tile_bytes=w.tile_bytes, n_blocks=w.n_blocks, **{**numbers, **_own(kernel)}
+    )
+    return wrapped(np.frombuffer(packed.ljust(INNER, b"\0"), np.uint8))
+
+
+@lru_cache
+def _own(kernel: jit.Kernel) -> dict[str, int]:
+    """Zeros for what ``matmul_experts`` sets, which must stand where it believes, and for no bias."""
     for name in SET:
         i = BEGINNING.index(name)
         if kernel.parameters[i : i + 1] not in ((name,), ()):
             raise TypeError(f"kernel {kernel.name}{kernel.parameters}: {name} must be argument {i}")
-    numbers = {name: getattr(v, "address", v) for name, v in args.items()}
-    numbers |= {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
-    numbers |= {name: 0 for name in (*SET, "bias") if name in kernel.parameters}
-    packed = np.frombuffer(kernel.pack(**numbers), np.uint8)
-    return wrapped(np.pad(packed, (0, INNER - len(packed))))
+    return {name: 0 for name in (*SET, "bias") if name in kernel.parameters}

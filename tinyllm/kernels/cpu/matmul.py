@@ -7,6 +7,7 @@ unpacking costs little. The line ``ahead`` bytes behind each that comes from mem
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from .floats import (
     tile_widener,
     widener,
 )
-from .formats import Format
+from .formats import FORMATS, Format
 from .jit import GIVEN
 from .program import CPUArray, Tape, wrapped
 from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
@@ -237,21 +238,23 @@ def matvec_kernel(w: CPUWeight, n_workers: int) -> tuple[jit.Kernel, dict[str, A
     """The kernel for one token, its arguments besides those of all products, and its pieces."""
     way = way_of(w, 1, n_workers)
     if w.format is not None:
-        return _direct(w.format, 1, way.order), {"ahead": way.ahead}, w.n_tiles
+        return _direct(w.format, True, way.order), {"ahead": way.ahead}, w.n_tiles
     more = {"ahead": way.ahead, "tiles": w.n_tiles}
     return _float_matvec(w.kind), more, -(-w.n_tiles // GROUP)
 
 
+@lru_cache
 def _float_matvec(kind: str) -> jit.Kernel:
     one, group = multiplier(kind, 1), multiplier(kind, GROUP)
     return jit.kernel(matvec_float, f"matvec_{kind}", multiply=one, multiply_group=group)
 
 
-def _direct(fmt: Format, n_tokens: int, order: str) -> jit.Kernel:
-    """The kernel that multiplies one token or a few straight from the tiles."""
-    if n_tokens == 1:
-        one = micro.multiplier(fmt, 1, 1, order=order)
-        return jit.kernel(matvec, f"matvec_{fmt.name}_{order}", multiply=one)
+@lru_cache
+def _direct(fmt: Format, one: bool, order: str) -> jit.Kernel:
+    """The kernel that multiplies one token, or a few, straight from the tiles."""
+    if one:
+        multiply = micro.multiplier(fmt, 1, 1, order=order)
+        return jit.kernel(matvec, f"matvec_{fmt.name}_{order}", multiply=multiply)
     names = {f"multiply_{n}": micro.multiplier(fmt, n, micro.SLOTS, order=order) for n in AT_ONCE}
     return jit.kernel(matmul_few, f"matmul_few_{fmt.name}_{order}", **names)
 
@@ -273,7 +276,7 @@ def _few_kernel(
     more: dict[str, Any] = {"ahead": way.ahead, "n_out": w.n_out, "n_tokens": n_tokens}
     more |= {"x_bytes": w.n_in // 32 * micro.record_bytes(micro.SLOTS)}
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
-    return _direct(w.format, n_tokens, way.order), more, w.n_tiles
+    return _direct(w.format, False, way.order), more, w.n_tiles
 
 
 def _few_floats(
@@ -289,6 +292,7 @@ def _few_floats(
     return _float_few(w.kind, at_once, act), more, -(-w.n_tiles // GROUP)
 
 
+@lru_cache
 def _float_few(kind: str, at_once: int, act: str = "") -> jit.Kernel:
     end = row_storer(elementwise.ACTIVATIONS[act] if act else None)
     names = {"multiply": floats.few_multiplier(kind, at_once), "store_row": end}
@@ -307,9 +311,9 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
     fmt = w.format
     n_blocks = TRIED // fmt.block if fmt else TRIED
     tile_bytes = w.tile_bytes // w.n_blocks * n_blocks
-    x = wrapped(np.zeros((micro.SLOTS, 4 * TRIED), np.uint8))  # floats or records of some tokens
 
     def record(tape: Tape, address: int, tiles: int, way: Way) -> None:
+        x = wrapped(np.zeros((micro.SLOTS, 4 * TRIED), np.uint8))  # floats or records
         args: dict[str, Any] = {"w": address, "x": x, "bias": None, "tile_bytes": tile_bytes}
         args |= {"n_blocks": n_blocks, "y": tape.array((n_tokens, 16 * tiles)), "ahead": way.ahead}
         if n_tokens > 1:
@@ -317,7 +321,7 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
             args |= {"n_out": 16 * tiles, "n_tokens": n_tokens}
             args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
         if fmt:
-            kernel, pieces = _direct(fmt, n_tokens, way.order), tiles
+            kernel, pieces = _direct(fmt, n_tokens == 1, way.order), tiles
             args |= {"x_bytes": 0} if n_tokens > 1 else {}
         else:
             pieces, args["tiles"] = -(-tiles // GROUP), tiles
@@ -344,7 +348,7 @@ def matmul_kernel(
         kernel = jit.kernel(matmul_float, f"matmul_{w.kind}{act and '_' + act}", **names)
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
-        kernel, step_bytes, at_once, wide = _matmul_quantised(w)
+        kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind)
         n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
         least = w.n_blocks * minima.n_minima(w.format) * 64
@@ -363,10 +367,10 @@ def tiles_together(w: CPUWeight, n_workers: int) -> int:
     return next((n for n in UNPACKED if n <= wanted), UNPACKED[-1])
 
 
-def _matmul_quantised(w: CPUWeight) -> tuple[jit.Kernel, int, int, int]:
+@lru_cache
+def _matmul_quantised(kind: str) -> tuple[jit.Kernel, int, int, int]:
     """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
-    fmt, kind, at_once, wide = w.format, w.kind, STEPS, 16
-    assert fmt is not None  # floats have kernels of their own
+    fmt, at_once, wide = FORMATS[kind], STEPS, 16
     unit: dict[str, Any] = {"start": amx.nothing, "stop": amx.nothing}
     if has_amx():
         kind, unit = f"amx_{kind}", {"start": amx.starter(fmt), "stop": amx.stop}

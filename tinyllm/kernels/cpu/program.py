@@ -8,21 +8,20 @@ values. A tape kept under a key is a whole step of a model: running it again cos
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from ... import system
 from . import jit
 from .threads import ARGS, ROW, ROW_BYTES, pool
 
 ALIGN = 64
-NUMBERS = (int, float, bool)
 HEAD = struct.Struct(f"={ARGS}q")  # the beginning of an instruction, before its arguments
 
 
@@ -37,14 +36,7 @@ def huge(n_bytes: int) -> np.ndarray:
     """Uninitialised bytes on large pages where the system has them: kernels stride far, and page walks cost."""
     page = 1 << 21
     size = -(-n_bytes // page) * page + page
-    if hasattr(mmap, "MAP_ANONYMOUS"):  # else a forked child would write into its parent's memory
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:
-        memory = mmap.mmap(-1, size)
-    if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
+    whole = np.frombuffer(system.map_memory(size), np.uint8)
     start = -whole.ctypes.data % page
     return whole[start : start + n_bytes]
 
@@ -115,8 +107,8 @@ class CPUArray:
     def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
-        whole = isinstance(owner, CPUArray)  # this is another form of its owner
-        self.in_arena: bool = owner.in_arena if whole else isinstance(owner, _Place)
+        kind = owner.__class__
+        self.in_arena: bool = kind is _Place or (kind is CPUArray and owner.in_arena)
         self.derived: dict[Any, Any] = {}  # what kernels need of it (int8 blocks), made once
 
     @property
@@ -234,13 +226,16 @@ class Tape:
             raise TypeError(f"kernel {kernel.name}: {len(args)} arguments; at most {ROW - ARGS}")
         values, at = kernel.in_order(args), ROW_BYTES * (self.n + 1)
         for i, v in enumerate(values):
-            if v.__class__ is CPUArray:
+            kind = v.__class__
+            if kind is int:  # as most are
+                continue
+            if kind is CPUArray:
                 values[i] = v.address
                 if not v.in_arena:
                     self.kept.append(v)
             elif v is None:
                 values[i] = 0
-            elif v.__class__ not in NUMBERS and hasattr(v, "address"):
+            elif kind is not float and hasattr(v, "address"):
                 values[i] = v.address
                 self.kept.append(v)
         kernel.write(self.rows, at + 8 * ARGS, values)
@@ -268,7 +263,6 @@ class Tape:
     def run(self, n_threads: int) -> None:
         """Run all instructions; they stay recorded."""
         if self.n:
-            jit.end_line()
             self.rows[0, 0] = self.n
             pool().run(self.rows.ctypes.data, n_threads)
 

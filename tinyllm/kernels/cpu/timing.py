@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import threading
 import time
@@ -20,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .. import hardware
+from ... import system
 from . import jit
 from .program import Tape, huge, wrapped
 
@@ -60,8 +59,7 @@ SMALLEST, LARGEST = 48 << 20, 256 << 20  # bytes to read
 _results: dict[str, Result] = {}
 _lock = threading.RLock()
 _thorough = False
-if hasattr(os, "register_at_fork"):  # in a child, the thread that held it does not exist
-    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
+system.after_fork(_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def chosen(
@@ -126,7 +124,7 @@ def _measure(
     name: str, orders: Sequence[str], record: Record, piece_bytes: int, n_workers: int
 ) -> Result:
     """Time all ways, round by round, so that what disturbs one disturbs all."""
-    memory = huge(min(max(2 * last_cache_bytes(), SMALLEST), LARGEST))
+    memory = huge(min(max(2 * system.cache_bytes(), SMALLEST), LARGEST))
     memory[:] = 1
     pieces = memory.nbytes // piece_bytes
     tapes = {way: Tape() for way in _ways(orders)}
@@ -147,23 +145,13 @@ def _measure(
     return Result(name, best, rates, doubtful)
 
 
-def last_cache_bytes() -> int:
-    """The size of the processor's largest cache; 32 MiB where the system does not say."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with suppress(OSError, ValueError):
-            text = path.read_text().strip()
-            sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
-    return max(sizes, default=32 << 20)
-
-
 # ---- kept beside the compiled kernels
 
 
 def _path(name: str) -> Path | None:
     """A file for each kernel and processor: others may share the folder."""
     folder = jit.cache_folder()
-    machine = hashlib.sha256(hardware.cpu_name().encode()).hexdigest()[:8]
+    machine = hashlib.sha256(system.cpu_name().encode()).hexdigest()[:8]
     return folder / f"{name}-{machine}.way" if folder else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DeviceError
+from ..backend import Device
 from . import cublas, devices, sources
 from .arrays import Buffer, GPUArray
 from .backend import GPUBackend
@@ -46,7 +47,7 @@ class CUDABackend(GPUBackend):
     def __init__(self, which: str = "0") -> None:
         found = devices.cuda_devices()
         self.index = devices.pick(which, [name for _, name, _ in found], "cuda")
-        self.name = f"cuda:{self.index} {found[self.index][1]}"
+        self.where = Device("cuda", self.index, found[self.index][1])
         runtime.setDevice(self.index)
         properties = runtime.getDeviceProperties(self.index)
         self.n_cores = properties["multiProcessorCount"]

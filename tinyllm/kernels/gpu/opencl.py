@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DeviceError
+from ..backend import Device
 from . import devices, sources
 from .arrays import Buffer, GPUArray
 from .backend import GPUBackend
@@ -66,7 +67,7 @@ class OpenCLBackend(GPUBackend):
 
     def __init__(self, which: str = "0") -> None:
         self.index, self.device = devices.choose_opencl(which)
-        self.name = f"opencl:{self.index} {self.device.name.strip()}"
+        self.where = Device("opencl", self.index, self.device.name.strip())
         self.n_cores = self.device.max_compute_units
         self.max_threads = 1 << (int(self.device.max_work_group_size).bit_length() - 1)
         self.context = _context(self.device)

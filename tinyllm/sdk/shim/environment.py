@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import py_compile
 import site
 import sysconfig
 from pathlib import Path
@@ -38,6 +39,7 @@ def turn_on() -> str:
         for name, text in ((f"{MODULE}.py", source), (f"{MODULE}.pth", start)):
             with replacing(folder / name) as file:
                 file.write(text.encode())
+        py_compile.compile(str(folder / f"{MODULE}.py"), quiet=2)  # or each start would do it
     except OSError as error:
         raise TinyLLMError(f"{folder} cannot be written to ({error.strerror})") from error
     return status()

@@ -4,8 +4,6 @@ Nothing is imported before a program asks for gpt4all. `tinyllm shim on` copies 
 where it has to work by itself.
 """
 
-from __future__ import annotations
-
 import sys
 
 TYPE_CHECKING = False
@@ -25,16 +23,19 @@ class Finder:
     def __init__(self, home: str = "") -> None:
         self.home = home
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
         """The module gpt4all; its submodules are there once it is imported."""
         if name != "gpt4all" or (shim := self._shim()) is None:
             return None
         found: ModuleSpec = shim.spec_of_gpt4all()
         return found
 
-    def find_distributions(self, context: Any = None) -> Iterable[Distribution]:
-        """What `importlib.metadata` tells of gpt4all."""
+    def find_distributions(self, context: "Any" = None) -> "Iterable[Distribution]":
+        """What `importlib.metadata` tells of gpt4all, once, however many of these finders there are."""
         name = getattr(context, "name", None)
+        ours = [f for f in sys.meta_path if hasattr(f, "stands_for_gpt4all")]
+        if ours and ours[0] is not self:
+            return ()
         if (name or "gpt4all").lower() != "gpt4all" or (shim := self._shim()) is None:
             return ()
         found: Iterable[Distribution] = shim.distributions(context)
@@ -43,7 +44,7 @@ class Finder:
     def invalidate_caches(self) -> None:
         """Nothing is kept."""
 
-    def _shim(self) -> ModuleType | None:
+    def _shim(self) -> "ModuleType | None":
         """tinyllm's side of it; None when tinyllm was removed."""
         for folder in ("", self.home):
             if folder and folder not in sys.path:
@@ -59,5 +60,6 @@ class Finder:
 
 
 def install(home: str) -> None:
-    """Let ``import gpt4all`` find tinyllm from now on."""
-    sys.meta_path.insert(0, Finder(home))
+    """Let ``import gpt4all`` find tinyllm from now on; once, though some Pythons read a .pth file twice."""
+    if not any(hasattr(finder, "stands_for_gpt4all") for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder(home))
