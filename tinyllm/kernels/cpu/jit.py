@@ -33,7 +33,8 @@ from llvmlite import ir
 
 from ... import system
 from . import emit, machine
-from .translate import PyFunction, parameters, source_of, translate
+from .source import source_of
+from .translate import PyFunction, parameters, translate
 
 Kinds = Mapping[str, ir.Type]  # types of a kernel's arguments by their names
 GIVEN: Any = None  # stands for a global name whose value ``kernel`` is given
