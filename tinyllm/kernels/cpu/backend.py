@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +30,13 @@ from ..backend import (
     Routing,
     Source,
 )
+from ..profile import Profile
 from . import attention, bfloat, choosing, elementwise, jit, matmul, recurrent
 from .attention import padded
 from .experts import record_experts
 from .kvcache import CPUCache
+from .limits import limits
+from .profile import TimedTape
 from .program import CPUArray, Tape, aligned, wrapped
 from .threads import pool
 from .weights import CPUWeight, load_weight
@@ -108,7 +112,8 @@ class CPUBackend(Backend):
     @property
     def _tape(self) -> Tape:
         if not hasattr(self._local, "tape"):
-            self._local.tape, self._local.step = Tape(), None
+            self._local.new_tape, self._local.step = Tape, None
+            self._local.tape = Tape()
         return self._local.tape
 
     @property
@@ -121,6 +126,22 @@ class CPUBackend(Backend):
         tape = self._tape
         tape.run(self._workers)
         tape.clear()
+
+    @contextmanager
+    def profiled(self) -> Iterator[Profile]:
+        found = Profile()
+        self._settle()
+        mine, steps = self._tape, self._steps
+        self._local.new_tape = lambda: TimedTape(found)
+        self._steps, self._local.tape = OrderedDict(), TimedTape(found)
+        try:
+            yield found
+            self._settle()
+        finally:
+            self._steps, self._local.tape, self._local.new_tape = steps, mine, Tape
+
+    def limits(self, seconds: float) -> dict[str, float]:
+        return limits(self._workers, seconds)
 
     def _op(self, body: Callable, pieces: int, /, **args: Any) -> None:
         """Record a kernel without micro-kernels."""
@@ -182,7 +203,7 @@ class CPUBackend(Backend):
 
     def _first_time(self, key: Hashable, fn: Callable[[Batch], Array], batch: Batch) -> Recorded:
         mine = self._tape
-        self._local.tape = Tape()
+        self._local.tape = self._local.new_tape()
         try:
             recorded = self._record(fn, batch, self._local.tape)
         finally:

@@ -7,14 +7,16 @@ computed in Python but the number of groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 
 import numpy as np
 
 from ...errors import ArgumentError, DeviceError
 from ..backend import Activation, Batch, HeadNorms, KVType, LayerCache, RopeSpec, Routing
+from ..profile import Profile
 from . import batch as batches
-from . import sources
+from . import profile, sources
 from .arrays import GPUArray, Pending, Sum
 from .attention import cache_program
 from .batch import DeviceBatch
@@ -48,6 +50,12 @@ class GPUBackend(Picking, Recurrent, Recording):
         if key is None or batch.n_rows > MOST_ROWS:
             return fn(self.upload(batch))
         return self._steps.run(key, fn, batch)
+
+    def profiled(self) -> AbstractContextManager[Profile]:
+        return profile.profiled(self)
+
+    def limits(self, seconds: float) -> dict[str, float]:
+        return profile.limits(self, seconds)
 
     @property
     def n_steps(self) -> int:

@@ -73,6 +73,10 @@ class Device(Backend):
         """Return when all that was queued is done."""
 
     @abstractmethod
+    def timed(self, queue: Callable[[], None]) -> Callable[[], float]:
+        """Call what queues work; what is returned waits for it, and says how many seconds the device took."""
+
+    @abstractmethod
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         """A part of a buffer, which must outlive it."""
 

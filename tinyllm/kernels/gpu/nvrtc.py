@@ -79,7 +79,7 @@ def programs() -> dict[str, Program]:
     }
     named["rows.c"] = sources.plain("activations.h", "reduce.h", "rows.c")
     named["elementwise.c"] = sources.plain("activations.h", "elementwise.c")
-    for file in ("experts.c", "choose.c", "products.c"):
+    for file in ("experts.c", "choose.c", "products.c", "limits.c"):
         named[file] = sources.plain(file)
     for size in (16, 64):
         named[f"recurrent.c {size}"] = sources.plain("recurrent.c", SIZE=size)
