@@ -22,7 +22,7 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 PACKAGES = ("numpy", "numba", "llvmlite", "llama-cpp-python", "gpt4all", "torch", "transformers")
 SIMD = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
-SPINNING = 0.02  # of a core: an idle process that uses more is reported
+SPINNING = 0.02  # an idle process that uses more of a core is reported
 
 
 # ---- facts

@@ -16,7 +16,7 @@ import numpy as np
 
 clock = time.perf_counter
 BATCH = 32  # texts at a time, for engines that do not choose themselves
-PARTS = {  # of a layer in the file: in torch's BERT
+PARTS = {  # names in a layer of the file: in torch's BERT
     "attn_q": "attention.self.query",
     "attn_k": "attention.self.key",
     "attn_v": "attention.self.value",

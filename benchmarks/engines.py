@@ -18,7 +18,7 @@ from typing import Any
 import common
 
 clock = time.perf_counter
-ATTEMPTS = 8  # of an engine that may end its answer early
+ATTEMPTS = 8  # an engine may end its answer early so many times
 
 
 class Engine:
@@ -240,7 +240,7 @@ class GPT4All(Engine):
             path.name, model_path=path.parent, allow_download=False, n_threads=threads,
             n_ctx=n_ctx + 64, device="cpu",
         )  # fmt: skip
-        self.surplus, self.calls = 0, 0  # of tokens in a prompt over its words; prompts read
+        self.surplus, self.calls = 0, 0  # tokens in prompts beyond their words; prompts read
         return f"gpt4all {version('gpt4all')}"
 
     def generate(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:

@@ -31,7 +31,7 @@ FORMATS = [
 ]
 MODELS = ["llama-1b:Q4_0", "llama-8b:Q4_0", "llama-8b:Q8_0", "llama-8b:F16"]
 DEPTHS = ["4096", "512", "32768"]
-MOST_SECONDS = 240  # of a part
+MOST_SECONDS = 240  # a part may take so long
 
 
 def parts(options: argparse.Namespace) -> list[tuple[str, str]]:

@@ -47,7 +47,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCHES = (64, 8, 16, 32, 2, 4)  # sequences decoded together
 WARM = 3  # steps of decoding until it is replayed: as it is, recorded, replayed
 MOST_ERROR = 0.03  # relative, of products with int8 activations; more is a wrong kernel
-SCALES = {"d": 3e-3, "dmin": 3e-3, "m": -0.02, "s": 0.0}  # of made-up blocks
+SCALES = {"d": 3e-3, "dmin": 3e-3, "m": -0.02, "s": 0.0}  # fields of made-up blocks
 
 
 # ---- made-up weights
@@ -180,12 +180,15 @@ def limits(be: Any, quick: bool) -> Iterator[dict[str, Any]]:
     found["copy_gb_s"] = 2 * n / seconds(be, lambda: be.copy(b, a, n)) / 1e9
     be.free(a)
     be.free(b)
-    if getattr(be, "_cublas", None) is not None and not quick:
+    if be.library is not None and not quick:
         size = 8192
         host = np.random.default_rng(0).standard_normal((1, size, size), np.float32)
         x, y = be.array(host.astype(np.float16)), be.empty((size, size))
         w = be.array(host[0].astype(np.float16))
-        t = seconds(be, lambda: be.gemm("F16", w.buffer, size, x, 0, y, range(size)))
+        everything = range(size)
+        t = seconds(
+            be, lambda: be.library.gemm("F16", (w.buffer, size), x, everything, y, everything)
+        )
         found["half_tflop_s"] = 2 * size**3 / t / 1e12
     yield found
 

@@ -29,7 +29,7 @@ from tinyllm.kernels.cpu.limits import best, limits
 
 COMMON = ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "F16", "F32"]
 N = 2048
-COPIES = 32  # of the matrix: one token's weights come from memory
+COPIES = 32  # copies of the matrix, so that one token's weights come from memory
 
 
 class Random:

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gguf")]
 import malformed  # noqa: E402  # the tables of cases lie with the tests
 import malformed_models  # noqa: E402
 
-SECONDS = 10  # of the processor, so that a busy machine makes no difference
+SECONDS = 10  # processor time, so that a busy machine makes no difference
 PATIENCE = 90  # seconds by the clock, for readers that wait for ever
 BYTES = 2 << 30
 Opener = Callable[[str], None]
@@ -115,7 +115,7 @@ def outcome(opener: Opener, path: str) -> dict[str, object]:
     says = listen(receive, child)
     os.close(receive)
     _, status, usage = os.wait4(child, 0)
-    seconds = usage.ru_utime + usage.ru_stime  # of the processor: the machine may be busy
+    seconds = usage.ru_utime + usage.ru_stime  # processor time: the machine may be busy
     return {"what": describe(says, status), "seconds": seconds, "kib": usage.ru_maxrss}
 
 

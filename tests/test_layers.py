@@ -33,7 +33,7 @@ ALLOWED = {
     "models": {"errors", "files", "gguf", "kernels.backend"},
     "sampling": {"errors"},
     "text": {"errors", "tokenizers"},
-    "engine": {"errors", "tokenizers", "models", "sampling", "text"},
+    "engine": {"errors", "tokenizers", "kernels.backend", "models", "sampling", "text"},
     "chat": {"errors", "tokenizers"},
     "hub": {"errors", "files"},
     "plots": {"errors"},

@@ -31,6 +31,22 @@ def test_commands_parse(line):
         cli.COMMANDS[name].parser(name).parse_intermixed_args(args)
 
 
+@pytest.mark.parametrize("code", [c for c in PYTHON if "tinyllm.load()" in c])
+def test_python_runs_on_a_real_model(code, capsys, smollm2):
+    code = code.replace("tinyllm.load()", f"tinyllm.load({str(smollm2)!r})")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith(("run", "info", "tokenize"))])
+def test_commands_run_on_a_real_model(line, capsys, smollm2):
+    argv = [
+        str(smollm2) if word == "model.gguf" else word for word in shlex.split(line, comments=True)
+    ]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out
+
+
 def test_there_is_something_to_run():
     assert PYTHON
     assert COMMANDS

@@ -43,11 +43,19 @@ def read_text(name: str | os.PathLike[str]) -> str:
         What was read is no UTF-8, or there is no standard input.
     """
     if name != "-":
-        return decode(Path(name).expanduser().read_bytes(), os.fspath(name))
+        return decode(Path(checked(name)).expanduser().read_bytes(), os.fspath(name))
     if sys.stdin is None or sys.stdin.closed:
         raise ArgumentError("there is no standard input to read; give the text as an argument")
     raw = getattr(sys.stdin, "buffer", None)
     return sys.stdin.read() if raw is None else decode(raw.read(), "standard input")
+
+
+def checked(path: str | os.PathLike[str]) -> str:
+    """The name of a file; ArgumentError if no file can have it."""
+    name = os.fspath(path)
+    if not name or "\0" in name:
+        raise ArgumentError(f"{name!r:.80} is no name of a file")
+    return name
 
 
 def lines_of(text: str) -> list[str]:
@@ -72,7 +80,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     OSError
         It cannot be written; the error names ``path``.
     """
-    name = os.fspath(path)
+    name = checked(path)
     target = os.path.realpath(name)
     part = f"{target}.{os.getpid()}-{next(_numbers)}.part"
     mode = None

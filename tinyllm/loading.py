@@ -78,6 +78,12 @@ def load(
     if compute not in ("f32", "bf16"):
         raise ArgumentError(f"compute={compute!r}; expected 'f32' or 'bf16'")
     wanted = check_n_ctx(n_ctx)
+    if not (device is None or isinstance(device, str)):
+        raise ArgumentError(
+            f"device={device!r:.40}; expected a name such as 'cpu', 'auto' or 'cuda:0'"
+        )
+    if not (n_gpu_layers is None or isinstance(n_gpu_layers, int)):
+        raise ArgumentError(f"n_gpu_layers={n_gpu_layers!r:.40}; expected a whole number, or None")
     file = gguf.open(locate(path))
     try:
         tokenizer = vocabulary(file, strict)

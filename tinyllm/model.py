@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 
@@ -25,11 +25,14 @@ from .engine.completion import (
     room_for,
     split_prompts,
     strings,
+    without_end,
 )
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
 from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError, UnsupportedModel
+from .kernels.backend import Device
 from .models.network import Network
+from .models.stages import gpus_first
 from .models.state import State
 from .models.step import Tap
 from .sampling import LogitsProcessor, SamplingParams
@@ -74,11 +77,15 @@ class Model:
     @property
     def device(self) -> str:
         """What really runs: "cpu", "reference", "cuda:0 NVIDIA H200"; of several, with the layers of each."""
-        stages = self.network.stages
+        stages = gpus_first(self.network.stages)
         if len(stages) == 1:
             return stages[0].be.name
-        gpus_first = sorted(stages, key=lambda s: s.be.name == "cpu")
-        return " + ".join(f"{s.be.name} ({s.said})" for s in gpus_first)
+        return " + ".join(f"{s.be.name} ({s.label})" for s in stages)
+
+    @property
+    def devices(self) -> list[Device]:
+        """The devices that compute the model's layers, GPUs first."""
+        return [s.be.where for s in gpus_first(self.network.stages)]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -99,7 +106,15 @@ class Model:
         """Logits after each of ``ids`` in one causal pass -> float32 [len(ids), n_vocab].
 
         With a ``state``, the ids continue it and stay in it.
+
+        Raises
+        ------
+        ArgumentError
+            The model is an encoder, or an id is not in the vocabulary.
+        ContextOverflow
+            The state has no room for so many.
         """
+        self._check_writes()
         ids = [int(i) for i in ids]
         if not ids:
             return np.empty((0, self.network.n_vocab), np.float32)
@@ -230,7 +245,6 @@ class Model:
         self,
         prompt: Prompt | Sequence[Prompt],
         max_tokens: int = 256,
-        *,
         temperature: float = 0.8,
         top_k: int = 40,
         top_p: float = 0.95,
@@ -243,7 +257,7 @@ class Model:
         logit_bias: Mapping[int, float] | None = None,
         logits_processor: LogitsProcessor | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         logprobs: int | None = None,
         echo: bool = False,
         state: State | None = None,
@@ -296,8 +310,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> len(m.generate("Once upon a time", max_tokens=5, temperature=0).ids)
         5
         """
-        if not self.config.causal:
-            raise ArgumentError(f"{self.arch} reads texts and writes none; use embed")
+        self._check_writes()
         params = SamplingParams(
             temperature=temperature,
             top_k=top_k,
@@ -333,6 +346,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        template_vars: Mapping[str, Any] | None = ...,
+        continue_final_message: bool = ...,
         *,
         max_tokens: int = ...,
         stream: Literal[False] = ...,
@@ -344,6 +359,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        template_vars: Mapping[str, Any] | None = ...,
+        continue_final_message: bool = ...,
         *,
         max_tokens: int = ...,
         stream: Literal[True],
@@ -355,6 +372,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        template_vars: Mapping[str, Any] | None = ...,
+        continue_final_message: bool = ...,
         *,
         max_tokens: int = ...,
         stream: bool,
@@ -365,6 +384,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
         *,
         max_tokens: int = 256,
         stream: bool = False,
@@ -377,9 +398,14 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages : sequence of mapping
             ``{"role": "user" | "assistant" | "system" | ..., "content": str}``, oldest first.
         template : str, optional
-            A Jinja template to use instead of the file's.
+            A Jinja template to use instead of the file's, or the name of a well-known one: "chatml", "llama2",
+            "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna".
         tools : sequence, optional
             Descriptions of tools in whatever form the template reads them.
+        template_vars : mapping, optional
+            Further variables of the template, such as ``{"enable_thinking": False}``.
+        continue_final_message : bool
+            Go on with the last message, usually the assistant's, instead of opening a new turn.
         max_tokens, stream, **options
             What ``generate`` takes under these names. What a ``state`` holds already is not read again.
 
@@ -398,13 +424,19 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> m = tinyllm.load()
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
-        from .chat.render import chat_ids, pick_template
+        from .chat.render import chat_ids, check_variables, given_template, pick_template
 
-        chosen = template or pick_template(self.metadata)
+        check_variables(template_vars or {})
+        given = template is not None
+        chosen = pick_template(self.metadata) if template is None else given_template(template)
         if chosen is None:
             raise TemplateError("the file has no chat template; give one with template=")
         t = self.tokenizer
-        ids = chat_ids(t, chosen, messages, bos_id=t.bos, eos_id=t.eos, tools=tools)
+        ids = chat_ids(
+            t, chosen, messages, bos_id=t.bos, eos_id=t.eos, must_show=given,
+            continue_final=continue_final_message, **{"tools": tools, **(template_vars or {})},
+        )  # fmt: skip
+        ids = without_end(t, ids)
         state = options.get("state")
         if state is not None:
             kept = state.reuse(ids)
@@ -412,9 +444,22 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             ids = ids[kept:]
         return self.generate(ids, max_tokens, stream=stream, **options)
 
+    def _check_writes(self) -> None:
+        """ArgumentError unless the model continues texts."""
+        if not self.config.causal:
+            raise ArgumentError(f"{self.arch} reads texts and writes none; use embed")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a model cannot be pickled: it holds memory and threads; load {self.path} where it is needed"
+        )
+
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens; an empty one is the beginning-of-text token."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if isinstance(prompt, str):
+            ids = without_end(self.tokenizer, self.tokenizer.encode(prompt))
+        else:
+            ids = [int(i) for i in prompt]
         return or_beginning(self.tokenizer, ids)
 
     def close(self) -> None:

@@ -104,6 +104,11 @@ def _finite(x: object) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
+def _float32(x: Any) -> bool:
+    """Can x be added to a logit, many times, without leaving float32?"""
+    return _finite(x) and abs(x) <= LARGEST_PENALTY
+
+
 def _integer(x: object) -> bool:
     return isinstance(x, Integral) and not isinstance(x, bool)
 
@@ -116,13 +121,13 @@ def _bias(x: object) -> bool:
     return x is None or (
         isinstance(x, Mapping)
         and all(_integer(i) and i >= 0 for i in x)
-        and all(_finite(v) or v == -math.inf for v in x.values())
+        and all(_float32(v) or v == -math.inf for v in x.values())
     )
 
 
 _Check: TypeAlias = tuple[Callable[[Any], bool], str]
 _BETWEEN: _Check = (_fraction, "a number from 0 to 1")
-_NUMBER: _Check = (_finite, "a finite number")
+_NUMBER: _Check = (_float32, f"a number from -{LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}")
 _CHECKS: dict[str, _Check] = {
     "temperature": (lambda x: _finite(x) and x >= 0, "a number >= 0 (0 is greedy)"),
     "top_k": (_integer, "an integer (0 keeps the whole vocabulary)"),
@@ -133,9 +138,15 @@ _CHECKS: dict[str, _Check] = {
     "repeat_last_n": (lambda x: _integer(x) and x >= -1, "an integer >= -1 (-1 all, 0 off)"),
     "presence_penalty": _NUMBER,
     "frequency_penalty": _NUMBER,
-    "logit_bias": (_bias, "a mapping of token ids to finite numbers or -inf, or None"),
+    "logit_bias": (
+        _bias,
+        f"a mapping of token ids to numbers up to {LARGEST_PENALTY:g} or -inf, or None",
+    ),
     "logits_processor": (lambda x: x is None or callable(x), "a callable f(ids, logits), or None"),
-    "seed": (lambda x: x is None or (_integer(x) and x >= 0), "an integer >= 0, or None"),
+    "seed": (
+        lambda x: x is None or (_integer(x) and x >= 0),
+        "an integer >= 0; None, or leaving it out, draws one",
+    ),
 }
 
 

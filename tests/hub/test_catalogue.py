@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serving: Callable[[Sit
 
 
 def test_the_list_is_kept_for_later(site: Site) -> None:
-    assert catalogue.known_models() == []
+    assert catalogue.known_models() == catalogue.packaged_list()["models"]
     assert catalogue.fetch_list() == LIST[:1]
     assert catalogue.known_models() == LIST[:1]
     assert len(site.asked) == 1
@@ -80,10 +81,24 @@ def test_a_missing_list_is_an_error(site: Site) -> None:
         catalogue.fetch_list()
 
 
-def test_a_damaged_kept_list_counts_as_none(site: Site) -> None:
+@pytest.mark.parametrize("content", ["{", "{}", "null", ""])
+def test_a_damaged_kept_list_counts_as_none(content: str, site: Site) -> None:
     catalogue.fetch_list()
-    (catalogue.cache_directory() / "models3.json").write_text("{")
-    assert catalogue.known_models() == []
+    (catalogue.cache_directory() / "models3.json").write_text(content)
+    assert catalogue.known_models() == catalogue.packaged_list()["models"]
+
+
+def test_the_package_has_the_list_and_its_date(site: Site) -> None:
+    packaged = catalogue.packaged_list()
+    assert datetime.strptime(packaged["date"], "%Y-%m")
+    assert "MIT" in packaged["license"]
+    assert len(packaged["models"]) == 32
+    assert not site.asked
+
+
+def test_a_name_that_only_a_newer_list_has_is_found(site: Site) -> None:
+    assert not catalogue.entry_of("Small-1B.Q4_0.gguf", catalogue.known_models())
+    assert catalogue.find_model("Small-1B.Q4_0").read_bytes() == MODEL
 
 
 def test_the_repositorys_own_list_parses(data: Path, site: Site) -> None:

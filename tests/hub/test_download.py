@@ -8,6 +8,7 @@ import http.server
 import multiprocessing
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -285,7 +286,18 @@ def test_an_unreachable_server_raises_what_requests_raises(
     ):
         fetch(f"http://127.0.0.1:{port}/m", tmp_path / "m.gguf")
     assert waits == [0.5, 1.0, 2.0, 4.0]
-    assert names(tmp_path) == ["m.gguf.part"]
+    assert names(tmp_path) == []
+
+
+def test_an_unknown_host_is_told_at_once(
+    tmp_path: Path, waits: list[float], capfd, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    with pytest.raises(
+        requests.exceptions.ConnectionError, match=r"no connection to nowhere\.invalid"
+    ):
+        fetch("http://nowhere.invalid/m", tmp_path / "m.gguf")
+    assert (waits, names(tmp_path), capfd.readouterr().err) == ([], [], "")
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "/etc/passwd", ""])

@@ -137,7 +137,7 @@ def test_load_refuses_what_it_does_not_know_or_cannot_use(data: Path) -> None:
 
 
 def test_a_file_without_floats_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyllm.loading.FLOATS", ("F16",))  # of which the bundled model has none
+    monkeypatch.setattr("tinyllm.loading.FLOATS", ("F16",))  # the bundled model has no such matrix
     with pytest.raises(ArgumentError, match="has none; leave it out"):
         tinyllm.load(compute="bf16")
 

@@ -6,12 +6,12 @@ import pytest
 
 from tinyllm.errors import DeviceError
 from tinyllm.kernels import devices
-from tinyllm.kernels.devices import Device
+from tinyllm.kernels.backend import Device
 
 GPUS = [
-    Device("cuda:0", "NVIDIA H200", "cuda", 10),
-    Device("opencl:0", "cpu-znver4", "opencl", 20),
-    Device("opencl:1", "AMD Radeon RX 7900", "opencl", 30),
+    Device("cuda", 0, "NVIDIA H200", 10),
+    Device("opencl", 0, "cpu-znver4", 20),
+    Device("opencl", 1, "AMD Radeon RX 7900", 30),
 ]
 
 

@@ -381,7 +381,7 @@ def test_devices_are_found_by_number_or_name() -> None:
 
 
 def test_the_list_of_devices_holds_this_one(be: Any) -> None:
-    found = {d.name: d for d in devices.list()}
+    found = {str(d): d for d in devices.list()}
     assert found[be.name].kind == "opencl"
     assert found[be.name].memory > 0
 

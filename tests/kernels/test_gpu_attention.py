@@ -16,6 +16,8 @@ from tinyllm.kernels.backend import Batch, LayerCache
 from tinyllm.kernels.devices import open_backend
 from tinyllm.kernels.gpu.attention_tensor import GroupShape, choose_splits, group_shape
 from tinyllm.kernels.gpu.kvcache import Side
+from tinyllm.kernels.gpu.operands import operand
+from tinyllm.kernels.gpu.weights import GPUWeight
 from tinyllm.kernels.reference import ReferenceBackend
 
 pytestmark = pytest.mark.device
@@ -120,12 +122,12 @@ def test_attention_is_exact_on_what_the_cache_holds(case: Case, be: Any) -> None
 @pytest.mark.parametrize("n_cores", [1, 64])
 def test_decode_leaves_the_int8_form_with_the_result(n_cores: int, be: Any) -> None:
     """One launch, split or not; the form is that of ``quantise``."""
-    be.n_cores, be._any_quantised = n_cores, True
+    be.n_cores, be.any_quantised = n_cores, True
     y = CASES[0].run(be, "f16")
     got = [be.numpy(x) for x in y.int8]
     y.int8 = None
-    weight = type("Weight", (), {"kind": "Q8_0"})()
-    want = [be.numpy(x) for x in be.operand(weight, y)]
+    weight = GPUWeight("Q8_0", "Q8_0", (1, y.shape[-1]), 0, None, 0)
+    want = [be.numpy(x) for x in operand(be, weight, y)]
     assert np.array_equal(got[0], want[0])
     assert np.allclose(got[1], want[1], rtol=1e-6)
     assert np.allclose(got[2], want[2], rtol=1e-5, atol=1e-6)

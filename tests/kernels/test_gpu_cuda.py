@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import normal, stored
 
 from tinyllm import gguf
 from tinyllm.errors import DeviceError
-from tinyllm.kernels.backend import Batch
-from tinyllm.kernels.gpu import pinned
+from tinyllm.kernels.backend import Batch, LayerCache
+from tinyllm.kernels.gpu import backend, pinned
+from tinyllm.kernels.gpu.kvcache import Side
+from tinyllm.kernels.gpu.weights import GPUWeight
 from tinyllm.kernels.reference import ReferenceBackend
 from tinyllm.models.build import build
 from tinyllm.models.stages import Stage
@@ -21,6 +24,7 @@ from tinyllm.models.stages import Stage
 pytestmark = pytest.mark.device
 pytest.importorskip("pyopencl", reason="needs PyOpenCL")
 F32 = np.float32
+REFERENCE = ReferenceBackend()
 
 
 @pytest.fixture
@@ -42,9 +46,9 @@ def cuda(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def be(cuda: Any) -> Iterator[Any]:
-    backend = cuda.CUDABackend("0")
-    yield backend
-    backend.close()
+    opened = cuda.CUDABackend("0")
+    yield opened
+    opened.close()
 
 
 def logits(where: Any, path: Path, parts: list[int]) -> np.ndarray:
@@ -63,7 +67,7 @@ def test_a_model_gives_the_references_logits(
     name: str, library: bool, be: Any, driver: Any, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if library:
-        monkeypatch.setitem(type(be).many_rows.__globals__, "LIBRARY_ROWS", 20)
+        monkeypatch.setattr(backend, "LIBRARY_ROWS", 20)
     path = data / "golden" / "quants" / f"{name}.gguf"
     want = logits(ReferenceBackend(), path, [28])
     got = logits(be, path, [20, *[1] * 8])
@@ -92,11 +96,78 @@ def test_steps_of_some_rows_are_captured_with_their_products(
 def test_without_cublas_prompts_go_through_our_own_tiles(
     name: str, be: Any, driver: Any, data: Path
 ) -> None:
-    be._cublas = None
+    be.library = None
     path = data / "golden" / "quants" / f"{name}.gguf"
     want, got = logits(ReferenceBackend(), path, [20]), logits(be, path, [20])
     assert np.abs(got - want).max() <= (2e-3 if name.endswith("F16") else 0.2) * want.std()
     assert driver.products == 0
+
+
+def chosen(be: Any, kind: str, n_rows: int) -> str:
+    """Which kernels multiply so many rows, or (row, expert) pairs if negative, with weights of a kind."""
+    w = GPUWeight(kind, kind, (64, 256), 0, None, 0)
+    product = be.choose_expert_product(w, -n_rows) if n_rows < 0 else be.choose_product(w, n_rows)
+    return str(type(product).__name__)
+
+
+QUANTISED = {1: "Matvec", 4: "Matvec", 5: "TensorTiles", 255: "TensorTiles", 256: "Library"}
+FLOATS = {1: "Matvec", 8: "Matvec", 9: "Library", 256: "Library"}
+PAIRS = {-32: "Matvec", -33: "TensorTiles"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "table"), [("Q4_K", QUANTISED | PAIRS), ("F16", FLOATS | PAIRS | {-33: "Tiles"})]
+)
+def test_products_are_chosen_by_format_and_rows(be: Any, kind: str, table: dict[int, str]) -> None:
+    assert {n: chosen(be, kind, n) for n in table} == table
+
+
+def test_without_tensor_cores_tiles_multiply_in_integers(be: Any) -> None:
+    be.tensor_cores = False
+    assert [chosen(be, "Q4_K", n) for n in (16, 17, 256, -33)] == [
+        *("Matvec", "Tiles", "Library", "Tiles")
+    ]
+    side = Side(0, 2, 64, 64, "f16")
+    assert be.choose_attention(side, side) is be.plain_attention
+
+
+def test_a_library_is_passed_over_for_what_it_does_not_multiply(be: Any) -> None:
+    be.library.kinds = ("F32", "F16")
+    assert [chosen(be, kind, 300) for kind in ("F16", "BF16", "Q4_K")] == [
+        *("Library", "Tiles", "Library")
+    ]
+
+
+def test_experts_of_two_formats_share_their_choices(be: Any) -> None:
+    """Tiles of floats and tiles on tensor cores are of different sizes."""
+    x, experts = normal(40, 256), np.random.default_rng(0).integers(0, 5, (40, 2)).astype(np.int32)
+    on_device = be.array(x), be.array(experts)
+    for kind, bound in (("F16", 1e-3), ("Q8_0", 1e-2), ("F16", 1e-3)):
+        source = stored(kind, 5, 64, 256)
+        want = REFERENCE.matmul_experts(REFERENCE.load(source), x, experts)
+        got = be.numpy(be.matmul_experts(be.load(source), *on_device))
+        assert np.abs(got - want).max() < bound * np.abs(want).max()
+
+
+def test_attention_in_floats_deals_out_the_past_by_pages(be: Any) -> None:
+    """Sixteen pages go to as many groups of each of two key heads, since the device has 64 cores."""
+    launched, launch = [], be.launch
+    k, v, q = normal(900, 32), normal(900, 32, seed=1), normal(1, 64, seed=2)
+
+    def traced(program: Any, kernel: str, groups: Any, *args: Any) -> None:
+        launched.append((kernel, groups))
+        launch(program, kernel, groups, *args)
+
+    def attend(b: Any) -> np.ndarray:
+        cache = b.new_cache([LayerCache(2, 16, 16)], 1000, "f32")
+        past = b.upload(Batch.of([[0] * 900], [0], [0], [cache]))
+        b.cache_write(past, 0, b.array(k), b.array(v))
+        last = b.upload(Batch.of([[0]], [899], [0], [cache]))
+        return np.array(b.numpy(b.attention(last, 0, b.array(q), 4, scale=0.25)))
+
+    be.launch = traced
+    assert np.abs(attend(be) - attend(REFERENCE)).max() < 1e-5
+    assert ("attention", (2, 1, 16)) in launched
 
 
 def test_two_devices_share_the_layers(cuda: Any, driver: Any, data: Path) -> None:
@@ -121,7 +192,7 @@ def test_many_small_copies_in_flight_keep_their_values(
     host = np.empty(700, F32)
     arrays = []
     for i in range(20):
-        host[:] = i  # the same memory again and again
+        host[:] = i  # one memory is used again and again
         arrays.append(be.array(host))
     assert [be.numpy(x).min() for x in arrays] == list(range(20))
     assert [be.numpy(x).max() for x in arrays] == list(range(20))

@@ -162,9 +162,9 @@ def plain(net: Network) -> Any:
     """plain(run): what it gives without steps that begin ahead, and then with them."""
 
     def both(run: Any) -> tuple[Any, Any]:
-        net.follows = False
+        net.ahead.enabled = False
         want = run()
-        net.follows = True
+        net.ahead.enabled = True
         return want, run()
 
     return both
@@ -187,7 +187,7 @@ def test_the_tokens_are_the_same_on_opencl(opencl: Any, data: Path) -> None:
     with gguf.open(data / "golden" / "quants" / "llama-h256-Q4_K.gguf") as f:
         net = build(f.metadata, f.tensors, opencl, "f16")
     got = answers(net, 8, 2, temperature=0)
-    net.follows = False
+    net.ahead.enabled = False
     assert got == answers(net, 8, 2, temperature=0)
     net.be.picks = ()
     assert got == answers(net, 8, 2, temperature=0)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from samples import normal, stored
 
-from tinyllm.errors import DeviceError
-from tinyllm.kernels.gpu import products
-from tinyllm.kernels.gpu.products import LibraryProducts
+from tinyllm.kernels.gpu import backend, matmul_library
+from tinyllm.kernels.gpu.matmul_library import Library
 from tinyllm.kernels.reference import ReferenceBackend
 
 pytestmark = pytest.mark.device
@@ -26,40 +25,34 @@ def as_float(kind: str, raw: np.ndarray) -> np.ndarray:
     return raw.view({"F32": F32, "F16": np.float16}[kind]).astype(F32)
 
 
-@pytest.fixture(scope="module")
-def be() -> Any:
-    from tinyllm.kernels.gpu.opencl import OpenCLBackend
+@pytest.fixture
+def be(opencl: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def multiply(
+        kind: str,
+        w: tuple[Any, int],
+        x: Any,
+        rows: range,
+        y: Any,
+        columns: range,
+        keep: bool = False,
+    ) -> None:
+        """Multiply as cuBLAS does it: with these buffers, leading dimensions and accumulation."""
+        buffer, w_row = w
+        n, n_in = len(columns), x.shape[-1]
+        raw = opencl.get(buffer, 0, n * w_row * (4 if kind == "F32" else 2))
+        matrix = as_float(kind, raw).reshape(n, w_row)[:, :n_in]
+        left = as_float(kind, opencl.get(x.buffer, 0, x.nbytes)).reshape(-1, n_in)
+        out = np.array(opencl.numpy(y)).reshape(-1, y.shape[-1])
+        here = np.s_[: len(rows), columns.start : columns.stop]
+        out[here] = left[rows.start : rows.stop] @ matrix.T + (out[here] if keep else 0)
+        opencl.put(y.buffer, 0, out)
 
-    class NumPyProducts(LibraryProducts, OpenCLBackend):
-        """``gemm`` as cuBLAS does it: the same buffers, leading dimensions and accumulation."""
-
-        def gemm(
-            self,
-            kind: str,
-            w: tuple[Any, int],
-            x: Any,
-            rows: range,
-            y: Any,
-            columns: range,
-            keep: bool = False,
-        ) -> None:
-            buffer, w_row = w
-            n, n_in = len(columns), x.shape[-1]
-            raw = self.get(buffer, 0, n * w_row * (4 if kind == "F32" else 2))
-            matrix = as_float(kind, raw).reshape(n, w_row)[:, :n_in]
-            left = as_float(kind, self.get(x.buffer, 0, x.nbytes)).reshape(-1, n_in)
-            out = np.array(self.numpy(y)).reshape(-1, y.shape[-1])
-            here = np.s_[: len(rows), columns.start : columns.stop]
-            out[here] = left[rows.start : rows.stop] @ matrix.T + (out[here] if keep else 0)
-            self.put(y.buffer, 0, out)
-
-    try:
-        return NumPyProducts()
-    except DeviceError as e:
-        return pytest.skip(str(e))
+    opencl.library = Library(opencl, multiply)
+    monkeypatch.setattr(backend, "LIBRARY_ROWS", backend.MATVEC_ROWS + 1)
+    return opencl
 
 
-@pytest.mark.parametrize("room", [0, products.MOST_PARTS])
+@pytest.mark.parametrize("room", [0, matmul_library.MOST_PARTS])
 @pytest.mark.parametrize("size", [1e-4, 1, 1e6])
 @pytest.mark.parametrize(
     ("kind", "bound"),
@@ -68,8 +61,10 @@ def be() -> Any:
 def test_library_products_are_as_exact_as_their_format(
     be: Any, kind: str, bound: float, size: float, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "MOST_PARTS", room)
-    monkeypatch.setattr(products, "MOST_PIECE", 2 * 256 * 20)  # 20 rows at a time, 8 at the end
+    monkeypatch.setattr(matmul_library, "MOST_PARTS", room)
+    monkeypatch.setattr(
+        matmul_library, "MOST_PIECE", 2 * 256 * 20
+    )  # 20 rows at a time, 8 at the end
     rng = np.random.default_rng(0)
     source = stored(kind, 48, 256)
     x = rng.standard_normal((20, 256), dtype=F32) * F32(size)

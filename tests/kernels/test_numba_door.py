@@ -115,7 +115,7 @@ def test_vectors_are_values_in_functions_of_numba() -> None:
     total = apply(x.ctypes.data, y.ctypes.data, 40)
     v = ((x - np.float32(0.5)) ** 2 + np.float32(1)) / np.float32(3)
     np.testing.assert_allclose(y, -v + v * v - v / (v + v), rtol=1e-5)
-    last = np.float32(1.25 / 3)  # of the lanes behind the end, which are zeros
+    last = np.float32(1.25 / 3)  # what the lanes behind the end, zeros, become
     np.testing.assert_allclose(total, y.sum() + 8 * (-last + last * last - 0.5), rtol=1e-5)
 
 

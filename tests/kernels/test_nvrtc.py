@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from tinyllm.errors import DeviceError
-from tinyllm.kernels.gpu import backend, nvrtc
+from tinyllm.kernels.gpu import elementwise, nvrtc
 
 REPORT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "gpu-registers.json"
-REGISTERS, SHARED = 65536, 48 << 10  # of a multiprocessor, and bytes that every group may have
+REGISTERS, SHARED = 65536, 48 << 10  # a multiprocessor has; bytes that every group may have
 PROGRAMS = nvrtc.programs()
 ALL = [(name, arch) for name in PROGRAMS for arch in nvrtc.ARCHITECTURES]
 
@@ -68,7 +68,7 @@ def test_every_program_compiles_for_every_architecture(name: str, arch: str) -> 
 def test_what_was_kept_fits_a_multiprocessor(name: str, arch: str) -> None:
     for kernel, (registers, stack, spills, shared) in KEPT[name, arch].items():
         assert (stack, spills) == (0, 0), kernel
-        threads = backend.MOST_THREADS if kernel.startswith("norm_r") else 256  # at most
+        threads = elementwise.MOST_THREADS if kernel.startswith("norm_r") else 256  # at most
         assert registers * threads <= REGISTERS, kernel
         assert shared <= SHARED, kernel
 

@@ -28,7 +28,7 @@ def network(path: Path, be: Any) -> Network:
 
 
 def logits(net: Network) -> list[np.ndarray]:
-    """Of a sequence read in parts, the last row of each."""
+    """Read a sequence in parts; the last row of each."""
     state, found = net.new_state(64), []
     state.append([(7 * i + 3) % 60 for i in range(sum(PARTS))])
     for n in PARTS:
@@ -121,7 +121,7 @@ def test_a_cpu_has_limits() -> None:
 
 
 def check_gpu(be: Any, path: Path) -> None:
-    """The same logits with a profile, and the products that the CPU counts."""
+    """A profile changes no logits, and counts the products that the CPU counts."""
     net = network(path, be)
     want = logits(net)
     with be.profiled() as profile:

@@ -22,7 +22,7 @@ IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4""".split()
 FILES = [f"{m}-h256-{f}" for m in ("llama", "qwen2") for f in FORMATS] + [
     f"llama-h256-{f}" for f in ("Q1_0", "Q2_0", "Q4_K_M", "Q3_K_M")
 ]
-RMS, LARGEST = 1.05, 1.25  # of llama.cpp's own errors
+RMS, LARGEST = 1.05, 1.25  # so many times llama.cpp's own errors
 # One of 12,288 logits is 1.2553 x llama.cpp's largest, on every backend, while the mean error is 0.997 x:
 # which value is worst depends on how each engine rounds its activations.
 EXCEPTION = {"qwen2-h256-IQ4_NL": 1.27}

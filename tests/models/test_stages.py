@@ -16,6 +16,7 @@ import tinyllm
 from tinyllm import gguf
 from tinyllm.errors import ArgumentError, DeviceError, StateError
 from tinyllm.kernels import devices
+from tinyllm.kernels.backend import Device
 from tinyllm.kernels.devices import open_backend
 from tinyllm.kernels.reference import ReferenceBackend
 from tinyllm.loading import placing
@@ -209,7 +210,7 @@ class Sized(ReferenceBackend):
 
     def __init__(self, name: str, free: int) -> None:
         super().__init__()
-        self.name, self.free = name, free
+        self.where, self.free = Device(name), free
 
     def memory(self) -> tuple[int, int]:
         return self.free, self.free

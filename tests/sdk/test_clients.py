@@ -36,6 +36,7 @@ def home(tmp_path: Path, data: Path) -> Path:
     sources = {
         "all-MiniLM-L6-v2.gguf2.f16.gguf": data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf",
         "stories260K.gguf": data / "models" / "stories260K.gguf",
+        "Meta-Llama-3-8B-Instruct.Q4_0.gguf": ROOT / "tinyllm" / "data" / "bundled.gguf",
         "nomic-embed-text-v1.f16.gguf": data / "golden" / "models" / "nomic-bert.gguf",
         "nomic-embed-text-v1.5.f16.gguf": data / "golden" / "models" / "nomic-bert.gguf",
     }
@@ -51,26 +52,42 @@ def run(home: Path, package: str, code: str) -> Any:
 
 def printed(home: Path, package: str, code: str) -> tuple[str, Any]:
     """What the code prints, and what it tells."""
-    if importlib.util.find_spec(package) is None:
+    before, _, told = output(home, package, "-c", PRELUDE + code).partition("RESULT")
+    return before, json.loads(told)
+
+
+def shimmed(home: Path, package: str, *program: str, text: str = "") -> str:
+    """What a program prints that is run on the shim as it is, with ``text`` as its standard input."""
+    return output(home, package, "-m", "tinyllm.sdk.shim", *program, text=text)
+
+
+def output(home: Path, package: str, *args: str, text: str = "", first: Path = ROOT) -> str:
+    """What Python prints, in a process of its own with ``home`` as the user's folder."""
+    if importlib.util.find_spec(package) is None and not (first / package).is_dir():
         pytest.skip(f"{package} is not installed")
     environment = {
         **os.environ,
         "HOME": str(home),
         "LLM_USER_PATH": str(home / "llm"),
-        "PYTHONPATH": str(ROOT),
+        "LLM_LOAD_PLUGINS": "llm-gpt4all",
+        "PYTHONPATH": os.pathsep.join([str(first), str(ROOT)]),
         "PYTHONWARNINGS": "ignore",
+        "COLUMNS": "200",
+        "ANONYMIZED_TELEMETRY": "False",
+        "EC_TELEMETRY": "false",
     }
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code],
+        [sys.executable, *args],
         capture_output=True,
         text=True,
+        input=text,
         env=environment,
+        cwd=home,
         timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    before, _, told = done.stdout.partition("RESULT")
-    return before, json.loads(told)
+    return done.stdout
 
 
 def test_langchain_llm(home: Path, llm: Any) -> None:
@@ -198,3 +215,69 @@ tell(([str(dict(s.attributes)) for s in exporter.get_finished_spans()], pieces, 
     assert "all-MiniLM-L6-v2" in spans[2]
     assert len(pieces) == 5
     assert n == 384
+
+
+def test_scikit_llm_classifies(home: Path) -> None:
+    (home / "classify.py").write_text(
+        """
+import pandas
+from skllm import ZeroShotGPTClassifier
+from skllm.config import SKLLMConfig
+SKLLMConfig.set_openai_key("none")
+SKLLMConfig.set_openai_org("none")
+classifier = ZeroShotGPTClassifier(openai_model="gpt4all::Meta-Llama-3-8B-Instruct.Q4_0")
+classifier.fit(None, ["good", "bad"])
+print(*classifier.predict(pandas.Series(["I like it", "It broke"])))
+"""
+    )
+    labels = shimmed(home, "skllm", "classify.py").split()
+    assert len(labels) == 2
+    assert set(labels) <= {"good", "bad"}
+
+
+def test_gpt4all_cli_talks(home: Path) -> None:
+    model = str(home / ".cache" / "gpt4all" / "Meta-Llama-3-8B-Instruct.Q4_0.gguf")
+    said = shimmed(
+        home,
+        "gpt4all_cli",
+        *("gpt4all-cli", "--model", model, "--readline-history", "", "--num-threads", "1"),
+        text="Hello! /ask\n/temp 0.5\nI want a table for two. /ask\n/exit\n",
+    )
+    assert "Model is now initialized" in said
+    first, second = said.split(">>> ")[1:4:2]
+    assert len(first.strip()) > 5
+    assert len(second.strip()) > 5
+
+
+def test_llmshell_suggests_a_command(home: Path) -> None:
+    version = shimmed(home, "gpt_shell", "llmshell", "--version")
+    assert "llmshell" in version
+    for key, value in (
+        ("backends.gpt4all.model", "Meta-Llama-3-8B-Instruct.Q4_0.gguf"),
+        ("backends.gpt4all.model_path", str(home / ".cache" / "gpt4all")),
+    ):
+        shimmed(home, "gpt_shell", "llmshell", "config", "set", key, value)
+    said = shimmed(home, "gpt_shell", "llmshell", "run", "--dry-run", "list all files")
+    assert "Using backend: gpt4all" in said
+
+
+def test_embedchain_answers_from_chroma(home: Path) -> None:
+    (home / "ask.py").write_text(
+        f"""
+from embedchain import App
+app = App.from_config(config={{
+    "llm": {{"provider": "gpt4all", "config": {{
+        "model": {str(home / ".cache" / "gpt4all" / "stories260K.gguf")!r}, "max_tokens": 20,
+        "temperature": 0.0, "top_p": 1, "stream": False}}}},
+    "embedder": {{"provider": "gpt4all", "config": {{"model": "all-MiniLM-L6-v2.gguf2.f16.gguf"}}}},
+    "vectordb": {{"provider": "chroma", "config": {{"dir": "db", "allow_reset": True}}}},
+}})
+app.add("Lily has a red ball.", data_type="text")
+app.add("The moon is far away.", data_type="text")
+print(app.search("Who plays with something round?", num_documents=1)[0]["context"])
+print(len(app.query("What does Lily have?")) > 5)
+"""
+    )
+    program = ("-m", "tinyllm.sdk.shim", "ask.py")
+    said = output(home, "embedchain", *program, first=Path(sys.prefix) / "embedchain")
+    assert said.splitlines()[-2:] == ["Lily has a red ball.", "True"]

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
+import pickle
 import types
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ import requests
 
 from tinyllm.engine.completion import Completion
 from tinyllm.hub import catalogue
+from tinyllm.kernels.backend import Device
 from tinyllm.sdk import CancellationError, Embed4All, GPT4All, devices
 from tinyllm.sdk import gpt4all as module
 from tinyllm.sdk.llmodel import LLModel
+from tinyllm.sdk.templates import from_percent, template_of
 
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temp": 0}
 START = "Once upon a time"
@@ -126,6 +130,30 @@ def test_config_has_the_list_as_last_fetched(
     assert "name" not in GPT4All.retrieve_model("stories260K", models, allow_download=False)
 
 
+def test_config_has_the_packages_list_when_none_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "Meta-Llama-3-8B-Instruct.Q4_0.gguf").write_text("")
+    config = GPT4All.retrieve_model("Meta-Llama-3-8B-Instruct.Q4_0", tmp_path)
+    assert config["systemPrompt"] == ""
+    assert config["promptTemplate"].startswith("<|start_header_id|>user<|end_header_id|>\n\n{0}")
+    assert config["promptTemplate"].count("{1}") == 1
+
+
+def test_the_templates_of_the_packages_list_show_the_message() -> None:
+    turns = [{"role": "user", "content": "How are you?"}]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    for model in catalogue.packaged_list()["models"]:
+        sources = [model.get("chatTemplate"), from_percent(model.get("promptTemplate") or "")]
+        for source in filter(None, sources):
+            if model["filename"] == "wizardlm-13b-v1.2.Q4_0.gguf":  # it never shows the message
+                with pytest.raises(ValueError, match="never shows the message"):
+                    template_of(source)
+                continue
+            assert "How are you?" in template_of(source).render(turns, tokens), model["filename"]
+
+
 def test_no_network_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "LIST_URL", "http://127.0.0.1:9/models3.json")
     with pytest.raises(
@@ -207,10 +235,10 @@ def test_devices_that_are_not_there(models: Path, monkeypatch: pytest.MonkeyPatc
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices of each kind; the last is PoCL's, which runs on the CPU."""
     there = [
-        types.SimpleNamespace(id="cpu", name="A CPU", kind="cpu", memory=1 << 40),
-        types.SimpleNamespace(id="cuda:0", name="NVIDIA H200", kind="cuda", memory=1 << 37),
-        types.SimpleNamespace(id="opencl:0", name="Radeon", kind="opencl", memory=1000),
-        types.SimpleNamespace(id="opencl:1", name="pthread-intel", kind="opencl", memory=1 << 40),
+        Device("cpu", 0, "A CPU", 1 << 40),
+        Device("cuda", 0, "NVIDIA H200", 1 << 37),
+        Device("opencl", 0, "Radeon", 1000),
+        Device("opencl", 1, "pthread-intel", 1 << 40),
     ]
     monkeypatch.setattr("tinyllm.kernels.devices.list_devices", lambda: there)
 
@@ -242,7 +270,7 @@ def test_devices_that_do_not_match(models: Path, several: None) -> None:
     ],
 )
 def test_devices_by_kind_index_and_name(device: str, engine: str, several: None) -> None:
-    assert devices.choose(*devices.split_device(device)).engine == engine
+    assert devices.choose(*devices.split_device(device)).device.id == engine
 
 
 def test_threads(models: Path) -> None:
@@ -251,7 +279,7 @@ def test_threads(models: Path) -> None:
         llm.model.set_thread_count(1)
         assert llm.model.thread_count() == 1
         assert llm.generate(START, **GREEDY)
-        with pytest.raises(ValueError, match="n_threads must be positive"):
+        with pytest.raises(ValueError, match=r"^n_threads=0; expected a whole number from 1"):
             llm.model.set_thread_count(0)
 
 
@@ -260,8 +288,108 @@ def test_context_warnings(models: Path, capsys) -> None:
         assert llm.model.n_ctx == 4
     err = capsys.readouterr().err
     assert err == "warning: minimum context size is 8, using minimum size.\n"
-    with pytest.raises(ValueError, match="n_ctx must be positive"):
+    with pytest.raises(ValueError, match=r"^n_ctx=0; expected a whole number from 1"):
         GPT4All("stories260K", model_path=models, allow_download=False, n_ctx=0)
+
+
+@pytest.mark.parametrize("n_ctx", range(1, 8))
+def test_the_smallest_context_is_what_the_warning_says(n_ctx: int, models: Path, capsys) -> None:
+    with GPT4All("stories260K", model_path=models, allow_download=False, n_ctx=n_ctx) as llm:
+        assert llm.generate("Hi", max_tokens=3, temp=0)
+        with pytest.raises(ValueError, match=r"\(\d+ > 4\)"):
+            llm.generate(START)
+        with llm.chat_session(chat_template="{0}"):
+            assert llm.generate("a", max_tokens=3, temp=0)
+    assert "minimum context size is 8, using minimum size" in capsys.readouterr().err
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_ctx": 2**31}, f"n_ctx={2**31}; expected a whole number from 1 to {2**31 - 1}"),
+        ({"n_ctx": "2048"}, "n_ctx='2048'; expected a whole number from 1"),
+        ({"n_ctx": 2048.0}, r"n_ctx=2048\.0; expected a whole number from 1"),
+        ({"n_ctx": None}, "n_ctx=None; expected a whole number from 1"),
+        ({"n_threads": "2"}, "n_threads='2'; expected a whole number from 1"),
+        ({"n_threads": 0}, "n_threads=0; expected a whole number from 1"),
+        ({"ngl": "all"}, "ngl='all'; expected a whole number"),
+        ({"device": 0}, "device=0; expected a text"),
+        ({"kv_type": "q4_0"}, "kv_type='q4_0'; expected"),
+        ({"model_path": 3}, "model_path=3; expected the name or the path"),
+        ({"model_name": None}, "model_name=None; expected the name or the path of a file"),
+        ({"model_name": ""}, "model_name=''; expected the name or the path of a file"),
+        ({"model_name": b"x.gguf"}, "model_name=b'x.gguf'; expected the name or the path"),
+    ],
+)
+def test_a_wrong_argument_of_the_class_is_named(
+    arguments: dict[str, Any], message: str, models: Path
+) -> None:
+    given = {"model_name": "stories260K", "model_path": models, "allow_download": False}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        GPT4All(**{**given, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_tokens": None}, "max_tokens=None; expected a whole number"),
+        ({"max_tokens": "9"}, "max_tokens='9'; expected a whole number"),
+        ({"n_predict": 1.5}, r"n_predict=1\.5; expected a whole number"),
+        ({"temp": "hot"}, "temp='hot'; expected a number"),
+        ({"n_batch": None}, "n_batch=None; expected a whole number from 1"),
+        ({"logprobs": -1}, "logprobs=-1; expected a whole number from 0"),
+        ({"callback": None}, r"callback=None; expected callback\(token_id, text\)"),
+        ({"stop": [1]}, r"stop=\[1\]"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_wrong_argument_of_generate_is_named(
+    arguments: dict[str, Any], message: str, streaming: bool, llm: GPT4All
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(START, streaming=streaming, **arguments)
+
+
+def test_other_wrong_arguments_are_named(llm: GPT4All, embedder: Embed4All) -> None:
+    for wrong in (5, True, ["Be kind."]):
+        with pytest.raises(ValueError, match=r"^system_message="):
+            llm.chat_session(wrong, "{0}").__enter__()
+    with pytest.raises(ValueError, match=r"^chat template 5; expected a text"):
+        llm.chat_session("Be kind.", 5).__enter__()
+    for text in (5, 1.5):
+        with pytest.raises(ValueError, match=r"^text=.*; expected a text or a list of texts"):
+            embedder.embed(text)
+    with pytest.raises(ValueError, match=r"^dimensionality='64'; expected a whole number"):
+        embedder.embed("a", dimensionality="64")
+    with pytest.raises(ValueError, match=r"^cancel_cb=3; expected"):
+        embedder.embed("a", cancel_cb=3)
+    assert llm.generate(START, stop=None, **GREEDY) == llm.generate(START, **GREEDY)
+
+
+def test_a_path_and_a_directory_as_name(models: Path, tmp_path: Path) -> None:
+    with GPT4All(models / "stories260K.gguf", allow_download=False) as llm:
+        assert llm.generate(START, **GREEDY)
+    with Embed4All(models / "all-MiniLM-L6-v2.gguf2.f16.gguf") as embedder:
+        assert len(embedder.embed("a")) == 384
+    (tmp_path / "dir.gguf").mkdir()
+    for name, directory in (("dir.gguf", tmp_path), (str(tmp_path / "dir.gguf"), None)):
+        with pytest.raises(IsADirectoryError, match="give the path of a GGUF file in it"):
+            GPT4All(name, model_path=directory, allow_download=False)
+
+
+def test_a_model_is_neither_pickled_nor_copied(llm: GPT4All, embedder: Embed4All) -> None:
+    for thing in (llm, embedder, llm.model):
+        for use in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=r"Make one in each process, from the same"):
+                use(thing)
+
+
+def test_keys_and_values_may_be_kept_smaller(models: Path) -> None:
+    with GPT4All("stories260K", model_path=models, allow_download=False, kv_type="q8_0") as small:
+        assert small.generate(START, **GREEDY)
 
 
 # ---- arguments of generate

@@ -84,7 +84,7 @@ def test_embedding(case: str, embedder: Embed4All, recorded: dict[str, Any]) -> 
 def test_token_count_of_a_list(embedder: Embed4All, recorded: dict[str, Any]) -> None:
     texts = recorded["embed_texts"]["texts"]
     total = recorded["embed"]["list"]["result"]["n_prompt_tokens"]
-    the_as = 150  # of them, as GPT4All counts
+    the_as = 150  # tokens, as GPT4All counts them
     texts = texts[:HUNDREDS_OF_A] + texts[HUNDREDS_OF_A + 1 :]
     assert embedder.embed(texts, return_dict=True)["n_prompt_tokens"] == total - the_as
 

@@ -147,6 +147,19 @@ def test_the_files_template_is_used(llm: GPT4All, monkeypatch: pytest.MonkeyPatc
     assert first == whole(llm, f"{ONE} ")
 
 
+def test_a_listed_template_that_shows_no_message_gives_way_to_the_files(
+    llm: GPT4All, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.update(chatTemplate="{% for m in loop_messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match="never shows the message"):
+        llm.chat_session().__enter__()
+    model = llm.model.model
+    monkeypatch.setattr(model, "metadata", {**model.metadata, "tokenizer.chat_template": STORY})
+    with llm.chat_session():
+        first = llm.generate(ONE, **GREEDY)
+    assert first == whole(llm, f"{ONE} ")
+
+
 def test_a_malformed_template_is_refused_at_once(llm: GPT4All) -> None:
     with pytest.raises(TemplateError, match="line 1"), llm.chat_session(chat_template="{% for %}"):
         pass
@@ -205,19 +218,112 @@ def test_a_blank_line_follows_an_answer_that_no_format_string_ends() -> None:
         ("a {0} b {1}", FormatTemplate),
         ("USER: {}\n", FormatTemplate),
         ("{{ messages }} {0}", JinjaTemplate),
-        ("{# {0} #}", JinjaTemplate),
+        ("{% for m in messages %}{{ m.content }}{% endfor %} {0}", JinjaTemplate),
+        ('{{"q": "{0}"}}', FormatTemplate),
+        ("{{0}} {0}", FormatTemplate),
     ],
 )
 def test_kinds_of_templates(source: str, kind: type) -> None:
     assert isinstance(template_of(source), kind)
 
 
-def test_a_template_that_never_shows_the_message_is_refused(llm: GPT4All) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{x}",
+        "plain text",
+        "{# {0} #}",
+        "{{0}}",
+        "USER: {1} BOT: {0}",
+        "{0} {0}",
+        "{0}{1}{1}",
+        "{1}",
+        "{{ bos_token }}",
+        "{% for m in messages %}{{ m.role }}{% endfor %}",
+        "{{ messages[0].contents }}",
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}",
+    ],
+)
+def test_a_template_that_never_shows_the_message_is_refused(source: str, llm: GPT4All) -> None:
+    before = llm.current_chat_session
+    with pytest.raises(ValueError, match=r"expected (Jinja that prints it|\{0\} once)"):
+        llm.chat_session("Be kind.", source).__enter__()
+    assert llm.current_chat_session is before is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ messages[-1].content }}",
+        "{{ messages[-1].content | upper | trim }}",
+        "{{ messages | tojson }}",
+        "{0!s:>40} {1}",
+    ],
+)
+def test_a_template_that_shows_it_in_its_own_way_is_taken(source: str, llm: GPT4All) -> None:
+    with llm.chat_session("Be kind.", source):
+        assert llm.generate(ONE, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        "<|im_start|>system\nBe kind.<|im_end|>\n",
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>",
+        "### System:\nBe kind.\n",
+        "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>",
+    ],
+)
+def test_a_system_message_in_a_templates_markup_is_warned_of(system: str, llm: GPT4All) -> None:
     with (
-        pytest.raises(ValueError, match=r"'\{x\}': expected Jinja, or a format string with \{0\}"),
-        llm.chat_session("Be kind.", "{x}"),
+        pytest.warns(UserWarning, match="is not plain text") as caught,
+        llm.chat_session(system, STORY),
     ):
+        assert llm.current_chat_session[0]["content"] == system
+    assert caught[0].filename == __file__
+    with llm.chat_session(system, "<|im_start|>user\n{0}"):  # a format string adds nothing to it
         pass
+    with llm.chat_session("Use <b>, [brackets] and a | b < c.", STORY):
+        pass
+
+
+@pytest.mark.parametrize("n_ctx", [64, 100])
+def test_what_is_longer_than_the_context_is_an_error_that_says_by_how_much(
+    n_ctx: int, models: Path
+) -> None:
+    with GPT4All("stories260K", model_path=models, allow_download=False, n_ctx=n_ctx) as small:
+        n = small.model.count_prompt_tokens("a " * 200 + "Hi ")
+        too_long = f"has {n} tokens .* room for {n_ctx - 4}: {n - n_ctx + 4} too many"
+        with small.chat_session("a " * 200, "{0}"):
+            for streaming in (False, True):
+                with pytest.raises(ValueError, match=too_long):
+                    small.generate("Hi ", streaming=streaming)
+            assert len(small.current_chat_session) == 1
+        with small.chat_session(chat_template=STORY):
+            small.generate(ONE, **GREEDY)
+            before = [{"role": "user", "content": "a " * 99}] * 2
+            small.current_chat_session = list(before)
+            with pytest.raises(ValueError, match=r"too many. Shorten them"):
+                small.generate("Hi", **GREEDY)
+            assert small.current_chat_session == before
+            small.current_chat_session[0]["content"] = "a"
+            small.current_chat_session.pop()
+            assert small.generate("Hi", **GREEDY)
+
+
+def test_losing_the_system_message_is_warned_of_once(models: Path) -> None:
+    with GPT4All("stories260K", model_path=models, allow_download=False, n_ctx=64) as small:
+        with small.chat_session("Be kind.", STORY), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(6):
+                small.generate(TWO, **GREEDY)
+        assert ["the system message included" in str(w.message) for w in caught] == [True]
+        with (  # an answer alone can push it out
+            small.chat_session("Be kind.", STORY),
+            pytest.warns(UserWarning, match="outgrown the context of 64 tokens"),
+        ):
+            small.generate(ONE, max_tokens=100, temp=0)
 
 
 def test_percent_placeholders_are_refused_as_before(llm: GPT4All) -> None:
@@ -265,6 +371,9 @@ def test_names_of_the_second_version(llm: GPT4All) -> None:
         )
         == "H\n\nU: u A: a\n\n\nF"
     )
+    llm._current_prompt_template = "U: {0} A: {1} end"  # as the list has them
+    assert llm._format_chat_prompt_template([{"role": "user", "content": "u"}]) == "U: u A: "
+    llm._current_prompt_template = "U: {0} A: "
     llm._history = [{"role": "system", "content": "Sys "}]
     answer = llm.generate(ONE, **GREEDY)
     assert len(llm._history) == 3

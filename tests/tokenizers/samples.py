@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import random
 
+import regex
+
 from tinyllm.tokenizers.bpe import TO_ALPHABET
+
+# llama.cpp drops spacing vowel signs, keeps the first letter of a Korean syllable only, and takes these control
+# characters for spaces; the model's own tokenizer, Hugging Face's, does not
+UNLIKE_WORDPIECE = regex.compile(r"[\p{Mc}\p{Me}\uac00-\ud7a3\x0b\x0c\x1c-\x1f\x85]")
 
 HAND_MADE = [
     "", " ", "  ", "\n", "a b", "Hello, world! It's 12:30.", "I'm HE'S we'LL they'd ''s 'S's ſ 'ſ",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import UNLIKE_WORDPIECE
 
 from tinyllm import gguf, tokenizers
 
@@ -18,6 +19,7 @@ NAMES = (
     "gpt-neox", "llama-bpe", "llama-spm", "mpt", "nomic-bert-moe", "phi-3", "qwen2", "qwen35", "refact",
     "starcoder",
 )  # fmt: skip
+HERE = Path(__file__).resolve().parent.parent
 GZIPPED = ("command-r", "gemma-4")
 
 
@@ -45,6 +47,8 @@ def expected(data: Path, name: str) -> Any:
 def test_vocabulary(name: str, load: Any, data: Path) -> None:
     tokenizer, texts, want = load(name), expected(data, "texts"), expected(data, name)
     for i, text in enumerate(texts):
+        if tokenizer.kind == "wpm" and UNLIKE_WORDPIECE.search(text):
+            continue
         assert tokenizer.encode(text) == want["with_special"][i], ascii(text)
         plain = tokenizer.encode(text, add_special=False, parse_special=False)
         assert plain == want["plain"][i], ascii(text)
@@ -62,6 +66,8 @@ def test_llama_cpps_own_cases(name: str, load: Any, data: Path) -> None:
     texts = Path(f"{base}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = Path(f"{base}.out").read_text().split("\n")
     for text, line in zip(texts, lines, strict=False):
+        if load(name).kind == "wpm" and UNLIKE_WORDPIECE.search(text):
+            continue
         assert load(name).encode(text, False, False) == [int(i) for i in line.split()], ascii(text)
 
 
@@ -82,6 +88,15 @@ def test_wordpiece_follows_hugging_face_on_overlong_words(data: Path) -> None:
     want = json.loads((models / "all-MiniLM-L6-v2.json").read_text("utf-8"))
     assert "A" * 300 in want["texts"]
     assert [tokenizer.encode(text) for text in want["texts"]] == want["ids"]
+
+
+def test_wordpiece_follows_hugging_face_where_llama_cpp_does_not(data: Path) -> None:
+    path = data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf"
+    tokenizer = tokenizers.load(gguf.open(path).metadata)
+    want = json.loads(gzip.decompress((HERE / "data" / "wordpiece.json.gz").read_bytes()))
+    assert "नमस्ते दुनिया" in want["texts"]
+    for text, ids in zip(want["texts"], want["ids"], strict=True):
+        assert tokenizer.encode(text, add_special=False) == ids, ascii(text)
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2", "gemma-4"])

@@ -15,7 +15,7 @@ from typing_extensions import assert_type
 import tinyllm
 from tinyllm import Completion, Model
 from tinyllm.engine.completion import Pieces
-from tinyllm.kernels.devices import Device
+from tinyllm.kernels.backend import Device
 from tinyllm.models.config import Config
 from tinyllm.models.state import State
 from tinyllm.sampling import SamplingParams

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import TemplateError
+from ..errors import ArgumentError, TemplateError
+from .known import WELL_KNOWN
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -22,6 +23,10 @@ Message = Mapping[str, Any]
 Clock = Callable[[], datetime]
 
 DATE_FORMAT = re.compile(r"(?:[^%]|%[-_0^#]?[A-Za-z%]){0,200}", re.DOTALL)
+
+
+TAKEN = {"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "strftime_now"}
+"""Variables of a template that have other ways in."""
 
 
 class ChatTokenizer(Protocol):
@@ -250,7 +255,47 @@ def pick_template(metadata: Mapping[str, Any], name: str | None = None) -> str |
         raise TemplateError(
             f"tokenizer.chat_template is a {type(template).__name__}; expected a text"
         )
+    if not template.strip():  # a converter wrote the key for a model that has none
+        return None
     return template
+
+
+def given_template(template: str) -> str:
+    """The Jinja source that a caller means: a source, or one of the well-known names.
+
+    Raises
+    ------
+    TemplateError
+        It is neither.
+    """
+    if not isinstance(template, str):
+        raise TemplateError(f"a chat template is a text; found {type(template).__name__}")
+    if template in WELL_KNOWN:
+        return WELL_KNOWN[template]
+    if "{" not in template:
+        names = ", ".join(WELL_KNOWN)
+        raise TemplateError(
+            f"{template!r:.60} shows no message: expected a Jinja template, or a name: {names}"
+        )
+    return template
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """ArgumentError if a caller's variables of the template have names that are no names, or are taken."""
+    for name in variables:
+        if not isinstance(name, str) or not name.isidentifier() or name in TAKEN:
+            raise ArgumentError(
+                f"template_vars has {name!r:.40}; expected names other than {', '.join(sorted(TAKEN))}"
+            )
+
+
+def check_shows(template: str, messages: Sequence[Message], text: str) -> None:
+    """TemplateError if a rendered text lacks the last message: the model would answer something else."""
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, str) and content.strip() and content.strip() not in text:
+        raise TemplateError(
+            f"the chat template {template!r:.40} does not show the last message, {content!r:.40}"
+        )
 
 
 def _templates(metadata: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -285,9 +330,32 @@ def chat_ids(
     *,
     bos_id: int | None = None,
     eos_id: int | None = None,
+    continue_final: bool = False,
+    must_show: bool = False,
     **options: Any,
 ) -> list[int]:
-    """Token ids of a conversation: `render`, then `encode_chat`; ``options`` go to `render`."""
+    """Token ids of a conversation: `render`, then `encode_chat`; ``options`` go to `render`.
+
+    With ``continue_final``, the text ends with the last message's content, which the model then continues;
+    with ``must_show``, a template that leaves the last message out is refused.
+    """
     bos, eos = ("" if i is None else tokenizer.decode([i]) for i in (bos_id, eos_id))
+    if continue_final:
+        options["add_generation_prompt"] = False
     text = render(template, messages, bos_token=bos, eos_token=eos, **options)
+    if must_show:
+        check_shows(template, messages, text)
+    if continue_final:
+        text = until_content(text, messages)
     return encode_chat(tokenizer, text, bos_id)
+
+
+def until_content(text: str, messages: Sequence[Message]) -> str:
+    """A rendered text up to the end of the last message's content."""
+    content = messages[-1].get("content") if messages else None
+    if not isinstance(content, str) or not content.strip():
+        raise TemplateError("there is no text to continue: the last message has none")
+    for shown in (content, content.rstrip(), content.strip()):  # templates may trim it
+        if (start := text.rfind(shown)) >= 0:
+            return text[: start + len(shown)]
+    raise TemplateError(f"the chat template does not show the last message, {content!r:.40}")

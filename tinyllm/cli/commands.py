@@ -398,6 +398,22 @@ def completion(args: Arguments) -> None:
     show(script(args.shell, {name: parser_of(name) for name in COMMANDS}, summaries()))
 
 
+def shim_arguments(p: Parser) -> None:
+    p.add_argument(
+        "what",
+        metavar="on|off|status",
+        choices=("on", "off", "status"),
+        help="on: programs of this Python environment that import gpt4all find tinyllm, in child processes too",
+    )
+
+
+def shim(args: Arguments) -> None:
+    from ..sdk.shim import environment
+
+    do = {"on": environment.turn_on, "off": environment.turn_off, "status": environment.status}
+    show(do[args.what]() + "\n")
+
+
 # ---- all of them
 
 
@@ -454,6 +470,9 @@ COMMANDS = {
         "Talk with a model.",
         'tinyllm chat -m model.gguf --system "Answer briefly."',
         chat_arguments, chat,
+    ),
+    "shim": Command(
+        "Let programs that import gpt4all find tinyllm.", "tinyllm shim on", shim_arguments, shim,
     ),
     "help": Command(
         "Explain a command.", "tinyllm help run", help_arguments, help_,

@@ -144,6 +144,8 @@ def row(arch: Arch) -> str:
 
 
 def shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(value)
     return str(getattr(value, "__name__", value))
 
 

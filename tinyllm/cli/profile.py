@@ -30,7 +30,7 @@ class Row:
     calls: int
     seconds: float
     nbytes: int
-    stored: int  # of these, from memory
+    stored: int  # those that come from memory
     macs: int
     numbers: str
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class GenerateOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     logits_processor: LogitsProcessor | None
     seed: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     logprobs: int | None
     echo: bool
     state: State | None
@@ -84,6 +84,16 @@ class Options:
     echo: bool
     overflow: Overflow
 
+    def __post_init__(self) -> None:
+        if self.overflow not in get_args(Overflow):
+            expected = ", ".join(map(repr, get_args(Overflow)))
+            raise ArgumentError(f"overflow={self.overflow!r:.40}; expected one of {expected}")
+        n = self.logprobs
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
+            raise ArgumentError(
+                f"logprobs={n!r:.40}; expected a whole number of at least 0, or None"
+            )
+
 
 class Job:
     """One prompt being continued: its run through the decode loop, and its text."""
@@ -100,7 +110,7 @@ class Job:
         return self.run.finish_reason is not None
 
     def accept(self, token: Token) -> str:
-        """Take one token; the text that may be shown because of it."""
+        """Take one token and return the text that may be shown now."""
         self.tokens.append(token)
         piece = "" if self.run.finish_reason == "stop" else self.text.push(token.id)
         if self.text.stopped is not None:
@@ -133,7 +143,7 @@ def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: O
 
 
 def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:
-    """Tokens of context for a prompt and its answer: all there are, if it may come to that."""
+    """Tokens of context for a prompt and its answer; all ``n_ctx`` where they may be needed."""
     needed = len(ids) + o.max_tokens
     if o.max_tokens < 0 or o.overflow == "shift" or needed > n_ctx:
         return n_ctx
@@ -146,7 +156,7 @@ def complete(
     tap: Tap | None = None,
     before_step: Callable[[], object] | None = None,
 ) -> list[Completion]:
-    """All jobs to their ends, side by side; ``before_step`` as `generate_tokens` has it."""
+    """Run all jobs to their ends, side by side; ``before_step`` is called before each step."""
     with (
         reading(sum(job.run.n_pending for job in jobs)) as read,
         closing(generate_tokens(net, [j.run for j in jobs], tap, read, before_step)) as tokens,
@@ -209,7 +219,7 @@ def control_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
 
 
 def truncated(ids: list[int], room: int, keep: int, max_tokens: int) -> list[int]:
-    """The prompt without so much of its middle-left that the answer, or half the room, is free."""
+    """Drop tokens after the first ``keep`` until the answer, or half of the room, is free."""
     limit = room - min(max(max_tokens, 0) or room // 2, room // 2)
     return ids if len(ids) <= limit else ids[:keep] + ids[len(ids) - (limit - keep) :]
 
@@ -224,18 +234,58 @@ def split_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool
     """The prompts of a call, and whether they came as a list; the first element tells."""
     if isinstance(prompt, str):
         return [prompt], False
-    prompts = [p for p in prompt if not isinstance(p, (int, np.integer))]
-    ids = [int(i) for i in prompt if isinstance(i, (int, np.integer))]
-    if prompts and ids:
-        raise ArgumentError("prompt mixes ids and texts; give text, ids, or a list of either")
-    return (prompts, True) if prompts else ([ids], False)
+    items = _sequence(prompt)
+    if items is None:
+        raise ArgumentError(
+            f"prompt is {_found(prompt)}; expected a text, ids, or a list of either"
+        )
+    if _are_ids(items):
+        return [items], False
+    for item in items:
+        if not isinstance(item, str) and not _are_ids(_sequence(item)):
+            raise ArgumentError(
+                f"prompt has {_found(item)} in its list; expected texts, or lists of ids"
+            )
+    return items, True
 
 
-def strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    found = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) and s for s in found):
+def _sequence(x: Any) -> list[Any] | None:
+    """The items of a list, tuple or array; None for what is no sequence of items, bytes among them."""
+    if isinstance(x, np.ndarray):
+        return list(x) if x.ndim else None
+    known = isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray))
+    return list(x) if known else None
+
+
+def _are_ids(items: Sequence[Any] | None) -> bool:
+    return items is not None and all(
+        isinstance(i, (int, np.integer)) and not isinstance(i, (bool, np.bool_)) for i in items
+    )
+
+
+def _found(x: object) -> str:
+    return f"{type(x).__name__} {x!r:.40}"
+
+
+def without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Ids of a text to continue: without the end token that some vocabularies have put behind every text."""
+    return ids[:-1] if tokenizer.add_eos and ids[-1:] == [tokenizer.eos] else ids
+
+
+def strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop strings as a tuple; None is none.
+
+    Raises
+    ------
+    ArgumentError
+        One of them is empty or no string.
+    """
+    if stop is None:
+        return ()
+    found = (stop,) if isinstance(stop, str) else _sequence(stop)
+    if found is None or not all(isinstance(s, str) and s for s in found):
         raise ArgumentError(f"stop={stop!r:.80}; expected non-empty strings")
-    return found
+    return tuple(found)
 
 
 def check_max_tokens(n: int) -> int:

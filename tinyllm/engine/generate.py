@@ -14,7 +14,8 @@ from ..errors import ContextOverflow, NumericError
 from ..sampling import Sampler
 
 if TYPE_CHECKING:
-    from ..models.network import Best, Network
+    from ..kernels.backend import Best
+    from ..models.network import Network
     from ..models.state import State
     from ..models.step import Tap
 
@@ -139,7 +140,7 @@ def n_read(runs: Sequence[Run]) -> int:
 def step(
     net: Network, runs: Sequence[Run], active: Sequence[int], tap: Tap | None
 ) -> list[tuple[int, Token]]:
-    """One pass over what is pending; the tokens chosen by runs whose last row was computed."""
+    """Compute pending tokens of the active runs in one pass -> (index, token) of runs that chose one."""
     start = time.perf_counter()
     work = plan(net.n_batch, runs, active)
     chosen: list[tuple[int, Token]] = []
@@ -161,7 +162,7 @@ def step(
 
 
 def n_best(net: Network, runs: Sequence[Run]) -> int:
-    """How many of each row's largest logits the device is to find; 0: it brings all."""
+    """How many of each row's largest logits the device must find; 0: all logits go to the host."""
     picks = net.be.picks
     if not picks or any(run.logprobs is not None or run.prompt_logprobs for run in runs):
         return 0
@@ -170,12 +171,12 @@ def n_best(net: Network, runs: Sequence[Run]) -> int:
 
 
 def goes_on(run: Run, n: int) -> bool:
-    """Will there be another step behind the one that computes these n, unless the text ends?"""
+    """Is another step needed after the one that computes these n tokens, unless the text ends?"""
     return run.n_generated + 1 < run.max_tokens and run.n_pending == n
 
 
 def plan(n_batch: int, runs: Sequence[Run], active: Sequence[int]) -> list[tuple[int, int]]:
-    """(run, number of its pending tokens) for the next step; runs out of context are finished."""
+    """Choose (run, number of its tokens) for the next step; finish runs whose context is full."""
     room, work = n_batch, []
     for i in active:
         if room == 0:
@@ -197,7 +198,7 @@ def wanted(run: Run, n: int) -> Literal["all", "last", "none"]:
 
 
 def note_prompt(run: Run, n: int, logits: np.ndarray) -> None:
-    """Log-probabilities of prompt tokens: row t predicts token t + 1."""
+    """Report the log-probabilities of prompt tokens: row t predicts token t + 1."""
     first = run.state.n_past - n
     for t, row in enumerate(logits):
         if first + t + 1 < len(run.state.ids):
@@ -205,7 +206,7 @@ def note_prompt(run: Run, n: int, logits: np.ndarray) -> None:
 
 
 def choose(run: Run, logits: np.ndarray) -> Token:
-    """The next token; it joins the sequence unless it ends the text.
+    """Choose the next token; it joins the sequence unless it ends the text.
 
     The sampler may edit the logits, which nobody reads again; a caller's processor might keep them.
     """

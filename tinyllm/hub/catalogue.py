@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
+import pkgutil
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,12 +57,21 @@ def _keep_list(models: list[ConfigType]) -> None:
 
 
 def known_models() -> list[ConfigType]:
-    """The list as last fetched; empty when it never was. Asks no network."""
+    """The list as last fetched, or else that of the package. Asks no network."""
     try:
         models = json.loads((cache_directory() / "models3.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return []
-    return models if isinstance(models, list) else []
+        models = None
+    return models if isinstance(models, list) else packaged_list()["models"]
+
+
+@functools.cache
+def packaged_list() -> dict[str, Any]:
+    """The list that comes with the package: its "models", its "date" and where it is from."""
+    data = pkgutil.get_data("tinyllm", "data/models3.json")
+    assert data is not None
+    found: dict[str, Any] = json.loads(data)
+    return found
 
 
 def entry_of(filename: str, models: Iterable[ConfigType]) -> ConfigType:
@@ -139,8 +150,12 @@ def find_model(
     if found is not None:
         return found
     listed = len(path.parts) == 1 and allow_download
-    models = (known_models() or _list_for(str(name))) if listed else []
-    entry = entry_of(append_extension_if_missing(str(name)), models)
+    file = append_extension_if_missing(str(name))
+    models = known_models() if listed else []
+    entry = entry_of(file, models)
+    if listed and not entry:
+        models = _list_for(str(name))
+        entry = entry_of(file, models)
     if not entry:
         raise FileNotFoundError(_not_found(str(name), models))
     DEFAULT_MODEL_DIRECTORY.mkdir(parents=True, exist_ok=True)
@@ -155,7 +170,7 @@ def _list_for(name: str) -> list[ConfigType]:
         return fetch_list()
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
         raise FileNotFoundError(
-            f"Model file does not exist: {name!r}; GPT4All's list was not asked: no connection to gpt4all.io"
+            f"{_not_found(name, known_models())}; GPT4All's list was not asked: no connection to gpt4all.io"
         ) from error
 
 

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn
@@ -94,7 +95,7 @@ def fetch(
     headers : dict, optional
         Further request headers.
     verbose : bool
-        Say on stderr what happens. The progress bar is shown in any case.
+        Say on stderr what happens. The progress bar is shown in any case, but not in a log.
 
     Raises
     ------
@@ -149,7 +150,7 @@ class _Transfer:
         self._say(f"Model downloaded to {str(self.path)!r}")
 
     def _download_and_verify(self) -> None:
-        with open(self.part, "r+b" if self.part.exists() else "w+b") as part:
+        with self._opened() as part:
             try:
                 self._download(part)
                 self._verify(part)
@@ -161,6 +162,18 @@ class _Transfer:
                 raise
             part.flush()
             _fsync(part)
+
+    @contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        """The ``.part`` file; it goes again when nothing arrived."""
+        with open(self.part, "r+b" if self.part.exists() else "w+b") as part:
+            try:
+                yield part
+            except BaseException:
+                part.close()
+                if not self.have:
+                    self._discard()
+                raise
 
     # ---- what an earlier call left
 
@@ -199,7 +212,7 @@ class _Transfer:
                 if error is None:
                     return
                 failures, best = (failures if self.have <= best else 0) + 1, max(best, self.have)
-                if failures >= ATTEMPTS:
+                if failures >= ATTEMPTS or (not self.have and _no_such_host(error)):
                     raise error
                 _sleep(_pause(error, failures))
                 if self.have:
@@ -343,6 +356,17 @@ def _stuck() -> RuntimeError:
     return RuntimeError("Download not making progress, aborting.")
 
 
+def _no_such_host(error: Exception) -> bool:
+    """Did no name server know the host? Then there is no network, or the name is wrong."""
+    cause: object = error
+    while isinstance(cause, BaseException):
+        if isinstance(cause, socket.gaierror) or type(cause).__name__ == "NameResolutionError":
+            return True
+        inner = getattr(cause, "reason", None) or next(iter(cause.args), None)
+        cause = cause.__cause__ or (inner if isinstance(inner, BaseException) else None)
+    return False
+
+
 def _pause(error: Exception, failures: int) -> float:
     asked = error.wait if isinstance(error, HTTPError) else None
     return min(MAX_WAIT, BACK_OFF * 2.0 ** (failures - 1) if asked is None else asked)
@@ -377,7 +401,9 @@ def _arriving(response: Response) -> Iterator[bytes]:
 def _bar(desc: str, total: int | None, initial: int = 0) -> tqdm[NoReturn]:
     from tqdm import tqdm
 
-    return tqdm(desc=desc, total=total, initial=initial, unit="iB", unit_scale=True)
+    # a log is no place for a bar that redraws itself; a notebook, whose stream is its own, is one
+    logged = sys.stderr is sys.__stderr__ and not (sys.stderr and sys.stderr.isatty())
+    return tqdm(desc=desc, total=total, initial=initial, unit="iB", unit_scale=True, disable=logged)
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:

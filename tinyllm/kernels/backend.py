@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -42,9 +42,15 @@ Compute = Literal["f32", "bf16"]
 class Source(Protocol):
     """A tensor of a file as ``Backend.load`` reads it; ``tinyllm.gguf.Tensor`` is one."""
 
-    name: str
-    type: str
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> str:
+        """The tensor type that the file names, such as "Q4_K"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Raw bytes [stop - start, row_nbytes] of rows of the tensor seen as [-1, shape[-1]]."""
@@ -64,6 +70,9 @@ class Weight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes on the device."""
+
+
+Loaded: TypeAlias = Any  # a Weight of the backend's own: it is given only those that it loaded
 
 
 @dataclass(frozen=True)
@@ -87,10 +96,43 @@ class Routing:
     n_group_used: int = 1
 
 
+@dataclass(frozen=True)
+class Device:
+    """One device that models run on."""
+
+    kind: str  # "cpu", "reference", "cuda" or "opencl"
+    index: int = 0  # among the devices of its kind
+    name: str = ""  # the maker's, "NVIDIA H200"
+    memory: int = 0  # bytes in all; 0 where nobody asked
+
+    @property
+    def id(self) -> str:
+        """What ``load(device=...)`` calls it: "cpu", "cuda:0"."""
+        return f"{self.kind}:{self.index}" if self.is_gpu else self.kind
+
+    @property
+    def is_gpu(self) -> bool:
+        """Is it reached through CUDA or OpenCL?"""
+        return self.kind in ("cuda", "opencl")
+
+    @property
+    def is_real_gpu(self) -> bool:
+        """Is it a GPU, and not the CPU behind OpenCL (PoCL), which names its devices so?"""
+        return self.is_gpu and not self.name.lower().startswith(("cpu", "pthread"))
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.name}" if self.is_gpu else self.id
+
+
 class Backend(ABC):
     """One device. Methods raise DeviceError for what the device cannot do, when it is loaded, not later."""
 
-    name: str  # what really runs: "cpu", "reference", "cuda:0 NVIDIA H200"
+    where: Device  # what really runs
+
+    @property
+    def name(self) -> str:
+        """The device in words: "cpu", "reference", "cuda:0 NVIDIA H200"."""
+        return str(self.where)
 
     # ---- weights and transfers
 
@@ -159,26 +201,26 @@ class Backend(ABC):
     # ---- matrices
 
     @abstractmethod
-    def embed(self, w: Weight, ids: Array, scale: float = 1.0) -> Array:
+    def embed(self, w: Loaded, ids: Array, scale: float = 1.0) -> Array:
         """Rows ``ids`` [T] of w [V, E], decoded and scaled -> [T, E]."""
 
     @abstractmethod
-    def matmul(self, w: Weight, x: Array, bias: Array | None = None) -> Array:
+    def matmul(self, w: Loaded, x: Array, bias: Array | None = None) -> Array:
         """x [T, n_in] times w [n_out, n_in] transposed, plus bias [n_out] -> [T, n_out]."""
 
     def matmuls(
-        self, ws: Sequence[Weight], x: Array, biases: Sequence[Array | None]
+        self, ws: Sequence[Loaded], x: Array, biases: Sequence[Array | None]
     ) -> list[Array]:
         """Products of several matrices with the same x: q, k and v, or gate and up."""
         return [self.matmul(w, x, b) for w, b in zip(ws, biases, strict=True)]
 
-    def matmul_act(self, w: Weight, x: Array, bias: Array | None, kind: Activation) -> Array:
+    def matmul_act(self, w: Loaded, x: Array, bias: Array | None, kind: Activation) -> Array:
         """``act(matmul(w, x, bias), kind)``, perhaps without a pass of its own over the values."""
         return self.act(self.matmul(w, x, bias), kind)
 
     def matmul_gated(
         self,
-        ws: Sequence[Weight],
+        ws: Sequence[Loaded],
         x: Array,
         biases: Sequence[Array | None],
         kind: Activation,
@@ -189,7 +231,7 @@ class Backend(ABC):
 
     def matmul_experts_gated(
         self,
-        ws: Sequence[Weight],
+        ws: Sequence[Loaded],
         x: Array,
         experts: Array,
         biases: Sequence[Array | None],
@@ -201,7 +243,7 @@ class Backend(ABC):
 
     @abstractmethod
     def matmul_experts(
-        self, w: Weight, x: Array, experts: Array, bias: Array | None = None
+        self, w: Loaded, x: Array, experts: Array, bias: Array | None = None
     ) -> Array:
         """Multiply each (row, choice) by its own matrix of the stack w [n, n_out, n_in].
 
@@ -209,7 +251,7 @@ class Backend(ABC):
         -> [T, k, n_out].
         """
 
-    def matmul_heads(self, w: Weight, x: Array) -> Array:
+    def matmul_heads(self, w: Loaded, x: Array) -> Array:
         """Multiply each head of x [T, H * n_in] by its own matrix of w [H, n_out, n_in] -> [T, H * n_out]."""
         h, n_out, n_in = w.shape
         t = x.shape[0]

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ..errors import DeviceError
-from .backend import Backend, Compute
-
-
-@dataclass(frozen=True)
-class Device:
-    """One device: ``id`` for ``load``, the maker's name, "cpu" | "cuda" | "opencl", bytes of memory."""
-
-    id: str
-    name: str
-    kind: str
-    memory: int
+from .backend import Backend, Compute, Device
 
 
 def list_devices() -> list[Device]:
@@ -27,7 +16,7 @@ def list_devices() -> list[Device]:
 def cpu() -> Device:
     from .hardware import cpu_name, memory_bytes
 
-    return Device("cpu", cpu_name(), "cpu", memory_bytes())
+    return Device("cpu", 0, cpu_name(), memory_bytes())
 
 
 def gpus() -> list[Device]:
@@ -36,8 +25,7 @@ def gpus() -> list[Device]:
         return []
     from .gpu import devices
 
-    found = ((*d.name.partition(" ")[::2], d.kind, d.memory) for d in devices.list())
-    return [Device(*fields) for fields in found]
+    return list(devices.list())
 
 
 def resolve(device: str | None) -> str:
@@ -58,7 +46,7 @@ def resolve(device: str | None) -> str:
     if kind == "kompute":
         return "opencl" + wanted[len(kind) :]
     present = gpus()
-    real = [d for d in present if not d.name.lower().startswith(("cpu", "pthread"))]  # PoCL's
+    real = [d for d in present if d.is_real_gpu]
     if wanted in ("auto", "gpu"):
         if wanted == "auto" and not real:
             return "cpu"

@@ -21,6 +21,7 @@ from .backend import (
     Backend,
     Batch,
     Cache,
+    Device,
     KVType,
     LayerCache,
     RopeSpec,
@@ -180,7 +181,7 @@ def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 class ReferenceBackend(Backend):
     """The NumPy backend: each method does what ``Backend`` promises, in the plainest way."""
 
-    name = "reference"
+    where = Device("reference")
 
     def step(self, key: Hashable | None, fn: Callable[[Batch], Array], batch: Batch) -> Array:
         with np.errstate(all="ignore"):  # what is not finite is found in the logits
@@ -207,15 +208,15 @@ class ReferenceBackend(Backend):
 
     # ---- matrices
 
-    def embed(self, w: Any, ids: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    def embed(self, w: DenseWeight, ids: np.ndarray, scale: float = 1.0) -> np.ndarray:
         return w.data[ids] * F32(scale)
 
-    def matmul(self, w: Any, x: np.ndarray, bias: Array | None = None) -> np.ndarray:
+    def matmul(self, w: DenseWeight, x: np.ndarray, bias: Array | None = None) -> np.ndarray:
         y = product(x, w.data)
         return y if bias is None else y + bias
 
     def matmul_experts(
-        self, w: Any, x: np.ndarray, experts: np.ndarray, bias: Array | None = None
+        self, w: DenseWeight, x: np.ndarray, experts: np.ndarray, bias: Array | None = None
     ) -> np.ndarray:
         if x.ndim == 2:
             x = np.repeat(x[:, None], experts.shape[1], axis=1)

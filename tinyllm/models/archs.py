@@ -19,6 +19,7 @@ from .deltanet import delta_or_attention
 from .ffn import XIELU
 from .mamba import Mamba
 from .mamba2 import AttentionBesideMamba2, Mamba2
+from .mixer import Mixer
 from .mla import LatentAttention
 from .rwkv import ChannelMix, TimeMix6, TimeMix7
 from .shortconv import ShortConv
@@ -35,24 +36,24 @@ class Arch:
     position: Literal["rope", "learned", "alibi", "none"] = "rope"
     act: Activation = "silu"
     gated: bool = True  # the feed-forward part has a gate
-    residual: Literal["serial", "parallel", "file", "norms"] = (
-        "serial"  # "norms": parallel without ffn_norm
-    )
+    # "norms": parallel in layers without ffn_norm
+    residual: Literal["serial", "parallel", "file", "norms"] = "serial"
     norm: Literal["", "rms", "layer"] = ""  # "": as the file's key says
-    norm_at: Literal["before", "after", "post"] = (
-        "before"  # "post": each half's output only (OLMo 2)
-    )
+    # "post": only the output of each half is normalised (OLMo 2)
+    norm_at: Literal["before", "after", "post"] = "before"
     norm_affine: bool = True  # False: normalised, but without weights (OLMo)
     gating: Literal["softmax", "sigmoid", "softmax_selected"] = "softmax"
     renormalise: bool = True  # the chosen experts' weights sum to 1
     roles: dict[str, str] = field(default_factory=dict)  # our name of a tensor -> this file's
-    mixer: Any = Attention
-    ffn: Any = "file"  # None: no such half; "file": FFN or MoE, as the tensors say
+    needs: tuple[str, ...] = ()  # tensors that a model could be built without, but these files have
+    mixer: Callable[[Config, Arch, int, Tensors], Mixer] = Attention
+    # "file": FFN or MoE, as the tensors say; None: the block has no such half
+    ffn: Literal["file"] | Callable[[Config, Arch, int, Tensors], Any] | None = "file"
     adjust: Callable[[Config], Config] = lambda c: c
 
 
 def scaled_embedding(c: Config) -> Config:
-    """Gemma multiplies embeddings by the root of their length."""
+    """Scale embeddings by the root of their length, as Gemma does."""
     return replace(c, embedding_scale=sqrt(c.n_embd))
 
 
@@ -91,17 +92,17 @@ def olmo2(c: Config) -> Config:
 
 
 def smollm3(c: Config) -> Config:
-    """Every fourth layer has no rotary embedding."""
+    """Leave the rotary embedding out of every fourth layer."""
     return replace(c, rope_on=tuple((i + 1) % 4 != 0 for i in range(c.n_layer)))
 
 
 def no_window(c: Config) -> Config:
-    """The files carry a window that the reference does not apply."""
+    """Drop the window, which the files carry and the reference does not apply."""
     return replace(c, window=(0,) * c.n_layer)
 
 
 def alibi(c: Config) -> Config:
-    """The bias of 8 is the paper's; the files do not repeat it."""
+    """Set the largest ALiBi bias to the paper's 8, which the files do not repeat."""
     return replace(c, max_alibi_bias=c.max_alibi_bias or 8.0)
 
 
@@ -135,7 +136,7 @@ LFM2_NORM = {"output_norm": "token_embd_norm"}
 
 
 def granitehybrid(c: Config) -> Config:
-    """Its attention layers rotate only where the file says so."""
+    """Let attention layers rotate only where the file says so."""
     return replace(divided_logits(c), rope_on=(c.rope_finetuned,) * c.n_layer)
 
 
@@ -143,70 +144,83 @@ def gemma_embedding(c: Config) -> Config:
     return replace(gemma3(c), causal=False)
 
 
-def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Any:
-    """Layers without key heads are recurrent."""
+def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the mixer of a layer: without key heads it is recurrent."""
     return (Attention if c.n_head_kv[i] else Mamba2)(c, a, i, w)
 
 
-def conv_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Any:
-    """Layers without key heads are convolutions."""
+def conv_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the mixer of a layer: without key heads it is a convolution."""
     return (Attention if c.n_head_kv[i] else ShortConv)(c, a, i, w)
 
 
+HEAD = ("output.weight",)  # the head is not the embedding ("tied")
+BIASED_HEAD = ("output.weight", "output.bias")
+EMBD_NORM = ("token_embd_norm.weight",)
+
 ROWS = (
     Arch("llama", "arXiv:2302.13971", pairing="adjacent"),  # also Mistral, Mixtral, Llama 2 and 3
-    Arch("baichuan", "arXiv:2309.10305", pairing="adjacent", adjust=baichuan),
-    Arch("internlm2", "arXiv:2403.17297", pairing="adjacent"),
-    Arch("xverse", "github.com/xverse-ai/XVERSE-13B", pairing="adjacent"),
+    Arch("baichuan", "arXiv:2309.10305", needs=HEAD, pairing="adjacent", adjust=baichuan),
+    Arch("internlm2", "arXiv:2403.17297", needs=HEAD, pairing="adjacent"),
+    Arch("xverse", "github.com/xverse-ai/XVERSE-13B", needs=HEAD, pairing="adjacent"),
     Arch("minicpm", "arXiv:2404.06395", pairing="adjacent", adjust=divided_logits),
     Arch("granite", "hf.co/ibm-granite", pairing="adjacent", adjust=divided_logits),
     Arch("granitemoe", "hf.co/ibm-granite", pairing="adjacent", adjust=divided_logits),
     Arch("smollm3", "hf.co/blog/smollm3", pairing="adjacent", adjust=smollm3),
     Arch("olmo", "arXiv:2402.00838", pairing="adjacent", norm_affine=False),
     Arch("olmo2", "arXiv:2501.00656", norm_at="post", adjust=olmo2),
-    Arch("olmoe", "arXiv:2409.02060", renormalise=False),
+    Arch("olmoe", "arXiv:2409.02060", needs=HEAD, renormalise=False),
     Arch("command-r", "hf.co/CohereForAI", pairing="adjacent", residual="parallel"),
     Arch("cohere2", "arXiv:2504.00698", pairing="adjacent", residual="parallel", adjust=cohere2),
     Arch("chatglm", "arXiv:2406.12793", pairing="adjacent"),
     Arch("glm4", "hf.co/THUDM/GLM-4-9B-0414", pairing="adjacent"),
-    Arch("qwen", "arXiv:2309.16609", adjust=half_ff),
+    Arch("qwen", "arXiv:2309.16609", needs=HEAD, adjust=half_ff),
     Arch("qwen2", "arXiv:2407.10671"),
-    Arch("qwen2moe", "arXiv:2407.10671", renormalise=False),
+    Arch("qwen2moe", "arXiv:2407.10671", needs=HEAD, renormalise=False),
     Arch("qwen3", "arXiv:2505.09388"),
     Arch("qwen3moe", "arXiv:2505.09388"),
     Arch("phi3", "arXiv:2404.14219", adjust=no_window),
-    Arch("phimoe", "arXiv:2404.14219", adjust=no_window),
-    Arch("phi2", "hf.co/microsoft/phi-2", act="gelu_tanh", gated=False, residual="parallel"),
+    Arch("phimoe", "arXiv:2404.14219", needs=BIASED_HEAD, adjust=no_window),
+    Arch(
+        "phi2", "hf.co/microsoft/phi-2", needs=BIASED_HEAD, act="gelu_tanh", gated=False,
+        residual="parallel",
+    ),
     Arch("gemma", "arXiv:2403.08295", act="gelu_tanh", adjust=scaled_embedding),
     Arch("gemma2", "arXiv:2408.00118", act="gelu_tanh", adjust=gemma2),
     Arch("gemma3", "arXiv:2503.19786", act="gelu_tanh", adjust=gemma3),
-    Arch("stablelm", "arXiv:2402.17834", residual="norms"),
-    Arch("orion", "arXiv:2401.12246"),
+    Arch("stablelm", "arXiv:2402.17834", needs=HEAD, residual="norms"),
+    Arch("orion", "arXiv:2401.12246", needs=HEAD),
     Arch("openelm", "arXiv:2404.14619"),
     Arch("exaone", "arXiv:2408.03541", norm="rms"),
     Arch("exaone4", "arXiv:2507.11407", norm_at="post", adjust=cohere2),
-    Arch("nemotron", "arXiv:2402.16819", norm="layer", act="relu2", gated=False),
+    Arch("nemotron", "arXiv:2402.16819", needs=HEAD, norm="layer", act="relu2", gated=False),
     Arch("starcoder2", "arXiv:2402.19173", act="gelu_tanh", gated=False),
     Arch("codeshell", "arXiv:2403.15747", act="gelu_tanh", gated=False),
-    Arch("gptneox", "arXiv:2204.06745", act="gelu", gated=False, residual="file"),
+    Arch("gptneox", "arXiv:2204.06745", needs=HEAD, act="gelu", gated=False, residual="file"),
     Arch("falcon", "arXiv:2311.16867", act="gelu", gated=False, residual="parallel"),
-    Arch("gpt2", "openai.com/index/better-language-models", position="learned", act="gelu_tanh", gated=False),
+    Arch(
+        "gpt2", "openai.com/index/better-language-models", position="learned", act="gelu_tanh",
+        gated=False,
+    ),
     Arch("starcoder", "arXiv:2305.06161", position="learned", act="gelu_tanh", gated=False),
-    Arch("bloom", "arXiv:2211.05100", position="alibi", act="gelu_tanh", gated=False, adjust=alibi),
+    Arch(
+        "bloom", "arXiv:2211.05100", needs=EMBD_NORM, position="alibi", act="gelu_tanh",
+        gated=False, adjust=alibi,
+    ),
     Arch("mpt", "hf.co/mosaicml/mpt-7b", position="alibi", act="gelu", gated=False),
     Arch("refact", "hf.co/smallcloudai", position="alibi", adjust=alibi),
-    Arch("jais", "arXiv:2308.16149", position="alibi", adjust=jais),
+    Arch("jais", "arXiv:2308.16149", needs=HEAD, position="alibi", adjust=jais),
     Arch(
-        "gpt-oss", "arXiv:2508.10925", act="swiglu_oai", gating="softmax_selected",
+        "gpt-oss", "arXiv:2508.10925", needs=HEAD, act="swiglu_oai", gating="softmax_selected",
         roles=FFN_NORM, adjust=lambda c: every(2, c),
     ),
-    Arch("dbrx", "hf.co/databricks/dbrx-base", roles={"ffn_norm": "attn_output_norm"}),
+    Arch("dbrx", "hf.co/databricks/dbrx-base", needs=HEAD, roles={"ffn_norm": "attn_output_norm"}),
     Arch("arctic", "hf.co/Snowflake/snowflake-arctic-instruct", pairing="adjacent"),
     Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
     Arch(
-        "gptj", "github.com/kingoflolz/mesh-transformer-jax", pairing="adjacent", act="gelu_tanh",
-        gated=False, residual="parallel",
+        "gptj", "github.com/kingoflolz/mesh-transformer-jax", needs=BIASED_HEAD, pairing="adjacent",
+        act="gelu_tanh", gated=False, residual="parallel",
     ),
     Arch("seed_oss", "hf.co/ByteDance-Seed/Seed-OSS-36B-Instruct", roles=FFN_NORM),
     Arch("arcee", "hf.co/arcee-ai/AFM-4.5B", pairing="adjacent", act="relu2", gated=False),
@@ -236,35 +250,29 @@ ROWS = (
     Arch("gemma-embedding", "arXiv:2509.20354", act="gelu_tanh", adjust=gemma_embedding),
     Arch("mamba", "arXiv:2312.00752", position="none", ffn=None, mixer=Mamba),
     Arch(
-        "rwkv6", "arXiv:2404.05892", position="none", roles={"ffn_norm": "attn_norm_2"},
-        mixer=TimeMix6, ffn=ChannelMix,
+        "rwkv6", "arXiv:2404.05892", needs=HEAD + EMBD_NORM, position="none",
+        roles={"ffn_norm": "attn_norm_2"}, mixer=TimeMix6, ffn=ChannelMix,
     ),
     Arch(
-        "rwkv7", "arXiv:2503.14456", position="none", roles={"ffn_norm": "attn_norm_2"},
-        mixer=TimeMix7, ffn=ChannelMix,
+        "rwkv7", "arXiv:2503.14456", needs=HEAD + EMBD_NORM, position="none",
+        roles={"ffn_norm": "attn_norm_2"}, mixer=TimeMix7, ffn=ChannelMix,
     ),
-    Arch("bert", "arXiv:1810.04805", position="learned", act="gelu", gated=False, norm_at="after"),
-    Arch("nomic-bert", "arXiv:2402.01613", norm_at="after"),
     Arch(
-        "nomic-bert-moe", "arXiv:2502.07972", act="gelu_tanh", gated=False, norm_at="after",
-        renormalise=False,
+        "bert", "arXiv:1810.04805", needs=EMBD_NORM, position="learned", act="gelu", gated=False,
+        norm_at="after",
     ),
-    Arch("jina-bert-v2", "arXiv:2310.19923", position="alibi", act="gelu_tanh", norm_at="after", adjust=alibi),
-    Arch("modern-bert", "arXiv:2412.13663", norm="layer", act="gelu"),
+    Arch("nomic-bert", "arXiv:2402.01613", needs=EMBD_NORM, norm_at="after"),
+    Arch(
+        "nomic-bert-moe", "arXiv:2502.07972", needs=EMBD_NORM, act="gelu_tanh", gated=False,
+        norm_at="after", renormalise=False,
+    ),
+    Arch(
+        "jina-bert-v2", "arXiv:2310.19923", needs=EMBD_NORM, position="alibi", act="gelu_tanh",
+        norm_at="after", adjust=alibi,
+    ),
+    Arch("modern-bert", "arXiv:2412.13663", needs=EMBD_NORM, norm="layer", act="gelu"),
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}
-
-# Tensors that a model could be built without, but that these architectures always have.
-OWN_HEAD = """baichuan dbrx gpt-oss gptneox internlm2 jais nemotron olmoe orion qwen qwen2moe stablelm
-xverse""".split()
-NORMED_EMBEDDING = "bert bloom jina-bert-v2 modern-bert nomic-bert nomic-bert-moe".split()
-REQUIRED = {
-    **dict.fromkeys(OWN_HEAD, ("output.weight",)),
-    **dict.fromkeys(NORMED_EMBEDDING, ("token_embd_norm.weight",)),
-    **dict.fromkeys(["gptj", "phi2", "phimoe"], ("output.weight", "output.bias")),
-    **dict.fromkeys(["rwkv6", "rwkv7"], ("output.weight", "token_embd_norm.weight")),
-}
-
 
 # Architectures that are known and not run, each with its reason.
 NOT_RUN = {

@@ -12,6 +12,7 @@ from ..errors import GGUFError
 from ..kernels.backend import Array, HeadNorms, LayerCache, RopeSpec
 from . import probe
 from .config import Config, RopeScaling
+from .mixer import Mixer
 from .probe import Scoring
 from .rope import alibi_slopes, attention_scale, frequencies, magnitude
 from .step import Step
@@ -34,7 +35,7 @@ class Rope:
         return self.long if self.long is not None and n_ctx > self.n_ctx_original else self.short
 
 
-class Attention:
+class Attention(Mixer):
     """Project to q, k, v; normalise, rotate; attend over the past; project back. [T, E] -> [T, E]."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
@@ -57,7 +58,7 @@ class Attention:
 
     @property
     def scoring(self) -> Scoring:
-        """For a tap that asks for probabilities."""
+        """How the layer makes scores, for a tap that asks for probabilities."""
         return Scoring(
             self.i, self.n_head, self.n_head_kv, self.causal, self.scale, self.window,
             self.softcap, self.slopes, self.sinks,
@@ -90,11 +91,11 @@ class Attention:
         return w.linear("attn_q", self.n_head * c.head_dim, c.n_embd)
 
     def normed(self, q: Array, k: Array) -> tuple[Array, Array]:
-        """Queries and keys through their norms, where there are any."""
+        """Normalise queries and keys, where the layer has norms for them."""
         return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k
 
     def place(self, step: Step, q: Array, k: Array) -> tuple[Array, Array]:
-        """Queries and keys turned to their positions."""
+        """Turn queries and keys to their positions."""
         if self.rope is None:
             return q, k
         spec, positions = self.rope.at(step.n_ctx), step.batch.positions
@@ -102,7 +103,7 @@ class Attention:
         return q, self.be.rope(k, positions, spec, self.head_dim)
 
     def stored(self, step: Step, rope: Rope, q: Array, k: Array, v: Array) -> Array:
-        """Queries normed and turned; keys, likewise, and values in the cache: all at once if possible."""
+        """Norm and turn queries and keys, and store keys and values; returns the queries."""
         norms = head_norms(self.q_norm, self.k_norm, self.head_dim)
         if norms is None:
             q, k = self.normed(q, k)
@@ -110,7 +111,7 @@ class Attention:
         return self.be.rope_write(step.batch, self.i, q, k, v, spec, self.head_dim, norms)
 
     def gated(self, x: Array, y: Array) -> Array:
-        """What passes of the heads' outputs y, given the layer's input x: all of them."""
+        """Gate the heads' outputs y by the layer's input x; plain attention lets all pass."""
         return y
 
     def attend(self, step: Step, q: Array, k: Array, v: Array) -> Array:
@@ -136,7 +137,7 @@ class Attention:
 
 
 class NormsBehindRope(Attention):
-    """Queries and keys are turned first and normalised then (Hunyuan)."""
+    """Attention that turns queries and keys before it normalises them (Hunyuan)."""
 
     can_shift = False  # what is stored is no longer a rotation
 
@@ -153,7 +154,7 @@ class NormsBehindRope(Attention):
 
 
 def check_has_heads(c: Config, i: int) -> None:
-    """An attention layer needs heads, and they need values."""
+    """Raise GGUFError unless an attention layer has heads, and they have values."""
     for key, n in (
         ("head_count", c.n_head[i]),
         ("head_count_kv", c.n_head_kv[i]),

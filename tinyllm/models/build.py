@@ -15,14 +15,14 @@ from .decoder import Decoder
 from .memory import check_fits
 from .network import Network
 from .stages import Place, Stage, stage_bytes
-from .weights import Tensors, check_layers
+from .weights import Stored, Tensors, check_layers
 
 Progress = Callable[[Iterable[Tensors], int], Iterable[Tensors]]
 
 
 def build(
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Stored],
     where: Backend | Place,
     kv_type: KVType = "f16",
     strict: bool = True,
@@ -63,7 +63,9 @@ def build(
     return Network(config, arch, decoder, stages, kv_type)
 
 
-def check_vocabulary(metadata: Mapping[str, Any], keys: Keys, tensors: Mapping[str, Any]) -> None:
+def check_vocabulary(
+    metadata: Mapping[str, Any], keys: Keys, tensors: Mapping[str, Stored]
+) -> None:
     """Raise GGUFError unless every row of the embedding has a token, and every token a row."""
     embedding = tensors.get("token_embd.weight")
     n_rows = 0 if embedding is None else embedding.shape[0]

@@ -13,11 +13,8 @@ from ..errors import GGUFError, UnsupportedModel
 
 POOLING = ("none", "mean", "cls", "last", "rank")
 GATING = ("", "softmax", "sigmoid", "softmax_selected")  # "": the row says
-LAYERS, WIDTH, CONTEXT = (
-    512,
-    1 << 20,
-    1 << 31,
-)  # more than any model has; less than memory breaks at
+# More than any model has, and little enough that no size overflows memory before it is checked.
+LAYERS, WIDTH, CONTEXT = 512, 1 << 20, 1 << 31
 
 # Keys that change no arithmetic of ours: what they say is also in the tensors, or is advice to others.
 HARMLESS = {
@@ -26,7 +23,7 @@ HARMLESS = {
     "rope.scaling.yarn_beta_slow",
     "expert_shared_count",  # the shared expert's width is its tensors'
     "expert_shared_feed_forward_length",
-    "expert_feed_forward_length",  # likewise
+    "expert_feed_forward_length",  # the experts' width is their tensors'
     "hidden_activation",
     "classifier.output_labels",  # names of the scores; how many there are, the tensors say
     "interleave_moe_layer_step",
@@ -70,7 +67,7 @@ class Keys:
         return value
 
     def whole(self, key: str, default: int | None = None, low: int = 0, high: int = WIDTH) -> int:
-        """An integer in [low, high]."""
+        """A key that is an integer in [low, high]."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise GGUFError(
@@ -309,7 +306,7 @@ def read_groups_used(k: Keys, n_group: int) -> int:
 
 
 def check_heads(k: Keys, n_embd: int, n_head: tuple[int, ...], n_head_kv: tuple[int, ...]) -> None:
-    """Query heads must be whole multiples of key heads."""
+    """Raise GGUFError unless the query heads are a multiple of the key heads."""
     for h, kv in zip(n_head, n_head_kv, strict=True):
         if h and kv and h % kv:  # a layer without key heads is no attention layer
             raise GGUFError(
@@ -355,7 +352,7 @@ def read_rope_dim(k: Keys, head_dim: int) -> int:
 
 
 def read_scaling(k: Keys) -> RopeScaling:
-    """``rope.scaling.*``."""
+    """How positions are scaled, from the keys ``rope.scaling.*``."""
     kind = k.text("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedModel(

@@ -1,4 +1,4 @@
-"""The one model: token ids through embedding, blocks and head. Encoders are the same without a head."""
+"""The one model: token ids through embedding, blocks and head. Encoders have no head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..kernels.backend import Array, LayerCache
-from .archs import REQUIRED, Arch
+from .archs import Arch
 from .config import Config
 from .ffn import FFN, MoE
 from .rank import Projections, RankHead
@@ -40,9 +40,7 @@ class Block:
             x = self.attn_post.of_sum(x, y)
             return tap(f"blk.{i}.out", self.ffn_post.of_sum(x, self.feed(step, x)))
         y = self.attn_post(y) if self.attn_post else y
-        if (
-            self.parallel
-        ):  # both halves read the same x; without a norm of its own, the second shares h
+        if self.parallel:  # both halves read x; without a norm of its own, the second shares h
             f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else h)
             return tap(f"blk.{i}.out", be.add(x, y, f, scale=self.scale))
         x = be.add(x, y, scale=self.scale)
@@ -71,7 +69,7 @@ def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:
 
 
 def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
-    """Do attention and feed-forward read the same input?"""
+    """Whether attention and feed-forward read the same input."""
     if a.residual == "file":
         return c.parallel_residual
     if a.residual == "norms":
@@ -88,13 +86,11 @@ def norms_before(c: Config, a: Arch, i: int, w: Tensors) -> tuple[Norm | None, N
         bare = Norm(w.be, c.norm, c.norm_eps, None, None)
         return bare, bare
     name = a.roles.get("ffn_norm", "ffn_norm")
-    if name == "ffn_norm" and w.has(
-        "attn_norm_2.weight"
-    ):  # Falcon 40B: the first is the feed-forward half's
+    if name == "ffn_norm" and w.has("attn_norm_2.weight"):
+        # Falcon 40B: attn_norm is the feed-forward half's
         return w.norm("attn_norm_2", e), w.norm("attn_norm", e)
-    first_of_encoder = (
-        i == 0 and not c.causal and c.norm == "layer"
-    )  # ModernBERT has normalised the embeddings already
+    # ModernBERT's first layer has no norm: the embeddings are normalised already
+    first_of_encoder = i == 0 and not c.causal and c.norm == "layer"
     attn_norm = w.norm_if("attn_norm", e) if first_of_encoder else w.norm("attn_norm", e)
     if a.ffn is None:
         return attn_norm, None
@@ -124,7 +120,7 @@ class Decoder:
         self, c: Config, a: Arch, w: Tensors, layers: Iterable[Tensors], end: Tensors
     ) -> None:
         self.first, self.last, self.config = w.be, end.be, c
-        w.require(*REQUIRED.get(a.name, ()))
+        w.require(*a.needs)
         self.n_vocab = w.source("token_embd.weight").shape[0]
         self.token_embd = w.matrix("token_embd.weight", self.n_vocab, c.n_embd)
         self.position_embd = None
@@ -176,7 +172,7 @@ class Decoder:
         return x
 
     def body(self, step: Step, x: Array) -> Array:
-        """Activations after the last block as they are: all that is wanted are the caches."""
+        """Leave the last block's activations as they are: only what the caches keep is wanted."""
         return x
 
     def hidden(self, step: Step, x: Array) -> Array:

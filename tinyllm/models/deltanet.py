@@ -14,16 +14,17 @@ from ..kernels.backend import Array, LayerCache
 from .attention import Attention
 from .config import Config
 from .mamba2 import check_groups, convolutions, widened
+from .mixer import Mixer
 from .step import Step
 from .weights import Linear, Norm, Tensors
 
 if TYPE_CHECKING:
     from .archs import Arch
 
-UNIT_EPS = 1e-6  # of the lengths that queries and keys are divided by
+UNIT_EPS = 1e-6  # added to the lengths that queries and keys are divided by
 
 
-class DeltaNet:
+class DeltaNet(Mixer):
     """[T, E] -> [T, E]; H value heads of D channels, G key heads of D channels."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
@@ -103,7 +104,7 @@ class GatedAttention(Attention):
 
 
 def delta_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> DeltaNet | GatedAttention:
-    """The mixer that the layer has tensors of."""
+    """Make the mixer whose tensors the layer has."""
     matrices = "attn_qkv attn_gate ssm_alpha ssm_ba ssm_beta ssm_conv1d ssm_norm ssm_out".split()
     recurrent = w.has("ssm_a", "ssm_dt.bias", *(f"{n}.weight" for n in matrices))
     return DeltaNet(c, a, i, w) if recurrent else GatedAttention(c, a, i, w)

@@ -11,12 +11,21 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from ..errors import DeviceError
-from ..kernels.backend import Backend, Batch, RopeSpec, Routing
+from ..kernels.backend import (
+    Backend,
+    Batch,
+    Device,
+    KVType,
+    LayerCache,
+    RopeSpec,
+    Routing,
+    Source,
+)
 from .build import build
 from .network import Network
 from .step import Step
@@ -40,7 +49,7 @@ class Value:
 
 @dataclass
 class Line:
-    """result = text, its operands filled in when all names are known."""
+    """A line of the program, ``result = text``; operands are filled in when all have names."""
 
     result: Value | None
     text: str
@@ -82,9 +91,9 @@ def short(name: str) -> str:
 
 
 class Recorder(Backend):
-    """Writes down each operation."""
+    """A backend that computes nothing, and writes down each operation that it is asked for."""
 
-    name = "recorder"
+    where = Device("recorder")
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
@@ -95,7 +104,7 @@ class Recorder(Backend):
         self.lines.append(Line(value, text, operands))
         return value
 
-    def load(self, source: Any, rows: Any = None) -> Value:
+    def load(self, source: Source, rows: np.ndarray | slice | None = None) -> Value:
         shape, name = tuple(source.shape), short(source.name)
         if rows is not None:
             n = len(range(*rows.indices(shape[0]))) if isinstance(rows, slice) else len(rows)
@@ -103,56 +112,62 @@ class Recorder(Backend):
             shape, name = (n, *shape[1:]), f"{name}[{where}]"
         return Value(shape, name, source.type)
 
-    def array(self, x: Any) -> Value:
+    def array(self, x: np.ndarray) -> Value:
         for held in (x, getattr(x, "base", None)):
             if id(held) in self.known:
                 return Value(x.shape, self.known[id(held)][1])
         latest = next(reversed(self.known.values()), (None, "constants"))[1]  # x was made of it
         return Value(x.shape, latest)
 
-    def numpy(self, x: Any) -> Any:
+    def numpy(self, x: Value) -> NoReturn:
         raise DeviceError("the recorder computes nothing")
 
-    def new_cache(self, layers: Any, n_ctx: int, kv_type: Any) -> Any:
+    def new_cache(self, layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> NoReturn:
         raise DeviceError("the recorder keeps nothing")
 
-    def top_k(self, logits: Any, k: int) -> Any:
+    def top_k(self, logits: Value, k: int) -> NoReturn:
         raise DeviceError("the recorder computes nothing")
 
     # ---- matrices
 
-    def embed(self, w: Any, ids: Value, scale: float = 1.0) -> Value:
+    def embed(self, w: Value, ids: Value, scale: float = 1.0) -> Value:
         return self.new(("T", w.shape[-1]), "rows {} of {}" + times(scale), ids, w)
 
-    def matmul(self, w: Any, x: Value, bias: Value | None = None) -> Value:
+    def matmul(self, w: Value, x: Value, bias: Value | None = None) -> Value:
         more = (bias,) if bias is not None else ()
         text = "{} · {}ᵀ" + (" + {}" if more else "")
         return self.new((*x.shape[:-1], w.shape[-2]), text, x, w, *more)
 
-    def matmul_experts(self, w: Any, x: Value, experts: Value, bias: Any = None) -> Value:
+    def matmul_experts(
+        self, w: Value, x: Value, experts: Value, bias: Value | None = None
+    ) -> Value:
         more = (bias,) if bias is not None else ()
         text = "{} · {}[{}]ᵀ" + (" + {}" if more else "")
         return self.new((*experts.shape, w.shape[1]), text, x, w, experts, *more)
 
-    def matmul_heads(self, w: Any, x: Value) -> Value:
+    def matmul_heads(self, w: Value, x: Value) -> Value:
         shape = ("T", w.shape[0] * w.shape[1])
         return self.new(shape, "each head of {} · its matrix of {}ᵀ", x, w)
 
     # ---- elementwise and rows
 
-    def rms_norm(self, x: Any, w: Any, eps: float, bias: Any = None, group: int = 0) -> Value:
+    def rms_norm(
+        self, x: Value, w: Value | None, eps: float, bias: Value | None = None, group: int = 0
+    ) -> Value:
         return self.norm("rms_norm", x, w, bias, group)
 
-    def layer_norm(self, x: Any, w: Any, eps: float, bias: Any = None, group: int = 0) -> Value:
+    def layer_norm(
+        self, x: Value, w: Value | None, eps: float, bias: Value | None = None, group: int = 0
+    ) -> Value:
         return self.norm("layer_norm", x, w, bias, group)
 
-    def norm(self, kind: str, x: Value, w: Any, bias: Any, group: int) -> Value:
+    def norm(self, kind: str, x: Value, w: Value | None, bias: Value | None, group: int) -> Value:
         given = [p for p in (w, bias) if p is not None]
         each = f", each {group} values" if group else ""
         text = kind + "({}" + each + ")" + (" * {}" if w is not None else "")
         return self.new(x.shape, text + (" + {}" if bias is not None else ""), x, *given)
 
-    def rope(self, x: Value, positions: Any, spec: RopeSpec, head_dim: int) -> Value:
+    def rope(self, x: Value, positions: Value, spec: RopeSpec, head_dim: int) -> Value:
         pairs = 2 * spec.freqs.shape[0]
         what = f"{pairs} of each {head_dim} values, {spec.pairing} pairs"
         return self.new(x.shape, f"turn {{}} to its position: {what}", x)
@@ -185,15 +200,15 @@ class Recorder(Backend):
         width = sum(x.shape[1] for x in xs)
         return self.new(("T", width), "beside each other: " + ", ".join(["{}"] * len(xs)), *xs)
 
-    def take(self, x: Value, rows: Any) -> Value:
+    def take(self, x: Value, rows: Value) -> Value:
         return self.new(x.shape, "the rows of {} that are asked for", x)
 
     # ---- attention
 
-    def cache_write(self, batch: Any, layer: int, k: Value, v: Value) -> None:
+    def cache_write(self, batch: Batch, layer: int, k: Value, v: Value) -> None:
         self.lines.append(Line(None, f"{'':<14} keep {{}} and {{}}", (k, v)))
 
-    def attention(self, batch: Any, layer: int, q: Value, n_head: int, **how: Any) -> Value:
+    def attention(self, batch: Batch, layer: int, q: Value, n_head: int, **how: Any) -> Value:
         kept = [line for line in self.lines if line.result is None][-1].operands
         per_head = kept[1].shape[1] * q.shape[1] // kept[0].shape[1]
         return self.new(
@@ -201,14 +216,16 @@ class Recorder(Backend):
         )
 
     def attention_full(
-        self, batch: Any, q: Value, k: Value, v: Value, n_head: int, n_head_kv: int, **how: Any
+        self, batch: Batch, q: Value, k: Value, v: Value, n_head: int, n_head_kv: int, **how: Any
     ) -> Value:
         text = f"attend({{}}, {{}}, {{}}; both ways, {said(n_head, how)})"
         return self.new(q.shape, text, q, k, v)
 
     # ---- mixtures of experts
 
-    def route(self, logits: Value, routing: Routing, bias: Any = None) -> tuple[Value, Value]:
+    def route(
+        self, logits: Value, routing: Routing, bias: Value | None = None
+    ) -> tuple[Value, Value]:
         how = f"best {routing.n_used} by {routing.gating}" + (" + {}" if bias is not None else "")
         more = (bias,) if bias is not None else ()
         experts = self.new(("T", routing.n_used), f"{how} of {{}}", *more, logits)
@@ -222,25 +239,25 @@ class Recorder(Backend):
     # ---- recurrent layers
 
     def conv1d(
-        self, batch: Any, layer: int, x: Value, w: Value, bias: Any, name: str = "conv"
+        self, batch: Batch, layer: int, x: Value, w: Value, bias: Value | None, name: str = "conv"
     ) -> Value:
         more = (bias,) if bias is not None else ()
         text = f"convolve {{}} with {{}}, {w.shape[1]} rows" + (" + {}" if more else "")
         return self.new(x.shape, text, x, w, *more)
 
-    def scan(self, batch: Any, layer: int, x: Value, *more: Value) -> Value:
+    def scan(self, batch: Batch, layer: int, x: Value, *more: Value) -> Value:
         dt, a, b, c, d = more
         text = "S = exp({1} {2}) S + {1} {0} {3};  S {4} + {5} {0}"
         return self.new(x.shape, text, x, dt, a, b, c, d)
 
-    def shift_rows(self, batch: Any, layer: int, x: Value, name: str) -> Value:
+    def shift_rows(self, batch: Batch, layer: int, x: Value, name: str) -> Value:
         return self.new(x.shape, "the row before each of {}", x)
 
-    def wkv6(self, batch: Any, layer: int, *parts: Value) -> Value:
+    def wkv6(self, batch: Batch, layer: int, *parts: Value) -> Value:
         text = "{0} (S + {4} {1}ᵀ {2});  S = {3} S + {1}ᵀ {2}"
         return self.new(parts[0].shape, text, *parts)
 
-    def wkv7(self, batch: Any, layer: int, *parts: Value) -> Value:
+    def wkv7(self, batch: Batch, layer: int, *parts: Value) -> Value:
         text = "S = S {1} + (S {4}) {5}ᵀ + {3} {2}ᵀ;  S {0}"
         return self.new(parts[0].shape, text, *parts)
 
@@ -250,7 +267,7 @@ def times(scale: float) -> str:
 
 
 def said(n_head: int, how: Mapping[str, Any]) -> str:
-    """What an attention is told, in words."""
+    """How an attention is computed, in words: heads, scale, window and the like."""
     words = [f"{n_head} heads", f"scale {how['scale']:.4g}"]
     words += [f"window {how['window']}"] if how.get("window") else []
     words += [f"soft cap {how['softcap']:g}"] if how.get("softcap") else []

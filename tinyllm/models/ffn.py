@@ -10,7 +10,7 @@ from ..errors import GGUFError
 from ..kernels.backend import Array, Routing
 from .config import Config
 from .step import Step
-from .weights import Linear, Tensors
+from .weights import Linear, Row, Tensors
 
 if TYPE_CHECKING:
     from .archs import Arch
@@ -142,26 +142,6 @@ def shared_gate(w: Tensors, n_embd: int) -> Linear:
         return w.linear(name, 1, n_embd)
     row = Row(f"{w.prefix}{name}.weight", w.host(f"{name}.weight", n_embd).reshape(1, -1))
     return Linear(w.be, w.be.load(row), None)
-
-
-class Row:
-    """Host values as a tensor that a backend can load."""
-
-    type = "F32"
-
-    def __init__(self, name: str, values: np.ndarray) -> None:
-        self.name, self.values, self.shape = (
-            name,
-            np.ascontiguousarray(values, np.float32),
-            values.shape,
-        )
-
-    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        raw = self.values.reshape(-1, self.shape[-1])[start:stop].view(np.uint8)
-        if out is None:
-            return raw
-        out[...] = raw
-        return out
 
 
 def routing(c: Config, a: Arch) -> Routing:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..kernels.backend import Array, LayerCache
 from .config import Config
+from .mixer import Mixer
 from .step import Step
 from .weights import Norm, Tensors
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from .archs import Arch
 
 
-class Mamba:
+class Mamba(Mixer):
     """[T, E] -> [T, E]; n = ssm_inner channels, S = ssm_state values of state each."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:

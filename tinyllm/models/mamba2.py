@@ -14,6 +14,7 @@ from ..errors import GGUFError
 from ..kernels.backend import Array, Backend, LayerCache
 from .attention import Attention
 from .config import Config
+from .mixer import Mixer
 from .step import Step
 from .weights import Norm, Tensors
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .archs import Arch
 
 
-class Mamba2:
+class Mamba2(Mixer):
     """[T, E] -> [T, E]; n = ssm_inner channels in H heads, S = ssm_state values each, G groups of heads."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
@@ -64,7 +65,7 @@ class Mamba2:
 
 
 def check_groups(c: Config) -> None:
-    """Channels are divided into heads, and heads into groups."""
+    """Raise GGUFError unless channels divide into heads, and heads into groups."""
     for key, n, whole in (
         ("time_step_rank", c.ssm_dt_rank, c.ssm_inner),
         ("group_count", c.ssm_group, c.ssm_dt_rank),
@@ -92,7 +93,7 @@ def widened(be: Backend, x: Array, n_head: int, width: int) -> Array:
     return y if n == width else be.concat([y, *[x] * (width - n)], n_head)
 
 
-class AttentionBesideMamba2:
+class AttentionBesideMamba2(Mixer):
     """Both read the same row; their outputs are added. [T, E] -> [T, E]."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:

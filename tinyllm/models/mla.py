@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.backend import Array, LayerCache
-from .attention import check_has_heads, make_rope
+from .attention import Rope, check_has_heads, make_rope
 from .config import Config
+from .mixer import Mixer
 from .rope import attention_scale
 from .step import Step
 from .weights import Tensors
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .archs import Arch
 
 
-class LatentAttention:
+class LatentAttention(Mixer):
     """[T, E] -> [T, E]; R = kv_lora_rank, P = rope_dim, N = head_dim - P."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
@@ -53,7 +54,7 @@ class LatentAttention:
         else:
             self.k_up, self.v_up = expansions(c, w, self.n_head, self.rank, plain)
         self.o = w.linear("attn_output", c.n_embd, self.n_head * c.head_dim_v)
-        self.rope = make_rope(c, a, i, w, first=self.rank if self.absorbed else plain)
+        self.rope: Rope = make_rope(c, a, i, w, first=self.rank if self.absorbed else plain)
 
     @property
     def cache(self) -> LayerCache:

@@ -9,34 +9,27 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ..errors import DeviceError, UnsupportedModel
+from ..errors import ArgumentError, StateError, TinyLLMError
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
-from ..kernels.backend import Best as Best
-from .ahead import Flight, landed
+from .ahead import RunAhead
 from .archs import Arch
 from .config import Config
 from .decoder import Decoder
 from .memory import allocating, cache_bytes, check_fits
 from .stages import Stage, caches_of, new_cache
-from .state import State, fingerprint
+from .state import Segment, State, fingerprint
 from .step import Step, Tap
 
-Want = Literal["all", "last", "none"]
-Segment = tuple[
-    State, int, Want
-]  # this many of the state's pending tokens; rows whose logits are wanted
-FEWEST_ROWS, MOST_ROWS = 64, 512  # of a step: weights are read once for all of them
-MOST_ENCODED = 1024  # of an encoder's
-UNKNOWN = -1  # which of several equals the device took for the largest
+End = Callable[[Step, Array], Array]  # makes a step's result of the last activations
+
+# Rows of a step: weights are read once for all of them. Encoders profit from more.
+FEWEST_ROWS, MOST_ROWS, MOST_ENCODED = 64, 512, 1024
 NUMBERS = itertools.count()
 NETWORKS: weakref.WeakSet[Network] = weakref.WeakSet()
-
-
-End = Callable[[Step, Array], Array]  # what is made of the last activations
 
 
 class Network:
@@ -58,12 +51,14 @@ class Network:
         NETWORKS.add(self)
         self.number = next(NUMBERS)  # several networks may share a backend and its recorded steps
         self.fingerprint = fingerprint(config, kv_type)
+        self.closed = False
 
-        carried = any(getattr(b.mixer, "carries", False) for b in decoder.blocks)
+        whole = len(stages) == 1
+        # a step that nobody wants cannot be undone in recurrent layers
         recurrent = any(c.arrays for c in decoder.caches)
-        # may a step be begun that nobody may want?
-        self.follows = bool(self.be.picks) and len(stages) == 1 and not recurrent
-        self.repeats = not carried or len(stages) == 1  # may steps be recorded and replayed?
+        self.ahead = RunAhead(enabled=bool(self.be.picks) and whole and not recurrent)
+        # may steps be recorded and replayed?
+        self.repeats = whole or not any(b.mixer.carries for b in decoder.blocks)
 
     @property
     def be(self) -> Backend:
@@ -90,12 +85,12 @@ class Network:
         with self.lock, allocating(f"the keys and values of n_ctx={n_ctx}", advice):
             cache = new_cache(self.stages, layers, n_ctx, self.kv_type)
         state = State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint, self.lock)
-        state.can_shift = all(getattr(b.mixer, "can_shift", True) for b in self.decoder.blocks)
+        state.can_shift = all(b.mixer.can_shift for b in self.decoder.blocks)
         return state
 
     def ropes(self, n_ctx: int) -> list[RopeSpec | None]:
         """Each layer's rotation in a state of this length."""
-        ropes = (getattr(b.mixer, "rope", None) for b in self.decoder.blocks)
+        ropes = (b.mixer.rope for b in self.decoder.blocks)
         return [None if r is None else r.at(n_ctx) for r in ropes]
 
     def forward(
@@ -105,19 +100,39 @@ class Network:
         best: int = 0,
         ahead: bool = False,
     ) -> list[Any]:
-        """Compute pending tokens of several states in one pass.
+        """Compute the next tokens of several states in one pass.
 
-        Returns each segment's logits, float32 [rows wanted, n_vocab], valid until the next step: hold ``lock``
-        while using them, or copy. With ``best``, one of ``be.picks``, a list of ``Best`` instead: of
-        so many of each row's largest. With ``best=1`` and ``ahead``, each sequence is expected to go on with
-        its largest: the next step may begin at once, and is used if that comes true.
+        Parameters
+        ----------
+        segments : sequence of (state, n, want)
+            How many of each state's tokens to compute, and the rows whose logits are wanted: "all", the
+            "last" or "none".
+        tap : callable, optional
+            Sees, and may replace, the activations.
+        best : int
+            0, or one of ``be.picks``: find this many of each row's largest logits on the device.
+        ahead : bool
+            With ``best=1``: each sequence is expected to go on with its largest logit. The next step may begin
+            at once, and is used if that comes true.
+
+        Returns
+        -------
+        list
+            Each segment's logits, float32 [rows wanted, n_vocab], or with ``best`` a list of ``Best``. They are
+            valid until the next step: hold ``lock`` while using them, or copy.
         """
         for s, _, _ in segments:
+            self.check_own(s)
             s.check_whole()
         try:
             with self.lock:
                 start = time.perf_counter()
-                rows, counts = self.results(segments, tap, best, ahead)
+                rows: Any = None
+                if self.ahead.enabled:
+                    rows = self.ahead.step(self, segments, best == 1 and tap is None, ahead)
+                if rows is None:
+                    n_ctx = max([s.n_ctx for s, _, _ in segments])
+                    rows = self.compute(self.make_batch(segments), n_ctx, tap, best)
                 self.pace(sum([n for _, n, _ in segments]), time.perf_counter() - start)
             for s, n, _ in segments:
                 s.n_past += n
@@ -125,77 +140,34 @@ class Network:
             for s, _, _ in segments:
                 s.spoil()
             raise
-        ends = itertools.accumulate(counts)
-        return [rows[end - n : end] for n, end in zip(counts, ends, strict=True)]
+        return split(rows, segments)
 
-    def lay(self, segments: Sequence[Segment]) -> tuple[Batch, list[int]]:
-        """The rows of a step, and of how many of them each segment wants logits."""
+    def check_own(self, state: State) -> None:
+        """Raise StateError for a state of another model: kernels write to its memory by address."""
+        if state.lock is not self.lock:
+            raise StateError(
+                "the state belongs to another model, or to another loading of this one; "
+                "make one with new_state, and restore what the other has saved"
+            )
+
+    def make_batch(self, segments: Sequence[Segment]) -> Batch:
+        """The rows of a step over these segments."""
         past, caches = [s.n_past for s, _, _ in segments], [s.cache for s, _, _ in segments]
         if all(n == 1 and want != "none" for _, n, want in segments):
             rows = [s.ids[s.n_past] for s, _, _ in segments]
             self.check_ids([rows])
-            return Batch.next(rows, past, caches), [1] * len(rows)
+            return Batch.next(rows, past, caches)
         ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
         self.check_ids(ids)
-        outputs, counts = output_rows(segments)
-        return Batch.of(ids, past, outputs, caches), counts
+        return Batch.of(ids, past, output_rows(segments), caches)
 
-    def results(
-        self, segments: Sequence[Segment], tap: Tap | None, best: int, ahead: bool
-    ) -> tuple[Any, list[int]]:
-        """The rows of logits that are wanted, or the best of each, and how many belong to each segment."""
-        n_ctx = max([s.n_ctx for s, _, _ in segments])
-        flight = landed(segments) if self.follows else None
-        greedy = best == 1 and tap is None
-        if flight is None or not greedy:
-            batch, counts = self.lay(segments)
-            if not (ahead and greedy and self.follows and batch.n_out == len(segments)):
-                return self.brought(batch, n_ctx, tap, best), counts
-            flight = self.launch([s for s, _, _ in segments], batch, n_ctx)
-        return self.fly(segments, n_ctx, flight, ahead), [1] * len(segments)
-
-    def brought(self, batch: Batch, n_ctx: int, tap: Tap | None, best: int) -> Any:
-        """A step's results on the host."""
+    def compute(self, batch: Batch, n_ctx: int, tap: Tap | None, best: int) -> Any:
+        """Run a step and fetch its logits float32 [n_out, n_vocab], or with ``best`` a list of ``Best``."""
         if not batch.n_out:
             self.run(batch, n_ctx, tap, self.decoder.body)
             return np.empty((0, self.n_vocab), np.float32)
         y = self.run(batch, n_ctx, tap, self.decoder.logits, best=best)
         return self.be.picked(y) if best else self.be.numpy(y)
-
-    def fly(self, segments: Sequence[Segment], n_ctx: int, now: Flight, ahead: bool) -> list[Best]:
-        """The largest logit of each row, when the step behind has begun if that may be."""
-        then = self.launch_behind(now, segments, n_ctx) if ahead else None
-        rows = now.rows()
-        if self.be.n_steps != now.n_step and any(not len(row.ids) for row in rows):
-            batch, _ = self.lay(segments)  # once more: its logits are gone
-            return list(self.brought(batch, n_ctx, None, best=1))
-        if then is not None:
-            then.ids = [row.ids.item() if len(row.ids) == 1 else UNKNOWN for row in rows]
-            for s, _, _ in segments:
-                s.flight = then
-        return rows
-
-    def launch(
-        self, states: Sequence[State], batch: Batch, n_ctx: int, after: Any = None
-    ) -> Flight:
-        """Begin a step."""
-        y = self.run(batch, n_ctx, None, self.decoder.logits, best=1, after=after)
-        later, n_step = self.be.picked_later(y), self.be.n_steps
-        return Flight(y, later, n_step, [id(s) for s in states], batch.n_past.tolist(), [])
-
-    def launch_behind(
-        self, flight: Flight, segments: Sequence[Segment], n_ctx: int
-    ) -> Flight | None:
-        """Begin the step behind one that has just been begun, on the ids that the device chooses."""
-        states, past = [s for s, _, _ in segments], [s.n_past + n for s, n, _ in segments]
-        full = any(p == s.n_ctx for p, s in zip(past, states, strict=True))
-        if full or self.be.n_steps != flight.n_step:  # another thread's step has its place by now
-            return None
-        batch = Batch.next([0] * len(past), past, [s.cache for s in states])
-        try:
-            return self.launch(states, batch, n_ctx, flight.result)
-        except DeviceError:  # too little memory, which is told when the step's turn comes
-            return None
 
     def pace(self, n_rows: int, seconds: float) -> None:
         """Choose the rows of the next steps so that each takes a second: Ctrl-C waits for one at most."""
@@ -221,14 +193,14 @@ class Network:
         batch = Batch.of(ids, [0] * len(ids), range(sum(lengths)), caches)
         with self.lock:
             start = time.perf_counter()
-            y = self.run(batch, max(lengths), tap, self.decoder.hidden, self.segments(types))
+            y = self.run(batch, max(lengths), tap, self.decoder.hidden, self.token_types(types))
             y = np.array(self.be.numpy(y))
             self.pace(batch.n_rows, time.perf_counter() - start)
         ends = itertools.accumulate(lengths)
         return [y[end - n : end] for n, end in zip(lengths, ends, strict=True)]
 
-    def segments(self, types: Sequence[Sequence[int]] | None) -> np.ndarray | None:
-        """All rows' token types; None where the model has but one."""
+    def token_types(self, types: Sequence[Sequence[int]] | None) -> np.ndarray | None:
+        """The token types of all rows, int32 [T]; None where the model knows but one type."""
         known = self.decoder.token_types
         if types is None or known is None or known.shape[0] < 2:
             return None
@@ -244,7 +216,13 @@ class Network:
         best: int = 0,
         after: Any = None,
     ) -> Any:
-        """One pass: a step of each stage's backend. Between two, activations cross by way of the host."""
+        """Run a step through every stage -> ``end``'s result, on the last stage's device.
+
+        Between two stages, activations pass through the host. With ``after``, the result of the step that
+        has just begun, the ids are those that it finds (``Backend.follow``).
+        """
+        if self.closed:
+            raise TinyLLMError("the model is closed")
         carried: dict[str, np.ndarray] = {}
         for i, stage in enumerate(self.stages):
             step = Step(stage.be, batch, n_ctx, tap)
@@ -258,7 +236,7 @@ class Network:
         return y
 
     def step(self, i: int, step: Step, end: End, best: int, after: Any = None) -> Any:
-        """Stage i; it may be replayed when nothing but the batch's values differ."""
+        """Run one stage's part of a step; a step like an earlier one is replayed."""
         stage, d = self.stages[i], self.decoder
         batch = caches_of(step.batch, i) if len(self.stages) > 1 else step.batch
 
@@ -278,41 +256,50 @@ class Network:
         return stage.be.step(key if plain else None, compute, batch)
 
     def rope_class(self, n_ctx: int) -> bool:
-        """LongRoPE rotates long contexts by another table."""
+        """Whether the context is a long one: LongRoPE rotates those by another table, so that steps differ."""
         return n_ctx > self.config.rope_scaling.n_ctx_original
 
     def check_ids(self, ids: Sequence[Sequence[int]]) -> None:
-        """Ids outside of the vocabulary would read outside of the embedding."""
+        """Raise ArgumentError for ids that are not rows of the embedding."""
         for sequence in ids:
             if len(sequence) and not 0 <= min(sequence) <= max(sequence) < self.n_vocab:
-                raise UnsupportedModel(
-                    f"token ids {min(sequence)} to {max(sequence)} do not fit the vocabulary of {self.n_vocab}"
+                raise ArgumentError(
+                    f"token ids {min(sequence)} to {max(sequence)}; expected 0 to {self.n_vocab - 1}"
                 )
 
     def close(self) -> None:
+        """Free the weights and what was computed ahead."""
         with self.lock:
+            self.closed = True
+            self.ahead.pending.clear()
             for stage in self.stages:
                 stage.be.close()
 
 
 def unlock() -> None:
-    """In a forked child, the thread that held a lock does not exist."""
+    """Free all locks in a forked child, where the threads that held them do not exist."""
     for network in list(NETWORKS):
-        network.lock._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does
+        network.lock._at_fork_reinit()  # type: ignore[attr-defined]  # the standard library calls it, too
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=unlock)
 
 
-def output_rows(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """The batch's rows whose logits are wanted, and how many of them belong to each segment."""
-    rows: list[int] = []
-    counts: list[int] = []
-    start = 0
-    for _, n, want in segments:
-        first = {"all": 0, "last": n - 1, "none": n}[want]
-        rows += range(start + first, start + n)
-        counts.append(n - first)
-        start += n
-    return rows, counts
+def n_wanted(segments: Sequence[Segment]) -> list[int]:
+    """How many rows of logits each segment wants."""
+    return [n if want == "all" else 1 if want == "last" else 0 for _, n, want in segments]
+
+
+def output_rows(segments: Sequence[Segment]) -> list[int]:
+    """The rows of the batch whose logits are wanted: the last ones of each segment."""
+    ends = itertools.accumulate([n for _, n, _ in segments])
+    wanted = zip(ends, n_wanted(segments), strict=True)
+    return [row for end, n in wanted for row in range(end - n, end)]
+
+
+def split(rows: Any, segments: Sequence[Segment]) -> list[Any]:
+    """Each segment's part of the rows that were wanted."""
+    counts = n_wanted(segments)
+    ends = itertools.accumulate(counts)
+    return [rows[end - n : end] for n, end in zip(counts, ends, strict=True)]

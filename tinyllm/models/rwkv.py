@@ -12,24 +12,24 @@ import numpy as np
 from ..errors import GGUFError
 from ..kernels.backend import Array, LayerCache
 from .config import Config
-from .ffn import Row
+from .mixer import Mixer
 from .step import Step
-from .weights import Linear, Norm, Tensors
+from .weights import Linear, Norm, Row, Tensors
 
 if TYPE_CHECKING:
     from .archs import Arch
 
-GROUP_EPS = 64e-5  # of the norm over each head's output
+GROUP_EPS = 64e-5  # epsilon of the norm over each head's output
 SLOWEST = -0.606531  # -e^-0.5: RWKV 7's decay is exp(SLOWEST * sigmoid(.))
 
 
 def difference(step: Step, be: Any, i: int, x: Array, name: str) -> Array:
-    """The row before, minus this one."""
+    """The difference between the row before and each row of x."""
     return be.add(be.shift_rows(step.batch, i, x, name), x, scale=-1.0)
 
 
-class TimeMix:
-    """What both versions share: token shift, heads, the norm over heads, the output."""
+class TimeMix(Mixer):
+    """The parts that both versions share: token shift, heads, the norm over heads, the output."""
 
     n_mix = 0  # how many mixtures of this row and the one before are made
 
@@ -49,7 +49,7 @@ class TimeMix:
 
     @property
     def cache(self) -> LayerCache:
-        """The last rows of both halves, and one matrix per head."""
+        """What the layer keeps: the last rows of both halves, and one matrix per head."""
         e, d = self.n_embd, self.head_dim
         return LayerCache(arrays=(("att", (e,)), ("ffn", (e,)), ("wkv", (self.n_head, d, d))))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..kernels.backend import Array, LayerCache
 from .config import Config
+from .mixer import Mixer
 from .step import Step
 from .weights import Tensors
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from .archs import Arch
 
 
-class ShortConv:
+class ShortConv(Mixer):
     """out(c * conv(b * x)), with b, c and x from one projection. [T, E] -> [T, E]."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:

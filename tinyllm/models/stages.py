@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import StateError
 from ..kernels.backend import Backend, Batch, Cache, KVType, LayerCache, RopeSpec
+
+if TYPE_CHECKING:
+    from .weights import Stored
 
 LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
@@ -23,8 +26,8 @@ class Stage:
     layers: range
 
     @property
-    def said(self) -> str:
-        """Its layers in words."""
+    def label(self) -> str:
+        """The stage's layers in words: "layers 0 to 11"."""
         first, last = self.layers[0], self.layers[-1]
         return f"layer {first}" if first == last else f"layers {first} to {last}"
 
@@ -45,13 +48,19 @@ def divide(backends: Sequence[Backend], layers: range) -> list[Stage]:
     return [s for s in stages if len(s.layers)]
 
 
-def stage_bytes(tensors: Mapping[str, Any], stages: Sequence[Stage]) -> list[int]:
+def gpus_first(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages on GPUs before those on the CPU, otherwise in the order of their layers."""
+    return sorted(stages, key=lambda s: not s.be.where.is_gpu)
+
+
+def stage_bytes(tensors: Mapping[str, Stored], stages: Sequence[Stage]) -> list[int]:
     """Bytes of each stage's weights; a tied embedding counts where it is read and where it is the head."""
     total = [0] * len(stages)
     for name, tensor in tensors.items():
         total[stage_of(name, stages)] += tensor.nbytes
-    if len(stages) > 1 and "output.weight" not in tensors:
-        total[-1] += getattr(tensors.get("token_embd.weight"), "nbytes", 0)
+    tied = tensors.get("token_embd.weight") if "output.weight" not in tensors else None
+    if len(stages) > 1 and tied is not None:
+        total[-1] += tied.nbytes
     return total
 
 
@@ -95,7 +104,7 @@ class StagedCache(Cache):
 
 
 def caches_of(batch: Batch, i: int) -> Batch:
-    """The batch with the caches' parts of stage i."""
+    """The batch for stage i, with that stage's part of each cache."""
     parts = tuple(c.parts[i] for c in batch.caches if isinstance(c, StagedCache))
     return replace(batch, caches=parts) if parts else batch
 

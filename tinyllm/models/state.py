@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -43,7 +43,6 @@ class State:
         self.can_shift = True  # may stored keys be turned to other positions?
         self.ids: list[int] = []
         self.n_past = 0
-        self.flight: Any = None  # a step that was begun before its turn
         self.spoilt = False  # did a step end in its middle? Then recurrent layers are lost
 
     @property
@@ -53,7 +52,7 @@ class State:
 
     @property
     def can_truncate(self) -> bool:
-        """Recurrent layers keep a summary that cannot be unwound."""
+        """Whether tokens can be taken back: the summary that recurrent layers keep cannot be unwound."""
         return not any(layer.arrays for layer in self.layers)
 
     def append(self, ids: Sequence[int]) -> None:
@@ -76,7 +75,6 @@ class State:
             with self.lock:
                 self.cache.restore({k: np.zeros_like(v) for k, v in self.cache.export(0).items()})
             self.spoilt = False
-        self.flight = None
         del self.ids[n:]
         self.n_past = min(self.n_past, n)
 
@@ -105,7 +103,6 @@ class State:
             raise ArgumentError(
                 f"cannot drop {discard} tokens after {keep}: {self.n_past} are stored"
             )
-        self.flight = None
         with self.lock:
             for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
                 if layer.n_head_kv:
@@ -114,7 +111,7 @@ class State:
         self.n_past -= discard
 
     def spoil(self) -> None:
-        """Note that a step did not come to its end; keys and values are then written again, sums are lost."""
+        """Note that a step did not end. Keys and values will be written again; recurrent sums are lost."""
         self.spoilt = self.spoilt or not self.can_truncate
 
     def check_whole(self) -> None:
@@ -175,7 +172,6 @@ class State:
                 raise StateError(
                     f"{path}: the array {name} is missing, surplus or of another shape"
                 )
-        self.flight = None
         with self.lock:
             self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
         self.ids, self.n_past, self.spoilt = ids.tolist(), n_past, False
@@ -185,3 +181,8 @@ def fingerprint(c: Config, kv_type: KVType) -> str:
     """Name a model and its cache type, so that a saved state is not restored into another one."""
     digest = hashlib.sha256(repr(c).encode()).hexdigest()[:16]
     return f"{c.arch}-{c.n_layer}x{c.n_embd}-{kv_type}-{digest}"
+
+
+Want = Literal["all", "last", "none"]
+Segment = tuple[State, int, Want]
+"""A state's part in a step: how many of its next tokens to compute, and which rows' logits are wanted."""

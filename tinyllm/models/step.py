@@ -21,10 +21,10 @@ class Step:
     batch: Batch
     n_ctx: int = 0
     user_tap: Tap | None = None
-    types: Array | None = None  # [T] int32: the segment of a pair that a row is of (BERT)
-    carried: dict[str, Array] = field(
-        default_factory=dict
-    )  # from one layer of this pass to later ones
+    # int32 [T], for BERT: 0 for rows of a pair's first text, 1 for those of the second
+    types: Array | None = None
+    # what a layer hands to later layers of this pass (RWKV 7's first values)
+    carried: dict[str, Array] = field(default_factory=dict)
 
     def tap(self, name: str, x: Array) -> Array:
         """Show the named activation to the user; what is returned, if anything, takes its place."""

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import GGUFError, UnsupportedModel
-from ..kernels.backend import Array, Backend, Weight
+from ..kernels.backend import Array, Backend, Source, Weight
 from .config import Config
 
 # Tensors that a file may carry although the model does not read them, each with its reason.
 MAY_BE_LEFT = {
     "rope_freqs.weight": "written per file, used by the layers that rotate",
     "attn_rot_embd": "a table of angles that old converters stored",
-    "rotary_emb.inv_freq": "likewise",
+    "rotary_emb.inv_freq": "a table of frequencies that old converters stored",
 }
 # Tensors without which a file is a whole model of its architecture too, each with its reason.
 MAY_BE_ABSENT = {
     "output.weight": "the embedding is the head too (tied), unless the row says otherwise",
     "token_types.weight": "DistilBERT has none; where the vocabulary counts two types, it is needed",
     "cls.bias": "a ranking head has two to four parts; no key says which",
-    "cls.norm.weight": "likewise: ModernBERT's has it",
-    "cls.output.bias": "likewise: Qwen's has none",
+    "cls.norm.weight": "of ranking heads, only ModernBERT's has it",
+    "cls.output.bias": "Qwen's ranking head has none",
     "rope_freqs.weight": "only some files of an architecture stretch the rotation; no key says which",
 }
 MAY_DIFFER = {"attn_norm.weight", "attn_norm.bias"}  # ModernBERT's first layer has none
 BIAS_ALONE = ("exp_probs_b", "ssm_dt")  # names that have a bias and may have no weight
-STREAM_NORMS = tuple(  # of the residual stream
+STREAM_NORMS = tuple(  # norms of the residual stream
     f"{name}.weight"
     for name in """attn_norm attn_norm_2 ffn_norm attn_output_norm layer_output_norm token_embd_norm
     output_norm""".split()
 )
-BIASED_TOGETHER = (  # in models whose feed-forward half has no gate
+# Groups that have biases all or none, in models whose feed-forward half has no gate.
+BIASED_TOGETHER = (
     ("attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output"),
     ("ffn_up", "ffn_down"),
 )
@@ -76,12 +77,40 @@ class Norm:
         return self.be.add_layer_norm(x, y, self.weight, self.eps, self.bias)
 
 
+class Stored(Source, Protocol):
+    """A tensor of a file as a model reads it; ``tinyllm.gguf.Tensor`` is one."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def dequantize(self) -> np.ndarray:
+        """The values, float32 [*shape]."""
+        ...
+
+
+class Row:
+    """Host values as a tensor that a backend can load like a file's, of type F32."""
+
+    type = "F32"
+
+    def __init__(self, name: str, values: np.ndarray) -> None:
+        self.name, self.shape = name, values.shape
+        self.values = np.ascontiguousarray(values, np.float32)
+
+    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        raw = self.values.reshape(-1, self.shape[-1])[start:stop].view(np.uint8)
+        if out is None:
+            return raw
+        out[...] = raw
+        return out
+
+
 class Tensors:
     """The tensors below one prefix (``blk.3.``), loaded to one backend as they are asked for."""
 
     def __init__(
         self,
-        tensors: Mapping[str, Any],
+        tensors: Mapping[str, Stored],
         be: Backend,
         c: Config,
         prefix: str = "",
@@ -91,14 +120,14 @@ class Tensors:
         self.taken: set[str] = set() if taken is None else taken
 
     def below(self, prefix: str, be: Backend | None = None) -> Tensors:
-        """The same tensors under a longer prefix, perhaps on another backend."""
+        """The tensors under a longer prefix, loaded to another backend if one is given."""
         return Tensors(self.tensors, be or self.be, self.c, self.prefix + prefix, self.taken)
 
     def has(self, *names: str) -> bool:
-        """Is one of these tensors there?"""
+        """Whether one of these tensors is there."""
         return any(f"{self.prefix}{name}" in self.tensors for name in names)
 
-    def source(self, name: str, *shape: int) -> Any:
+    def source(self, name: str, *shape: int) -> Stored:
         """The tensor, with its shape checked where one is given, marked as used."""
         full = self.prefix + name
         if full not in self.tensors:
@@ -112,17 +141,17 @@ class Tensors:
         return tensor
 
     def require(self, *names: str) -> None:
-        """These tensors must be there, although a model could be built without."""
+        """Raise GGUFError unless these tensors are there, although a model could be built without."""
         for name in names:
             if not self.has(name):
                 self.source(name)
 
     def array(self, name: str, *shape: int) -> Array:
-        """Any small tensor as float32 on the device."""
+        """A small tensor of any type as float32 on the device."""
         return self.be.array(self.host(name, *shape))
 
     def host(self, name: str, *shape: int) -> np.ndarray:
-        """Any small tensor as float32 on the host."""
+        """A small tensor of any type as float32 on the host."""
         return np.asarray(self.source(name, *shape).dequantize())
 
     def optional(self, name: str, *shape: int) -> Array | None:
@@ -153,7 +182,7 @@ class Tensors:
         return self.norm(name, size, kind) if self.has(f"{name}.weight") else None
 
     def leftovers(self) -> list[str]:
-        """Tensors that nobody used."""
+        """Names of the tensors that nothing has asked for."""
         return sorted(
             n
             for n in self.tensors
@@ -161,8 +190,8 @@ class Tensors:
         )
 
 
-def check_layers(tensors: Mapping[str, Any], n_layer: int, gated: bool) -> None:
-    """Layers of one kind have the same tensors, and biases stand together.
+def check_layers(tensors: Mapping[str, Stored], n_layer: int, gated: bool) -> None:
+    """Check that layers of one kind have the same tensors, and that biases stand together.
 
     Raises
     ------
@@ -182,7 +211,7 @@ def check_layers(tensors: Mapping[str, Any], n_layer: int, gated: bool) -> None:
                 check_together(f"blk.{i}.", names, group)
 
 
-def by_layer(tensors: Mapping[str, Any], n_layer: int) -> list[set[str]]:
+def by_layer(tensors: Mapping[str, Stored], n_layer: int) -> list[set[str]]:
     """The names below ``blk.i.`` of each layer."""
     layers: list[set[str]] = [set() for _ in range(n_layer)]
     for name in tensors:
@@ -197,7 +226,10 @@ def by_layer(tensors: Mapping[str, Any], n_layer: int) -> list[set[str]]:
 
 
 def check_uniform(layers: list[set[str]]) -> None:
-    """All layers with experts have the same feed-forward tensors, all with attention the same others, ..."""
+    """Raise GGUFError unless layers of one kind have the same tensors.
+
+    All layers with experts have the same feed-forward tensors, all with attention the same others, and so on.
+    """
     first: dict[tuple[bool, ...], tuple[int, set[str]]] = {}
     for i, names in enumerate(layers):
         for kind, part in parts(names).items():
@@ -211,7 +243,7 @@ def check_uniform(layers: list[set[str]]) -> None:
 
 
 def parts(names: set[str]) -> dict[tuple[bool, ...], set[str]]:
-    """A layer's names as those of its feed-forward half and the others, each under what kind it is."""
+    """A layer's names in two sets, its feed-forward half and the rest, each under the kind that it is."""
     ffn = {n for n in names if n.startswith(("ffn_", "exp_probs_b"))}
     mixer = tuple(
         any(n.startswith(p) for n in names) for p in ("attn_output.", "ssm_", "shortconv.")
@@ -220,12 +252,12 @@ def parts(names: set[str]) -> dict[tuple[bool, ...], set[str]]:
 
 
 def has_experts(names: Iterable[str]) -> bool:
-    """Is this a layer with a mixture of experts?"""
+    """Whether these are the names of a layer with a mixture of experts."""
     return any("_exps." in n or n.startswith("ffn_gate_inp.") for n in names)
 
 
-def check_biases(tensors: Mapping[str, Any]) -> None:
-    """A bias has its weight; the norms of the residual stream have biases all or none."""
+def check_biases(tensors: Mapping[str, Stored]) -> None:
+    """Raise GGUFError for a bias without its weight, or where only some norms of the stream have biases."""
     for name in tensors:
         base = name.removesuffix(".bias")
         if base != name and not base.endswith(BIAS_ALONE) and f"{base}.weight" not in tensors:
@@ -235,7 +267,7 @@ def check_biases(tensors: Mapping[str, Any]) -> None:
 
 
 def check_pair(prefix: str, names: set[str], first: str, second: str) -> None:
-    """Two tensors that come together or not at all."""
+    """Raise GGUFError if only one of two tensors is there."""
     here = {first, second} & names
     if len(here) == 1:
         absent = ({first, second} - here).pop()
@@ -243,7 +275,7 @@ def check_pair(prefix: str, names: set[str], first: str, second: str) -> None:
 
 
 def check_together(prefix: str, names: set[str], group: Sequence[str]) -> None:
-    """Those of the group that are there have biases all or none."""
+    """Raise GGUFError if only some tensors of the group have biases."""
     here = [g for g in group if f"{g}.weight" in names]
     without = [g for g in here if f"{g}.bias" not in names]
     if 0 < len(without) < len(here):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..engine.completion import (
 from ..engine.generate import ERASED, Overflow
 from ..errors import ArgumentError
 from ..sampling import SamplingParams
+from .arguments import whole
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -54,7 +54,7 @@ class AnswerOptions(TypedDict, total=False):
     n_predict: int | None
     callback: ResponseCallbackType
     seed: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,14 @@ class Request:
     context_erase: float = ERASED
     reset_context: bool = True
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         whole("n_predict", self.n_predict)
-        if whole("n_batch", self.n_batch) < 1:
-            raise ArgumentError(f"n_batch={self.n_batch!r}; expected a whole number of at least 1")
+        whole("n_batch", self.n_batch, 1)
+        if self.logprobs is not None:
+            whole("logprobs", self.logprobs, 0)
         if self.context_erase != ERASED or not self.reset_context:
             raise ArgumentError(
                 f"context_erase is {ERASED}; to continue a conversation, pass its state"
@@ -110,7 +111,7 @@ class Request:
             raise ArgumentError(str(error).replace("temperature=", "temp=", 1)) from None
         # GPT4All counts after it has answered: a negative limit allows one token
         limit = 1 if self.n_predict < 0 else int(self.n_predict)
-        stop = (*STOP_STRINGS, *strings(self.stop))
+        stop = (*STOP_STRINGS, *strings(() if self.stop is None else self.stop))
         return Options(params, limit, stop, self.logprobs, False, overflow)
 
 
@@ -191,11 +192,3 @@ def erase_oldest(ids: list[int], n_ctx: int, keep: int) -> list[int]:
         return ids
     remaining = max(1, min(n_ctx, int(n_ctx * (1 - ERASED))))
     return ids[:keep] + ids[keep + len(ids) - remaining :]
-
-
-def whole(name: str, value: object) -> int:
-    """A whole number given as an argument; ArgumentError, naming it, for anything else."""
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ArgumentError(f"{name}={value!r:.80}; expected a whole number") from None

@@ -5,29 +5,29 @@ from __future__ import annotations
 import platform
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ..kernels.backend import Device
 
 BackendName = Literal["cpu", "kompute", "cuda", "metal"]
 VENDORS = ("amd", "nvidia", "intel")
-SOFTWARE = ("cpu", "pthread")  # how PoCL's devices begin, which run on the CPU
+BACKENDS: dict[str, BackendName] = {"cuda": "cuda", "opencl": "kompute"}  # by the engine's kinds
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A device as GPT4All names it, and as the engine does."""
+    """A device as GPT4All names it."""
 
-    backend: BackendName
-    name: str
-    engine: str  # for tinyllm.load(device=...)
-    memory: int
+    device: Device  # as the engine knows it
+
+    @property
+    def backend(self) -> BackendName:
+        return BACKENDS[self.device.kind]
 
     @property
     def full_name(self) -> str:
-        return f"{self.backend}:{self.name}"
-
-    @property
-    def is_real(self) -> bool:
-        return not self.name.lower().startswith(SOFTWARE)
+        return f"{self.backend}:{self.device.name}"
 
     def answers_to(self, backend: str, wanted: str) -> bool:
         """Whether this device was asked for, by kind, vendor, index or name.
@@ -36,38 +36,29 @@ class GPU:
         """
         if backend == "cuda" and self.backend != "cuda":
             return False
+        name, real = self.device.name, self.device.is_real_gpu
         if wanted == "gpu" or wanted in VENDORS:
-            return self.is_real and (wanted == "gpu" or wanted in self.name.lower())
+            return real and (wanted == "gpu" or wanted in name.lower())
         if wanted.isdigit():
-            return self.backend == backend and self.engine.endswith(f":{wanted}")
-        return wanted in (self.name, self.full_name)
+            return self.backend == backend and self.device.index == int(wanted)
+        return wanted in (name, self.full_name)
 
 
-def backend_of(engine: str) -> BackendName:
-    """GPT4All's name for the kind of a device that the engine calls ``engine``, such as "cuda:0 X"."""
-    names: dict[str, BackendName] = {"cuda": "cuda", "opencl": "kompute"}
-    return names.get(engine.split(":")[0].split(" ")[0], "cpu")
+def backend_of(device: Device) -> BackendName:
+    """GPT4All's name for the kind of a device."""
+    return BACKENDS.get(device.kind, "cpu")
 
 
-def gpu_name(engine: str) -> str | None:
-    """The GPU's own name in what the engine calls it; None on the CPU."""
-    return None if backend_of(engine) == "cpu" else engine.partition(" ")[2] or engine
+def gpu_name(device: Device) -> str | None:
+    """The GPU's own name; None on the CPU."""
+    return device.name if device.is_gpu else None
 
 
 def gpus(mem_required: int = 0) -> list[GPU]:
     """The GPUs with at least this much memory, in bytes."""
-    from ..kernels.devices import list_devices
+    from ..kernels import devices
 
-    found = []
-    for device in list_devices():
-        if device.kind == "cpu" or device.memory < mem_required:
-            continue
-        engine = getattr(device, "id", None) or device.name.split(" ")[0]
-        name = device.name.removeprefix(f"{engine} ")
-        found.append(
-            GPU("cuda" if device.kind == "cuda" else "kompute", name, engine, device.memory)
-        )
-    return found
+    return [GPU(d) for d in devices.list_devices() if d.is_gpu and d.memory >= mem_required]
 
 
 def list_gpus(mem_required: int = 0) -> list[str]:
@@ -83,7 +74,7 @@ def list_gpus(mem_required: int = 0) -> list[str]:
 
 def real(found: list[GPU]) -> list[GPU]:
     """The GPUs that are hardware, without programs that only play one; ValueError if there is none."""
-    kept = [gpu for gpu in found if gpu.is_real]
+    kept = [gpu for gpu in found if gpu.device.is_real_gpu]
     if not kept:
         raise ValueError("Unable to retrieve available GPU devices")
     return kept
@@ -126,7 +117,7 @@ def choose(backend: str, device: str, mem_required: int = 0) -> GPU:
     """
     reached = gpus()
     wanted = [gpu for gpu in reached if gpu.answers_to(backend, device)]
-    if chosen := next((gpu for gpu in wanted if gpu.memory >= mem_required), None):
+    if chosen := next((gpu for gpu in wanted if gpu.device.memory >= mem_required), None):
         return chosen
     if backend == "cuda" and not any(gpu.backend == "cuda" for gpu in reached):
         raise RuntimeError(
@@ -134,8 +125,8 @@ def choose(backend: str, device: str, mem_required: int = 0) -> GPU:
             " (no CUDA device is reached; its package comes with tinyllm[cuda13] or [cuda12])"
         )
     present = real(reached)
-    names = [gpu.full_name for gpu in present if gpu.memory >= mem_required]
-    lacking = [gpu.full_name for gpu in present if gpu.memory < mem_required]
+    names = [gpu.full_name for gpu in present if gpu.device.memory >= mem_required]
+    lacking = [gpu.full_name for gpu in present if gpu.device.memory < mem_required]
     message = f"Unable to initialize model on GPU: {device!r}\nAvailable GPUs: {names}"
     if lacking:
         message += f"\nUnavailable GPUs due to insufficient memory: {lacking}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from ..errors import ArgumentError
+from .arguments import whole
 from .closing import Closing
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class Embed4All(Closing):
         CancellationError
             ``cancel_cb`` returned true.
         """
-        if dimensionality is not None and dimensionality <= 0:
+        if dimensionality is not None and whole("dimensionality", dimensionality) <= 0:
             raise ValueError(
                 f"Dimensionality must be None or a positive integer, got {dimensionality}"
             )
@@ -119,6 +121,10 @@ class Embed4All(Closing):
                 f"Dimensionality {dimensionality} is less than the suggested minimum of"
                 f" {self.MIN_DIMENSIONALITY}. Performance may be degraded.",
                 stacklevel=2,
+            )
+        if cancel_cb is not None and not callable(cancel_cb):
+            raise ArgumentError(
+                f"cancel_cb={cancel_cb!r:.80}; expected cancel_cb(batch_sizes, backend), or None"
             )
         if long_text_mode not in ("mean", "truncate"):
             raise ValueError(

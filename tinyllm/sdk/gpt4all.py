@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys  # programs import it from here
+import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..engine.completion import Completion
+from ..errors import ArgumentError
 from ..hub import catalogue
 from ..hub.catalogue import ConfigType, append_extension_if_missing
 from ..hub.download import _fsync
-from .answering import AnswerOptions, Request, complete_all, whole
+from .answering import AnswerOptions, Request, complete_all
+from .arguments import whole
 from .closing import Closing
 from .devices import BackendName, split_device
 from .embed4all import Embed4All
@@ -33,14 +36,15 @@ from .templates import (
     FormattingMethod,
     MessageType,
     Template,
-    default_source,
+    default_template,
+    is_wrapped_twice,
     template_of,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-    from ..kernels.backend import Compute
+    from ..kernels.backend import Compute, KVType
 
 __all__ = [
     "DEFAULT_MODEL_DIRECTORY",
@@ -60,6 +64,7 @@ __all__ = [
     "sys",
 ]
 
+
 DEFAULT_MODEL_DIRECTORY = catalogue.DEFAULT_MODEL_DIRECTORY
 """Where models are kept; read at each call, so assigning it moves them."""
 
@@ -69,7 +74,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
 
     Parameters
     ----------
-    model_name : str
+    model_name : str or path
         A file name of GPT4All's list (".gguf" is added if missing), a path, or "hf:owner/repo/file.gguf".
     model_path : path, optional
         The directory that holds the file, or is to hold it; default ``~/.cache/gpt4all``.
@@ -89,6 +94,8 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         Say on stderr which file is used.
     compute : {"f32", "bf16"}
         "bf16" multiplies F32, F16 and BF16 weights faster and less exactly, as in `tinyllm.load`.
+    kv_type : {"f16", "f32", "q8_0"}
+        How keys and values are kept, as in `tinyllm.load`; "q8_0" takes half the memory of "f16".
     private_sessions : bool
         A chat session is seen only by the thread or asyncio task that opens it, and by what carries its
         context on, as `asyncio.to_thread` does. By default a thread that opened none is in the model's.
@@ -100,14 +107,14 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
     RuntimeError
         The file is no model that we run.
     ValueError
-        There is no such device, or the download failed.
+        An argument is wrong, there is no such device, or the download failed.
     requests.exceptions.ConnectionError
         The file has to be downloaded, and there is no network.
     """
 
     def __init__(
         self,
-        model_name: str,
+        model_name: str | os.PathLike[str],
         *,
         model_path: str | os.PathLike[str] | None = None,
         model_type: str | None = None,
@@ -118,8 +125,15 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         ngl: int = 100,
         verbose: bool = False,
         compute: Compute = "f32",
+        kv_type: KVType = "f16",
         private_sessions: bool = False,
     ) -> None:
+        n_ctx = whole("n_ctx", n_ctx, 1)
+        if n_threads is not None:
+            n_threads = whole("n_threads", n_threads, 1)
+        ngl = whole("ngl", ngl)
+        if device is not None and not isinstance(device, str):
+            raise ArgumentError(f"device={device!r:.80}; expected a text such as 'gpu', or None")
         self.model_type = model_type
         self._sessions = Sessions(private_sessions)
         backend, gpu = split_device(device)
@@ -127,7 +141,9 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             model_name, model_path=model_path, allow_download=allow_download, verbose=verbose
         )
         self.config.setdefault("filename", os.path.basename(self.config["path"]))
-        self.model = LLModel(self.config["path"], n_ctx, ngl, backend, n_threads, compute=compute)
+        self.model = LLModel(
+            self.config["path"], n_ctx, ngl, backend, n_threads, compute=compute, kv_type=kv_type
+        )
         if gpu is not None:
             self.model.init_gpu(gpu)
         self.model.load_model()
@@ -204,7 +220,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         streaming: bool = False,
         callback: ResponseCallbackType = empty_response_callback,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         logprobs: int | None = None,
     ) -> str | Generator[str, None, None] | Completion | list[str] | list[Completion]:
         """Answer a prompt: in a chat session the user's next message, else a text to continue.
@@ -226,7 +242,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             ``callback(token_id, text)`` ends the answer by returning something false.
         seed : int, optional
             Where the random numbers start; the same seed gives the same answer again.
-        stop : str or sequence of str
+        stop : str or sequence of str, optional
             Strings that end the answer and are not part of it.
         logprobs : int, optional
             Return a ``tinyllm.Completion`` that holds each token's log-probability and those of so many
@@ -247,6 +263,10 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             "repeat_penalty": repeat_penalty, "repeat_last_n": repeat_last_n, "n_batch": n_batch,
             "n_predict": n_predict, "seed": seed, "stop": stop, "logprobs": logprobs,
         }  # fmt: skip
+        if not callable(callback):
+            raise ArgumentError(
+                f"callback={callback!r:.80}; expected callback(token_id, text), or leave it out"
+            )
         Request(**options)  # a wrong option is an error now, not when a stream is first read
         session = self._sessions.current
         if streaming and logprobs is not None:
@@ -335,10 +355,17 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             The model has no template, or a malformed one.
         """
         system = system_prompt if system_message is None else system_message
+        if system is not None and system is not False and not isinstance(system, str):
+            raise ArgumentError(f"system_message={system!r:.80}; expected a text, False or None")
         if system is None:
             system = self.config.get("systemMessage", False)
-        source = prompt_template if chat_template is None else chat_template
-        template = self._template(source)
+        template = self._template(prompt_template if chat_template is None else chat_template)
+        if system and is_wrapped_twice(template, system):
+            warnings.warn(
+                f"the system message {system!r:.60} is not plain text, and the chat template adds its own"
+                " markup around it. Give the message alone, or a prompt_template with {0} for the user's",
+                stacklevel=3,
+            )
         history = [] if system is False else [{"role": "system", "content": str(system)}]
         number = self._sessions.begin(ChatSession(template, history))
         try:
@@ -356,7 +383,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             )
             return FormattingMethod(self._format_chat_prompt_template)
         if source is None:
-            source = default_source(self.config, self.model._open().metadata)
+            return default_template(self.config, self.model._open().metadata)
         return template_of(source)
 
     @property
@@ -400,3 +427,10 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
 
 def _remove_prefix(s: str, prefix: str) -> str:
     return s.removeprefix(prefix)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module that GPT4All's own imports: programs, and tests that replace it, look for it here."""
+    if name in ("hashlib", "platform", "re", "requests", "time", "tqdm"):
+        return import_module(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .session import ChatSession, Sessions
-from .templates import MessageType, template_of
+from .templates import FormatTemplate, MessageType, template_of
 
 
 class LegacyNames:
@@ -55,7 +55,7 @@ class LegacyNames:
         parts = [default_prompt_header + "\n\n"] if default_prompt_header else []
         for message in messages:
             if message["role"] == "user":
-                parts.append(self._current_prompt_template.format(message["content"]))
+                parts.append(FormatTemplate(self._current_prompt_template).render([message], {}))
             elif message["role"] == "assistant":
                 parts.append(message["content"] + "\n")
         if default_prompt_footer:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..chat.render import encode_chat
 from ..engine.completion import SMALLEST_CONTEXT, or_beginning
-from ..errors import GGUFError, UnsupportedModel
+from ..errors import ArgumentError, GGUFError, UnsupportedModel
 from . import devices, embedding
 from .answering import Answer, Request, room_for_prompt
+from .arguments import whole
+from .closing import NotPickled
 from .devices import BackendName
 from .names import (
     MAX_BATCH,
@@ -38,7 +40,7 @@ from .names import (
 )
 
 if TYPE_CHECKING:
-    from ..kernels.backend import Compute
+    from ..kernels.backend import Compute, KVType
     from ..model import Model
     from ..models.state import State
 
@@ -64,7 +66,7 @@ __all__ = [
 ]
 
 
-class LLModel:
+class LLModel(NotPickled):
     """A model file on a device.
 
     Parameters
@@ -81,6 +83,8 @@ class LLModel:
         CPU threads; default: as many as are good for this machine.
     compute : {"f32", "bf16"}
         In what numbers matrices of floats are multiplied, as in `tinyllm.load`.
+    kv_type : {"f16", "f32", "q8_0"}
+        How keys and values are kept, as in `tinyllm.load`.
 
     Raises
     ------
@@ -99,23 +103,26 @@ class LLModel:
         n_threads: int | None = None,
         *,
         compute: Compute = "f32",
+        kv_type: KVType = "f16",
     ) -> None:
-        if n_ctx <= 0:
-            raise ValueError(f"n_ctx must be positive, got {n_ctx}")
         self.model_path = model_path.encode()
-        self.n_ctx, self.ngl = n_ctx, ngl
+        self.n_ctx, self.ngl = whole("n_ctx", n_ctx, 1), ngl
         self.context: LLModelPromptContext | None = None
         self.buffer = bytearray()
         self.buff_expecting_cont_bytes = 0
         self.model: Model | None = None
         self._path, self._wanted_backend = model_path, backend
         self._gpu: devices.GPU | None = None
-        self._n_threads, self._compute = n_threads, compute
+        self._n_threads, self._compute, self._kv_type = n_threads, compute, kv_type
         self._closed = False
         self._idle: deque[State] = deque(maxlen=1)  # the last call's: the next one may begin alike
         self._check_file()
 
     def _check_file(self) -> None:
+        if Path(self._path).is_dir():
+            raise IsADirectoryError(
+                f"Model file is a directory: {self._path!r}; give the path of a GGUF file in it"
+            )
         with open(self._path, "rb") as f:
             magic = f.read(4)
         if magic not in (b"GGUF", b"FUGG"):
@@ -150,12 +157,12 @@ class LLModel:
     @property
     def backend(self) -> BackendName:
         """The kind of device in use: "cpu", "cuda", or "kompute" for OpenCL."""
-        return devices.backend_of(self._open().device)
+        return devices.backend_of(self._open().devices[0])
 
     @property
     def device(self) -> str | None:
         """The GPU's name, or None on the CPU."""
-        return devices.gpu_name(self._open().device)
+        return devices.gpu_name(self._open().devices[0])
 
     @staticmethod
     def list_gpus(mem_required: int = 0) -> list[str]:
@@ -179,7 +186,7 @@ class LLModel:
         """
         import tinyllm
 
-        engine = "cpu" if self._gpu is None else self._gpu.engine
+        engine = "cpu" if self._gpu is None else self._gpu.device.id
         n_ctx = max(self.n_ctx, SMALLEST_CONTEXT)
         try:
             self.model = tinyllm.load(
@@ -189,6 +196,7 @@ class LLModel:
                 n_threads=self._n_threads,
                 n_gpu_layers=self._layers(),
                 compute=self._compute,
+                kv_type=self._kv_type,
             )
         except GGUFError as error:
             raise RuntimeError("Unable to instantiate model: Unsupported file format") from error
@@ -214,8 +222,7 @@ class LLModel:
 
     def set_thread_count(self, n_threads: int) -> None:
         """Use so many threads; more than there are cores are remembered and not used."""
-        if n_threads < 1:
-            raise ValueError(f"n_threads must be positive, got {n_threads}")
+        n_threads = whole("n_threads", n_threads, 1)
         network = self._open().network
         self._n_threads = n_threads
         with network.lock:
@@ -378,6 +385,8 @@ class LLModel:
         """Embed a text, or a list of texts, with the arguments of ``Embed4All.embed``."""
         if not text:
             raise ValueError("text must not be None or empty")
+        if not isinstance(text, Iterable):
+            raise ArgumentError(f"text={text!r:.80}; expected a text or a list of texts")
         model, n_ctx = self._open(), max(self.n_ctx, SMALLEST_CONTEXT)
         texts = [text] if isinstance(text, str) else list(text)
         request = embedding.Request(texts, prefix, dimensionality, do_mean, atlas, cancel_cb)

@@ -12,6 +12,7 @@ import requests
 from ..hub import catalogue
 from ..hub.catalogue import ConfigType, append_extension_if_missing
 from ..hub.download import fetch, safe_name
+from .arguments import path_of
 from .templates import from_percent
 
 
@@ -26,7 +27,7 @@ class ModelFiles:
     @classmethod
     def retrieve_model(
         cls,
-        model_name: str,
+        model_name: str | os.PathLike[str],
         model_path: str | os.PathLike[str] | None = None,
         allow_download: bool = True,
         verbose: bool = False,
@@ -38,6 +39,9 @@ class ModelFiles:
         dict
             The entry of GPT4All's list, where there is one, with the file's "path" and "filename".
         """
+        model_name = path_of("model_name", model_name)
+        if model_path is not None:
+            model_path = path_of("model_path", model_path)
         if model_name.startswith("hf:"):
             path = catalogue.download_hf(model_name, verbose, allow_download)
             return {"path": str(path), "filename": path.name}

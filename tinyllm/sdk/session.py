@@ -293,7 +293,7 @@ class _Place:
 
 
 _places: ContextVar[dict[int, _Place]] = ContextVar("tinyllm.sdk.sessions", default={})  # noqa: B039
-_numbers = itertools.count(1)  # of models and of sessions
+_numbers = itertools.count(1)  # numbers that models and sessions get
 
 
 class Sessions:

@@ -6,6 +6,7 @@ Every field is checked once, here; the tokenizers rely on it. Keys are those of 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from . import names
 from .names import BYTE, NORMAL, UNDEFINED
 
 PREFIX = "tokenizer.ggml."
+NO_TOKEN = 0xFFFFFFFF  # what some converters write for "none"
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_CHARS = 1 << 14  # the longest of real vocabularies has 512; longer ones only cost time
 
@@ -191,7 +193,11 @@ class Vocab:
         for role, keys in ROLES.items():
             for key in keys:
                 value = self.get(key)
-                if value is not None:
+                if value == NO_TOKEN:
+                    out.pop(role, None)
+                    if role in ("bos", "eos"):
+                        warnings.warn(f"{PREFIX + key} is {value}: no {role} token", stacklevel=4)
+                elif value is not None:
                     out[role] = self._checked_id(key, value)
         return out
 

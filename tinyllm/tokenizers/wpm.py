@@ -25,8 +25,8 @@ _IDEOGRAPHS = (
 )
 _ALONE = rf"\p{{P}}$+<=>^`|~{_IDEOGRAPHS}"
 _WORD = regex.compile(rf"[{_ALONE}]|[^\s{_ALONE}]+")
-_INVISIBLE = regex.compile(r"(?!\s)[\p{Cc}\p{Cf}\p{Co}\ufffd]")
-_MARKS = regex.compile(r"\p{M}")
+_INVISIBLE = regex.compile(r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\ufffd]")
+_ACCENTS = regex.compile(r"\p{Mn}")
 
 
 class WPM(Tokenizer):
@@ -56,9 +56,7 @@ class WPM(Tokenizer):
     def _normalized(self, text: str) -> str:
         text = hide_new(text)
         if self._strip_accents and not text.isascii():
-            # The first character of each decomposition stays; of a Korean syllable, its first consonant.
-            text = "".join(unicodedata.normalize("NFD", c)[0] for c in text)
-            text = _MARKS.sub("", text)
+            text = _ACCENTS.sub("", unicodedata.normalize("NFD", text))
         text = _INVISIBLE.sub("", text)
         return lower(text) if self._lower else text
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from . import jit
 from .emit import F32, I64, LANES, V
 from .floats import as_float, rows_multiplier
+from .jit import GIVEN
 from .kvblocks import (
     BLOCK_BYTES,
     TILE_BYTES,
@@ -65,7 +67,7 @@ FAR = np.float32(3e38)
 
 
 def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
-    """Of one worker: queries, scores, probabilities, two parts, a block expanded."""
+    """Bytes that a worker needs: queries, scores, probabilities, two parts, a block expanded."""
     expanded = BLOCK * 4 * (dim + padded(dim_v)) if kv == "q8_0" else 0
     return m * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(m, dim_v) + expanded
 
@@ -75,8 +77,8 @@ def blocks_after(n_past: np.ndarray) -> np.ndarray:
     return n_past // BLOCK + 1
 
 
-def padded(n: int) -> int:
-    """n rounded up to whole vectors."""
+def padded(n: Any) -> Any:
+    """A number of values, or an array of such numbers, rounded up to whole vectors of 16."""
     return -(-n // 16) * 16
 
 
@@ -87,7 +89,7 @@ def part_bytes(m: int, dim_v: int) -> int:
 
 # ---- names that ``jit.kernel`` gives
 
-score_group = score_one = weigh_group = weigh_one = maxima = None
+score_group = score_one = weigh_group = weigh_one = maxima = GIVEN
 M = 1  # rows of a piece
 TILES = 4  # tiles multiplied at once
 SIZE = 2  # bytes of a stored value as the multipliers read it
@@ -222,7 +224,7 @@ def attend(
                 slope = np.float32(0)
                 if slopes != 0:
                     slope = get_f32(slopes + 4 * (head * group + r % group))
-                nearest, farthest = np.float32(0), FAR  # of i - j
+                nearest, farthest = np.float32(0), FAR  # bounds of the distance i - j
                 if causal == 0:
                     nearest = -FAR
                     if window > 0:
@@ -309,7 +311,7 @@ def merge_parts(
 
 
 def write_f32(k, v, keys, values, position, dim, dim_v):
-    """A key and a value to their places."""
+    """Write a key and a value to their places in a cache, as floats."""
     keys += 4 * (position // 16 * 16 * dim + position % 16)
     for i in range(dim):
         set_f32(keys + 64 * i, get_f32(k + 4 * i))
@@ -317,7 +319,7 @@ def write_f32(k, v, keys, values, position, dim, dim_v):
 
 
 def write_f16(k, v, keys, values, position, dim, dim_v):
-    """The same, as halves."""
+    """Write a key and a value to their places in a cache, as halves."""
     keys += 2 * (position // 16 * 16 * dim + position % 16)
     for i in range(dim):
         set_half(keys + 32 * i, get_f32(k + 4 * i))
@@ -327,7 +329,7 @@ def write_f16(k, v, keys, values, position, dim, dim_v):
 
 
 def write_blocks(k, v, keys, values, position, dim, dim_v):
-    """The same, as rows of q8_0 blocks."""
+    """Write a key and a value to their places in a cache, as rows of q8_0 blocks."""
     write_keys(k, keys + position // 16 * ((dim + 31) // 32 * TILE_BYTES), dim, position % 16)
     write_values(v, values + position * ((dim_v + 31) // 32 * BLOCK_BYTES), dim_v)
 
@@ -353,7 +355,7 @@ def cache_write(k, v, caches, starts, n_past, layer, n_head, dim, dim_v, first, 
 WRITERS = {"f32": write_f32, "f16": write_f16, "q8_0": write_blocks}
 
 
-def write_kernel(kv: str) -> int:
+def write_kernel(kv: str) -> jit.Kernel:
     """``cache_write`` for a kind of cache."""
     return jit.kernel(cache_write, f"cache_write_{kv}", write=WRITERS[kv])
 
@@ -365,11 +367,11 @@ KINDS = {"f32": (0, "F32", 4), "f16": (1, "F16", 2), "q8_0": (2, "F32", 4)}
 
 @lru_cache
 def maxima_of(m: int) -> Callable:
-    """maxima(scores, tiles, out): the largest score of each of m rows -> out [m]."""
+    """Make maxima(scores, tiles, out): write the largest score of each of m rows to out [m]."""
 
     @emitter(types.void, i64, i64, i64)
     def maxima(e, scores, tiles, out):
-        """See ``maxima_of``."""
+        """Write the largest score of each row to out."""
         ty, scores = V(F32, LANES), e.ptr(scores)
 
         def tile(i, most):
@@ -388,7 +390,7 @@ def rows_of(n: int) -> int:
     return 8 if n > 4 else 4 if n > 2 else n
 
 
-def attend_kernel(kv: str, m: int) -> int:
+def attend_kernel(kv: str, m: int) -> jit.Kernel:
     """``attend`` for a kind of cache and m rows."""
     number, kind, size = KINDS[kv]
     tiles = 2 if m == 8 else 4
@@ -409,6 +411,6 @@ def attend_kernel(kv: str, m: int) -> int:
     )
 
 
-def merge_kernel(m: int) -> int:
+def merge_kernel(m: int) -> jit.Kernel:
     """``merge_parts`` for m rows."""
     return jit.kernel(merge_parts, f"merge_parts_{m}", M=m)

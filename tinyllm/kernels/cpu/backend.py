@@ -1,18 +1,14 @@
 """The cpu backend: each operation becomes an instruction of a program that all threads run.
 
 Nothing is computed when an operation is called: it is recorded on the thread's tape (``program``). The tape
-runs when ``numpy`` or ``top_k`` asks for values, and at the end of ``step``. A step under a key is recorded
-once; when the key comes again, only its inputs are copied and the program runs: one native call.
+runs when ``numpy`` or ``top_k`` asks for values, and at the end of ``step`` (``steps``).
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -24,6 +20,7 @@ from ..backend import (
     Backend,
     Batch,
     Compute,
+    Device,
     KVType,
     LayerCache,
     RopeSpec,
@@ -36,45 +33,18 @@ from .attention import padded
 from .experts import record_experts
 from .kvcache import CPUCache
 from .limits import limits
-from .profile import TimedTape
 from .program import CPUArray, Tape, aligned, wrapped
+from .steps import Growing, Steps
 from .threads import pool
+from .translate import PyFunction
 from .weights import CPUWeight, load_weight
 
 NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
-KEPT_STEPS = 8  # recorded steps
-REPLAYED_ROWS = 32  # longer steps take long enough to be recorded anew each time
 ACT_PIECE = 1024  # values
 
 
-INPUTS = ("ids", "positions", "starts", "n_past", "outputs")
-
-
-@dataclass
-class Growing:
-    """An instruction whose amount of work depends on how many positions are stored."""
-
-    row: int
-    tiles: np.ndarray  # [n_seq]: pieces for each block of a sequence's past
-
-
-@dataclass
-class Recorded:
-    """A step's program, its inputs' places and its result."""
-
-    tape: Tape
-    batch: Batch
-    inputs: list[np.ndarray]  # views of the batch's arrays
-    tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
-    caches: CPUArray  # the memory of ``tables``
-    growing: list[Growing] = field(default_factory=list)
-    blocks: list[int] | None = None  # [n_seq] of the past, for which ``growing`` rows are set
-    result: Array = None
-    replayable: bool = True
-
-
 class CPUBackend(Backend):
-    """Runs on the processor; see ``Backend`` for what each method promises.
+    """Runs on the processor: operations are recorded, and all threads run them when values are needed.
 
     Parameters
     ----------
@@ -89,61 +59,39 @@ class CPUBackend(Backend):
         The processor does not multiply bfloat16.
     """
 
-    name = "cpu"
+    where = Device("cpu")
 
     def __init__(self, n_threads: int | None = None, compute: Compute = "f32") -> None:
         if compute == "bf16":
             bfloat.check_available()
         self.compute = compute
-        self._local = threading.local()
-        self._steps: OrderedDict[Hashable, Recorded] = OrderedDict()
+        self._steps = Steps(self.upload)
         self.set_threads(pool().size if n_threads is None else n_threads)
 
     def set_threads(self, n_threads: int) -> None:
         """Use up to so many threads from the next step on; call it between steps."""
-        if n_threads < 1:
-            raise ArgumentError(f"n_threads is {n_threads}; expected 1 or more")
-        self.n_threads = n_threads  # as asked
+        whole = isinstance(n_threads, int) and not isinstance(n_threads, bool)
+        if not whole or n_threads < 1:
+            raise ArgumentError(
+                f"n_threads={n_threads!r}; expected a whole number of at least 1, or None"
+            )
+        self.n_threads = n_threads  # what the caller asked for
         self._workers = min(n_threads, pool().size)
-        self._steps.clear()  # recorded steps have room for the old number of workers
+        self._steps.set_workers(self._workers)
 
     # ---- the tape
 
     @property
     def _tape(self) -> Tape:
-        if not hasattr(self._local, "tape"):
-            self._local.new_tape, self._local.step = Tape, None
-            self._local.tape = Tape()
-        return self._local.tape
+        return self._steps.tape
 
-    @property
-    def _step(self) -> Recorded | None:
-        """The step being recorded."""
-        return self._local.step if hasattr(self._local, "step") else None
-
-    def _settle(self) -> None:
-        """Run what is recorded and has not run."""
-        tape = self._tape
-        tape.run(self._workers)
-        tape.clear()
-
-    @contextmanager
-    def profiled(self) -> Iterator[Profile]:
-        found = Profile()
-        self._settle()
-        mine, steps = self._tape, self._steps
-        self._local.new_tape = lambda: TimedTape(found)
-        self._steps, self._local.tape = OrderedDict(), TimedTape(found)
-        try:
-            yield found
-            self._settle()
-        finally:
-            self._steps, self._local.tape, self._local.new_tape = steps, mine, Tape
+    def profiled(self) -> AbstractContextManager[Profile]:
+        return self._steps.profiled()
 
     def limits(self, seconds: float) -> dict[str, float]:
         return limits(self._workers, seconds)
 
-    def _op(self, body: Callable, pieces: int, /, **args: Any) -> None:
+    def _op(self, body: PyFunction, pieces: int, /, **args: Any) -> None:
         """Record a kernel without micro-kernels."""
         self._tape.add(jit.kernel(body), pieces, max(1, pieces // 16), **args)
 
@@ -169,78 +117,19 @@ class CPUBackend(Backend):
     def numpy(self, x: Array) -> np.ndarray:
         if isinstance(x, np.ndarray):
             return x
-        if self._step is not None or self._tape.n:
-            self._settle_within_step()
+        self._steps.settle_for_values()
         return x.view()
 
-    def _settle_within_step(self) -> None:
-        """Values are asked for while a step is recorded: it cannot be replayed."""
-        if self._step is not None:
-            self._step.replayable = False
-        self._settle()
-
     def new_cache(self, layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> CPUCache:
-        return CPUCache(layers, n_ctx, kv_type, self._settle)
+        return CPUCache(layers, n_ctx, kv_type, self._steps.settle)
 
     # ---- steps
 
     def step(self, key: Hashable | None, fn: Callable[[Batch], Array], batch: Batch) -> Array:
-        self._settle()
-        if key is None or batch.n_rows > REPLAYED_ROWS:
-            try:
-                return self._record(fn, batch, self._tape).result
-            finally:
-                self._tape.clear()
-        key = (key, batch.starts.tobytes(), tuple((c.kv_type, c.n_ctx) for c in batch.caches))
-        known = self._steps.pop(key, None)
-        if known is None:
-            known = self._first_time(key, fn, batch)
-        else:
-            self._replay(known, batch)
-        if known.replayable:
-            self._steps[key] = known
-        return known.result
-
-    def _first_time(self, key: Hashable, fn: Callable[[Batch], Array], batch: Batch) -> Recorded:
-        mine = self._tape
-        self._local.tape = self._local.new_tape()
-        try:
-            recorded = self._record(fn, batch, self._local.tape)
-        finally:
-            self._local.tape = mine
-        while len(self._steps) >= KEPT_STEPS:
-            self._steps.popitem(last=False)
-        return recorded
-
-    def _record(self, fn: Callable[[Batch], Array], batch: Batch, tape: Tape) -> Recorded:
-        """Call fn on the batch's device form, and run what it recorded."""
-        outer = self._step
-        tables = np.array([c.address for c in batch.caches] or [0], np.int64)
-        uploaded = self.upload(batch)
-        inputs = [getattr(uploaded, name).view() for name in INPUTS]
-        recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables))
-        self._local.step = recorded
-        try:
-            recorded.result = fn(recorded.batch)
-            tape.run(self._workers)
-        finally:
-            self._local.step = outer
-        return recorded
-
-    def _replay(self, known: Recorded, batch: Batch) -> None:
-        """Put a batch in the place of the recorded one, and run."""
-        for view, name in zip(known.inputs, INPUTS, strict=True):
-            view[...] = getattr(batch, name)
-        known.tables[:] = [c.address for c in batch.caches] or [0]
-        blocks = attention.blocks_after(batch.n_past).tolist()
-        if known.growing and blocks != known.blocks:
-            for g in known.growing:
-                known.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))
-            known.blocks = blocks
-        known.tape.run(self._workers)
+        return self._steps.run(key, fn, batch)
 
     def close(self) -> None:
-        self._steps.clear()
+        self._steps.forget()
 
     # ---- matrices
 
@@ -290,7 +179,7 @@ class CPUBackend(Backend):
 
     def _norm(
         self,
-        body: Callable,
+        body: PyFunction,
         x: CPUArray,
         w: CPUArray | None,
         eps: float,
@@ -406,7 +295,9 @@ class CPUBackend(Backend):
 
     def _sequences(self, batch: Batch) -> dict[str, Any]:
         """The caches' tables, and where sequences begin."""
-        return {"caches": self._step.caches, "starts": batch.starts}
+        step = self._steps.now
+        assert step is not None, "caches are used within a step only"
+        return {"caches": step.caches, "starts": batch.starts}
 
     def attention(
         self,
@@ -497,8 +388,8 @@ class CPUBackend(Backend):
         args["parts"] = self._new((int(most.sum()), attention.part_bytes(m, dim_v)), "u1")
         blocks = attention.blocks_after(batch.n_past.view())
         row = self._tape.add(kernel, int((tiles * blocks).sum()), **args)
-        if self._step is not None:
-            self._step.growing.append(Growing(row, tiles))
+        if self._steps.now is not None:
+            self._steps.now.growing.append(Growing(row, tiles))
         merge = attention.merge_kernel(m)
         merged = {name: args[name] for name in merge.parameters}
         self._tape.add(merge, int(tiles.sum()), **merged)
@@ -573,7 +464,7 @@ class CPUBackend(Backend):
     ) -> CPUArray:
         return self._mix(recurrent.wkv7, batch, layer, r=r, w=w, k=k, v=v, a=a, b=b)
 
-    def _mix(self, body: Callable, batch: Batch, layer: int, **arrays: CPUArray) -> CPUArray:
+    def _mix(self, body: PyFunction, batch: Batch, layer: int, **arrays: CPUArray) -> CPUArray:
         n_head, dim = batch.caches[0].arrays[layer]["wkv"].shape[:2]
         y, args = self._carried(batch, layer, "wkv", arrays["r"].shape)
         self._op(body, n_head * batch.n_seq, n_head=n_head, dim=dim, **args, **arrays)

@@ -23,6 +23,7 @@ from .amx import VOID
 from .elementwise import ACTIVATIONS
 from .emit import F32, I8, I16, I32, I64, LANES, V16F, Emit, V, has_amx, target
 from .floats import BYTES, GROUP, PANEL_ROW, fetch_rows, row_storer, widen
+from .jit import GIVEN
 from .program import CPUArray, Tape
 from .simd import clear, emitter, f32x16, i64, load, load_n, types
 from .weights import CPUWeight
@@ -30,7 +31,7 @@ from .weights import CPUWeight
 SLOTS = 16  # tokens of a record
 WIDTH = 32  # columns of a record
 RECORD = 2 * SLOTS * WIDTH  # bytes
-COLUMNS = 1024  # of a panel
+COLUMNS = 1024  # columns of a panel
 PANEL = COLUMNS // WIDTH * RECORD  # bytes
 TOKENS = 2 * SLOTS  # multiplied at once, with two tiles
 TOKEN_BLOCK = 512  # whose sums wait while the columns pass
@@ -39,7 +40,7 @@ SUMS, LEFT, RIGHT = ((0, 1), (2, 3)), (4, 5), (6, 7)  # tile registers
 
 
 class _BFloat(ir.Type):
-    """LLVM's type, which llvmlite has no name for."""
+    """LLVM's type bfloat, for which llvmlite has no class."""
 
     def __str__(self) -> str:
         return "bfloat"
@@ -97,12 +98,12 @@ def store_rounded(e, p, low, high):
 
 @lru_cache
 def packer(kind: str) -> Callable:
-    """pack(w, n_columns, panel): some columns of a tile into a panel; of an odd last pair one is zero."""
+    """Make pack(w, n_columns, panel): write columns of a tile to a panel; an odd last one gets zeros."""
     column_bytes = LANES * BYTES[kind]
 
     @emitter(types.void, i64, i64, i64)
     def pack(e, w, n_columns, panel):
-        """See ``packer``."""
+        """Write columns of a tile to a panel."""
         b, w, panel = e.b, e.ptr(w), e.ptr(panel)
 
         def pair(i, n):
@@ -222,7 +223,7 @@ def multiply_vectors(e, panels, records, x_bytes, n_steps, sums, begins):
 
 # ---- the kernel; what it names is given by ``jit.kernel``
 
-pack = multiply = store_row = begin = end = None
+pack = multiply = store_row = begin = end = GIVEN
 
 
 def matmul_bfloat(
@@ -276,7 +277,7 @@ def round_array(tape: Tape, x: CPUArray) -> CPUArray:
 def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """As ``matmul.matmul_kernel``."""
+    """The kernel for many tokens in bfloat16, some of its arguments, and its number of pieces."""
     size = GROUP * PANEL + -(-min(n_tokens, TOKEN_BLOCK) // TOKENS) * TOKENS * PANEL_ROW
     scratch = tape.array((n_workers, size), "u1")
     names = {"pack": packer(w.kind), "store_row": row_storer(ACTIVATIONS[act] if act else None)}
@@ -287,6 +288,6 @@ def matmul_kernel(
         how, names = "vectors", names | {"multiply": multiply_vectors, **nothing}
     kernel = jit.kernel(matmul_bfloat, f"matmul_bf16_{how}_{w.kind}_{act}", **names)
     pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // TOKEN_BLOCK)
-    more = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
+    more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     more |= {"x_bytes": -(-w.n_in // WIDTH) * RECORD, "scratch": scratch, "scratch_bytes": size}
     return kernel, more, pieces

@@ -91,7 +91,7 @@ def find_largest(x, n, k, maxima, ids, values, first, last, worker):
 
 
 def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See ``choose.top_k``."""
+    """The k largest of logits [n]: ids int32 and values, largest first, equal ones in order of their ids."""
     n = len(logits)
     if k == 1 or k > min(MOST, n) or not (logits.dtype == np.float32 and logits.flags.c_contiguous):
         return choose.top_k(logits, k)

@@ -136,7 +136,7 @@ def gelu(x):
 
 
 def gelu_tanh(x):
-    """The same by way of tanh."""
+    """GELU with the approximation of the normal distribution by tanh."""
     inner = x + splat(np.float32(0.044715)) * x * x * x
     mass = splat(np.float32(1)) + tanh(splat(np.float32(0.7978845608028654)) * inner)
     return splat(np.float32(0.5)) * x * mass
@@ -200,7 +200,7 @@ ACTIVATIONS = {
 }
 
 
-def act_kernel(kind: str) -> int:
+def act_kernel(kind: str) -> jit.Kernel:
     """The kernel of an activation function."""
     if kind == "softplus":
         return jit.kernel(act_softplus)
@@ -264,7 +264,7 @@ def combine(x, weights, y, k, n, first, last, worker):
 
 
 def softmax(x, y, n):
-    """Of n floats."""
+    """Softmax of n floats at x, written to y."""
     most = get_f32(x)
     for i in range(1, n):
         most = max(most, get_f32(x + 4 * i))

@@ -36,7 +36,7 @@ def target() -> tuple[str, str, frozenset[str]]:
 
 
 def cpu_name() -> str:
-    """As LLVM calls it: "haswell", "znver4", "generic", ..."""
+    """The processor's name as LLVM has it: "haswell", "znver4", "generic", ..."""
     return os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
 
 
@@ -277,7 +277,7 @@ class Emit:
             self.loop(LANES // n, [], lambda i, _: body(self.b.mul(i, I64(n))) or [])
 
     def loop_maybe(self, n, init: Sequence, body: Callable) -> list:
-        """The same for n >= 0."""
+        """A loop as ``loop`` makes it, for n >= 0: it may not run at all."""
         b = self.b
         before = b.block
         with b.if_then(b.icmp_signed(">", n, I64(0))):
@@ -335,7 +335,7 @@ class Emit:
         return b.add(b.add(total, b.ashr(b.shl(both, half), half)), b.ashr(both, half))
 
     def finish(self, values: list) -> list:
-        """The same values, computed before anything that follows: LLVM would mix it until registers run out."""
+        """Compute the values before anything that follows: LLVM would mix both until registers run out."""
         kind = {"x86_64": "v", "aarch6": "w"}.get(target()[0][:6])
         if kind is None or len(values) == 1:
             return values

@@ -9,12 +9,14 @@ so each expert's weights are read once. Those kernels compute the same bits for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from . import jit, matmul, micro
 from .floats import GROUP, multiplier
+from .jit import GIVEN
 from .program import CPUArray, Tape, wrapped
 from .simd import copy, get_f32, get_i32, get_i64, load_n, set_f32, set_i32, set_i64, store_n
 from .threads import call_kernel
@@ -23,8 +25,8 @@ from .weights import CPUWeight
 
 # ---- kernels; the micro-kernel that they name is given by ``jit.kernel``
 
-multiply = None
-ROWS_AT_ONCE = 480  # of one expert: their outputs wait in a worker's scratch memory
+multiply = GIVEN
+ROWS_AT_ONCE = 480  # rows of one expert whose outputs wait in a worker's scratch memory
 INNER = 256  # bytes of the arguments of the kernel that a piece calls
 FEW, FEW_FLOAT = 6, 2  # rows that go one by one: cheaper than unpacking, the tiles being in cache
 SEGMENT = 24  # bytes: an expert, its first place in ``order``, its number of rows
@@ -97,7 +99,9 @@ def gather_records(x, out, order, choices, n_bytes, slots, span, first, last, wo
                 break
             source = x + row // choices * n_bytes
             to = out + piece * n_bytes * slots
-            for _ in range(0, n_bytes, 2 * span):  # as many bytes of codes as of fields
+            for _ in range(
+                0, n_bytes, 2 * span
+            ):  # a record has the same number of bytes of codes and fields
                 copy(to + span * slot, source, span)
                 for i in range(0, span, 4):
                     set_i32(to + (span + i) * slots + 4 * slot, get_i32(source + span + i))
@@ -170,10 +174,10 @@ def record_experts(
     groups = _Groups.of(tape, w, experts) if n_tokens > 1 else None
     packed = groups.gather(tape, w, x, forms) if groups else None
     y = tape.array((n_tokens, k, w.n_out))
-    args = {"w": w, "x": forms, "y": y, "bias": bias, "tile_bytes": w.tile_bytes}
+    args: dict[str, Any] = {"w": w, "x": forms, "y": y, "bias": bias, "tile_bytes": w.tile_bytes}
     args |= {"tiles": w.n_tiles, "n_out": w.n_out, "x_bytes": _row_bytes(w)}
     args["choices"] = 1 if len(x.shape) == 3 else k  # outputs of a row of x
-    if groups:
+    if groups is not None and packed is not None:
         _record_grouped(tape, w, groups, packed, n_workers, args)
     else:
         _record_each(tape, w, experts, n_workers, args)
@@ -192,7 +196,7 @@ def _single(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
 
 
 def _row_bytes(w: CPUWeight) -> int:
-    """Of one row of x in the form ``_single``."""
+    """Bytes of one row of x as ``_single`` makes it."""
     return w.n_in // 32 * micro.record_bytes(1) if w.format else 4 * w.n_in
 
 
@@ -202,7 +206,7 @@ def _record_each(
     one = micro.multiplier(w.format, 1, 1) if w.format else multiplier(w.kind, 1)
     kernel = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}", multiply=one)
     pieces = experts.size * w.n_tiles
-    more = {"n_blocks": w.n_blocks, "experts": experts}
+    more: dict[str, Any] = {"n_blocks": w.n_blocks, "experts": experts}
     scratch = tape.array((n_workers, 64), "u1")
     tape.add(kernel, pieces, matmul.chunk(pieces), scratch=scratch, **more, **args)
 
@@ -217,15 +221,15 @@ class _Groups:
         self.segments = tape.array((self.n_segments, SEGMENT // 8), np.int64)
         self.order = tape.array((self.n_runs, slots), np.int32)
         ends = tape.array((n_experts,), np.int32)
-        sizes = {"n_rows": n_rows, "n_experts": n_experts, "slots": slots}
+        sizes: dict[str, Any] = {"n_rows": n_rows, "n_experts": n_experts, "slots": slots}
         sizes |= {"n_segments": self.n_segments, "n_order": self.order.size}
-        places = {"segments": self.segments, "order": self.order, "ends": ends}
+        places: dict[str, Any] = {"segments": self.segments, "order": self.order, "ends": ends}
         tape.add(jit.kernel(group_rows), 1, experts=experts, **places, **sizes)
         self.packed: dict[CPUArray, CPUArray] = {}
 
     @staticmethod
     def of(tape: Tape, w: CPUWeight, experts: CPUArray) -> _Groups:
-        """Of this choice of experts, sorted once for all products with it."""
+        """The groups of this choice of experts, sorted once for all products with it."""
         slots = micro.SLOTS if w.format else 1
         key = ("groups", slots)
         if key not in experts.derived:
@@ -240,7 +244,7 @@ class _Groups:
         size = micro.record_bytes(1) * n // 32 if w.format else 4 * n
         out = tape.array((self.n_runs * self.slots, size), "u1")
         body: Callable = gather_records if w.format else gather_floats
-        args = {"x": forms, "out": out, "order": self.order, "n_bytes": size}
+        args: dict[str, Any] = {"x": forms, "out": out, "order": self.order, "n_bytes": size}
         args |= {"slots": self.slots, "span": w.format.span} if w.format else {}
         tape.add(jit.kernel(body), self.n_runs, choices=self.n_rows * n // x.size, **args)
         self.packed[forms] = out
@@ -261,7 +265,8 @@ def _record_grouped(
     product, many_more, _ = matmul.matmul_kernel(tape, w, most, n_workers)
     one, many = _inner(w, matvec, one_more), _inner(w, product, many_more)
     scratch = tape.array((n_workers, INNER + 64 * at_once * most), "u1")
-    more = {"segments": groups.segments, "order": groups.order, "slots": groups.slots}
+    more: dict[str, Any] = {"segments": groups.segments, "order": groups.order}
+    more |= {"slots": groups.slots}
     more |= {"packed": packed, "packed_bytes": packed.nbytes // groups.n_runs}
     more |= {"matvec": matvec, "matvec_args": one, "per_piece": 1 if w.format else GROUP}
     more |= {"matmul": product, "matmul_args": many, "at_once": at_once}
@@ -273,12 +278,18 @@ def _record_grouped(
 
 def _inner(w: CPUWeight, kernel: jit.Kernel, args: dict[str, Any]) -> CPUArray:
     """The arguments of a kernel that ``matmul_experts`` calls, but for those that it sets itself."""
+    numbers = {name: getattr(v, "address", v) for name, v in args.items()}
+    packed = kernel.pack(
+        tile_bytes=w.tile_bytes, n_blocks=w.n_blocks, **{**numbers, **_own(kernel)}
+    )
+    return wrapped(np.frombuffer(packed.ljust(INNER, b"\0"), np.uint8))
+
+
+@lru_cache
+def _own(kernel: jit.Kernel) -> dict[str, int]:
+    """Zeros for what ``matmul_experts`` sets, which must stand where it believes, and for no bias."""
     for name in SET:
         i = BEGINNING.index(name)
         if kernel.parameters[i : i + 1] not in ((name,), ()):
             raise TypeError(f"kernel {kernel.name}{kernel.parameters}: {name} must be argument {i}")
-    numbers = {name: getattr(v, "address", v) for name, v in args.items()}
-    numbers |= {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
-    numbers |= {name: 0 for name in (*SET, "bias") if name in kernel.parameters}
-    packed = np.frombuffer(kernel.pack(**numbers), np.uint8)
-    return wrapped(np.pad(packed, (0, INNER - len(packed))))
+    return {name: 0 for name in (*SET, "bias") if name in kernel.parameters}

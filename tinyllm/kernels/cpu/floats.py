@@ -15,11 +15,12 @@ from functools import lru_cache
 from llvmlite import ir
 
 from .emit import F32, I16, I32, I64, LANES, V16F, Emit, V, lanes
+from .jit import GIVEN
 from .simd import emitter, f32, f32x16, get_i32, i64, load, load_n, set_f32, store, store_n, types
 
 TOKENS = 6  # multiplied at once: 6 x 64 accumulators just fit 32 registers of 16 lanes
 GROUP = 4  # tiles multiplied at once
-COLUMNS = 96  # of a panel
+COLUMNS = 96  # columns of a panel
 LINE = 16  # columns of a cache line of float32
 PANEL_ROW = 4 * GROUP * LANES  # bytes
 TOKEN_BLOCK = 86 * TOKENS  # whose sums wait while the columns pass
@@ -79,7 +80,7 @@ def rows_multiplier(kind: str, n_tokens: int, tiles: int, x_step: int, x_token: 
 
     @emitter(types.void, i64, i64, i64, i64, i64, i64)
     def multiply(e, w, tile_bytes, column_bytes, x, n_in, y):
-        """See ``rows_multiplier``."""
+        """Multiply tiles of rows by the rows of x."""
         w, x, y = e.ptr(w), e.ptr(x), e.ptr(y)
         cells = [(r, first) for first in range(0, LANES, n) for r in range(tiles)]
         tokens = [x_token * t for t in range(n_tokens)]
@@ -98,7 +99,7 @@ def rows_multiplier(kind: str, n_tokens: int, tiles: int, x_step: int, x_token: 
 def multiplier(kind: str, tiles: int) -> Callable:
     """multiply(w, x, slot, n_in, y): neighbouring tiles times one token x [n_in] -> y [tiles][16].
 
-    ``slot`` is there for the likeness to ``micro.multiplier``.
+    ``slot`` is not used; it keeps the signature of ``micro.multiplier``.
     """
     size = BYTES[kind]
     n, column_bytes = lanes(), LANES * BYTES[kind]
@@ -107,7 +108,7 @@ def multiplier(kind: str, tiles: int) -> Callable:
 
     @emitter(types.void, i64, i64, i64, i64, i64)
     def multiply(e, w, x, slot, n_in, y):
-        """See ``multiplier``."""
+        """Multiply tiles by one row of x, and write the sums to y."""
         b = e.b
         tile_bytes = b.mul(n_in, I64(column_bytes))
         w, x, y = e.ptr(w), e.ptr(x), e.ptr(y)
@@ -187,12 +188,12 @@ def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins):
 
 @lru_cache
 def tile_widener(kind: str) -> Callable:
-    """widen_tile(w, n_columns, panel): some columns of a tile into a panel."""
+    """Make widen_tile(w, n_columns, panel): write columns of a tile to a panel, as floats."""
     n, size = lanes(), BYTES[kind]
 
     @emitter(types.void, i64, i64, i64)
     def widen_tile(e, w, n_columns, panel):
-        """See ``tile_widener``."""
+        """Write columns of a tile to a panel, as floats."""
         b, w, panel = e.b, e.ptr(w), e.ptr(panel)
         rounds = b.sdiv(n_columns, I64(UNROLLED))
         done = b.mul(rounds, I64(UNROLLED))
@@ -214,12 +215,12 @@ def tile_widener(kind: str) -> Callable:
 
 @lru_cache
 def widener(kind: str) -> Callable:
-    """weight(p, i): the i-th weight at p as a float."""
+    """Make weight(p, i): the i-th weight at p as a float."""
     size = BYTES[kind]
 
     @emitter(types.float32, i64, i64)
     def weight(e, p, i):
-        """See ``widener``."""
+        """The i-th weight at p as a float."""
         at = e.at(e.ptr(p), e.b.mul(i, I64(size)))
         return e.b.extract_element(widen(e, at, kind, 0, 1), I32(0))
 
@@ -228,7 +229,7 @@ def widener(kind: str) -> Callable:
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_group = widen_tile = weight = store_row = None
+multiply = multiply_group = widen_tile = weight = store_row = GIVEN
 
 
 def matvec_float(w, x, y, bias, tile_bytes, n_blocks, tiles, first, last, worker):
@@ -293,11 +294,11 @@ def fetch_rows(e, p, n_rows, row_bytes):
 
 @lru_cache
 def row_storer(activate: Callable | None) -> Callable:
-    """store_row(source, to, n, bias): n floats, plus bias, through an activation function if there is one."""
+    """Make store_row(source, to, n, bias): write n floats plus bias, through an activation function if any."""
     active = activate is not None
 
     def store_row(source, to, n, bias):
-        """See ``row_storer``."""
+        """Write n floats plus bias, through the activation function if there is one."""
         for i in range(0, n, 16):
             v = load(source + 4 * i)
             if bias != 0:

@@ -34,13 +34,14 @@ import llvmlite
 from llvmlite import ir
 
 from . import emit, machine
-from .translate import parameters, translate
+from .translate import PyFunction, parameters, translate
 
-Kinds = Mapping[str, ir.Type]  # of a kernel's arguments, by name
+Kinds = Mapping[str, ir.Type]  # types of a kernel's arguments by their names
+GIVEN: Any = None  # stands for a global name whose value ``kernel`` is given
 
 _kernels: dict[str, Kernel] = {}  # those in memory, by name
-_functions: dict[str, Callable[[int, int, int, int], None]] = {}  # likewise
-_sources: dict[str, tuple[Callable, dict[str, Any], Kinds | None]] = {}  # what both were made of
+_functions: dict[str, Callable[[int, int, int, int], None]] = {}  # functions in memory, by name
+_sources: dict[str, tuple[PyFunction, dict[str, Any], Kinds | None]] = {}  # what both were made of
 compiled: list[str] = []  # those that were not in the cache
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # in a child, the thread that held it does not exist
@@ -110,7 +111,7 @@ class Kernel:
         return TypeError(f"kernel {self.name}: {name} is {v!r:.100}; expected {wanted}")
 
 
-def kernel(body: Callable, name: str | None = None, **names: Any) -> Kernel:
+def kernel(body: PyFunction, name: str | None = None, **names: Any) -> Kernel:
     """``body`` compiled with the global ``names`` replaced; ``name`` tells variants apart."""
     name = name or body.__name__
     with _lock:
@@ -121,7 +122,7 @@ def kernel(body: Callable, name: str | None = None, **names: Any) -> Kernel:
 
 
 def function(
-    body: Callable, name: str | None = None, **names: Any
+    body: PyFunction, name: str | None = None, **names: Any
 ) -> Callable[[int, int, int, int], None]:
     """A function of four integers, no kernel, compiled; a call releases the interpreter's lock."""
     name = name or body.__name__
@@ -132,7 +133,7 @@ def function(
         return _functions[name]
 
 
-def _load(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> int:
+def _load(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> int:
     _sources[name] = body, names, kinds
     return machine.load(name, _machine_code(body, name, names, kinds))
 
@@ -143,7 +144,7 @@ def assembly(name: str) -> str:
     return machine.assembly(module_text(body, name, names, kinds))
 
 
-def module_text(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> str:
+def module_text(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> str:
     """A kernel as LLVM IR."""
     variant = FunctionType(
         body.__code__, {**body.__globals__, **names}, name, None, body.__closure__
@@ -151,7 +152,7 @@ def module_text(body: Callable, name: str, names: dict[str, Any], kinds: Kinds |
     return str(translate(variant, name, emit.target()[0], kinds))
 
 
-def _machine_code(body: Callable, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:
+def _machine_code(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:
     """From the cache, or compiled now and kept there."""
     folder = cache_folder()
     path = folder / f"{name}-{_origin(body)}.o" if folder else None
@@ -167,7 +168,7 @@ def _machine_code(body: Callable, name: str, names: dict[str, Any], kinds: Kinds
     return code
 
 
-def _origin(body: Callable) -> str:
+def _origin(body: PyFunction) -> str:
     """A name of the file in which a kernel stands, for those from outside that of its content."""
     source = Path(body.__code__.co_filename)
     if source.parent == Path(__file__).parent:

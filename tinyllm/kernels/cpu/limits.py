@@ -34,7 +34,7 @@ def rounds_of(element: Any, step: Callable[[Any, Any, Any], Any]) -> Any:
 
     @simd.emitter(simd.types.void, simd.i64, simd.i64)
     def rounds(e, p, n):
-        """``step`` over and over; the sums are stored at p."""
+        """Run n rounds of the step."""
         v = e.load(e.ptr(p), emit.V(element, emit.lanes()))
         out = e.loop(n, [v] * CHAINS, lambda _, sums: [step(e, x, v) for x in sums])
         for i, x in enumerate(out):  # each is stored: none is idle work
@@ -55,7 +55,7 @@ REGISTERS = {  # what is done at once, by the kernel's name
     "byte_dots": rounds_of(emit.I32, byte_dots),
     "float_adds": rounds_of(emit.F32, lambda e, x, v: e.fma(v, v, x)),
 }
-rounds = None  # given by ``jit.kernel``
+rounds: Any = None  # given by ``jit.kernel``
 
 
 def on_registers(out, first, last, worker):
@@ -67,7 +67,8 @@ def on_registers(out, first, last, worker):
 def best(run: Callable[[], Any], seconds: float, at_least: int = 3) -> float:
     """The shortest of several runs, in seconds."""
     run()
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < at_least or time.perf_counter() < end:
         start = time.perf_counter()
         run()
@@ -87,7 +88,7 @@ def read_bandwidth(threads: int, seconds: float) -> float:
     for start in range(0, memory.nbytes, STRETCH):
         tapes.append(program.Tape())
         places = {"source": memory.ctypes.data + start, "out": out.ctypes.data}
-        tapes[-1].add(jit.kernel(read_memory), STRETCH >> 16, 16, **places)
+        tapes[-1].add(jit.kernel(read_memory), STRETCH >> 16, 16, False, **places)
     turns = cycle(tapes)
     return STRETCH / best(lambda: next(turns).run(threads), seconds, len(tapes))
 

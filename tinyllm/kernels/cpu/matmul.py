@@ -6,6 +6,7 @@ unpacks a few tiles into its scratch memory and runs all tokens past them, so th
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes
@@ -25,14 +26,16 @@ from .floats import (
     tile_widener,
     widener,
 )
+from .formats import FORMATS
+from .jit import GIVEN
 from .program import CPUArray, Tape
 from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
 from .weights import CPUWeight
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = None
-start = stop = None  # of the matrix unit, where there is one
+multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = GIVEN
+start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
 STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
 QUANTISED = 512  # columns of a piece
@@ -204,20 +207,26 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
     pieces = -(-n // QUANTISED)
     kernel = jit.kernel(quantise_rows, name, quantise=quantise)
     claimed = pieces if slots == 1 else 1
-    sizes = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
+    sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
     tape.add(kernel, tiles * pieces, claimed, x=x, out=out, **sizes)
     return out
 
 
 def matvec_kernel(w: CPUWeight) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for one token, its arguments besides those of all products, and its pieces."""
-    name = f"matvec_{w.kind}"
+    kernel = _matvec(w.kind)
     if w.format is not None:
-        one = micro.multiplier(w.format, 1, 1)
-        return jit.kernel(matvec, name, multiply=one), {}, w.n_tiles
-    one, group = multiplier(w.kind, 1), multiplier(w.kind, GROUP)
-    kernel = jit.kernel(matvec_float, name, multiply=one, multiply_group=group)
+        return kernel, {}, w.n_tiles
     return kernel, {"tiles": w.n_tiles}, -(-w.n_tiles // GROUP)
+
+
+@lru_cache
+def _matvec(kind: str) -> jit.Kernel:
+    name = f"matvec_{kind}"
+    if kind in FORMATS:
+        return jit.kernel(matvec, name, multiply=micro.multiplier(FORMATS[kind], 1, 1))
+    one, group = multiplier(kind, 1), multiplier(kind, GROUP)
+    return jit.kernel(matvec_float, name, multiply=one, multiply_group=group)
 
 
 def chunk(pieces: int) -> int:
@@ -240,8 +249,8 @@ def _few_kernel(
 def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to so many tokens; results as of ``matvec_kernel``."""
-    more = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
+    """The kernel for up to so many tokens, some of its arguments, and its number of pieces."""
+    more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     if w.format is None:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
@@ -250,7 +259,7 @@ def matmul_kernel(
         kernel = jit.kernel(matmul_float, f"matmul_{w.kind}{act and '_' + act}", **names)
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
-        kernel, step_bytes, at_once, wide = _matmul_quantised(w)
+        kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind)
         n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
         least = w.n_blocks * minima.n_minima(w.format) * 64
@@ -269,10 +278,11 @@ def tiles_together(w: CPUWeight, n_workers: int) -> int:
     return next((n for n in UNPACKED if n <= wanted), UNPACKED[-1])
 
 
-def _matmul_quantised(w: CPUWeight) -> tuple[jit.Kernel, int, int, int]:
+@lru_cache
+def _matmul_quantised(kind: str) -> tuple[jit.Kernel, int, int, int]:
     """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
-    fmt, kind, at_once, wide = w.format, w.kind, STEPS, 16
-    unit = {"start": amx.nothing, "stop": amx.nothing}
+    fmt, at_once, wide = FORMATS[kind], STEPS, 16
+    unit: dict[str, Any] = {"start": amx.nothing, "stop": amx.nothing}
     if has_amx():
         kind, unit = f"amx_{kind}", {"start": amx.starter(fmt), "stop": amx.stop}
     if has_amx() and fmt.span == 256:
@@ -292,7 +302,8 @@ def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_worker
     """Rows of a matrix, decoded: [T, n_in]."""
     n = len(ids)
     y = tape.array((n, w.n_in))
-    args = {"w": w, "ids": ids, "y": y, "scale": scale, "tile_bytes": w.tile_bytes, "n": w.n_in}
+    args: dict[str, Any] = {"w": w, "ids": ids, "y": y, "scale": scale}
+    args |= {"tile_bytes": w.tile_bytes, "n": w.n_in}
     if w.format is None:
         kernel = jit.kernel(embed_float, f"embed_{w.kind}", weight=widener(w.kind))
     else:

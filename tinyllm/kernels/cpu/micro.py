@@ -111,7 +111,7 @@ class Columns:
         return totals
 
     def pairs(self, half: int) -> Iterator[list]:
-        """The same in parts, in 16-bit lanes as full as may be: that takes two instructions, not three."""
+        """Partial sums in 16-bit lanes, each as long as it cannot overflow: two instructions, not three."""
         e, run = self.e, self.runs[half]
         fit = max(1, 32767 // (2 * 127 * (2**self.fmt.bits - 1)))
         for first in run[::fit]:
@@ -141,7 +141,7 @@ class Columns:
         return whole
 
     def _add_scaled_pairs(self, half: int, scale, whole: list) -> list:
-        """The same, by the instruction that adds up pairs: it multiplies, too."""
+        """Add scaled sums of half a part by the instruction that adds up pairs, which multiplies too."""
         e = self.e
         both = e.b.or_(e.mask(scale, 0xFFFF), e.shl(scale, 16))
         for pairs in self.pairs(half):
@@ -180,14 +180,17 @@ def _add_parts(
         x = at(j)
         columns = Columns(e, fmt, part, x, tokens)
         sums = zip(*(columns.sums(half) for half in range(len(part.scales))), strict=True)
-        acc = [scaled(e, part, s, x, t, a) for s, t, a in zip(sums, tokens, acc, strict=True)]
+        acc = [scaled(e, part, [*s], x, t, a) for s, t, a in zip(sums, tokens, acc, strict=True)]
     return acc
 
 
 def _add_whole(
     e: Emit, fmt: Format, parts: Callable, at: Callable, tokens: range, acc: list
 ) -> list:
-    """The same where the sums of the block are added as integers; minima have sums of their own, the last."""
+    """acc[token] + the columns of a block whose sums are added as integers.
+
+    The last elements of ``acc`` are the sums of the minima.
+    """
     acc, least = acc[: len(tokens)], acc[len(tokens) :]
     whole = [e.const(0, V(I32, acc[0].type.count))] * len(acc)
     if least:  # first, while registers are free
@@ -251,7 +254,7 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
 
     @emitter(types.void, i64, i64, i64, i64, i64)
     def multiply(e, w, x, slot, n_blocks, y):
-        """See ``multiplier``."""
+        """Multiply tiles by tokens, and write the sums to y."""
         e.each_run(lambda first: rows(e, w, x, slot, n_blocks, y, first))
 
     return multiply
@@ -307,7 +310,7 @@ def unpacker(fmt: Format, form: Format) -> Callable:
 
     @emitter(types.void, i64, i64, i64)
     def unpack(e, w, n_blocks, out):
-        """See ``unpacker``."""
+        """Write a tile as signed bytes with scales."""
 
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
@@ -322,11 +325,11 @@ def unpacker(fmt: Format, form: Format) -> Callable:
 
 @lru_cache
 def quantiser(slots: int, span: int) -> Callable:
-    """quantise(x, record, slot): ``span`` floats into a record, as int8 with one scale."""
+    """Make quantise(x, record, slot): write ``span`` floats into a record, as int8 with one scale."""
 
     @emitter(types.void, i64, i64, i64)
     def quantise(e, x, record, slot):
-        """See ``quantiser``."""
+        """Write floats into a record, as int8 with one scale."""
         b, ty = e.b, V(F32, LANES)
         source, record = e.ptr(x), e.ptr(record)
         v = [e.load(source, ty, 4 * i) for i in range(0, span, LANES)]
@@ -381,7 +384,7 @@ def tokens_multiplier(form: Format) -> Callable:
     many, some, few = emit.values()
 
     def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
-        """See ``tokens_multiplier``."""
+        """Add the products of all tiles with n tokens to y."""
         n_blocks = n_steps // per_block
         for tile in range(n_tiles):
             panel, slot = panels + tile * panel_bytes, 0

@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
@@ -94,7 +94,7 @@ class TimedTape(Tape):
         own = int(spent[:BLANKS].min())
         for (name, work), ticks in zip(self._notes, spent[BLANKS:].tolist(), strict=True):
             seconds = max(ticks - own, 0) * _tick()
-            self._profile.add(name, lambda seconds=seconds: seconds, work())
+            self._profile.add(name, partial(float, seconds), work())
 
     def _with_clocks(self, times: np.ndarray) -> np.ndarray:
         """The program with a reading of the clock before and after each instruction."""
@@ -116,7 +116,7 @@ def work_of(name: str, args: dict[str, Any]) -> Callable[[], Work]:
     if name.startswith("attend_"):
         return _attention(name, args)
     arrays = {n: v for n, v in args.items() if isinstance(v, CPUArray) and n not in UNCOUNTED}
-    w, y = args.get("w"), args.get("y")
+    w, y = args.get("w"), cast(CPUArray, args.get("y"))
     if name == "take":
         return _known(Work(2 * y.nbytes))
     if not isinstance(w, CPUWeight):
@@ -137,7 +137,7 @@ def _known(work: Work) -> Callable[[], Work]:
 
 
 def _bytes(arrays: Iterable[CPUArray]) -> int:
-    """Of arrays, each counted once."""
+    """Bytes of arrays, each counted once."""
     return sum({a.address: a.nbytes for a in arrays}.values())
 
 

@@ -22,8 +22,7 @@ from . import jit
 from .threads import ARGS, ROW, ROW_BYTES, pool
 
 ALIGN = 64
-NUMBERS = (int, float, bool)
-HEAD = struct.Struct(f"={ARGS}q")  # of an instruction: what stands before its arguments
+HEAD = struct.Struct(f"={ARGS}q")  # the beginning of an instruction, before its arguments
 
 
 def aligned(n_bytes: int) -> np.ndarray:
@@ -115,9 +114,9 @@ class CPUArray:
     def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
-        whole = isinstance(owner, CPUArray)  # of which this is another form
-        self.in_arena: bool = owner.in_arena if whole else isinstance(owner, _Place)
-        self.derived: dict[Any, CPUArray] = {}  # forms of this array made for kernels (int8 blocks)
+        kind = owner.__class__
+        self.in_arena: bool = kind is _Place or (kind is CPUArray and owner.in_arena)
+        self.derived: dict[Any, Any] = {}  # what kernels need of it (int8 blocks), made once
 
     @property
     def size(self) -> int:
@@ -131,7 +130,7 @@ class CPUArray:
         return self.shape[0]
 
     def reshape(self, *shape: int) -> CPUArray:
-        """The same values under another shape."""
+        """An array in the same memory under another shape; one length may be -1."""
         known = -math.prod(shape)  # the product of the others when one is -1
         whole = [self.size // known if n == -1 else n for n in shape]
         return CPUArray(whole, self.dtype, self.address, self)
@@ -234,18 +233,22 @@ class Tape:
             raise TypeError(f"kernel {kernel.name}: {len(args)} arguments; at most {ROW - ARGS}")
         values, at = kernel.in_order(args), ROW_BYTES * (self.n + 1)
         for i, v in enumerate(values):
-            if v.__class__ is CPUArray:
+            kind = v.__class__
+            if kind is int:  # as most are
+                continue
+            if kind is CPUArray:
                 values[i] = v.address
                 if not v.in_arena:
                     self.kept.append(v)
             elif v is None:
                 values[i] = 0
-            elif v.__class__ not in NUMBERS and hasattr(v, "address"):
+            elif kind is not float and hasattr(v, "address"):
                 values[i] = v.address
                 self.kept.append(v)
         kernel.write(self.rows, at + 8 * ARGS, values)
         claims = -(-pieces // chunk)
-        HEAD.pack_into(self.rows, at, kernel.address, pieces, chunk, not joins, claims)
+        head = kernel.address, pieces, chunk, not joins, claims
+        HEAD.pack_into(self.rows, at, *head)  # type: ignore[arg-type]  # an array is a buffer
         self.n += 1
         return self.n
 

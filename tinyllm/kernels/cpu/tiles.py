@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from .simd import (
     types,
 )
 
-ROWS = 16  # of a tile
+ROWS = 16  # rows of a tile
 RUN = 16  # bytes of neighbouring fields that are moved together
 CHUNK = 64 << 20  # bytes of memory taken from the system at a time
 
@@ -82,7 +82,7 @@ def move_words(e, to, source, row_bytes):
 
 @emitter(types.void, i64, i64, i64)
 def move_shorts(e, to, source, row_bytes):
-    """The same, as 8 words of 2 bytes."""
+    """16 bytes of each of 16 rows, as 8 shorts: the first short of all rows, then the second, ..."""
     emit_move(e, to, source, row_bytes, I16)
 
 
@@ -195,7 +195,7 @@ class Room(threading.local):
         chunk = self.chunk()
         if chunk is None or self.used + n_bytes + ALIGN > chunk.nbytes:
             first = huge(max(n_bytes, CHUNK))
-            chunk = first.base
+            chunk = cast("np.ndarray", first.base)
             self.chunk, self.used = weakref.ref(chunk), first.ctypes.data - chunk.ctypes.data
         start = self.used
         self.used += -(-n_bytes // ALIGN) * ALIGN

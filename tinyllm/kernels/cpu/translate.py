@@ -7,7 +7,9 @@ calls: of emitters, of other such functions (written in line), of ``min``, ``max
 (conversions) and of a few functions of ``math``. The rules are numba's: an int and a float32 make a float64.
 numba itself would take a second for most kernels: it infers types, and compiles each helper apart.
 
-A global that is a number is a constant, and of an ``if`` on constants only one side is translated.
+A global that is a number is a constant, and of an ``if`` on constants only one side is translated. What is not
+translated is refused with its line: nothing is dropped. This is a subset on purpose, in at most 500 lines: no
+lists, no subscripts, no objects, no exceptions, no closures made in a kernel, no recursion.
 """
 
 from __future__ import annotations
@@ -16,42 +18,27 @@ import ast
 import builtins
 import inspect
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import lru_cache, partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
-import numpy as np
 from llvmlite import ir
 
-from .emit import F32, F64, I1, I64, Emit
+from .arithmetic import CASTS, MATH, Arithmetic, widest
+from .emit import F32, I64, Emit
 from .simd import Emitter
 
 COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
-SIGNS = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
-    ">=": operator.ge,
-}  # fmt: skip
-FLOATS = {ast.Add: "fadd", ast.Sub: "fsub", ast.Mult: "fmul", ast.Div: "fdiv"}
-INTEGERS = {
-    ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.LShift: "shl", ast.RShift: "ashr",
-    ast.BitAnd: "and_", ast.BitOr: "or_", ast.BitXor: "xor",
-}  # fmt: skip
-FOLDED = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod, ast.LShift: operator.lshift, ast.RShift: operator.rshift,
-}  # fmt: skip
-CASTS = {np.float32: F32, np.float64: F64, float: F64, int: I64}
-MATH = {math.sqrt: "sqrt", math.exp: "exp", math.sin: "sin", math.cos: "cos", np.rint: "rint"}
-
-
+PyFunction: TypeAlias = Callable[..., Any]  # a kernel, or what it calls, as Python has it
+DEEPEST = 32  # calls within calls: more are taken for recursion
 WORK = ("first", "last", "worker")  # how a kernel's parameters end
 
 
-def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
+def parameters(kernel: PyFunction) -> dict[str, ir.Type]:
     """Names and types of the arguments of a kernel's instructions: of what stands before ``first``.
 
     Raises
@@ -77,7 +64,7 @@ def parameters(kernel: FunctionType) -> dict[str, ir.Type]:
 
 
 def translate(
-    function: FunctionType, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
+    function: PyFunction, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
 ) -> ir.Module:
     """A module with a function of four integers that returns nothing, under a name.
 
@@ -98,24 +85,38 @@ def translate(
     return module
 
 
-class Body:
+class Body(Arithmetic):
     """The statements of one call, written where the builder stands; ``result`` is what it returns."""
 
-    def __init__(self, b: ir.IRBuilder, function: Any, args: Sequence[Any]) -> None:
-        self.b, self.e, self.function = b, Emit(b), function
+    def __init__(self, b: ir.IRBuilder, function: Any, args: Sequence[Any], depth: int = 0) -> None:
+        super().__init__(b)
+        self.function, self.depth = function, depth
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
         self.globals = {**vars(builtins), **function.__globals__, **dict(inner)}
-        self.places: dict[str, Any] = {}  # of local variables: where they are stored
-        self.loops: list[tuple[ir.Block, ir.Block]] = []  # where to continue, where to go on after
-        self.exit, self.returned = b.append_basic_block("exit"), []
+        self.places: dict[str, Any] = {}  # where local variables are stored
+        # the variables with a value on every way here; None: no way leads here
+        self.known: set[str] | None = set()
+        # where to continue, where to go on after, what is known at each break
+        self.loops: list[tuple[ir.Block, ir.Block, list[set[str] | None]]] = []
+        self.exit = b.append_basic_block("exit")
+        self.returned: list[tuple[Any, ir.Block]] = []
         node = _definition(function)
-        for parameter, value in zip(node.args.args, args, strict=True):
-            self.assign(ast.Name(parameter.arg), value)
+        self.here: ast.stmt = node  # the statement being translated
+        self.arguments(node.args, args)
         self.run(node.body)
         self.leave(None)
         b.position_at_end(self.exit)
         self.result = self.join(self.returned)
+
+    def arguments(self, given: ast.arguments, values: Sequence[Any]) -> None:
+        """Parameters become variables."""
+        if given.defaults or given.kwonlyargs or given.vararg or given.kwarg:
+            self.refuse(
+                self.here, "a kernel's parameters have no defaults, no stars and no names only"
+            )
+        for parameter, value in zip([*given.posonlyargs, *given.args], values, strict=True):
+            self.assign(ast.Name(parameter.arg), value)
 
     # ---- statements
 
@@ -123,11 +124,15 @@ class Body:
         for s in statements:
             if self.b.block.is_terminated:
                 return  # behind a break or a return
-            getattr(self, type(s).__name__, self.refuse)(s)
+            self.here = s
+            try:
+                getattr(self, type(s).__name__, self.refuse)(s)
+            except TypeError as error:
+                self.refuse(self.here, str(error))
 
-    def refuse(self, node: ast.AST, why: str = "") -> Any:
-        """An error that names the line."""
-        line = self.function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
+    def refuse(self, node: ast.AST, why: str = "") -> NoReturn:
+        """Raise a SyntaxError that names the line of the file."""
+        line = getattr(node, "lineno", getattr(self.here, "lineno", 0))
         why = why or f"a kernel cannot have {ast.unparse(node)!r}"
         raise SyntaxError(f"{why}: {self.function.__code__.co_filename}, line {line}")
 
@@ -144,12 +149,17 @@ class Body:
             self.assign(target, value)
 
     def AugAssign(self, s: ast.AugAssign) -> None:
-        assert isinstance(s.target, ast.Name)
+        if not isinstance(s.target, ast.Name):
+            self.refuse(s.target)
         now = self.value(ast.copy_location(ast.Name(s.target.id), s.target))
-        self.assign(s.target, self.binary(s, type(s.op), now, self.value(s.value)))
+        self.assign(s.target, self.binary(type(s.op), now, self.value(s.value)))
 
     def assign(self, target: ast.expr, value: Any) -> None:
         if isinstance(target, ast.Tuple):
+            if not isinstance(value, tuple) or len(value) != len(target.elts):
+                self.refuse(
+                    target, f"{ast.unparse(target)} is set to what is not {len(target.elts)} values"
+                )
             for part, v in zip(target.elts, value, strict=True):
                 self.assign(part, v)
         elif isinstance(target, ast.Name):
@@ -158,6 +168,8 @@ class Body:
             if place is None or place.type.pointee != value.type:
                 place = self.places[target.id] = self.e.room(value.type)
             self.b.store(value, place)
+            if self.known is not None:
+                self.known.add(target.id)
         else:
             self.refuse(target)
 
@@ -167,17 +179,28 @@ class Body:
     def leave(self, value: Any) -> None:
         if self.b.block.is_terminated:
             return
-        if value is None and any(v is not None for v, _ in self.returned):
-            self.b.unreachable()  # every way here returned a value before
+        if value is None and self.known is None:
+            self.b.unreachable()  # every way here returned before
             return
+        kinds = {v is not None and v.type for v in (value, *(v for v, _ in self.returned))}
+        if len(kinds) > 1:
+            self.refuse(
+                self.here,
+                f"{self.function.__name__} does not always return a value of one type",
+            )
         self.returned.append((value, self.b.block))
         self.b.branch(self.exit)
+        self.known = None
 
     def Break(self, s: ast.Break) -> None:
-        self.b.branch(self.loops[-1][1])
+        _, after, known = self.loops[-1]
+        known.append(self.known)
+        self.b.branch(after)
+        self.known = None
 
     def Continue(self, s: ast.Continue) -> None:
         self.b.branch(self.loops[-1][0])
+        self.known = None
 
     def If(self, s: ast.If) -> None:
         condition = self.truth_of(s.test)
@@ -185,13 +208,16 @@ class Body:
             return self.run(s.body if condition else s.orelse)
         then, other, after = (self.b.append_basic_block(n) for n in ("then", "else", "endif"))
         self.b.cbranch(condition, then, other)
-        before = dict(self.places)
+        before, known, ends = dict(self.places), self.known, []
         for block, statements in ((then, s.body), (other, s.orelse)):
             self.b.position_at_end(block)
+            self.known = copy(known)
             self.run(statements)
+            ends.append(self.known)
             self.goto(after)
             self.same_types(s, before)
             before = dict(self.places)
+        self.known = common(ends)
         self.b.position_at_end(after)
         return None
 
@@ -206,12 +232,19 @@ class Body:
             self.b.branch(block)
 
     @contextmanager
-    def loop(self, node: ast.AST, following: ir.Block) -> Iterator[None]:
+    def loop(self, node: ast.For | ast.While, following: ir.Block) -> Iterator[None]:
         """The body of a loop: after it, go to ``following`` and stand behind the loop."""
-        after, before = self.b.append_basic_block("endloop"), dict(self.places)
-        self.loops.append((following, after))
+        if node.orelse:
+            self.refuse(node.orelse[0], "a loop of a kernel cannot have an else")
+        after, before, known = (
+            self.b.append_basic_block("endloop"),
+            dict(self.places),
+            copy(self.known),
+        )
+        endless = isinstance(node, ast.While) and getattr(node.test, "value", None) is True
+        self.loops.append((following, after, [None if endless else known]))
         yield
-        self.loops.pop()
+        self.known = common(self.loops.pop()[2])
         self.goto(following)
         self.same_types(node, before)
         self.b.position_at_end(after)
@@ -227,8 +260,9 @@ class Body:
 
     def For(self, s: ast.For) -> None:
         call = s.iter
-        if not isinstance(call, ast.Call) or self.value(call.func) is not range:
+        if not isinstance(call, ast.Call) or self.value(call.func) is not range or call.keywords:
             self.refuse(s.iter)
+        self.count(call, 1, 3)
         ends = [self.value(a) for a in call.args]
         start, stop, step = [0, *ends, 1] if len(ends) == 1 else [*ends, 1][:3]
         stop, step, i = self.typed(stop), self.typed(step), self.e.room(I64)
@@ -254,32 +288,21 @@ class Body:
     def value(self, node: ast.expr) -> Any:
         return getattr(self, type(node).__name__, self.refuse)(node)
 
-    def typed(self, v: Any) -> ir.Value:
-        """A constant as an IR value."""
-        if isinstance(v, ir.Value):
-            return v
-        if isinstance(v, bool | np.bool_):
-            return I1(int(v))
-        if isinstance(v, int | np.integer):
-            return I64(int(v))
-        if isinstance(v, np.float32 | float):
-            return ir.Constant(F32 if isinstance(v, np.float32) else F64, float(v))
-        raise TypeError(f"{self.function.__name__}: {v!r} is no value of a kernel")
-
     def Constant(self, node: ast.Constant) -> Any:
         return node.value
 
     def Name(self, node: ast.Name) -> Any:
-        if node.id in self.places:
+        if node.id in self.places and (self.known is None or node.id in self.known):
             return self.b.load(self.places[node.id])
-        if node.id in self.globals:
+        if node.id in self.globals and node.id not in self.function.__code__.co_varnames:
             return self.globals[node.id]
-        return self.refuse(node, f"{node.id!r} has no value yet")
+        return self.refuse(node, f"{node.id!r} has no value yet, or not on every way here")
 
     def Attribute(self, node: ast.Attribute) -> Any:
-        return getattr(self.value(node.value), node.attr)
+        of = self.value(node.value)
+        return self.refuse(node) if isinstance(of, ir.Value) else getattr(of, node.attr)
 
-    def Tuple(self, node: ast.Tuple) -> tuple:
+    def Tuple(self, node: ast.Tuple) -> tuple[Any, ...]:
         return tuple(self.value(v) for v in node.elts)
 
     def UnaryOp(self, node: ast.UnaryOp) -> Any:
@@ -294,70 +317,7 @@ class Body:
         return self.b.neg(v) if v.type == I64 else self.b.fneg(v)
 
     def BinOp(self, node: ast.BinOp) -> Any:
-        return self.binary(node, type(node.op), self.value(node.left), self.value(node.right))
-
-    def binary(self, node: ast.AST, op: type, x: Any, y: Any) -> Any:
-        if type(x) is type(y) is int and op in FOLDED:
-            return FOLDED[op](x, y)
-        by = y
-        x, y = self.alike(x, y)
-        if x.type == I64 and op is ast.Div:
-            x, y = self.cast(x, F64), self.cast(y, F64)
-        if x.type != I64 and op in FLOATS:
-            return getattr(self.b, FLOATS[op])(x, y)
-        if x.type == I64 and op in INTEGERS:
-            return getattr(self.b, INTEGERS[op])(x, y)
-        if x.type == I64 and op in (ast.FloorDiv, ast.Mod):
-            quotient, rest = self.divided(x, y, by)
-            return quotient if op is ast.FloorDiv else rest
-        return self.refuse(node)
-
-    def divided(self, x: Any, y: Any, by: Any) -> tuple[Any, Any]:
-        """Quotient and remainder as Python rounds them, zeros if y is 0."""
-        b = self.b
-        if isinstance(by, int) and by > 0 and by & (by - 1) == 0:
-            return b.ashr(x, I64(by.bit_length() - 1)), b.and_(x, I64(by - 1))
-        none = b.icmp_signed("==", y, I64(0))
-        y = b.select(none, I64(1), y)
-        rest = b.srem(x, y)
-        differs = b.icmp_signed("<", b.xor(rest, y), I64(0))
-        under = b.and_(differs, b.icmp_signed("!=", rest, I64(0)))
-        quotient = b.sub(b.sdiv(x, y), b.zext(under, I64))
-        rest = b.add(rest, b.select(under, y, I64(0)))
-        return b.select(none, I64(0), quotient), b.select(none, I64(0), rest)
-
-    def alike(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Both as the type that holds them."""
-        x, y = self.typed(x), self.typed(y)
-        ty = widest({x.type, y.type})
-        ty = I64 if ty == I1 else ty
-        return self.cast(x, ty), self.cast(y, ty)
-
-    def cast(self, v: Any, ty: ir.Type) -> Any:
-        """v as a type."""
-        b, v = self.b, self.typed(v)
-        if v.type == ty:
-            return v
-        known = {
-            (I1, I64): b.zext, (I1, F32): b.uitofp, (I1, F64): b.uitofp, (I64, F32): b.sitofp,
-            (I64, F64): b.sitofp, (F32, F64): b.fpext, (F64, F32): b.fptrunc, (F32, I64): b.fptosi,
-            (F64, I64): b.fptosi,
-        }  # fmt: skip
-        if ty == I1:
-            return self.typed(self.truth(v))
-        if (v.type, ty) not in known:
-            raise TypeError(f"{self.function.__name__}: {v.type} where {ty} is expected")
-        return known[v.type, ty](v, ty)
-
-    def truth(self, v: Any) -> Any:
-        """A bool if known now, else an i1."""
-        if not isinstance(v, ir.Value):
-            return bool(v)
-        if v.type == I1:
-            return v
-        if v.type == I64:
-            return self.b.icmp_signed("!=", v, I64(0))
-        return self.b.fcmp_unordered("!=", v, v.type(0.0))
+        return self.binary(type(node.op), self.value(node.left), self.value(node.right))
 
     def truth_of(self, node: ast.expr) -> Any:
         return self.truth(self.value(node))
@@ -366,18 +326,12 @@ class Body:
         left, found = self.value(node.left), None
         for op, right_node in zip(node.ops, node.comparators, strict=True):
             right = self.value(right_node)
+            if type(op) not in COMPARE:
+                self.refuse(node)
             one = self.compare(COMPARE[type(op)], left, right)
             found = one if found is None else self.b.and_(self.typed(found), self.typed(one))
             left = right
         return found
-
-    def compare(self, op: str, x: Any, y: Any) -> Any:
-        if not isinstance(x, ir.Value) and not isinstance(y, ir.Value):
-            return bool(SIGNS[op](x, y))
-        x, y = self.alike(x, y)
-        if x.type == I64:
-            return self.b.icmp_signed(op, x, y)
-        return (self.b.fcmp_unordered if op == "!=" else self.b.fcmp_ordered)(op, x, y)
 
     def BoolOp(self, node: ast.BoolOp) -> Any:
         """The rest is looked at only where the first part does not decide."""
@@ -388,7 +342,7 @@ class Body:
             if first is decisive or not others:
                 return first
             rest = others[0] if len(others) == 1 else ast.BoolOp(node.op, others)
-            return self.truth_of(rest)
+            return self.truth_of(ast.copy_location(rest, node))
         for other in others:
             first = self.choose(first, lambda: decisive, partial(self.truth_of, other), decisive)
         return first
@@ -400,7 +354,9 @@ class Body:
         then, other = (partial(self.value, n) for n in (node.body, node.orelse))
         return self.choose(condition, then, other)
 
-    def choose(self, condition: Any, then: Callable, other: Callable, first: bool = True) -> Any:
+    def choose(
+        self, condition: Any, then: PyFunction, other: PyFunction, first: bool = True
+    ) -> Any:
         """then() or other(), whichever the condition (or, if not ``first``, its opposite) asks for."""
         blocks = [self.b.append_basic_block(n) for n in ("this", "that")]
         after = self.b.append_basic_block("chosen")
@@ -433,56 +389,43 @@ class Body:
 
     def Call(self, node: ast.Call) -> Any:
         f, args = self.value(node.func), [self.value(a) for a in node.args]
+        if node.keywords:
+            self.refuse(node, f"{ast.unparse(node)}: arguments in kernels have no names")
         if isinstance(f, Emitter):
+            self.count(node, len(f.args))
             return f.emit(self.e, *(self.cast(a, ty) for a, ty in zip(args, f.args, strict=True)))
+        if isinstance(f, FunctionType):
+            self.count(node, f.__code__.co_argcount)
+            if self.depth == DEEPEST:
+                self.refuse(
+                    node, f"{f.__name__} is called {DEEPEST} calls deep; kernels cannot recurse"
+                )
+            return Body(self.b, f, args, self.depth + 1).result
         if f in (min, max):
+            self.count(node, 2, len(args))
             return self.extreme("<" if f is min else ">", args)
+        self.count(node, 1)
         if f is abs:
             return self.absolute(self.typed(args[0]))
         if f in MATH or f is math.log1p:
             return self.mathematics(f, self.typed(args[0]))
         if isinstance(f, ir.Type) or f in CASTS:
             return self.converted(args[0], CASTS.get(f, f))
-        if isinstance(f, FunctionType):
-            return Body(self.b, f, args).result
         return self.refuse(node)
 
-    def converted(self, v: Any, ty: ir.Type) -> Any:
-        if not isinstance(v, ir.Value) and ty == F32:
-            return np.float32(v)
-        return self.cast(v, ty)
-
-    def extreme(self, op: str, args: list) -> Any:
-        """Python's rule: a later value wins if it compares so with the best before."""
-        if all(type(a) is int for a in args):
-            return min(args) if op == "<" else max(args)
-        best = args[0]
-        for v in args[1:]:
-            v, best = self.alike(v, best)
-            best = self.b.select(self.compare(op, v, best), v, best)
-        return best
-
-    def absolute(self, v: Any) -> Any:
-        if v.type == I64:
-            return self.b.select(self.b.icmp_signed("<", v, I64(0)), self.b.neg(v), v)
-        return self.e.call(f"llvm.fabs.{_suffix(v.type)}", v.type, v)
-
-    def mathematics(self, f: Callable, v: Any) -> Any:
-        v = self.cast(v, F64) if v.type == I64 else v
-        if f is math.log1p:  # no instruction: the C library's
-            return self.e.call("log1p" if v.type == F64 else "log1pf", v.type, v)
-        return self.e.call(f"llvm.{MATH[f]}.{_suffix(v.type)}", v.type, v)
+    def count(self, call: ast.Call, least: int, most: int = 0) -> None:
+        """Refuse a call with another number of arguments."""
+        if not least <= len(call.args) <= max(least, most):
+            wanted = f"{least} to {most}" if most > least else f"{least}"
+            self.refuse(
+                call, f"{ast.unparse(call)} has {len(call.args)} arguments; expected {wanted}"
+            )
 
 
-def widest(kinds: set[ir.Type]) -> ir.Type:
-    """The type that holds values of all of these."""
-    if len(kinds) == 1:
-        return next(iter(kinds))
-    return I64 if kinds == {I1, I64} else F32 if kinds == {I1, F32} else F64
-
-
-def _suffix(ty: ir.Type) -> str:
-    return "f32" if ty == F32 else "f64"
+def common(ways: list[set[str] | None]) -> set[str] | None:
+    """The variables that have a value on each of the ways that meet here; None if there is no way."""
+    there = [known for known in ways if known is not None]
+    return set.intersection(*there) if there else None
 
 
 def _definition(function: FunctionType) -> ast.FunctionDef:

@@ -30,7 +30,7 @@ class CPUWeight:
     kind: str  # the float type, or the format's name: what kernels are compiled for
     tile_bytes: int
     memory: np.ndarray
-    address: int  # of the memory
+    address: int  # where the memory begins
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +88,7 @@ def _rows_of_piece(n_out: int, row_bytes: int, n_threads: int) -> int:
 
 
 def _shape_of(source: Source, rows: np.ndarray | slice | None) -> tuple[int, ...]:
-    shape = tuple(source.shape)
+    shape = tuple(map(int, source.shape))  # recording counts with them: NumPy's are slow
     if len(shape) < 2:
         shape = (1, *shape)
     if rows is None:

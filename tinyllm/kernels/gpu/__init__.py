@@ -1,5 +1,5 @@
 """The GPU backends: one kernel source in ``src``, run through CuPy (``cuda``) or PyOpenCL (``opencl``).
 
-``common`` holds the operations, as launches of kernels; the two front ends add buffers, compilation and
-launching. ``weights`` lays tensors out on the device, ``cache`` keeps the past of sequences in pages.
+``backend`` has the operations and chooses the kernels; the two front ends add memory, compilation and launches.
+``weights`` lays tensors out on the device, ``kvcache`` keeps the past of sequences in pages.
 """

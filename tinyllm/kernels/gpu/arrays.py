@@ -7,27 +7,31 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 if TYPE_CHECKING:
     from .weights import GPUWeight
 
-Buffer = Any  # a device's own handle
+Buffer = Any  # the handle by which a driver knows memory
+i32, u64, f32 = np.int32, np.uint64, np.float32  # scalar arguments of kernels
+Int8: TypeAlias = (
+    "tuple[GPUArray, GPUArray, GPUArray]"  # codes, scales and sums of an array's values
+)
 
 
 class GPUArray:
     """A dense array on the device.
 
-    ``int8`` and ``half`` cache the forms in which several matrices read it, ``by_expert`` the order of
-    choices of experts. ``pending``, where set, computes the values when the buffer is asked for, unless
-    another kernel has done its work along the way; ``early`` is what products may read in the meantime.
+    ``int8`` and ``half`` keep the forms in which matrices read it (see ``operands``), ``by_expert`` the order
+    of chosen experts. ``pending``, where set, computes the values when the buffer is asked for, unless
+    another kernel has computed them on its way; until then products may read ``undivided``.
     """
 
     __slots__ = (
-        *("_base", "_buffer", "_pool", "_room", "by_expert", "dtype", "early", "half", "int8"),
-        *("pending", "shape"),
+        *("_base", "_buffer", "_pool", "_room", "by_expert", "dtype", "half", "int8"),
+        *("pending", "shape", "undivided"),
     )
 
     def __init__(
@@ -41,15 +45,15 @@ class GPUArray:
     ) -> None:
         self.shape, self.dtype, self._buffer = tuple(shape), np.dtype(dtype), buffer
         self.pending: Pending | None = None
-        self.early: Early | None = None
+        self.undivided: Undivided | None = None
         self._base, self._room, self._pool = base, room, pool
-        self.int8: tuple[GPUArray, GPUArray, GPUArray] | None = None
+        self.int8: Int8 | None = None
         self.half: dict[int, tuple[GPUArray, GPUArray]] = {}
-        self.by_expert: tuple[int, tuple[GPUArray, GPUArray]] | None = None
+        self.by_expert: dict[int, tuple[GPUArray, GPUArray]] = {}
 
     @property
     def buffer(self) -> Buffer:
-        """The memory, its values computed or queued to be."""
+        """The memory; a kernel that computes its values has been launched."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.compute(self)
@@ -57,7 +61,7 @@ class GPUArray:
 
     @property
     def raw_buffer(self) -> Buffer:
-        """The memory for the kernel that computes what is pending."""
+        """The memory alone: for the kernel that computes a pending value."""
         return self._buffer
 
     @property
@@ -72,27 +76,27 @@ class GPUArray:
         return self.shape[0]
 
     def reshape(self, *shape: int) -> GPUArray:
-        """The same values in another shape."""
+        """A view of the values in another shape."""
         if prod(shape) != self.size:
             raise ValueError(f"{self.shape} does not reshape to {shape}")
         return GPUArray(shape, self.dtype, self.buffer, None, self)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        pool = getattr(self, "_pool", None)  # Ctrl-C may have come before it was known
+        pool = getattr(self, "_pool", None)  # Ctrl-C may have interrupted __init__
         if pool is not None and not finalizing():
             pool.give(self._buffer, self._room)
 
 
 @dataclass(frozen=True)
 class Pending:
-    """What an array will hold, not yet computed."""
+    """How to compute the values of an array that nobody has read yet."""
 
     compute: Callable[[GPUArray], None]
 
 
 @dataclass(frozen=True)
-class Sum(Pending):
-    """x + scale * y: a norm that follows takes it along."""
+class PendingSum(Pending):
+    """x + scale * y: the kernel of a norm that follows computes it, too."""
 
     x: GPUArray
     y: GPUArray
@@ -100,8 +104,8 @@ class Sum(Pending):
 
 
 @dataclass(frozen=True)
-class Product(Pending):
-    """One row x times a matrix, plus a bias: a sum and a norm that follow are made by the same kernel."""
+class PendingProduct(Pending):
+    """One row x times a matrix, plus a bias: one kernel computes it with the sum and the norm that follow."""
 
     w: GPUWeight
     x: GPUArray
@@ -109,24 +113,24 @@ class Product(Pending):
 
 
 @dataclass(frozen=True)
-class Early:
-    """A row whose norm is pending: the values before they are divided by their root mean square.
+class Undivided:
+    """A row whose norm is pending: times the norm's weights, but not yet divided by its root mean square.
 
-    ``squares`` holds sums of squares of the row before the norm's weights. The product with a matrix is linear,
-    so it may be divided in their place.
+    A product with a matrix is linear, so its results may be divided instead. ``squares`` holds partial sums
+    of the squares of the row, without the weights.
     """
 
     values: GPUArray
-    int8: tuple[GPUArray, GPUArray, GPUArray] | None
+    int8: Int8 | None
     squares: GPUArray
     eps: float
 
 
 class Pool:
-    """Buffers by size, used again as soon as they are given back.
+    """Spare buffers by size, used again as soon as they are given back.
 
-    The queue runs in order, so a kernel that still reads a returned buffer runs before the one that
-    writes it anew. The sizes of one step return in the next: after the first, no step allocates.
+    The device runs kernels in order: one that still reads a returned buffer runs before the next that writes
+    it. Steps need buffers of the same sizes again and again, so that only the first allocates.
     """
 
     def __init__(self, allocate: Callable[[int], Buffer], free: Callable[[Buffer], None]) -> None:

@@ -1,32 +1,47 @@
-"""Attention on tensor cores: which shape of group, and how many parts of the past."""
+"""Attention on tensor cores, by ``attention_tensor.c``: the shape of a group, and the parts of the past."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import batch as batches
 from . import sources
-from .arrays import GPUArray
+from .arrays import GPUArray, i32, u64
+from .attention import Query
 from .batch import DeviceBatch
-from .device import COUNTERS, i32, u64
 from .kvcache import KV_CODE, PAGE, Side, Store
-from .matmul import MATVEC_ROWS, Matrices
+from .operands import new_int8, wants_int8
 from .sources import Program
 
-LOCAL_BYTES = 46 << 10  # of a group's tiles; 48 KB are there
-MOST_DIM = 256
-WHOLE_DIM = {"f16": 192, "q8_0": 96}  # wider values leave registers for scores of half a page
+if TYPE_CHECKING:
+    from .backend import GPUBackend
 
-# What an H200 is expected to take, in microseconds, from its latencies and rates: only their ratios decide.
-BEGIN = 0.8  # until a group's first keys are there
-TILE = 1.4  # from tile to tile, were memory and products infinitely fast
-JOIN, PART = 0.8, 0.025  # to be the last group, and for each part that it reads
-CORE_BYTES = 32_000  # of memory, a core, a microsecond
-CORE_PRODUCTS = 750_000  # of two terms each, a core, a microsecond
+LOCAL_BYTES = 46 << 10  # for a group's tiles; multiprocessors have 48 KB for a group
+MOST_DIM = 256
+WHOLE_DIM = {
+    "f16": 192,
+    "q8_0": 96,
+}  # with wider values registers hold the scores of half a page only
+
+INT8_ROWS = 16  # with more, the products that follow read halves
+
+# The times of an H200 in microseconds, reckoned from its latencies and rates: only their ratios decide.
+BEGIN = 0.8  # until a group's first keys have arrived
+TILE = 1.4  # the least from one tile to the next: latencies
+JOIN, PART = 0.8, 0.025  # for the last group to join the parts, and more for each part
+CORE_BYTES = 32_000  # bytes of memory that a core reads in a microsecond
+CORE_PRODUCTS = 750_000  # products, of two terms each, that a core makes in a microsecond
 MOST_SPLITS = 64
+
+
+def takes(k: Side, v: Side) -> bool:
+    """Whether the kernels read keys and values that are stored like this."""
+    fits = all(side.dim % 16 == 0 and side.dim <= MOST_DIM for side in (k, v))
+    return fits and k.kv_type != "f32"
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class GroupShape:
 
     rows: int
     keys: int
-    tile: int  # keys
+    tile: int  # keys that are read at a time
 
     @property
     def pairs(self) -> int:
@@ -47,7 +62,7 @@ class GroupShape:
 
 
 def group_shape(pairs: int, k: Side, v: Side, even: bool = True) -> GroupShape:
-    """The shape for sequences with up to so many (row, head) pairs a key head.
+    """The shape of groups for sequences with up to ``pairs`` (row, head) pairs a key head.
 
     Large groups read keys less often, small ones are dealt out better where they take very uneven times.
     """
@@ -57,8 +72,12 @@ def group_shape(pairs: int, k: Side, v: Side, even: bool = True) -> GroupShape:
         few_registers = k.kv_type == "q8_0" and v.dim > 192
         rows = 8 if pairs > 64 and even and not few_registers else 4
         return GroupShape(rows, 1, PAGE if whole and narrow else PAGE // 2)
-    shared = PAGE * (_stride(k) + _stride(v)) + 64 * (k.dim + 8)  # with the queries
-    whole = shared <= LOCAL_BYTES and 4 * 64 * (v.dim + 8) <= LOCAL_BYTES  # where warps meet
+    shared = PAGE * (_stride(k) + _stride(v)) + 64 * (
+        k.dim + 8
+    )  # tiles of keys and values, and the queries
+    whole = (
+        shared <= LOCAL_BYTES and 4 * 64 * (v.dim + 8) <= LOCAL_BYTES
+    )  # warps join their results in as much
     return GroupShape(1, 4, PAGE) if whole else GroupShape(1, 2, PAGE // 2)
 
 
@@ -98,63 +117,56 @@ def choose_splits(
     return min(range(1, most + 1), key=time, default=1)
 
 
-class TensorAttention(Matrices):
-    """The part of a GPU backend that multiplies queries, keys and values on tensor cores."""
+class TensorAttention:
+    """Attention over pages of halves or of q8_0, on CUDA devices with tensor cores."""
 
-    tensor_cores = False  # whether src/tensor.h is for this device
+    def __init__(self, be: GPUBackend) -> None:
+        self.be = be
 
-    def suits_tensor_cores(self, k: Side, v: Side) -> bool:
-        """Whether ``tensor_attention`` takes these."""
-        fits = all(side.dim % 16 == 0 and side.dim <= MOST_DIM for side in (k, v))
-        return self.tensor_cores and k.kv_type != "f32" and fits
+    def attend(self, b: DeviceBatch, query: Query, store: Store) -> GPUArray:
+        """Causal attention over the stored past -> [T, n_head * v.dim].
 
-    def tensor_attention(
-        self,
-        b: DeviceBatch,
-        store: Store,
-        q: GPUArray,
-        k: Side,
-        v: Side,
-        n_head: int,
-        slopes: GPUArray | None,
-        sinks: GPUArray | None,
-        how: tuple[object, ...],
-    ) -> GPUArray:
-        """One launch over tiles of rows, and over parts of the past that the last group joins."""
+        One launch over tiles of rows, and over parts of the past that the last group joins.
+        """
+        be, k, v, n_head = self.be, query.k, query.v, query.n_head
         per_key, lengths = n_head // k.n_head, np.diff(b.host.starts)
         # in one round of large groups at a short past, the first would be idle while the last work
-        even = b.n_rows * n_head > 256 * self.n_cores or (b.host.n_past > 2 * lengths).any()
+        even = b.n_rows * n_head > 256 * be.n_cores or (b.host.n_past > 2 * lengths).any()
         shape = group_shape(int(lengths.max()) * per_key, k, v, bool(even))
         heads = min(per_key, shape.pairs)
         tiles, n_tiles = None, b.n_seq
         if (lengths != 1).any():
-            tiles, n_tiles = batches.row_tiles(self, b, shape.pairs // heads)  # type: ignore[arg-type]
+            tiles, n_tiles = batches.row_tiles(be, b, shape.pairs // heads)
         chunks = -(-per_key // heads)
         n_columns = k.n_head * chunks
-        n_groups = n_columns * n_tiles
-        row = _row_bytes(k) + _row_bytes(v), k.dim + v.dim
-        splits = choose_splits(n_groups, b.n_pages, shape, *row, self.n_cores)
-        splits = splits if n_groups <= COUNTERS else 1
-        out = self.empty((b.n_rows, n_head * v.dim))
-        parts = self.empty((b.n_rows, n_head, splits, v.dim + 4)) if splits > 1 else None
-        joined = (shape.keys > 1 or splits > 1) and v.dim % 32 == 0 and b.n_rows <= MATVEC_ROWS
-        if joined and self.wants_int8(out):
-            out.int8 = self.new_int8(out.size)
+        splits = self._splits(n_columns * n_tiles, b.n_pages, shape, k, v)
+        out = be.empty((b.n_rows, n_head * v.dim))
+        parts = be.empty((b.n_rows, n_head, splits, v.dim + 4)) if splits > 1 else None
+        joined = (shape.keys > 1 or splits > 1) and v.dim % 32 == 0 and b.n_rows <= INT8_ROWS
+        if joined and wants_int8(be, out):
+            out.int8 = new_int8(be, out.size)
         places = u64(store.pages.nbytes), u64(k.offset), u64(v.offset), i32(b.n_pages)
-        results = out, *(out.int8 or (None, None, None)), parts, self.counters()
+        results = out, *(out.int8 or (None, None, None)), parts, be.counters()
         sizes = (i32(x) for x in (n_tiles, k.n_head, per_key, chunks, heads, splits))
-        self.launch(
+        be.launch(
             program(k, v, shape),
             "attention_tensor",
             (n_columns, n_tiles, splits),
             (shape.threads, 1, 1),
-            *(q, store.pages.buffer, b.pages, *places, *results),
-            *(slopes, sinks, tiles, b.starts, b.n_past, *sizes, *how),
+            *(query.q, store.pages.buffer, b.pages, *places, *results),
+            *(query.slopes, query.sinks, tiles, b.starts, b.n_past, *sizes, *query.numbers),
         )
         return out
 
+    def _splits(self, n_groups: int, n_pages: int, shape: GroupShape, k: Side, v: Side) -> int:
+        """Parts of the past; one where there are more groups than counters."""
+        if n_groups > self.be.n_counters:
+            return 1
+        row = _row_bytes(k) + _row_bytes(v), k.dim + v.dim
+        return choose_splits(n_groups, n_pages, shape, *row, self.be.n_cores)
+
 
 def program(k: Side, v: Side, shape: GroupShape) -> Program:
-    """The program for these heads and this shape of group."""
+    """The program for heads of these sizes and a shape of group."""
     warps = shape.rows, shape.keys, shape.tile
     return sources.attention_tensor(KV_CODE[k.kv_type], k.dim, v.dim, *warps)

@@ -1,4 +1,4 @@
-"""The rows of a step with everything on the device that kernels ask about them."""
+"""The rows of a step, with all that kernels read about them on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import ArgumentError
 from ..backend import Batch
 from .arrays import GPUArray
-from .kvcache import GPUCache
+from .kvcache import GPUCache, Store
 
 if TYPE_CHECKING:
     from .backend import GPUBackend
@@ -23,8 +23,8 @@ Tiles = tuple[GPUArray, int]
 class DeviceBatch(Batch):
     """A Batch on the device.
 
-    ``seqs`` [T] is each row's sequence, ``pages`` [n_seq, n_pages] where its positions are stored,
-    ``slots`` [n_seq] where its recurrent arrays are; ``whole`` holds them all.
+    ``seqs`` [T] is each row's sequence, ``pages`` [n_seq, n_pages] say where a sequence's positions are stored,
+    ``slots`` [n_seq] where its recurrent arrays are; ``whole`` is the one array that holds them all.
     """
 
     host: Batch
@@ -36,16 +36,16 @@ class DeviceBatch(Batch):
     tiles: dict[int, Tiles] = field(default_factory=dict)
 
 
-ALIGNMENT = 512  # bytes; OpenCL devices ask for 128 to 512 at the start of a part of a buffer
-FEWEST_PAGES = 16  # columns of a table: recording a step costs as much as computing some
-CHANGING = ("ids", "positions", "n_past", "outputs")  # among batches of one key
+ALIGNMENT = 512  # bytes; a part of an OpenCL buffer begins at a multiple of 128 to 512
+FEWEST_PAGES = 16  # columns of a page table: for each number of columns a step is recorded anew
+CHANGING = ("ids", "positions", "n_past", "outputs")  # what differs among batches of one key
 GIVEN = ("starts", *CHANGING)
 
 
 class Resident:
-    """A batch on the device: its arrays lie in one, and are copied as one.
+    """A batch's place on the device: its arrays lie side by side, and one copy brings them there.
 
-    Another batch of the same key takes its place by ``write``: only what changed is laid out again.
+    ``write`` puts another batch of the same key in that place; only what changed is laid out again.
     """
 
     def __init__(self, be: GPUBackend, batch: Batch, caches: list[GPUCache], n_pages: int) -> None:
@@ -70,7 +70,7 @@ class Resident:
             at += aligned(x.nbytes)
 
     def _lay(self, batch: Batch, caches: list[GPUCache]) -> None:
-        """What may differ, into its place on the host."""
+        """Write what may differ to its place on the host."""
         for name in CHANGING:
             self._views[name][...] = getattr(batch, name)
         marks = [cache.mark for cache in caches]
@@ -83,12 +83,12 @@ class Resident:
         self._marks = marks
 
     def write(self, be: GPUBackend, batch: Batch, caches: list[GPUCache]) -> None:
-        """Put another batch in the place of the last one."""
+        """Copy another batch over the one that is there."""
         self._lay(batch, caches)
         be.put(self.whole.buffer, 0, self._packed)
 
     def holding(self, batch: Batch) -> DeviceBatch:
-        """The batch, which was written last, with its arrays on the device."""
+        """The batch that was written last, with its arrays on the device."""
         rest: dict[str, Any] = {
             f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in self.arrays
         }
@@ -98,13 +98,26 @@ class Resident:
 
 
 def upload(be: GPUBackend, batch: Batch) -> DeviceBatch:
-    """Copy a batch to the device, all arrays at once."""
+    """Copy a batch to the device in one piece."""
     caches = with_room(batch)
     return Resident(be, batch, caches, page_stride(caches)).holding(batch)
 
 
+def on_device(be: GPUBackend, batch: Batch) -> DeviceBatch:
+    """The batch as ``step`` gives it to operations; one from the host is copied first."""
+    return batch if isinstance(batch, DeviceBatch) else upload(be, batch)
+
+
+def shared_store(batch: DeviceBatch) -> Store:
+    """The store that holds the past of all sequences of a batch."""
+    stores = {id(c.store): c.store for c in batch.caches if isinstance(c, GPUCache)}
+    if len(stores) != 1:
+        raise ArgumentError("the sequences of a batch need caches of one model and one kv_type")
+    return next(iter(stores.values()))
+
+
 def with_room(batch: Batch) -> list[GPUCache]:
-    """The batch's caches, room taken for its new rows: the buffers of their stores may have moved."""
+    """The batch's caches, with room for its new rows. The buffers of their stores may have moved for that."""
     caches = [cache for cache in batch.caches if isinstance(cache, GPUCache)]
     if len(caches) != len(batch.caches):
         raise ArgumentError("a batch holds caches of another backend")
@@ -116,13 +129,13 @@ def with_room(batch: Batch) -> list[GPUCache]:
 
 
 def page_stride(caches: list[GPUCache]) -> int:
-    """Columns of the page table: a power of two, so that few different steps are recorded."""
+    """The number of columns of the page table: a power of two, so that few different steps are recorded."""
     most = max((len(cache.pages) for cache in caches), default=0)
     return max(1 << (most - 1).bit_length(), FEWEST_PAGES) if most else 1
 
 
 def parts_of(packed: np.ndarray, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Views of int32 ``packed``, one like each of the arrays, each where a device may address it."""
+    """Views of int32 ``packed``, one for each of the arrays, at offsets that a device can address."""
     at = 0
     for x in arrays:
         yield packed[at : at + x.nbytes // 4].view(x.dtype).reshape(x.shape)
@@ -130,12 +143,12 @@ def parts_of(packed: np.ndarray, arrays: Iterable[np.ndarray]) -> Iterator[np.nd
 
 
 def aligned(nbytes: int) -> int:
-    """Room for an array that others follow."""
+    """``nbytes`` rounded up to where the next array may begin."""
     return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
 
 
 def row_tiles(be: GPUBackend, batch: DeviceBatch, rows: int) -> Tiles:
-    """Each sequence's rows in runs of at most ``rows``: int32 [n, 3] of sequence, first row, count."""
+    """Each sequence's rows in runs of at most ``rows``: int32 [n, 3] of sequence, first row, count; and n."""
     if rows not in batch.tiles:
         starts = batch.host.starts
         table = [

@@ -1,7 +1,7 @@
 """cuBLAS's matrix product, called directly.
 
-CuPy has a binding, but it refuses to run while a stream is captured into a graph, which cuBLAS itself allows
-as long as it has a workspace of its own (cuBLAS's documentation, "CUDA graphs support").
+CuPy's binding refuses to run while a stream is captured into a graph. cuBLAS itself allows that as long as it
+has a workspace of its own (cuBLAS's documentation, "CUDA graphs support").
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SIGNATURES = {
         *(c_void_p, c_void_p, c_int, c_int),  # alpha, A, its type and leading dimension
         *(c_void_p, c_int, c_int),  # B
         *(c_void_p, c_void_p, c_int, c_int),  # beta, C
-        *(c_int, c_int),  # what is computed in, algorithm
+        *(c_int, c_int),  # type of the arithmetic, algorithm
     ],
 }
 
 
 def library(cuda_major: int) -> Any:
-    """The library that CuPy has loaded, with argument types; None where it is not installed."""
+    """The library that CuPy has loaded, its functions with argument types; None where it is not installed."""
     try:
         from cupy_backends.cuda.libs import cublas  # noqa: F401 (finds and loads the library)
 
@@ -47,7 +47,7 @@ def library(cuda_major: int) -> Any:
 
 
 class Products:
-    """One handle: bound to the device that is current when it is made, to a stream and to a workspace."""
+    """A handle of cuBLAS, bound to a stream, a workspace, and the device that is current when it is made."""
 
     def __init__(self, lib: Any, stream: int, workspace: int, nbytes: int) -> None:
         self._lib, self._handle = lib, c_void_p()

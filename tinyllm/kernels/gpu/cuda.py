@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ...errors import DeviceError
+from ..backend import Device
 from . import cublas, devices, sources
 from .arrays import Buffer, GPUArray
 from .backend import GPUBackend
-from .device import Size
-from .matmul import Job
-from .matmul_tensor import TensorProducts
+from .matmul_library import Library
 from .pinned import Pinned
-from .products import LibraryProducts
-from .sources import Program
+from .sources import Program, Size
 from .steps import NotRecordable
 from .weights import PLAIN
 
@@ -29,11 +27,10 @@ except ImportError as e:  # pragma: no cover
 
 OPTIONS = ("-std=c++17",)
 UP, DOWN, ACROSS = 1, 2, 3  # cudaMemcpyKind
-LIBRARY_ROWS = 256  # from here on decoding a whole quantised matrix first pays
-FIRST_WITH_BF16 = 8  # compute capability, of products in a library
+FIRST_WITH_BF16 = 8  # compute capability from which cuBLAS multiplies bfloat16
 
 
-class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
+class CUDABackend(GPUBackend):
     """Memory, kernels and graphs of one CUDA device.
 
     Parameters
@@ -50,11 +47,11 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
     def __init__(self, which: str = "0") -> None:
         found = devices.cuda_devices()
         self.index = devices.pick(which, [name for _, name, _ in found], "cuda")
-        self.name = f"cuda:{self.index} {found[self.index][1]}"
+        self.where = Device("cuda", self.index, found[self.index][1])
         runtime.setDevice(self.index)
         properties = runtime.getDeviceProperties(self.index)
-        self.n_cores, self.capability = properties["multiProcessorCount"], properties["major"]
-        self.tensor_cores = 10 * self.capability + properties["minor"] >= 75
+        self.n_cores = properties["multiProcessorCount"]
+        self.tensor_cores = (properties["major"], properties["minor"]) >= (7, 5)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._kernels: dict[tuple[Program, str], Any] = {}
         self._modules: dict[Program, Any] = {}
@@ -63,6 +60,9 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
         self._products: cublas.Products | None = None
         self._workspace: Buffer = None
         super().__init__()
+        if self._cublas is not None:
+            without = () if properties["major"] >= FIRST_WITH_BF16 else ("BF16",)
+            self.library = Library(self, self.gemm, [kind for kind in PLAIN if kind not in without])
 
     # ---- memory
 
@@ -76,7 +76,7 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
             raise
 
     def free(self, buffer: Buffer) -> None:
-        """Nothing: the memory goes with the last reference to the pointer."""
+        """Do nothing: CuPy frees memory with the last reference to its pointer."""
 
     def put(self, buffer: Buffer, offset: int, x: np.ndarray) -> None:
         self.refuse_recording()
@@ -180,7 +180,7 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
         return replay, result
 
     def _captured(self) -> Any:
-        """The graph of what was captured; NotRecordable, with a warning, where the driver refuses."""
+        """The captured graph. Where the driver refuses, a warning, and NotRecordable."""
         try:
             return self.stream.end_capture()
         except runtime.CUDARuntimeError as e:
@@ -189,15 +189,6 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
             raise NotRecordable from e
 
     # ---- prefill
-
-    def many_rows(self, run: Sequence[Job], x: GPUArray, n_x: int) -> None:
-        kind = run[0][0].kind
-        too_old = kind == "BF16" and self.capability < FIRST_WITH_BF16
-        few = kind not in PLAIN and n_x < LIBRARY_ROWS
-        if self._cublas is None or too_old or few:  # our own tiles need no library
-            TensorProducts.many_rows(self, run, x, n_x)
-        else:
-            LibraryProducts.many_rows(self, run, x, n_x)
 
     def gemm(
         self,
@@ -209,15 +200,16 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
         columns: range,
         keep: bool = False,
     ) -> None:
+        """cuBLAS's matrix product, as ``matmul_library.Gemm`` describes it."""
         n_in = x.shape[-1]
         left = x.buffer.ptr + rows.start * n_in * x.dtype.itemsize, n_in
         out = y.buffer.ptr + 4 * columns.start, y.shape[-1]
         runtime.setDevice(self.index)
         shape = len(columns), len(rows), n_in
-        self._library().add_product(kind, shape, (w[0].ptr, w[1]), left, out, keep)
+        self._handle().add_product(kind, shape, (w[0].ptr, w[1]), left, out, keep)
 
-    def _library(self) -> cublas.Products:
-        """cuBLAS for this device and stream, made at first use."""
+    def _handle(self) -> cublas.Products:
+        """A handle of cuBLAS for this device and stream, made at first use."""
         if self._products is None:
             self.refuse_recording()
             self._workspace = self.allocate(cublas.WORKSPACE)
@@ -241,7 +233,7 @@ class CUDABackend(TensorProducts, LibraryProducts, GPUBackend):
 
 
 def _argument(a: Any) -> Any:
-    """An address as a number: CuPy passes eight-byte integers as they are."""
+    """An argument of a kernel; addresses as numbers, because CuPy passes eight-byte integers unchanged."""
     if isinstance(a, GPUArray):
         a = a.buffer
     if a is None:

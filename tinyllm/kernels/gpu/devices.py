@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import MutableSequence, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DeviceError
+from ..backend import Device
 
 NO_CUPY = (
     "device 'cuda' needs CuPy: pip install 'tinyllm[cuda13]' (or [cuda12] with an older driver)"
@@ -14,21 +14,12 @@ NO_CUPY = (
 NO_PYOPENCL = "device 'opencl' needs PyOpenCL: pip install 'tinyllm[opencl]'"
 
 
-@dataclass(frozen=True)
-class Device:
-    """A device that models can run on."""
-
-    name: str  # "cuda:0 NVIDIA H200"
-    kind: str  # "cuda" or "opencl"
-    memory: int  # bytes
-
-
 def list() -> Sequence[Device]:  # noqa: A001 (read as devices.list())
     """All GPUs that an installed package and driver reach; none is no error."""
     found: MutableSequence[Device] = []
     for kind, look in (("cuda", cuda_devices), ("opencl", opencl_devices)):
         try:
-            found += [Device(f"{kind}:{i} {name}", kind, memory) for i, name, memory in look()]
+            found += [Device(kind, i, name, memory) for i, name, memory in look()]
         except DeviceError:
             continue
     return found

@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import ContextOverflow, StateError
-from ..backend import Cache, KVType, LayerCache, RopeSpec
-from .arrays import Buffer
+from ..backend import Cache, HeadNorms, KVType, LayerCache, RopeSpec
+from .arrays import Buffer, GPUArray, f32, i32, u64
+from .sources import kv_cache
 
 if TYPE_CHECKING:
     from .backend import GPUBackend
+    from .batch import DeviceBatch
 
-PAGE = 64  # as in src/kv.h
-FIRST_BYTES = 64 << 20  # of a new buffer
+PAGE = 64  # positions in a page, as in src/kv.h
+MOST_DIM = 1024  # values of a head that ``rope_write`` turns, as in src/cache.c
+FIRST_BYTES = 64 << 20  # in a first buffer, which has 4 to 64 places
 MARKS = itertools.count()
 KV_CODE = {"f32": 0, "f16": 1, "q8_0": 2}
 _PIECE = {"f32": 4, "f16": 4, "q8_0": 32}
@@ -34,7 +37,7 @@ _DTYPE: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype
 
 @dataclass(frozen=True)
 class Side:
-    """The keys or the values of one layer within a page."""
+    """Where the keys, or the values, of one layer lie within a page."""
 
     offset: int
     n_head: int
@@ -69,7 +72,7 @@ class Side:
         return by_position.reshape(n * PAGE, self.n_head, -1)
 
     def encode(self, pages: np.ndarray, x: np.ndarray) -> None:
-        """The inverse: write x [n * PAGE, n_head, ...] into the raw pages."""
+        """Write x [n * PAGE, n_head, ...], as ``decode`` gives it, into the raw pages."""
         rows, n = self.n_head * PAGE, len(pages)
         by_head = x.reshape(n, PAGE, self.n_head, -1).swapaxes(1, 2).reshape(n, rows, -1)
         raw = pages[:, self.offset : self.offset + self.nbytes]
@@ -85,14 +88,14 @@ class Side:
 
     @property
     def stored(self) -> tuple[np.dtype[Any], int]:
-        """Type and length of an exported row."""
+        """The type and the length of an exported row."""
         if self.kv_type == "q8_0":
             return np.dtype(np.uint8), self.width // 32 * 34
         return _DTYPE[self.kv_type], self.dim
 
 
 class Layout:
-    """Where everything lies in a page and in a slot, for one list of layers."""
+    """Where each layer's keys, values and recurrent arrays lie in a page and in a slot."""
 
     def __init__(self, layers: Sequence[LayerCache], kv_type: KVType) -> None:
         self.layers, self.kv_type = tuple(layers), kv_type
@@ -121,15 +124,15 @@ class Layout:
 class Shelf:
     """Numbered places of equal size in one buffer, which doubles when it is full.
 
-    Places come back when a cache is collected: in any thread, and even in the midst of ``take``. The buffer
-    stays, because recorded steps hold its address, until memory is scarce.
+    Places come back when a cache is collected: in any thread, and even in the midst of ``take``. The empty
+    buffer stays until memory is scarce, because recorded steps hold its address.
     """
 
     def __init__(self, be: GPUBackend, nbytes: int) -> None:
         self.be, self.nbytes = be, nbytes
         self.buffer: Buffer = None
         self.room = self.used = 0
-        self.version = 0  # counts the buffers there were: recorded steps hold addresses
+        self.version = 0  # counts the buffers so far: recorded steps hold addresses
         self._spare: list[int] = []
         self._lock, self._taking = threading.RLock(), False
 
@@ -154,7 +157,7 @@ class Shelf:
 
     @property
     def idle(self) -> int:
-        """Bytes of a buffer in which no place is taken."""
+        """Bytes of the buffer if no place is taken, else 0."""
         unused = len(self._spare) == self.used and not self._taking
         return self.room * self.nbytes if unused else 0
 
@@ -197,7 +200,7 @@ class Store:
         return self.pages.idle + self.slots.idle
 
     def trim(self) -> None:
-        """Free the buffers that nobody uses."""
+        """Free the buffers in which no place is taken."""
         self.pages.trim()
         self.slots.trim()
 
@@ -216,14 +219,14 @@ def _release(store: Store, pages: list[int], slot: int | None) -> None:
 
 
 class GPUCache(Cache):
-    """One sequence's pages and slot."""
+    """The pages and the slot of one sequence."""
 
     def __init__(self, be: GPUBackend, store: Store, n_ctx: int) -> None:
         self.be, self.store, self.n_ctx = be, store, n_ctx
         self.layout = store.layout
         self.pages: list[int] = []
         self._room = 0  # positions
-        self.mark = next(MARKS)  # another one whenever there are more pages
+        self.mark = next(MARKS)  # changes whenever pages are added
         slot = store.slots.take() if self.layout.slot_floats else None
         self.slot = slot or 0
         if slot is not None:
@@ -257,12 +260,12 @@ class GPUCache(Cache):
         places = self.be.array(np.arange(keep, keep + n, dtype=np.int32))
         seqs = self.be.array(np.zeros(n, np.int32))
         for name, side in self.layout.sides[layer].items():
-            x = self.be.read_cache(self.store, side, pages, keep + discard, n)
+            x = read_rows(self.be, self.store, side, pages, keep + discard, n)
             if name == "k" and rope is not None:
                 back = self.be.array(np.full(n, -discard, np.int32))
                 turn = RopeSpec(rope.freqs, rope.pairing, rope.first)
                 x = self.be.rope(x, back, turn, side.dim)
-            self.be.write_cache(self.store, (side,), (x,), pages, 0, seqs, places)
+            write_rows(self.be, self.store, (side,), (x,), pages, 0, seqs, places)
 
     def export(self, n_past: int) -> dict[str, np.ndarray]:
         n_pages = -(-n_past // PAGE)
@@ -299,7 +302,7 @@ class GPUCache(Cache):
             self.be.put(self.store.pages.buffer, page * self.layout.page_bytes, row)
 
     def _check(self, arrays: dict[str, np.ndarray]) -> int:
-        """The number of positions in saved arrays; StateError if they are not of these layers."""
+        """The number of positions in saved arrays; StateError if they do not fit these layers."""
         expected: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         for i, (sides, slots) in enumerate(zip(self.layout.sides, self.layout.arrays, strict=True)):
             for name, side in sides.items():
@@ -323,3 +326,68 @@ class GPUCache(Cache):
         if len(lengths) > 1:
             raise StateError(f"saved arrays hold different numbers of positions: {sorted(lengths)}")
         return max(lengths, default=0)
+
+
+# ---- kernels that write and read the pages
+
+
+def write_rows(
+    be: GPUBackend,
+    store: Store,
+    sides: Sequence[Side],
+    xs: Sequence[GPUArray],
+    pages: GPUArray,
+    n_pages: int,
+    seqs: GPUArray,
+    positions: GPUArray,
+) -> None:
+    """Write rows [T, n_head * dim] of keys, values or both to positions [T] of the sequences seqs [T]."""
+    first, last = sides[0], sides[-1]
+    piece = _PIECE[first.kv_type]
+    widest = max(side.width for side in sides)
+    groups = -(-positions.size * first.n_head * (widest // piece) // 128), len(sides), 1
+    where = store.pages.buffer, pages, seqs, positions, u64(store.pages.nbytes)
+    offsets = u64(first.offset), u64(last.offset)
+    dims = first.dim, last.dim, first.width, last.width
+    shape = (i32(v) for v in (n_pages, first.n_head, *dims, positions.size))
+    args = xs[0], xs[-1], *where, *offsets, *shape
+    be.launch(kv_cache(KV_CODE[first.kv_type]), "cache_write", groups, (128, 1, 1), *args)
+
+
+def read_rows(
+    be: GPUBackend, store: Store, side: Side, pages: GPUArray, first: int, n: int
+) -> GPUArray:
+    """Positions first .. first + n of one sequence, float32 [n, n_head * dim]."""
+    x = be.empty((n, side.n_head * side.dim))
+    where = store.pages.buffer, pages, x, u64(store.pages.nbytes), u64(side.offset)
+    shape = (i32(v) for v in (first, side.n_head, side.dim, side.width))
+    be.each(kv_cache(KV_CODE[side.kv_type]), "cache_read", x.size, *where, *shape)
+    return x
+
+
+def rope_write(
+    be: GPUBackend,
+    b: DeviceBatch,
+    store: Store,
+    layer: int,
+    q: GPUArray,
+    k: GPUArray,
+    v: GPUArray,
+    spec: RopeSpec,
+    head_dim: int,
+    norms: HeadNorms | None,
+) -> GPUArray:
+    """Turn q, and write v and the turned k, in one launch; ``norms`` are applied to heads of q and k first."""
+    ks, vs = (store.layout.sides[layer][name] for name in ("k", "v"))
+    y, n_head = be.empty(q.shape), q.shape[-1] // head_dim
+    where = y, store.pages.buffer, b.pages, b.seqs, b.positions, spec.freqs
+    weights = (None, None) if norms is None else (norms.q, norms.k)
+    offsets = (u64(n) for n in (store.pages.nbytes, ks.offset, vs.offset))
+    dims = b.n_pages, n_head, ks.n_head, ks.dim, vs.dim, ks.width, vs.width
+    turn = spec.first, spec.freqs.size, spec.pairing == "adjacent"
+    numbers = f32(spec.scale), f32(0.0 if norms is None else norms.eps)
+    args = q, k, v, *where, *weights, *offsets, *(i32(n) for n in (*dims, *turn)), *numbers
+    kernel = "rope_write" if norms is None else "norm_rope_write"
+    groups = n_head + 2 * ks.n_head, b.n_rows, 1
+    be.launch(kv_cache(KV_CODE[ks.kv_type]), kernel, groups, (128, 1, 1), *args)
+    return y

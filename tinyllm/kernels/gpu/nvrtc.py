@@ -1,4 +1,4 @@
-"""Compile kernels to CUDA machine code without a GPU, and report what they take."""
+"""Compile kernels to CUDA machine code without a GPU, and report the registers and memory that each needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes: registers of a thread, bytes of stack, spills and local memory."""
+    """What one kernel needs: registers of a thread; bytes of stack, spills and local memory."""
 
     kernel: str
     registers: int
@@ -51,7 +51,7 @@ def compile_program(program: Program, arch: str) -> tuple[bytes, list[Usage]]:
 
 
 def text_hash(program: Program) -> str:
-    """Names the text that NVRTC compiles."""
+    """A short hash of the text that NVRTC compiles."""
     text = sources.text("prelude_cuda.h", program)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -69,7 +69,7 @@ def _usage(log: str) -> Iterator[Usage]:
 
 
 def programs() -> dict[str, Program]:
-    """Every program there is, by a name; those that depend on shapes for the usual ones."""
+    """Every program by a name; those that depend on the shape of heads, for the usual shapes."""
     named = {f"{kind} matvec.c": sources.matrix(kind, "matvec.c") for kind in (*PLAIN, *LAYOUTS)}
     named |= {f"{kind} matmul.c": sources.matrix(kind, "matmul.c") for kind in PLAIN}
     named |= {
@@ -77,14 +77,19 @@ def programs() -> dict[str, Program]:
         for kind in LAYOUTS
         for tokens in (16, 32, 64)
     }
-    named["rows.c"] = sources.plain("activations.h", "reduce.h", "rows.c")
-    named["elementwise.c"] = sources.plain("activations.h", "elementwise.c")
-    for file in ("experts.c", "choose.c", "products.c", "limits.c"):
-        named[file] = sources.plain(file)
+    fixed = (
+        sources.ROWWISE,
+        sources.ELEMENTWISE,
+        sources.EXPERTS,
+        sources.CHOOSE,
+        sources.PRODUCTS,
+        sources.LIMITS,
+    )
+    named |= {program[0][-1]: program for program in fixed}
     for size in (16, 64):
-        named[f"recurrent.c {size}"] = sources.plain("recurrent.c", SIZE=size)
+        named[f"recurrent.c {size}"] = sources.recurrent(size)
     for name, kv in (("f32", 0), ("f16", 1), ("q8_0", 2)):
-        named[f"cache.c {name}"] = sources.plain("kv.h", "reduce.h", "cache.c", KV=kv)
+        named[f"cache.c {name}"] = sources.kv_cache(kv)
         for dim in (64, 128, 256) if name == "f32" else (72,):  # what tensor cores do not take
             for queries in (8, 16) if dim < 256 else (8,):
                 program = sources.attention(kv, dim, dim, queries, dense=False)
@@ -101,7 +106,7 @@ def programs() -> dict[str, Program]:
 
 
 def _tensor_attention(kv_type: KVType, dim: int, dim_v: int) -> dict[str, Program]:
-    """``attention_tensor.c`` in all shapes of groups."""
+    """The programs of ``attention_tensor.c`` for all shapes of groups."""
     piece = 32 if kv_type == "q8_0" else 4
     k, v = (Side(0, 1, d, -(-d // piece) * piece, kv_type) for d in (dim, dim_v))
     shapes = [attention_tensor.group_shape(pairs, k, v) for pairs in (16, 64, 128)]

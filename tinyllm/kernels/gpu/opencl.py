@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import DeviceError
+from ..backend import Device
 from . import devices, sources
 from .arrays import Buffer, GPUArray
 from .backend import GPUBackend
-from .device import Size
-from .sources import Program
+from .sources import Program, Size
 
 try:
     import pyopencl as cl
@@ -22,19 +22,19 @@ except ImportError as e:  # pragma: no cover
     raise DeviceError(devices.NO_PYOPENCL) from e
 
 OPTIONS = ["-cl-std=CL1.2"]
-# OpenCL on a CPU is for tests: kernels are to compile fast, not to run fast, and warnings are errors
+# on a CPU, which is for tests, kernels compile fast instead of running fast, and warnings are errors
 CPU_OPTIONS = ["-DCPU_DEVICE", "-cl-opt-disable", "-Werror"]
 
 
 @cache
 def _context(device: Any) -> Any:
-    """One context for all backends of a device, so that they share compiled programs."""
+    """The one context of a device, so that all its backends share compiled programs."""
     return cl.Context([device])
 
 
 @cache
 def _build(device: Any, program: Program) -> Any:
-    """A program compiled for a device; PyOpenCL keeps the result on disk, too."""
+    """A program compiled for a device; PyOpenCL also keeps it on disk."""
     on_cpu = device.type & cl.device_type.CPU
     text = sources.text("prelude_opencl.h", program)
     with warnings.catch_warnings():
@@ -67,7 +67,7 @@ class OpenCLBackend(GPUBackend):
 
     def __init__(self, which: str = "0") -> None:
         self.index, self.device = devices.choose_opencl(which)
-        self.name = f"opencl:{self.index} {self.device.name.strip()}"
+        self.where = Device("opencl", self.index, self.device.name.strip())
         self.n_cores = self.device.max_compute_units
         self.max_threads = 1 << (int(self.device.max_work_group_size).bit_length() - 1)
         self.context = _context(self.device)
@@ -134,7 +134,7 @@ class OpenCLBackend(GPUBackend):
         return seconds
 
     def memory(self) -> tuple[int, int]:
-        """OpenCL does not say what is free: all, less what this backend holds."""
+        """Bytes free and in all. OpenCL does not say what is free: reckoned from what this backend holds."""
         total = int(self.device.global_mem_size)
         stores = [s for store in self._stores.values() for s in (store.pages, store.slots)]
         held = sum(w.nbytes for w in self._weights) + sum(s.room * s.nbytes for s in stores)

@@ -1,7 +1,8 @@
 """Page-locked host memory, through which everything crosses to the device and back.
 
-Copies from it run at full speed, and they are truly asynchronous: a part is written again only when the copy
-from it is known to be done. A copy from ordinary memory may or may not have been staged when it returns.
+Copies from it run at full speed and are truly asynchronous, so a part is written again only when the copy
+from it is known to be done. A copy from ordinary memory may return before or after the driver has read that
+memory.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 8 << 20  # bytes of a copy
-ROOM = 4 * PIECE  # of copies under way
+PIECE = 8 << 20  # bytes that are copied at a time
+ROOM = 4 * PIECE  # bytes of copies under way
 ALIGNMENT = 64
 
 
 class Landing:
-    """Memory for a copy from the device. If nobody waits for it, the next one there is made behind it."""
+    """Memory for one copy from the device; when nobody refers to it any more, other copies may use it."""
 
     def __init__(self, memory: np.ndarray, spare: list[np.ndarray]) -> None:
         self.memory, self._spare = memory, spare
@@ -28,7 +29,7 @@ class Landing:
 
 
 class Pinned:
-    """Room for copies to the device, used from front to back and then anew, and for one copy from it.
+    """A ring of memory for copies to the device, and memory for copies from it.
 
     ``allocate`` gives page-locked memory; ``wait`` returns when all copies queued before have been made.
     """
@@ -37,10 +38,10 @@ class Pinned:
         self._allocate, self._wait = allocate, wait
         self._up = self._down = np.empty(0, np.uint8)
         self._used = self._up_address = self._down_address = 0
-        self._landings: list[np.ndarray] = []  # that nobody uses
+        self._landings: list[np.ndarray] = []  # that no copy uses
 
     def staged(self, x: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """The bytes of x in pieces: offset, address and length of each, which stays until the next ``wait``."""
+        """Copy x to pinned pieces: offset, address and length of each. They stay until the next ``wait``."""
         flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
         n = flat.nbytes
         for start in range(0, n, PIECE):
@@ -50,7 +51,7 @@ class Pinned:
             yield start, self._up_address + at, size
 
     def _take(self, nbytes: int) -> int:
-        """Where in ``_up`` there is room."""
+        """The offset of free room in ``_up``."""
         if not self._up.nbytes:
             self._up = self._new(ROOM)
             self._up_address = self._up.ctypes.data
@@ -62,7 +63,7 @@ class Pinned:
         return at
 
     def fetched(self, nbytes: int, copy: Callable[[int], None]) -> np.ndarray:
-        """What ``copy`` brings to an address, when it and all before it are done."""
+        """Bytes that ``copy`` brings to an address, when it and all copies before it are done."""
         if self._down.nbytes < nbytes:
             self._down = self._new(max(nbytes, 1 << 20))
             self._down_address = self._down.ctypes.data
@@ -72,7 +73,7 @@ class Pinned:
         return self._down[:nbytes].copy()
 
     def landing(self, nbytes: int) -> Landing:
-        """Room for a copy from the device beside others: it is kept until the last reference goes."""
+        """Memory for a copy from the device while others are under way; kept until the last reference goes."""
         for i, memory in enumerate(self._landings):
             if memory.nbytes >= nbytes:
                 del self._landings[i]

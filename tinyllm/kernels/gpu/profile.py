@@ -6,26 +6,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..backend import Batch
-from ..profile import Numbers, Profile, Work, attention_work
+from ..profile import Profile, Work, attention_work
 from . import sources
-from .arrays import GPUArray
-from .device import i32
+from .arrays import GPUArray, i32
+from .sources import Program, Size
 from .steps import NotRecordable
-from .weights import PLAIN, GPUWeight
+from .weights import PLAIN
 
 if TYPE_CHECKING:
     from .backend import GPUBackend
 
-LIMITS = sources.plain("limits.c")
 GROUPS, THREADS = 2048, 256  # as in src/limits.c
 CHAINS = 8
 READ = 1 << 28  # bytes
-HOOKS = ("launch", "record", "operand", "_early_operand", "attention", "gemm")
+DECODING = ("embed", "decode_rows")  # kernels that multiply nothing
+FIRST_OUTPUT = {  # which argument of a product is its output; others are of the form of ``three_outputs``
+    **dict.fromkeys(("matvec_gated", "matvec_add"), 5),
+    **dict.fromkeys(("matmul", "matmul_experts", "matmul_tensor_experts", "matvec_experts"), 3),
+}
 ATTENTION = ("attention", "attention_tensor")
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 
@@ -36,13 +40,12 @@ def profiled(be: GPUBackend) -> Iterator[Profile]:
     timing = _Timing(be)
     be.finish()
     be.forget()
-    vars(be).update(timing.hooks)
+    timing.begin()
     try:
         yield timing.profile
         be.finish()
     finally:
-        for name in timing.hooks:
-            del vars(be)[name]
+        timing.end()
         be.forget()
 
 
@@ -51,41 +54,52 @@ class _Timing:
 
     def __init__(self, be: GPUBackend) -> None:
         self.profile = Profile()
-        self._own = {name: getattr(be, name) for name in HOOKS if hasattr(be, name)}
-        self.hooks = {name: getattr(self, name) for name in self._own}
-        self._be = be
-        self._rows: dict[int, int] = {}  # of activations, by the matrix that multiplies them
-        self._attention: Work | None = None
+        self._be, self._launch, self._attend = be, be.launch, be.attention
+        self._gemm = be.library.gemm if be.library is not None else None
+        self._attention: Work | None = None  # what the next launch of an attention has to do
 
-    def launch(self, program: Any, kernel: str, groups: Any, threads: Any, *args: Any) -> None:
+    def begin(self) -> None:
+        hooks = {"launch": self.launch, "record": self.record, "attention": self.attention}
+        vars(self._be).update(hooks)
+        if self._be.library is not None:
+            self._be.library.gemm = self.gemm
+
+    def end(self) -> None:
+        for name in ("launch", "record", "attention"):
+            del vars(self._be)[name]
+        if self._be.library is not None and self._gemm is not None:
+            self._be.library.gemm = self._gemm
+
+    def launch(
+        self, program: Program, kernel: str, groups: Size, threads: Size, *args: Any
+    ) -> None:
         arrays = [a for a in args if isinstance(a, GPUArray)]
         for a in arrays:
             _ = a.buffer  # what is pending is a launch of its own
         work = self._work(kernel, args, arrays)
-        own = self._own["launch"]
-        seconds = self._be.timed(lambda: own(program, kernel, groups, threads, *args))
-        self.profile.add(_named(program, kernel), seconds, work)
+        queue = partial(self._launch, program, kernel, groups, threads, *args)
+        self.profile.add(_named(program, kernel), self._be.timed(queue), work)
 
-    def gemm(self, kind: str, w: Any, x: GPUArray, rows: range, y: Any, columns: range, *rest: Any,
-             **more: Any) -> None:  # fmt: skip
-        size = 2 if kind in ("F16", "BF16") else 4
-        n = x.shape[-1]
-        read = size * n * (len(columns) + len(rows)) + 4 * len(rows) * len(columns)
-        work = Work(read, size * n * len(columns), n * len(rows) * len(columns), "float")
-        own = self._own["gemm"]
-        seconds = self._be.timed(lambda: own(kind, w, x, rows, y, columns, *rest, **more))
-        self.profile.add(f"cublas_{kind}", seconds, work)
+    def gemm(
+        self,
+        kind: str,
+        w: tuple[Any, int],
+        x: GPUArray,
+        rows: range,
+        y: GPUArray,
+        columns: range,
+        keep: bool = False,
+    ) -> None:
+        assert self._gemm is not None
+        n, size = x.shape[-1], 2 if kind in ("F16", "BF16") else 4
+        weights = size * n * len(columns)
+        nbytes = weights + size * n * len(rows) + 4 * len(rows) * len(columns)
+        work = Work(nbytes, weights, n * len(rows) * len(columns), "float")
+        queue = partial(self._gemm, kind, w, x, rows, y, columns, keep)
+        self.profile.add(f"library_{kind}", self._be.timed(queue), work)
 
     def record(self, run: Callable[[], Any]) -> Any:
         raise NotRecordable
-
-    def operand(self, w: GPUWeight, x: GPUArray) -> Any:
-        self._rows[id(w.buffer)] = x.size // w.n_in
-        return self._own["operand"](w, x)
-
-    def _early_operand(self, w: GPUWeight, x: GPUArray) -> Any:
-        self._rows[id(w.buffer)] = x.size // w.n_in
-        return self._own["_early_operand"](w, x)
 
     def attention(self, batch: Batch, layer: int, q: GPUArray, n_head: int, **how: Any) -> GPUArray:
         host = getattr(batch, "host", batch)
@@ -93,10 +107,9 @@ class _Timing:
         sides = cache.store.layout.sides[layer]
         tokens, past = np.diff(host.starts).tolist(), np.asarray(host.n_past).tolist()
         heads, dims = (n_head, sides["k"].n_head), (sides["k"].dim, sides["v"].dim)
-        size = KV_BYTES[sides["k"].kv_type]
-        window = how.get("window", 0)
+        size, window = KV_BYTES[sides["k"].kv_type], how.get("window", 0)
         self._attention = attention_work(tokens, past, True, window, heads, dims, size)
-        return self._own["attention"](batch, layer, q, n_head, **how)
+        return self._attend(batch, layer, q, n_head, **how)
 
     def _work(self, kernel: str, args: tuple[Any, ...], arrays: list[GPUArray]) -> Work:
         if kernel in ATTENTION and self._attention is not None:
@@ -104,25 +117,19 @@ class _Timing:
             return work
         others = sum({id(a.raw_buffer): a.nbytes for a in arrays}.values())
         known = {id(w.buffer): w for w in self._be._weights}
-        found = {id(a): known[id(a)] for a in args if id(a) in known}
-        if kernel == "embed":
+        found = list({id(a): known[id(a)] for a in args if id(a) in known}.values())
+        if not found:
+            return Work(others)
+        w = found[0]
+        if kernel in DECODING:
             y = max(arrays, key=lambda a: a.nbytes)
-            (w,) = found.values()
-            rows = w.nbytes // w.n_out * (y.size // w.n_in)
+            rows = w.nbytes * w.n_in // prod(w.shape) * (y.size // w.n_in)
             return Work(others + rows, rows)
-        stored, macs = 0, 0
-        numbers: Numbers = ""
-        rows = next((self._rows[place] for place in found if place in self._rows), 0)  # for all
-        for w in found.values():
-            numbers = "float" if w.kind in PLAIN else "int8"
-            matrix = w.n_out * w.n_in
-            if len(w.shape) == 2:
-                stored, macs = stored + w.nbytes, macs + matrix * rows
-                continue
-            choices = next((a.size for a in arrays if a.dtype == np.int32), 1)
-            share = min(choices, w.shape[0]) / w.shape[0]
-            stored, macs = stored + int(w.nbytes * share), macs + matrix * choices
-        return Work(others + stored, stored, macs, numbers)
+        n_rows = args[FIRST_OUTPUT.get(kernel, 4)].size // w.n_out
+        share = min(n_rows, w.shape[0]) / w.shape[0] if len(w.shape) > 2 else 1
+        stored = sum(int(w.nbytes * share) for w in found)
+        macs = sum(w.n_out * w.n_in for w in found) * n_rows
+        return Work(others + stored, stored, macs, "float" if w.kind in PLAIN else "int8")
 
 
 def _named(program: sources.Program, kernel: str) -> str:
@@ -146,7 +153,7 @@ def limits(be: GPUBackend, seconds: float) -> dict[str, float]:
         """``amount`` is done n times in a launch, n growing until it takes a while."""
 
         def launch(n: int) -> None:
-            be.launch(LIMITS, kernel, (GROUPS, 1, 1), (THREADS, 1, 1), *args, i32(n))
+            be.launch(sources.LIMITS, kernel, (GROUPS, 1, 1), (THREADS, 1, 1), *args, i32(n))
 
         n, end, best = 1, time.perf_counter() + seconds, 0.0
         while best == 0.0 or time.perf_counter() < end:

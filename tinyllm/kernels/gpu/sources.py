@@ -9,6 +9,7 @@ from .weights import LAYOUTS, PLAIN, units
 
 Defines = tuple[tuple[str, str | int], ...]
 Program = tuple[tuple[str, ...], Defines]  # files in order, and macros
+Size = tuple[int, int, int]  # groups of a launch, or threads of a group
 
 
 @cache
@@ -29,9 +30,27 @@ def plain(*files: str, **defines: str | int) -> Program:
     return files, tuple(sorted(defines.items()))
 
 
+ELEMENTWISE = plain("activations.h", "elementwise.c")
+ROWWISE = plain("activations.h", "reduce.h", "rows.c")
+EXPERTS = plain("experts.c")
+PRODUCTS = plain("products.c")
+CHOOSE = plain("choose.c")
+LIMITS = plain("limits.c")
+
+
+def recurrent(size: int = 1, **defines: int) -> Program:
+    """The program of ``recurrent.c`` for heads of ``size`` values."""
+    return plain("recurrent.c", SIZE=size, **defines)
+
+
+def kv_cache(kv: int) -> Program:
+    """The program that writes and reads a cache of the type with this number."""
+    return plain("kv.h", "reduce.h", "cache.c", KV=kv)
+
+
 @cache
 def matrix(kind: str, file: str) -> Program:
-    """The program of ``matvec.c`` or ``matmul.c`` for one format."""
+    """The program of ``matvec.c`` or ``matmul.c`` for weights of one format."""
     few = {"UNITS": units(kind)} if file == "matvec.c" else {}
     more = ["activations.h"] if few else []
     if kind in PLAIN:
@@ -43,7 +62,7 @@ def matrix(kind: str, file: str) -> Program:
 
 
 def tensor(kind: str, tokens: int) -> Program:
-    """The program of ``matmul_tensor.c`` for one quantised format and tile (CUDA)."""
+    """The program of ``matmul_tensor.c`` for one quantised format and number of rows in a tile (CUDA)."""
     (*headers, _), defines = matrix(kind, "matmul.c")
     return ("tensor.h", *headers, "matmul_tensor.c"), tuple(sorted((*defines, ("TOKENS", tokens))))
 

@@ -1,16 +1,15 @@
 """Recorded steps: the launches of a step, replayed without running Python again.
 
-A step whose key has come before differs only in the values of its batch, which kernels read from
-device memory. The first time it runs as it is (kernels are compiled, memory is taken), the second
-time it is recorded, and from then on replayed.
+A step whose key has come before differs only in the values of its batch, which kernels read from device
+memory. The first time it runs directly (kernels are compiled, memory is taken), the second time it is
+recorded, and from then on it is replayed.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..backend import Batch
 from . import batch as batches
@@ -18,9 +17,14 @@ from .arrays import GPUArray
 from .batch import Resident
 from .kvcache import GPUCache
 
-MOST_ROWS = 512  # a chunk of a prompt: its launches take Python as long as a large device needs for their work
-FIRST = 2  # row of found in src/choose.c that has ids
-MOST_STEPS = 32  # recorded at a time
+if TYPE_CHECKING:
+    from .backend import GPUBackend
+
+MOST_ROWS = (
+    512  # in a recorded step; on more rows a device works longer than Python takes to launch
+)
+FIRST = 2  # the row of ``found`` in src/choose.c that holds the first ids
+MOST_STEPS = 32  # recordings that are kept
 
 
 class NotRecordable(Exception):
@@ -29,25 +33,25 @@ class NotRecordable(Exception):
 
 @dataclass
 class Recorded:
-    """A step seen before: where its batch lies, and, once recorded, how to replay it."""
+    """A step that was run before: where its batch lies, and, once it is recorded, how to replay it."""
 
     batch: Resident
     replay: Callable[[], None] | None = None
     result: Any = None
-    refused: bool = False
-    new: bool = False  # it was not run before: kernels are compiled, memory is taken
+    refused: bool = False  # it cannot be recorded
+    new: bool = False  # this is its first run, in which kernels are compiled and memory is taken
 
 
 class Steps:
-    """The recorded steps of one backend, the least recently used forgotten first."""
+    """The recorded steps of one backend; the least recently used is forgotten first."""
 
-    def __init__(self, be: Any) -> None:
+    def __init__(self, be: GPUBackend) -> None:
         self.be = be
         self._known: dict[Hashable, Recorded] = {}
-        self.count = 0  # of steps that were run
+        self.count = 0  # steps that were run
 
     def forget(self) -> None:
-        """Drop all: their buffers are going to be freed."""
+        """Drop all steps: their buffers are going to be freed."""
         self._known.clear()
 
     def run(
@@ -57,9 +61,10 @@ class Steps:
         batch: Batch,
         found: GPUArray | None = None,
     ) -> Any:
-        """The result of fn on the batch, by replay where there is a recording.
+        """Run fn on the batch, or replay its recording, and return its result.
 
-        With ``found``, which ``pick`` gave for as many rows, the ids are the first that it holds of each.
+        With ``found``, from ``pick`` for as many rows, the ids of the batch are the first that it holds for
+        each row.
         """
         self.count += 1
         caches = batches.with_room(batch)
@@ -96,24 +101,13 @@ class Steps:
 
 
 def versions(caches: list[GPUCache]) -> Hashable:
-    """Names the buffers that the caches are in: recorded steps hold their addresses."""
+    """A key of the buffers that the caches are in: recorded steps hold their addresses."""
     return tuple(sorted((id(store), store.version) for store in {c.store for c in caches}))
 
 
 def settled(result: Any) -> Any:
-    """The result of a step, with nothing left to compute."""
+    """The result of a step, with all that was pending in it launched."""
     for array in result if isinstance(result, tuple) else (result,):
         if isinstance(array, GPUArray):
             _ = array.buffer
     return result
-
-
-class Recording:
-    """A backend that can record: what ``Steps`` asks of it."""
-
-    @abstractmethod
-    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Record the launches of ``run`` without carrying them out: how to replay them, and its result.
-
-        Raises NotRecordable if it copies between host and device.
-        """

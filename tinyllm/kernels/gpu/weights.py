@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,15 +20,19 @@ from ...gguf.quants import FORMATS, dequantize, iq_tables
 from ..backend import Source
 from .arrays import Buffer
 
+if TYPE_CHECKING:
+    from .backend import GPUBackend
+
 PIECE = 64 << 20  # bytes read from the file at a time
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one format lies on the device, and the unpack function that reads it.
+    """How one format lies on the device, and the unpack function of ``header`` that reads it.
 
-    ``scales``: 1, or 2 where each 16 weights have their own; ``mins``: "own" where there are minima, or a
-    number: so many times the scale; ``grid``: its codebook; ``apart``: see src/piece_int8.h.
+    ``scales`` is the number of scales for 32 weights, 1 or 2. ``mins`` is "own" where blocks hold minima, a
+    number where the minimum is that number times the scale, "" without minima. ``grid`` names the codebook.
+    ``apart`` is explained in src/piece_int8.h.
     """
 
     unpack: str
@@ -39,7 +44,7 @@ class Layout:
     apart: int = 1
 
     def defines(self, name: str) -> dict[str, str | int]:
-        """What the kernels need to be told at compile time."""
+        """The macros with which kernels of this format are compiled."""
         macros: dict[str, str | int] = {
             "UNPACK": self.unpack,
             "BLOCK": FORMATS[name].block_size,
@@ -108,25 +113,19 @@ PLAIN: dict[str, dict[str, str | int]] = {
     "F16": {"WEIGHT_BYTES": 2},
     "BF16": {"WEIGHT_BYTES": 2, "BF16": 1},
 }
-WIDENED = (
-    "F64",
-    "I8",
-    "I16",
-    "I32",
-    "I64",
-)  # plain numbers that no model multiplies with: kept as F32
+WIDENED = "F64", "I8", "I16", "I32", "I64"  # kept as F32: no model multiplies with these
 
 
 @dataclass(eq=False)
 class GPUWeight:
-    """A matrix [n_out, n_in] or a stack of them on the device."""
+    """A matrix [n_out, n_in], or a stack of matrices, on the device."""
 
     type: str
-    kind: str  # the format it lies in: its type, or F32
+    kind: str  # the format on the device: the file's type, or F32 for one of WIDENED
     shape: tuple[int, ...]
     nbytes: int
     buffer: Buffer
-    total: int  # blocks in all
+    total: int  # blocks of the whole stack; weights for a plain kind
 
     @property
     def n_in(self) -> int:
@@ -137,8 +136,29 @@ class GPUWeight:
         return self.shape[-2]
 
 
+def load(be: GPUBackend, source: Source, rows: np.ndarray | slice | None = None) -> GPUWeight:
+    """Read a tensor, or some of its rows, in pieces into device memory; see ``Backend.load``."""
+    kind = stored_kind(source)
+    chosen, shape = chosen_rows(source, rows)
+    if kind in PLAIN:
+        row_nbytes = -(-shape[-1] // 8) * 8 * int(PLAIN[kind]["WEIGHT_BYTES"])
+        nbytes, total = prod(shape[:-1]) * row_nbytes, prod(shape)
+    else:
+        total = prod(shape) // FORMATS[kind].block_size
+        nbytes = total * plane_bytes(kind)
+    buffer = be.allocate(nbytes)
+    for start, raw in read_pieces(source, chosen):
+        if kind in PLAIN:
+            be.put(buffer, start * row_nbytes, padded_rows(source.type, kind, raw))
+            continue
+        first = start * (shape[-1] // FORMATS[kind].block_size)
+        for before, plane in split_planes(kind, raw):
+            be.put(buffer, total * before + first * plane.shape[1], plane)
+    return GPUWeight(source.type, kind, shape, nbytes, buffer, total)
+
+
 def stored_kind(source: Source) -> str:
-    """The format that the tensor will have on the device; DeviceError if it can have none."""
+    """The format that the tensor will have on the device; DeviceError if no kernel reads it."""
     kind = "F32" if source.type in WIDENED else source.type
     if kind not in PLAIN and kind not in LAYOUTS:
         raise DeviceError(
@@ -155,7 +175,7 @@ def stored_kind(source: Source) -> str:
 def chosen_rows(
     source: Source, rows: np.ndarray | slice | None
 ) -> tuple[np.ndarray | range, tuple[int, ...]]:
-    """The row numbers to load, of the tensor seen as [-1, n_in], and the shape of the result."""
+    """The numbers of the rows to load, the tensor seen as [-1, n_in], and the shape of the result."""
     n_rows = prod(source.shape[:-1])
     if rows is None:
         return range(n_rows), source.shape
@@ -167,7 +187,7 @@ def chosen_rows(
 
 def read_pieces(source: Source, rows: np.ndarray | range) -> Iterator[tuple[int, np.ndarray]]:
     """Raw rows in pieces of about PIECE bytes, each with the place of its first row."""
-    if not isinstance(rows, range):  # out of order: read once what holds them all, then pick
+    if not isinstance(rows, range):  # out of order: read the span that holds them all, then pick
         low = int(rows.min())
         yield 0, source.read_rows(low, int(rows.max()) + 1)[rows - low]
         return
@@ -179,7 +199,7 @@ def read_pieces(source: Source, rows: np.ndarray | range) -> Iterator[tuple[int,
 
 
 def split_planes(kind: str, raw: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of blocks as planes uint8 [n_blocks, size], each with the bytes of a block before it."""
+    """The planes of rows of blocks, uint8 [n_blocks, size], each with its offset in a block on the device."""
     blocks = raw.reshape(-1, FORMATS[kind].dtype.itemsize)
     before = 0
     for start, stop in plane_spans(kind):
@@ -188,7 +208,7 @@ def split_planes(kind: str, raw: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
 
 
 def plane_spans(kind: str) -> list[tuple[int, int]]:
-    """Where in a block of the file each plane's bytes are."""
+    """The first and the end byte of each plane in a block of the file."""
     fields = FORMATS[kind].dtype.fields
     assert fields is not None
     spans = []
@@ -200,12 +220,12 @@ def plane_spans(kind: str) -> list[tuple[int, int]]:
 
 
 def plane_bytes(kind: str) -> int:
-    """Bytes of a block on the device."""
+    """The bytes of a block on the device."""
     return sum(stop - start for start, stop in plane_spans(kind))
 
 
 def units(kind: str) -> int:
-    """Pieces of each row that matvec.c loads before it uses the first: two where registers suffice."""
+    """How many pieces of a row matvec.c loads before it uses the first: two where registers suffice."""
     if kind in PLAIN:
         return 2
     layout = LAYOUTS[kind]
@@ -218,14 +238,14 @@ def units(kind: str) -> int:
 
 
 def weights_at_once(kind: str) -> int:
-    """Weights of a row that one lane of matvec.c loads at once."""
+    """How many weights of a row one lane of matvec.c loads at once."""
     if kind in PLAIN:
         return 8 * units(kind)
     return units(kind) * (32 if LAYOUTS[kind].apart else 16)
 
 
 def padded_rows(source_type: str, kind: str, raw: np.ndarray) -> np.ndarray:
-    """Plain numbers as uint8 [rows, bytes], zeros added up to a multiple of eight weights."""
+    """Plain numbers as uint8 [rows, bytes], with zeros up to a multiple of eight weights."""
     if source_type != kind:
         raw = dequantize(source_type, raw).view(np.uint8)
     unit = 8 * int(PLAIN[kind]["WEIGHT_BYTES"])
@@ -235,5 +255,5 @@ def padded_rows(source_type: str, kind: str, raw: np.ndarray) -> np.ndarray:
 
 
 def codebook_words(name: str) -> np.ndarray:
-    """A codebook as packed bytes, uint32."""
+    """A codebook, four of its bytes in each uint32."""
     return np.ascontiguousarray(iq_tables.codebook(name)).view(np.uint32).reshape(-1)

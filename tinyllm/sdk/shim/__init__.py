@@ -1,19 +1,24 @@
-"""Let ``import gpt4all`` find tinyllm's classes, where a program asks for it, until it is undone."""
+"""``import gpt4all`` answered by tinyllm: opt in, and reversible.
+
+Three ways in: `install_as_gpt4all` for this process, ``python -m tinyllm.sdk.shim PROGRAM`` for one program,
+and ``tinyllm shim on`` for an environment and its child processes.
+"""
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.machinery
 import importlib.metadata
-import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import TinyLLMError
-from .closing import Closing
+from ...errors import TinyLLMError
+from ..closing import Closing
+from .finder import Finder
 
 VERSION = "2.8.2"
 EXPORTS = ("CancellationError", "Embed4All", "GPT4All")
@@ -29,8 +34,9 @@ _installed: Shim | None = None
 def install_as_gpt4all(replace: bool = False) -> Shim:
     """Make ``import gpt4all`` find tinyllm's classes in this process.
 
-    Call it before the programs that import gpt4all. The distribution metadata that some of them ask for
-    (`importlib.metadata.version("gpt4all")`) is answered too.
+    Call it before the programs that import gpt4all; nothing is imported before they do. The distribution
+    metadata that some of them ask for (`importlib.metadata.version("gpt4all")`) is answered too, unless a
+    gpt4all that is installed answers it.
 
     Parameters
     ----------
@@ -66,23 +72,16 @@ def install_as_gpt4all(replace: bool = False) -> Shim:
     return _installed
 
 
-def _real_package() -> bool:
-    return "gpt4all" in sys.modules or importlib.util.find_spec("gpt4all") is not None
-
-
 class Shim(Closing):
     """The modules and the metadata that stand for gpt4all."""
 
     def __init__(self) -> None:
         self._hidden = {name: sys.modules.pop(name) for name in _loaded()}
-        sys.modules["gpt4all"] = _package()
-        for name, target in MODULES.items():
-            sys.modules[name] = import_module(target)
-        self._finder = _Finder()
+        self._finder: Any = Finder()
         sys.meta_path.insert(0, self._finder)
 
     def uninstall(self) -> None:
-        """Let ``import gpt4all`` find again what was imported or installed before."""
+        """Undo it: what was imported or installed before is found again."""
         global _installed
         if _installed is not self:
             return
@@ -99,19 +98,34 @@ def _loaded() -> list[str]:
     return [name for name in sys.modules if name.split(".")[0] == "gpt4all"]
 
 
-def _package() -> ModuleType:
-    """The module ``gpt4all``."""
-    package = ModuleType("gpt4all", "tinyllm's GPT4All classes, under the name programs import.")
-    package.__path__ = []
-    package.__spec__ = importlib.machinery.ModuleSpec("gpt4all", None, is_package=True)
-    package.__version__ = VERSION  # type: ignore[attr-defined]
-    package.__all__ = list(EXPORTS)  # type: ignore[attr-defined]
-    home = import_module("tinyllm.sdk.gpt4all")
-    for name in EXPORTS:
-        setattr(package, name, getattr(home, name))
-    for name, target in MODULES.items():
-        setattr(package, name.partition(".")[2], import_module(target))
-    return package
+def _real_package() -> bool:
+    """Is another gpt4all imported, or would one be?"""
+    if (module := sys.modules.get("gpt4all")) is not None:
+        return not isinstance(getattr(module, "__loader__", None), _Loader)
+    others = [f for f in sys.meta_path if not hasattr(f, "stands_for_gpt4all")]
+    return any(f.find_spec("gpt4all", None) for f in others if hasattr(f, "find_spec"))
+
+
+def spec_of_gpt4all() -> importlib.machinery.ModuleSpec:
+    """What the import system needs to know of ``gpt4all``; its file is this one."""
+    spec = importlib.machinery.ModuleSpec("gpt4all", _Loader(), origin=__file__, is_package=True)
+    spec.has_location = True
+    return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """Fills the module ``gpt4all``, and fills it again when it is reloaded."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        home = import_module("tinyllm.sdk.gpt4all")
+        names: dict[str, Any] = {name: getattr(home, name) for name in EXPORTS}
+        for name, target in MODULES.items():
+            names[name.partition(".")[2]] = sys.modules[name] = import_module(target)
+        module.__doc__ = "tinyllm's GPT4All classes, under the name that programs import."
+        vars(module).update(names, __version__=VERSION, __all__=list(EXPORTS))
 
 
 class _Distribution(importlib.metadata.Distribution):
@@ -129,17 +143,11 @@ class _Distribution(importlib.metadata.Distribution):
         return Path(__file__).parent / path
 
 
-class _Finder(importlib.metadata.DistributionFinder):
-    """Finds the distribution; the modules are in sys.modules already."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        return None
-
-    def find_distributions(
-        self, context: importlib.metadata.DistributionFinder.Context | None = None
-    ) -> Iterable[importlib.metadata.Distribution]:
-        return self._found(None if context is None else context.name)
-
-    def _found(self, name: str | None) -> Iterator[importlib.metadata.Distribution]:
-        if name is None or name.lower() == "gpt4all":
-            yield _Distribution()
+def distributions(
+    context: importlib.metadata.DistributionFinder.Context | None = None,
+) -> Iterable[importlib.metadata.Distribution]:
+    """The distribution gpt4all; none where one is installed, which is found by itself."""
+    where = {} if context is None else {"path": context.path}
+    real = importlib.metadata.DistributionFinder.Context(name="gpt4all", **where)
+    if not any(importlib.metadata.MetadataPathFinder.find_distributions(real)):
+        yield _Distribution()

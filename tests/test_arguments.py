@@ -1,0 +1,198 @@
+"""What callers hand to a model: prompts, numbers, templates; wrong ones are told, whatever their type."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import tinyllm
+from tinyllm import gguf
+from tinyllm.errors import ArgumentError, TemplateError, TinyLLMError
+from tinyllm.loading import BUNDLED
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[tinyllm.Model]:
+    with tinyllm.load(device="reference") as m:
+        yield m
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [b"Once", bytearray(b"x"), None, 5, 1.5, {"a": 1}, {1, 2}, [b"x"], [None], [1, "x"], ["x", 1],
+     [1.5], [True], [["x"]], [[1], [1.5]], np.array([1.5]), np.array(3), object()],
+)  # fmt: skip
+def test_what_is_no_prompt_is_told(model, prompt) -> None:
+    with pytest.raises(ArgumentError, match="prompt"):
+        model.generate(prompt, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[3, 4], (3, 4), np.array([3, 4]), np.array([3, 4], np.uint8), range(3, 5)]
+)
+def test_ids_are_any_sequence_of_whole_numbers(model, prompt) -> None:
+    assert model.generate(prompt, max_tokens=1).prompt_ids == [3, 4]
+
+
+def test_no_prompts_are_no_completions(model) -> None:
+    assert model.generate([[3], "Once"], max_tokens=1, seed=1)[0].prompt_ids == [3]
+
+
+@pytest.mark.parametrize("ids", [[999_999], [-1], [3, 1 << 40]])
+def test_ids_outside_of_the_vocabulary_are_told(model, ids) -> None:
+    for call in (
+        lambda: model.generate(ids, max_tokens=1),
+        lambda: model.logits(ids),
+        lambda: model.embed_ids(ids),
+    ):
+        with pytest.raises(ArgumentError, match=r"token ids .* expected 0 to \d+"):
+            call()
+
+
+def test_an_encoder_says_the_same_wherever_it_is_asked_to_write(data) -> None:
+    with tinyllm.load(data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf", "reference") as m:
+        for call in (lambda: m.logits([101, 102]), lambda: m.generate("x")):
+            with pytest.raises(ArgumentError, match="bert reads texts and writes none; use embed"):
+                call()
+
+
+def test_an_end_token_is_not_added_to_a_text_that_goes_on(tmp_path, model) -> None:
+    path = tmp_path / "m.gguf"
+    with gguf.open(BUNDLED) as f:
+        gguf.write(path, {**f.exact_metadata, "tokenizer.ggml.add_eos_token": True}, f.tensors)
+    with tinyllm.load(path, "reference") as m:
+        eos = m.tokenizer.eos
+        assert m.tokenizer.encode("Once")[-1] == eos
+        assert m.generate("Once", max_tokens=1).prompt_ids == model.tokenizer.encode("Once")
+        assert eos not in m.chat(HELLO, template="chatml", max_tokens=1).prompt_ids[-1:]
+
+
+# ---- numbers and names
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ({"overflow": "Shift"}, "expected one of 'error', 'shift', 'truncate'"),
+        ({"overflow": None}, "expected one of"),
+        ({"logprobs": -1}, "logprobs=-1"),
+        ({"logprobs": "3"}, "logprobs='3'"),
+        ({"logprobs": True}, "logprobs=True"),
+        ({"logit_bias": {5: 1e300}}, "logit_bias"),
+        ({"logit_bias": {5: float("inf")}}, "logit_bias"),
+        ({"presence_penalty": -1e38}, "presence_penalty=-1e"),
+        ({"frequency_penalty": 1e38}, "frequency_penalty=1e"),
+        ({"stop": 5}, "stop=5"),
+        ({"stop": [""]}, "stop="),
+        ({"stop": b"x"}, "stop="),
+        ({"max_tokens": None}, "max_tokens=None"),
+        ({"seed": -1}, "seed=-1; expected an integer >= 0; None, or leaving it out, draws one"),
+    ],
+)
+def test_a_wrong_argument_is_told(model, argument, expected) -> None:
+    with pytest.raises(ArgumentError, match=expected.replace("(", r"\(")):
+        model.generate("Once " * 3, **{"max_tokens": 2, **argument})
+
+
+def test_none_is_no_stop_string(model) -> None:
+    assert model.generate("Once", max_tokens=2, temperature=0, stop=None).ids
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"n_threads": "1"}, {"n_threads": 0}, {"n_threads": 1.5}, {"n_threads": True}, {"n_ctx": "8"},
+     {"n_gpu_layers": "x"}, {"device": 3}],
+)  # fmt: skip
+def test_a_wrong_argument_of_load_is_told(argument) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(argument))):
+        tinyllm.load(**argument)
+
+
+def test_a_model_says_why_it_cannot_be_pickled(model) -> None:
+    with pytest.raises(TypeError, match="a model cannot be pickled"):
+        pickle.dumps(model)
+
+
+# ---- templates
+
+
+@pytest.mark.parametrize(
+    "template", ["", " \n", "nonesuch", "Hello", "{{ 'Hello' }}", "{{ messages[0].role }}"]
+)
+def test_a_template_that_shows_no_message_is_refused(model, template) -> None:
+    with pytest.raises(TemplateError, match=r"shows no message|does not show the last message"):
+        model.chat(HELLO, template=template, max_tokens=1)
+
+
+@pytest.mark.parametrize("template", [5, b"x", ["x"]])
+def test_a_template_is_a_text(model, template) -> None:
+    with pytest.raises(TemplateError, match="a chat template is a text"):
+        model.chat(HELLO, template=template, max_tokens=1)
+
+
+@pytest.mark.parametrize("empty", ["", "  \n"])
+def test_an_empty_template_in_a_file_counts_as_none(empty, tmp_path) -> None:
+    path = tmp_path / "m.gguf"
+    with gguf.open(BUNDLED) as f:
+        gguf.write(path, {**f.exact_metadata, "tokenizer.chat_template": empty}, f.tensors)
+    with (
+        tinyllm.load(path, "reference") as m,
+        pytest.raises(TemplateError, match="has no chat template"),
+    ):
+        m.chat(HELLO, max_tokens=1)
+
+
+def test_variables_reach_the_template(model) -> None:
+    template = "{{ messages[0].content }}{% if not thinking %}[quick]{% endif %}"
+    found = model.chat(HELLO, template=template, template_vars={"thinking": False}, max_tokens=1)
+    assert model.tokenizer.decode(found.prompt_ids).endswith("Hello there[quick]")
+    for wrong in ({"messages": []}, {"a b": 1}, {3: 4}):
+        with pytest.raises(ArgumentError, match="template_vars"):
+            model.chat(HELLO, template=template, template_vars=wrong)
+
+
+@pytest.mark.parametrize("content", ["Hello, my", "Hello, my\n"])
+def test_a_last_message_is_continued(model, content) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": content}]
+    found = model.chat(messages, template="llama3", continue_final_message=True, max_tokens=1)
+    assert model.tokenizer.decode(found.prompt_ids).endswith("Hello, my")
+
+
+def test_nothing_to_continue_is_told(model) -> None:
+    with pytest.raises(TemplateError, match="no text to continue"):
+        model.chat(
+            [{"role": "user", "content": ""}], template="chatml", continue_final_message=True
+        )
+
+
+# ---- what belongs to another
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_a_state_of_another_model_is_refused(model, device, stories260k) -> None:
+    with tinyllm.load(stories260k, device) as other:
+        state = other.new_state(64)
+        for call in (
+            lambda: model.generate("Hi", state=state, max_tokens=1),
+            lambda: model.logits([3], state),
+        ):
+            with pytest.raises(tinyllm.errors.StateError, match="another model"):
+                call()
+        assert state.n_past == 0
+
+
+def test_a_stream_of_a_closed_model_ends_with_an_error() -> None:
+    m = tinyllm.load(device="reference")
+    pieces = m.generate("Once", max_tokens=20, stream=True)
+    next(pieces)
+    m.close()
+    with pytest.raises(TinyLLMError, match="the model is closed"):
+        list(pieces)
