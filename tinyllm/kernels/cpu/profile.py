@@ -69,7 +69,7 @@ class TimedTape(Tape):
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self._profile = profile
-        self._notes: list[tuple[str, Callable[[], Work]]] = []  # of each row
+        self._notes: list[tuple[str, Callable[[], Work]]] = []  # one for each row
 
     def add(
         self, kernel: jit.Kernel, pieces: int, /, chunk: int = 1, joins: bool = False, **args: Any
@@ -102,7 +102,7 @@ class TimedTape(Tape):
         n = len(times) + self.n
         program = np.zeros((n + 1, ROW), np.int64)
         program[0, 0] = n
-        where = np.r_[1 : BLANKS + 1, BLANKS + 1 : n + 1 : 2]  # of the readings
+        where = np.r_[1 : BLANKS + 1, BLANKS + 1 : n + 1 : 2]  # where the readings stand
         program[where, :ARGS] = reading.address, 1, 1, 1, 1
         program[where, ARGS] = times.ctypes.data + 8 * np.arange(len(times))
         rows = program[BLANKS + 2 :: 2]
