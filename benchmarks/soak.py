@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 import tinyllm  # noqa: E402
-from tinyllm.kernels.hardware import cpu_name  # noqa: E402
+from tinyllm.system import cpu_name  # noqa: E402
 
 DATA = Path(os.environ.get("TINYLLM_TESTDATA", ROOT.parent / "shared" / "data"))
 EMBEDDER = DATA / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf"

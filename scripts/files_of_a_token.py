@@ -2,11 +2,11 @@
 
 Nothing is guessed from the text: the bundled model runs, and the Python stack says which files led to a place.
 
-to the Backend     the files on the stack wherever ``tinyllm run`` calls an operation of its backend, with those
-                   on the way to the tokenizer's last call, and the Backend's contract
-to the arithmetic  further, those on the stack when the first product's dot instruction is emitted; the compiler
-                   that stands in between (jit, translate) need not be read, as one need not read Python's
-a decode step      the files of which any code runs between one token and the next, when the step is replayed
+to the Backend     the files on the stack wherever ``tinyllm run`` calls an operation of its backend, and the
+                   Backend's contract
+to the arithmetic  further, those on the stack when the first dot instruction of a product is emitted; not the
+                   compiler that stands in between (jit, translate), as one need not read Python's
+a decode step      the files of which any code runs between one id and the next, when the step is replayed
 climbs             how often the calls from ``GPT4All.generate`` to ``Network.forward`` come back to a file that
                    they had left
 """
@@ -28,8 +28,10 @@ sys.path.insert(0, str(ROOT))
 
 import tinyllm  # noqa: E402
 from tinyllm.cli import main  # noqa: E402
+from tinyllm.engine.generate import Run, generate_tokens  # noqa: E402
 from tinyllm.kernels.cpu import emit, jit  # noqa: E402
 from tinyllm.models.network import Network  # noqa: E402
+from tinyllm.sampling import Sampler, SamplingParams  # noqa: E402
 from tinyllm.sdk import GPT4All  # noqa: E402
 
 PACKAGE = Path(tinyllm.__file__).parent
@@ -81,7 +83,13 @@ def to_the_backend() -> list[str]:
 
     def seen(frame: FrameType) -> None:
         caller = file_of(frame.f_back) if frame.f_back else None
-        crosses = file_of(frame) == CPU and caller is not None and not caller.startswith("kernels/")
+        computes = frame.f_code.co_name != "top_k"  # sampling's question comes on the way back
+        crosses = (
+            computes
+            and file_of(frame) == CPU
+            and caller is not None
+            and not caller.startswith("kernels/")
+        )
         if crosses and LOOP in stack(frame):
             found.update(dict.fromkeys(n for n in stack(frame) if not n.startswith("kernels/")))
 
@@ -108,13 +116,25 @@ def to_the_arithmetic() -> list[str]:
 
 
 def a_decode_step() -> list[str]:
-    """Files whose code runs between two tokens of a text, once steps are replayed."""
+    """Files whose code runs between two ids of a text, once steps are replayed."""
     found: dict[str, None] = {}
+
+    def seen(frame: FrameType) -> None:
+        if LOOP in stack(frame):
+            found[str(file_of(frame))] = None
+
     with tinyllm.load() as model:
-        tokens = model.generate("Once upon a time", 20, stream=True)
+        state = model.new_state(64)
+        state.append(model.tokenizer.encode("Once upon a time"))
+        run = Run(
+            state,
+            Sampler(SamplingParams(seed=1), model.network.n_vocab, model.network.be.top_k),
+            30,
+        )
+        tokens = generate_tokens(model.network, [run])
         for _ in range(10):
             next(tokens)
-        with watching(lambda frame: found.setdefault(str(file_of(frame)))):
+        with watching(seen):
             next(tokens)
         tokens.close()
     return [*found]
@@ -138,6 +158,16 @@ def climbs() -> list[str]:
     return [name for i, name in enumerate(rooms) if name in rooms[:i]]
 
 
+COUNTS = {
+    "to the Backend": to_the_backend,
+    "to the arithmetic": lambda: to_the_backend() + to_the_arithmetic(),
+    "a decode step": a_decode_step,
+    "climbs": climbs,
+}
+
 if __name__ == "__main__":
-    for f in (to_the_backend, to_the_arithmetic, a_decode_step, climbs):
-        print(f.__name__, *f(), sep="\n   ")
+    for what, count in COUNTS.items():
+        files = count()
+        print(f"{what:<18} {len(files):>2} (at most {AT_MOST[what]})")
+        if "--names" in sys.argv:
+            print(*files, sep="\n", end="\n\n")

@@ -1,10 +1,11 @@
-"""What docs/cpu.md shows is run, in the order of the page."""
+"""What the pages of docs show is run, and what they quote is there."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,3 +70,23 @@ def test_files_that_the_page_names_exist() -> None:
 def test_every_file_of_cpu_kernels_is_on_the_page() -> None:
     files = {p.name for p in (ROOT / "tinyllm/kernels/cpu").glob("*.py")} - {"__init__.py"}
     assert files - set(re.findall(r"`(\w+\.py)`", TEXT)) == set()
+
+
+# ---- docs/one-token.md
+
+WALK = (ROOT / "docs" / "one-token.md").read_text("utf-8")
+EXCERPTS = re.findall(r"```python\n# (\S+)\n(.*?)```", WALK, re.S)
+
+
+@pytest.mark.parametrize(("path", "excerpt"), EXCERPTS, ids=lambda text: text.splitlines()[0])
+def test_the_walk_quotes_the_source(path: str, excerpt: str) -> None:
+    assert excerpt in (ROOT / path).read_text("utf-8")
+
+
+def test_the_walk_counts_as_the_script_does() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "files_of_a_token.py")]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert f"```\n{printed}```" in WALK
+    for line in printed.splitlines():
+        count, most = map(int, re.findall(r"\d+", line))
+        assert count <= most, line

@@ -9,9 +9,9 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import BinaryIO
 
+from . import system
 from .errors import ArgumentError
 
 _numbers = itertools.count()
@@ -43,7 +43,7 @@ def read_text(name: str | os.PathLike[str]) -> str:
         What was read is no UTF-8, or there is no standard input.
     """
     if name != "-":
-        return decode(Path(checked(name)).expanduser().read_bytes(), os.fspath(name))
+        return decode(system.expanded(checked(name)).read_bytes(), os.fspath(name))
     if sys.stdin is None or sys.stdin.closed:
         raise ArgumentError("there is no standard input to read; give the text as an argument")
     raw = getattr(sys.stdin, "buffer", None)
@@ -80,7 +80,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     OSError
         It cannot be written; the error names ``path``.
     """
-    name = checked(path)
+    name = os.path.expanduser(checked(path))
     target = os.path.realpath(name)
     part = f"{target}.{os.getpid()}-{next(_numbers)}.part"
     mode = None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+from contextlib import ExitStack
+from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 
-from . import gguf, tokenizers
+from . import gguf, system, tokenizers
 from .engine.completion import check_n_ctx
 from .engine.progress import checking, loading
 from .errors import ArgumentError, GGUFError
@@ -146,9 +150,20 @@ def vocabulary(file: gguf.GGUFFile, strict: bool = True) -> Tokenizer | None:
 def locate(path: str | Path | None) -> Path:
     """The file of a name; names of the hub or of GPT4All's list may be downloaded."""
     if path is None:
-        return BUNDLED
-    if Path(path).exists() or isinstance(path, Path):
+        return BUNDLED if BUNDLED.is_file() else unpacked_model()
+    if Path(path).exists():
         return Path(path)
+    if isinstance(path, Path):
+        return system.expanded(path)
     from .hub.catalogue import find_model
 
     return Path(find_model(path))
+
+
+@lru_cache(1)
+def unpacked_model() -> Path:
+    """The bundled model, out of the zip that holds the package, until the program ends."""
+    files = ExitStack()
+    atexit.register(files.close)
+    packed = resources.files(__package__) / "data" / BUNDLED.name
+    return files.enter_context(resources.as_file(packed))

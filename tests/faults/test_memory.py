@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import tinyllm
+from tinyllm import system
 from tinyllm.errors import DeviceError
-from tinyllm.kernels import hardware
 
 resource = pytest.importorskip("resource")
 
@@ -74,6 +74,6 @@ def test_the_limit_of_the_process_counts_as_what_is_free() -> None:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     try:
         resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20), before[1]))
-        assert 200 << 20 < hardware.available_bytes() <= 256 << 20
+        assert 200 << 20 < system.available_bytes() <= 256 << 20
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)

@@ -84,7 +84,7 @@ def test_a_missing_list_is_an_error(site: Site) -> None:
 @pytest.mark.parametrize("content", ["{", "{}", "null", ""])
 def test_a_damaged_kept_list_counts_as_none(content: str, site: Site) -> None:
     catalogue.fetch_list()
-    (catalogue.cache_directory() / "models3.json").write_text(content)
+    (catalogue.cache_folder() / "models3.json").write_text(content)
     assert catalogue.known_models() == catalogue.packaged_list()["models"]
 
 

@@ -432,6 +432,17 @@ def test_a_lone_surrogate_is_refused(llm: GPT4All) -> None:
         llm.generate("a\ud800b")
 
 
+def test_a_prompt_does_not_end_in_the_end_token(
+    llm: GPT4All, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = llm.model.model.tokenizer
+    plain = llm.model.prompt_ids(START)
+    monkeypatch.setattr(tokenizer, "add_eos", True)
+    monkeypatch.setattr(tokenizer, "_after", [tokenizer.eos])
+    assert tokenizer.encode(START)[-1] == tokenizer.eos
+    assert llm.model.prompt_ids(START) == llm.model.prompt_ids(START, special=False) == plain
+
+
 def test_a_nul_does_not_end_the_prompt(llm: GPT4All) -> None:
     assert llm.model.count_prompt_tokens("a\0b") > llm.model.count_prompt_tokens("a")
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tinyllm.sdk import GPT4All
+from tinyllm.sdk.session import _places
 
 STORY = "{% for m in messages %}{{ m.content }}{{ ' ' }}{% endfor %}"
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temp": 0}
@@ -222,6 +223,25 @@ def test_a_session_left_by_an_error_is_ended(model: GPT4All) -> None:
     with pytest.raises(ZeroDivisionError):
         in_thread(fail)
     assert model.current_chat_session is None
+
+
+def test_a_session_that_is_ended_early_or_forgotten_is_ended_once(model: GPT4All) -> None:
+    with model.chat_session("outer", STORY):
+        with model.chat_session("inner", STORY):
+            model._history = None  # how programs of the second version end one
+            assert contents(model) == ["outer"]
+        assert contents(model) == ["outer"]
+        model.chat_session("forgotten", STORY).__enter__()
+        gc.collect()
+        assert contents(model) == ["outer"]
+    assert model.current_chat_session is None
+
+
+def test_nothing_is_kept_of_sessions_that_have_ended(models: Path) -> None:
+    with GPT4All("stories260K", model_path=models, allow_download=False) as model:
+        with model.chat_session("a", STORY), model.chat_session("b", STORY):
+            assert model._sessions._number in _places.get()
+        assert model._sessions._number not in _places.get()
 
 
 def test_of_several_sessions_a_thread_has_to_say_which(model: GPT4All) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tinyllm.chat.known import WELL_KNOWN
 from tinyllm.errors import StateError, TemplateError
 from tinyllm.sdk import GPT4All
 from tinyllm.sdk.templates import FormatTemplate, JinjaTemplate, from_percent, template_of
@@ -221,6 +222,7 @@ def test_a_blank_line_follows_an_answer_that_no_format_string_ends() -> None:
         ("{% for m in messages %}{{ m.content }}{% endfor %} {0}", JinjaTemplate),
         ('{{"q": "{0}"}}', FormatTemplate),
         ("{{0}} {0}", FormatTemplate),
+        *((name, JinjaTemplate) for name in WELL_KNOWN),
     ],
 )
 def test_kinds_of_templates(source: str, kind: type) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import system
 from ..kernels.profile import Launch
 from ..model import Model
 from ..models.state import State
@@ -202,9 +202,9 @@ def report(model: Model, results: Sequence[Result]) -> Report:
     before = be.limits(MEASURE)
     parts = measure(model, results)
     limits = {name: max(value, before[name]) for name, value in be.limits(MEASURE).items()}
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_cores = system.n_cores()
     asked = getattr(be, "n_threads", None)  # only "cpu" has threads
-    return Report(parts, limits, asked and min(asked, n_cores or 1), n_cores or 1)
+    return Report(parts, limits, asked and min(asked, n_cores), n_cores)
 
 
 def _rates(row: Row, limits: dict[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, GGUFError
+from ..system import OPEN_FLAGS, read_at
 
 _PIECE = 64 << 20  # bytes in one read call; Linux refuses more than 2 GiB
 
@@ -61,13 +62,7 @@ class RandomAccessFile:
     def _read_piece(self, offset: int, view: memoryview) -> int:
         if self._fd < 0:
             raise ArgumentError(f"{self.path}: the file is closed")
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [view], offset)
-        with self._lock:  # Windows has no positioned read
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            data = os.read(self._fd, len(view))
-        view[: len(data)] = data
-        return len(data)
+        return read_at(self._fd, view, offset)
 
     def map(self, offset: int, n: int) -> npt.NDArray[np.uint8]:
         """A read-only view, uint8 [n], of the mapped file."""
@@ -106,9 +101,8 @@ class RandomAccessFile:
 
 def _open_without_waiting(path: str) -> int:
     """Open for reading; a pipe nobody writes to must not hold us."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        return os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+        return os.open(path, OPEN_FLAGS)
     except ValueError as error:  # a zero byte in it
         raise ArgumentError(f"{path!r:.200} is no path") from error
     except OSError as error:

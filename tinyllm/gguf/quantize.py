@@ -66,6 +66,7 @@ def quantize_file(
     >>> from tinyllm.gguf.quantize import quantize_file
     >>> types = quantize_file("model-f16.gguf", "model-q4.gguf", "Q4_K_M")  # doctest: +SKIP
     """
+    src, dst = os.path.expanduser(src), os.path.expanduser(dst)
     if os.path.exists(dst) and os.path.samefile(src, dst):
         raise ArgumentError(f"{os.fsdecode(dst)} is the source itself; give another name")
     if n_threads is not None and n_threads < 1:

@@ -132,7 +132,7 @@ def open_file(path: str | os.PathLike[str]) -> GGUFFile:
     ...     file.metadata["general.architecture"], len(file.tensors)
     ('llama', 147)
     """
-    name = os.fsdecode(path)
+    name = os.path.expanduser(os.fsdecode(path))
     parts = [read_part(name)]
     try:
         _open_other_parts(parts)

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from ..errors import ArgumentError
 from ..files import replacing
+from ..system import cache_folder, expanded, home
 from .download import TIMEOUT, HTTPError, fetch, safe_name
 
 ConfigType = dict[str, Any]
@@ -24,12 +25,7 @@ FILES_URL = "https://gpt4all.io/models/gguf/"
 HUB_URL = "https://huggingface.co"
 HF_NAME = re.compile(r"hf:([\w.-]+)/([\w.-]+?)(?:@([\w.-]+))?/(.+)")
 
-DEFAULT_MODEL_DIRECTORY = Path.home() / ".cache" / "gpt4all"
-
-
-def cache_directory() -> Path:
-    """Where lists and Hugging Face files are kept: $TINYLLM_CACHE, or ``~/.cache/tinyllm``."""
-    return Path(os.environ.get("TINYLLM_CACHE") or Path.home() / ".cache" / "tinyllm")
+DEFAULT_MODEL_DIRECTORY = home() / ".cache" / "gpt4all"
 
 
 def fetch_list() -> list[ConfigType]:
@@ -47,7 +43,7 @@ def fetch_list() -> list[ConfigType]:
 
 
 def _keep_list(models: list[ConfigType]) -> None:
-    path = cache_directory() / "models3.json"
+    path = cache_folder() / "models3.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as f:
@@ -59,7 +55,7 @@ def _keep_list(models: list[ConfigType]) -> None:
 def known_models() -> list[ConfigType]:
     """The list as last fetched, or else that of the package. Asks no network."""
     try:
-        models = json.loads((cache_directory() / "models3.json").read_text(encoding="utf-8"))
+        models = json.loads((cache_folder() / "models3.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         models = None
     return models if isinstance(models, list) else packaged_list()["models"]
@@ -115,7 +111,7 @@ def download_hf(name: str, verbose: bool = True, allow_download: bool = True) ->
         safe_name(part)
         for part in (owner, repo + (f"@{revision}" if revision else ""), *file.split("/"))
     ]
-    path = cache_directory() / "hf" / Path(*parts)
+    path = cache_folder() / "hf" / Path(*parts)
     if not allow_download and not path.exists():
         raise FileNotFoundError(f"Model file does not exist: {path!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +140,7 @@ def find_model(
     """
     if isinstance(name, str) and name.startswith("hf:"):
         return download_hf(name, verbose, allow_download)
-    path = Path(name)
+    path = expanded(name)
     here = [path, DEFAULT_MODEL_DIRECTORY / append_extension_if_missing(str(name))]
     found = next((p for p in here if p.is_file()), None)
     if found is not None:

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 from ..errors import ArgumentError
+from ..system import expanded, sync_folder
 from .locks import locked
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def fetch(
     requests.exceptions.RequestException
         The server cannot be reached.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.exists():
         return path
     with locked(path.with_name(path.name + ".lock")):
@@ -145,7 +146,7 @@ class _Transfer:
             self._say("What was kept of an earlier download is damaged; starting again.")
             self._download_and_verify()
         os.replace(self.part, self.path)
-        _sync_directory(self.path.parent)
+        sync_folder(self.path.parent)
         self._discard()
         self._say(f"Model downloaded to {str(self.path)!r}")
 
@@ -414,13 +415,3 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
 def _fsync(file: IO[bytes] | int) -> None:
     """Force a file's content onto the disk."""
     os.fsync(file if isinstance(file, int) else file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the new name durable; Windows has no such call."""
-    if sys.platform != "win32":
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

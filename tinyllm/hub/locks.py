@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-if sys.platform == "win32":  # pragma: no cover
-    import msvcrt
-    import time
-
-    def _acquire(fd: int) -> None:
-        while True:
-            try:
-                return msvcrt.locking(fd, msvcrt.LK_LOCK, 1)
-            except OSError:  # LK_LOCK gives up after ten seconds
-                time.sleep(0.1)
-else:
-    import fcntl
-
-    def _acquire(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+from ..system import lock_file
 
 
 @contextmanager
@@ -45,7 +30,7 @@ def _open_locked(path: Path) -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _acquire(fd)
+            lock_file(fd)
         except BaseException:
             os.close(fd)
             raise

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from .. import system
 from ..errors import DeviceError
 from .batch import Array as Array
 from .batch import Batch as Batch
@@ -191,9 +192,7 @@ class Backend(ABC):
 
     def memory(self) -> tuple[int, int]:
         """Bytes free, and bytes in all, of the memory that holds weights and caches."""
-        from .hardware import available_bytes, memory_bytes
-
-        return available_bytes(), memory_bytes()
+        return system.available_bytes(), system.memory_bytes()
 
     def close(self) -> None:  # noqa: B027 (most backends hold nothing but memory)
         """Free what the device holds; the backend is not used afterwards."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 
+from .. import system
 from ..errors import DeviceError
 from .backend import Backend, Compute, Device
 
@@ -14,9 +16,7 @@ def list_devices() -> list[Device]:
 
 
 def cpu() -> Device:
-    from .hardware import cpu_name, memory_bytes
-
-    return Device("cpu", 0, cpu_name(), memory_bytes())
+    return Device("cpu", 0, system.cpu_name(), system.memory_bytes())
 
 
 def gpus() -> list[Device]:
@@ -90,6 +90,10 @@ def open_backend(device: str, n_threads: int | None = None, compute: Compute = "
 
         return ReferenceBackend()
     if kind == "cpu":
+        from .cpu import jit
+
+        if not jit.can_compile():
+            return _instead_of_cpu(compute)
         from .cpu.backend import CPUBackend
 
         return CPUBackend(n_threads, compute)
@@ -104,3 +108,15 @@ def open_backend(device: str, n_threads: int | None = None, compute: Compute = "
     raise DeviceError(
         f"unknown device {device!r}; expected 'cpu', 'reference', 'cuda[:i]' or 'opencl[:i]'"
     )
+
+
+def _instead_of_cpu(compute: Compute) -> Backend:
+    """What computes where the sources of the CPU's kernels were not shipped: NumPy, with a warning."""
+    missing = "the sources of the CPU's kernels are missing (only bytecode was shipped)"
+    advice = "ship tinyllm/kernels/cpu/*.py too"
+    if compute != "f32":
+        raise DeviceError(f"compute={compute!r}: {missing}; {advice}")
+    warnings.warn(f"{missing}: NumPy computes, slowly; {advice}", RuntimeWarning, stacklevel=2)
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend()

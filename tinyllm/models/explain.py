@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib import resources
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,7 +30,7 @@ from .build import build
 from .network import Network
 from .step import Step
 
-OUTLINES = Path(__file__).parent / "outlines.json"
+OUTLINES: Any = resources.files(__package__) / "outlines.json"
 Shape = tuple[Any, ...]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 import weakref
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import system
 from ..errors import ArgumentError, StateError, TinyLLMError
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from .ahead import RunAhead
@@ -282,8 +282,7 @@ def unlock() -> None:
         network.lock._at_fork_reinit()  # type: ignore[attr-defined]  # the standard library calls it, too
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=unlock)
+system.after_fork(unlock)
 
 
 def n_wanted(segments: Sequence[Segment]) -> list[int]:

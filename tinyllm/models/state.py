@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .. import system
 from ..errors import ArgumentError, StateError
 from ..files import replacing
 
@@ -142,7 +143,7 @@ class State:
             The file is damaged, of another model, or longer than this state has room for.
         """
         try:
-            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as f:
+            with system.expanded(path).open("rb") as raw, np.load(raw, allow_pickle=False) as f:
                 sizes = {e.filename.removesuffix(".npy"): e.file_size for e in f.zip.infolist()}
                 small = ("fingerprint", "ids", "n_past")
                 if any(sizes[name] > 4 * self.n_ctx + HEADER for name in small):

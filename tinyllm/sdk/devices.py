@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from ..kernels.backend import Device
+
+from .. import system
 
 BackendName = Literal["cpu", "kompute", "cuda", "metal"]
 VENDORS = ("amd", "nvidia", "intel")
@@ -88,12 +88,12 @@ def split_device(device: str | None) -> tuple[str, str | None]:
     ValueError
         The platform has no such device.
     """
-    if sys.platform == "darwin":
+    if system.NAME == "darwin":
         if device is None:
             return "auto", None
         if device == "cpu":
             return "cpu", None
-        if platform.machine() != "arm64" or device != "gpu":
+        if system.MACHINE != "arm64" or device != "gpu":
             raise ValueError(f"Unknown device for this platform: {device}")
         return "metal", None
     if device is None or device == "cpu":

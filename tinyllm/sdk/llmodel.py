@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..chat.render import encode_chat
-from ..engine.completion import SMALLEST_CONTEXT, or_beginning
+from ..engine.completion import SMALLEST_CONTEXT, or_beginning, without_end
 from ..errors import ArgumentError, GGUFError, UnsupportedModel
 from . import devices, embedding
 from .answering import Answer, Request, room_for_prompt
@@ -256,7 +256,7 @@ class LLModel(NotPickled):
             ids = encode_chat(tokenizer, prompt, tokenizer.bos)
         else:
             ids = tokenizer.encode(prompt, add_special=True, parse_special=False)
-        return or_beginning(tokenizer, ids)
+        return or_beginning(tokenizer, without_end(tokenizer, ids))
 
     def count_prompt_tokens(self, prompt: str) -> int:
         """How many tokens a prompt takes, the one at its beginning included."""

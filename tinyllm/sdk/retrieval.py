@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import requests
 
+from .. import system
 from ..hub import catalogue
 from ..hub.catalogue import ConfigType, append_extension_if_missing
 from ..hub.download import fetch, safe_name
@@ -47,7 +48,7 @@ class ModelFiles:
             return {"path": str(path), "filename": path.name}
         filename = append_extension_if_missing(model_name)
         directory = cls._directory(model_path)
-        path = directory / filename
+        path = directory / system.expanded(filename)
         config: ConfigType = {"filename": filename}
         if path.exists():
             if allow_download:
@@ -63,7 +64,7 @@ class ModelFiles:
 
     @staticmethod
     def _directory(model_path: str | os.PathLike[str] | None) -> Path:
-        directory = _default_directory() if model_path is None else Path(model_path)
+        directory = _default_directory() if model_path is None else system.expanded(model_path)
         if not directory.exists():
             raise FileNotFoundError(f"Model directory does not exist: {directory!r}")
         return directory
@@ -132,7 +133,7 @@ class ModelFiles:
         name = safe_name(model_filename)
         return fetch(
             url or catalogue.FILES_URL + quote(name),
-            Path(model_path) / name,
+            system.expanded(model_path) / name,
             size=expected_size,
             md5=expected_md5,
             sha256=expected_sha256,
@@ -152,7 +153,7 @@ def _default_directory() -> Path:
     """The directory that programs may move by assigning ``DEFAULT_MODEL_DIRECTORY``."""
     from . import gpt4all
 
-    directory = Path(gpt4all.DEFAULT_MODEL_DIRECTORY)
+    directory = system.expanded(gpt4all.DEFAULT_MODEL_DIRECTORY)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

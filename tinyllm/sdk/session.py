@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import system
 from ..errors import StateError, TemplateError
 from ..files import replacing
 from .answering import room_for_prompt
@@ -228,7 +229,7 @@ class ChatSession:
         with (
             self._alone(),
             replacing(path) as whole,
-            tempfile.TemporaryDirectory(dir=Path(path).resolve().parent) as folder,
+            tempfile.TemporaryDirectory(dir=system.expanded(path).resolve().parent) as folder,
             zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
         ):
             archive.writestr("history.json", json.dumps(self.history))
@@ -246,7 +247,7 @@ class ChatSession:
         """
         with self._alone():
             try:
-                history, state = self._read(Path(path), model)
+                history, state = self._read(system.expanded(path), model)
             except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
                 raise StateError(f"{path}: not a saved session ({error})") from error
             self._end_stream()
@@ -326,7 +327,8 @@ class Sessions:
         place = self._place
         if number in place.entered:
             rest = tuple(n for n in place.entered if n != number)
-            self._set_place(_Place(rest, next(_numbers)))
+            others = _Place(rest, next(_numbers)) if rest or self._open else None
+            self._set_place(others)
 
     @property
     def current_number(self) -> int | None:
@@ -364,5 +366,6 @@ class Sessions:
     def _place(self) -> _Place:
         return _places.get().get(self._number, _Place())
 
-    def _set_place(self, place: _Place) -> None:
-        _places.set({**_places.get(), self._number: place})
+    def _set_place(self, place: _Place | None) -> None:
+        places = {number: p for number, p in _places.get().items() if number != self._number}
+        _places.set(places if place is None else {**places, self._number: place})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..chat import render as chat
+from ..chat.known import WELL_KNOWN
 from ..errors import ArgumentError, TemplateError
 
 MessageType = dict[str, str]
@@ -124,6 +125,7 @@ def template_of(source: str) -> Template:
     """
     if not isinstance(source, str):
         raise ArgumentError(f"chat template {source!r:.60}; expected a text")
+    source = WELL_KNOWN.get(source, source)
     is_format = "0" in (placeholders(source) or ())
     if not JINJA.search(source) and (is_format or PERCENT.search(source) or "{0}" in source):
         return FormatTemplate(source)
@@ -138,7 +140,7 @@ def template_of(source: str) -> Template:
         return FormatTemplate(source)
     raise ValueError(
         f"chat template {source!r:.60} never shows the message: expected Jinja that prints it, or a format"
-        " string with {0} for it"
+        f" string with {{0}} for it, or a name: {', '.join(WELL_KNOWN)}"
     )
 
 

@@ -138,49 +138,139 @@ def scaled_copy(to, source, n, scale):
         store_n(to + 4 * i, load_n(source + 4 * i, n - i) * scale, n - i)
 
 
+def locate(piece, starts, n_past, n_seq, group, n_head_kv, split):
+    """A piece's sequence, its number there, blocks if ``split`` (else 1), stored positions and tokens."""
+    seq, p = 0, piece
+    while True:
+        n_tokens = get_i32(starts + 4 * seq + 4) - get_i32(starts + 4 * seq)
+        past = get_i32(n_past + 4 * seq)
+        blocks = (past + n_tokens + BLOCK - 1) // BLOCK if split else 1
+        n = (n_tokens * group + M - 1) // M * n_head_kv * blocks
+        if p < n or seq + 1 == n_seq:
+            break
+        p -= n
+        seq += 1
+    return seq, p, blocks, past, n_tokens
+
+
+def visible(here, there, end, window, causal):
+    """The positions [low, high) that some query from ``here`` to ``there`` sees, of ``end`` positions."""
+    low, high = i64(0), there + 1
+    if causal == 0:
+        high = end
+        if window > 0:
+            low, high = max(low, here - window // 2), min(high, there + window // 2 + 1)
+    elif window > 0:
+        low = max(low, here - window + 1)
+    return low, high
+
+
+def score(keys, tiles, dim, queries, scores, expanded):
+    """Keys of a block times the queries -> scores [tiles][M][16]; q8_0 keys by way of ``expanded``."""
+    t, tile_bytes = i64(0), 16 * dim * SIZE
+    while t < tiles:
+        to, at_once = scores + 64 * M * t, TILES if t + TILES <= tiles else 1
+        source = keys + t * tile_bytes
+        if KV == 2:  # a few tiles at a time stay in the first-level cache
+            expand_keys(keys + t * ((dim + 31) // 32 * TILE_BYTES), expanded, at_once, dim)
+            source = expanded
+        if at_once == TILES:
+            score_group(source, tile_bytes, 16 * SIZE, queries, dim, to)
+        else:
+            score_one(source, tile_bytes, 16 * SIZE, queries, dim, to)
+        t += at_once
+
+
+def mask(scores, first, n, i, cap, slope, biased, window, causal):
+    """The scores of one row from tile ``first`` on: capped, biased by distance, hidden where it sees nothing.
+
+    n positions are stored; the query's place i is counted from the first of them.
+    """
+    nearest, farthest = np.float32(0), FAR  # bounds of the distance i - j
+    if causal == 0:
+        nearest = -FAR
+        if window > 0:
+            nearest, farthest = as_float(-(window // 2)), as_float(window // 2)
+    elif window > 0:
+        farthest = as_float(window - 1)
+    for t in range(first, (n + 15) // 16):
+        at = scores + 64 * M * t
+        v, distance = load(at), splat(as_float(i)) - ramp(16 * t)
+        if cap != np.float32(0):
+            v = splat(cap) * tanh(v / splat(cap))
+        if biased:
+            d = vabs(distance) if causal == 0 else distance
+            v = v - splat(slope) * d
+        v = where_within(v, distance, nearest, farthest, splat(HIDDEN))
+        if 16 * t + 16 > n:  # positions behind the last one
+            v = where_within(v, ramp(16 * t), np.float32(0), as_float(n - 1), splat(HIDDEN))
+        store(at, v)
+
+
+def exponentiate(scores, tiles, chances, part):
+    """exp(score - largest) -> chances; the largest of each row and its sum -> the head of ``part``."""
+    maxima(scores, tiles, part)
+    for m in range(M):
+        # a row of which all is hidden: zeros, not ones
+        top = splat(max(get_f32(part + 4 * m), HIDDEN / np.float32(2)))
+        total = splat(np.float32(0))
+        for t in range(tiles):
+            e = exp(load(scores + 64 * (M * t + m)) - top)
+            store(chances + m * P_STEP + 64 * t, e)
+            total = total + e
+        set_f32(part + 64 + 4 * m, hsum(total))
+
+
+def weigh(values, n, dim_vp, chances, part):
+    """n values times the chances -> the values of ``part``."""
+    t, tiles = i64(0), dim_vp // 16
+    while t + TILES <= tiles:
+        to = part + 128 + 64 * M * t
+        weigh_group(values + 16 * SIZE * t, 16 * SIZE, dim_vp * SIZE, chances, n, to)
+        t += TILES
+    while t < tiles:
+        to = part + 128 + 64 * M * t
+        weigh_one(values + 16 * SIZE * t, 16 * SIZE, dim_vp * SIZE, chances, n, to)
+        t += 1
+
+
+def emit_rows(part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks):
+    """The rows of a part that is complete -> y."""
+    for m in range(min(M, n_rows - row0)):
+        r = row0 + m
+        h = head * group + r % group
+        sink = get_f32(sinks + 4 * h) if sinks != 0 else np.float32(0)
+        out = y + 4 * ((row_first + r // group) * n_head + h) * dim_v
+        finish(part, M, m, sink, sinks != 0, out, dim_v)
+
+
 def attend(
     q, y, caches, starts, n_past, n_seq, layer, n_head, n_head_kv, dim, dim_v, scale: f32,
     window, cap: f32, slopes, sinks, causal, parts, scratch, scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
-    """Rows of queries over one block each (split) or over all (not split): see the module's text."""
-    scale = splat(scale)
-    scratch = scratch + worker * scratch_bytes
+    """Rows of queries over one block each, which leaves ``parts``, or, without these, over all blocks."""
     group, dim_vp = n_head // n_head_kv, (dim_v + 15) // 16 * 16
-    tiles_v, n_part = dim_vp // 16, 128 + 4 * M * dim_vp
-    queries, scores = scratch, scratch + M * Q_STEP
+    n_part = 128 + 4 * M * dim_vp
+    queries = scratch + worker * scratch_bytes
+    scores = queries + M * Q_STEP
     chances = scores + M * 4 * BLOCK
-    fresh = chances + M * P_STEP
+    fresh = chances + M * P_STEP  # the part of one block
     sum_part = fresh + n_part
     keys_out = sum_part + n_part
     values_out = keys_out + 4 * BLOCK * dim
     for piece in range(first, last):
-        # which sequence, tile of rows, key head and block
-        seq, p, blocks, n_rows = 0, piece, 1, 0
-        while True:
-            n_tokens = get_i32(starts + 4 * seq + 4) - get_i32(starts + 4 * seq)
-            past, n_rows = get_i32(n_past + 4 * seq), n_tokens * group
-            blocks = (past + n_tokens + BLOCK - 1) // BLOCK if parts != 0 else 1
-            n = (n_rows + M - 1) // M * n_head_kv * blocks
-            if p < n or seq + 1 == n_seq:
-                break
-            p -= n
-            seq += 1
+        seq, p, blocks, past, n_tokens = locate(
+            piece, starts, n_past, n_seq, group, n_head_kv, parts != 0
+        )
         head, row0 = p // blocks % n_head_kv, p // (blocks * n_head_kv) * M
-        row_first = get_i32(starts + 4 * seq)
+        row_first, n_rows = get_i32(starts + 4 * seq), n_tokens * group
         for m in range(M):
             r = min(row0 + m, n_rows - 1)
             at = ((row_first + r // group) * n_head + head * group + r % group) * dim
-            scaled_copy(queries + m * Q_STEP, q + 4 * at, dim, scale)
-        # the positions that some row sees: [low, high)
+            scaled_copy(queries + m * Q_STEP, q + 4 * at, dim, splat(scale))
         here, there = past + row0 // group, past + min(row0 + M - 1, n_rows - 1) // group
-        low, high = i64(0), there + 1
-        if causal == 0:
-            high = past + n_tokens
-            if window > 0:
-                low, high = max(low, here - window // 2), min(high, there + window // 2 + 1)
-        elif window > 0:
-            low = max(low, here - window + 1)
+        low, high = visible(here, there, past + n_tokens, window, causal)
         block_first, block_last = low // BLOCK, (high + BLOCK - 1) // BLOCK
         if parts != 0:
             sum_part = parts + piece * n_part
@@ -202,76 +292,22 @@ def attend(
             else:
                 keys += block * BLOCK * dim * SIZE
                 values += block * BLOCK * dim_vp * SIZE
-            t, tile_bytes = i64(0), 16 * dim * SIZE
-            while t < tiles:
-                to, at_once = scores + 64 * M * t, TILES if t + TILES <= tiles else 1
-                source = keys + t * tile_bytes
-                if KV == 2:  # a few tiles at a time stay in the first-level cache
-                    stored = keys + t * ((dim + 31) // 32 * TILE_BYTES)
-                    expand_keys(stored, keys_out, at_once, dim)
-                    source = keys_out
-                if at_once == TILES:
-                    score_group(source, tile_bytes, 16 * SIZE, queries, dim, to)
-                else:
-                    score_one(source, tile_bytes, 16 * SIZE, queries, dim, to)
-                t += at_once
+            score(keys, tiles, dim, queries, scores, keys_out)
             plain = n // 16 if causal == 0 else max(min(here + 1 - block * BLOCK, n), 0) // 16
             if (cap != np.float32(0)) or (slopes != 0) or (window > 0):
                 plain = i64(0)  # tiles whose scores stand as they are
             for m in range(M):
                 r = min(row0 + m, n_rows - 1)
-                i = past + r // group - block * BLOCK  # the query's place, counted from the block
                 slope = np.float32(0)
                 if slopes != 0:
                     slope = get_f32(slopes + 4 * (head * group + r % group))
-                nearest, farthest = np.float32(0), FAR  # bounds of the distance i - j
-                if causal == 0:
-                    nearest = -FAR
-                    if window > 0:
-                        nearest, farthest = as_float(-(window // 2)), as_float(window // 2)
-                elif window > 0:
-                    farthest = as_float(window - 1)
-                for t in range(plain, tiles):
-                    at = scores + 64 * (M * t + m)
-                    v, distance = load(at), splat(as_float(i)) - ramp(16 * t)
-                    if cap != np.float32(0):
-                        v = splat(cap) * tanh(v / splat(cap))
-                    if slopes != 0:
-                        d = vabs(distance) if causal == 0 else distance
-                        v = v - splat(slope) * d
-                    v = where_within(v, distance, nearest, farthest, splat(HIDDEN))
-                    if 16 * t + 16 > n:  # positions behind the last one
-                        v = where_within(
-                            v, ramp(16 * t), np.float32(0), as_float(n - 1), splat(HIDDEN)
-                        )
-                    store(at, v)
-            maxima(scores, tiles, fresh)
-            for m in range(M):
-                # a row of which all is hidden: zeros, not ones
-                top = splat(max(get_f32(fresh + 4 * m), HIDDEN / np.float32(2)))
-                total = splat(np.float32(0))
-                for t in range(tiles):
-                    e = exp(load(scores + 64 * (M * t + m)) - top)
-                    store(chances + m * P_STEP + 64 * t, e)
-                    total = total + e
-                set_f32(fresh + 64 + 4 * m, hsum(total))
-            t = i64(0)
-            while t + TILES <= tiles_v:
-                to = fresh + 128 + 64 * M * t
-                weigh_group(values + 16 * SIZE * t, 16 * SIZE, dim_vp * SIZE, chances, n, to)
-                t += TILES
-            while t < tiles_v:
-                to = fresh + 128 + 64 * M * t
-                weigh_one(values + 16 * SIZE * t, 16 * SIZE, dim_vp * SIZE, chances, n, to)
-                t += 1
-            merge(sum_part, fresh, M, tiles_v)
+                i = past + r // group - block * BLOCK
+                mask(scores + 64 * m, plain, n, i, cap, slope, slopes != 0, window, causal)
+            exponentiate(scores, tiles, chances, fresh)
+            weigh(values, n, dim_vp, chances, fresh)
+            merge(sum_part, fresh, M, dim_vp // 16)
         if parts == 0:
-            for m in range(min(M, n_rows - row0)):
-                r = row0 + m
-                h = head * group + r % group
-                sink = get_f32(sinks + 4 * h) if sinks != 0 else np.float32(0)
-                out = y + 4 * ((row_first + r // group) * n_head + h) * dim_v
-                finish(sum_part, M, m, sink, sinks != 0, out, dim_v)
+            emit_rows(sum_part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks)
 
 
 def merge_parts(
@@ -299,12 +335,8 @@ def merge_parts(
         begin(scratch, n_part)
         for b in range(blocks):
             merge(scratch, source + b * n_part, M, tiles)
-        for m in range(min(M, n_rows - row0)):
-            r = row0 + m
-            h = head * group + r % group
-            sink = get_f32(sinks + 4 * h) if sinks != 0 else np.float32(0)
-            out = y + 4 * ((get_i32(starts + 4 * seq) + r // group) * n_head + h) * dim_v
-            finish(scratch, M, m, sink, sinks != 0, out, dim_v)
+        row_first = get_i32(starts + 4 * seq)
+        emit_rows(scratch, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks)
 
 
 # ---- writing

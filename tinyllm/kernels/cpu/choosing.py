@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -99,7 +100,8 @@ def top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     if n > room.n_logits:
         room.grow(n)
     jit.kernel(find_largest)(0, 1, x=logits.ctypes.data, n=n, k=k, **room.places)
-    choose.check_largest(float(room.values[0]))
+    if not math.isfinite(room.values[0]):
+        choose.check_largest(float(room.values[0]))
     return room.ids[:k].copy(), room.values[:k].copy()
 
 

@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
+
+from ...system import allow_amx
 
 LANES = 16
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
@@ -82,10 +82,9 @@ def has_half() -> bool:
 @lru_cache(1)
 def has_amx() -> bool:
     """Whether kernels are compiled for AMX and the system lets this process use it (Linux must be asked)."""
-    if not {"amx-int8", "amx-tile", "avx512f"} <= target()[2] or sys.platform != "linux":
+    if not {"amx-int8", "amx-tile", "avx512f"} <= target()[2]:
         return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return allow_amx()
 
 
 def lanes() -> int:

@@ -4,8 +4,8 @@ A kernel is written ``def body(x, y, n, eps: f32, first, last, worker)``: it doe
 one instruction, whose arguments are what stands before. Compiled it is a C function ``(args, first, last,
 worker)`` that finds them at the address ``args``. Callers name them (``Kernel``, ``Tape.add``).
 
-``kernel(body, **names)`` compiles ``body`` with the given values in the place of its global names, so that one
-loop serves many micro-kernels.
+``kernel(body, **names)`` compiles ``body``, and what it calls of its own file, with the given values in the
+place of global names, so that one loop serves many micro-kernels.
 
 The cache holds one object file for each kernel, with a hash of its bytes. It lives beside this file, or in the
 user's cache folder when that is read-only, under a name made of all kernel sources, the version of llvmlite,
@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import struct
 import sys
 import tempfile
@@ -27,13 +26,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import llvmlite
 from llvmlite import ir
 
+from ... import system
 from . import emit, machine
+from .source import source_of
 from .translate import PyFunction, parameters, translate
 
 Kinds = Mapping[str, ir.Type]  # types of a kernel's arguments by their names
@@ -44,8 +44,7 @@ _functions: dict[str, Callable[[int, int, int, int], None]] = {}  # functions in
 _sources: dict[str, tuple[PyFunction, dict[str, Any], Kinds | None]] = {}  # what both were made of
 compiled: list[str] = []  # those that were not in the cache
 _lock = threading.RLock()
-if hasattr(os, "register_at_fork"):  # in a child, the thread that held it does not exist
-    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
+system.after_fork(_lock._at_fork_reinit)  # type: ignore[attr-defined]
 _spent, _told = 0.0, False  # seconds of compiling so far; whether a line is open that says so
 LINE = "tinyllm: compiling kernels for this processor (once):"
 HASH = 32  # bytes before the machine code
@@ -146,10 +145,7 @@ def assembly(name: str) -> str:
 
 def module_text(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> str:
     """A kernel as LLVM IR."""
-    variant = FunctionType(
-        body.__code__, {**body.__globals__, **names}, name, None, body.__closure__
-    )
-    return str(translate(variant, name, emit.target()[0], kinds))
+    return str(translate(body, name, emit.target()[0], kinds, names))
 
 
 def _machine_code(body: PyFunction, name: str, names: dict[str, Any], kinds: Kinds | None) -> bytes:
@@ -173,7 +169,15 @@ def _origin(body: PyFunction) -> str:
     source = Path(body.__code__.co_filename)
     if source.parent == Path(__file__).parent:
         return source.stem
-    return f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+    return f"{source.stem}-{hashlib.sha256(source_of(body).encode()).hexdigest()[:16]}"
+
+
+def can_compile() -> bool:
+    """Whether the sources of the kernels came with the package; a program frozen to bytecode may lack them."""
+    try:
+        return bool(source_of(can_compile))
+    except OSError:
+        return False
 
 
 def _kept(path: Path | None) -> bytes | None:
@@ -236,15 +240,9 @@ def cache_folder() -> Path | None:
 
 
 def _candidates() -> list[Path]:
-    """TINYLLM_CACHE alone if set, else beside the sources, else the platform's cache folder."""
-    if chosen := os.environ.get("TINYLLM_CACHE"):
-        return [Path(chosen).expanduser()]
-    home = Path.home()
-    users = {
-        "Windows": Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")),
-        "Darwin": home / "Library" / "Caches",
-    }.get(platform.system(), Path(os.environ.get("XDG_CACHE_HOME", home / ".cache")))
-    return [Path(__file__).parent / "__pycache__", users / "tinyllm"]
+    """TINYLLM_CACHE alone if set, else beside the sources, else the user's cache folder."""
+    beside = [] if os.environ.get("TINYLLM_CACHE") else [Path(__file__).parent / "__pycache__"]
+    return [*beside, system.cache_folder()]
 
 
 def _fingerprint() -> str:
@@ -252,6 +250,16 @@ def _fingerprint() -> str:
     triple, cpu, features = emit.target()
     parts = [sys.version, llvmlite.__version__, triple, cpu, *sorted(features)]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(_package_files(), key=lambda f: f.name):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _package_files() -> list[Any]:
+    """The files of Python code beside this one, compiled ones too; in a folder or in a zip."""
+    folder: Any = Path(__file__).parent
+    if not folder.is_dir():
+        from importlib import resources
+
+        folder = resources.files(__package__)
+    return [f for f in folder.iterdir() if f.name.endswith((".py", ".pyc"))]

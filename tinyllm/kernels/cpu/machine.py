@@ -7,6 +7,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
+from ... import system
 from . import emit
 
 
@@ -50,6 +51,8 @@ def optimised(ir_text: str) -> Any:
 
 @lru_cache(1)
 def _engine() -> Any:
+    for name, address in system.native_symbols().items():
+        llvm.add_symbol(name, address)
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
 
 

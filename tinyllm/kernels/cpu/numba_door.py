@@ -230,11 +230,13 @@ def compile(function: Callable, name: str | None = None, **names: Any) -> Kernel
     _check_target()
     body = _body_of(function)
     kinds = parameters(body)
-    if unused := ", ".join(names.keys() - _names(body.__code__)):
+    made: dict[FunctionType, Any] = {}
+    inner = _jitted(body, made, (body.__globals__, names))
+    used = set().union(*(_names(f.__code__) for f in made if f.__globals__ is body.__globals__))
+    if unused := ", ".join(names.keys() - used):
         raise ArgumentError(
             f"{body.__name__} refers to no global name {unused}: nothing to replace"
         )
-    inner = _jitted(body, {}, names)
     load = _loader([_numbas(kind) for kind in kinds.values()])
 
     def entry(args: int, first: int, last: int, worker: int) -> None:
@@ -287,14 +289,16 @@ def _body_of(function: Any) -> FunctionType:
     return function
 
 
-def _jitted(function: FunctionType, made: dict, names: dict[str, Any]) -> Any:
+def _jitted(function: FunctionType, made: dict, given: tuple[dict, dict]) -> Any:
     """A plain function for numba, with everything it refers to: helpers, words, types.
 
-    ``made`` holds the helpers so far; ``names`` replaces globals.
+    ``made`` holds the helpers so far; ``given`` are the globals of the kernel's file, and what replaces some.
     """
     if function in made:
         return made[function]
-    code, known = function.__code__, {**function.__globals__, **names}
+    home, names = given
+    new = names if function.__globals__ is home else {}
+    code, known = function.__code__, {**function.__globals__, **new}
     if any(i.opname == "RAISE_VARARGS" for i in dis.get_instructions(code)):
         raise ArgumentError(
             f"{function.__name__} has raise or assert: no Python code would catch it"
@@ -304,18 +308,18 @@ def _jitted(function: FunctionType, made: dict, names: dict[str, Any]) -> Any:
     copy = FunctionType(code, scope, function.__name__, function.__defaults__, cells)
     made[function] = numba.njit(copy, **OPTIONS)
     for name in _names(code) & known.keys():
-        scope[name] = _for_numba(known[name], made)
+        scope[name] = _for_numba(known[name], made, given)
     for mine, theirs in zip(cells, function.__closure__ or (), strict=True):
-        mine.cell_contents = _for_numba(theirs.cell_contents, made)
+        mine.cell_contents = _for_numba(theirs.cell_contents, made, given)
     return made[function]
 
 
-def _for_numba(value: Any, made: dict) -> Any:
+def _for_numba(value: Any, made: dict, given: tuple[dict, dict]) -> Any:
     """A value as numba understands it; helpers are compiled anew, by the options of kernels."""
     if isinstance(value, ir.Type):
         return _numbas(value)
     if extending.is_jitted(value) or (isinstance(value, FunctionType) and not _is_known(value)):
-        return _jitted(_body_of(value), made, {})
+        return _jitted(_body_of(value), made, given)
     return value
 
 

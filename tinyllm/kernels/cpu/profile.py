@@ -8,15 +8,14 @@ run one by one.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
 
+from ... import system
 from .. import profile
 from ..profile import Profile, Work
 from . import jit
@@ -33,34 +32,21 @@ KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 
 @emitter(i64)
 def clock(e):
-    """Ticks of a clock that never goes back: nanoseconds, or Windows' own."""
+    """Nanoseconds since some moment."""
     room = e.room(ir.ArrayType(I64, 2))
     place = e.b.bitcast(room, I64.as_pointer())
-    if sys.platform == "win32":
-        e.call("QueryPerformanceCounter", I32, place)
-        return e.b.load(place)
-    e.call("clock_gettime", I32, I32(_MONOTONIC), place)
+    if system.NAME == "win32":
+        e.call("GetSystemTimePreciseAsFileTime", ir.VoidType(), place)
+        return e.b.mul(e.b.load(place), I64(100))
+    e.call("clock_gettime", I32, I32(system.MONOTONIC), place)
     nanoseconds = e.b.load(e.b.gep(place, [I64(1)]))
     return e.b.add(e.b.mul(e.b.load(place), I64(10**9)), nanoseconds)
-
-
-_MONOTONIC = 6 if sys.platform == "darwin" else 1
 
 
 def read_clock(out, first, last, worker):
     """The clock to an address."""
     for _ in range(first, last):
         set_i64(out, clock())
-
-
-@lru_cache(1)
-def _tick() -> float:
-    """Seconds of a tick."""
-    if sys.platform != "win32":
-        return 1e-9
-    frequency = ctypes.c_int64()
-    ctypes.windll.kernel32.QueryPerformanceFrequency(ctypes.byref(frequency))
-    return 1 / frequency.value
 
 
 class TimedTape(Tape):
@@ -85,7 +71,6 @@ class TimedTape(Tape):
     def run(self, n_threads: int) -> None:
         if not self.n:
             return
-        jit.end_line()
         times = np.zeros(BLANKS + self.n + 1, np.int64)
         program = self._with_clocks(times)
         pool().run(program.ctypes.data, n_threads)
@@ -93,7 +78,7 @@ class TimedTape(Tape):
         spent = np.diff(times)
         own = int(spent[:BLANKS].min())
         for (name, work), ticks in zip(self._notes, spent[BLANKS:].tolist(), strict=True):
-            seconds = max(ticks - own, 0) * _tick()
+            seconds = 1e-9 * max(ticks - own, 0)
             self._profile.add(name, partial(float, seconds), work())
 
     def _with_clocks(self, times: np.ndarray) -> np.ndarray:

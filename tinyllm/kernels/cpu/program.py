@@ -8,16 +8,16 @@ values. A tape kept under a key is a whole step of a model: running it again cos
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from ... import system
 from . import jit
 from .threads import ARGS, ROW, ROW_BYTES, pool
 
@@ -36,14 +36,7 @@ def huge(n_bytes: int) -> np.ndarray:
     """Uninitialised bytes on large pages where the system has them: kernels stride far, and page walks cost."""
     page = 1 << 21
     size = -(-n_bytes // page) * page + page
-    if hasattr(mmap, "MAP_ANONYMOUS"):  # else a forked child would write into its parent's memory
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:
-        memory = mmap.mmap(-1, size)
-    if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
+    whole = np.frombuffer(system.map_memory(size), np.uint8)
     start = -whole.ctypes.data % page
     return whole[start : start + n_bytes]
 
@@ -270,7 +263,6 @@ class Tape:
     def run(self, n_threads: int) -> None:
         """Run all instructions; they stay recorded."""
         if self.n:
-            jit.end_line()
             self.rows[0, 0] = self.n
             pool().run(self.rows.ctypes.data, n_threads)
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..backend import Array, Batch
 from ..profile import Profile
-from .attention import blocks_after
+from . import jit
+from .attention import BLOCK
 from .profile import TimedTape
 from .program import CPUArray, Tape, wrapped
 
@@ -53,7 +54,7 @@ class Recorded:
         for view, name in zip(self.inputs, INPUTS, strict=True):
             view[...] = getattr(batch, name)
         self.tables[:] = addresses(batch)
-        blocks = blocks_after(batch.n_past).tolist()
+        blocks = (batch.n_past // BLOCK + 1).tolist()  # those that the new token sees
         if self.growing and blocks != self.blocks:
             for g in self.growing:
                 self.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))
@@ -94,7 +95,9 @@ class Steps:
     def settle(self) -> None:
         """Run what this thread has recorded and not run."""
         tape = self.tape
-        tape.run(self._workers)
+        if tape.n:
+            jit.end_line()
+            tape.run(self._workers)
         tape.clear()
 
     def settle_for_values(self) -> None:
@@ -156,6 +159,7 @@ class Steps:
         self._local.now = recorded
         try:
             recorded.result = fn(recorded.batch)
+            jit.end_line()
             tape.run(self._workers)
         finally:
             self._local.now = outer

@@ -3,7 +3,7 @@
 Every thread walks the same list of instructions. A *stage* is a run of instructions without dependence
 on each other; its pieces are numbered, and a thread claims the next one by compare-and-swap. A stage is
 over when its pieces are done, so a thread that the system has put aside holds up nobody unless it is in the
-middle of a piece. Waiting is a short spin, then a futex.
+middle of a piece. Waiting is a short spin, then a futex or what the system has in its place.
 
 The ticket counter carries the generation of the program in its high bits: a thread that wakes up late,
 with an old program before it, cannot claim anything.
@@ -15,14 +15,13 @@ kernel address, pieces, pieces per claim, 1 if a stage begins here, claims, then
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 import threading
 from collections import deque
 
 import numpy as np
 from llvmlite import ir
 
+from ... import system
 from . import jit
 from .emit import I32, I64, P8, target
 from .simd import emitter, get_i64, i64, set_i64, types
@@ -34,6 +33,11 @@ ARGS = 5  # where its arguments begin
 LINE = 64  # bytes: shared counters stand on cache lines of their own
 GENERATION, NEXT, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, PARKED = (LINE * i for i in range(8))
 SPIN = 1500  # pauses before sleeping: some 50 microseconds
+WAKES = system.WAKES  # else nobody is woken, and those who wait look again
+YIELDS = 2000  # before the first nap: about a millisecond
+# nanoseconds: each nap is that much longer than the one before, so 1 ms after 25 ms without work, 10 ms
+# after 2.5 s; nobody waits for a thread that comes late, for the others do its pieces
+NAP, LONGEST_NAP = 20_000, 20_000_000
 SHIFT = 32  # the generation's place in the counters
 CLOSED = (1 << 31) - 1  # a ticket beyond every program's end
 
@@ -79,28 +83,48 @@ def _syscall(e, *values):
     return e.b.call(e.function("syscall", ty), values)
 
 
-_FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine, 0) if sys.platform == "linux" else 0
-
-
 @emitter(types.void, i64, i64)
 def sleep_while(e, p, value):
-    """Sleep while the low 32 bits at an address are those of value; elsewhere than on Linux, yield."""
-    if _FUTEX:
-        low = e.b.zext(e.b.trunc(value, I32), I64)
-        _syscall(e, I64(_FUTEX), p, I64(128), low, I64(0), I64(0), I64(0))
-    else:
-        _yield(e)
+    """Sleep while the low 32 bits at an address are those of value."""
+    word = e.b.trunc(value, I32)
+    low = e.b.zext(word, I64)
+    if system.WAITING == "futex":
+        _syscall(e, I64(system.FUTEX), p, I64(128), low, I64(0), I64(0), I64(0))
+    elif system.WAITING == "os_sync":  # address, value, its bytes, flags
+        e.call("os_sync_wait_on_address", I32, p, low, I64(4), I32(0))
+    elif system.WAITING == "WaitOnAddress":  # address, where the value stands, its bytes, for ever
+        room = e.room(I32)
+        e.b.store(word, room)
+        e.call("WaitOnAddress", I32, p, e.b.ptrtoint(room, I64), I64(4), I32(0xFFFFFFFF))
 
 
 @emitter(types.void, i64)
 def wake_all(e, p):
     """Wake every thread that sleeps on an address."""
-    if _FUTEX:
-        _syscall(e, I64(_FUTEX), p, I64(129), I64(1 << 20), I64(0), I64(0), I64(0))
+    if system.WAITING == "futex":
+        _syscall(e, I64(system.FUTEX), p, I64(129), I64(1 << 20), I64(0), I64(0), I64(0))
+    elif system.WAITING == "os_sync":
+        e.call("os_sync_wake_by_address_all", I32, p, I64(4), I32(0))
+    elif system.WAITING == "WaitOnAddress":
+        e.call("WakeByAddressAll", ir.VoidType(), p)
 
 
-def _yield(e):
-    if sys.platform == "win32":
+@emitter(types.void, i64)
+def nap(e, nanoseconds):
+    """Let other threads run for so long, less than a second."""
+    if system.WAITING == "Sleep":
+        e.call("Sleep", ir.VoidType(), e.b.trunc(e.b.udiv(nanoseconds, I64(1_000_000)), I32))
+        return
+    timespec = e.room(ir.ArrayType(I64, 2))
+    e.b.store(I64(0), e.b.gep(timespec, [I32(0), I32(0)]))
+    e.b.store(nanoseconds, e.b.gep(timespec, [I32(0), I32(1)]))
+    e.call("nanosleep", I32, e.b.bitcast(timespec, P8), I64(0))
+
+
+@emitter(types.void)
+def yield_processor(e):
+    """Let another thread run that wants to."""
+    if system.NAME == "win32":
         e.call("Sleep", ir.VoidType(), I32(0))
     else:
         e.call("sched_yield", I32)
@@ -151,17 +175,24 @@ def restore(e, setting):
 
 
 def wait(state, field, goal, spin):
-    """Until a counter reaches the goal: spin a little, then sleep."""
+    """Until a counter reaches the goal: spin a little, then sleep.
+
+    A system that cannot wake a thread at an address lets it look again after ever longer naps.
+    """
     spent = 0
     seen = atomic_load(state + field)
     while seen < goal:
         spent += 1
         if spent < spin:
             pause()
-        else:
+        elif WAKES:
             atomic_add(state + SLEEPERS, 1)
             sleep_while(state + field, seen)
             atomic_add(state + SLEEPERS, -1)
+        elif spent < spin + YIELDS:
+            yield_processor()
+        else:
+            nap(min((spent - spin - YIELDS) * NAP, LONGEST_NAP))
         seen = atomic_load(state + field)
 
 
@@ -242,34 +273,15 @@ def work(state, worker, value, spin):
         atomic_store(state + PARKED + LINE * worker, value)
 
 
-def cores() -> list[int]:
-    """One logical processor of each physical core that this process may use."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if not allowed:
-        return list(range(os.cpu_count() or 1))
-    seen, first = set(), []
-    for cpu in allowed:
-        path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        try:
-            with open(path) as f:
-                siblings = f.read()
-        except OSError:
-            siblings = str(cpu)
-        if siblings not in seen:
-            seen.add(siblings)
-            first.append(cpu)
-    return first
-
-
 class Pool:
     """The threads of this process; programs of several Python threads run one after another."""
 
     def __init__(self) -> None:
-        self.size = max(len(cores()), 1)
+        self.size = system.n_cores()
         self._lock = threading.Lock()
         self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
-        self._work = jit.function(work)
+        self._work = jit.function(work, f"work_{system.WAITING}")
         self._started = 1  # the caller is worker 0
         self._retired: deque[tuple[int, object]] = deque()
 
@@ -327,5 +339,4 @@ def _forget() -> None:
     _pool, _pool_lock = None, threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+system.after_fork(_forget)

@@ -6,7 +6,6 @@ memory sees every byte twice, once read and once written.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import deque
@@ -17,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from ... import system
 from . import jit
 from .emit import I16, I32, I64, V
 from .program import ALIGN, huge
@@ -239,8 +239,7 @@ def _forget() -> None:
     helpers = Helpers()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+system.after_fork(_forget)
 
 
 def share(pieces: Iterable[Any], work: Callable[[Any], None], n_threads: int) -> None:

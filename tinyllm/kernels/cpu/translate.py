@@ -21,8 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from types import FunctionType
 from typing import Any, NoReturn, TypeAlias
 
@@ -31,6 +30,7 @@ from llvmlite import ir
 from .arithmetic import CASTS, MATH, Arithmetic, widest
 from .emit import F32, I64, Emit
 from .simd import Emitter
+from .source import definition
 
 COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 PyFunction: TypeAlias = Callable[..., Any]  # a kernel, or what it calls, as Python has it
@@ -64,12 +64,17 @@ def parameters(kernel: PyFunction) -> dict[str, ir.Type]:
 
 
 def translate(
-    function: PyFunction, name: str, triple: str, kinds: Mapping[str, ir.Type] | None
+    function: PyFunction,
+    name: str,
+    triple: str,
+    kinds: Mapping[str, ir.Type] | None,
+    given: Mapping[str, Any],
 ) -> ir.Module:
     """A module with a function of four integers that returns nothing, under a name.
 
     Given the ``kinds`` of its ``parameters`` it is a kernel: the integers are (args, first, last, worker), and
     the parameters before ``first`` are read from the address ``args``, 8 bytes each. Else it takes the four.
+    ``given`` values replace globals of the function's file, there and in what it calls of that file.
     """
     module = ir.Module(name)
     module.triple = triple
@@ -80,7 +85,7 @@ def translate(
     if kinds is not None:
         e, address = Emit(b), values.pop(0)
         values[:0] = [e.load(e.ptr(address), ty, 8 * i) for i, ty in enumerate(kinds.values())]
-    Body(b, function, values)
+    Body(b, function, values, (function.__globals__, given))
     b.ret_void()
     return module
 
@@ -88,12 +93,21 @@ def translate(
 class Body(Arithmetic):
     """The statements of one call, written where the builder stands; ``result`` is what it returns."""
 
-    def __init__(self, b: ir.IRBuilder, function: Any, args: Sequence[Any], depth: int = 0) -> None:
+    def __init__(
+        self,
+        b: ir.IRBuilder,
+        function: Any,
+        args: Sequence[Any],
+        given: tuple[dict[str, Any], Mapping[str, Any]],
+        depth: int = 0,
+    ) -> None:
         super().__init__(b)
-        self.function, self.depth = function, depth
+        self.function, self.given, self.depth = function, given, depth
         cells = function.__closure__ or ()
         inner = zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
-        self.globals = {**vars(builtins), **function.__globals__, **dict(inner)}
+        home, values = given  # the globals of the kernel's file, and what replaces some of them
+        new = values if function.__globals__ is home else {}
+        self.globals = {**vars(builtins), **function.__globals__, **new, **dict(inner)}
         self.places: dict[str, Any] = {}  # where local variables are stored
         # the variables with a value on every way here; None: no way leads here
         self.known: set[str] | None = set()
@@ -101,7 +115,7 @@ class Body(Arithmetic):
         self.loops: list[tuple[ir.Block, ir.Block, list[set[str] | None]]] = []
         self.exit = b.append_basic_block("exit")
         self.returned: list[tuple[Any, ir.Block]] = []
-        node = _definition(function)
+        node = definition(function)
         self.here: ast.stmt = node  # the statement being translated
         self.arguments(node.args, args)
         self.run(node.body)
@@ -174,7 +188,10 @@ class Body(Arithmetic):
             self.refuse(target)
 
     def Return(self, s: ast.Return) -> None:
-        self.leave(None if s.value is None else self.typed(self.value(s.value)))
+        value = None if s.value is None else self.value(s.value)
+        if value is not None:
+            value = tuple(map(self.typed, value)) if isinstance(value, tuple) else self.typed(value)
+        self.leave(value)
 
     def leave(self, value: Any) -> None:
         if self.b.block.is_terminated:
@@ -182,8 +199,7 @@ class Body(Arithmetic):
         if value is None and self.known is None:
             self.b.unreachable()  # every way here returned before
             return
-        kinds = {v is not None and v.type for v in (value, *(v for v, _ in self.returned))}
-        if len(kinds) > 1:
+        if len({kind_of(v) for v in (value, *(v for v, _ in self.returned))}) > 1:
             self.refuse(
                 self.here,
                 f"{self.function.__name__} does not always return a value of one type",
@@ -380,6 +396,11 @@ class Body(Arithmetic):
         values = [v for v, _ in incoming]
         if not values or values[0] is None:
             return None
+        if isinstance(values[0], tuple):
+            ends = [block for _, block in incoming]
+            return tuple(
+                self.join(list(zip(vs, ends, strict=True))) for vs in zip(*values, strict=True)
+            )
         phi = self.b.phi(values[0].type)
         for v, block in incoming:
             phi.add_incoming(v, block)
@@ -400,7 +421,7 @@ class Body(Arithmetic):
                 self.refuse(
                     node, f"{f.__name__} is called {DEEPEST} calls deep; kernels cannot recurse"
                 )
-            return Body(self.b, f, args, self.depth + 1).result
+            return Body(self.b, f, args, self.given, self.depth + 1).result
         if f in (min, max):
             self.count(node, 2, len(args))
             return self.extreme("<" if f is min else ">", args)
@@ -422,23 +443,12 @@ class Body(Arithmetic):
             )
 
 
+def kind_of(value: Any) -> Any:
+    """The type of what a function returns: one of LLVM's, several, or None."""
+    return tuple(v.type for v in value) if isinstance(value, tuple) else value and value.type
+
+
 def common(ways: list[set[str] | None]) -> set[str] | None:
     """The variables that have a value on each of the ways that meet here; None if there is no way."""
     there = [known for known in ways if known is not None]
     return set.intersection(*there) if there else None
-
-
-def _definition(function: FunctionType) -> ast.FunctionDef:
-    code = function.__code__
-    found = _definitions(code.co_filename).get(code.co_firstlineno)
-    if found is None:
-        raise OSError(f"the source of {function.__name__} is not in {code.co_filename}")
-    return found
-
-
-@lru_cache
-def _definitions(path: str) -> dict[int, ast.FunctionDef]:
-    """The functions of a file, by their first lines."""
-    tree = ast.parse(Path(path).read_text("utf-8"))
-    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    return {min([n.lineno, *(d.lineno for d in n.decorator_list)]): n for n in found}

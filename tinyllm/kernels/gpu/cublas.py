@@ -7,10 +7,10 @@ has a workspace of its own (cuBLAS's documentation, "CUDA graphs support").
 from __future__ import annotations
 
 import ctypes
-import sys
 from ctypes import byref, c_int, c_size_t, c_void_p
 from typing import Any
 
+from ... import system
 from ...errors import DeviceError
 
 WORKSPACE = 32 << 20  # bytes, as NVIDIA recommends for Hopper; older devices are asked for less
@@ -36,9 +36,7 @@ def library(cuda_major: int) -> Any:
     try:
         from cupy_backends.cuda.libs import cublas  # noqa: F401 (finds and loads the library)
 
-        windows = sys.platform == "win32"
-        name = f"cublas64_{cuda_major}.dll" if windows else f"libcublas.so.{cuda_major}"
-        lib = ctypes.CDLL(name)
+        lib = ctypes.CDLL(system.library_file("cublas", cuda_major))
     except (ImportError, OSError):
         return None
     for function, types in SIGNATURES.items():
