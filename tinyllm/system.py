@@ -25,6 +25,7 @@ from typing import Any, Literal
 NAME = sys.platform  # "linux", "darwin", "win32" or another
 MACHINE = platform.machine()  # "x86_64", "arm64" or another
 ASSUMED_MEMORY = 4 << 30  # bytes, on a system that does not say
+ASSUMED_CACHE = 32 << 20  # bytes, likewise
 NO_LIMIT = 1 << 62
 KERNEL32 = "kernel32"
 
@@ -58,6 +59,18 @@ def cpu_name() -> str:
         lines = _read("/proc/cpuinfo").splitlines()
         name = next((s.partition(":")[2] for s in lines if s.startswith("model name")), "")
     return name.strip() or platform.processor() or platform.machine()
+
+
+def cache_bytes() -> int:
+    """The size of the processor's largest cache; ``ASSUMED_CACHE`` on a system that does not say."""
+    if sys.platform == "darwin":
+        return _sysctl_number("hw.l2cachesize") or ASSUMED_CACHE
+    sizes = []
+    for i in range(5):
+        text = _read(f"/sys/devices/system/cpu/cpu0/cache/index{i}/size").strip()
+        if text[:-1].isdigit() and text[-1] in "KMG":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes, default=ASSUMED_CACHE)
 
 
 def _registered_cpu() -> str:

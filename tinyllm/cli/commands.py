@@ -344,12 +344,14 @@ def warmup_arguments(p: Parser) -> None:
 
 
 def warmup(args: Arguments) -> None:
-    from ..kernels.cpu import jit
+    from ..kernels.cpu import jit, timing
     from .warmup import warm_up
 
     with load_model(args) as model:
-        warm_up(model)
+        with timing.thoroughly() as timed:
+            warm_up(model)
         show(f"ready on {model.device}; {jit.report()}\n")
+        show("".join(f"{result}\n" for result in timed))
 
 
 # ---- chat
