@@ -75,7 +75,7 @@ def test_a_token_reads_each_weight_once() -> None:
         stored = sum(t.nbytes for t in matrices.values())
         weights = sum(t.n_elements for t in matrices.values())
     products = [x for x in launches if x.work.numbers == "int8"]
-    assert {x.kernel for x in products} == {"matvec_Q8_0"}
+    assert all(x.kernel.startswith("matvec_Q8_0") for x in products)
     assert sum(x.work.stored for x in products) == stored
     assert macs(launches, "int8") == weights
 
