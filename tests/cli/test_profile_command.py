@@ -83,7 +83,7 @@ def test_bench_prints_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "\npp8: " in out
     assert "\ntg3: " in out
-    assert "| matvec_Q8_0 " in out
+    assert "| matvec_Q8_0" in out
     assert "| (outside kernels) " in out
     assert out.count("What limits it: ") == 2
 
