@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .chat.render import Message
+    from .chat.turn import Turn
     from .models.config import Config
 
 
@@ -358,6 +361,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -371,6 +375,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -384,6 +389,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -396,6 +402,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         template_vars: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         *,
@@ -413,7 +420,12 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             A Jinja template to use instead of the file's, or the name of a well-known one: "chatml", "llama2",
             "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna".
         tools : sequence, optional
-            Descriptions of tools in whatever form the template reads them.
+            Functions that the model may call: ``{"type": "function", "function": {"name": ...,
+            "description": ..., "parameters": a JSON schema}}``. The template must show them.
+        tool_choice : str or mapping
+            "auto": the model chooses; "none": no calls; "required": one or more; a function's name: that one.
+            Calls keep to the functions' schemas, for which the extra ``[json]`` is needed; without it "auto"
+            reads whatever the model writes. The ``message`` of the completion has the calls and the reasoning.
         template_vars : mapping, optional
             Further variables of the template, such as ``{"enable_thinking": False}``.
         continue_final_message : bool
@@ -437,6 +449,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
         from .chat.render import chat_ids, check_variables, given_template, pick_template
+        from .chat.turn import Turn
 
         check_variables(template_vars or {})
         given = template is not None
@@ -444,17 +457,48 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         if chosen is None:
             raise TemplateError("the file has no chat template; give one with template=")
         t = self.tokenizer
+        turn = Turn(chosen, messages, tools or (), tool_choice, template_vars or {})
         ids = chat_ids(
-            t, chosen, messages, bos_id=t.bos, eos_id=t.eos, must_show=given,
-            continue_final=continue_final_message, **{"tools": tools, **(template_vars or {})},
+            t, chosen, turn.messages, bos_id=t.bos, eos_id=t.eos, must_show=given,
+            continue_final=continue_final_message, **{"tools": turn.shown, **(template_vars or {})},
         )  # fmt: skip
         ids = without_end(t, ids)
+        end = t.decode(ids[-24:])
+        options = {**options, **self._held_to_calls(turn, end, options)}
         state = options.get("state")
         if state is not None:
             kept = state.reuse(ids)
             state.truncate(kept)
             ids = ids[kept:]
-        return self.generate(ids, max_tokens, stream=stream, **options)
+        answer = self.generate(ids, max_tokens, stream=stream, **options)
+
+        def finished(done: Completion) -> Completion:
+            hidden = any(map(t.is_control, done.ids))
+            text = t.decode(done.ids) if hidden else done.text
+            return replace(done, message=turn.message(text, end))
+
+        if isinstance(answer, Completion):
+            return finished(answer)
+        answer.finished = finished
+        return answer
+
+    def _held_to_calls(self, turn: Turn, end: str, options: GenerateOptions) -> GenerateOptions:
+        """The constraint under which a turn's calls are written; none where nothing may be called."""
+        if not turn.functions or (turn.choice == "auto" and find_spec("llguidance") is None):
+            return {}
+        held = [k for k in ("json_schema", "regex", "grammar") if options.get(k) is not None]
+        if held:
+            raise ArgumentError(
+                f"{held[0]} and tools are given; with tool_choice='none' one may be"
+            )
+        n_vocab = self.network.n_vocab
+        for name, schema in turn.schemas():
+            try:
+                compile_grammar(self.tokenizer, n_vocab, json_schema=schema)
+            except ArgumentError as error:
+                raise ArgumentError(f"tools: {name}: {error}") from None
+        grammar = turn.grammar(self.tokenizer.special_tokens, self.tokenizer.eog, end)
+        return {} if grammar is None else {"grammar": grammar}
 
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""
