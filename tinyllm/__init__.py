@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import errors, gguf, tokenizers
     from .engine.completion import Completion
     from .kernels.devices import list_devices
+    from .kernels.outside import kernel
     from .loading import load
     from .model import Model
 
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "errors",
     "gguf",
+    "kernel",
     "list_devices",
     "load",
     "tokenizers",
@@ -27,6 +29,7 @@ _MODULES = {"errors", "gguf", "tokenizers", "sdk"}
 _HOMES = {
     "Completion": "engine.completion",
     "Model": "model",
+    "kernel": "kernels.outside",
     "list_devices": "kernels.devices",
     "load": "loading",
 }
