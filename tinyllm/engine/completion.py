@@ -95,6 +95,19 @@ class Options:
             )
 
 
+def options_of(
+    max_tokens: int = 256,
+    stop: str | Sequence[str] | None = (),
+    logprobs: int | None = None,
+    echo: bool = False,
+    overflow: Overflow = "error",
+    **sampling: Any,
+) -> Options:
+    """The options of a call; ``sampling`` are those of SamplingParams."""
+    params = SamplingParams(**sampling)
+    return Options(params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow)
+
+
 class Job:
     """One prompt being continued: its run through the decode loop, and its text."""
 
@@ -124,7 +137,9 @@ class Job:
 
     def take(self) -> list[tuple[int, str]]:
         """(id of the last token, text) of what can be shown since the last call."""
-        if self.done and (piece := self.text.finish()):  # the context was full, or the caller ended it
+        if self.done and (
+            piece := self.text.finish()
+        ):  # the context was full, or the caller ended it
             self.pieces.append((self.tokens[-1].id, piece))
         taken, self.pieces = self.pieces, []
         return taken

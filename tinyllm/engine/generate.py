@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..models.network import Network
     from ..models.state import State
     from ..models.step import Tap
-    from .speculate import Drafter
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "deadline"]
 Overflow = Literal["error", "shift", "truncate"]
@@ -75,8 +74,8 @@ class Run:
     finish_reason: FinishReason | None = None  # None while the run goes on; the caller may set it
     timings: Timings = field(default_factory=Timings)
     accept: Callable[[Token], object] = ignore  # told each token once it is chosen; may end the run
-    drafter: Drafter | None = None  # guesses tokens, which one step computes together
     draft: list[int] = field(default_factory=list)  # guesses at the end of the state, during a step
+    n_drafted: int = 0  # how many the last step had
     shifted: bool = False  # were tokens dropped? Reading ``ids`` anew then gives other keys
 
     def __post_init__(self) -> None:
@@ -104,8 +103,16 @@ class Run:
             return min(n, state.n_ctx - state.n_past)
         return 0
 
-    def read_again(self) -> None:
-        """Note that the prompt is read from its beginning again, in a state that has lost it."""
+    def give_up(self) -> list[int]:
+        """Let go of the state's memory; returns its tokens, for ``resume``."""
+        ids = self.state.ids
+        del self.state
+        return ids
+
+    def resume(self, state: State, ids: list[int]) -> None:
+        """Go on in an empty state, which reads the tokens anew: to the same keys unless some were shifted."""
+        state.append(ids)
+        self.state = state
         if self.n_generated == 0:
             self.prompt.clear()
 
@@ -141,6 +148,8 @@ def steps(
 
     Parameters
     ----------
+    net, runs, tap
+        The model, what it continues, and who sees the activations.
     progress : callable, optional
         Told the number of prompt tokens that each step has read.
     before_step : callable, optional
@@ -213,9 +222,7 @@ def goes_on(run: Run, n: int) -> bool:
     return run.n_generated + 1 < run.max_tokens and run.n_pending == n
 
 
-def plan(
-    n_batch: int, active: Sequence[Run], prompt_rows: Callable[[], int] | None = None
-) -> Work:
+def plan(n_batch: int, active: Sequence[Run], prompt_rows: Callable[[], int] | None = None) -> Work:
     """Choose runs and the number of their tokens for the next step; end runs whose context is full."""
     room = most_read = n_batch
     if prompt_rows is not None and not all(run.reads for run in active):
