@@ -183,7 +183,10 @@ def step(
     prompt_rows: Callable[[], int] | None = None,
     failed: Failed | None = None,
 ) -> Work:
-    """Compute pending tokens of the active runs in one pass, and choose the next ones."""
+    """Compute pending tokens of the active runs in one pass, and choose the next ones.
+
+    The caller holds the network's lock: logits are valid until the next step of anyone.
+    """
     start = time.perf_counter()
     work = plan(net.n_batch, active, prompt_rows)
     if not work:
@@ -192,18 +195,17 @@ def step(
     best = n_best(net, [run for run, _ in work]) if tap is None else 0
     ahead = best == 1 and len(work) == len(active) and all(goes_on(run, n) for run, n in work)
     choice = choose_best if best else choose
-    with net.lock:
-        rows = net.forward(segments, tap, best, ahead)
-        for (run, n), logits in zip(work, rows, strict=True):
-            try:
-                if run.prompt_logprobs and not run.n_generated:
-                    note_prompt(run, n, logits)
-                if run.n_pending == 0:
-                    run.accept(choice(run, logits[-1]))
-            except Exception as e:
-                if failed is None:
-                    raise
-                failed(run, e)
+    rows = net.forward(segments, tap, best, ahead)
+    for (run, n), logits in zip(work, rows, strict=True):
+        try:
+            if run.prompt_logprobs and not run.n_generated:
+                note_prompt(run, n, logits)
+            if run.n_pending == 0:
+                run.accept(choice(run, logits[-1]))
+        except Exception as e:
+            if failed is None:
+                raise
+            failed(run, e)
     book(work, time.perf_counter() - start)
     return work
 
