@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
 THIRD_PARTY = {
     "cupy",
     "jinja2",
+    "llguidance",
     "llvmlite",
     "matplotlib",
     "PyInstaller",  # runs its hook

@@ -25,6 +25,7 @@ from .engine.completion import (
     split_prompts,
     without_end,
 )
+from .engine.constraint import Grammar, Schema, compile_grammar
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
 from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError, UnsupportedModel
@@ -262,6 +263,9 @@ class Model:
         tap: Tap | None = None,
         overflow: Overflow = "error",
         stream: bool = False,
+        json_schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> Completion | list[Completion] | Pieces:
         """Continue a prompt.
 
@@ -292,6 +296,13 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         stream : bool
             Return an iterator of pieces of text. Closing it stops the work; its ``completion`` has the
             ``finish_reason``, ids and timings once it has ended.
+        json_schema : mapping or str, optional
+            Write JSON that this schema accepts, in the form of Python's ``json.dumps``; ``{}`` accepts any.
+            This and the two that follow need the extra ``[json]``; docs/structured.md says more.
+        regex : str, optional
+            Write a text that this regular expression matches as a whole.
+        grammar : str, optional
+            Write a text of this grammar: in GBNF, or in Lark with its ``start`` rule.
 
         Returns
         -------
@@ -315,6 +326,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             logprobs,
             echo,
             overflow,
+            self.grammar(json_schema, regex, grammar),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -464,6 +476,15 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         raise TypeError(
             f"a model cannot be pickled: it holds memory and threads; load {self.path} where it is needed"
         )
+
+    def grammar(
+        self,
+        json_schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ) -> Grammar | None:
+        """What these arguments of ``generate`` hold a text to; None for none of them."""
+        return compile_grammar(self._tokenizer, self.network.n_vocab, json_schema, regex, grammar)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens that ``generate`` reads for a prompt; an empty one is the beginning-of-text token."""

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ArgumentError
 from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
-from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, steps
+from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, force, steps
 from .progress import reading
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..models.state import State
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
+    from .constraint import Grammar, Schema
 
 SMALLEST_CONTEXT = 8
 Prompt: TypeAlias = str | Sequence[int]  # a text, or the ids of its tokens
@@ -50,6 +51,9 @@ class GenerateOptions(TypedDict, total=False):
     state: State | None
     tap: Tap | None
     overflow: Overflow
+    json_schema: Schema | None
+    regex: str | None
+    grammar: str | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Options:
     logprobs: int | None
     echo: bool
     overflow: Overflow
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.overflow not in get_args(Overflow):
@@ -101,11 +106,12 @@ def options_of(
     logprobs: int | None = None,
     echo: bool = False,
     overflow: Overflow = "error",
+    grammar: Grammar | None = None,
     **sampling: Any,
 ) -> Options:
     """The options of a call; ``sampling`` are those of SamplingParams."""
-    params = SamplingParams(**sampling)
-    return Options(params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow)
+    params, limit = SamplingParams(**sampling), check_max_tokens(max_tokens)
+    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar)
 
 
 class Job:
@@ -164,11 +170,13 @@ def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: O
     sampler = Sampler(o.params, net.n_vocab, net.be.top_k)
     run = Run(
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
-        o.echo and o.logprobs is not None,
+        o.echo and o.logprobs is not None, None if o.grammar is None else o.grammar.begin(),
         finish_reason="length" if limit == 0 else None,
     )  # fmt: skip
     state.append(truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids)
-    return Job(tokenizer, run, o.stop, ids)
+    job = Job(tokenizer, run, o.stop, ids)
+    force(run)
+    return job
 
 
 def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..models.network import Network
     from ..models.state import State
     from ..models.step import Tap
+    from .constraint import Constraint
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "deadline"]
 Overflow = Literal["error", "shift", "truncate"]
@@ -69,9 +70,11 @@ class Run:
     keep: int = 0  # tokens at the beginning that a shift keeps
     logprobs: int | None = None  # how many alternatives to report with each token
     prompt_logprobs: bool = False
+    constraint: Constraint | None = None  # what the text must be
     prompt: list[Token] = field(default_factory=list)  # filled when prompt_logprobs
     n_generated: int = 0
     finish_reason: FinishReason | None = None  # None while the run goes on; the caller may set it
+    reading: bool = True  # no step has chosen a token yet
     timings: Timings = field(default_factory=Timings)
     accept: Callable[[Token], object] = ignore  # told each token once it is chosen; may end the run
     draft: list[int] = field(default_factory=list)  # guesses at the end of the state, during a step
@@ -89,7 +92,12 @@ class Run:
     @property
     def reads(self) -> bool:
         """Whether the next step reads a prompt; else it writes the text."""
-        return self.n_generated == 0 or self.n_pending > 1 + len(self.draft)
+        return self.reading or self.n_pending > 1 + len(self.draft)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the logits of the whole vocabulary are needed to choose a token or to report on it."""
+        return self.logprobs is not None or self.prompt_logprobs or self.constraint is not None
 
     def make_room(self, n: int) -> int:
         """How many of n tokens fit now, after a shift where that is the policy."""
@@ -195,25 +203,47 @@ def step(
     best = n_best(net, [run for run, _ in work]) if tap is None else 0
     ahead = best == 1 and len(work) == len(active) and all(goes_on(run, n) for run, n in work)
     choice = choose_best if best else choose
+    was_read: list[Run] = []
     rows = net.forward(segments, tap, best, ahead)
     for (run, n), logits in zip(work, rows, strict=True):
         try:
             if run.prompt_logprobs and not run.n_generated:
                 note_prompt(run, n, logits)
             if run.n_pending == 0:
+                if run.reading:
+                    was_read.append(run)
+                    run.timings.n_prompt -= run.n_generated  # forced tokens, read with the prompt
                 run.accept(choice(run, logits[-1]))
+                force(run)
         except Exception as e:
             if failed is None:
                 raise
             failed(run, e)
     book(work, time.perf_counter() - start)
+    for run in was_read:
+        run.reading = False
     return work
+
+
+def force(run: Run) -> None:
+    """Add the tokens that a constraint leaves no choice about: the next step reads all of them.
+
+    Log-probabilities are known only after a step for each; where they are asked for, `choose` takes these.
+    """
+    if run.constraint is None or run.logprobs is not None:
+        return
+    while run.finish_reason is None and len(run.state.ids) <= run.state.n_ctx:
+        only = run.constraint.forced()
+        if only is None:
+            return
+        join(run, only)
+        run.accept(Token(only))
 
 
 def n_best(net: Network, runs: Sequence[Run]) -> int:
     """How many of each row's largest logits the device must find; 0: all logits go to the host."""
     picks = net.be.picks
-    if not picks or any(run.logprobs is not None or run.prompt_logprobs for run in runs):
+    if not picks or any(run.needs_all for run in runs):
         return 0
     needed = max([run.sampler.needs(len(run.state.ids)) for run in runs])
     return next((k for k in picks if needed <= k < net.n_vocab), 0)
@@ -268,15 +298,26 @@ def choose(run: Run, logits: np.ndarray) -> Token:
     if not math.isfinite(logits.min()):
         raise NumericError(DAMAGED)
     report = np.array(logits) if run.logprobs is not None else logits
-    processed = run.sampler.params.logits_processor is not None
     try:
-        chosen = run.sampler.choose(np.array(logits) if processed else logits, run.state.ids)
+        chosen = pick(run, logits)
     except NumericError:
         if logits.max() == np.inf:
             raise NumericError(DAMAGED) from None
         raise
     join(run, chosen)
     return token(run, report, chosen) if run.logprobs is not None else Token(chosen)
+
+
+def pick(run: Run, logits: np.ndarray) -> int:
+    """The id that the sampler picks among those that the run's constraint allows."""
+    processed = run.sampler.params.logits_processor is not None
+    scratch = np.array(logits) if processed else logits
+    if run.constraint is None:
+        return run.sampler.choose(scratch, run.state.ids)
+    only = run.constraint.forced()
+    if only is not None:
+        return only
+    return run.sampler.choose(scratch, run.state.ids, run.constraint.allowed())
 
 
 def choose_best(run: Run, best: Best) -> Token:
@@ -293,10 +334,13 @@ def choose_best(run: Run, best: Best) -> Token:
 def join(run: Run, chosen: int) -> None:
     """Add a token to the sequence, unless it ends the text."""
     run.n_generated += 1
+    run.timings.n_generated += 1
     if chosen in run.eog:
         run.finish_reason = "stop"
     else:
         run.state.append([chosen])
+        if run.constraint is not None:
+            run.constraint.take(chosen)
         if run.n_generated >= run.max_tokens:
             run.finish_reason = "length"
 
@@ -311,9 +355,8 @@ def book(work: Work, seconds: float) -> None:
     rows = sum([n for _, n in work])
     for run, n in work:
         t = run.timings
-        if run.n_generated <= 1 and t.n_generated == 0:
+        if run.reading:
             t.n_prompt += n
             t.prompt_s += seconds * n / rows
         else:
             t.generated_s += seconds * n / rows
-        t.n_generated = run.n_generated

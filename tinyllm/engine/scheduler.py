@@ -133,7 +133,8 @@ class Engine:
             The request could not be run.
         """
         refuse(options, deadline)
-        chosen = options_of(max_tokens, **options)
+        source = {n: options.pop(n, None) for n in ("json_schema", "regex", "grammar")}
+        chosen = options_of(max_tokens, grammar=self._model.grammar(**source), **options)
         ids = self._ids(prompt, (template, tools, template_vars, continue_final_message), state)
         n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
         check_fits(len(ids) + (len(state.ids) if state else 0), n_ctx, chosen.overflow)
