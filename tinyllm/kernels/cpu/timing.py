@@ -28,7 +28,7 @@ from .program import Tape, huge, wrapped
 class Way:
     """How a kernel reads weights."""
 
-    order: str = "parts"  # of its loads: ``micro.ORDERS``
+    order: str = "parts"  # the order of the loads, one of ``micro.ORDERS``
     ahead: int = 0  # bytes between a line that is read and the one that is asked for
 
 
