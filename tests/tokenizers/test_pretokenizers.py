@@ -45,6 +45,7 @@ def pairs(recipe: PreTokenizer, text: str) -> str:
     tokenizer()._recipe = recipe
     tokenizer()._words.clear()
     ids = tokenizer().encode(text, add_special=False)
+    text = unicodedata.normalize("NFC", text) if recipe.composed else text
     assert tokenizer().decode(ids) == text
     return "".join("1" if i < 256 else "2" for i in ids)
 
