@@ -86,15 +86,25 @@ class Tokenizer(ABC):
         """
         _require_text(text)
         ids = list(self._before) if add_special else []
-        after_special = True
+        ids += self._encode_parts(text, parse_special, after_special=True)
+        return ids + self._after if add_special else ids
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Turn text that stands in the middle of another into ids: no space is put before it.
+
+        Nothing is added, and control tokens spelled in it are text.
+        """
+        _require_text(text)
+        return self._encode_parts(text, parse_special=False, after_special=False)
+
+    def _encode_parts(self, text: str, parse_special: bool, after_special: bool) -> list[int]:
+        ids: list[int] = []
         for part in self._special.split(text, parse_special):
             if isinstance(part, int):
                 ids.append(part)
             else:
                 ids += self._encode_text(part, after_special)
             after_special = isinstance(part, int)
-        if add_special:
-            ids += self._after
         return ids
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:

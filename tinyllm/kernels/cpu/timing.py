@@ -51,7 +51,7 @@ class Result:
 Record = Callable[[Tape, int, int, Way], None]
 QUICK = (0, 2048, 4096, 8192, 12288, 16384)  # bytes ahead
 THOROUGH = (0, 512, 1024, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384, 24576)
-BURSTS = (0, 6144)  # a gain by which "block" must win: two kernels differ more than distances do
+BURSTS = (0, 6144)  # bytes ahead in the order "block": two kernels differ more than distances do
 ROUNDS, MANY_ROUNDS = 3, 9
 CLOSE = 1.02  # a way that is faster by less is not preferred to plain reading
 SPREAD = 1.2  # the median round over the fastest, of a machine that does something else, too
