@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"errors"},
     "text": {"errors", "tokenizers"},
     "engine": {"errors", "tokenizers", "kernels.backend", "models", "sampling", "text"},
+    "engine.scheduler": {"errors", "engine", "models", "model", "chat"},  # the last two: for types
     "chat": {"errors", "tokenizers"},
     "hub": {"errors", "files"},
     "plots": {"errors"},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors, gguf, tokenizers
     from .engine.completion import Completion
+    from .engine.scheduler import Engine
     from .kernels.devices import list_devices
     from .kernels.outside import kernel
     from .loading import load
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Completion",
+    "Engine",
     "Model",
     "__version__",
     "errors",
@@ -28,6 +30,7 @@ __all__ = [
 _MODULES = {"errors", "gguf", "tokenizers", "sdk"}
 _HOMES = {
     "Completion": "engine.completion",
+    "Engine": "engine.scheduler",
     "Model": "model",
     "kernel": "kernels.outside",
     "list_devices": "kernels.devices",
