@@ -16,20 +16,18 @@ from .engine.completion import (
     SMALLEST_CONTEXT,
     Completion,
     GenerateOptions,
-    Options,
     Pieces,
     Prompt,
     begin,
-    check_max_tokens,
     check_n_ctx,
     complete,
+    options_of,
     or_beginning,
     room_for,
     split_prompts,
-    strings,
     without_end,
 )
-from .engine.constraint import Schema, compile_grammar
+from .engine.constraint import Grammar, Schema, compile_grammar
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
 from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError, UnsupportedModel
@@ -38,7 +36,7 @@ from .models.network import Network
 from .models.stages import gpus_first
 from .models.state import State
 from .models.step import Tap
-from .sampling import LogitsProcessor, SamplingParams
+from .sampling import LogitsProcessor
 from .tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -325,7 +323,13 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         5
         """
         self._check_writes()
-        params = SamplingParams(
+        options = options_of(
+            max_tokens,
+            stop,
+            logprobs,
+            echo,
+            overflow,
+            self.grammar(json_schema, regex, grammar),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -339,15 +343,11 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             logits_processor=logits_processor,
             seed=seed,
         )
-        options = Options(
-            params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow,
-            compile_grammar(self._tokenizer, self.network.n_vocab, json_schema, regex, grammar),
-        )  # fmt: skip
         prompts, many = split_prompts(prompt)
         if (stream or state is not None) and many:
             raise ArgumentError("stream and state take a single prompt, not a list")
         jobs = []
-        for ids in map(self._ids, prompts):
+        for ids in map(self.prompt_ids, prompts):
             home = state or self.new_state(room_for(ids, options, self.n_ctx))
             jobs.append(begin(self.tokenizer, self.network, home, ids, options))
         if stream:
@@ -448,23 +448,11 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> m = tinyllm.load()
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
-        from .chat.render import chat_ids, check_variables, given_template, pick_template
-        from .chat.turn import Turn
-
-        check_variables(template_vars or {})
-        given = template is not None
-        chosen = pick_template(self.metadata) if template is None else given_template(template)
-        if chosen is None:
-            raise TemplateError("the file has no chat template; give one with template=")
-        t = self.tokenizer
-        turn = Turn(chosen, messages, tools or (), tool_choice, template_vars or {})
-        ids = chat_ids(
-            t, chosen, turn.messages, bos_id=t.bos, eos_id=t.eos, must_show=given,
-            continue_final=continue_final_message, **{"tools": turn.shown, **(template_vars or {})},
-        )  # fmt: skip
-        ids = without_end(t, ids)
-        end = t.decode(ids[-24:])
-        options = {**options, **self._held_to_calls(turn, end, options)}
+        turn = self.turn(
+            messages, template, tools, tool_choice, template_vars, continue_final_message
+        )
+        ids = turn.ids
+        options = {**options, **self._held_to_calls(turn, options)}
         state = options.get("state")
         if state is not None:
             kept = state.reuse(ids)
@@ -473,16 +461,41 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         answer = self.generate(ids, max_tokens, stream=stream, **options)
 
         def finished(done: Completion) -> Completion:
-            hidden = any(map(t.is_control, done.ids))
-            text = t.decode(done.ids) if hidden else done.text
-            return replace(done, message=turn.message(text, end))
+            hidden = any(map(self.tokenizer.is_control, done.ids))
+            text = self.tokenizer.decode(done.ids) if hidden else done.text
+            return replace(done, message=turn.message(text))
 
         if isinstance(answer, Completion):
             return finished(answer)
         answer.finished = finished
         return answer
 
-    def _held_to_calls(self, turn: Turn, end: str, options: GenerateOptions) -> GenerateOptions:
+    def turn(
+        self,
+        messages: Sequence[Message],
+        template: str | None = None,
+        tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        template_vars: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> Turn:
+        """What ``chat`` reads for a conversation, and how it understands the answer; its arguments."""
+        from .chat.render import check_variables, given_template, pick_template
+        from .chat.turn import Turn
+
+        check_variables(template_vars or {})
+        given = template is not None
+        chosen = pick_template(self.metadata) if template is None else given_template(template)
+        if chosen is None:
+            raise TemplateError("the file has no chat template; give one with template=")
+        turn = Turn(chosen, messages, tools or (), tool_choice, template_vars or {})
+        t = self.tokenizer
+        ids = turn.read(t, t.bos, t.eos, must_show=given, continue_final=continue_final_message)
+        turn.ids = without_end(t, ids)
+        turn.end = t.decode(turn.ids[-24:])
+        return turn
+
+    def _held_to_calls(self, turn: Turn, options: GenerateOptions) -> GenerateOptions:
         """The constraint under which a turn's calls are written; none where nothing may be called."""
         if not turn.functions or (turn.choice == "auto" and find_spec("llguidance") is None):
             return {}
@@ -491,13 +504,12 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             raise ArgumentError(
                 f"{held[0]} and tools are given; with tool_choice='none' one may be"
             )
-        n_vocab = self.network.n_vocab
         for name, schema in turn.schemas():
             try:
-                compile_grammar(self.tokenizer, n_vocab, json_schema=schema)
+                self.grammar(json_schema=schema)
             except ArgumentError as error:
                 raise ArgumentError(f"tools: {name}: {error}") from None
-        grammar = turn.grammar(self.tokenizer.special_tokens, self.tokenizer.eog, end)
+        grammar = turn.grammar(self.tokenizer.special_tokens, self.tokenizer.eog)
         return {} if grammar is None else {"grammar": grammar}
 
     def _check_writes(self) -> None:
@@ -510,8 +522,17 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             f"a model cannot be pickled: it holds memory and threads; load {self.path} where it is needed"
         )
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's tokens; an empty one is the beginning-of-text token."""
+    def grammar(
+        self,
+        json_schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ) -> Grammar | None:
+        """What these arguments of ``generate`` hold a text to; None for none of them."""
+        return compile_grammar(self._tokenizer, self.network.n_vocab, json_schema, regex, grammar)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens that ``generate`` reads for a prompt; an empty one is the beginning-of-text token."""
         if isinstance(prompt, str):
             ids = without_end(self.tokenizer, self.tokenizer.encode(prompt))
         else:

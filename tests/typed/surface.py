@@ -47,6 +47,7 @@ def a_chat_gives_a_completion_or_pieces(model: Model, stream: bool) -> None:
     messages = [{"role": "user", "content": "a"}]
     assert_type(model.chat(messages), Completion)
     assert_type(model.chat(messages, tools=[], max_tokens=3, top_k=1), Completion)
+    assert_type(model.chat(messages, tools=[], tool_choice="none"), Completion)
     assert_type(model.chat(messages, stream=True), Pieces)
     assert_type(model.chat(messages, stream=stream), Completion | Pieces)
 
@@ -60,7 +61,7 @@ def results_are_known(model: Model, done: Completion, state: State) -> None:
     assert_type(model.logits([1], state), np.ndarray)
     assert_type(model.embed(["a"]), np.ndarray)
     assert_type(tinyllm.list_devices(), list[Device])
-    assert_type(done.finish_reason, Literal["stop", "length", "context", "cancelled"])
+    assert_type(done.finish_reason, Literal["stop", "length", "context", "cancelled", "deadline"])
     assert_type(done.timings.generated_per_s, float)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ArgumentError, TemplateError
 from .calling import grammar_of_calls
-from .render import Message, render
+from .render import ChatTokenizer, Message, chat_ids, render
 from .tools import Habits, Reader, for_template, functions_of, habits_of, parameters_of, thinking_of
 
 CHOICES = ("auto", "none", "required")
@@ -46,6 +46,9 @@ class Turn:
         tool_choice: str | Mapping[str, Any],
         variables: Mapping[str, Any],
     ) -> None:
+        self.ids: list[int] = []  # the prompt
+        self.end = ""  # the text of its last tokens
+        self._template, self._variables = template, variables
         offered = functions_of(tools)
         self.choice = _name_of(tool_choice, [f["name"] for f in offered])
         self.functions = [] if self.choice == "none" else offered
@@ -63,6 +66,15 @@ class Turn:
         elif self.choice not in CHOICES:
             self.functions = [f for f in offered if f["name"] == self.choice]
 
+    def read(
+        self, tokenizer: ChatTokenizer, bos_id: int | None, eos_id: int | None, **how: bool
+    ) -> list[int]:
+        """The prompt's tokens; ``how`` goes to `chat_ids`."""
+        return chat_ids(
+            tokenizer, self._template, self.messages, bos_id=bos_id, eos_id=eos_id,
+            **{**how, "tools": self.shown, **self._variables},
+        )  # fmt: skip
+
     def _check_shown(self, template: str, variables: Mapping[str, Any]) -> None:
         plain = render(template, self.messages, **variables)
         if plain == render(template, self.messages, **{**variables, "tools": self.shown}):
@@ -79,35 +91,35 @@ class Turn:
         """The functions' names and schemas."""
         return ((f["name"], parameters_of(f)) for f in self.functions)
 
-    def thinks(self, end: str) -> bool:
-        """Whether a prompt that ends so has opened the reasoning."""
-        return end.rstrip().endswith(self.habits.thinking.open.strip())
+    def thinks(self) -> bool:
+        """Whether the prompt has opened the reasoning."""
+        return self.end.rstrip().endswith(self.habits.thinking.open.strip())
 
-    def said(self, end: str) -> str:
-        """What of a call's beginning the prompt's end has written already."""
+    def said(self) -> str:
+        """What of a call's beginning the prompt has written already."""
         form = self.habits.form
         text = "" if form is None else (form.first + form.call).split("$")[0]
-        return next((text[:n] for n in range(len(text), 1, -1) if end.endswith(text[:n])), "")
+        return next((text[:n] for n in range(len(text), 1, -1) if self.end.endswith(text[:n])), "")
 
-    def grammar(self, control: Mapping[str, int], eog: frozenset[int], end: str) -> str | None:
+    def grammar(self, control: Mapping[str, int], eog: frozenset[int]) -> str | None:
         """What the answer is held to, in Lark; None where the form of calls is not known."""
         form = self.habits.form
         if form is None or not self.functions or (self.choice == "auto" and form.aside):
             return None
         return grammar_of_calls(
             self.habits, self.functions, control, eog, required=self.choice != "auto",
-            thinks=self.thinks(end), said=self.said(end),
+            thinks=self.thinks(), said=self.said(),
         )  # fmt: skip
 
-    def reader(self, end: str) -> Reader:
-        """What reads the answer behind a prompt that ends so."""
-        reader = Reader(self.habits, self.functions, self.thinks(end), self.n_before)
-        reader.feed(self.said(end))
+    def reader(self) -> Reader:
+        """What reads the answer."""
+        reader = Reader(self.habits, self.functions, self.thinks(), self.n_before)
+        reader.feed(self.said())
         return reader
 
-    def message(self, text: str, end: str) -> dict[str, Any]:
+    def message(self, text: str) -> dict[str, Any]:
         """The whole answer as a message."""
-        reader = self.reader(end)
+        reader = self.reader()
         reader.feed(text)
         reader.finish()
         return dict(reader.message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar, TypeVar
+from weakref import WeakMethod
 
 from ..errors import ArgumentError
 from .names import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
@@ -227,18 +228,21 @@ class Remembered(dict[str, V]):
 
     Parameters
     ----------
-    compute : callable
-        From a word to anything.
+    compute : method
+        From a word to anything; of the object that owns the cache.
     limit : int
         How many words are kept before starting afresh.
     """
 
     def __init__(self, compute: Callable[[str], V], limit: int = 1 << 17) -> None:
         super().__init__()
-        self._compute, self._limit = compute, limit
+        # a strong reference would make a circle, and the tokenizer's memory wait for the collector
+        self._compute, self._limit = WeakMethod(compute), limit
 
     def __missing__(self, word: str) -> V:
-        value = self._compute(word)
+        compute = self._compute()
+        assert compute is not None  # its tokenizer owns this cache
+        value = compute(word)
         if len(word) <= LONG_WORD:
             if len(self) >= self._limit:
                 self.clear()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakMethod
 
 import numpy as np
 
@@ -69,7 +70,8 @@ class Steps:
     """
 
     def __init__(self, upload: Callable[[Batch], Batch]) -> None:
-        self._upload = upload
+        # a strong reference would make a circle, and the backend's memory wait for the collector
+        self._upload = WeakMethod(upload)
         self._known: OrderedDict[Hashable, Recorded] = OrderedDict()
         self._local, self._workers = _Local(), 1
 
@@ -153,7 +155,9 @@ class Steps:
         """Call fn on the batch's device form, and run what it recorded."""
         outer, tape = self.now, self.tape
         tables = np.array(addresses(batch), np.int64)
-        uploaded = self._upload(batch)
+        upload = self._upload()
+        assert upload is not None  # its backend owns these steps
+        uploaded = upload(batch)
         inputs = [getattr(uploaded, name).view() for name in INPUTS]
         recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables))
         self._local.now = recorded
