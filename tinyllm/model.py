@@ -27,6 +27,7 @@ from .engine.completion import (
     strings,
     without_end,
 )
+from .engine.constraint import Schema, compile_grammar
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
 from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError, UnsupportedModel
@@ -264,6 +265,9 @@ class Model:
         tap: Tap | None = None,
         overflow: Overflow = "error",
         stream: bool = False,
+        json_schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> Completion | list[Completion] | Pieces:
         """Continue a prompt.
 
@@ -294,6 +298,13 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         stream : bool
             Return an iterator of pieces of text. Closing it stops the work; its ``completion`` has the
             ``finish_reason``, ids and timings once it has ended.
+        json_schema : mapping or str, optional
+            Write JSON that this schema accepts, in the form of Python's ``json.dumps``; ``{}`` accepts any.
+            This and the two that follow need the extra ``[json]``; docs/structured.md says more.
+        regex : str, optional
+            Write a text that this regular expression matches as a whole.
+        grammar : str, optional
+            Write a text of this grammar: in GBNF, or in Lark with its ``start`` rule.
 
         Returns
         -------
@@ -326,8 +337,9 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             seed=seed,
         )
         options = Options(
-            params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow
-        )
+            params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow,
+            compile_grammar(self._tokenizer, self.network.n_vocab, json_schema, regex, grammar),
+        )  # fmt: skip
         prompts, many = split_prompts(prompt)
         if (stream or state is not None) and many:
             raise ArgumentError("stream and state take a single prompt, not a list")

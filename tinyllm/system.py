@@ -284,6 +284,8 @@ def map_memory(n_bytes: int) -> mmap.mmap:
 
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(MACHINE, 0) if NAME == "linux" else 0
 
+MONOTONIC = 6 if NAME == "darwin" else 1  # the number of clock_gettime's clock that is never set
+
 Waiting = Literal["futex", "os_sync", "WaitOnAddress", "nanosleep", "Sleep"]
 
 
@@ -307,6 +309,7 @@ def native_symbols() -> dict[str, int]:
         return {}
     synch = "api-ms-win-core-synch-l1-2-0"
     homes = {"WaitOnAddress": synch, "WakeByAddressAll": synch, "Sleep": KERNEL32}
+    homes["GetSystemTimePreciseAsFileTime"] = KERNEL32
     found = {name: _native(name, library) for name, library in homes.items()}
     return {
         name: ctypes.cast(f, ctypes.c_void_p).value or 0

@@ -27,6 +27,8 @@ def one_prompt_gives_a_completion(model: Model, ids: tuple[int, ...]) -> None:
     assert_type(model.generate("a", 8, seed=1, stop="b", overflow="shift"), Completion)
     assert_type(model.generate([1, 2], stream=False), Completion)
     assert_type(model.generate(ids), Completion)
+    assert_type(model.generate("a", json_schema={"type": "object"}), Completion)
+    assert_type(model.generate(["a"], regex="b", grammar=None), list[Completion])
 
 
 def a_list_gives_a_list(model: Model) -> None:

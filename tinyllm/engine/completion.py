@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..models.state import State
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
+    from .constraint import Grammar, Schema
 
 SMALLEST_CONTEXT = 8
 Prompt: TypeAlias = str | Sequence[int]  # a text, or the ids of its tokens
@@ -50,6 +51,9 @@ class GenerateOptions(TypedDict, total=False):
     state: State | None
     tap: Tap | None
     overflow: Overflow
+    json_schema: Schema | None
+    regex: str | None
+    grammar: str | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Options:
     logprobs: int | None
     echo: bool
     overflow: Overflow
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.overflow not in get_args(Overflow):
@@ -134,10 +139,11 @@ def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: O
     rest = state.n_ctx - len(state.ids)
     state.append(truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids)
     limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
+    constraint = None if o.grammar is None else o.grammar.begin()
     sampler = Sampler(o.params, net.n_vocab, net.be.top_k)
     run = Run(
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
-        o.echo and o.logprobs is not None,
+        o.echo and o.logprobs is not None, constraint,
     )  # fmt: skip
     return Job(tokenizer, run, o.stop, ids)
 

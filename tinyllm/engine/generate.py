@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..models.network import Network
     from ..models.state import State
     from ..models.step import Tap
+    from .constraint import Constraint
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 Overflow = Literal["error", "shift", "truncate"]
@@ -65,9 +66,11 @@ class Run:
     keep: int = 0  # tokens at the beginning that a shift keeps
     logprobs: int | None = None  # how many alternatives to report with each token
     prompt_logprobs: bool = False
+    constraint: Constraint | None = None  # what the text must be
     prompt: list[Token] = field(default_factory=list)  # filled when prompt_logprobs
     n_generated: int = 0
     finish_reason: FinishReason | None = None  # None while the run goes on; the caller may set it
+    reading: bool = True  # no step has chosen a token yet
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
@@ -80,6 +83,11 @@ class Run:
     @property
     def n_pending(self) -> int:
         return len(self.state.ids) - self.state.n_past
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the logits of the whole vocabulary are needed to choose a token or to report on it."""
+        return self.logprobs is not None or self.prompt_logprobs or self.constraint is not None
 
     def make_room(self, n: int) -> int:
         """How many of n tokens fit now, after a shift where that is the policy."""
@@ -121,6 +129,8 @@ def generate_tokens(
             )
         if run.max_tokens == 0:
             run.finish_reason = "length"
+    for i, run in enumerate(runs):
+        yield from forced(i, run)
     while active := [i for i, run in enumerate(runs) if run.finish_reason is None]:
         read = n_read(runs) if progress is not None else 0
         with net.lock:
@@ -129,7 +139,24 @@ def generate_tokens(
             tokens = step(net, runs, active, tap)
         if progress is not None:
             progress(n_read(runs) - read)
-        yield from tokens
+        for i, token in tokens:
+            yield i, token
+            yield from forced(i, runs[i])
+
+
+def forced(i: int, run: Run) -> Iterator[tuple[int, Token]]:
+    """Tokens that a constraint leaves no choice about: they join the sequence, and the next step reads all.
+
+    Log-probabilities are known only after a step for each; where they are asked for, `choose` takes these.
+    """
+    if run.constraint is None or run.logprobs is not None:
+        return
+    while run.finish_reason is None and len(run.state.ids) <= run.state.n_ctx:
+        only = run.constraint.forced()
+        if only is None:
+            return
+        join(run, only)
+        yield i, Token(only)
 
 
 def n_read(runs: Sequence[Run]) -> int:
@@ -158,13 +185,17 @@ def step(
             if run.n_pending == 0:
                 chosen.append((i, (choose_best if best else choose)(run, logits[-1])))
     book(runs, work, time.perf_counter() - start)
+    for i, _ in chosen:
+        if runs[i].reading:  # forced tokens were read with the prompt
+            runs[i].timings.n_prompt -= runs[i].n_generated - 1
+            runs[i].reading = False
     return chosen
 
 
 def n_best(net: Network, runs: Sequence[Run]) -> int:
     """How many of each row's largest logits the device must find; 0: all logits go to the host."""
     picks = net.be.picks
-    if not picks or any(run.logprobs is not None or run.prompt_logprobs for run in runs):
+    if not picks or any(run.needs_all for run in runs):
         return 0
     needed = max([run.sampler.needs(len(run.state.ids)) for run in runs])
     return next((k for k in picks if needed <= k < net.n_vocab), 0)
@@ -213,15 +244,26 @@ def choose(run: Run, logits: np.ndarray) -> Token:
     if not math.isfinite(logits.min()):
         raise NumericError(DAMAGED)
     report = np.array(logits) if run.logprobs is not None else logits
-    processed = run.sampler.params.logits_processor is not None
     try:
-        chosen = run.sampler.choose(np.array(logits) if processed else logits, run.state.ids)
+        chosen = pick(run, logits)
     except NumericError:
         if logits.max() == np.inf:
             raise NumericError(DAMAGED) from None
         raise
     join(run, chosen)
     return token(run, report, chosen) if run.logprobs is not None else Token(chosen)
+
+
+def pick(run: Run, logits: np.ndarray) -> int:
+    """The id that the sampler picks among those that the run's constraint allows."""
+    processed = run.sampler.params.logits_processor is not None
+    scratch = np.array(logits) if processed else logits
+    if run.constraint is None:
+        return run.sampler.choose(scratch, run.state.ids)
+    only = run.constraint.forced()
+    if only is not None:
+        return only
+    return run.sampler.choose(scratch, run.state.ids, run.constraint.allowed())
 
 
 def choose_best(run: Run, best: Best) -> Token:
@@ -238,10 +280,13 @@ def choose_best(run: Run, best: Best) -> Token:
 def join(run: Run, chosen: int) -> None:
     """Add a token to the sequence, unless it ends the text."""
     run.n_generated += 1
+    run.timings.n_generated += 1
     if chosen in run.eog:
         run.finish_reason = "stop"
     else:
         run.state.append([chosen])
+        if run.constraint is not None:
+            run.constraint.take(chosen)
         if run.n_generated >= run.max_tokens:
             run.finish_reason = "length"
 
@@ -256,9 +301,8 @@ def book(runs: Sequence[Run], work: Sequence[tuple[int, int]], seconds: float) -
     rows = sum(n for _, n in work)
     for i, n in work:
         t = runs[i].timings
-        if runs[i].n_generated <= 1 and t.n_generated == 0:
+        if runs[i].reading:
             t.n_prompt += n
             t.prompt_s += seconds * n / rows
         else:
             t.generated_s += seconds * n / rows
-        t.n_generated = runs[i].n_generated

@@ -22,11 +22,11 @@ TOKENS = 6  # multiplied at once: 6 x 64 accumulators just fit 32 registers of 1
 GROUP = 4  # tiles multiplied at once
 COLUMNS = 96  # columns of a panel
 FEW = 16  # tokens that are multiplied straight from the tiles
-FEW_AT_ONCE = (4, 6)  # of them
-FEW_COLUMNS = 256  # whose weights wait in a cache for the other tokens
+FEW_AT_ONCE = (4, 6)  # tokens multiplied in one pass
+FEW_COLUMNS = 256  # columns whose weights wait in a cache for the other tokens
 LINE = 16  # columns of a cache line of float32
 PANEL_ROW = 4 * GROUP * LANES  # bytes
-TOKEN_BLOCK = 86 * TOKENS  # whose sums wait while the columns pass
+TOKEN_BLOCK = 86 * TOKENS  # tokens whose sums wait while the columns pass
 UNROLLED = 4  # columns of one round
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 

@@ -34,8 +34,8 @@ from .simd import emitter, i64, types
 
 INVERSE_127 = float(np.float32(1 / 127))
 SLOTS = 16  # tokens of a record when there are more than one
-# of loading a tile: in the order of its parts, with what is ahead asked for line by line; or in any that LLVM
-# likes within a block, with all lines ahead asked for as the block begins
+# Orders of loading a tile. "parts": as its parts come, and what is ahead is asked for line by line. "block": as
+# LLVM likes within a block, and all lines ahead are asked for as the block begins.
 ORDERS = ("parts", "block")
 # d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first 16, and
 # both halves' as 16-bit numbers

@@ -28,7 +28,7 @@ from .program import Tape, huge, wrapped
 class Way:
     """How a kernel reads weights."""
 
-    order: str = "parts"  # of its loads: ``micro.ORDERS``
+    order: str = "parts"  # the order of the loads, one of ``micro.ORDERS``
     ahead: int = 0  # bytes between a line that is read and the one that is asked for
 
 
@@ -51,7 +51,7 @@ class Result:
 Record = Callable[[Tape, int, int, Way], None]
 QUICK = (0, 2048, 4096, 8192, 12288, 16384)  # bytes ahead
 THOROUGH = (0, 512, 1024, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384, 24576)
-BURSTS = (0, 6144)  # likewise, of blocks: two kernels differ more than distances do
+BURSTS = (0, 6144)  # bytes ahead in the order "block": two kernels differ more than distances do
 ROUNDS, MANY_ROUNDS = 3, 9
 CLOSE = 1.02  # a way that is faster by less is not preferred to plain reading
 SPREAD = 1.2  # the median round over the fastest, of a machine that does something else, too
