@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors, gguf, tokenizers
     from .engine.completion import Completion
+    from .engine.scheduler import Engine
     from .kernels.devices import list_devices
+    from .kernels.outside import kernel
     from .loading import load
     from .model import Model
 
 __version__ = "0.1.0"
 __all__ = [
     "Completion",
+    "Engine",
     "Model",
     "__version__",
     "errors",
     "gguf",
+    "kernel",
     "list_devices",
     "load",
     "tokenizers",
@@ -26,7 +30,9 @@ __all__ = [
 _MODULES = {"errors", "gguf", "tokenizers", "sdk"}
 _HOMES = {
     "Completion": "engine.completion",
+    "Engine": "engine.scheduler",
     "Model": "model",
+    "kernel": "kernels.outside",
     "list_devices": "kernels.devices",
     "load": "loading",
 }

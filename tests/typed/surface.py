@@ -60,7 +60,7 @@ def results_are_known(model: Model, done: Completion, state: State) -> None:
     assert_type(model.logits([1], state), np.ndarray)
     assert_type(model.embed(["a"]), np.ndarray)
     assert_type(tinyllm.list_devices(), list[Device])
-    assert_type(done.finish_reason, Literal["stop", "length", "context", "cancelled"])
+    assert_type(done.finish_reason, Literal["stop", "length", "context", "cancelled", "deadline"])
     assert_type(done.timings.generated_per_s, float)
 
 

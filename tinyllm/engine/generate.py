@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..models.step import Tap
     from .constraint import Constraint
 
-FinishReason = Literal["stop", "length", "context", "cancelled"]
+FinishReason = Literal["stop", "length", "context", "cancelled", "deadline"]
 Overflow = Literal["error", "shift", "truncate"]
 DAMAGED = "logits hold NaN or infinity: the weights are damaged"
 ERASED = 0.75  # a context shift drops this fraction of n_ctx, as GPT4All does
@@ -54,7 +54,11 @@ class Timings:
         return self.n_generated / self.generated_s if self.generated_s else 0.0
 
 
-@dataclass
+def ignore(token: Token) -> object:
+    """Do nothing with a chosen token."""
+
+
+@dataclass(eq=False)
 class Run:
     """One sequence being continued: its state holds the tokens, prompt included."""
 
@@ -72,17 +76,23 @@ class Run:
     finish_reason: FinishReason | None = None  # None while the run goes on; the caller may set it
     reading: bool = True  # no step has chosen a token yet
     timings: Timings = field(default_factory=Timings)
+    accept: Callable[[Token], object] = ignore  # told each token once it is chosen; may end the run
+    draft: list[int] = field(default_factory=list)  # guesses at the end of the state, during a step
+    n_drafted: int = 0  # how many the last step had
+    shifted: bool = False  # were tokens dropped? Reading ``ids`` anew then gives other keys
 
     def __post_init__(self) -> None:
         self.timings.n_reused = self.state.n_past
 
-    def pending(self) -> list[int]:
-        """Tokens that the next step computes."""
-        return self.state.ids[self.state.n_past :]
-
     @property
     def n_pending(self) -> int:
+        """How many tokens are still to be computed."""
         return len(self.state.ids) - self.state.n_past
+
+    @property
+    def reads(self) -> bool:
+        """Whether the next step reads a prompt; else it writes the text."""
+        return self.reading or self.n_pending > 1 + len(self.draft)
 
     @property
     def needs_all(self) -> bool:
@@ -97,55 +107,126 @@ class Run:
         if self.overflow == "shift":
             discard = min(state.n_past - self.keep, max(1, int(state.n_ctx * ERASED)))
             state.shift(self.keep, discard)
+            self.shifted = True
             return min(n, state.n_ctx - state.n_past)
         return 0
 
+    def give_up(self) -> list[int]:
+        """Let go of the state's memory; returns its tokens, for ``resume``."""
+        ids = self.state.ids
+        del self.state
+        return ids
 
-def generate_tokens(
+    def resume(self, state: State, ids: list[int]) -> None:
+        """Go on in an empty state, which reads the tokens anew: to the same keys unless some were shifted."""
+        state.append(ids)
+        self.state = state
+        if self.n_generated == 0:
+            self.prompt.clear()
+
+
+Work = list[tuple[Run, int]]  # runs, and how many of their tokens a step computes
+Failed = Callable[[Run, Exception], object]
+
+
+def check_fits(n_tokens: int, n_ctx: int, overflow: Overflow) -> None:
+    """Raise ContextOverflow for a sequence longer than its context, where the policy is "error"."""
+    if n_tokens > n_ctx and overflow == "error":
+        raise ContextOverflow(
+            f"the prompt has {n_tokens} tokens; the context holds {n_ctx}. "
+            "Use a larger n_ctx, or overflow='shift' or 'truncate'"
+        )
+
+
+def steps(
     net: Network,
     runs: Sequence[Run],
     tap: Tap | None = None,
     progress: Callable[[int], object] | None = None,
     before_step: Callable[[], object] | None = None,
-) -> Generator[tuple[int, Token], None, None]:
-    """Continue all runs together, yielding (index of the run, token) as each is chosen.
+    prompt_rows: Callable[[], int] | None = None,
+    failed: Failed | None = None,
+) -> Generator[Work, None, None]:
+    """Continue all runs together, and yield after each step what it has computed.
 
     Each step computes the pending tokens of as many runs as fit into ``net.n_batch`` rows, so prompts are
-    read and answers written in the same passes. A run ends when its ``finish_reason`` is set, here or by
-    the caller between two tokens; closing the iterator ends all at once. ``progress`` is told the number of
-    prompt tokens each step has read. ``before_step`` is called under the network's lock, which is then held
-    until the step is done; what it raises ends the iteration.
+    read and answers written in the same passes; ``Run.accept`` is told what was chosen. A run ends when its
+    ``finish_reason`` is set, here or by the caller; closing the iterator ends all at once. ``runs`` is looked
+    at before each step: the caller may add runs and take some away.
 
-    Raises
-    ------
-    ContextOverflow
-        A prompt is longer than its state's context, and the run's policy is "error".
+    Parameters
+    ----------
+    net, runs, tap
+        The model, what it continues, and who sees the activations.
+    progress : callable, optional
+        Told the number of prompt tokens that each step has read.
+    before_step : callable, optional
+        Called under the network's lock, which is then held until the step is done; what it raises ends the
+        iteration.
+    prompt_rows : callable, optional
+        How many rows of prompts a step may compute while it also writes texts; None: as many as fit.
+    failed : callable, optional
+        Told of an exception in the choice of a run's token, and must end that run; None: it is raised.
     """
-    for run in runs:
-        if len(run.state.ids) > run.state.n_ctx and run.overflow == "error":
-            raise ContextOverflow(
-                f"the prompt has {len(run.state.ids)} tokens; the context holds {run.state.n_ctx}. "
-                "Use a larger n_ctx, or overflow='shift' or 'truncate'"
-            )
-        if run.max_tokens == 0:
-            run.finish_reason = "length"
-    for i, run in enumerate(runs):
-        yield from forced(i, run)
-    while active := [i for i, run in enumerate(runs) if run.finish_reason is None]:
-        read = n_read(runs) if progress is not None else 0
+    while active := [run for run in runs if run.finish_reason is None]:
+        read = n_read(active) if progress is not None else 0
         with net.lock:
             if before_step is not None:
                 before_step()
-            tokens = step(net, runs, active, tap)
+            work = step(net, active, tap, prompt_rows, failed)
         if progress is not None:
-            progress(n_read(runs) - read)
-        for i, token in tokens:
-            yield i, token
-            yield from forced(i, runs[i])
+            progress(n_read(active) - read)
+        yield work
 
 
-def forced(i: int, run: Run) -> Iterator[tuple[int, Token]]:
-    """Tokens that a constraint leaves no choice about: they join the sequence, and the next step reads all.
+def n_read(runs: Sequence[Run]) -> int:
+    """Prompt tokens so far."""
+    return sum(run.timings.n_prompt for run in runs)
+
+
+def step(
+    net: Network,
+    active: Sequence[Run],
+    tap: Tap | None,
+    prompt_rows: Callable[[], int] | None = None,
+    failed: Failed | None = None,
+) -> Work:
+    """Compute pending tokens of the active runs in one pass, and choose the next ones.
+
+    The caller holds the network's lock: logits are valid until the next step of anyone.
+    """
+    start = time.perf_counter()
+    work = plan(net.n_batch, active, prompt_rows)
+    if not work:
+        return work
+    segments = [(run.state, n, wanted(run, n)) for run, n in work]
+    best = n_best(net, [run for run, _ in work]) if tap is None else 0
+    ahead = best == 1 and len(work) == len(active) and all(goes_on(run, n) for run, n in work)
+    choice = choose_best if best else choose
+    was_read: list[Run] = []
+    rows = net.forward(segments, tap, best, ahead)
+    for (run, n), logits in zip(work, rows, strict=True):
+        try:
+            if run.prompt_logprobs and not run.n_generated:
+                note_prompt(run, n, logits)
+            if run.n_pending == 0:
+                if run.reading:
+                    was_read.append(run)
+                    run.timings.n_prompt -= run.n_generated  # forced tokens, read with the prompt
+                run.accept(choice(run, logits[-1]))
+                force(run)
+        except Exception as e:
+            if failed is None:
+                raise
+            failed(run, e)
+    book(work, time.perf_counter() - start)
+    for run in was_read:
+        run.reading = False
+    return work
+
+
+def force(run: Run) -> None:
+    """Add the tokens that a constraint leaves no choice about: the next step reads all of them.
 
     Log-probabilities are known only after a step for each; where they are asked for, `choose` takes these.
     """
@@ -156,40 +237,7 @@ def forced(i: int, run: Run) -> Iterator[tuple[int, Token]]:
         if only is None:
             return
         join(run, only)
-        yield i, Token(only)
-
-
-def n_read(runs: Sequence[Run]) -> int:
-    """Prompt tokens so far."""
-    return sum(run.timings.n_prompt for run in runs)
-
-
-def step(
-    net: Network, runs: Sequence[Run], active: Sequence[int], tap: Tap | None
-) -> list[tuple[int, Token]]:
-    """Compute pending tokens of the active runs in one pass -> (index, token) of runs that chose one."""
-    start = time.perf_counter()
-    work = plan(net.n_batch, runs, active)
-    chosen: list[tuple[int, Token]] = []
-    if not work:
-        return chosen
-    segments = [(runs[i].state, n, wanted(runs[i], n)) for i, n in work]
-    best = n_best(net, [runs[i] for i, _ in work]) if tap is None else 0
-    ahead = best == 1 and len(work) == len(active) and all(goes_on(runs[i], n) for i, n in work)
-    with net.lock:
-        rows = net.forward(segments, tap, best, ahead)
-        for (i, n), logits in zip(work, rows, strict=True):
-            run = runs[i]
-            if run.prompt_logprobs and not run.n_generated:
-                note_prompt(run, n, logits)
-            if run.n_pending == 0:
-                chosen.append((i, (choose_best if best else choose)(run, logits[-1])))
-    book(runs, work, time.perf_counter() - start)
-    for i, _ in chosen:
-        if runs[i].reading:  # forced tokens were read with the prompt
-            runs[i].timings.n_prompt -= runs[i].n_generated - 1
-            runs[i].reading = False
-    return chosen
+        run.accept(Token(only))
 
 
 def n_best(net: Network, runs: Sequence[Run]) -> int:
@@ -206,18 +254,24 @@ def goes_on(run: Run, n: int) -> bool:
     return run.n_generated + 1 < run.max_tokens and run.n_pending == n
 
 
-def plan(n_batch: int, runs: Sequence[Run], active: Sequence[int]) -> list[tuple[int, int]]:
-    """Choose (run, number of its tokens) for the next step; finish runs whose context is full."""
-    room, work = n_batch, []
-    for i in active:
-        if room == 0:
+def plan(n_batch: int, active: Sequence[Run], prompt_rows: Callable[[], int] | None = None) -> Work:
+    """Choose runs and the number of their tokens for the next step; end runs whose context is full."""
+    room = most_read = n_batch
+    if prompt_rows is not None and not all(run.reads for run in active):
+        active = sorted(active, key=lambda run: run.reads)  # texts being written come first
+        most_read = prompt_rows()
+    work: Work = []
+    for run in active:
+        most = min(room, most_read) if run.reads else room
+        if most == 0:
             break
-        n = runs[i].make_room(min(runs[i].n_pending, room))
+        n = run.make_room(min(run.n_pending, most))
         if n:
-            work.append((i, n))
+            work.append((run, n))
             room -= n
+            most_read -= n if run.reads else 0
         else:
-            runs[i].finish_reason = "context"
+            run.finish_reason = "context"
     return work
 
 
@@ -296,12 +350,12 @@ def token(run: Run, logits: np.ndarray, chosen: int) -> Token:
     return Token(chosen, logprob, top)
 
 
-def book(runs: Sequence[Run], work: Sequence[tuple[int, int]], seconds: float) -> None:
+def book(work: Work, seconds: float) -> None:
     """Share the step's time among the runs by their rows."""
-    rows = sum(n for _, n in work)
-    for i, n in work:
-        t = runs[i].timings
-        if runs[i].reading:
+    rows = sum([n for _, n in work])
+    for run, n in work:
+        t = run.timings
+        if run.reading:
             t.n_prompt += n
             t.prompt_s += seconds * n / rows
         else:
