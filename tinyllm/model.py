@@ -18,9 +18,12 @@ from .engine.completion import (
     Pieces,
     Prompt,
     begin,
+    check_given,
     check_max_tokens,
     check_n_ctx,
     complete,
+    ids_of,
+    listed,
     or_beginning,
     room_for,
     split_prompts,
@@ -115,7 +118,8 @@ class Model:
             The state has no room for so many.
         """
         self._check_writes()
-        ids = [int(i) for i in ids]
+        ids = ids_of(ids)
+        check_given(state, tap)
         if not ids:
             return np.empty((0, self.network.n_vocab), np.float32)
         state = state or self.new_state(max(len(ids), SMALLEST_CONTEXT))
@@ -137,7 +141,7 @@ class Model:
         self, ids: Sequence[int], pooling: str | None = None, normalize: bool = True
     ) -> np.ndarray:
         """The embedding of one sequence -> float32 [n_embd], or [len(ids), n_embd] with pooling "none"."""
-        return self.embed_batch([[int(i) for i in ids]], pooling, normalize)[0]
+        return self.embed_batch([ids_of(ids)], pooling, normalize)[0]
 
     def embed(
         self, texts: str | Sequence[str], pooling: str | None = None, normalize: bool = True
@@ -164,7 +168,7 @@ class Model:
             raise ArgumentError(
                 "pooling='none' gives one row per token; use embed_ids text by text"
             )
-        ids = [self.tokenizer.encode(t) for t in texts]
+        ids = [self.tokenizer.encode(t) for t in listed(texts, "texts")]
         if not ids:
             return np.empty((0, self.config.n_embd), np.float32)
         return np.stack(self.embed_batch(ids, pooling, normalize))
@@ -187,9 +191,8 @@ class Model:
             A query and a document together have more tokens than the model was trained for.
         """
         check_ranks(self.network)
-        if isinstance(documents, str):
-            raise ArgumentError("documents is a single string; expected a list of them")
-        return rank(self.network, [self.tokenizer.encode_pair(query, d) for d in documents])
+        pairs = [self.tokenizer.encode_pair(query, d) for d in listed(documents, "documents")]
+        return rank(self.network, pairs)
 
     def embed_batch(
         self,
@@ -311,6 +314,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         5
         """
         self._check_writes()
+        check_given(state, tap)
         params = SamplingParams(
             temperature=temperature,
             top_k=top_k,
@@ -424,9 +428,16 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> m = tinyllm.load()
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
-        from .chat.render import chat_ids, check_variables, given_template, pick_template
+        from .chat.render import (
+            chat_ids,
+            check_messages,
+            check_variables,
+            given_template,
+            pick_template,
+        )
 
-        check_variables(template_vars or {})
+        check_messages(messages)
+        check_variables({} if template_vars is None else template_vars)
         given = template is not None
         chosen = pick_template(self.metadata) if template is None else given_template(template)
         if chosen is None:
@@ -438,6 +449,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         )  # fmt: skip
         ids = without_end(t, ids)
         state = options.get("state")
+        check_given(state, options.get("tap"))
         if state is not None:
             kept = state.reuse(ids)
             state.truncate(kept)
