@@ -357,3 +357,27 @@ def test_progress_counts_layers_as_they_are_loaded(
     monkeypatch.setattr(tinyllm.loading, "loading", progress)
     tinyllm.load(stories260k).close()
     assert len(seen) == len(set(seen)) > 1
+
+
+def test_a_stream_may_be_closed_while_another_thread_reads_it() -> None:
+    """As a server does when its client leaves: the reader gets the piece that was being written."""
+    reading, going, got = threading.Event(), threading.Event(), []
+
+    def tap(name: str, _: object) -> None:
+        if name == "embd":
+            reading.set()
+            assert going.wait(60)
+
+    with tinyllm.load(device="reference") as model:
+        pieces = model.generate("Once", max_tokens=9, temperature=0, stream=True, tap=tap)
+        reader = threading.Thread(target=lambda: got.append(next(pieces)))
+        closer = threading.Thread(target=lambda: got.append(pieces.close()))
+        reader.start()
+        assert reading.wait(60)
+        closer.start()
+        closer.join(0.2)
+        going.set()
+        reader.join()
+        closer.join()
+        assert got == [" upon", None]
+        assert list(pieces) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -170,16 +171,22 @@ def complete(
 
 
 class Pieces(Iterator[str]):
-    """A text, piece by piece, as ``generate(stream=True)`` gives it; closing it stops the work."""
+    """A text, piece by piece, as ``generate(stream=True)`` gives it; closing it stops the work.
+
+    Threads may share one: each piece goes to one of them, and a close waits for the piece being written.
+    """
 
     def __init__(self, net: Network, job: Job, tap: Tap | None) -> None:
         self._job, self._pieces = job, pieces_of(net, job, tap)
+        self._lock = threading.RLock()  # Python refuses a generator that another thread is in
 
     def __next__(self) -> str:
-        return next(self._pieces)[1]
+        with self._lock:
+            return next(self._pieces)[1]
 
     def close(self) -> None:
-        self._pieces.close()
+        with self._lock:
+            self._pieces.close()
 
     @property
     def completion(self) -> Completion:
