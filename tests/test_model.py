@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -381,3 +383,20 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it() -> None:
         closer.join()
         assert got == [" upon", None]
         assert list(pieces) == []
+
+
+def test_a_closed_model_leaves_no_circles() -> None:
+    """What the collector finds is what reference counting could not free."""
+    with tinyllm.load() as warm:
+        warm.generate("Once", max_tokens=2)
+    gc.collect()
+    gc.disable()
+    try:
+        model = tinyllm.load()
+        model.generate("Once", max_tokens=2)
+        watched = [weakref.ref(x) for x in (model.tokenizer, model.network, model.network.be)]
+        model.close()
+        del model
+        assert [ref() for ref in watched] == [None] * 3
+    finally:
+        gc.enable()
