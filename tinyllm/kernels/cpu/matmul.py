@@ -185,6 +185,8 @@ def record_matmul(
     ``act``: y is what this activation makes of it; for float weights and more than one token.
     """
     n_tokens = x.shape[0]
+    if found := w.outside.get(operation(n_tokens)):
+        return found.record(tape, w, x, bias, n_workers, joins)
     forms = prepare(tape, w, x)
     y = tape.array((n_tokens, -(-w.n_out // 16) * 16 if n_tokens == 1 else w.n_out))
     y.shape = (n_tokens, w.n_out)
@@ -204,8 +206,16 @@ def record_matmul(
     return y
 
 
+def operation(n_tokens: int) -> str:
+    """What a product with so many tokens is called where kernels from outside may replace it."""
+    return "matvec" if n_tokens == 1 else "matmul"
+
+
 def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """The form of x that w's kernels read, made once for all that share x."""
+    found = w.outside.get(operation(x.shape[0]))
+    if found is not None and not found.wants_records:
+        return x
     if isinstance(w, bfloat.RoundedWeight) and x.shape[0] > 1:
         if "bf16" not in x.derived:
             x.derived["bf16"] = bfloat.round_array(tape, x)
