@@ -185,9 +185,9 @@ class Peak:
 
     def gflops(self, threads: int, seconds: float) -> float:
         """Float operations per second / 1e9: two for each multiply-add."""
-        import ops
+        from tinyllm.kernels.cpu.limits import float_peak
 
-        return ops.float_peak(threads, seconds) / 1e9
+        return float_peak(threads, seconds) / 1e9
 
 
 ENCODERS: dict[str, Any] = {

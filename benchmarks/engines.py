@@ -285,9 +285,9 @@ class Limits:
 
     def read_bandwidth(self, threads: int, seconds: float) -> float:
         """Bytes per second of plain reading."""
-        import ops
+        from tinyllm.kernels.cpu.limits import read_bandwidth
 
-        return ops.read_bandwidth(threads, seconds)
+        return read_bandwidth(threads, seconds)
 
 
 def following(ids: Sequence[int], n: int) -> list[int]:

@@ -90,3 +90,15 @@ def test_the_walk_counts_as_the_script_does() -> None:
     for line in printed.splitlines():
         count, most = map(int, re.findall(r"\d+", line))
         assert count <= most, line
+
+
+# ---- docs/structured.md
+
+STRUCTURED = ROOT / "docs" / "structured.md"
+
+
+def test_the_page_of_structured_output_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", STRUCTURED.read_text("utf-8"), re.S):
+        exec(compile(code, str(STRUCTURED), "exec"), names)
+    assert capsys.readouterr().out

@@ -24,17 +24,19 @@ ALLOWED: dict[str, set[str]] = {
     "gguf": {"errors", "files"},
     "tokenizers": {"errors", "gguf"},
     "kernels": {"errors", "gguf"},
-    "kernels.backend": {"errors", "kernels.batch", "kernels.choose"},
+    "kernels.backend": {"errors", "kernels.batch", "kernels.choose", "kernels.profile"},
     "models": {"errors", "files", "gguf", "kernels.backend"},
     "sampling": {"errors"},
     "text": {"errors", "tokenizers"},
     "engine": {"errors", "tokenizers", "kernels.backend", "models", "sampling", "text"},
+    "engine.scheduler": {"errors", "engine", "models", "model", "chat"},  # the last two: for types
     "chat": {"errors", "tokenizers"},
     "hub": {"errors", "files"},
+    "plots": {"errors"},
     "model": BELOW_MODEL,
     "loading": BELOW_MODEL | {"model"},
     "sdk": BELOW_MODEL | {"model", "loading"},
-    "cli": BELOW_MODEL | {"model", "loading", "sdk"},
+    "cli": BELOW_MODEL | {"model", "loading", "plots", "sdk"},
     "__main__": {"cli"},
     "_pyinstaller": set(),
     "__init__": {"errors", "gguf", "tokenizers", "kernels", "engine", "model", "loading", "sdk"},
@@ -42,7 +44,9 @@ ALLOWED: dict[str, set[str]] = {
 THIRD_PARTY = {
     "cupy",
     "jinja2",
+    "llguidance",
     "llvmlite",
+    "matplotlib",
     "PyInstaller",  # runs its hook
     "numba",
     "numpy",
@@ -158,6 +162,43 @@ def test_a_wrong_import_is_found(module, source, crossing):
 )
 def test_a_right_import_is_not(module, source):
     assert not crossings(module, source)
+
+
+def graph() -> dict[str, set[str]]:
+    """Which modules each module imports when it runs, wherever the statement stands."""
+    modules = {module_of(p): p for p in FILES}
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = WithoutTypeChecking().visit(ast.parse(path.read_text("utf-8")))
+        package = ".".join(["tinyllm", *module.split(".")[:-1]])
+        names = {name.removeprefix("tinyllm.") for name in imports(tree, package)}
+        found[module] = (names & modules.keys()) - {module}
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules each of which leads to all others of its group."""
+
+    def reach(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for other in edges[todo.pop()] - seen:
+                seen.add(other)
+                todo.append(other)
+        return seen
+
+    reached = {module: reach(module) for module in edges}
+    groups = {frozenset(o for o in there if m in reached[o]) for m, there in reached.items()}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def test_no_module_leads_back_to_itself_at_run_time():
+    upstream = ["sdk.embed4all", "sdk.gpt4all", "sdk.retrieval"]  # GPT4All's names force these
+    assert circles(graph()) == [upstream]
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
 def test_every_module_has_a_layer():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -357,3 +359,20 @@ def test_progress_counts_layers_as_they_are_loaded(
     monkeypatch.setattr(tinyllm.loading, "loading", progress)
     tinyllm.load(stories260k).close()
     assert len(seen) == len(set(seen)) > 1
+
+
+def test_a_closed_model_leaves_no_circles() -> None:
+    """What the collector finds is what reference counting could not free."""
+    with tinyllm.load() as warm:
+        warm.generate("Once", max_tokens=2)
+    gc.collect()
+    gc.disable()
+    try:
+        model = tinyllm.load()
+        model.generate("Once", max_tokens=2)
+        watched = [weakref.ref(x) for x in (model.tokenizer, model.network, model.network.be)]
+        model.close()
+        del model
+        assert [ref() for ref in watched] == [None] * 3
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors, gguf, tokenizers
     from .engine.completion import Completion
+    from .engine.scheduler import Engine
     from .kernels.devices import list_devices
     from .loading import load
     from .model import Model
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Completion",
+    "Engine",
     "Model",
     "__version__",
     "errors",
@@ -26,6 +28,7 @@ __all__ = [
 _MODULES = {"errors", "gguf", "tokenizers", "sdk"}
 _HOMES = {
     "Completion": "engine.completion",
+    "Engine": "engine.scheduler",
     "Model": "model",
     "list_devices": "kernels.devices",
     "load": "loading",

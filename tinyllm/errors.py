@@ -7,6 +7,7 @@ TinyLLMError
 ├── ContextOverflow    (also ValueError)  the tokens do not fit into the context
 ├── StateError                            a conversation state cannot do what was asked
 ├── DeviceError                           a device, driver or optional package is missing or too small
+├── QueueFull                             an engine has as many waiting requests as it may have
 ├── TemplateError      (also ValueError)  a chat template failed, or was stopped
 └── NumericError                          NaN or infinity in weights or logits
 """
@@ -68,6 +69,10 @@ class StateError(TinyLLMError):
 
 class DeviceError(TinyLLMError):
     """A device, driver or optional package is missing, or the device is too small."""
+
+
+class QueueFull(TinyLLMError):
+    """An Engine has as many waiting requests as it may have; try again later."""
 
 
 class TemplateError(TinyLLMError, ValueError):

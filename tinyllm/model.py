@@ -14,19 +14,18 @@ from .engine.completion import (
     SMALLEST_CONTEXT,
     Completion,
     GenerateOptions,
-    Options,
     Pieces,
     Prompt,
     begin,
-    check_max_tokens,
     check_n_ctx,
     complete,
+    options_of,
     or_beginning,
     room_for,
     split_prompts,
-    strings,
     without_end,
 )
+from .engine.constraint import Grammar, Schema, compile_grammar
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
 from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError, UnsupportedModel
@@ -35,7 +34,7 @@ from .models.network import Network
 from .models.stages import gpus_first
 from .models.state import State
 from .models.step import Tap
-from .sampling import LogitsProcessor, SamplingParams
+from .sampling import LogitsProcessor
 from .tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -264,6 +263,9 @@ class Model:
         tap: Tap | None = None,
         overflow: Overflow = "error",
         stream: bool = False,
+        json_schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> Completion | list[Completion] | Pieces:
         """Continue a prompt.
 
@@ -294,6 +296,13 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         stream : bool
             Return an iterator of pieces of text. Closing it stops the work; its ``completion`` has the
             ``finish_reason``, ids and timings once it has ended.
+        json_schema : mapping or str, optional
+            Write JSON that this schema accepts, in the form of Python's ``json.dumps``; ``{}`` accepts any.
+            This and the two that follow need the extra ``[json]``; docs/structured.md says more.
+        regex : str, optional
+            Write a text that this regular expression matches as a whole.
+        grammar : str, optional
+            Write a text of this grammar: in GBNF, or in Lark with its ``start`` rule.
 
         Returns
         -------
@@ -311,7 +320,13 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         5
         """
         self._check_writes()
-        params = SamplingParams(
+        options = options_of(
+            max_tokens,
+            stop,
+            logprobs,
+            echo,
+            overflow,
+            self.grammar(json_schema, regex, grammar),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -325,14 +340,11 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             logits_processor=logits_processor,
             seed=seed,
         )
-        options = Options(
-            params, check_max_tokens(max_tokens), strings(stop), logprobs, echo, overflow
-        )
         prompts, many = split_prompts(prompt)
         if (stream or state is not None) and many:
             raise ArgumentError("stream and state take a single prompt, not a list")
         jobs = []
-        for ids in map(self._ids, prompts):
+        for ids in map(self.prompt_ids, prompts):
             home = state or self.new_state(room_for(ids, options, self.n_ctx))
             jobs.append(begin(self.tokenizer, self.network, home, ids, options))
         if stream:
@@ -424,6 +436,23 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> m = tinyllm.load()
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
+        ids = self.chat_ids(messages, template, tools, template_vars, continue_final_message)
+        state = options.get("state")
+        if state is not None:
+            kept = state.reuse(ids)
+            state.truncate(kept)
+            ids = ids[kept:]
+        return self.generate(ids, max_tokens, stream=stream, **options)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        template: str | None = None,
+        tools: Sequence[Any] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """The tokens that ``chat`` reads for a conversation; the arguments are those of ``chat``."""
         from .chat.render import chat_ids, check_variables, given_template, pick_template
 
         check_variables(template_vars or {})
@@ -436,13 +465,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             t, chosen, messages, bos_id=t.bos, eos_id=t.eos, must_show=given,
             continue_final=continue_final_message, **{"tools": tools, **(template_vars or {})},
         )  # fmt: skip
-        ids = without_end(t, ids)
-        state = options.get("state")
-        if state is not None:
-            kept = state.reuse(ids)
-            state.truncate(kept)
-            ids = ids[kept:]
-        return self.generate(ids, max_tokens, stream=stream, **options)
+        return without_end(t, ids)
 
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""
@@ -454,8 +477,17 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             f"a model cannot be pickled: it holds memory and threads; load {self.path} where it is needed"
         )
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's tokens; an empty one is the beginning-of-text token."""
+    def grammar(
+        self,
+        json_schema: Schema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ) -> Grammar | None:
+        """What these arguments of ``generate`` hold a text to; None for none of them."""
+        return compile_grammar(self._tokenizer, self.network.n_vocab, json_schema, regex, grammar)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens that ``generate`` reads for a prompt; an empty one is the beginning-of-text token."""
         if isinstance(prompt, str):
             ids = without_end(self.tokenizer, self.tokenizer.encode(prompt))
         else:

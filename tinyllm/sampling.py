@@ -232,7 +232,12 @@ class Sampler:
         """The random generator, made at the first draw: greedy decoding does not import NumPy's."""
         return np.random.Generator(np.random.PCG64(self.params.seed))
 
-    def choose(self, logits: Floats, history: Sequence[int]) -> int:
+    def choose(
+        self,
+        logits: Floats,
+        history: Sequence[int],
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> int:
         """The next token's id.
 
         Parameters
@@ -241,13 +246,18 @@ class Sampler:
             A scratch copy: it may be edited in place.
         history : sequence of int
             The ids of prompt and output so far.
+        allowed : bool [n_vocab], optional
+            Tokens that may be chosen, whatever bias and processor ask for; by default all.
 
         Raises
         ------
         NumericError
             A logit is NaN or +inf, or all tokens are forbidden.
         """
-        return self._draw(*self._top_k(self._shape(logits, history), self._k))
+        logits = self._shape(logits, history)
+        if allowed is not None:
+            np.copyto(logits, -np.inf, where=~allowed)
+        return self._draw(*self._top_k(logits, self._k))
 
     @cached_property
     def _lowers(self) -> bool:

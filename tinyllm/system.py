@@ -25,6 +25,7 @@ from typing import Any, Literal
 NAME = sys.platform  # "linux", "darwin", "win32" or another
 MACHINE = platform.machine()  # "x86_64", "arm64" or another
 ASSUMED_MEMORY = 4 << 30  # bytes, on a system that does not say
+ASSUMED_CACHE = 32 << 20  # bytes, likewise
 NO_LIMIT = 1 << 62
 KERNEL32 = "kernel32"
 
@@ -58,6 +59,18 @@ def cpu_name() -> str:
         lines = _read("/proc/cpuinfo").splitlines()
         name = next((s.partition(":")[2] for s in lines if s.startswith("model name")), "")
     return name.strip() or platform.processor() or platform.machine()
+
+
+def cache_bytes() -> int:
+    """The size of the processor's largest cache; ``ASSUMED_CACHE`` on a system that does not say."""
+    if sys.platform == "darwin":
+        return _sysctl_number("hw.l2cachesize") or ASSUMED_CACHE
+    sizes = []
+    for i in range(5):
+        text = _read(f"/sys/devices/system/cpu/cpu0/cache/index{i}/size").strip()
+        if text[:-1].isdigit() and text[-1] in "KMG":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes, default=ASSUMED_CACHE)
 
 
 def _registered_cpu() -> str:
@@ -271,6 +284,8 @@ def map_memory(n_bytes: int) -> mmap.mmap:
 
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(MACHINE, 0) if NAME == "linux" else 0
 
+MONOTONIC = 6 if NAME == "darwin" else 1  # the number of clock_gettime's clock that is never set
+
 Waiting = Literal["futex", "os_sync", "WaitOnAddress", "nanosleep", "Sleep"]
 
 
@@ -294,6 +309,7 @@ def native_symbols() -> dict[str, int]:
         return {}
     synch = "api-ms-win-core-synch-l1-2-0"
     homes = {"WaitOnAddress": synch, "WakeByAddressAll": synch, "Sleep": KERNEL32}
+    homes["GetSystemTimePreciseAsFileTime"] = KERNEL32
     found = {name: _native(name, library) for name, library in homes.items()}
     return {
         name: ctypes.cast(f, ctypes.c_void_p).value or 0

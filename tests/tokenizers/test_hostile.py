@@ -51,7 +51,7 @@ REFUSED = [
     ("spm", "token_type", replaced(7, -1), "token 7 has the type -1"),
     ("spm", "bos_token_id", 512, "0 to 511"),
     ("spm", "bos_token_id", -1, "0 to 511"),
-    ("spm", "eos_token_id", 2**32 - 2, "0 to 511"),
+    ("spm", "eos_token_id", 2**32 - 1, "0 to 511"),
     ("spm", "eos_token_id", "2", "token id"),
     ("spm", "unknown_token_id", True, "token id"),
     ("spm", "padding_token_id", 1.5, "token id"),
@@ -206,6 +206,6 @@ def test_the_largest_id_means_no_token(stories260k: Path) -> None:
         metadata = dict(file.metadata)
     metadata["tokenizer.ggml.seperator_token_id"] = 2**32 - 1
     assert tokenizers.load(metadata).sep is None
-    metadata["tokenizer.ggml.eos_token_id"] = 2**32 - 1
-    with pytest.warns(UserWarning, match="eos_token_id is 4294967295: no eos token"):
-        assert tokenizers.load(metadata).eos is None
+    metadata["tokenizer.ggml.unknown_token_id"] = 2**32 - 1
+    with pytest.warns(UserWarning, match="unknown_token_id is 4294967295: no unk token"):
+        assert tokenizers.load(metadata).unk is None

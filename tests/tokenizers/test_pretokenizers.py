@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def pairs(recipe: PreTokenizer, text: str) -> str:
     tokenizer()._recipe = recipe
     tokenizer()._words.clear()
     ids = tokenizer().encode(text, add_special=False)
+    text = unicodedata.normalize("NFC", text) if recipe.composed else text
     assert tokenizer().decode(ids) == text
     return "".join("1" if i < 256 else "2" for i in ids)
 
@@ -60,6 +62,8 @@ def test_every_recipe_splits_as_llama_cpp(cases: Any) -> None:
         if recipe not in known:
             known[recipe] = [pairs(recipe, text) for text in cases["texts"]]
         for i, text in enumerate(cases["texts"]):
+            if recipe.composed and not unicodedata.is_normalized("NFC", text):
+                continue
             assert known[recipe][i] == cases["outcomes"][i][which[i]], (name, ascii(text))
 
 

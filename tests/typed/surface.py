@@ -27,6 +27,8 @@ def one_prompt_gives_a_completion(model: Model, ids: tuple[int, ...]) -> None:
     assert_type(model.generate("a", 8, seed=1, stop="b", overflow="shift"), Completion)
     assert_type(model.generate([1, 2], stream=False), Completion)
     assert_type(model.generate(ids), Completion)
+    assert_type(model.generate("a", json_schema={"type": "object"}), Completion)
+    assert_type(model.generate(["a"], regex="b", grammar=None), list[Completion])
 
 
 def a_list_gives_a_list(model: Model) -> None:
@@ -58,7 +60,7 @@ def results_are_known(model: Model, done: Completion, state: State) -> None:
     assert_type(model.logits([1], state), np.ndarray)
     assert_type(model.embed(["a"]), np.ndarray)
     assert_type(tinyllm.list_devices(), list[Device])
-    assert_type(done.finish_reason, Literal["stop", "length", "context", "cancelled"])
+    assert_type(done.finish_reason, Literal["stop", "length", "context", "cancelled", "deadline"])
     assert_type(done.timings.generated_per_s, float)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import __version__
+from .. import __version__, plots
 from ..errors import ArgumentError, TinyLLMError
 from ..files import lines_of, read_text
 from .arguments import (
@@ -240,19 +240,31 @@ def bench_arguments(p: Parser) -> None:
     p.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="default %(default)s")
     p.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="tokens in the context")
     p.add_argument("-r", "--repeat", type=int, default=3, metavar="N", help="default %(default)s")
+    p.add_argument("--profile", action="store_true", help="where the time goes, kernel by kernel")
+    p.add_argument("--plot", metavar="FILE", help="with --profile: a figure, .png or .svg")
     json_option(p)
 
 
 def bench(args: Arguments) -> None:
     from . import bench as benchmark
+    from . import profile
 
+    if args.plot is not None:
+        if not args.profile:
+            raise ArgumentError("--plot draws a profile; give --profile too")
+        plots.check(args.plot)
     with load_decoder(args) as model:
         results = benchmark.measure(model, args.n_prompt, args.n_gen, args.depth, args.repeat)
         about = benchmark.describe(model)
+        found = profile.report(model, results) if args.profile else None
+    if args.plot is not None and found is not None:
+        plots.profile(args.plot, found.bars())
     if args.json:
-        print_json(benchmark.as_json(about, results))
+        more = {} if found is None else {"profile": found.as_json()}
+        print_json(benchmark.as_json(about, results) | more)
     else:
         show(benchmark.as_table(about, results) + "\n")
+        show_lines([] if found is None else found.lines())
 
 
 # ---- perplexity
@@ -332,12 +344,14 @@ def warmup_arguments(p: Parser) -> None:
 
 
 def warmup(args: Arguments) -> None:
-    from ..kernels.cpu import jit
+    from ..kernels.cpu import jit, timing
     from .warmup import warm_up
 
     with load_model(args) as model:
-        warm_up(model)
+        with timing.thoroughly() as timed:
+            warm_up(model)
         show(f"ready on {model.device}; {jit.report()}\n")
+        show("".join(f"{result}\n" for result in timed))
 
 
 # ---- chat

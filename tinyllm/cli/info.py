@@ -212,6 +212,8 @@ def tokenizer(metadata: Mapping[str, Any]) -> str:
     except TinyLLMError as e:
         return f"none that we run: {text(e)}"
     pre = f" ({t.pre})" if t.kind == "bpe" and t.pre else ""
+    if t.kind == "bpe" and "tokenizer.ggml.pre" not in metadata:
+        pre = " (the file does not say how texts are cut into words; the default is used)"
     special = [
         f"{role} {i} {text(t.token_text(i))}"
         for role in ("bos", "eos", "eot", "unk", "sep", "pad", "mask")

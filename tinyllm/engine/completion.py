@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ArgumentError
 from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
-from .generate import FinishReason, Overflow, Run, Timings, Token, generate_tokens
+from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, force, steps
 from .progress import reading
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..models.state import State
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
+    from .constraint import Grammar, Schema
 
 SMALLEST_CONTEXT = 8
 Prompt: TypeAlias = str | Sequence[int]  # a text, or the ids of its tokens
@@ -50,6 +51,9 @@ class GenerateOptions(TypedDict, total=False):
     state: State | None
     tap: Tap | None
     overflow: Overflow
+    json_schema: Schema | None
+    regex: str | None
+    grammar: str | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Options:
     logprobs: int | None
     echo: bool
     overflow: Overflow
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.overflow not in get_args(Overflow):
@@ -95,6 +100,20 @@ class Options:
             )
 
 
+def options_of(
+    max_tokens: int = 256,
+    stop: str | Sequence[str] | None = (),
+    logprobs: int | None = None,
+    echo: bool = False,
+    overflow: Overflow = "error",
+    grammar: Grammar | None = None,
+    **sampling: Any,
+) -> Options:
+    """The options of a call; ``sampling`` are those of SamplingParams."""
+    params, limit = SamplingParams(**sampling), check_max_tokens(max_tokens)
+    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar)
+
+
 class Job:
     """One prompt being continued: its run through the decode loop, and its text."""
 
@@ -102,6 +121,8 @@ class Job:
         self, tokenizer: Tokenizer, run: Run, stop: Sequence[str], prompt_ids: list[int]
     ) -> None:
         self.run, self.prompt_ids = run, prompt_ids
+        self.pieces: list[tuple[int, str]] = []  # not yet taken: id of the last token, text
+        run.accept = self.accept
         self.text = TextStream(tokenizer, stop, control_stops(tokenizer, stop))
         self.tokens: list[Token] = []
 
@@ -109,13 +130,25 @@ class Job:
     def done(self) -> bool:
         return self.run.finish_reason is not None
 
-    def accept(self, token: Token) -> str:
-        """Take one token and return the text that may be shown now."""
+    def accept(self, token: Token) -> None:
+        """Take one token, as the decode loop chooses it."""
         self.tokens.append(token)
         piece = "" if self.run.finish_reason == "stop" else self.text.push(token.id)
         if self.text.stopped is not None:
             self.run.finish_reason = "stop"
-        return piece + self.text.finish() if self.done else piece
+        if self.done:
+            piece += self.text.finish()
+        if piece:
+            self.pieces.append((token.id, piece))
+
+    def take(self) -> list[tuple[int, str]]:
+        """(id of the last token, text) of what can be shown since the last call."""
+        if self.done and (
+            piece := self.text.finish()
+        ):  # the context was full, or the caller ended it
+            self.pieces.append((self.tokens[-1].id, piece))
+        taken, self.pieces = self.pieces, []
+        return taken
 
     def completion(self) -> Completion:
         """The text so far."""
@@ -132,14 +165,18 @@ def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: O
     """Add a prompt to a state and make it a job; nothing is computed yet."""
     keep = 1 if tokenizer.add_bos else 0
     rest = state.n_ctx - len(state.ids)
-    state.append(truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids)
+    check_fits(len(state.ids) + len(ids), state.n_ctx, o.overflow)
     limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
     sampler = Sampler(o.params, net.n_vocab, net.be.top_k)
     run = Run(
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
-        o.echo and o.logprobs is not None,
+        o.echo and o.logprobs is not None, None if o.grammar is None else o.grammar.begin(),
+        finish_reason="length" if limit == 0 else None,
     )  # fmt: skip
-    return Job(tokenizer, run, o.stop, ids)
+    state.append(truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids)
+    job = Job(tokenizer, run, o.stop, ids)
+    force(run)
+    return job
 
 
 def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:
@@ -157,12 +194,9 @@ def complete(
     before_step: Callable[[], object] | None = None,
 ) -> list[Completion]:
     """Run all jobs to their ends, side by side; ``before_step`` is called before each step."""
-    with (
-        reading(sum(job.run.n_pending for job in jobs)) as read,
-        closing(generate_tokens(net, [j.run for j in jobs], tap, read, before_step)) as tokens,
-    ):
-        for i, token in tokens:
-            jobs[i].accept(token)
+    with reading(sum(job.run.n_pending for job in jobs)) as read:
+        for _ in steps(net, [job.run for job in jobs], tap, read, before_step):
+            pass
     for job in jobs:
         job.text.finish()
     return [job.completion() for job in jobs]
@@ -198,18 +232,15 @@ def pieces_of(
 ) -> Generator[tuple[int, str], None, None]:
     """(id of the last token, text) whenever text can be shown.
 
-    ``progress`` and ``before_step`` as `generate_tokens` has them; without the first, reading a long prompt
+    ``progress`` and ``before_step`` as `steps` has them; without the first, reading a long prompt
     shows a bar on a terminal.
     """
     with (
         reading(job.run.n_pending) as bar,
-        closing(generate_tokens(net, [job.run], tap, progress or bar, before_step)) as tokens,
+        closing(steps(net, [job.run], tap, progress or bar, before_step)) as loop,
     ):
-        for _, token in tokens:
-            if piece := job.accept(token):
-                yield token.id, piece
-    if piece := job.text.finish():  # the context was full
-        yield job.tokens[-1].id, piece
+        for _ in loop:
+            yield from job.take()
 
 
 def control_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from ..models.network import Network
     from ..models.state import State
     from ..models.step import Tap
+    from .constraint import Constraint
 
-FinishReason = Literal["stop", "length", "context", "cancelled"]
+FinishReason = Literal["stop", "length", "context", "cancelled", "deadline"]
 Overflow = Literal["error", "shift", "truncate"]
 DAMAGED = "logits hold NaN or infinity: the weights are damaged"
 ERASED = 0.75  # a context shift drops this fraction of n_ctx, as GPT4All does
@@ -53,7 +54,11 @@ class Timings:
         return self.n_generated / self.generated_s if self.generated_s else 0.0
 
 
-@dataclass
+def ignore(token: Token) -> object:
+    """Do nothing with a chosen token."""
+
+
+@dataclass(eq=False)
 class Run:
     """One sequence being continued: its state holds the tokens, prompt included."""
 
@@ -65,21 +70,34 @@ class Run:
     keep: int = 0  # tokens at the beginning that a shift keeps
     logprobs: int | None = None  # how many alternatives to report with each token
     prompt_logprobs: bool = False
+    constraint: Constraint | None = None  # what the text must be
     prompt: list[Token] = field(default_factory=list)  # filled when prompt_logprobs
     n_generated: int = 0
     finish_reason: FinishReason | None = None  # None while the run goes on; the caller may set it
+    reading: bool = True  # no step has chosen a token yet
     timings: Timings = field(default_factory=Timings)
+    accept: Callable[[Token], object] = ignore  # told each token once it is chosen; may end the run
+    draft: list[int] = field(default_factory=list)  # guesses at the end of the state, during a step
+    n_drafted: int = 0  # how many the last step had
+    shifted: bool = False  # were tokens dropped? Reading ``ids`` anew then gives other keys
 
     def __post_init__(self) -> None:
         self.timings.n_reused = self.state.n_past
 
-    def pending(self) -> list[int]:
-        """Tokens that the next step computes."""
-        return self.state.ids[self.state.n_past :]
-
     @property
     def n_pending(self) -> int:
+        """How many tokens are still to be computed."""
         return len(self.state.ids) - self.state.n_past
+
+    @property
+    def reads(self) -> bool:
+        """Whether the next step reads a prompt; else it writes the text."""
+        return self.reading or self.n_pending > 1 + len(self.draft)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the logits of the whole vocabulary are needed to choose a token or to report on it."""
+        return self.logprobs is not None or self.prompt_logprobs or self.constraint is not None
 
     def make_room(self, n: int) -> int:
         """How many of n tokens fit now, after a shift where that is the policy."""
@@ -89,47 +107,76 @@ class Run:
         if self.overflow == "shift":
             discard = min(state.n_past - self.keep, max(1, int(state.n_ctx * ERASED)))
             state.shift(self.keep, discard)
+            self.shifted = True
             return min(n, state.n_ctx - state.n_past)
         return 0
 
+    def give_up(self) -> list[int]:
+        """Let go of the state's memory; returns its tokens, for ``resume``."""
+        ids = self.state.ids
+        del self.state
+        return ids
 
-def generate_tokens(
+    def resume(self, state: State, ids: list[int]) -> None:
+        """Go on in an empty state, which reads the tokens anew: to the same keys unless some were shifted."""
+        state.append(ids)
+        self.state = state
+        if self.n_generated == 0:
+            self.prompt.clear()
+
+
+Work = list[tuple[Run, int]]  # runs, and how many of their tokens a step computes
+Failed = Callable[[Run, Exception], object]
+
+
+def check_fits(n_tokens: int, n_ctx: int, overflow: Overflow) -> None:
+    """Raise ContextOverflow for a sequence longer than its context, where the policy is "error"."""
+    if n_tokens > n_ctx and overflow == "error":
+        raise ContextOverflow(
+            f"the prompt has {n_tokens} tokens; the context holds {n_ctx}. "
+            "Use a larger n_ctx, or overflow='shift' or 'truncate'"
+        )
+
+
+def steps(
     net: Network,
     runs: Sequence[Run],
     tap: Tap | None = None,
     progress: Callable[[int], object] | None = None,
     before_step: Callable[[], object] | None = None,
-) -> Generator[tuple[int, Token], None, None]:
-    """Continue all runs together, yielding (index of the run, token) as each is chosen.
+    prompt_rows: Callable[[], int] | None = None,
+    failed: Failed | None = None,
+) -> Generator[Work, None, None]:
+    """Continue all runs together, and yield after each step what it has computed.
 
     Each step computes the pending tokens of as many runs as fit into ``net.n_batch`` rows, so prompts are
-    read and answers written in the same passes. A run ends when its ``finish_reason`` is set, here or by
-    the caller between two tokens; closing the iterator ends all at once. ``progress`` is told the number of
-    prompt tokens each step has read. ``before_step`` is called under the network's lock, which is then held
-    until the step is done; what it raises ends the iteration.
+    read and answers written in the same passes; ``Run.accept`` is told what was chosen. A run ends when its
+    ``finish_reason`` is set, here or by the caller; closing the iterator ends all at once. ``runs`` is looked
+    at before each step: the caller may add runs and take some away.
 
-    Raises
-    ------
-    ContextOverflow
-        A prompt is longer than its state's context, and the run's policy is "error".
+    Parameters
+    ----------
+    net, runs, tap
+        The model, what it continues, and who sees the activations.
+    progress : callable, optional
+        Told the number of prompt tokens that each step has read.
+    before_step : callable, optional
+        Called under the network's lock, which is then held until the step is done; what it raises ends the
+        iteration.
+    prompt_rows : callable, optional
+        How many rows of prompts a step may compute while it also writes texts; None: as many as fit.
+    failed : callable, optional
+        Told of an exception in the choice of a run's token, and must end that run; None: it is raised.
     """
-    for run in runs:
-        if len(run.state.ids) > run.state.n_ctx and run.overflow == "error":
-            raise ContextOverflow(
-                f"the prompt has {len(run.state.ids)} tokens; the context holds {run.state.n_ctx}. "
-                "Use a larger n_ctx, or overflow='shift' or 'truncate'"
-            )
-        if run.max_tokens == 0:
-            run.finish_reason = "length"
-    while active := [i for i, run in enumerate(runs) if run.finish_reason is None]:
-        read = n_read(runs) if progress is not None else 0
+    while active := [run for run in runs if run.finish_reason is None]:
+        read = n_read(active) if progress is not None else 0
         with net.lock:
             if before_step is not None:
                 before_step()
-            tokens = step(net, runs, active, tap)
+            work = step(net, active, tap, prompt_rows, failed)
         if progress is not None:
-            progress(n_read(runs) - read)
-        yield from tokens
+            progress(n_read(active) - read)
+        yield work
 
 
 def n_read(runs: Sequence[Run]) -> int:
@@ -138,33 +185,65 @@ def n_read(runs: Sequence[Run]) -> int:
 
 
 def step(
-    net: Network, runs: Sequence[Run], active: Sequence[int], tap: Tap | None
-) -> list[tuple[int, Token]]:
-    """Compute pending tokens of the active runs in one pass -> (index, token) of runs that chose one."""
+    net: Network,
+    active: Sequence[Run],
+    tap: Tap | None,
+    prompt_rows: Callable[[], int] | None = None,
+    failed: Failed | None = None,
+) -> Work:
+    """Compute pending tokens of the active runs in one pass, and choose the next ones.
+
+    The caller holds the network's lock: logits are valid until the next step of anyone.
+    """
     start = time.perf_counter()
-    work = plan(net.n_batch, runs, active)
-    chosen: list[tuple[int, Token]] = []
+    work = plan(net.n_batch, active, prompt_rows)
     if not work:
-        return chosen
-    segments = [(runs[i].state, n, wanted(runs[i], n)) for i, n in work]
-    best = n_best(net, [runs[i] for i, _ in work]) if tap is None else 0
-    ahead = best == 1 and len(work) == len(active) and all(goes_on(runs[i], n) for i, n in work)
-    with net.lock:
-        rows = net.forward(segments, tap, best, ahead)
-        for (i, n), logits in zip(work, rows, strict=True):
-            run = runs[i]
+        return work
+    segments = [(run.state, n, wanted(run, n)) for run, n in work]
+    best = n_best(net, [run for run, _ in work]) if tap is None else 0
+    ahead = best == 1 and len(work) == len(active) and all(goes_on(run, n) for run, n in work)
+    choice = choose_best if best else choose
+    was_read: list[Run] = []
+    rows = net.forward(segments, tap, best, ahead)
+    for (run, n), logits in zip(work, rows, strict=True):
+        try:
             if run.prompt_logprobs and not run.n_generated:
                 note_prompt(run, n, logits)
             if run.n_pending == 0:
-                chosen.append((i, (choose_best if best else choose)(run, logits[-1])))
-    book(runs, work, time.perf_counter() - start)
-    return chosen
+                if run.reading:
+                    was_read.append(run)
+                    run.timings.n_prompt -= run.n_generated  # forced tokens, read with the prompt
+                run.accept(choice(run, logits[-1]))
+                force(run)
+        except Exception as e:
+            if failed is None:
+                raise
+            failed(run, e)
+    book(work, time.perf_counter() - start)
+    for run in was_read:
+        run.reading = False
+    return work
+
+
+def force(run: Run) -> None:
+    """Add the tokens that a constraint leaves no choice about: the next step reads all of them.
+
+    Log-probabilities are known only after a step for each; where they are asked for, `choose` takes these.
+    """
+    if run.constraint is None or run.logprobs is not None:
+        return
+    while run.finish_reason is None and len(run.state.ids) <= run.state.n_ctx:
+        only = run.constraint.forced()
+        if only is None:
+            return
+        join(run, only)
+        run.accept(Token(only))
 
 
 def n_best(net: Network, runs: Sequence[Run]) -> int:
     """How many of each row's largest logits the device must find; 0: all logits go to the host."""
     picks = net.be.picks
-    if not picks or any(run.logprobs is not None or run.prompt_logprobs for run in runs):
+    if not picks or any(run.needs_all for run in runs):
         return 0
     needed = max([run.sampler.needs(len(run.state.ids)) for run in runs])
     return next((k for k in picks if needed <= k < net.n_vocab), 0)
@@ -175,18 +254,24 @@ def goes_on(run: Run, n: int) -> bool:
     return run.n_generated + 1 < run.max_tokens and run.n_pending == n
 
 
-def plan(n_batch: int, runs: Sequence[Run], active: Sequence[int]) -> list[tuple[int, int]]:
-    """Choose (run, number of its tokens) for the next step; finish runs whose context is full."""
-    room, work = n_batch, []
-    for i in active:
-        if room == 0:
+def plan(n_batch: int, active: Sequence[Run], prompt_rows: Callable[[], int] | None = None) -> Work:
+    """Choose runs and the number of their tokens for the next step; end runs whose context is full."""
+    room = most_read = n_batch
+    if prompt_rows is not None and not all(run.reads for run in active):
+        active = sorted(active, key=lambda run: run.reads)  # texts being written come first
+        most_read = prompt_rows()
+    work: Work = []
+    for run in active:
+        most = min(room, most_read) if run.reads else room
+        if most == 0:
             break
-        n = runs[i].make_room(min(runs[i].n_pending, room))
+        n = run.make_room(min(run.n_pending, most))
         if n:
-            work.append((i, n))
+            work.append((run, n))
             room -= n
+            most_read -= n if run.reads else 0
         else:
-            runs[i].finish_reason = "context"
+            run.finish_reason = "context"
     return work
 
 
@@ -213,15 +298,26 @@ def choose(run: Run, logits: np.ndarray) -> Token:
     if not math.isfinite(logits.min()):
         raise NumericError(DAMAGED)
     report = np.array(logits) if run.logprobs is not None else logits
-    processed = run.sampler.params.logits_processor is not None
     try:
-        chosen = run.sampler.choose(np.array(logits) if processed else logits, run.state.ids)
+        chosen = pick(run, logits)
     except NumericError:
         if logits.max() == np.inf:
             raise NumericError(DAMAGED) from None
         raise
     join(run, chosen)
     return token(run, report, chosen) if run.logprobs is not None else Token(chosen)
+
+
+def pick(run: Run, logits: np.ndarray) -> int:
+    """The id that the sampler picks among those that the run's constraint allows."""
+    processed = run.sampler.params.logits_processor is not None
+    scratch = np.array(logits) if processed else logits
+    if run.constraint is None:
+        return run.sampler.choose(scratch, run.state.ids)
+    only = run.constraint.forced()
+    if only is not None:
+        return only
+    return run.sampler.choose(scratch, run.state.ids, run.constraint.allowed())
 
 
 def choose_best(run: Run, best: Best) -> Token:
@@ -238,10 +334,13 @@ def choose_best(run: Run, best: Best) -> Token:
 def join(run: Run, chosen: int) -> None:
     """Add a token to the sequence, unless it ends the text."""
     run.n_generated += 1
+    run.timings.n_generated += 1
     if chosen in run.eog:
         run.finish_reason = "stop"
     else:
         run.state.append([chosen])
+        if run.constraint is not None:
+            run.constraint.take(chosen)
         if run.n_generated >= run.max_tokens:
             run.finish_reason = "length"
 
@@ -251,14 +350,13 @@ def token(run: Run, logits: np.ndarray, chosen: int) -> Token:
     return Token(chosen, logprob, top)
 
 
-def book(runs: Sequence[Run], work: Sequence[tuple[int, int]], seconds: float) -> None:
+def book(work: Work, seconds: float) -> None:
     """Share the step's time among the runs by their rows."""
-    rows = sum(n for _, n in work)
-    for i, n in work:
-        t = runs[i].timings
-        if runs[i].n_generated <= 1 and t.n_generated == 0:
+    rows = sum([n for _, n in work])
+    for run, n in work:
+        t = run.timings
+        if run.reading:
             t.n_prompt += n
             t.prompt_s += seconds * n / rows
         else:
             t.generated_s += seconds * n / rows
-        t.n_generated = runs[i].n_generated

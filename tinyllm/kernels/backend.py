@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -31,6 +32,7 @@ from .batch import LayerCache as LayerCache
 from .batch import Pairing as Pairing
 from .batch import RopeSpec as RopeSpec
 from .choose import Best as Best
+from .profile import Profile
 
 Activation = Literal[
     "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus", "swiglu_oai"
@@ -176,6 +178,17 @@ class Backend(ABC):
             batch.n_seq,
             batch.n_out,
         )
+
+    def profiled(self) -> AbstractContextManager[Profile]:
+        """Time every kernel of this thread's steps, with the same results, until the context ends."""
+        raise DeviceError(f"{self.name} runs no kernels of its own: nothing to profile")
+
+    def limits(self, seconds: float) -> dict[str, float]:
+        """What the device can do, measured now for about so long each.
+
+        "read GB/s" of memory, and multiply-adds on registers alone: "dot GMAC/s" of bytes, "float GMAC/s".
+        """
+        raise DeviceError(f"{self.name} runs no kernels of its own: nothing to measure")
 
     def memory(self) -> tuple[int, int]:
         """Bytes free, and bytes in all, of the memory that holds weights and caches."""

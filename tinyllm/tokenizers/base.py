@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar, TypeVar
+from weakref import WeakMethod
 
 from ..errors import ArgumentError
 from .names import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
@@ -85,15 +86,25 @@ class Tokenizer(ABC):
         """
         _require_text(text)
         ids = list(self._before) if add_special else []
-        after_special = True
+        ids += self._encode_parts(text, parse_special, after_special=True)
+        return ids + self._after if add_special else ids
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Turn text that stands in the middle of another into ids: no space is put before it.
+
+        Nothing is added, and control tokens spelled in it are text.
+        """
+        _require_text(text)
+        return self._encode_parts(text, parse_special=False, after_special=False)
+
+    def _encode_parts(self, text: str, parse_special: bool, after_special: bool) -> list[int]:
+        ids: list[int] = []
         for part in self._special.split(text, parse_special):
             if isinstance(part, int):
                 ids.append(part)
             else:
                 ids += self._encode_text(part, after_special)
             after_special = isinstance(part, int)
-        if add_special:
-            ids += self._after
         return ids
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
@@ -217,18 +228,21 @@ class Remembered(dict[str, V]):
 
     Parameters
     ----------
-    compute : callable
-        From a word to anything.
+    compute : method
+        From a word to anything; of the object that owns the cache.
     limit : int
         How many words are kept before starting afresh.
     """
 
     def __init__(self, compute: Callable[[str], V], limit: int = 1 << 17) -> None:
         super().__init__()
-        self._compute, self._limit = compute, limit
+        # a strong reference would make a circle, and the tokenizer's memory wait for the collector
+        self._compute, self._limit = WeakMethod(compute), limit
 
     def __missing__(self, word: str) -> V:
-        value = self._compute(word)
+        compute = self._compute()
+        assert compute is not None  # its tokenizer owns this cache
+        value = compute(word)
         if len(word) <= LONG_WORD:
             if len(self) >= self._limit:
                 self.clear()

@@ -6,6 +6,7 @@ character; some (gemma4) spell plain text with ``▁`` for the space, and unknow
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import chain
@@ -65,6 +66,8 @@ class BPE(Tokenizer):
     def _split(self, text: str) -> list[str]:
         if self._lower:
             text = lower(text)
+        if self._recipe.composed:
+            text = unicodedata.normalize("NFC", text)
         if self._drop_spaces:
             return [w for part in _SOLID.findall(text) for w in self._recipe.split(part)]
         if not self._recipe.escape_spaces:

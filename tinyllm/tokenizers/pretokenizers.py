@@ -118,6 +118,8 @@ class PreTokenizer:
         False: without a key there is no beginning token.
     drop_spaces : bool
         White space only separates; it gets no token.
+    composed : bool
+        Text is brought to Unicode's form NFC first: an e and an accent become é.
     """
 
     steps: tuple[Step, ...]
@@ -130,6 +132,7 @@ class PreTokenizer:
     add_sep: bool = False
     has_default_bos: bool = True
     drop_spaces: bool = False
+    composed: bool = False
 
     def split(self, text: str) -> list[str]:
         """The words of `text`; joined they are `text` again."""
@@ -250,7 +253,6 @@ TABLE: dict[str, PreTokenizer] = {
     ),
     **dict.fromkeys(
         [
-            "qwen2",
             "deepseek-r1-qwen",
             "kormo",
             "f2llmv2",
@@ -262,6 +264,8 @@ TABLE: dict[str, PreTokenizer] = {
         ],
         _QWEN2_LIKE,
     ),
+    # llama.cpp leaves out the normalisation that the originals' tokenizers begin with
+    "qwen2": replace(_QWEN2_LIKE, composed=True),
     "qwen35": PreTokenizer(
         (rf"{_CONTRACTION}|{_ANY_CASE}|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}",)
     ),

@@ -193,11 +193,13 @@ class Vocab:
         for role, keys in ROLES.items():
             for key in keys:
                 value = self.get(key)
-                if value == NO_TOKEN:
-                    out.pop(role, None)
-                    if role in ("bos", "eos"):
+                if value is None:
+                    continue
+                none = isinstance(value, int | np.integer) and value == NO_TOKEN
+                if none and role not in ("bos", "eos"):
+                    if out.pop(role, None) is not None:
                         warnings.warn(f"{PREFIX + key} is {value}: no {role} token", stacklevel=4)
-                elif value is not None:
+                else:
                     out[role] = self._checked_id(key, value)
         return out
 

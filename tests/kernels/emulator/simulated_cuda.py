@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -252,7 +253,9 @@ class Event:
         assert self.driver.tape is None
         assert self.driver.device == stream.device
 
-        def reached() -> None: ...
+        def reached() -> None:
+            self.driver.queue.finish()
+            self.seconds = time.perf_counter()
 
         self.reached = reached
         self.driver.do(reached)
@@ -329,6 +332,7 @@ def module(driver: Driver, monkeypatch: Any) -> ModuleType:
         runtime=runtime,
         Stream=lambda non_blocking: Stream(driver),
         Event=lambda disable_timing: Event(driver),
+        get_elapsed_time=lambda start, end: 1e3 * (end.seconds - start.seconds),
         Memory=lambda nbytes: Memory(driver, nbytes),
         MemoryPointer=MemoryPointer,
         alloc_pinned_memory=lambda nbytes: bytearray(nbytes),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from ..backend import (
     Routing,
     Source,
 )
+from ..profile import Profile
 from . import attention, bfloat, choosing, elementwise, jit, matmul, recurrent
 from .attention import padded
 from .experts import record_experts
 from .kvcache import CPUCache
+from .limits import limits
 from .program import CPUArray, Tape, aligned, wrapped
 from .steps import Growing, Steps
 from .threads import pool
@@ -81,6 +84,12 @@ class CPUBackend(Backend):
     @property
     def _tape(self) -> Tape:
         return self._steps.tape
+
+    def profiled(self) -> AbstractContextManager[Profile]:
+        return self._steps.profiled()
+
+    def limits(self, seconds: float) -> dict[str, float]:
+        return limits(self._workers, seconds)
 
     def _op(self, body: PyFunction, pieces: int, /, **args: Any) -> None:
         """Record a kernel without micro-kernels."""

@@ -38,7 +38,7 @@ W, X, Y, TILES, N_OUT, N_TOKENS = (8 * BEGINNING.index(name) for name in SET)
 
 
 def matvec_experts(
-    w, x, y, bias, tile_bytes, n_blocks, tiles, n_out, experts, x_bytes, choices, scratch,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, experts, x_bytes, choices, scratch,
     first, last, worker,
 ):  # fmt: skip
     """y [rows, n_out], row r through the matrix experts[r]; a piece is a tile of one row."""
@@ -47,7 +47,7 @@ def matvec_experts(
         row, tile = piece // tiles, piece % tiles
         expert = get_i32(experts + 4 * row)
         source = x + (row // choices) * x_bytes
-        multiply(w + (expert * tiles + tile) * tile_bytes, source, 0, n_blocks, out)
+        multiply(w + (expert * tiles + tile) * tile_bytes, source, 0, n_blocks, out, ahead)
         n = min(16, n_out - 16 * tile)
         if bias != 0:
             for i in range(n):
@@ -203,10 +203,12 @@ def _row_bytes(w: CPUWeight) -> int:
 def _record_each(
     tape: Tape, w: CPUWeight, experts: CPUArray, n_workers: int, args: dict[str, Any]
 ) -> None:
-    one = micro.multiplier(w.format, 1, 1) if w.format else multiplier(w.kind, 1)
-    kernel = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}", multiply=one)
+    way = matmul.way_of(w, 1, n_workers)
+    fmt = w.format
+    one = micro.multiplier(fmt, 1, 1, order=way.order) if fmt else multiplier(w.kind, 1)
+    kernel = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}_{way.order}", multiply=one)
     pieces = experts.size * w.n_tiles
-    more: dict[str, Any] = {"n_blocks": w.n_blocks, "experts": experts}
+    more: dict[str, Any] = {"n_blocks": w.n_blocks, "experts": experts, "ahead": way.ahead}
     scratch = tape.array((n_workers, 64), "u1")
     tape.add(kernel, pieces, matmul.chunk(pieces), scratch=scratch, **more, **args)
 
@@ -261,7 +263,7 @@ def _record_grouped(
 ) -> None:
     at_once = matmul.tiles_together(w, n_workers) if w.format else GROUP
     most = min(groups.n_rows, ROWS_AT_ONCE)
-    matvec, one_more, _ = matmul.matvec_kernel(w)
+    matvec, one_more, _ = matmul.matvec_kernel(w, n_workers)
     product, many_more, _ = matmul.matmul_kernel(tape, w, most, n_workers)
     one, many = _inner(w, matvec, one_more), _inner(w, product, many_more)
     scratch = tape.array((n_workers, INNER + 64 * at_once * most), "u1")

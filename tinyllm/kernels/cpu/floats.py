@@ -21,11 +21,13 @@ from .simd import emitter, f32, f32x16, get_i32, i64, load, load_n, set_f32, sto
 TOKENS = 6  # multiplied at once: 6 x 64 accumulators just fit 32 registers of 16 lanes
 GROUP = 4  # tiles multiplied at once
 COLUMNS = 96  # columns of a panel
+FEW = 16  # tokens that are multiplied straight from the tiles
+FEW_AT_ONCE = (4, 6)  # tokens multiplied in one pass
+FEW_COLUMNS = 256  # columns whose weights wait in a cache for the other tokens
 LINE = 16  # columns of a cache line of float32
 PANEL_ROW = 4 * GROUP * LANES  # bytes
-TOKEN_BLOCK = 86 * TOKENS  # whose sums wait while the columns pass
+TOKEN_BLOCK = 86 * TOKENS  # tokens whose sums wait while the columns pass
 UNROLLED = 4  # columns of one round
-AHEAD = 2048  # bytes prefetched ahead in each tile of one token's product
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -97,17 +99,17 @@ def rows_multiplier(kind: str, n_tokens: int, tiles: int, x_step: int, x_token: 
 
 @lru_cache
 def multiplier(kind: str, tiles: int) -> Callable:
-    """multiply(w, x, slot, n_in, y): neighbouring tiles times one token x [n_in] -> y [tiles][16].
+    """multiply(w, x, slot, n_in, y, ahead): neighbouring tiles times one token x [n_in] -> y [tiles][16].
 
-    ``slot`` is not used; it keeps the signature of ``micro.multiplier``.
+    ``slot`` is not used; it keeps the signature of ``micro.multiplier``, which explains ``ahead``.
     """
     size = BYTES[kind]
     n, column_bytes = lanes(), LANES * BYTES[kind]
     at_once = tiles if n == LANES else min(tiles, 2)
     per_line = max(64 // column_bytes, 1)
 
-    @emitter(types.void, i64, i64, i64, i64, i64)
-    def multiply(e, w, x, slot, n_in, y):
+    @emitter(types.void, i64, i64, i64, i64, i64, i64)
+    def multiply(e, w, x, slot, n_in, y, ahead):
         """Multiply tiles by one row of x, and write the sums to y."""
         b = e.b
         tile_bytes = b.mul(n_in, I64(column_bytes))
@@ -123,7 +125,7 @@ def multiplier(kind: str, tiles: int) -> Callable:
                 at, xi = b.mul(first, I64(column_bytes)), e.at(x, b.mul(first, I64(4)))
                 heads = [e.at(base, at) for base in bases]
                 for head in heads if n_columns == per_line else ():
-                    e.prefetch(head, AHEAD)
+                    e.prefetch(e.at(head, ahead), 0)
                 for c in range(n_columns):
                     value = e.broadcast(xi, F32, n, 4 * c)
                     ws = [widen(e, head, kind, c * column_bytes, n) for head in heads]
@@ -152,9 +154,7 @@ def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins):
     """
     b, n = e.b, lanes()
     panel, x, sums = e.ptr(panel), e.ptr(x), e.ptr(sums)
-    last = b.sub(n_rows, I64(1))
-    rows = [b.select(b.icmp_signed("<", I64(t), last), I64(t), last) for t in range(TOKENS)]
-    tokens = [e.at(x, b.mul(row, row_bytes)) for row in rows]
+    tokens = [e.at(x, b.mul(at_most(e, t, n_rows), row_bytes)) for t in range(TOKENS)]
     ahead, lines = b.mul(row_bytes, I64(TOKENS)), b.sdiv(n_columns, I64(LINE))
     done = b.mul(lines, I64(LINE))
     registers = range(0, PANEL_ROW, 4 * n)
@@ -187,12 +187,75 @@ def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins):
 
 
 @lru_cache
+def few_multiplier(kind: str, n_tokens: int) -> Callable:
+    """Make multiply(w, tile_bytes, n_tiles, n_columns, x, row_bytes, n_rows, sums, begins, ahead).
+
+    sums [n_tokens][PANEL_ROW] += some columns of up to GROUP tiles, which stand tile_bytes apart, times those
+    of n_rows rows of x. Tiles and rows that are missing repeat the last one. The sums are zero at first if
+    ``begins`` is 0. ``ahead``: as in ``micro.multiplier``.
+    """
+    n, size = lanes(), BYTES[kind]
+    column_bytes = LANES * size
+    per_line = max(64 // column_bytes, 1)
+    at_once = GROUP if n == LANES else 2  # smaller registers come in sixteens
+    cells = [(r, first) for first in range(0, LANES, n) for r in range(GROUP)]
+
+    @emitter(types.void, *[i64] * 10)
+    def multiply(e, w, tile_bytes, n_tiles, n_columns, x, row_bytes, n_rows, sums, begins, ahead):
+        """Add the products of some columns of tiles and rows of x to the sums."""
+        b, fresh = e.b, e.b.icmp_signed("==", begins, I64(0))
+        w, x, sums = e.ptr(w), e.ptr(x), e.ptr(sums)
+        tiles = [e.at(w, b.mul(at_most(e, r, n_tiles), tile_bytes)) for r in range(GROUP)]
+        tokens = [e.at(x, b.mul(at_most(e, t, n_rows), row_bytes)) for t in range(n_tokens)]
+        lines = b.sdiv(n_columns, I64(per_line))
+        done = b.mul(lines, I64(per_line))
+        for i in range(0, len(cells), at_once):
+            some = cells[i : i + at_once]
+            asks = ahead if i < GROUP else I64(0)  # later the lines are the same
+
+            def columns(first, n_columns, acc, some=some, asks=asks):
+                at, xi = b.mul(first, I64(column_bytes)), b.mul(first, I64(4))
+                heads = [e.at(tiles[r], at) for r, _ in some]
+                for head in heads if n_columns == per_line else ():
+                    e.prefetch(e.at(head, asks), 0)
+                for c in range(n_columns):
+                    pairs = zip(heads, some, strict=True)
+                    ws = [widen(e, h, kind, c * column_bytes + l * size, n) for h, (_, l) in pairs]
+                    values = [e.broadcast(e.at(token, xi), F32, n, 4 * c) for token in tokens]
+                    both = [(v, value) for value in values for v in ws]
+                    acc = [e.fma(v, value, a) for a, (v, value) in zip(acc, both, strict=True)]
+                return acc
+
+            def line(i, acc, columns=columns):
+                return columns(b.mul(i, I64(per_line)), per_line, acc)
+
+            def rest(i, acc, columns=columns):
+                return columns(b.add(done, i), 1, acc)
+
+            places = [t * PANEL_ROW + 64 * r + 4 * l for t in range(n_tokens) for r, l in some]
+            zero = e.const(0.0, V(F32, n))
+            acc = [b.select(fresh, zero, e.load(sums, zero.type, place)) for place in places]
+            acc = e.loop_maybe(lines, acc, line)
+            acc = e.loop_maybe(b.sub(n_columns, done), acc, rest)
+            for place, v in zip(places, acc, strict=True):
+                e.store(v, sums, place)
+
+    return multiply
+
+
+def at_most(e: Emit, i: int, n):
+    """i, or n - 1 if that is less."""
+    last = e.b.sub(n, I64(1))
+    return e.b.select(e.b.icmp_signed("<", I64(i), last), I64(i), last)
+
+
+@lru_cache
 def tile_widener(kind: str) -> Callable:
-    """Make widen_tile(w, n_columns, panel): write columns of a tile to a panel, as floats."""
+    """Make widen_tile(w, n_columns, panel, ahead): write columns of a tile to a panel, as floats."""
     n, size = lanes(), BYTES[kind]
 
-    @emitter(types.void, i64, i64, i64)
-    def widen_tile(e, w, n_columns, panel):
+    @emitter(types.void, i64, i64, i64, i64)
+    def widen_tile(e, w, n_columns, panel, ahead):
         """Write columns of a tile to a panel, as floats."""
         b, w, panel = e.b, e.ptr(w), e.ptr(panel)
         rounds = b.sdiv(n_columns, I64(UNROLLED))
@@ -201,6 +264,8 @@ def tile_widener(kind: str) -> Callable:
         def columns(first, n_columns):
             source = e.at(w, b.mul(first, I64(LANES * size)))
             to = e.at(panel, b.mul(first, I64(PANEL_ROW)))
+            for line in range(0, n_columns * LANES * size, 64) if n_columns == UNROLLED else ():
+                e.prefetch(e.at(source, ahead), line)
             for c in range(n_columns):
                 for i in range(0, LANES, n):
                     v = widen(e, source, kind, (c * LANES + i) * size, n)
@@ -232,22 +297,46 @@ def widener(kind: str) -> Callable:
 multiply = multiply_group = widen_tile = weight = store_row = GIVEN
 
 
-def matvec_float(w, x, y, bias, tile_bytes, n_blocks, tiles, first, last, worker):
+def matvec_float(w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, first, last, worker):
     """y [n_out] of one token; a piece is GROUP tiles. y has room for whole tiles. A block is a column."""
     for piece in range(first, last):
         tile, stop = piece * GROUP, min(piece * GROUP + GROUP, tiles)
         if stop - tile == GROUP:
-            multiply_group(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile)
+            multiply_group(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile, ahead)
         else:
             for t in range(tile, stop):
-                multiply(w + t * tile_bytes, x, 0, n_blocks, y + 64 * t)
+                multiply(w + t * tile_bytes, x, 0, n_blocks, y + 64 * t, ahead)
         if bias != 0:
             for t in range(tile, stop):
                 store(y + 64 * t, load(y + 64 * t) + load(bias + 64 * t))
 
 
+def matmul_float_few(
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, at_once, scratch, scratch_bytes,
+    first, last, worker,
+):  # fmt: skip
+    """y [T, n_out] of up to FEW tokens straight from the tiles, ``at_once`` a pass; a piece is GROUP tiles."""
+    for piece in range(first, last):
+        tile = piece * GROUP
+        n_tiles, source = min(GROUP, tiles - tile), w + tile * tile_bytes
+        for column in range(0, n_blocks, FEW_COLUMNS):
+            n, sums = min(FEW_COLUMNS, n_blocks - column), scratch + worker * scratch_bytes
+            here, asks = source + column * (tile_bytes // n_blocks), ahead
+            for token in range(0, n_tokens, at_once):
+                rows, n_rows = x + 4 * (token * n_blocks + column), min(at_once, n_tokens - token)
+                multiply(
+                    here, tile_bytes, n_tiles, n, rows, 4 * n_blocks, n_rows, sums, column, asks
+                )
+                sums += at_once * PANEL_ROW
+                asks = 0  # the columns are in a cache now
+        width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0
+        for t in range(n_tokens):
+            sums = scratch + worker * scratch_bytes + t * PANEL_ROW
+            store_row(sums, y + 4 * (t * n_out + 16 * tile), width, bias_here)
+
+
 def matmul_float(
-    w, x, y, bias, tile_bytes, n_blocks, tiles, n_out, n_tokens, scratch, scratch_bytes,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, scratch, scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
     """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens. A block is a column."""
@@ -261,7 +350,7 @@ def matmul_float(
             n = min(COLUMNS, n_blocks - column)
             for t in range(n_tiles):
                 source = w + (tile + t) * tile_bytes + column * (tile_bytes // n_blocks)
-                widen_tile(source, n, panel + 64 * t)
+                widen_tile(source, n, panel + 64 * t, ahead)
             sums = panel + COLUMNS * PANEL_ROW
             for token in range(token0, token1, TOKENS):
                 rows, n_rows = x + 4 * (token * n_blocks + column), min(TOKENS, token1 - token)

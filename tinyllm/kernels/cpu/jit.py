@@ -33,7 +33,8 @@ from llvmlite import ir
 
 from ... import system
 from . import emit, machine
-from .translate import PyFunction, parameters, source_of, translate
+from .source import source_of
+from .translate import PyFunction, parameters, translate
 
 Kinds = Mapping[str, ir.Type]  # types of a kernel's arguments by their names
 GIVEN: Any = None  # stands for a global name whose value ``kernel`` is given
@@ -151,7 +152,7 @@ def _machine_code(body: PyFunction, name: str, names: dict[str, Any], kinds: Kin
     """From the cache, or compiled now and kept there."""
     folder = cache_folder()
     path = folder / f"{name}-{_origin(body)}.o" if folder else None
-    if code := _kept(path):
+    if code := kept(path):
         return code
     start = time.perf_counter()
     code = machine.machine_code(module_text(body, name, names, kinds))
@@ -159,7 +160,7 @@ def _machine_code(body: PyFunction, name: str, names: dict[str, Any], kinds: Kin
     _tell(time.perf_counter() - start)
     if path:
         with suppress(OSError):  # the disk is full, say: it only costs compiling again next time
-            _keep(path, code)
+            keep(path, code)
     return code
 
 
@@ -179,7 +180,7 @@ def can_compile() -> bool:
         return False
 
 
-def _kept(path: Path | None) -> bytes | None:
+def kept(path: Path | None) -> bytes | None:
     """A file of the cache, if it is there and whole."""
     try:
         stored = path.read_bytes() if path else b""
@@ -189,7 +190,7 @@ def _kept(path: Path | None) -> bytes | None:
     return code if stored and hashlib.sha256(code).digest() == stored[:HASH] else None
 
 
-def _keep(path: Path, code: bytes) -> None:
+def keep(path: Path, code: bytes) -> None:
     """Write a file that others see whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:

@@ -62,10 +62,16 @@ class Format:
 
 
 class Tile:
-    """The fields of one tile as vectors of n rows, beginning with row ``first``."""
+    """The fields of one tile as vectors of n rows, beginning with row ``first``.
 
-    def __init__(self, e: Emit, p: Any, fmt: Format, first: Any, n: int) -> None:
+    Whoever loads a cache line first asks for the one that is ``ahead`` bytes further, if that is given: so
+    requests are spread among the arithmetic, and the processor's queue of them never fills.
+    """
+
+    def __init__(self, e: Emit, p: Any, fmt: Format, first: Any, n: int, ahead: Any = None) -> None:
         self.e, self.n = e, n
+        self.further = None if ahead is None else e.at(p, ahead)
+        self.asked = 0  # bytes of the tile whose likes were asked for
         self.rows = {size: e.at(p, e.b.mul(first, I64(size))) for size in (1, 2, 4)}
         self.offsets, at = {}, 0
         for start, size in fmt.fields:
@@ -73,7 +79,11 @@ class Tile:
             at += LANES * size
 
     def _load(self, element: Any, size: int, start: int) -> Any:
-        return self.e.load(self.rows[size], V(element, self.n), self.offsets[start])
+        at = self.offsets[start]
+        while self.further is not None and self.asked < at + LANES * size:
+            self.e.prefetch(self.further, self.asked)
+            self.asked += 64
+        return self.e.load(self.rows[size], V(element, self.n), at)
 
     def word(self, start: int) -> Any:
         """The 4 bytes at ``start`` of the block."""

@@ -1,7 +1,8 @@
 """Matrix products: kernels around the micro-kernels of ``micro`` (quantised) and ``floats`` (F32, F16, BF16).
 
-One token: ``matvec``, straight from the tiles; up to FEW: ``matmul_few``, likewise. More: ``matmul``; a thread
-unpacks a few tiles into its scratch memory and runs all tokens past them, so that unpacking costs little.
+One token: ``matvec``, straight from the tiles; up to FEW: ``matmul_few``, likewise, some tokens at a time.
+More: ``matmul``; a thread unpacks a few tiles into its scratch memory and runs all tokens past them, so that
+unpacking costs little. The line ``ahead`` bytes behind each that comes from memory is asked for: ``timing``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes
+import numpy as np
+
+from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes, timing
 from .emit import has_amx
 from .floats import (
     COLUMNS,
@@ -26,22 +29,27 @@ from .floats import (
     tile_widener,
     widener,
 )
-from .formats import FORMATS
+from .formats import FORMATS, Format
 from .jit import GIVEN
-from .program import CPUArray, Tape
+from .program import CPUArray, Tape, wrapped
 from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
+from .timing import Way
 from .weights import CPUWeight
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
 multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = GIVEN
+multiply_8 = multiply_4 = multiply_2 = GIVEN
 start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
 STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
 QUANTISED = 512  # columns of a piece
 TOKEN_BLOCK = 512
 PAST = 1 << 20  # outputs that had better not pass through the caches
-FEW = 8  # tokens for which unpacking does not pay
+AT_ONCE = (2, 4, 8)  # tokens multiplied together
+FEW = 16  # tokens for which unpacking does not pay
+SMALL = 1 << 18  # bytes of a matrix for which reading is not worth timing
+TRIED = 2048  # columns of the rows that are read to time it
 
 
 def quantise_rows(x, out, n_rows, n, slots, used, span, first, last, worker):
@@ -56,28 +64,40 @@ def quantise_rows(x, out, n_rows, n, slots, used, span, first, last, worker):
                 quantise(x + 4 * (row * n + column), record, slot)
 
 
-def matvec(w, x, y, bias, tile_bytes, n_blocks, first, last, worker):
+def matvec(w, x, y, bias, tile_bytes, n_blocks, ahead, first, last, worker):
     """y [n_out] of one token; a piece is a tile of 16 rows."""
     for tile in range(first, last):
-        multiply(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile)
+        multiply(w + tile * tile_bytes, x, 0, n_blocks, y + 64 * tile, ahead)
         if bias != 0:
             store(y + 64 * tile, load(y + 64 * tile) + load(bias + 64 * tile))
 
 
 def matmul_few(
-    w, x, y, bias, tile_bytes, n_blocks, n_out, n_tokens, scratch, scratch_bytes,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, n_out, n_tokens, x_bytes, scratch, scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
-    """y [T, n_out] of no more tokens than ``multiply`` takes, straight from the tiles; a piece is a tile."""
+    """y [T, n_out] of up to FEW tokens straight from the tiles, some at a time; a piece is a tile."""
     sums = scratch + worker * scratch_bytes
     for tile in range(first, last):
-        multiply(w + tile * tile_bytes, x, 0, n_blocks, sums)
+        source, token, asks = w + tile * tile_bytes, 0, ahead
+        while token < n_tokens:
+            records, slot, to = x + token // 16 * x_bytes, token % 16, sums + 64 * token
+            if n_tokens - token > 4:
+                multiply_8(source, records, slot, n_blocks, to, asks)
+                token += 8
+            elif n_tokens - token > 2:
+                multiply_4(source, records, slot, n_blocks, to, asks)
+                token += 4
+            else:
+                multiply_2(source, records, slot, n_blocks, to, asks)
+                token += 2
+            asks = 0  # the tile is in a cache now
         store_tiles(sums, y + 64 * tile, n_tokens, 1, n_out, 16 * tile, bias, False)
 
 
 def matmul(
-    w, x, y, bias, tile_bytes, n_blocks, tiles, n_out, n_tokens, x_bytes, step_bytes, n_steps,
-    wide, at_once, least_bytes, together, scratch, scratch_bytes,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, x_bytes, step_bytes,
+    n_steps, wide, at_once, least_bytes, together, scratch, scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
     """y [T, n_out] of many tokens; a piece is ``together`` tiles and TOKEN_BLOCK tokens.
@@ -101,7 +121,8 @@ def matmul(
             steps = min(at_once, n_steps - step)
             for tile in range(begin, end):
                 source = w + tile * tile_bytes + step // per_block * (tile_bytes // n_blocks)
-                unpack(source, steps // per_block, panels + (tile - begin) * panel_bytes)
+                to = panels + (tile - begin) * panel_bytes
+                unpack(source, steps // per_block, to, ahead)
             y_bytes = (end - begin) * 1024
             for token in range(token0, token1, wide):
                 records = x + (token // 16) * x_bytes + step * 1024
@@ -133,7 +154,7 @@ def embed(
     scratch = scratch + worker * scratch_bytes
     for t in range(first, last):
         row = get_i32(ids + 4 * t)
-        unpack(w + (row // 16) * tile_bytes, n_blocks, scratch)
+        unpack(w + (row // 16) * tile_bytes, n_blocks, scratch, 0)
         lane = row % 16
         for j in range(n):
             step, i = scratch + (j // 32) * step_bytes, j % 32
@@ -168,10 +189,11 @@ def record_matmul(
     y = tape.array((n_tokens, -(-w.n_out // 16) * 16 if n_tokens == 1 else w.n_out))
     y.shape = (n_tokens, w.n_out)
     if n_tokens == 1:
-        kernel, more, pieces = matvec_kernel(w)
+        kernel, more, pieces = matvec_kernel(w, n_workers)
         claimed = chunk(pieces)
-    elif w.format is not None and n_tokens <= FEW:
-        kernel, more, pieces = _few_kernel(tape, w, n_tokens, n_workers)
+    elif n_tokens <= FEW and not isinstance(w, bfloat.RoundedWeight):
+        few = _few_kernel if w.format else _few_floats
+        kernel, more, pieces = few(tape, w, n_tokens, n_workers, act)
         claimed = chunk(pieces)
     else:
         many = bfloat.matmul_kernel if isinstance(w, bfloat.RoundedWeight) else matmul_kernel
@@ -202,7 +224,7 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
     slots = 1 if single or n_rows == 1 else micro.SLOTS
     tiles = -(-n_rows // slots)
     out = tape.array((tiles * n // 32, micro.record_bytes(slots)), "u1")
-    used = min(slots, FEW) if n_rows <= FEW else slots
+    used = min(slots, AT_ONCE[-1]) if n_rows <= AT_ONCE[-1] else slots
     name, quantise = f"quantise_{slots}_{span}", micro.quantiser(slots, span)
     pieces = -(-n // QUANTISED)
     kernel = jit.kernel(quantise_rows, name, quantise=quantise)
@@ -212,21 +234,29 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
     return out
 
 
-def matvec_kernel(w: CPUWeight) -> tuple[jit.Kernel, dict[str, Any], int]:
+def matvec_kernel(w: CPUWeight, n_workers: int) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for one token, its arguments besides those of all products, and its pieces."""
-    kernel = _matvec(w.kind)
+    way = way_of(w, 1, n_workers)
     if w.format is not None:
-        return kernel, {}, w.n_tiles
-    return kernel, {"tiles": w.n_tiles}, -(-w.n_tiles // GROUP)
+        return _direct(w.format, True, way.order), {"ahead": way.ahead}, w.n_tiles
+    more = {"ahead": way.ahead, "tiles": w.n_tiles}
+    return _float_matvec(w.kind), more, -(-w.n_tiles // GROUP)
 
 
 @lru_cache
-def _matvec(kind: str) -> jit.Kernel:
-    name = f"matvec_{kind}"
-    if kind in FORMATS:
-        return jit.kernel(matvec, name, multiply=micro.multiplier(FORMATS[kind], 1, 1))
+def _float_matvec(kind: str) -> jit.Kernel:
     one, group = multiplier(kind, 1), multiplier(kind, GROUP)
-    return jit.kernel(matvec_float, name, multiply=one, multiply_group=group)
+    return jit.kernel(matvec_float, f"matvec_{kind}", multiply=one, multiply_group=group)
+
+
+@lru_cache
+def _direct(fmt: Format, one: bool, order: str) -> jit.Kernel:
+    """The kernel that multiplies one token, or a few, straight from the tiles."""
+    if one:
+        multiply = micro.multiplier(fmt, 1, 1, order=order)
+        return jit.kernel(matvec, f"matvec_{fmt.name}_{order}", multiply=multiply)
+    names = {f"multiply_{n}": micro.multiplier(fmt, n, micro.SLOTS, order=order) for n in AT_ONCE}
+    return jit.kernel(matmul_few, f"matmul_few_{fmt.name}_{order}", **names)
 
 
 def chunk(pieces: int) -> int:
@@ -235,22 +265,81 @@ def chunk(pieces: int) -> int:
 
 
 def _few_kernel(
-    tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int
+    tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to FEW tokens; results as of ``matvec_kernel``."""
-    slots = next(n for n in (2, 4, 8) if n >= n_tokens)  # spare ones repeat the last token
-    multiply = micro.multiplier(w.format, slots, micro.SLOTS)
-    kernel = jit.kernel(matmul_few, f"matmul_{slots}_{w.kind}", multiply=multiply)
-    scratch = tape.array((n_workers, slots * 64), "u1")
-    more = {"n_out": w.n_out, "n_tokens": n_tokens}
-    return kernel, more | {"scratch": scratch, "scratch_bytes": slots * 64}, w.n_tiles
+    """The kernel for up to FEW tokens, some of its arguments, and its number of pieces."""
+    assert w.format
+    at_once = next((n for n in AT_ONCE if n >= n_tokens), AT_ONCE[-1])
+    way = way_of(w, at_once, n_workers)
+    rows = n_tokens + AT_ONCE[-1]  # the last ones may be repeated
+    scratch = tape.array((n_workers, 64 * rows), "u1")
+    more: dict[str, Any] = {"ahead": way.ahead, "n_out": w.n_out, "n_tokens": n_tokens}
+    more |= {"x_bytes": w.n_in // 32 * micro.record_bytes(micro.SLOTS)}
+    more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
+    return _direct(w.format, False, way.order), more, w.n_tiles
+
+
+def _few_floats(
+    tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str
+) -> tuple[jit.Kernel, dict[str, Any], int]:
+    """The kernel for up to FEW tokens and float weights; otherwise as ``_few_kernel``."""
+    at_once = min(floats.FEW_AT_ONCE, key=lambda n: (-(-n_tokens // n) * n, -n))
+    rows = -(-n_tokens // at_once) * at_once
+    scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
+    more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
+    more |= {"at_once": at_once, "scratch": scratch, "scratch_bytes": scratch.shape[1]}
+    more["ahead"] = way_of(w, at_once, n_workers).ahead
+    return _float_few(w.kind, at_once, act), more, -(-w.n_tiles // GROUP)
+
+
+@lru_cache
+def _float_few(kind: str, at_once: int, act: str = "") -> jit.Kernel:
+    end = row_storer(elementwise.ACTIVATIONS[act] if act else None)
+    names = {"multiply": floats.few_multiplier(kind, at_once), "store_row": end}
+    return jit.kernel(
+        floats.matmul_float_few, f"matmul_{at_once}_{kind}{act and '_' + act}", **names
+    )
+
+
+def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
+    """How the kernel for so many tokens best reads weights of this kind: what ``timing`` found.
+
+    Matrices that caches hold anyway are read plainly.
+    """
+    if w.memory.nbytes < SMALL:
+        return Way()
+    fmt = w.format
+    n_blocks = TRIED // fmt.block if fmt else TRIED
+    tile_bytes = w.tile_bytes // w.n_blocks * n_blocks
+
+    def record(tape: Tape, address: int, tiles: int, way: Way) -> None:
+        x = wrapped(np.zeros((micro.SLOTS, 4 * TRIED), np.uint8))  # floats or records
+        args: dict[str, Any] = {"w": address, "x": x, "bias": None, "tile_bytes": tile_bytes}
+        args |= {"n_blocks": n_blocks, "y": tape.array((n_tokens, 16 * tiles)), "ahead": way.ahead}
+        if n_tokens > 1:
+            scratch = tape.array((n_workers, n_tokens * PANEL_ROW), "u1")
+            args |= {"n_out": 16 * tiles, "n_tokens": n_tokens}
+            args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
+        if fmt:
+            kernel, pieces = _direct(fmt, n_tokens == 1, way.order), tiles
+            args |= {"x_bytes": 0} if n_tokens > 1 else {}
+        else:
+            pieces, args["tiles"] = -(-tiles // GROUP), tiles
+            kernel = _float_matvec(w.kind) if n_tokens == 1 else _float_few(w.kind, n_tokens)
+            args |= {"at_once": n_tokens} if n_tokens > 1 else {}
+        tape.add(kernel, pieces, chunk(pieces), **args)
+
+    orders = micro.ORDERS if fmt and n_tokens == 1 else micro.ORDERS[:1]
+    return timing.chosen(f"{w.kind}_{n_tokens}", orders, record, tile_bytes, n_workers)
 
 
 def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for up to so many tokens, some of its arguments, and its number of pieces."""
+    asks = way_of(w, 1, n_workers).ahead > 0  # then for the columns of the next tile
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
+    more["ahead"] = w.tile_bytes if asks else 0
     if w.format is None:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")

@@ -27,6 +27,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from llvmlite import ir
 
 from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, instruction_set, lanes
 from .formats import Format, Part, Tile, int8_format, whole_format
@@ -34,9 +35,12 @@ from .simd import emitter, i64, types
 
 INVERSE_127 = float(np.float32(1 / 127))
 SLOTS = 16  # tokens of a record when there are more than one
-AHEAD = 6144  # bytes prefetched ahead in a few tokens' product: 15 to 50 % where memory is slow
-# d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first and last 16
-FIELDS = ("d", "ds", "ds0", "ds1", "n8", "n128", "n0", "n1")
+# Orders of loading a tile. "parts": as its parts come, and what is ahead is asked for line by line. "block": as
+# LLVM likes within a block, and all lines ahead are asked for as the block begins.
+ORDERS = ("parts", "block")
+# d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first 16, and
+# both halves' as 16-bit numbers
+FIELDS = ("d", "ds", "ds0", "ds1", "n8", "n128", "n0", "n01")
 
 
 def record_bytes(slots: int) -> int:
@@ -70,7 +74,9 @@ class Activations:
         if offset == 0:
             return self.e.const(0, V(I32, self.n))
         if half is not None:
-            return self.e.shl(self.field(token, f"n{half}"), offset.bit_length() - 1)
+            n = self.field(token, "n01" if half else "n0")
+            n = self.e.b.ashr(n, self.e.const(16, n.type)) if half else n
+            return self.e.shl(n, offset.bit_length() - 1)
         if offset in (8, 128):
             return self.field(token, f"n{offset}")
         n8, shift = self.field(token, "n8"), offset.bit_length() - 4
@@ -95,6 +101,8 @@ class Columns:
 
     def start(self, half: int) -> list:
         """What the sums of a scale's columns begin with."""
+        if self.part.unit is not None and multiplies_pairs():
+            return [self.e.const(0, V(I32, self.x.n))] * len(self.tokens)
         which = half if len(self.runs) > 1 else None
         return [self.x.start(t, self.offset, which) for t in self.tokens]
 
@@ -131,29 +139,39 @@ class Columns:
 
     def add_scaled(self, whole: list) -> list:
         """whole[token] + the sums times their integer scales."""
-        e = self.e
-        for half, scale in enumerate(self.part.scales):
+        e, scales = self.e, self.part.scales
+        if self.offset and multiplies_pairs():
+            whole = self._less_offset(whole)
+        for half, scale in enumerate(scales):
             if instruction_set() == "avx2":
-                whole = self._add_scaled_pairs(half, scale, whole)
+                both = e.b.or_(e.mask(scale, 0xFFFF), e.shl(scale, 16))
+                for pairs in self.pairs(half):
+                    whole = [e.add_pairs(w, p, both) for w, p in zip(whole, pairs, strict=True)]
             else:
                 some = zip(whole, self.sums(half), strict=True)
                 whole = [e.b.add(w, e.b.mul(s, scale)) for w, s in some]
         return whole
 
-    def _add_scaled_pairs(self, half: int, scale, whole: list) -> list:
-        """Add scaled sums of half a part by the instruction that adds up pairs, which multiplies too."""
+    def _less_offset(self, whole: list) -> list:
+        """whole[token] - offset * the sums of the token's codes times the scales: pairs of 16 bits."""
         e = self.e
-        both = e.b.or_(e.mask(scale, 0xFFFF), e.shl(scale, 16))
-        for pairs in self.pairs(half):
-            whole = [e.add_pairs(w, p, both) for w, p in zip(whole, pairs, strict=True)]
-        if self.offset and len(self.runs) == 2:  # -sums of 16 codes, of 16 bits
-            low = e.mask(e.b.mul(scale, e.const(self.offset, scale.type)), 0xFFFF)
-            sums = [self.x.field(t, f"n{half}") for t in self.tokens]
-            whole = [e.add_pairs(w, n, low) for w, n in zip(whole, sums, strict=True)]
-        elif self.offset:
-            start = zip(whole, self.start(half), strict=True)
-            whole = [e.b.add(w, e.b.mul(s, scale)) for w, s in start]
-        return whole
+        low, high = (e.b.mul(s, e.const(self.offset, s.type)) for s in (self.part.scales * 2)[:2])
+        both = e.b.or_(e.mask(low, 0xFFFF), e.shl(high, 16))
+        sums = [self.x.field(t, "n01") for t in self.tokens]
+        return [add_products(e, w, n, both) for w, n in zip(whole, sums, strict=True)]
+
+
+def multiplies_pairs() -> bool:
+    """Whether an instruction adds up two products of 16-bit numbers."""
+    return instruction_set() in ("avx512vnni", "avxvnni", "avx2")
+
+
+def add_products(e: Emit, total, x, y):
+    """total + the products of the lower and of the upper 16 bits of each lane; where ``multiplies_pairs``."""
+    if instruction_set() == "avx2":
+        return e.add_pairs(total, x, y)
+    bits = 32 * total.type.count
+    return e.call(f"llvm.x86.avx512.vpdpwssd.{bits}", total.type, total, x, y)
 
 
 def scaled(e: Emit, part: Part, totals: list, x: Activations, token: int, acc):
@@ -173,10 +191,11 @@ def with_minima(e: Emit, minima: list, x: Activations, token: int, acc):
 
 
 def _add_parts(
-    e: Emit, fmt: Format, parts: Callable, at: Callable, tokens: range, acc: list
+    e: Emit, fmt: Format, parts: Callable, at: Callable, tokens: range, acc: list, order: str
 ) -> list:
     """acc[token] + the columns of a block; ``at(j)``: the activations of its part j."""
     for j, part in enumerate(parts()):
+        in_order(e, order)
         x = at(j)
         columns = Columns(e, fmt, part, x, tokens)
         sums = zip(*(columns.sums(half) for half in range(len(part.scales))), strict=True)
@@ -184,8 +203,21 @@ def _add_parts(
     return acc
 
 
+def once(e: Emit, ahead, first):
+    """``ahead`` for the first rows of a tile; for others, whose lines are the same, 0."""
+    if lanes() == LANES:
+        return ahead
+    return e.b.select(e.b.icmp_signed("==", first, I64(0)), ahead, I64(0))
+
+
+def in_order(e: Emit, order: str) -> None:
+    """What is loaded from here on stays behind what was loaded before, if the order is that of the parts."""
+    if order == "parts":
+        e.b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
+
 def _add_whole(
-    e: Emit, fmt: Format, parts: Callable, at: Callable, tokens: range, acc: list
+    e: Emit, fmt: Format, parts: Callable, at: Callable, tokens: range, acc: list, order: str
 ) -> list:
     """acc[token] + the columns of a block whose sums are added as integers.
 
@@ -198,6 +230,7 @@ def _add_whole(
             x = at(j)
             least = [with_minima(e, part.minima, x, t, least[t]) for t in tokens]
     for j, part in enumerate(parts()):
+        in_order(e, order)
         x = at(j)
         whole = e.finish(Columns(e, fmt, part, x, tokens).add_scaled(whole))
     ready = zip(whole, tokens, acc, strict=True)
@@ -210,25 +243,29 @@ def add_unit(e: Emit, whole, unit, d, acc):
 
 
 @lru_cache
-def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> Callable:
-    """multiply(w, x, slot, n_blocks, y): one tile of 16 rows times tokens [slot, slot + n_tokens).
+def multiplier(
+    fmt: Format, n_tokens: int, slots: int, resume: bool = False, order: str = "parts"
+) -> Callable:
+    """multiply(w, x, slot, n_blocks, y, ahead): one tile of 16 rows times tokens [slot, slot + n_tokens).
 
-    w: the tile's blocks; x: the tokens' records; y [n_tokens][16] floats, added to if ``resume``.
+    w: the tile's blocks; x: the tokens' records; y [n_tokens][16] floats. The line ``ahead`` bytes behind each
+    that is read is asked for; 0 asks for nothing new. With ``resume`` y is added to, and there is no ``ahead``:
+    the blocks are in a cache. ``order``: see ``ORDERS``.
     """
     n, span = lanes(), fmt.span
 
-    def rows(e: Emit, w, x, slot, n_blocks, y, first) -> None:
+    def rows(e: Emit, w, x, slot, n_blocks, y, first, ahead) -> None:
+        ahead = None if ahead is None else once(e, ahead, first)
         x = e.ptr(x)
         codes = e.at(x, e.b.mul(slot, I64(span)))
         planes = e.at(x, e.b.add(I64(span * slots), e.b.mul(slot, I64(4))))
 
         def block(i, acc):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
-            if not resume:
-                with e.b.if_then(e.b.icmp_signed("==", first, I64(0))):
-                    for line in range(0, fmt.tile_bytes, 64):
-                        e.prefetch(p, AHEAD + line)
-            tile = Tile(e, p, fmt, first, n)
+            if order == "block" and ahead is not None:
+                for line in range(0, fmt.tile_bytes, 64):
+                    e.prefetch(e.at(p, ahead), line)
+            tile = Tile(e, p, fmt, first, n, ahead if order == "parts" else None)
             step = e.b.mul(i, I64(fmt.block // 32 * record_bytes(slots)))
 
             def at(j):
@@ -238,7 +275,7 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
                 return Activations(e, e.at(x, part), e.at(f, part * slots), slots, n, span)
 
             add = _add_parts if span == 32 else _add_whole
-            return add(e, fmt, lambda: fmt.take(e, tile), at, range(n_tokens), acc)
+            return add(e, fmt, lambda: fmt.take(e, tile), at, range(n_tokens), acc, order)
 
         y, zero = e.at(e.ptr(y), e.b.mul(first, I64(4))), e.const(0.0, V(F32, n))
         places = [4 * LANES * t for t in range(n_tokens)]
@@ -252,10 +289,10 @@ def multiplier(fmt: Format, n_tokens: int, slots: int, resume: bool = False) -> 
         for p, v in zip(places, acc, strict=True):
             e.store(v, y, p)
 
-    @emitter(types.void, i64, i64, i64, i64, i64)
-    def multiply(e, w, x, slot, n_blocks, y):
-        """Multiply tiles by tokens, and write the sums to y."""
-        e.each_run(lambda first: rows(e, w, x, slot, n_blocks, y, first))
+    @emitter(types.void, *[i64] * (5 if resume else 6))
+    def multiply(e, w, x, slot, n_blocks, y, ahead=None):
+        """Multiply a tile by tokens, and write the sums to y."""
+        e.each_run(lambda first: rows(e, w, x, slot, n_blocks, y, first, ahead))
 
     return multiply
 
@@ -285,7 +322,10 @@ def subtract_bytes(e: Emit, v, n: int):
 
 @lru_cache
 def unpacker(fmt: Format, form: Format) -> Callable:
-    """unpack(w, n_blocks, out): a tile of 16 rows into a form of ``unpacked``."""
+    """unpack(w, n_blocks, out, ahead): a tile of 16 rows into a form of ``unpacked``.
+
+    ``ahead``: as in ``multiplier``.
+    """
     n = lanes()
     part_bytes = form.tile_bytes * 32 // form.block // 64 * 64
 
@@ -300,22 +340,23 @@ def unpacker(fmt: Format, form: Format) -> Callable:
             scales = [e.b.fmul(part.unit, e.to_float(s)) for s in scales]
         return codes + scales + part.minima
 
-    def put(e: Emit, p, to, first) -> None:
+    def put(e: Emit, p, to, first, ahead) -> None:
         to = e.at(to, e.b.mul(first, I64(4)))
-        for j, part in enumerate(fmt.take(e, Tile(e, p, fmt, first, n))):
+        for j, part in enumerate(fmt.take(e, Tile(e, p, fmt, first, n, once(e, ahead, first)))):
+            in_order(e, "parts")
             for i, v in enumerate(vectors(e, part)):
                 e.store(v, to, j * part_bytes + 4 * LANES * i)
         if form.span == 256:
             e.store(part.unit, to, form.tile_bytes - 64)
 
-    @emitter(types.void, i64, i64, i64)
-    def unpack(e, w, n_blocks, out):
-        """Write a tile as signed bytes with scales."""
+    @emitter(types.void, i64, i64, i64, i64)
+    def unpack(e, w, n_blocks, out, ahead):
+        """Write a tile as bytes with scales."""
 
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
             to = e.at(e.ptr(out), e.b.mul(i, I64(fmt.block // form.block * form.tile_bytes)))
-            e.each_run(lambda first: put(e, p, to, first))
+            e.each_run(lambda first: put(e, p, to, first, ahead))
             return state
 
         e.loop(n_blocks, [], block)
@@ -368,8 +409,9 @@ def _fields(e: Emit, d, codes: list) -> list:
     s = [e.fold(c, b.add) for c in codes]
     both = b.add(*s)
     scaled = [b.fmul(d, b.sitofp(k, F32)) for k in (both, *s)]
-    whole = [b.mul(both, I32(-8)), b.mul(both, I32(-128)), *(b.neg(k) for k in s)]
-    return [d, *scaled, *whole]
+    less = [b.neg(k) for k in s]
+    halves = b.or_(b.and_(less[0], I32(0xFFFF)), b.shl(less[1], I32(16)))
+    return [d, *scaled, b.mul(both, I32(-8)), b.mul(both, I32(-128)), less[0], halves]
 
 
 @lru_cache

@@ -37,16 +37,19 @@ def panel_bytes(fmt: Format) -> int:
 
 @lru_cache
 def unpacker(fmt: Format) -> Callable:
-    """Make unpack(w, n_blocks, out): write a tile of 16 rows as planes."""
+    """Make unpack(w, n_blocks, out, ahead): write a tile of 16 rows as planes.
 
-    @emitter(types.void, i64, i64, i64)
-    def unpack(e, w, n_blocks, out):
+    ``ahead``: as in ``micro.multiplier``.
+    """
+
+    @emitter(types.void, i64, i64, i64, i64)
+    def unpack(e, w, n_blocks, out, ahead):
         """Write a tile of 16 rows as planes."""
 
         def block(i, state):
             p = e.at(e.ptr(w), e.b.mul(i, I64(fmt.tile_bytes)))
             to = e.at(e.ptr(out), e.b.mul(i, I64(panel_bytes(fmt))))
-            _put_block(e, fmt, Tile(e, p, fmt, I64(0), LANES), to)
+            _put_block(e, fmt, Tile(e, p, fmt, I64(0), LANES, ahead), to)
             return state
 
         e.loop(n_blocks, [], block)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from weakref import WeakMethod
 
 import numpy as np
 
 from ..backend import Array, Batch
+from ..profile import Profile
 from . import jit
 from .attention import BLOCK
+from .profile import TimedTape
 from .program import CPUArray, Tape, wrapped
 
 MOST_STEPS = 8  # recorded at a time
@@ -69,7 +74,8 @@ class Steps:
     """
 
     def __init__(self, upload: Callable[[Batch], Batch]) -> None:
-        self._upload = upload
+        # a strong reference would make a circle, and the backend's memory wait for the collector
+        self._upload = WeakMethod(upload)
         self._known: OrderedDict[Hashable, Recorded] = OrderedDict()
         self._local, self._workers = _Local(), 1
 
@@ -124,10 +130,23 @@ class Steps:
             self._known[key] = known
         return known.result
 
+    @contextmanager
+    def profiled(self) -> Iterator[Profile]:
+        """Run this thread's steps on tapes that note their times; those recorded before wait meanwhile."""
+        found, mine, known = Profile(), self._local, self._known
+        self.settle()
+        tape, mine.new_tape = mine.tape, partial(TimedTape, found)
+        self._known, mine.tape = OrderedDict(), TimedTape(found)
+        try:
+            yield found
+            self.settle()
+        finally:
+            self._known, mine.tape, mine.new_tape = known, tape, Tape
+
     def _first_time(self, fn: Callable[[Batch], Array], batch: Batch) -> Recorded:
         """Record on a tape that stays the step's own."""
         mine = self.tape
-        self._local.tape = Tape()
+        self._local.tape = self._local.new_tape()
         try:
             recorded = self._record(fn, batch)
         finally:
@@ -142,7 +161,9 @@ class Steps:
         lengths = np.diff(batch.starts).tolist()
         make_room(batch, batch.n_past.tolist(), lengths)
         tables = np.array(addresses(batch), np.int64)
-        uploaded = self._upload(batch)
+        upload = self._upload()
+        assert upload is not None  # its backend owns these steps
+        uploaded = upload(batch)
         inputs = [getattr(uploaded, name).view() for name in INPUTS]
         recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables), lengths)
         self._local.now = recorded
@@ -159,6 +180,7 @@ class _Local(threading.local):
     """What each Python thread has for itself."""
 
     def __init__(self) -> None:
+        self.new_tape: Callable[[], Tape] = Tape
         self.tape = Tape()
         self.now: Recorded | None = None
 

@@ -17,13 +17,11 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
-import linecache
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from types import FunctionType
 from typing import Any, NoReturn, TypeAlias
 
@@ -32,6 +30,7 @@ from llvmlite import ir
 from .arithmetic import CASTS, MATH, Arithmetic, widest
 from .emit import F32, I64, Emit
 from .simd import Emitter
+from .source import definition
 
 COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 PyFunction: TypeAlias = Callable[..., Any]  # a kernel, or what it calls, as Python has it
@@ -116,7 +115,7 @@ class Body(Arithmetic):
         self.loops: list[tuple[ir.Block, ir.Block, list[set[str] | None]]] = []
         self.exit = b.append_basic_block("exit")
         self.returned: list[tuple[Any, ir.Block]] = []
-        node = _definition(function)
+        node = definition(function)
         self.here: ast.stmt = node  # the statement being translated
         self.arguments(node.args, args)
         self.run(node.body)
@@ -453,52 +452,3 @@ def common(ways: list[set[str] | None]) -> set[str] | None:
     """The variables that have a value on each of the ways that meet here; None if there is no way."""
     there = [known for known in ways if known is not None]
     return set.intersection(*there) if there else None
-
-
-def source_of(function: PyFunction) -> str:
-    """The text of the file in which a function stands: in a folder, a zip or a notebook.
-
-    Raises
-    ------
-    OSError
-        Only its bytecode is here.
-    """
-    return _text(function.__code__.co_filename, *_origin(function))
-
-
-def _origin(function: PyFunction) -> tuple[Any, str]:
-    """Loader and name of the module in which a function was defined."""
-    return function.__globals__.get("__loader__"), function.__globals__.get("__name__", "")
-
-
-def _text(path: str, loader: Any, module: str) -> str:
-    text: str | None = ""
-    try:
-        if hasattr(loader, "get_source"):  # not by the path: it may now hold another version
-            text = loader.get_source(module)
-    except ImportError:  # Python's prompt has the loader of something else
-        pass
-    if text == "":
-        try:
-            text = Path(path).read_text("utf-8")
-        except OSError:  # a notebook's cell
-            text = "".join(linecache.getlines(path))
-    if not text:
-        raise OSError(f"the source of {module} is missing; only its bytecode is here")
-    return text
-
-
-def _definition(function: FunctionType) -> ast.FunctionDef:
-    code = function.__code__
-    found = _definitions(code.co_filename, *_origin(function)).get(code.co_firstlineno)
-    if found is None:
-        raise OSError(f"the source of {function.__name__} is not in {code.co_filename}")
-    return found
-
-
-@lru_cache
-def _definitions(path: str, loader: Any, module: str) -> dict[int, ast.FunctionDef]:
-    """The functions of a file, by their first lines."""
-    tree = ast.parse(_text(path, loader, module))
-    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    return {min([n.lineno, *(d.lineno for d in n.decorator_list)]): n for n in found}

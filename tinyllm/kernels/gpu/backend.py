@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
 
@@ -27,11 +28,13 @@ from ..backend import (
     Source,
 )
 from ..choose import Best
+from ..profile import Profile
 from . import (
     attention_tensor,
     choosing,
     elementwise,
     kvcache,
+    profile,
     recurrent,
     weights,
 )
@@ -155,6 +158,10 @@ class GPUBackend(Backend):
         """Return when all that was queued is done."""
 
     @abstractmethod
+    def timed(self, queue: Callable[[], None]) -> Callable[[], float]:
+        """Call what queues work; what is returned waits for it, and says how many seconds the device took."""
+
+    @abstractmethod
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         """A part of a buffer, which must outlive it."""
 
@@ -273,6 +280,12 @@ class GPUBackend(Backend):
         if key is None or batch.n_rows > MOST_ROWS:
             return fn(self.upload(batch))
         return self._steps.run(key, fn, batch)
+
+    def profiled(self) -> AbstractContextManager[Profile]:
+        return profile.profiled(self)
+
+    def limits(self, seconds: float) -> dict[str, float]:
+        return profile.limits(self, seconds)
 
     @property
     def n_steps(self) -> int:

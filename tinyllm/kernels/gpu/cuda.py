@@ -118,6 +118,19 @@ class CUDABackend(GPUBackend):
         runtime.setDevice(self.index)
         self.stream.synchronize()
 
+    def timed(self, queue: Callable[[], None]) -> Callable[[], float]:
+        runtime.setDevice(self.index)
+        start, end = (cupy.cuda.Event(disable_timing=False) for _ in range(2))
+        start.record(self.stream)
+        queue()
+        end.record(self.stream)
+
+        def seconds() -> float:
+            end.synchronize()
+            return 1e-3 * float(cupy.cuda.get_elapsed_time(start, end))
+
+        return seconds
+
     def view(self, buffer: Buffer, offset: int, nbytes: int) -> Buffer:
         return buffer + offset
 

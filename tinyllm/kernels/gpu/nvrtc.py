@@ -77,7 +77,14 @@ def programs() -> dict[str, Program]:
         for kind in LAYOUTS
         for tokens in (16, 32, 64)
     }
-    fixed = sources.ROWWISE, sources.ELEMENTWISE, sources.EXPERTS, sources.CHOOSE, sources.PRODUCTS
+    fixed = (
+        sources.ROWWISE,
+        sources.ELEMENTWISE,
+        sources.EXPERTS,
+        sources.CHOOSE,
+        sources.PRODUCTS,
+        sources.LIMITS,
+    )
     named |= {program[0][-1]: program for program in fixed}
     for size in (16, 64):
         named[f"recurrent.c {size}"] = sources.recurrent(size)

@@ -122,6 +122,21 @@ class OpenCLBackend(GPUBackend):
     def finish(self) -> None:
         self.queue.finish()
 
+    def timed(self, queue: Callable[[], None]) -> Callable[[], float]:
+        asked = cl.command_queue_properties.PROFILING_ENABLE
+        if not self.queue.properties & asked:  # from now on; some drivers are slower then
+            self.queue.finish()
+            self.queue = cl.CommandQueue(self.context, properties=asked)
+        start = cl.enqueue_marker(self.queue)
+        queue()
+        end = cl.enqueue_marker(self.queue)
+
+        def seconds() -> float:
+            end.wait()
+            return 1e-9 * float(end.profile.end - start.profile.end)
+
+        return seconds
+
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all. OpenCL does not say what is free: reckoned from what this backend holds."""
         total = int(self.device.global_mem_size)

@@ -35,6 +35,7 @@ ROWWISE = plain("activations.h", "reduce.h", "rows.c")
 EXPERTS = plain("experts.c")
 PRODUCTS = plain("products.c")
 CHOOSE = plain("choose.c")
+LIMITS = plain("limits.c")
 
 
 def recurrent(size: int = 1, **defines: int) -> Program:

@@ -1,0 +1,325 @@
+"""Requests side by side: each text as it is alone, whatever comes, goes, fails or waits beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinyllm
+from tinyllm import Completion, Engine, Model
+from tinyllm.engine.generate import Run
+from tinyllm.engine.request import Request
+from tinyllm.errors import ArgumentError, ContextOverflow, QueueFull, TinyLLMError
+
+WORDS = "Once upon a time there was a little dog and a big red ball in the park with Lily".split()
+TEMPLATE = "{% for m in messages %}{{ m.content }}{{ ' ' }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def m(stories260k: Path) -> Iterator[Model]:
+    with tinyllm.load(stories260k) as model:
+        yield model
+
+
+def less_e(ids: list[int], logits: np.ndarray) -> None:
+    logits[len(ids) % 50] -= 3
+
+
+def requests(n: int) -> list[tuple[Any, dict[str, Any]]]:
+    """Random requests: (prompt or messages, options)."""
+    r, out = random.Random(1), []
+    for i in range(n):
+        text = " ".join(r.choices(WORDS, k=r.choice([2, 5, 40, 120])))
+        options: dict[str, Any] = {
+            "max_tokens": r.choice([0, 3, 20, 60]),
+            "temperature": r.choice([0, 0.8, 1.2]),
+            "seed": i,
+        }
+        for name, value in (
+            ("logprobs", 2),
+            ("echo", True),
+            ("repeat_penalty", 1.3),
+            ("frequency_penalty", 0.4),
+            ("min_p", 0.05),
+            ("logits_processor", less_e),
+            ("stop", ["the", "."]),
+        ):
+            if r.random() < 0.25:
+                options[name] = value
+        prompt: Any = [{"role": "user", "content": text}] if r.random() < 0.3 else text
+        if not isinstance(prompt, str):
+            options["template"] = TEMPLATE
+        out.append((prompt, options))
+    return out
+
+
+def alone(m: Model, prompt: Any, options: dict[str, Any]) -> Completion:
+    return (m.generate if isinstance(prompt, str) else m.chat)(prompt, **options)
+
+
+def written(c: Completion) -> tuple[object, ...]:
+    """What must be equal to the bit."""
+    return c.text, c.ids, c.logprobs, c.prompt_logprobs, c.finish_reason
+
+
+def test_64_requests_from_threads_and_tasks_are_as_alone(m: Model) -> None:
+    asked = requests(64)
+    expected = [alone(m, *a) for a in asked]
+    each = m.new_state(512).nbytes
+    got: dict[int, Request] = {}
+    with Engine(m, max_bytes=3 * each, max_rows=24) as e:
+
+        def thread(k: int) -> None:
+            r = random.Random(k)
+            for i in range(k, 48, 8):
+                time.sleep(r.random() / 50)
+                got[i] = e.submit(asked[i][0], **asked[i][1])
+                if i % 3 == 0:
+                    assert "".join(got[i]) == expected[i].text
+
+        async def task(i: int) -> None:
+            await asyncio.sleep(random.Random(i).random() / 10)
+            got[i] = r = e.submit(asked[i][0], **asked[i][1])
+            if i % 2:
+                assert "".join([piece async for piece in r]) == expected[i].text
+            assert written(await r) == written(expected[i])
+
+        async def tasks() -> None:
+            await asyncio.gather(*(task(i) for i in range(48, 64)))
+
+        endless = [e.submit("Once", max_tokens=-1, overflow="shift", seed=i) for i in range(2)]
+        late = [e.submit("Once", max_tokens=400, seed=5, deadline=d) for d in (0, 0.05)]
+        threads = [threading.Thread(target=thread, args=(k,)) for k in range(8)]
+        for t in threads:
+            t.start()
+        endless[0].cancel()
+        next(iter(endless[1]))
+        endless[1].cancel()
+        asyncio.run(tasks())
+        for t in threads:
+            t.join()
+        for i, c in enumerate(expected):
+            assert written(got[i].result(20)) == written(c), i
+        assert [r.result().finish_reason for r in endless] == ["cancelled"] * 2
+        assert late[0].result().finish_reason == "deadline"
+        whole = m.generate("Once", max_tokens=400, seed=5).text
+        assert whole.startswith(late[1].result().text)
+
+
+@pytest.mark.parametrize("options", [{}, {"logprobs": 3, "echo": True, "repeat_penalty": 1.2}])
+def test_a_request_that_is_set_aside_goes_on_with_the_same_bits(
+    m: Model, options: dict[str, Any]
+) -> None:
+    options = {"max_tokens": 60, "temperature": 0.9, **options}
+    prompts = [" ".join(WORDS[i:] * 8) for i in range(4)]
+    expected = [m.generate(p, seed=i, **options) for i, p in enumerate(prompts)]
+    with Engine(m, max_rows=16) as e:
+        whole = e.max_bytes
+        rs = [e.submit(p, seed=i, **options) for i, p in enumerate(prompts)]
+        for _ in range(6):
+            e.max_bytes = 1
+            time.sleep(0.01)
+            e.max_bytes = whole
+            time.sleep(0.01)
+        for r, c in zip(rs, expected, strict=True):
+            assert written(r.result(20)) == written(c)
+
+
+def test_setting_aside_frees_the_state_and_reads_it_again(m: Model) -> None:
+    options = {"max_tokens": 200, "temperature": 0.0, "logprobs": 1}
+    expected = [m.generate(p, **options) for p in WORDS[:3]]
+    counts: list[int] = []
+
+    def fewer(ids: list[int], logits: np.ndarray) -> None:
+        counts.append(len(e._running))
+        if len(ids) == 40:
+            e.max_bytes = 1
+        if len(ids) == 80:
+            e.max_bytes = 1 << 40
+
+    first = m.generate(WORDS[4], logits_processor=less_nothing, **options)
+    with Engine(m) as e:
+        r0 = e.submit(WORDS[4], logits_processor=fewer, **options)
+        rs = [e.submit(p, **options) for p in WORDS[:3]]
+        assert written(r0.result(20)) == written(first)
+        assert [written(r.result(20)) for r in rs] == [written(c) for c in expected]
+    assert 1 in counts[30:80]
+    assert max(counts) > 1
+
+
+def less_nothing(ids: list[int], logits: np.ndarray) -> None:
+    """A processor that changes nothing."""
+
+
+def test_an_error_in_a_processor_ends_that_request_alone(m: Model) -> None:
+    def bad(ids: list[int], logits: np.ndarray) -> None:
+        if len(ids) > 10:
+            raise ZeroDivisionError("mine")
+
+    with Engine(m) as e:
+        r = e.submit("Once upon a time", logits_processor=bad, seed=1)
+        other = e.submit("The dog", max_tokens=50, seed=2)
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            r.result()
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            list(r)
+        assert r.done
+        assert written(other.result()) == written(m.generate("The dog", max_tokens=50, seed=2))
+
+
+def test_a_failed_step_is_the_error_of_its_requests_and_the_engine_goes_on(
+    m: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, fail = m.network.forward, [True]
+
+    def once(*args: Any) -> Any:
+        if fail and fail.pop():
+            raise OSError("the device is gone")
+        return forward(*args)
+
+    monkeypatch.setattr(m.network, "forward", once)
+    with Engine(m) as e:
+        with pytest.raises(OSError, match="gone"):
+            e.submit("Once", seed=1).result()
+        assert e.submit("Once", max_tokens=4, seed=1).result().ids
+
+
+def test_memory_that_runs_out_in_a_step_sets_a_request_aside(
+    m: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, failures = m.network.forward, []
+
+    def scarce(segments: Any, *args: Any) -> Any:
+        if len(segments) > 2:
+            failures.append(len(segments))
+            for s, _, _ in segments:
+                s.spoil()
+            raise tinyllm.errors.DeviceError("no memory")
+        return forward(segments, *args)
+
+    expected = [m.generate(w, max_tokens=40, seed=3) for w in WORDS[:5]]
+    monkeypatch.setattr(m.network, "forward", scarce)
+    with Engine(m) as e:
+        rs = [e.submit(w, max_tokens=40, seed=3) for w in WORDS[:5]]
+        assert [r.result(20).ids for r in rs] == [c.ids for c in expected]
+    assert failures
+
+
+def test_a_full_queue_refuses_and_close_ends_all(m: Model) -> None:
+    gate = threading.Event()
+
+    def waits(ids: list[int], logits: np.ndarray) -> None:
+        gate.wait(10)
+
+    with Engine(m, max_rows=1, max_queue=2) as e:
+        running = e.submit("Once", logits_processor=waits, max_tokens=-1, overflow="shift")
+        while not e._running:
+            time.sleep(0.001)
+        waiting = [e.submit("Once", logprobs=1), e.submit("Once")]
+        with pytest.raises(QueueFull, match="2 requests are waiting"):
+            e.submit("Once")
+        with pytest.raises(TimeoutError):
+            waiting[0].result(0.01)
+        assert not waiting[0].done
+        threading.Timer(0.05, gate.set).start()
+    assert [r.result().finish_reason for r in (running, *waiting)] == ["cancelled"] * 3
+    assert waiting[0].result().logprobs == []
+    assert not e._thread.is_alive()
+    with pytest.raises(TinyLLMError, match="closed"):
+        e.submit("Once")
+
+
+def test_usage_counts_tokens(m: Model) -> None:
+    with Engine(m) as e:
+        r = e.submit([1, 2, 3], max_tokens=5, temperature=0)
+        r.result()
+    assert (r.usage.prompt_tokens, r.usage.completion_tokens, r.usage.cached_tokens) == (3, 5, 0)
+
+
+def test_a_state_serves_one_request_at_a_time(m: Model) -> None:
+    state, gate = m.new_state(256), threading.Event()
+    with Engine(m) as e:
+        r = e.submit(
+            "Once", state=state, max_tokens=2, logits_processor=lambda i, x: gate.wait(10) and None
+        )
+        with pytest.raises(ArgumentError, match="in use"):
+            e.submit("x", state=state)
+        gate.set()
+        r.result()
+
+
+def test_a_state_continues_a_conversation(m: Model) -> None:
+    here, there = m.new_state(256), m.new_state(256)
+    with Engine(m) as e:
+        for text in ("Once upon a time", " Then"):
+            options = {"max_tokens": 30, "seed": 4}
+            expected = m.generate(text, state=there, **options)
+            r = e.submit(text, state=here, **options)
+            assert written(r.result()) == written(expected)
+            assert here.ids == there.ids
+    assert here.n_past == there.n_past
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"tap": print}, ArgumentError, "use Model.generate"),
+        ({"stream": True}, ArgumentError, "iterate"),
+        ({"deadline": -1}, ArgumentError, "seconds"),
+        ({"temperature": -1}, ArgumentError, "temperature"),
+        ({"prompt": ["a", "b"]}, ArgumentError, "each by itself"),
+        ({"prompt": [1] * 9999}, ContextOverflow, "9999"),
+        ({"prompt": [1 << 20]}, ArgumentError, "token ids"),
+        ({"logit_bias": {99999: 1.0}}, ArgumentError, "99999"),
+    ],
+)
+def test_a_request_that_cannot_be_run_is_refused(
+    m: Model, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with Engine(m) as e, pytest.raises(error, match=words):
+        e.submit(**{"prompt": "Once", **options}).result()
+
+
+@pytest.mark.parametrize("name", ["max_rows", "max_bytes", "max_queue"])
+def test_limits_are_whole_numbers(m: Model, name: str) -> None:
+    with pytest.raises(ArgumentError, match=name):
+        Engine(m, **{name: 0})
+
+
+def test_prompts_are_read_in_few_rows_beside_texts(
+    m: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinyllm.engine import scheduler
+
+    rows: list[list[tuple[bool, int]]] = []
+    note = scheduler.Pace.note
+
+    def noted(self: Any, work: list[tuple[Run, int]], seconds: float) -> None:
+        rows.append([(run.n_generated > 1, n) for run, n in work])
+        note(self, work, 0.001 + 0.0001 * sum(n for _, n in work if n > 1))
+
+    monkeypatch.setattr(scheduler.Pace, "note", noted)
+    with Engine(m) as e:
+        texts = [
+            e.submit("Once", max_tokens=300, seed=i, logit_bias={2: -np.inf}) for i in range(4)
+        ]
+        for _ in range(20):
+            next(iter(texts[-1]))
+        long = e.submit([5] * 400, max_tokens=100)
+        for r in (*texts, long):
+            r.result(20)
+    mixed = [s for s in rows if any(w for w, _ in s) and any(n > 1 for _, n in s)]
+    assert len(mixed) > 20
+    assert max(n for s in mixed for w, n in s if not w) <= scheduler.FIRST_ROWS
+
+
+def test_an_engine_is_a_public_name() -> None:
+    assert tinyllm.Engine is Engine

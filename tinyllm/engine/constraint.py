@@ -1,0 +1,223 @@
+"""What a text must be: a JSON schema, a regular expression or a grammar, kept to token by token.
+
+llguidance (the extra ``[json]``) parses what was written and says which tokens may follow, as one bit each.
+Where only one text can follow, it gives that text's tokens: they join the sequence without a choice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ArgumentError, TinyLLMError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from ..tokenizers import Tokenizer
+
+Schema: TypeAlias = Mapping[str, Any] | str
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as Python's json.dumps writes it: whitespace without end would be allowed otherwise."""
+_KEYWORDS = {  # which keyword a message speaks of that does not name it
+    "Pointer ": "$ref",
+    "Resource ": "$ref",
+    "regex parse error": "pattern",
+    "Invalid type": "type",
+    "Unknown format": "format",
+}
+
+
+class Grammar:
+    """A constraint compiled for one vocabulary; every text that keeps to it starts from `begin`.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    n_vocab : int
+        How many logits a step gives; at least the size of the vocabulary.
+    source : str
+        In llguidance's own form; `compile_grammar` makes it.
+    name : str
+        What the caller called it, for errors.
+
+    Raises
+    ------
+    ArgumentError
+        llguidance cannot hold the text to it; the message says why.
+    UnsupportedModel
+        The vocabulary has no token that ends a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int, source: str, name: str) -> None:
+        from llguidance import LLMatcher
+
+        self._vocabulary = _vocabulary_of(tokenizer, n_vocab)
+        wrong, messages = LLMatcher.validate_grammar_with_warnings(source, self._vocabulary)
+        if wrong:
+            raise ArgumentError(f"{name}: {_explained(messages[0])}")
+        self._matcher = LLMatcher(self._vocabulary, source, log_level=0)
+
+    def begin(self) -> Constraint:
+        """The constraint of a text of which nothing is written yet."""
+        return Constraint(self._matcher.deep_copy(), self._vocabulary)
+
+
+class Constraint:
+    """Where one text stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer) -> None:
+        self._matcher = matcher
+        self._n_vocab, self._end = vocabulary.vocab_size, vocabulary.eos_token
+        self._bits = np.zeros(-(-self._n_vocab // 32), np.int32)
+        self._forced: list[int] | None = None  # None: not asked for at this place yet
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next -> bool [n_vocab]."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check()
+        bits = np.unpackbits(self._bits.view(np.uint8), count=self._n_vocab, bitorder="little")
+        return bits.view(np.bool_)
+
+    def forced(self) -> int | None:
+        """The next token, where the text can go on in one way only; it is not taken yet."""
+        if self._forced is None:
+            stopped = self._matcher.is_stopped()
+            self._forced = [self._end] if stopped else self._matcher.compute_ff_tokens()[::-1]
+            self._check()
+        return self._forced[-1] if self._forced else None
+
+    def take(self, chosen: int) -> None:
+        """Go on behind a token that does not end the text."""
+        self._matcher.consume_token(chosen)
+        self._check()
+        if self._forced:
+            self._forced.pop()
+        self._forced = self._forced or None
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().strip().split("\n")[0]
+            raise TinyLLMError(f"the constraint cannot be kept to any longer: {reason}")
+
+
+def compile_grammar(
+    tokenizer: Tokenizer | None,
+    n_vocab: int,
+    json_schema: Schema | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+) -> Grammar | None:
+    """What the arguments of ``Model.generate`` ask for; None where they ask for nothing.
+
+    Raises
+    ------
+    ArgumentError
+        More than one is given, llguidance is not installed, or it cannot hold a text to what is given: the
+        message names the keyword.
+    """
+    options = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    given = [name for name, value in options.items() if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ArgumentError(f"{' and '.join(given)} are given; expected one of them")
+    (name,) = given
+    if tokenizer is None:
+        raise UnsupportedModel(f"{name} needs a vocabulary, and the file has none")
+    try:
+        import llguidance
+    except ImportError:
+        raise ArgumentError(f"{name} needs llguidance: pip install 'tinyllm[json]'") from None
+    matcher = llguidance.LLMatcher
+    if json_schema is not None:
+        source = matcher.grammar_from_json_schema(_schema(json_schema), defaults=JSON_STYLE)
+    elif regex is not None:
+        source = matcher.grammar_from_regex(_text(name, regex))
+    else:
+        try:
+            source = llguidance.grammar_from("gbnf", _text(name, grammar))
+        except ValueError as error:
+            raise ArgumentError(f"grammar: {_explained(str(error))}") from None
+    return Grammar(tokenizer, n_vocab, source, name)
+
+
+def _schema(schema: Any) -> str:
+    """A schema's JSON, checked to be an object of JSON's own types."""
+    try:
+        found = json.loads(schema) if isinstance(schema, str) else schema
+        if isinstance(found, Mapping):
+            return json.dumps(dict(found), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"json_schema is no JSON: {error}") from None
+    raise ArgumentError(f"json_schema={schema!r:.40}; expected an object (a dict, or its JSON)")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ArgumentError(f"{name}={value!r:.40}; expected a text that is not empty")
+    return value
+
+
+def _explained(message: str) -> str:
+    """A message of llguidance in one line that names the keyword it is about."""
+    lines = [line.strip() for line in message.split("\n")]
+    if len(lines) > 1 and (reason := [x for x in lines if x.startswith("error: ")]):
+        lines[0] += f" {lines[1]}: {reason[0].removeprefix('error: ')}"
+    if found := re.fullmatch(r"Unimplemented keys: \[(.*)\]", lines[0]):
+        keywords = found[1].replace('"', "")
+        return f"the keyword {keywords} cannot be held; leave it out, or check it afterwards"
+    if lines[0].startswith("oneOf "):
+        return "the keyword oneOf cannot be held where its schemas overlap; use anyOf"
+    keyword = next((k for begin, k in _KEYWORDS.items() if lines[0].startswith(begin)), None)
+    return f"{keyword}: {lines[0]}" if keyword else lines[0]
+
+
+class _Words:
+    """A vocabulary in the form that llguidance reads; it must not keep the tokenizer alive."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = weakref.ref(tokenizer)
+        self.eos_token_id, self.bos_token_id = tokenizer.eos, tokenizer.bos
+        self.tokens = [_word(tokenizer, i) for i in range(tokenizer.n_vocab)]
+        self.special_token_ids = sorted(tokenizer.special_tokens.values())
+
+    def __call__(self, text: str) -> list[int]:
+        tokenizer = self._tokenizer()
+        return [] if tokenizer is None else tokenizer.encode_inside(text)
+
+
+def _word(tokenizer: Tokenizer, i: int) -> bytes:
+    """A token's bytes; the byte 0xff before the spelling of a control token marks it as one."""
+    if tokenizer.is_control(i):
+        return b"\xff" + tokenizer.token_text(i).encode("utf-8", "surrogateescape")
+    return tokenizer.token_bytes(i)
+
+
+_vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[int, LLTokenizer]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _vocabulary_of(tokenizer: Tokenizer, n_vocab: int) -> LLTokenizer:
+    """The vocabulary as llguidance has it, made once: at 128,000 tokens it takes half a second."""
+    from llguidance import LLTokenizer
+
+    made = _vocabularies.setdefault(tokenizer, {})
+    if n_vocab not in made:
+        first = [] if tokenizer.eos is None else [tokenizer.eos]
+        ends = first + sorted(tokenizer.eog - set(first))
+        if not ends:
+            raise UnsupportedModel("the vocabulary has no token that ends a text")
+        words: Any = _Words(tokenizer)
+        words.eos_token_id = ends[0]
+        made[n_vocab] = LLTokenizer(words, n_vocab=n_vocab, eos_token=ends)
+    return made[n_vocab]

@@ -1,0 +1,206 @@
+"""A request to an Engine, as its caller holds it: its text as it is written, from any thread or event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .completion import Completion, Job, Options
+from .generate import FinishReason, Timings, Token
+
+if TYPE_CHECKING:
+    from ..models.state import State
+
+AsyncWaiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request: ``cached_tokens`` of the prompt were found computed, and not read again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Request:
+    """One text being written by an Engine; made by ``Engine.submit``. Any thread may call its methods.
+
+    Iterating, with ``for`` or ``async for``, gives the text in pieces; ``await request`` gives its Completion.
+    Leaving an iteration does not stop the work: ``cancel`` does.
+    """
+
+    def __init__(
+        self,
+        ids: list[int],
+        options: Options,
+        n_ctx: int,
+        state: State | None,
+        deadline: float | None,
+    ) -> None:
+        self.prompt_ids, self.options = ids, options
+        self.n_ctx = n_ctx  # tokens that its state has room for
+        self.given_state = state
+        self.job: Job | None = None  # once it was begun
+        self.set_aside_ids: list[int] = []  # prompt and text, while another request has its memory
+        self.n_cached = 0
+        self._ends_at = None if deadline is None else time.monotonic() + deadline
+        self._asked: FinishReason | None = None  # why a caller, or the clock, ends it
+        self._pieces: list[str] = []
+        self._completion: Completion | None = None
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._waiters: list[AsyncWaiter] = []
+
+    # ---- for the caller
+
+    @property
+    def done(self) -> bool:
+        """Whether the text has ended, or an error has ended it."""
+        return self._completion is not None or self._error is not None
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        n = 0 if self.job is None else self.job.run.n_generated
+        return Usage(len(self.prompt_ids), n, self.n_cached)
+
+    def cancel(self) -> None:
+        """End the text where it is, before the next step; ``result`` then has what was written."""
+        self._asked = self._asked or "cancelled"
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the text to end.
+
+        Raises
+        ------
+        TimeoutError
+            It has not ended within ``timeout`` seconds; it goes on.
+        Exception
+            What its own logits processor raised, or what ended the step that computed it.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"the text has not ended within {timeout} s; it goes on")
+        return self._outcome()
+
+    def __iter__(self) -> Iterator[str]:
+        seen = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda n=seen: self.done or len(self._pieces) > n)  # type: ignore[misc]
+            yield from self._pieces[seen : (seen := len(self._pieces))]
+            if self.done and seen == len(self._pieces):
+                self._outcome()
+                return
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        seen = 0
+        while True:
+            await self._change(seen)
+            pieces = self._pieces[seen:]
+            seen += len(pieces)
+            for piece in pieces:
+                yield piece
+            if self.done and seen == len(self._pieces):
+                self._outcome()
+                return
+
+    def __await__(self) -> Generator[object, None, Completion]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Completion:
+        while not self.done:
+            await self._change(len(self._pieces))
+        return self._outcome()
+
+    async def _change(self, seen: int) -> None:
+        """Wait until there are more than ``seen`` pieces, or no more to come."""
+        loop = asyncio.get_running_loop()
+        with self._changed:
+            if self.done or len(self._pieces) > seen:
+                return
+            future = loop.create_future()
+            self._waiters.append((loop, future))
+        await future
+
+    def _outcome(self) -> Completion:
+        if self._error is not None:
+            raise self._error
+        assert self._completion is not None
+        return self._completion
+
+    # ---- for the engine's thread
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to compute; a deadline that has passed, or ``cancel``, ends it here."""
+        if self._ends_at is not None and time.monotonic() >= self._ends_at:
+            self._asked = self._asked or "deadline"
+        if self.job is None:
+            return self._asked is not None
+        run = self.job.run
+        run.finish_reason = run.finish_reason or self._asked
+        return run.finish_reason is not None
+
+    @property
+    def can_be_set_aside(self) -> bool:
+        """Whether its state can be made anew: it is its own, and no context shift has turned its keys."""
+        return self.given_state is None and self.job is not None and not self.job.run.shifted
+
+    def set_aside(self) -> None:
+        """Give up the state; what it holds is computed again in another one."""
+        assert self.job is not None
+        self.set_aside_ids = self.job.run.give_up()
+
+    def show(self) -> None:
+        """Hand what was written since the last call to those who wait for it."""
+        if self.job is not None and (taken := self.job.take()):
+            self._notify([piece for _, piece in taken])
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the request, with an error or with the text so far."""
+        if self.done:
+            return
+        self.show()
+        if error is not None:
+            self._notify(error=error)
+        elif self.job is not None:
+            self._notify(completion=self.job.completion())
+        else:
+            self._notify(completion=self._unwritten())
+        if self.job is not None and not self.set_aside_ids:
+            self.job.run.give_up()
+
+    def _unwritten(self) -> Completion:
+        wanted: list[Token] | None = [] if self.options.logprobs is not None else None
+        echoed = wanted if self.options.echo else None
+        return Completion(
+            "", [], self._asked or "cancelled", self.prompt_ids, wanted, echoed, Timings()
+        )
+
+    def _notify(
+        self,
+        pieces: list[str] | None = None,
+        completion: Completion | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        with self._changed:
+            self._pieces.extend(pieces or ())
+            self._completion, self._error = completion, error
+            waiters, self._waiters = self._waiters, []
+            self._changed.notify_all()
+        for loop, future in waiters:
+            with suppress(RuntimeError):  # its event loop was closed
+                loop.call_soon_threadsafe(wake, future)
+
+
+def wake(future: asyncio.Future[None]) -> None:
+    """Let a coroutine go on that waits for a future, unless it was cancelled."""
+    if not future.done():
+        future.set_result(None)

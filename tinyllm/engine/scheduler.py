@@ -1,0 +1,379 @@
+"""Requests that come and go: they join the steps of one model, share its memory, and leave.
+
+A row of a step has the same bits alone and among others, so a text does not depend on what else is written, on
+the pieces in which its prompt was read, or on having been set aside.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
+from ..models.memory import cache_bytes
+from .completion import Prompt, begin, options_of, room_for, split_prompts
+from .generate import Run, Work, check_fits, steps
+from .request import Request
+from .request import Usage as Usage
+
+if TYPE_CHECKING:
+    from ..chat.render import Message
+    from ..model import Model
+    from ..models.state import State
+
+MOST_TEXTS = 64  # texts of a step, unless told otherwise
+SLOWER = (
+    2.0  # a step that also reads prompts may take so many times as long as one that only writes
+)
+FIRST_ROWS, FEWEST_ROWS = (
+    16,
+    4,
+)  # rows of prompts beside texts: before anything was timed, and at least
+
+
+class Engine:
+    """Writes many texts of one model side by side, in a thread of its own.
+
+    Requests join and leave between steps. Long prompts are read in pieces, so that the texts being written
+    keep their pace. A request waits while there is no memory for it. What it writes is what ``Model.generate``
+    writes for it alone: on ``cpu``, to the bit.
+
+    Parameters
+    ----------
+    model : Model
+        It may be used by others meanwhile, who wait for the engine's steps and it for theirs.
+    max_rows : int, optional
+        Rows of a step at most: each text takes one, prompts share the others. Default: 64 texts, and the
+        rows that a second allows.
+    max_bytes : int, optional
+        Bytes of keys and values at most; half of the memory that is free now. One request always runs. It may
+        be changed at any time: where running requests no longer fit, the last ones are set aside, and read
+        their text again later.
+    max_queue : int
+        Requests that may wait.
+
+    Examples
+    --------
+    >>> import tinyllm
+    >>> with tinyllm.load() as m, tinyllm.Engine(m) as engine:
+    ...     requests = [engine.submit(p, max_tokens=4, temperature=0) for p in ("One", "Two")]
+    ...     [len(r.result().ids) for r in requests]
+    [4, 4]
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_rows: int | None = None,
+        max_bytes: int | None = None,
+        max_queue: int = 1024,
+    ) -> None:
+        for name, value in (
+            ("max_rows", max_rows),
+            ("max_bytes", max_bytes),
+            ("max_queue", max_queue),
+        ):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise ArgumentError(f"{name}={value!r:.40}; expected a whole number of at least 1")
+        if not model.config.causal:
+            raise ArgumentError(f"{model.arch} reads texts and writes none; use embed")
+        self._model, self._net = model, model.network
+        self.max_rows, self.max_queue = max_rows, max_queue
+        free = min(stage.be.memory()[0] for stage in self._net.stages)
+        self.max_bytes = free // 2 if max_bytes is None else max_bytes
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._runs: list[Run] = []  # theirs, which the loop looks at before each step
+        self._most: int | None = None  # requests at a time, since memory ran out in a step
+        self._pace = Pace()
+        self._closed = False
+        self._changed = threading.Condition()  # guards _waiting and _closed
+        self._thread = threading.Thread(target=self._work, name="tinyllm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: Prompt | Sequence[Mapping[str, Any]],
+        max_tokens: int = 256,
+        *,
+        template: str | None = None,
+        tools: Sequence[Any] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        state: State | None = None,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Request:
+        """Add a request, and return at once.
+
+        Parameters
+        ----------
+        prompt : str, sequence of int, or messages
+            What ``Model.generate`` or ``Model.chat`` takes; a single one.
+        template, tools, template_vars, continue_final_message
+            For messages, as ``Model.chat`` has them.
+        state : State, optional
+            Continue this conversation; no other request may use it until this one is done.
+        deadline : float, optional
+            Seconds after which the text ends where it is, with the ``finish_reason`` "deadline".
+        max_tokens, **options
+            As ``Model.generate`` has them, without ``tap`` and ``stream``.
+
+        Raises
+        ------
+        QueueFull
+            ``max_queue`` requests are waiting.
+        ArgumentError, ContextOverflow, TemplateError
+            The request could not be run.
+        """
+        refuse(options, deadline)
+        source = {n: options.pop(n, None) for n in ("json_schema", "regex", "grammar")}
+        chosen = options_of(max_tokens, grammar=self._model.grammar(**source), **options)
+        ids = self._ids(prompt, (template, tools, template_vars, continue_final_message), state)
+        n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
+        check_fits(len(ids) + (len(state.ids) if state else 0), n_ctx, chosen.overflow)
+        self._net.check_ids([ids])
+        request = Request(ids, chosen, n_ctx, state, deadline)
+        with self._changed:
+            if self._closed:
+                raise TinyLLMError("the engine is closed")
+            if len(self._waiting) >= self.max_queue:
+                raise QueueFull(
+                    f"{len(self._waiting)} requests are waiting, as many as may; try again later"
+                )
+            if state is not None and any(
+                r.given_state is state for r in (*self._waiting, *self._running)
+            ):
+                raise ArgumentError("the state is in use by another request; wait for its result")
+            self._waiting.append(request)
+            self._changed.notify_all()
+        return request
+
+    def _ids(
+        self, prompt: Prompt | Sequence[Any], chat: tuple[Any, ...], state: State | None
+    ) -> list[int]:
+        if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], Mapping):
+            prompts, many = split_prompts(prompt)
+            if many:
+                raise ArgumentError("prompt is a list of prompts; submit each by itself")
+            return self._model.prompt_ids(prompts[0])
+        ids = self._model.chat_ids(cast("Sequence[Message]", prompt), *chat)
+        if state is not None:
+            kept = state.reuse(ids)
+            state.truncate(kept)
+            ids = ids[kept:]
+        return ids
+
+    def close(self) -> None:
+        """End all requests where they are, with the ``finish_reason`` "cancelled", and the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        try:
+            while self._wait():
+                try:
+                    self._run()
+                except Exception as e:
+                    self._step_failed(e)
+        finally:
+            with self._changed:
+                self._closed = True
+            for request in (*self._running, *self._waiting):
+                request.cancel()
+                request.finish()
+
+    def _wait(self) -> bool:
+        """Wait for requests, and admit some; False once the engine is closed."""
+        while True:
+            self._admit()
+            with self._changed:
+                if self._closed or self._running:
+                    return not self._closed
+                if not self._waiting:
+                    self._changed.wait()
+
+    def _run(self) -> None:
+        """Take steps until no request is running."""
+        start = time.perf_counter()
+        for work in steps(
+            self._net, self._runs, prompt_rows=self._rows_to_read, failed=self._choice_failed
+        ):
+            self._pace.note(work, time.perf_counter() - start)
+            self._settle()
+            if self._closed:
+                return
+            self._fit()
+            self._admit()
+            start = time.perf_counter()
+
+    def _settle(self) -> None:
+        """Show what was written, and let those go that have ended."""
+        for request in list(self._running):
+            if request.ended:
+                self._leave(request)
+                request.finish()
+                self._most = None  # it left memory to others
+            else:
+                request.show()
+
+    def _leave(self, request: Request) -> None:
+        at = self._running.index(request)
+        with self._changed:
+            del self._running[at]
+        del self._runs[at]
+
+    def _rows_to_read(self) -> int:
+        """How many rows of prompts the next step may compute beside texts."""
+        most = self.max_rows or self._net.n_batch
+        return max(1, min(self._pace.rows(), most - len(self._runs)))
+
+    def _choice_failed(self, run: Run, error: Exception) -> None:
+        """End the one request whose token could not be chosen, such as by an error in its processor."""
+        request = self._running[self._runs.index(run)]
+        run.finish_reason = "cancelled"
+        request.finish(error)
+
+    def _step_failed(self, error: Exception) -> None:
+        """A step as a whole failed. For want of memory, fewer go on; else it is the error of all."""
+        if isinstance(error, (DeviceError, MemoryError)) and self._set_last_aside():
+            for request in list(filter(spoilt, self._running)):
+                self._set_aside(request)
+            self._most = max(1, len(self._running))
+            return
+        for request in list(self._running):
+            self._leave(request)
+            request.finish(error)
+
+    # ---- memory
+
+    @property
+    def _held(self) -> int:
+        """Bytes of keys and values of the running requests."""
+        return sum(r.job.run.state.nbytes for r in self._running if r.job is not None)
+
+    def _needs(self, request: Request) -> int:
+        """Bytes that admitting a request takes."""
+        if request.given_state is not None:
+            return request.given_state.nbytes
+        return cache_bytes(self._net.decoder.caches, request.n_ctx, self._net.kv_type)
+
+    def _admit(self) -> None:
+        """Let waiting requests join, in their order, while there is room for them."""
+        most = self._most or self.max_rows or min(MOST_TEXTS, self._net.n_batch)
+        with self._changed:
+            gone = [r for r in self._waiting if r.ended]
+            for request in gone:
+                self._waiting.remove(request)
+        for request in gone:
+            request.finish()
+        while self._waiting and len(self._running) < most:
+            request = self._waiting[0]  # only this thread takes requests from the queue
+            if self._running and self._held + self._needs(request) > self.max_bytes:
+                return
+            try:
+                self._begin(request)
+            except Exception as e:
+                if self._running and isinstance(e, (DeviceError, MemoryError)):
+                    return  # others hold the memory; it is tried again when they leave
+                with self._changed:
+                    self._waiting.popleft()
+                request.finish(e)
+                continue
+            with self._changed:
+                self._waiting.popleft()
+                assert request.job is not None
+                self._running.append(request)
+            self._runs.append(request.job.run)
+            if request.ended:  # no token was asked for
+                self._leave(request)
+                request.finish()
+
+    def _begin(self, request: Request) -> None:
+        """Give a request a state: a first one, or a new one after it was set aside."""
+        state = request.given_state or self._net.new_state(request.n_ctx)
+        if request.job is None:
+            t = self._model.tokenizer
+            request.job = begin(t, self._net, state, request.prompt_ids, request.options)
+            if request.given_state is None:  # what the new state holds already was read for others
+                request.n_cached = request.job.run.timings.n_reused
+        else:
+            request.job.run.resume(state, request.set_aside_ids)
+            request.set_aside_ids = []
+
+    def _fit(self) -> None:
+        """Set the last requests aside while the running ones hold too much memory."""
+        while self._held > self.max_bytes and self._set_last_aside():
+            pass
+
+    def _set_last_aside(self) -> bool:
+        """Set the last request aside that can be; False if there is none, or only one is running."""
+        can = [r for r in self._running if r.can_be_set_aside]
+        if len(self._running) < 2 or not can:
+            return False
+        self._set_aside(can[-1])
+        return True
+
+    def _set_aside(self, request: Request) -> None:
+        """Take a running request's memory; once there is room again, it reads its own text and goes on."""
+        self._leave(request)
+        request.set_aside()
+        with self._changed:
+            self._waiting.appendleft(request)
+
+
+class Pace:
+    """How many rows of prompts a step may compute without holding up the texts that it also writes."""
+
+    def __init__(self) -> None:
+        self.usual = 0.0  # seconds of a step that only writes
+        self.per_row = 0.0  # seconds that each row of a prompt adds
+
+    def note(self, work: Work, seconds: float) -> None:
+        """Learn from a step."""
+        n_read = sum([n for run, n in work if n > 1 + run.n_drafted])
+        if not n_read:
+            self.usual += (seconds - self.usual) * (0.1 if self.usual else 1)
+        elif self.usual and n_read >= FEWEST_ROWS and len(work) > 1:
+            each = max(seconds - self.usual, 0) / n_read
+            self.per_row += (each - self.per_row) * (0.3 if self.per_row else 1)
+
+    def rows(self) -> int:
+        """Rows of prompts that make a step ``SLOWER`` times as long as usual."""
+        if not self.usual or not self.per_row:
+            return FIRST_ROWS
+        return max(FEWEST_ROWS, int((SLOWER - 1) * self.usual / self.per_row))
+
+
+def spoilt(request: Request) -> bool:
+    """Whether a step ended in the middle of what a recurrent state sums up."""
+    return request.job is not None and request.job.run.state.spoilt and request.can_be_set_aside
+
+
+def refuse(options: Mapping[str, Any], deadline: float | None) -> None:
+    """Raise ArgumentError for options of ``generate`` that have no meaning among other requests."""
+    if options.get("tap") is not None:
+        raise ArgumentError("tap sees the rows of all requests; use Model.generate for it")
+    if options.get("stream"):
+        raise ArgumentError("stream: leave it out, and iterate over the request")
+    if deadline is not None and not deadline >= 0:
+        raise ArgumentError(f"deadline={deadline!r}; expected seconds from now")
