@@ -40,9 +40,7 @@ class Page:
         return len(self.holders) > 1
 
 
-Pages: TypeAlias = (
-    "list[Page | None]"  # of one group of layers; None: not yet written, or given back
-)
+Pages: TypeAlias = "list[Page | None]"  # None: not yet written, or given back
 
 
 class PagedCache(Cache):

@@ -199,7 +199,7 @@ class Layout:
         self.shapes = [(key_shape(c, kv_type), value_shape(c, kv_type)) for c in layers]
         self.table = np.zeros((len(layers), LAYER // 8), np.int64)
         self.at = np.zeros((len(layers), 2), np.int64)
-        self.offsets: list[np.ndarray] = []  # of each group: [its layers, 2] bytes
+        self.offsets: list[np.ndarray] = []  # bytes, for each group [its layers, 2]
         self.page_bytes: list[int] = []
         for group in PagedCache.groups_of(layers):
             size = 0

@@ -45,7 +45,7 @@ class Side:
     dim: int
     width: int  # dim rounded up to whole pieces
     kv_type: KVType
-    group: int = 0  # of layers with the same window, whose pages lie in one buffer
+    group: int = 0  # layers of one window, whose pages share a buffer
 
     @property
     def nbytes(self) -> int:
