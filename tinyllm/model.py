@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .chat.render import Message
+    from .chat.turn import Turn
     from .models.config import Config
 
 
@@ -358,6 +361,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -371,6 +375,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -384,6 +389,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -396,6 +402,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         template_vars: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         *,
@@ -413,7 +420,12 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             A Jinja template to use instead of the file's, or the name of a well-known one: "chatml", "llama2",
             "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna".
         tools : sequence, optional
-            Descriptions of tools in whatever form the template reads them.
+            Functions that the model may call: ``{"type": "function", "function": {"name": ...,
+            "description": ..., "parameters": a JSON schema}}``. The template must show them.
+        tool_choice : str or mapping
+            "auto": the model chooses; "none": no calls; "required": one or more; a function's name: that one.
+            Calls keep to the functions' schemas, for which the extra ``[json]`` is needed; without it "auto"
+            reads whatever the model writes. The ``message`` of the completion has the calls and the reasoning.
         template_vars : mapping, optional
             Further variables of the template, such as ``{"enable_thinking": False}``.
         continue_final_message : bool
@@ -436,36 +448,69 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> m = tinyllm.load()
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
-        ids = self.chat_ids(messages, template, tools, template_vars, continue_final_message)
+        turn = self.turn(
+            messages, template, tools, tool_choice, template_vars, continue_final_message
+        )
+        ids = turn.ids
+        options = {**options, **self._held_to_calls(turn, options)}
         state = options.get("state")
         if state is not None:
             kept = state.reuse(ids)
             state.truncate(kept)
             ids = ids[kept:]
-        return self.generate(ids, max_tokens, stream=stream, **options)
+        answer = self.generate(ids, max_tokens, stream=stream, **options)
 
-    def chat_ids(
+        def finished(done: Completion) -> Completion:
+            hidden = any(map(self.tokenizer.is_control, done.ids))
+            text = self.tokenizer.decode(done.ids) if hidden else done.text
+            return replace(done, message=turn.message(text))
+
+        if isinstance(answer, Completion):
+            return finished(answer)
+        answer.finished = finished
+        return answer
+
+    def turn(
         self,
         messages: Sequence[Message],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         template_vars: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
-    ) -> list[int]:
-        """The tokens that ``chat`` reads for a conversation; the arguments are those of ``chat``."""
-        from .chat.render import chat_ids, check_variables, given_template, pick_template
+    ) -> Turn:
+        """What ``chat`` reads for a conversation, and how it understands the answer; its arguments."""
+        from .chat.render import check_variables, given_template, pick_template
+        from .chat.turn import Turn
 
         check_variables(template_vars or {})
         given = template is not None
         chosen = pick_template(self.metadata) if template is None else given_template(template)
         if chosen is None:
             raise TemplateError("the file has no chat template; give one with template=")
+        turn = Turn(chosen, messages, tools or (), tool_choice, template_vars or {})
         t = self.tokenizer
-        ids = chat_ids(
-            t, chosen, messages, bos_id=t.bos, eos_id=t.eos, must_show=given,
-            continue_final=continue_final_message, **{"tools": tools, **(template_vars or {})},
-        )  # fmt: skip
-        return without_end(t, ids)
+        ids = turn.read(t, t.bos, t.eos, must_show=given, continue_final=continue_final_message)
+        turn.ids = without_end(t, ids)
+        turn.end = t.decode(turn.ids[-24:])
+        return turn
+
+    def _held_to_calls(self, turn: Turn, options: GenerateOptions) -> GenerateOptions:
+        """The constraint under which a turn's calls are written; none where nothing may be called."""
+        if not turn.functions or (turn.choice == "auto" and find_spec("llguidance") is None):
+            return {}
+        held = [k for k in ("json_schema", "regex", "grammar") if options.get(k) is not None]
+        if held:
+            raise ArgumentError(
+                f"{held[0]} and tools are given; with tool_choice='none' one may be"
+            )
+        for name, schema in turn.schemas():
+            try:
+                self.grammar(json_schema=schema)
+            except ArgumentError as error:
+                raise ArgumentError(f"tools: {name}: {error}") from None
+        grammar = turn.grammar(self.tokenizer.special_tokens, self.tokenizer.eog)
+        return {} if grammar is None else {"grammar": grammar}
 
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""

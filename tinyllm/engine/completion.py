@@ -62,7 +62,8 @@ class Completion:
 
     ``text`` is what was written, without the prompt; ``ids`` its tokens; ``logprobs`` one Token each, where
     asked for; ``finish_reason`` is "stop" (the model or a stop string ended it), "length" (max_tokens),
-    "context" (no room was left) or "cancelled".
+    "context" (no room was left) or "cancelled". ``message`` is a chat's answer as a message:
+    {"role", "content"}, and where there are any "reasoning" and "tool_calls".
     """
 
     text: str
@@ -72,6 +73,7 @@ class Completion:
     logprobs: list[Token] | None = None
     prompt_logprobs: list[Token] | None = None
     timings: Timings = field(default_factory=Timings)
+    message: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -207,6 +209,7 @@ class Pieces(Iterator[str]):
 
     def __init__(self, net: Network, job: Job, tap: Tap | None) -> None:
         self._job, self._pieces = job, pieces_of(net, job, tap)
+        self.finished: Callable[[Completion], Completion] = lambda done: done
 
     def __next__(self) -> str:
         return next(self._pieces)[1]
@@ -220,7 +223,7 @@ class Pieces(Iterator[str]):
 
         Its ``finish_reason`` is "cancelled" until the text has ended.
         """
-        return self._job.completion()
+        return self.finished(self._job.completion())
 
 
 def pieces_of(
