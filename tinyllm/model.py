@@ -19,8 +19,11 @@ from .engine.completion import (
     Pieces,
     Prompt,
     begin,
+    check_given,
     check_n_ctx,
     complete,
+    ids_of,
+    listed,
     options_of,
     or_beginning,
     room_for,
@@ -117,7 +120,8 @@ class Model:
             The state has no room for so many.
         """
         self._check_writes()
-        ids = [int(i) for i in ids]
+        ids = ids_of(ids)
+        check_given(state, tap)
         if not ids:
             return np.empty((0, self.network.n_vocab), np.float32)
         state = state or self.new_state(max(len(ids), SMALLEST_CONTEXT))
@@ -139,7 +143,7 @@ class Model:
         self, ids: Sequence[int], pooling: str | None = None, normalize: bool = True
     ) -> np.ndarray:
         """The embedding of one sequence -> float32 [n_embd], or [len(ids), n_embd] with pooling "none"."""
-        return self.embed_batch([[int(i) for i in ids]], pooling, normalize)[0]
+        return self.embed_batch([ids_of(ids)], pooling, normalize)[0]
 
     def embed(
         self, texts: str | Sequence[str], pooling: str | None = None, normalize: bool = True
@@ -166,7 +170,7 @@ class Model:
             raise ArgumentError(
                 "pooling='none' gives one row per token; use embed_ids text by text"
             )
-        ids = [self.tokenizer.encode(t) for t in texts]
+        ids = [self.tokenizer.encode(t) for t in listed(texts, "texts")]
         if not ids:
             return np.empty((0, self.config.n_embd), np.float32)
         return np.stack(self.embed_batch(ids, pooling, normalize))
@@ -189,9 +193,8 @@ class Model:
             A query and a document together have more tokens than the model was trained for.
         """
         check_ranks(self.network)
-        if isinstance(documents, str):
-            raise ArgumentError("documents is a single string; expected a list of them")
-        return rank(self.network, [self.tokenizer.encode_pair(query, d) for d in documents])
+        pairs = [self.tokenizer.encode_pair(query, d) for d in listed(documents, "documents")]
+        return rank(self.network, pairs)
 
     def embed_batch(
         self,
@@ -323,6 +326,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         5
         """
         self._check_writes()
+        check_given(state, tap)
         options = options_of(
             max_tokens,
             stop,
@@ -454,6 +458,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         ids = turn.ids
         options = {**options, **self._held_to_calls(turn, options)}
         state = options.get("state")
+        check_given(state, options.get("tap"))
         if state is not None:
             kept = state.reuse(ids)
             state.truncate(kept)
@@ -480,10 +485,16 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         continue_final_message: bool = False,
     ) -> Turn:
         """What ``chat`` reads for a conversation, and how it understands the answer; its arguments."""
-        from .chat.render import check_variables, given_template, pick_template
+        from .chat.render import (
+            check_messages,
+            check_variables,
+            given_template,
+            pick_template,
+        )
         from .chat.turn import Turn
 
-        check_variables(template_vars or {})
+        check_messages(messages)
+        check_variables({} if template_vars is None else template_vars)
         given = template is not None
         chosen = pick_template(self.metadata) if template is None else given_template(template)
         if chosen is None:
