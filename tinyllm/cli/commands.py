@@ -125,28 +125,31 @@ def info_arguments(p: Parser) -> None:
     model_argument(p)
     p.add_argument("-c", "--n-ctx", type=int, metavar="N", help="context to reckon the memory of")
     p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
-    p.add_argument("--keys", action="store_true", help="every metadata key instead")
-    p.add_argument("--tensors", action="store_true", help="every tensor instead")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--keys", action="store_true", help="every metadata key instead")
+    what.add_argument("--tensors", action="store_true", help="every tensor instead")
     p.add_argument(
         "--check", action="store_true", help="read all weights; NaN or infinity is an error"
     )
-    json_option(p)
+    json_option(what)
 
 
 def info(args: Arguments) -> None:
+    from ..engine.completion import check_n_ctx
     from ..engine.progress import checking
     from ..gguf.finite import check_finite
     from . import info as about
 
+    n_ctx = check_n_ctx(args.n_ctx)
     with open_file(args.model) as file:
         if args.json:
-            print_json(about.as_json(file, args.n_ctx, args.kv_type))
+            print_json(about.as_json(file, n_ctx, args.kv_type))
         elif args.keys:
             show_lines(about.keys(file.metadata))
         elif args.tensors:
             show_lines(about.tensor_lines(file.tensors))
         else:
-            show_lines(about.report(file, args.n_ctx, args.kv_type))
+            show_lines(about.report(file, n_ctx, args.kv_type))
         if args.check:
             check_finite(file, checking)
             if not args.json:
@@ -213,6 +216,11 @@ def tokenize(args: Arguments) -> None:
 
 # ---- devices
 
+GENERIC = (
+    "warning: generic kernels run on this cpu, many times slower than others: the system tells of neither AVX2 "
+    "with FMA and F16C nor ARM's dot product. NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name what it has"
+)
+
 
 def devices_arguments(p: Parser) -> None:
     json_option(p)
@@ -221,11 +229,17 @@ def devices_arguments(p: Parser) -> None:
 def devices(args: Arguments) -> None:
     import tinyllm
 
+    from ..kernels.cpu import emit
+
     found = tinyllm.list_devices()
+    cpu, *gpus = ({"id": d.id, **asdict(d)} for d in found)
     if args.json:
-        print_json([asdict(d) for d in found])
+        print_json([{**cpu, "instructions": emit.instructions()}, *gpus])
     else:
         show_lines(f"{d.id:<12} {d.memory / 1e9:>7.1f} GB  {d.name}" for d in found)
+        show(f"kernels of the cpu: {emit.instructions()}\n")
+    if emit.instruction_set() == "generic":
+        note(GENERIC)
 
 
 # ---- bench
@@ -265,6 +279,36 @@ def bench(args: Arguments) -> None:
     else:
         show(benchmark.as_table(about, results) + "\n")
         show_lines([] if found is None else found.lines())
+
+
+# ---- lab
+
+
+def lab_arguments(p: Parser) -> None:
+    p.add_argument("files", metavar="FILE", nargs="+", help="of Python, CUDA C or OpenCL C")
+    p.add_argument("--device", help="cpu (default), cuda[:i], opencl[:i]")
+    p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: the physical cores")
+    p.add_argument(
+        "--seconds", type=float, default=0.5, metavar="S", help="for each time; default %(default)s"
+    )
+    p.add_argument("--plot", metavar="FILE", help="draw the roofline, .png or .svg")
+    json_option(p)
+
+
+def lab(args: Arguments) -> None:
+    from .lab import examine
+
+    if args.plot is not None:
+        plots.check(args.plot)
+    found = examine(args.files, args.device, args.n_threads, args.seconds)
+    if args.plot is not None and found.points():
+        plots.roofline(args.plot, found.device, found.limits, found.points())
+    if args.json:
+        print_json(found.as_json())
+    else:
+        show_lines(found.lines())
+    if found.wrong:
+        raise TinyLLMError("a kernel is wrong")
 
 
 # ---- perplexity
@@ -457,6 +501,11 @@ COMMANDS = {
         "Measure tokens per second, of a prompt (pp) and one by one (tg), as llama-bench does.",
         "tinyllm bench model.gguf -p 512 -n 64 -t 2 -r 3",
         bench_arguments, bench,
+    ),
+    "lab": Command(
+        "Check kernels of your own, and rank them beside ours and the machine's limits.",
+        "tinyllm lab mine.py --seconds 1 --plot roofline.svg",
+        lab_arguments, lab,
     ),
     "perplexity": Command(
         "Score a text, as llama.cpp's tool of that name does.",

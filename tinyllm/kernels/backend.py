@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 
 from .. import system
-from ..errors import DeviceError
+from ..errors import ArgumentError, DeviceError
 from .batch import Array as Array
 from .batch import Batch as Batch
 from .batch import Cache as Cache
@@ -32,12 +32,20 @@ from .batch import LayerCache as LayerCache
 from .batch import Pairing as Pairing
 from .batch import RopeSpec as RopeSpec
 from .choose import Best as Best
+from .outside import Outside
 from .profile import Profile
 
 Activation = Literal[
     "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus", "swiglu_oai"
 ]
 Compute = Literal["f32", "bf16"]
+
+
+def check_n_threads(n: int | None) -> None:
+    """ArgumentError for a number of threads that is no whole number of at least 1; None is right."""
+    whole = isinstance(n, (int, np.integer)) and not isinstance(n, bool)
+    if n is not None and (not whole or n < 1):
+        raise ArgumentError(f"n_threads={n!r:.40}; expected a whole number of at least 1, or None")
 
 
 class Source(Protocol):
@@ -105,6 +113,7 @@ class Device:
     index: int = 0  # among the devices of its kind
     name: str = ""  # the maker's, "NVIDIA H200"
     memory: int = 0  # bytes in all; 0 where nobody asked
+    on_cpu: bool = False  # an OpenCL driver that computes on the CPU, as PoCL and Intel's
 
     @property
     def id(self) -> str:
@@ -118,8 +127,8 @@ class Device:
 
     @property
     def is_real_gpu(self) -> bool:
-        """Is it a GPU, and not the CPU behind OpenCL (PoCL), which names its devices so?"""
-        return self.is_gpu and not self.name.lower().startswith(("cpu", "pthread"))
+        """Is it a GPU, and not the CPU behind OpenCL?"""
+        return self.is_gpu and not self.on_cpu
 
     def __str__(self) -> str:
         return f"{self.id} {self.name}" if self.is_gpu else self.id
@@ -178,6 +187,13 @@ class Backend(ABC):
             batch.n_seq,
             batch.n_out,
         )
+
+    def replace_kernels(self, kernels: Sequence[Outside]) -> list[Outside]:
+        """Use kernels from outside for weights loaded from now on, and return those that are for this device.
+
+        Raises ArgumentError for one that does not compile or has other parameters than its operation.
+        """
+        return []
 
     def profiled(self) -> AbstractContextManager[Profile]:
         """Time every kernel of this thread's steps, with the same results, until the context ends."""

@@ -29,7 +29,7 @@ from functools import lru_cache
 import numpy as np
 from llvmlite import ir
 
-from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, instruction_set, lanes
+from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, has_i8mm, instruction_set, lanes
 from .formats import Format, Part, Tile, int8_format, whole_format
 from .simd import emitter, i64, types
 
@@ -62,6 +62,14 @@ class Activations:
     def codes(self, token: int, c: int):
         """4 codes of a token in all lanes."""
         return self.e.broadcast(self.x, I32, self.n, self.span * token + 4 * c)
+
+    def codes_of_two(self, tokens: tuple[int, int], c: int):
+        """8 codes of a token, then 8 of another."""
+        pair = ir.Constant(V(I64, 2), ir.Undefined)
+        for i, token in enumerate(tokens):
+            eight = self.e.load(self.x, I64, self.span * token + 4 * c)
+            pair = self.e.b.insert_element(pair, eight, I32(i))
+        return pair
 
     def field(self, token: int, name: str):
         """A value of a token in all lanes."""
@@ -110,6 +118,8 @@ class Columns:
         """The exact sums of a scale's columns, one per token."""
         if instruction_set() in ("avx2", "generic"):
             return self._sums_of_pairs(half)
+        if has_i8mm() and len(self.tokens) > 1:
+            return self._sums_of_two_tokens(half)
         totals = self.start(half)
         for c in self.runs[half]:
             w = self.code(c)
@@ -117,6 +127,19 @@ class Columns:
             some = zip(totals, xs, strict=True)
             totals = [self.e.dot(s, w, x4, self.fmt.signed) for s, x4 in some]
         return totals
+
+    def _sums_of_two_tokens(self, half: int) -> list:
+        """The sums by an instruction for two tokens; the last of an odd number of tokens goes twice."""
+        e, run, last = self.e, self.runs[half], len(self.tokens) - 1
+        twos = [(i, min(i + 1, last)) for i in range(0, last + 1, 2)]
+        starts = self.start(half)
+        totals = [e.interleave(starts[i], starts[j]) for i, j in twos]
+        for c in run[::2]:
+            rows = e.interleave(self.code(c), self.code(c + 1))
+            for k, (i, j) in enumerate(twos):
+                x = self.x.codes_of_two((self.tokens[i], self.tokens[j]), c)
+                totals[k] = [e.dot_2x2(t, r, x) for t, r in zip(totals[k], rows, strict=True)]
+        return [s for two in totals for s in e.separate(*two)][: last + 1]
 
     def pairs(self, half: int) -> Iterator[list]:
         """Partial sums in 16-bit lanes, each as long as it cannot overflow: two instructions, not three."""
@@ -195,7 +218,8 @@ def _add_parts(
 ) -> list:
     """acc[token] + the columns of a block; ``at(j)``: the activations of its part j."""
     for j, part in enumerate(parts()):
-        in_order(e, order)
+        if order == "parts":
+            e.in_order()
         x = at(j)
         columns = Columns(e, fmt, part, x, tokens)
         sums = zip(*(columns.sums(half) for half in range(len(part.scales))), strict=True)
@@ -208,12 +232,6 @@ def once(e: Emit, ahead, first):
     if lanes() == LANES:
         return ahead
     return e.b.select(e.b.icmp_signed("==", first, I64(0)), ahead, I64(0))
-
-
-def in_order(e: Emit, order: str) -> None:
-    """What is loaded from here on stays behind what was loaded before, if the order is that of the parts."""
-    if order == "parts":
-        e.b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
 
 
 def _add_whole(
@@ -230,7 +248,8 @@ def _add_whole(
             x = at(j)
             least = [with_minima(e, part.minima, x, t, least[t]) for t in tokens]
     for j, part in enumerate(parts()):
-        in_order(e, order)
+        if order == "parts":
+            e.in_order()
         x = at(j)
         whole = e.finish(Columns(e, fmt, part, x, tokens).add_scaled(whole))
     ready = zip(whole, tokens, acc, strict=True)
@@ -343,7 +362,7 @@ def unpacker(fmt: Format, form: Format) -> Callable:
     def put(e: Emit, p, to, first, ahead) -> None:
         to = e.at(to, e.b.mul(first, I64(4)))
         for j, part in enumerate(fmt.take(e, Tile(e, p, fmt, first, n, once(e, ahead, first)))):
-            in_order(e, "parts")
+            e.in_order()
             for i, v in enumerate(vectors(e, part)):
                 e.store(v, to, j * part_bytes + 4 * LANES * i)
         if form.span == 256:
