@@ -460,10 +460,7 @@ class GPUBackend(Backend):
 
     def cache_write(self, batch: Batch, layer: int, k: GPUArray, v: GPUArray) -> None:
         b = batches.on_device(self, batch)
-        store = batches.shared_store(b)
-        sides = store.layout.sides[layer]["k"], store.layout.sides[layer]["v"]
-        pages = b.pages[sides[0].group]
-        kvcache.write_rows(self, store, sides, (k, v), pages, b.n_pages, b.seqs, b.positions)
+        kvcache.write_batch(self, b, batches.shared_store(b), layer, k, v)
 
     def rope_write(
         self,

@@ -400,6 +400,15 @@ def write_rows(
     be.launch(kv_cache(KV_CODE[first.kv_type]), "cache_write", groups, (128, 1, 1), *args)
 
 
+def write_batch(
+    be: GPUBackend, b: DeviceBatch, store: Store, layer: int, k: GPUArray, v: GPUArray
+) -> None:
+    """Write the batch's keys [T, n_head * dim] and values to their sequences' pages."""
+    sides = store.layout.sides[layer]["k"], store.layout.sides[layer]["v"]
+    pages = b.pages[sides[0].group]
+    write_rows(be, store, sides, (k, v), pages, b.n_pages, b.seqs, b.positions)
+
+
 def read_rows(
     be: GPUBackend, store: Store, side: Side, pages: GPUArray, first: int, n: int
 ) -> GPUArray:
