@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
@@ -17,11 +17,13 @@ from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, f
 from .progress import reading
 
 if TYPE_CHECKING:
+    from ..model import Model
     from ..models.network import Network
     from ..models.state import State
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
     from .constraint import Grammar, Schema
+    from .speculate import Drafter
 
 SMALLEST_CONTEXT = 8
 Prompt: TypeAlias = str | Sequence[int]  # a text, or the ids of its tokens
@@ -54,6 +56,7 @@ class GenerateOptions(TypedDict, total=False):
     json_schema: Schema | None
     regex: str | None
     grammar: str | None
+    speculate: Literal["lookup"] | Model | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Options:
     echo: bool
     overflow: Overflow
     grammar: Grammar | None = None
+    drafter: Callable[[], Drafter] | None = None  # begins the speculation of a text
 
     def __post_init__(self) -> None:
         if self.overflow not in get_args(Overflow):
@@ -107,11 +111,12 @@ def options_of(
     echo: bool = False,
     overflow: Overflow = "error",
     grammar: Grammar | None = None,
+    drafter: Callable[[], Drafter] | None = None,
     **sampling: Any,
 ) -> Options:
     """The options of a call; ``sampling`` are those of SamplingParams."""
     params, limit = SamplingParams(**sampling), check_max_tokens(max_tokens)
-    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar)
+    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar, drafter)
 
 
 class Job:
@@ -172,6 +177,7 @@ def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: O
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
         o.echo and o.logprobs is not None, None if o.grammar is None else o.grammar.begin(),
         finish_reason="length" if limit == 0 else None,
+        drafter=None if o.drafter is None else o.drafter(),
     )  # fmt: skip
     state.append(truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids)
     job = Job(tokenizer, run, o.stop, ids)
