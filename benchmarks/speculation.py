@@ -1,4 +1,4 @@
-"""Speculation by lookup: tokens per second with and without, on tasks that repeat their input and on free prose.
+"""Speculation by lookup: tokens per second with and without, where texts repeat their input and in free prose.
 
 python benchmarks/speculation.py [MODEL.gguf] [--tokens 100] [--rounds 3] [--draft MODEL.gguf]
 """
