@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .engine.completion import Completion
     from .engine.scheduler import Engine
     from .kernels.devices import list_devices
+    from .kernels.outside import kernel
     from .loading import load
     from .model import Model
 
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "errors",
     "gguf",
+    "kernel",
     "list_devices",
     "load",
     "tokenizers",
@@ -30,6 +32,7 @@ _HOMES = {
     "Completion": "engine.completion",
     "Engine": "engine.scheduler",
     "Model": "model",
+    "kernel": "kernels.outside",
     "list_devices": "kernels.devices",
     "load": "loading",
 }

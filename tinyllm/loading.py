@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from importlib import resources
@@ -16,6 +17,7 @@ from .gguf.finite import check_finite
 from .kernels import devices
 from .kernels.backend import Compute, KVType
 from .kernels.devices import open_backend
+from .kernels.outside import Outside, read_kernels
 from .model import Model
 from .models.build import build
 from .models.memory import default_n_ctx
@@ -36,6 +38,7 @@ def load(
     strict: bool = True,
     check_weights: bool = False,
     compute: Compute = "f32",
+    kernels: Sequence[str | Path] = (),
 ) -> Model:
     """Load a GGUF file.
 
@@ -66,6 +69,8 @@ def load(
         In what numbers matrices stored as F32, F16 or BF16 are multiplied with several tokens. "bf16" is
         faster and rounds weights and activations to 8 binary digits; sums stay float32. It is for a CPU with
         AVX512-BF16; a token by itself, and the matrices of experts, are computed in float32 all the same.
+    kernels : sequence of str or Path
+        Files with kernels of your own (docs/lab.md), which replace ours wherever they fit.
 
     Raises
     ------
@@ -88,6 +93,9 @@ def load(
         )
     if not (n_gpu_layers is None or isinstance(n_gpu_layers, int)):
         raise ArgumentError(f"n_gpu_layers={n_gpu_layers!r:.40}; expected a whole number, or None")
+    if isinstance(kernels, str | Path):
+        kernels = [kernels]
+    outside = read_kernels(kernels)
     file = gguf.open(locate(path))
     try:
         tokenizer = vocabulary(file, strict)
@@ -95,7 +103,8 @@ def load(
             check_finite(file, checking)
         if compute == "bf16":
             check_floats(file)
-        place = placing(device, n_threads, n_gpu_layers, compute)
+        check_kinds(outside, file)
+        place = placing(device, n_threads, n_gpu_layers, compute, outside)
         network = build(file.metadata, file.tensors, place, kv_type, strict, loading)
         file.check_unchanged()
     except GGUFError as e:
@@ -107,6 +116,14 @@ def load(
     return Model(file, network, wanted or default_n_ctx(network), tokenizer)
 
 
+def check_kinds(kernels: Sequence[Outside], file: gguf.GGUFFile) -> None:
+    """ArgumentError for a kernel whose format no matrix of a file has."""
+    kinds = {t.type for t in file.tensors.values() if len(t.shape) == 2}
+    for k in kernels:
+        if k.operation in ("matvec", "matmul") and k.kind not in kinds:
+            raise ArgumentError(f"{k}: {file.path} has matrices of {', '.join(sorted(kinds))} only")
+
+
 def check_floats(file: gguf.GGUFFile) -> None:
     """ArgumentError unless a file has matrices of floats."""
     if not any(t.type in FLOATS and len(t.shape) == 2 for t in file.tensors.values()):
@@ -116,7 +133,11 @@ def check_floats(file: gguf.GGUFFile) -> None:
 
 
 def placing(
-    device: str | None, n_threads: int | None, n_gpu_layers: int | None, compute: Compute = "f32"
+    device: str | None,
+    n_threads: int | None,
+    n_gpu_layers: int | None,
+    compute: Compute = "f32",
+    kernels: Sequence[Outside] = (),
 ) -> Place:
     """Where the layers of a model go: the last ``n_gpu_layers`` to the devices named, the others to the CPU."""
     names = devices.resolve_all(device)
@@ -132,9 +153,15 @@ def placing(
         wanted = n_layer if n_gpu_layers is None or n_gpu_layers < 0 else n_gpu_layers
         first = max(n_layer - wanted, 0)
         rest = [Stage(open_backend("cpu", n_threads, compute), range(first))] if first else []
-        if first == n_layer:
+        backends = [] if first == n_layer else [open_backend(n, n_threads, compute) for n in names]
+        everywhere = [*(stage.be for stage in rest), *backends]
+        used = [k for be in everywhere for k in be.replace_kernels(kernels)] if kernels else []
+        for k in kernels:
+            if k not in used:
+                where = " + ".join(be.name for be in everywhere)
+                raise ArgumentError(f"{k}: written for {k.language}, which does not run on {where}")
+        if not backends:
             return rest
-        backends = [open_backend(n, n_threads, compute) for n in names]
         return rest + divide(backends, range(first, n_layer))
 
     return place

@@ -267,6 +267,36 @@ def bench(args: Arguments) -> None:
         show_lines([] if found is None else found.lines())
 
 
+# ---- lab
+
+
+def lab_arguments(p: Parser) -> None:
+    p.add_argument("files", metavar="FILE", nargs="+", help="of Python, CUDA C or OpenCL C")
+    p.add_argument("--device", help="cpu (default), cuda[:i], opencl[:i]")
+    p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: the physical cores")
+    p.add_argument(
+        "--seconds", type=float, default=0.5, metavar="S", help="for each time; default %(default)s"
+    )
+    p.add_argument("--plot", metavar="FILE", help="draw the roofline, .png or .svg")
+    json_option(p)
+
+
+def lab(args: Arguments) -> None:
+    from .lab import examine
+
+    if args.plot is not None:
+        plots.check(args.plot)
+    found = examine(args.files, args.device, args.n_threads, args.seconds)
+    if args.plot is not None and found.points():
+        plots.roofline(args.plot, found.device, found.limits, found.points())
+    if args.json:
+        print_json(found.as_json())
+    else:
+        show_lines(found.lines())
+    if found.wrong:
+        raise TinyLLMError("a kernel is wrong")
+
+
 # ---- perplexity
 
 
@@ -457,6 +487,11 @@ COMMANDS = {
         "Measure tokens per second, of a prompt (pp) and one by one (tg), as llama-bench does.",
         "tinyllm bench model.gguf -p 512 -n 64 -t 2 -r 3",
         bench_arguments, bench,
+    ),
+    "lab": Command(
+        "Check kernels of your own, and rank them beside ours and the machine's limits.",
+        "tinyllm lab mine.py --seconds 1 --plot roofline.svg",
+        lab_arguments, lab,
     ),
     "perplexity": Command(
         "Score a text, as llama.cpp's tool of that name does.",

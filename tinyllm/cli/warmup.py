@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..model import Model
 
-PROMPTS = (1, 2, 3, 5, 8, 17)  # tokens: kernels differ for one, a few, many
+PROMPTS = (1, 2, 3, 5, 8, 33)  # tokens: kernels differ for one, a few, many
 CHOICES = 40  # the sampler's default top_k
 BEHIND = 4  # room for so many tokens after each prompt
 

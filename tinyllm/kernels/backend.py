@@ -32,6 +32,7 @@ from .batch import LayerCache as LayerCache
 from .batch import Pairing as Pairing
 from .batch import RopeSpec as RopeSpec
 from .choose import Best as Best
+from .outside import Outside
 from .profile import Profile
 
 Activation = Literal[
@@ -178,6 +179,13 @@ class Backend(ABC):
             batch.n_seq,
             batch.n_out,
         )
+
+    def replace_kernels(self, kernels: Sequence[Outside]) -> list[Outside]:
+        """Use kernels from outside for weights loaded from now on, and return those that are for this device.
+
+        Raises ArgumentError for one that does not compile or has other parameters than its operation.
+        """
+        return []
 
     def profiled(self) -> AbstractContextManager[Profile]:
         """Time every kernel of this thread's steps, with the same results, until the context ends."""

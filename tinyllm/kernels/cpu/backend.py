@@ -27,12 +27,14 @@ from ..backend import (
     Routing,
     Source,
 )
+from ..outside import Outside
 from ..profile import Profile
-from . import attention, bfloat, choosing, elementwise, jit, matmul, recurrent
+from . import attention, bfloat, choosing, elementwise, jit, matmul, outside, recurrent
 from .attention import padded
 from .experts import record_experts
 from .kvcache import CPUCache
 from .limits import limits
+from .outside import Replacement
 from .program import CPUArray, Tape, aligned, wrapped
 from .steps import Growing, Steps
 from .threads import pool
@@ -66,6 +68,7 @@ class CPUBackend(Backend):
             bfloat.check_available()
         self.compute = compute
         self._steps = Steps(self.upload)
+        self._outside: dict[tuple[str, str], Replacement] = {}
         self.set_threads(pool().size if n_threads is None else n_threads)
 
     def set_threads(self, n_threads: int) -> None:
@@ -85,6 +88,11 @@ class CPUBackend(Backend):
     def _tape(self) -> Tape:
         return self._steps.tape
 
+    def replace_kernels(self, kernels: Sequence[Outside]) -> list[Outside]:
+        self._outside |= outside.compiled(kernels)
+        self._steps.forget()
+        return [found.outside for found in self._outside.values()]
+
     def profiled(self) -> AbstractContextManager[Profile]:
         return self._steps.profiled()
 
@@ -102,6 +110,9 @@ class CPUBackend(Backend):
 
     def load(self, source: Source, rows: np.ndarray | slice | None = None) -> CPUWeight:
         weight = load_weight(source, rows, self._workers)
+        for operation in ("matvec", "matmul"):
+            if found := self._outside.get((operation, weight.kind)):
+                weight.outside[operation] = found
         if self.compute == "bf16" and weight.format is None:
             return bfloat.RoundedWeight(**vars(weight))
         return weight
@@ -151,7 +162,8 @@ class CPUBackend(Backend):
         return out
 
     def matmul_act(self, w: CPUWeight, x: Array, bias: Array | None, kind: Activation) -> CPUArray:
-        if w.format is not None or x.shape[0] == 1 or elementwise.ACTIVATIONS.get(kind) is None:
+        plain = w.format is None and x.shape[0] > 1 and "matmul" not in w.outside
+        if not plain or elementwise.ACTIVATIONS.get(kind) is None:
             return super().matmul_act(w, x, bias, kind)
         return matmul.record_matmul(self._tape, w, x, bias, self._workers, False, kind)
 
@@ -191,7 +203,12 @@ class CPUBackend(Backend):
         y = self._new(x.shape)
         w_period, b_period = (p.size // n if p is not None else 1 for p in (w, bias))
         periods = {"w_period": w_period, "b_period": b_period}
-        self._op(body, x.size // n, x=x, y=y, w=w, bias=bias, n=n, eps=eps, **periods, **more)
+        kernel = jit.kernel(body)
+        if body is elementwise.rms_norm and (found := self._outside.get(("rms_norm", ""))):
+            kernel = found.kernel
+        pieces = x.size // n
+        args = {"x": x, "y": y, "w": w, "bias": bias, "n": n, "eps": eps, **periods, **more}
+        self._tape.add(kernel, pieces, max(1, pieces // 16), False, **args)
         return y
 
     def rope(self, x: Array, positions: Array, spec: RopeSpec, head_dim: int) -> CPUArray:
@@ -227,7 +244,8 @@ class CPUBackend(Backend):
             raise ArgumentError(f"unknown activation {kind!r}; expected one of {known}")
         y = self._new(x.shape)
         pieces = -(-x.size // ACT_PIECE)
-        kernel = elementwise.act_kernel(kind)
+        found = self._outside.get(("act", kind))
+        kernel = found.kernel if found else elementwise.act_kernel(kind)
         self._tape.add(kernel, pieces, max(1, pieces // 16), x=x, up=up, y=y, n=x.size)
         return y
 

@@ -344,6 +344,10 @@ class Emit:
         out = self.b.asm(ty, "", ",".join(places), values, True)
         return [self.b.extract_value(out, i) for i in range(len(values))]
 
+    def in_order(self) -> None:
+        """Keep what is loaded from here on behind what was loaded before: LLVM would mix it."""
+        self.b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
     def _bytes_of_pairs(self, v):
         """The lower and the upper byte of each 16-bit lane, sign-extended."""
         v = self.b.bitcast(v, V(I16, 2 * v.type.count))

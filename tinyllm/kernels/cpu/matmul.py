@@ -1,6 +1,6 @@
 """Matrix products: kernels around the micro-kernels of ``micro`` (quantised) and ``floats`` (F32, F16, BF16).
 
-One token: ``matvec``, straight from the tiles; up to FEW: ``matmul_few``, likewise, some tokens at a time.
+One token: ``matvec``, straight from the tiles; up to ``few_tokens``: ``matmul_few``, likewise, some at a time.
 More: ``matmul``; a thread unpacks a few tiles into its scratch memory and runs all tokens past them, so that
 unpacking costs little. The line ``ahead`` bytes behind each that comes from memory is asked for: ``timing``.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes, timing
-from .emit import has_amx
+from .emit import has_amx, instruction_set
 from .floats import (
     COLUMNS,
     GROUP,
@@ -47,7 +47,6 @@ QUANTISED = 512  # columns of a piece
 TOKEN_BLOCK = 512
 PAST = 1 << 20  # outputs that had better not pass through the caches
 AT_ONCE = (2, 4, 8)  # tokens multiplied together
-FEW = 16  # tokens for which unpacking does not pay
 SMALL = 1 << 18  # bytes of a matrix for which reading is not worth timing
 TRIED = 2048  # columns of the rows that are read to time it
 
@@ -76,7 +75,7 @@ def matmul_few(
     w, x, y, bias, tile_bytes, n_blocks, ahead, n_out, n_tokens, x_bytes, scratch, scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
-    """y [T, n_out] of up to FEW tokens straight from the tiles, some at a time; a piece is a tile."""
+    """y [T, n_out] of a few tokens straight from the tiles, some at a time; a piece is a tile."""
     sums = scratch + worker * scratch_bytes
     for tile in range(first, last):
         source, token, asks = w + tile * tile_bytes, 0, ahead
@@ -185,13 +184,15 @@ def record_matmul(
     ``act``: y is what this activation makes of it; for float weights and more than one token.
     """
     n_tokens = x.shape[0]
+    if found := w.outside.get(operation(n_tokens)):
+        return found.record(tape, w, x, bias, n_workers, joins)
     forms = prepare(tape, w, x)
     y = tape.array((n_tokens, -(-w.n_out // 16) * 16 if n_tokens == 1 else w.n_out))
     y.shape = (n_tokens, w.n_out)
     if n_tokens == 1:
         kernel, more, pieces = matvec_kernel(w, n_workers)
         claimed = chunk(pieces)
-    elif n_tokens <= FEW and not isinstance(w, bfloat.RoundedWeight):
+    elif n_tokens <= few_tokens(w):
         few = _few_kernel if w.format else _few_floats
         kernel, more, pieces = few(tape, w, n_tokens, n_workers, act)
         claimed = chunk(pieces)
@@ -204,8 +205,30 @@ def record_matmul(
     return y
 
 
+def few_tokens(w: CPUWeight) -> int:
+    """How many tokens are multiplied straight from the tiles: fewer than unpacking pays for.
+
+    A matrix unit multiplies 16 as fast as one, and 16 registers do not hold what a tile is taken apart to
+    beside 8 sums. Else unpacking pays the sooner, the more scales there are.
+    """
+    if isinstance(w, bfloat.RoundedWeight):
+        return 1
+    if w.format is None:
+        return floats.FEW
+    many_registers = instruction_set() in ("avx512vnni", "neon")
+    return w.format.group if many_registers and not has_amx() else AT_ONCE[-1]
+
+
+def operation(n_tokens: int) -> str:
+    """What a product with so many tokens is called where kernels from outside may replace it."""
+    return "matvec" if n_tokens == 1 else "matmul"
+
+
 def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """The form of x that w's kernels read, made once for all that share x."""
+    found = w.outside.get(operation(x.shape[0]))
+    if found is not None and not found.wants_records:
+        return x
     if isinstance(w, bfloat.RoundedWeight) and x.shape[0] > 1:
         if "bf16" not in x.derived:
             x.derived["bf16"] = bfloat.round_array(tape, x)
@@ -267,7 +290,7 @@ def chunk(pieces: int) -> int:
 def _few_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to FEW tokens, some of its arguments, and its number of pieces."""
+    """The kernel for up to ``few_tokens``, some of its arguments, and its number of pieces."""
     assert w.format
     at_once = next((n for n in AT_ONCE if n >= n_tokens), AT_ONCE[-1])
     way = way_of(w, at_once, n_workers)
@@ -282,7 +305,7 @@ def _few_kernel(
 def _few_floats(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to FEW tokens and float weights; otherwise as ``_few_kernel``."""
+    """The kernel for up to ``few_tokens`` and float weights; otherwise as ``_few_kernel``."""
     at_once = min(floats.FEW_AT_ONCE, key=lambda n: (-(-n_tokens // n) * n, -n))
     rows = -(-n_tokens // at_once) * at_once
     scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")

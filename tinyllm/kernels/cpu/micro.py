@@ -27,7 +27,6 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
-from llvmlite import ir
 
 from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, instruction_set, lanes
 from .formats import Format, Part, Tile, int8_format, whole_format
@@ -195,7 +194,8 @@ def _add_parts(
 ) -> list:
     """acc[token] + the columns of a block; ``at(j)``: the activations of its part j."""
     for j, part in enumerate(parts()):
-        in_order(e, order)
+        if order == "parts":
+            e.in_order()
         x = at(j)
         columns = Columns(e, fmt, part, x, tokens)
         sums = zip(*(columns.sums(half) for half in range(len(part.scales))), strict=True)
@@ -208,12 +208,6 @@ def once(e: Emit, ahead, first):
     if lanes() == LANES:
         return ahead
     return e.b.select(e.b.icmp_signed("==", first, I64(0)), ahead, I64(0))
-
-
-def in_order(e: Emit, order: str) -> None:
-    """What is loaded from here on stays behind what was loaded before, if the order is that of the parts."""
-    if order == "parts":
-        e.b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
 
 
 def _add_whole(
@@ -230,7 +224,8 @@ def _add_whole(
             x = at(j)
             least = [with_minima(e, part.minima, x, t, least[t]) for t in tokens]
     for j, part in enumerate(parts()):
-        in_order(e, order)
+        if order == "parts":
+            e.in_order()
         x = at(j)
         whole = e.finish(Columns(e, fmt, part, x, tokens).add_scaled(whole))
     ready = zip(whole, tokens, acc, strict=True)
@@ -343,7 +338,7 @@ def unpacker(fmt: Format, form: Format) -> Callable:
     def put(e: Emit, p, to, first, ahead) -> None:
         to = e.at(to, e.b.mul(first, I64(4)))
         for j, part in enumerate(fmt.take(e, Tile(e, p, fmt, first, n, once(e, ahead, first)))):
-            in_order(e, "parts")
+            e.in_order()
             for i, v in enumerate(vectors(e, part)):
                 e.store(v, to, j * part_bytes + 4 * LANES * i)
         if form.span == 256:

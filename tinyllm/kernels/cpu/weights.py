@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class CPUWeight:
     tile_bytes: int
     memory: np.ndarray
     address: int  # where the memory begins
+    outside: dict[str, Any] = field(default_factory=dict)  # kernels from outside, by operation
 
     @property
     def nbytes(self) -> int:

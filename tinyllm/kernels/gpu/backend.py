@@ -28,6 +28,7 @@ from ..backend import (
     Source,
 )
 from ..choose import Best
+from ..outside import Outside
 from ..profile import Profile
 from . import (
     attention_tensor,
@@ -52,10 +53,12 @@ from .kvcache import GPUCache, Side, Store
 from .matmul import Job, Matvec, Tiles, runs
 from .matmul_library import Library
 from .matmul_tensor import TensorTiles
+from .outside import OutsideProduct
 from .sources import Program, Size
 from .steps import MOST_ROWS, NotRecordable, Steps
 from .weights import LAYOUTS, PLAIN, GPUWeight
 
+Product = Matvec | Tiles | TensorTiles | Library | OutsideProduct
 MATVEC_ROWS = 16  # rows of activations up to which matvec.c is the fastest
 MATVEC_ROWS_BESIDE_TENSOR_CORES = {"plain": 8, "quantised": 4}
 LIBRARY_ROWS = (
@@ -85,13 +88,14 @@ class GPUBackend(Backend):
         self._stores: dict[tuple[tuple[LayerCache, ...], KVType], Store] = {}
         self._heads: dict[tuple[int, int], GPUArray] = {}
         self._counters: GPUArray | None = None
+        self.outside: dict[tuple[str, str], OutsideProduct] = {}  # by operation and format
         self._steps = Steps(self)
         self.matvec, self.tiles, self.tensor_tiles = Matvec(self), Tiles(self), TensorTiles(self)
         self.plain_attention, self.tensor_attention = PlainAttention(self), TensorAttention(self)
 
     # ---- which kernels
 
-    def choose_product(self, w: GPUWeight, n_rows: int) -> Matvec | Tiles | TensorTiles | Library:
+    def choose_product(self, w: GPUWeight, n_rows: int) -> Product:
         """The kernels that multiply ``n_rows`` rows of activations with w in the least time.
 
         A few rows go through matvec.c, which reads each weight once; more through tensor cores, or through
@@ -99,6 +103,8 @@ class GPUBackend(Backend):
         quantised weights have to be decoded for it; plain ones are used as they lie, and so at any number of
         rows.
         """
+        if found := self.outside.get(("matvec" if n_rows == 1 else "matmul", w.kind)):
+            return found
         plain = w.kind in PLAIN
         few = MATVEC_ROWS
         if self.tensor_cores:
@@ -278,6 +284,12 @@ class GPUBackend(Backend):
         if key is None or batch.n_rows > MOST_ROWS:
             return fn(self.upload(batch))
         return self._steps.run(key, fn, batch)
+
+    def replace_kernels(self, kernels: Sequence[Outside]) -> list[Outside]:
+        mine = [k for k in kernels if k.language in (self.where.kind, "both")]
+        self.outside |= {k.key: OutsideProduct(self, k) for k in mine}
+        self.forget()
+        return mine
 
     def profiled(self) -> AbstractContextManager[Profile]:
         return profile.profiled(self)

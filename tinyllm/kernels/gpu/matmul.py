@@ -95,6 +95,8 @@ class Matvec:
 
     def pending(self, w: GPUWeight, x: GPUArray, bias: GPUArray | None) -> GPUArray | None:
         """The product, left to be computed when it is read; None for more than one row, and for odd shapes."""
+        if self.be.outside.get(("matvec", w.kind)):
+            return None
         if x.size != w.n_in or w.n_out % ADD_OUTPUTS or self.be.max_threads < ADD_THREADS:
             return None
         y = self.be.empty((*x.shape[:-1], w.n_out))
@@ -125,7 +127,8 @@ class Matvec:
         """Whether ``multiply_gated`` takes these: like matrices, and a device with groups that large."""
         gate, up = ws
         alike = gate.kind == up.kind and gate.shape == up.shape and gate.n_in == x.shape[-1]
-        return alike and self.be.max_threads >= GATED_WARPS * LANES
+        ours = ("matvec", gate.kind) not in self.be.outside or len(gate.shape) > 2
+        return alike and ours and self.be.max_threads >= GATED_WARPS * LANES
 
     def multiply_gated(
         self,

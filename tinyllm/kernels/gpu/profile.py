@@ -125,7 +125,9 @@ class _Timing:
             y = max(arrays, key=lambda a: a.nbytes)
             rows = w.nbytes * w.n_in // prod(w.shape) * (y.size // w.n_in)
             return Work(others + rows, rows)
-        n_rows = args[FIRST_OUTPUT.get(kernel, 4)].size // w.n_out
+        outside = (p.outside for p in self._be.outside.values() if p.outside.name == kernel)
+        places = (k.parameters.index("y") for k in outside)
+        n_rows = args[next(places, FIRST_OUTPUT.get(kernel, 4))].size // w.n_out
         share = min(n_rows, w.shape[0]) / w.shape[0] if len(w.shape) > 2 else 1
         stored = sum(int(w.nbytes * share) for w in found)
         macs = sum(w.n_out * w.n_in for w in found) * n_rows

@@ -8,7 +8,7 @@ from importlib import resources
 from .weights import LAYOUTS, PLAIN, units
 
 Defines = tuple[tuple[str, str | int], ...]
-Program = tuple[tuple[str, ...], Defines]  # files in order, and macros
+Program = tuple[tuple[str, ...], Defines]  # files in order, or their text; macros
 Size = tuple[int, int, int]  # groups of a launch, or threads of a group
 
 
@@ -22,7 +22,7 @@ def text(prelude: str, program: Program) -> str:
     """A whole program: prelude, macros, files."""
     files, defines = program
     macros = "".join(f"#define {name} {value}\n" for name, value in defines)
-    return macros + "\n".join(read(name) for name in (prelude, *files))
+    return macros + "\n".join(name if "\n" in name else read(name) for name in (prelude, *files))
 
 
 def plain(*files: str, **defines: str | int) -> Program:

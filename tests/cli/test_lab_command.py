@@ -1,0 +1,73 @@
+"""`tinyllm lab`: what it prints and draws."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tinyllm.cli.commands import main
+from tinyllm.kernels import lab
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
+QUICK = ["-t", "1", "--seconds", "0.001"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "LARGE", 64)
+
+
+def test_kernels_are_ranked_beside_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["lab", *(str(EXAMPLES / n) for n in ("simd_words.py", "plain_numba.py")), *QUICK])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "simd_words.py: lanes, matvec Q8_0: right, error" in out
+    assert re.search(r"^\| (lanes|tinyllm) +\| 1 token ", out, re.M)
+    assert "; limits: read GB/s " in out
+
+
+def test_a_wrong_kernel_is_not_timed_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        (EXAMPLES / "simd_words.py").read_text("utf-8").replace("64 * c, j)", "64 * c, 0)")
+    )
+    assert main(["lab", str(path), *QUICK]) == 1
+    printed = capsys.readouterr()
+    assert "mine.py: lanes, matvec Q8_0: WRONG: 16 x 256, 1 tokens: row 0, output" in printed.out
+    assert "GB/s" not in printed.out
+    assert "a kernel is wrong" in printed.err
+
+
+def test_json_and_a_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "roofline.svg"
+    argv = ["lab", str(EXAMPLES / "simd_words.py"), *QUICK, "--json", "--plot", str(path)]
+    assert main(argv) == 0
+    (found,) = json.loads(capsys.readouterr().out)["kernels"]
+    assert (found["operation"], found["kind"], found["wrong"]) == ("matvec", "Q8_0", "")
+    assert {t["maker"] for t in found["times"]} == {"lanes", "tinyllm"}
+    assert "<svg" in path.read_text("utf-8")
+
+
+def test_a_kernel_for_another_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", str(EXAMPLES / "warp.cu")]) == 2
+    assert "is cuda, which does not run on cpu; give --device" in capsys.readouterr().err
+
+
+def test_the_page_names_every_operation_and_example() -> None:
+    page = (ROOT / "docs" / "lab.md").read_text("utf-8")
+    from tinyllm.kernels.outside import OPERATIONS
+
+    names = {n for o in OPERATIONS.values() for n in (*o.cpu, *o.gpu)} | set(OPERATIONS)
+    assert [n for n in sorted(names) if f"`{n}`" not in page] == []
+    assert [
+        p.name for p in EXAMPLES.iterdir() if p.is_file() and f"examples/{p.name}" not in page
+    ] == []
