@@ -165,6 +165,10 @@ def test_a_length_is_chosen_by_what_it_promises() -> None:
     assert best_length(0.95, 15, 1, costs, each=1.0) == 0
     costs.note(8, 20.0)
     assert costs.of(8) < 4  # one slow step says little
+    for _ in range(200):
+        costs.doubt()
+    assert costs.of(1) == 1
+    assert costs.of(16) < 1.5
 
 
 def test_lookup_guesses_what_followed_the_last_time(m: Model) -> None:

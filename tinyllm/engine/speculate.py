@@ -34,6 +34,7 @@ SIZES = (4, 2)  # tokens that must have occurred before, for a guess of what fol
 LONGEST_MATCH = 12  # longer repetitions count as this long
 PROBE = 64  # tokens after which a draft model that did not pay is tried again
 NEW_ROW = 0.1  # of a one-row step's time: what a row adds, before it was timed
+FADE = 0.99  # of a step's remembered time is left, each time that keeps a likely guess from being tried
 FORGET = 0.95  # how much of its experience each new one leaves
 
 
@@ -72,6 +73,12 @@ class Costs:
             return float(np.interp(rows, known, [self.seconds[n] for n in known]))
         beyond = NEW_ROW * self.seconds[known[0]] * (rows - known[-1])
         return self.seconds[known[-1]] + beyond
+
+    def doubt(self) -> None:
+        """Take steps of several rows for a little faster: what kept one from being tried may be long past."""
+        for rows in self.seconds:
+            if rows > min(self.seconds):
+                self.seconds[rows] *= FADE
 
 
 COSTS: WeakKeyDictionary[Network, Costs] = WeakKeyDictionary()
@@ -152,6 +159,8 @@ class Lookup(Drafter):
         n = best_length(self._rate.p, most, n_rows, costs)
         if not n:
             self._expected = len(ids), ids[at], self._rate
+            if self._rate.p > 0.5:
+                costs.doubt()
             return []
         period = len(ids) - at
         return [ids[at + i % period] for i in range(n)]
