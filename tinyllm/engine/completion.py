@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -127,7 +128,13 @@ class Job:
     ) -> None:
         self.run, self.prompt_ids = run, prompt_ids
         self.pieces: list[tuple[int, str]] = []  # not yet taken: id of the last token, text
-        run.accept = self.accept
+        me = weakref.ref(self)  # no circle: a job and its state are freed at once
+
+        def accept(token: Token) -> None:
+            if (job := me()) is not None:
+                job.accept(token)
+
+        run.accept = accept
         self.text = TextStream(tokenizer, stop, control_stops(tokenizer, stop))
         self.tokens: list[Token] = []
 
