@@ -57,6 +57,29 @@ def test_ids_outside_of_the_vocabulary_are_told(model, ids) -> None:
             call()
 
 
+WRONG = [None, 5, 1.5, "7", b"x", bytearray(b"x"), True, [True], [None], ["x"], [b"x"], [1.5], {1: 2}, {1, 2},
+         np.array(3), np.array([1.5]), np.array(["a"]), object()]  # fmt: skip
+
+
+@pytest.mark.parametrize("ids", WRONG)
+def test_what_is_no_list_of_ids_is_told(model, ids) -> None:
+    for call in (model.logits, model.embed_ids):
+        with pytest.raises(ArgumentError, match=r"ids is .*; expected the ids of tokens"):
+            call(ids)
+
+
+@pytest.mark.parametrize("ids", [None, 5, "7", ["x"], [1.5], [None], [b"x"], np.array(3)])
+def test_what_cannot_be_decoded_is_told(model, ids) -> None:
+    with pytest.raises(ArgumentError, match=r"ids is|token id"):
+        model.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("texts", [None, 5, True, np.array(3), object(), b"x", [None], ["x", 5]])
+def test_what_is_no_list_of_texts_is_told(model, texts) -> None:
+    with pytest.raises(ArgumentError, match=r"expected a list of texts|text is expected"):
+        model.embed(texts)
+
+
 def test_an_encoder_says_the_same_wherever_it_is_asked_to_write(data) -> None:
     with tinyllm.load(data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf", "reference") as m:
         for call in (lambda: m.logits([101, 102]), lambda: m.generate("x")):
@@ -109,11 +132,58 @@ def test_none_is_no_stop_string(model) -> None:
 @pytest.mark.parametrize(
     "argument",
     [{"n_threads": "1"}, {"n_threads": 0}, {"n_threads": 1.5}, {"n_threads": True}, {"n_ctx": "8"},
-     {"n_gpu_layers": "x"}, {"device": 3}],
+     {"n_ctx": 1 << 31}, {"n_gpu_layers": "x"}, {"device": 3}],
 )  # fmt: skip
 def test_a_wrong_argument_of_load_is_told(argument) -> None:
     with pytest.raises(ArgumentError, match=next(iter(argument))):
         tinyllm.load(**argument)
+
+
+@pytest.mark.parametrize("n", ["1", 0, -1, 1.5, True, []])
+def test_a_wrong_number_of_threads_is_told_where_none_are_used(n) -> None:
+    with pytest.raises(ArgumentError, match="n_threads"):
+        tinyllm.load(device="reference", n_threads=n)
+
+
+def test_a_number_of_threads_may_be_numpys() -> None:
+    with tinyllm.load(n_threads=np.int64(1)) as m:
+        assert m.generate("Once", max_tokens=1).ids
+
+
+@pytest.mark.parametrize("path", [5, True, 1.5, [], {"a": 1}, object(), "", "a\0b", "\ud800", b""])
+def test_what_is_no_path_is_told(model, path) -> None:
+    for call in (
+        tinyllm.load,
+        gguf.open,
+        lambda path: gguf.write(path, {}, {}),
+        model.new_state(8).save,
+        model.new_state(8).restore,
+    ):
+        with pytest.raises(ArgumentError, match="is no name of a file"):
+            call(path)
+
+
+@pytest.mark.parametrize("wrong", [0, 5, "", "x", [], {}, np.array([1, 2]), object()])
+def test_what_is_no_state_or_tap_is_told(model, wrong) -> None:
+    for name in ("state", "tap"):
+        for call in (
+            lambda **given: model.generate("Once", max_tokens=1, **given),
+            lambda **given: model.chat(HELLO, template="chatml", max_tokens=1, **given),
+            lambda **given: model.logits([3], **given),
+        ):
+            with pytest.raises(ArgumentError, match=f"{name} is "):
+                call(**{name: wrong})
+
+
+@pytest.mark.parametrize("n", [None, "1", 1.5, np.float32(1), [], -1, 9])
+def test_what_cannot_be_kept_of_a_state_is_told(model, n) -> None:
+    state = model.new_state(8)
+    model.logits([3, 4], state)
+    with pytest.raises(ArgumentError, match="cannot keep"):
+        state.truncate(n)
+    assert state.ids == [3, 4]
+    state.truncate(np.int64(1))
+    assert state.ids == [3]
 
 
 def test_a_model_says_why_it_cannot_be_pickled(model) -> None:
@@ -130,6 +200,27 @@ def test_a_model_says_why_it_cannot_be_pickled(model) -> None:
 def test_a_template_that_shows_no_message_is_refused(model, template) -> None:
     with pytest.raises(TemplateError, match=r"shows no message|does not show the last message"):
         model.chat(HELLO, template=template, max_tokens=1)
+
+
+def test_no_pooling_is_not_the_usual_one(model) -> None:
+    with pytest.raises(ArgumentError, match="pooling=''"):
+        model.embed("x", "")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [None, 5, "Hello", b"x", [], (), {"role": "user", "content": "x"}, ["x"], [None], [[]],
+     np.array([1, 2])],
+)  # fmt: skip
+def test_what_are_no_messages_is_told(model, messages) -> None:
+    with pytest.raises(ArgumentError, match=r"messages.* expected a list such as"):
+        model.chat(messages, template="chatml", max_tokens=1)
+
+
+@pytest.mark.parametrize("variables", [5, 0, "x", [], ["a"], np.array([1, 2])])
+def test_what_are_no_variables_is_told(model, variables) -> None:
+    with pytest.raises(ArgumentError, match=r"template_vars=.*expected a mapping"):
+        model.chat(HELLO, template="chatml", template_vars=variables, max_tokens=1)
 
 
 @pytest.mark.parametrize("template", [5, b"x", ["x"]])

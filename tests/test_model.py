@@ -361,6 +361,30 @@ def test_progress_counts_layers_as_they_are_loaded(
     assert len(seen) == len(set(seen)) > 1
 
 
+def test_a_stream_may_be_closed_while_another_thread_reads_it() -> None:
+    """As a server does when its client leaves: the reader gets the piece that was being written."""
+    reading, going, got = threading.Event(), threading.Event(), []
+
+    def tap(name: str, _: object) -> None:
+        if name == "embd":
+            reading.set()
+            assert going.wait(60)
+
+    with tinyllm.load(device="reference") as model:
+        pieces = model.generate("Once", max_tokens=9, temperature=0, stream=True, tap=tap)
+        reader = threading.Thread(target=lambda: got.append(next(pieces)))
+        closer = threading.Thread(target=lambda: got.append(pieces.close()))
+        reader.start()
+        assert reading.wait(60)
+        closer.start()
+        closer.join(0.2)
+        going.set()
+        reader.join()
+        closer.join()
+        assert got == [" upon", None]
+        assert list(pieces) == []
+
+
 def test_a_closed_model_leaves_no_circles() -> None:
     """What the collector finds is what reference counting could not free."""
     with tinyllm.load() as warm:

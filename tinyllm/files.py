@@ -52,8 +52,16 @@ def read_text(name: str | os.PathLike[str]) -> str:
 
 def checked(path: str | os.PathLike[str]) -> str:
     """The name of a file; ArgumentError if no file can have it."""
-    name = os.fspath(path)
-    if not name or "\0" in name:
+    try:
+        name = os.fsdecode(path)
+        possible = bool(os.fsencode(name)) and "\0" not in name
+    except TypeError:
+        raise ArgumentError(
+            f"{type(path).__name__} {path!r:.80} is no name of a file; expected a text or a Path"
+        ) from None
+    except UnicodeEncodeError:  # a lone surrogate
+        possible = False
+    if not possible:
         raise ArgumentError(f"{name!r:.80} is no name of a file")
     return name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -13,6 +14,7 @@ from . import gguf, system, tokenizers
 from .engine.completion import check_n_ctx
 from .engine.progress import checking, loading
 from .errors import ArgumentError, GGUFError
+from .files import checked
 from .gguf.finite import check_finite
 from .kernels import devices
 from .kernels.backend import Compute, KVType
@@ -178,13 +180,14 @@ def locate(path: str | Path | None) -> Path:
     """The file of a name; names of the hub or of GPT4All's list may be downloaded."""
     if path is None:
         return BUNDLED if BUNDLED.is_file() else unpacked_model()
-    if Path(path).exists():
-        return Path(path)
-    if isinstance(path, Path):
-        return system.expanded(path)
+    name = checked(path)
+    if os.path.exists(name):
+        return Path(name)
+    if not isinstance(path, str):
+        return system.expanded(name)
     from .hub.catalogue import find_model
 
-    return Path(find_model(path))
+    return Path(find_model(name))
 
 
 @lru_cache(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
@@ -17,8 +19,11 @@ from .engine.completion import (
     Pieces,
     Prompt,
     begin,
+    check_given,
     check_n_ctx,
     complete,
+    ids_of,
+    listed,
     options_of,
     or_beginning,
     room_for,
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .chat.render import Message
+    from .chat.turn import Turn
     from .models.config import Config
 
 
@@ -115,7 +121,8 @@ class Model:
             The state has no room for so many.
         """
         self._check_writes()
-        ids = [int(i) for i in ids]
+        ids = ids_of(ids)
+        check_given(state, tap)
         if not ids:
             return np.empty((0, self.network.n_vocab), np.float32)
         state = state or self.new_state(max(len(ids), SMALLEST_CONTEXT))
@@ -137,7 +144,7 @@ class Model:
         self, ids: Sequence[int], pooling: str | None = None, normalize: bool = True
     ) -> np.ndarray:
         """The embedding of one sequence -> float32 [n_embd], or [len(ids), n_embd] with pooling "none"."""
-        return self.embed_batch([[int(i) for i in ids]], pooling, normalize)[0]
+        return self.embed_batch([ids_of(ids)], pooling, normalize)[0]
 
     def embed(
         self, texts: str | Sequence[str], pooling: str | None = None, normalize: bool = True
@@ -164,7 +171,7 @@ class Model:
             raise ArgumentError(
                 "pooling='none' gives one row per token; use embed_ids text by text"
             )
-        ids = [self.tokenizer.encode(t) for t in texts]
+        ids = [self.tokenizer.encode(t) for t in listed(texts, "texts")]
         if not ids:
             return np.empty((0, self.config.n_embd), np.float32)
         return np.stack(self.embed_batch(ids, pooling, normalize))
@@ -187,9 +194,8 @@ class Model:
             A query and a document together have more tokens than the model was trained for.
         """
         check_ranks(self.network)
-        if isinstance(documents, str):
-            raise ArgumentError("documents is a single string; expected a list of them")
-        return rank(self.network, [self.tokenizer.encode_pair(query, d) for d in documents])
+        pairs = [self.tokenizer.encode_pair(query, d) for d in listed(documents, "documents")]
+        return rank(self.network, pairs)
 
     def embed_batch(
         self,
@@ -326,6 +332,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         5
         """
         self._check_writes()
+        check_given(state, tap)
         options = options_of(
             max_tokens,
             stop,
@@ -367,6 +374,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -380,6 +388,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -393,6 +402,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = ...,
         tools: Sequence[Any] | None = ...,
+        tool_choice: str | Mapping[str, Any] = ...,
         template_vars: Mapping[str, Any] | None = ...,
         continue_final_message: bool = ...,
         *,
@@ -405,6 +415,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         messages: Sequence[Message],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         template_vars: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         *,
@@ -422,7 +433,12 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             A Jinja template to use instead of the file's, or the name of a well-known one: "chatml", "llama2",
             "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna".
         tools : sequence, optional
-            Descriptions of tools in whatever form the template reads them.
+            Functions that the model may call: ``{"type": "function", "function": {"name": ...,
+            "description": ..., "parameters": a JSON schema}}``. The template must show them.
+        tool_choice : str or mapping
+            "auto": the model chooses; "none": no calls; "required": one or more; a function's name: that one.
+            Calls keep to the functions' schemas, for which the extra ``[json]`` is needed; without it "auto"
+            reads whatever the model writes. The ``message`` of the completion has the calls and the reasoning.
         template_vars : mapping, optional
             Further variables of the template, such as ``{"enable_thinking": False}``.
         continue_final_message : bool
@@ -445,36 +461,76 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         >>> m = tinyllm.load()
         >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
         """
-        ids = self.chat_ids(messages, template, tools, template_vars, continue_final_message)
+        turn = self.turn(
+            messages, template, tools, tool_choice, template_vars, continue_final_message
+        )
+        ids = turn.ids
+        options = {**options, **self._held_to_calls(turn, options)}
         state = options.get("state")
+        check_given(state, options.get("tap"))
         if state is not None:
             kept = state.reuse(ids)
             state.truncate(kept)
             ids = ids[kept:]
-        return self.generate(ids, max_tokens, stream=stream, **options)
+        answer = self.generate(ids, max_tokens, stream=stream, **options)
 
-    def chat_ids(
+        def finished(done: Completion) -> Completion:
+            hidden = any(map(self.tokenizer.is_control, done.ids))
+            text = self.tokenizer.decode(done.ids) if hidden else done.text
+            return replace(done, message=turn.message(text))
+
+        if isinstance(answer, Completion):
+            return finished(answer)
+        answer.finished = finished
+        return answer
+
+    def turn(
         self,
         messages: Sequence[Message],
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         template_vars: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
-    ) -> list[int]:
-        """The tokens that ``chat`` reads for a conversation; the arguments are those of ``chat``."""
-        from .chat.render import chat_ids, check_variables, given_template, pick_template
+    ) -> Turn:
+        """What ``chat`` reads for a conversation, and how it understands the answer; its arguments."""
+        from .chat.render import (
+            check_messages,
+            check_variables,
+            given_template,
+            pick_template,
+        )
+        from .chat.turn import Turn
 
-        check_variables(template_vars or {})
+        check_messages(messages)
+        check_variables({} if template_vars is None else template_vars)
         given = template is not None
         chosen = pick_template(self.metadata) if template is None else given_template(template)
         if chosen is None:
             raise TemplateError("the file has no chat template; give one with template=")
+        turn = Turn(chosen, messages, tools or (), tool_choice, template_vars or {})
         t = self.tokenizer
-        ids = chat_ids(
-            t, chosen, messages, bos_id=t.bos, eos_id=t.eos, must_show=given,
-            continue_final=continue_final_message, **{"tools": tools, **(template_vars or {})},
-        )  # fmt: skip
-        return without_end(t, ids)
+        ids = turn.read(t, t.bos, t.eos, must_show=given, continue_final=continue_final_message)
+        turn.ids = without_end(t, ids)
+        turn.end = t.decode(turn.ids[-24:])
+        return turn
+
+    def _held_to_calls(self, turn: Turn, options: GenerateOptions) -> GenerateOptions:
+        """The constraint under which a turn's calls are written; none where nothing may be called."""
+        if not turn.functions or (turn.choice == "auto" and find_spec("llguidance") is None):
+            return {}
+        held = [k for k in ("json_schema", "regex", "grammar") if options.get(k) is not None]
+        if held:
+            raise ArgumentError(
+                f"{held[0]} and tools are given; with tool_choice='none' one may be"
+            )
+        for name, schema in turn.schemas():
+            try:
+                self.grammar(json_schema=schema)
+            except ArgumentError as error:
+                raise ArgumentError(f"tools: {name}: {error}") from None
+        grammar = turn.grammar(self.tokenizer.special_tokens, self.tokenizer.eog)
+        return {} if grammar is None else {"grammar": grammar}
 
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""

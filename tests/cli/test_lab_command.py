@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tinyllm.cli.commands import main
@@ -55,6 +57,28 @@ def test_json_and_a_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (found["operation"], found["kind"], found["wrong"]) == ("matvec", "Q8_0", "")
     assert {t["maker"] for t in found["times"]} == {"lanes", "tinyllm"}
     assert "<svg" in path.read_text("utf-8")
+
+
+class Stub:
+    """llama.cpp's products, by NumPy."""
+
+    def __init__(self, where: Path, n_threads: int) -> None:
+        assert n_threads == 1
+
+    def multiply(self, source: Any, x: np.ndarray, seconds: float) -> tuple[np.ndarray, float]:
+        return x @ source.values().T, 1e-4
+
+
+def test_llamacpp_stands_beside_them_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lab.llamacpp, "folder", lambda: Path("lib"))
+    monkeypatch.setattr(lab.llamacpp, "Products", Stub)
+    assert main(["lab", str(EXAMPLES / "simd_words.py"), *QUICK, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["kernels"]
+    times = {t["maker"]: t for t in found["times"]}
+    assert times.keys() == {"lanes", "tinyllm", "llama.cpp"}
+    assert times["llama.cpp"]["nbytes"] == times["tinyllm"]["nbytes"] == 64 * 2048 * 34 // 32
 
 
 def test_a_kernel_for_another_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

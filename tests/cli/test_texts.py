@@ -160,6 +160,37 @@ def test_perplexity_of_nothing_is_told(options: list[str], complaint: str, capsy
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["info", "-c", "-1"], "n_ctx=-1"),
+        (["info", "-c", "99999999999999"], "n_ctx=99999999999999"),
+        (["info", "--json", "--keys"], "not allowed with"),
+        (["info", "--tensors", "--keys"], "not allowed with"),
+        (["info", ""], "no name of a file"),
+        (["run", "", "hi"], "no name of a file"),
+        (["run", "hi", "-t", "0", "--device", "reference"], "n_threads=0"),
+    ],
+)
+def test_what_was_ignored_is_told(argv: list[str], complaint: str, capsys) -> None:
+    try:
+        code = main(argv)
+    except SystemExit as e:  # argparse
+        code = e.code
+    assert code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\ufeff", "Hello"])
+def test_a_template_of_a_file_that_shows_nothing_is_told(
+    text: str, tmp_path: Path, pipe, capsys
+) -> None:
+    (tmp_path / "t").write_text(text, "utf-8")
+    pipe(b"Hello\n")
+    assert main(["chat", "--template", str(tmp_path / "t"), "--device", "reference"]) == 1
+    assert "shows no message" in capsys.readouterr().err
+
+
 def test_a_full_context_is_told(capsys) -> None:
     assert main(["run", STORY, "--device", "reference", "-c", "12", "--seed", "1"]) == 0
     assert "the context of 12 tokens is full" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import tinyllm
 from tinyllm import gguf
 from tinyllm.errors import ArgumentError
 from tinyllm.gguf.types import TYPES, VALUE_DTYPES
@@ -222,3 +225,22 @@ def test_many_strings_of_all_lengths(tmp_path):
     with gguf.open(path) as file:
         assert file.metadata["k"].tobytes_list() == plain
         assert file.metadata["k"].tolist() == [s.decode("utf-8", "surrogateescape") for s in plain]
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", [], ["a"], np.array([1, 2])])
+def test_what_is_no_mapping_is_told(wrong: Any, tmp_path: Path) -> None:
+    for name in ("metadata", "tensors"):
+        with pytest.raises(ArgumentError, match=f"{name} is .*expected a mapping"):
+            gguf.write(tmp_path / "x.gguf", **{"metadata": {}, "tensors": {}, name: wrong})
+    with pytest.raises(ArgumentError, match="metadata is"):
+        tinyllm.tokenizers.load(wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", b"x", [1.0], {}])
+def test_what_is_no_tensor_or_name_is_told(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="expected an array, a RawTensor or a Tensor"):
+        gguf.write(tmp_path / "x.gguf", {}, {"a": wrong})
+    for key in (5, None, b"x", (1,)):
+        with pytest.raises(ArgumentError, match="expected a text"):
+            gguf.write(tmp_path / "x.gguf", {key: 1}, {})

@@ -520,3 +520,12 @@ def test_no_warning_without_a_reason(llm: GPT4All) -> None:
     with warnings.catch_warnings(record=True) as caught, llm.chat_session(chat_template=STORY):
         llm.generate(ONE, **GREEDY)
     assert not caught
+
+
+@pytest.mark.parametrize("history", [None, 5, "x", {"role": "user"}, [None], ["x"], [[]]])
+def test_what_is_no_history_is_told(history: Any, llm: GPT4All) -> None:
+    with llm.chat_session(chat_template="chatml"):
+        before = list(llm.current_chat_session or [])
+        with pytest.raises(ValueError, match=r"current_chat_session=.*expected a list of messages"):
+            llm.current_chat_session = history
+        assert llm.current_chat_session == before

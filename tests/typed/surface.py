@@ -47,6 +47,7 @@ def a_chat_gives_a_completion_or_pieces(model: Model, stream: bool) -> None:
     messages = [{"role": "user", "content": "a"}]
     assert_type(model.chat(messages), Completion)
     assert_type(model.chat(messages, tools=[], max_tokens=3, top_k=1), Completion)
+    assert_type(model.chat(messages, tools=[], tool_choice="none"), Completion)
     assert_type(model.chat(messages, stream=True), Pieces)
     assert_type(model.chat(messages, stream=stream), Completion | Pieces)
 

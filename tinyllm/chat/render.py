@@ -280,8 +280,26 @@ def given_template(template: str) -> str:
     return template
 
 
+def check_messages(messages: Sequence[Message]) -> None:
+    """ArgumentError unless these are one message or more, each a mapping."""
+    expected = 'expected a list such as [{"role": "user", "content": "Hello"}]'
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+        raise ArgumentError(f"messages is {type(messages).__name__} {messages!r:.40}; {expected}")
+    if not messages:
+        raise ArgumentError(f"there are no messages; {expected}")
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ArgumentError(
+                f"messages has {type(message).__name__} {message!r:.40} in its list; {expected}"
+            )
+
+
 def check_variables(variables: Mapping[str, Any]) -> None:
     """ArgumentError if a caller's variables of the template have names that are no names, or are taken."""
+    if not isinstance(variables, Mapping):
+        raise ArgumentError(
+            f"template_vars={variables!r:.40}; expected a mapping of names to values, or None"
+        )
     for name in variables:
         if not isinstance(name, str) or not name.isidentifier() or name in TAKEN:
             raise ArgumentError(

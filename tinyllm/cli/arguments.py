@@ -224,5 +224,5 @@ def unescaped(text: str) -> str:
     )
 
 
-def json_option(p: Parser) -> None:
+def json_option(p: argparse._ActionsContainer) -> None:
     p.add_argument("--json", action="store_true", help="one line of JSON")

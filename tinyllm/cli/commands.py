@@ -125,28 +125,31 @@ def info_arguments(p: Parser) -> None:
     model_argument(p)
     p.add_argument("-c", "--n-ctx", type=int, metavar="N", help="context to reckon the memory of")
     p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
-    p.add_argument("--keys", action="store_true", help="every metadata key instead")
-    p.add_argument("--tensors", action="store_true", help="every tensor instead")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--keys", action="store_true", help="every metadata key instead")
+    what.add_argument("--tensors", action="store_true", help="every tensor instead")
     p.add_argument(
         "--check", action="store_true", help="read all weights; NaN or infinity is an error"
     )
-    json_option(p)
+    json_option(what)
 
 
 def info(args: Arguments) -> None:
+    from ..engine.completion import check_n_ctx
     from ..engine.progress import checking
     from ..gguf.finite import check_finite
     from . import info as about
 
+    n_ctx = check_n_ctx(args.n_ctx)
     with open_file(args.model) as file:
         if args.json:
-            print_json(about.as_json(file, args.n_ctx, args.kv_type))
+            print_json(about.as_json(file, n_ctx, args.kv_type))
         elif args.keys:
             show_lines(about.keys(file.metadata))
         elif args.tensors:
             show_lines(about.tensor_lines(file.tensors))
         else:
-            show_lines(about.report(file, args.n_ctx, args.kv_type))
+            show_lines(about.report(file, n_ctx, args.kv_type))
         if args.check:
             check_finite(file, checking)
             if not args.json:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ArgumentError
 from ..kernels.backend import Backend
 from ..kernels.devices import open_backend, resolve
-from ..kernels.lab import FLOATS, Timing, Verdict, check, timings
+from ..kernels.lab import FLOATS, Timing, Verdict, check, llamacpp_timings, timings
 from ..kernels.outside import Outside, read_kernels
 
 OURS = "tinyllm"
@@ -122,6 +122,8 @@ def examine(
         if not verdict.wrong:
             rows = list(timings(outside, theirs, outside.name, seconds))
             rows += timings(outside, ours, OURS, seconds)
+            if isinstance(workers := getattr(ours, "n_threads", None), int):  # on the CPU
+                rows += llamacpp_timings(outside, workers, seconds)
             times.append((outside, sorted(rows, key=lambda t: (len(t.test), t.test, t.seconds))))
         theirs.close()
     limits = ours.limits(seconds) if times else {}

@@ -248,18 +248,19 @@ def talk(args: Arguments) -> None:
     sampling = sampling_of(args)
     max_tokens, template = check_max_tokens(args.max_tokens), read_template(args.template)
     with load_decoder(args) as model:
-        chosen, seed = template or own_template(model), sampling.pop("seed")
+        chosen = own_template(model) if template is None else template
+        seed = sampling.pop("seed")
         chat = Conversation(model, chosen, max_tokens, seed, {**sampling, "stop": args.stop})
         chat.system = args.system
         Repl(chat, open_screen(model)).run()
 
 
 def read_template(name: str | None) -> str | None:
-    from ..chat.render import check
+    from ..chat.render import check, given_template
 
     if name is None:
         return None
-    text = read_text(name)
+    text = given_template(read_text(name))
     check(text)
     return text
 

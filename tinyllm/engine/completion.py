@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
 from ..errors import ArgumentError
+from ..models.state import State
 from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
 from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, force, steps
@@ -20,7 +23,6 @@ from .progress import reading
 if TYPE_CHECKING:
     from ..model import Model
     from ..models.network import Network
-    from ..models.state import State
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
     from .constraint import Grammar, Schema
@@ -66,7 +68,8 @@ class Completion:
 
     ``text`` is what was written, without the prompt; ``ids`` its tokens; ``logprobs`` one Token each, where
     asked for; ``finish_reason`` is "stop" (the model or a stop string ended it), "length" (max_tokens),
-    "context" (no room was left) or "cancelled".
+    "context" (no room was left) or "cancelled". ``message`` is a chat's answer as a message:
+    {"role", "content"}, and where there are any "reasoning" and "tool_calls".
     """
 
     text: str
@@ -76,6 +79,7 @@ class Completion:
     logprobs: list[Token] | None = None
     prompt_logprobs: list[Token] | None = None
     timings: Timings = field(default_factory=Timings)
+    message: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -216,16 +220,23 @@ def complete(
 
 
 class Pieces(Iterator[str]):
-    """A text, piece by piece, as ``generate(stream=True)`` gives it; closing it stops the work."""
+    """A text, piece by piece, as ``generate(stream=True)`` gives it; closing it stops the work.
+
+    Threads may share one: each piece goes to one of them, and a close waits for the piece being written.
+    """
 
     def __init__(self, net: Network, job: Job, tap: Tap | None) -> None:
         self._job, self._pieces = job, pieces_of(net, job, tap)
+        self._lock = threading.RLock()  # Python refuses a generator that another thread is in
+        self.finished: Callable[[Completion], Completion] = lambda done: done
 
     def __next__(self) -> str:
-        return next(self._pieces)[1]
+        with self._lock:
+            return next(self._pieces)[1]
 
     def close(self) -> None:
-        self._pieces.close()
+        with self._lock:
+            self._pieces.close()
 
     @property
     def completion(self) -> Completion:
@@ -233,7 +244,7 @@ class Pieces(Iterator[str]):
 
         Its ``finish_reason`` is "cancelled" until the text has ended.
         """
-        return self._job.completion()
+        return self.finished(self._job.completion())
 
 
 def pieces_of(
@@ -311,6 +322,45 @@ def _found(x: object) -> str:
     return f"{type(x).__name__} {x!r:.40}"
 
 
+def ids_of(ids: Iterable[int]) -> list[int]:
+    """The ids of one sequence of tokens, as a caller gives them.
+
+    Raises
+    ------
+    ArgumentError
+        They are no whole numbers, or no sequence: a text, bytes or a mapping.
+    """
+    try:
+        if isinstance(ids, (str, bytes, bytearray, Mapping, Set)):
+            raise TypeError
+        found = list(ids)
+        if any(isinstance(i, (bool, np.bool_)) for i in found):
+            raise TypeError
+        return list(map(index, found))
+    except TypeError:
+        raise ArgumentError(
+            f"ids is {_found(ids)}; expected the ids of tokens, a sequence of whole numbers"
+        ) from None
+
+
+def listed(texts: Iterable[str], name: str) -> list[str]:
+    """The texts that a caller gives one by one; ArgumentError for a single one, or what holds none."""
+    try:
+        if isinstance(texts, str):
+            raise TypeError
+        return list(texts)
+    except TypeError:
+        raise ArgumentError(f"{name} is {_found(texts)}; expected a list of texts") from None
+
+
+def check_given(state: State | None, tap: Tap | None) -> None:
+    """ArgumentError for what is no state or no tap; one that is false, such as 0, is not None."""
+    if state is not None and not isinstance(state, State):
+        raise ArgumentError(f"state is {_found(state)}; expected what new_state returns, or None")
+    if tap is not None and not callable(tap):
+        raise ArgumentError(f"tap is {_found(tap)}; expected a function of a name and an array")
+
+
 def without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """Ids of a text to continue: without the end token that some vocabularies have put behind every text."""
     return ids[:-1] if tokenizer.add_eos and ids[-1:] == [tokenizer.eos] else ids
@@ -343,5 +393,7 @@ def check_n_ctx(n: int | None) -> int | None:
     if n is None:
         return None
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n < 1 << 31:
-        raise ArgumentError(f"n_ctx={n!r}; expected a whole number of at least 1, or None")
+        raise ArgumentError(
+            f"n_ctx={n!r}; expected a whole number from 1 to {(1 << 31) - 1}, or None"
+        )
     return max(int(n), SMALLEST_CONTEXT)

@@ -18,7 +18,7 @@ def embed(
     net: Network, ids: Sequence[Sequence[int]], pooling: str | None, normalize: bool
 ) -> list[np.ndarray]:
     """One embedding for each sequence of ids -> float32 [n_embd], or [len(ids), n_embd] with pooling "none"."""
-    kind = pooling or net.config.pooling or "mean"
+    kind = (net.config.pooling or "mean") if pooling is None else pooling
     lengths = [len(sequence) for sequence in ids]
     check_lengths(lengths, net.config.n_ctx_train)
     out: list[np.ndarray] = [np.empty(0)] * len(ids)

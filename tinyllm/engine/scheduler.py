@@ -139,7 +139,9 @@ class Engine:
         chosen = options_of(
             max_tokens, grammar=self._model.grammar(**source), drafter=drafter, **options
         )
-        ids = self._ids(prompt, (template, tools, template_vars, continue_final_message), state)
+        ids = self._ids(
+            prompt, (template, tools, "auto", template_vars, continue_final_message), state
+        )
         n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
         check_fits(len(ids) + (len(state.ids) if state else 0), n_ctx, chosen.overflow)
         self._net.check_ids([ids])
@@ -167,7 +169,7 @@ class Engine:
             if many:
                 raise ArgumentError("prompt is a list of prompts; submit each by itself")
             return self._model.prompt_ids(prompts[0])
-        ids = self._model.chat_ids(cast("Sequence[Message]", prompt), *chat)
+        ids = self._model.turn(cast("Sequence[Message]", prompt), *chat).ids
         if state is not None:
             kept = state.reuse(ids)
             state.truncate(kept)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import GGUFError
+from ..files import checked
 from .part import Part, read_part
 from .strings import StringArray
 from .tensor import Tensor
@@ -132,7 +133,7 @@ def open_file(path: str | os.PathLike[str]) -> GGUFFile:
     ...     file.metadata["general.architecture"], len(file.tensors)
     ('llama', 147)
     """
-    name = os.path.expanduser(os.fsdecode(path))
+    name = os.path.expanduser(checked(path))
     parts = [read_part(name)]
     try:
         _open_other_parts(parts)

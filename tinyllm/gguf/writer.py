@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -92,14 +92,19 @@ def write(
     """
     if version not in VERSIONS or byteorder not in FILE_ORDER:
         raise ArgumentError(f"version {version} {byteorder!r}; versions are 2 and 3, little or big")
+    for name, given in (("metadata", metadata), ("tensors", tensors)):
+        if not isinstance(given, Mapping):
+            raise ArgumentError(
+                f"{name} is {type(given).__name__} {given!r:.40}; expected a mapping"
+            )
     metadata, alignment = _with_alignment(dict(metadata), alignment)
     architecture = metadata.get("general.architecture", "llama")
     if not isinstance(architecture, str) or not ARCHITECTURE.match(architecture):
         raise ArgumentError(f"general.architecture is {architecture!r}; expected a plain name")
     stored = {name: _stored(name, value) for name, value in tensors.items()}
     header = _header(metadata, stored, version, FILE_ORDER[byteorder], alignment)
-    if not isinstance(path_or_file, (str, os.PathLike)):
-        _write_to(path_or_file, header, stored, byteorder, alignment)
+    if hasattr(path_or_file, "write"):
+        _write_to(cast("BinaryIO", path_or_file), header, stored, byteorder, alignment)
         return
     with replacing(path_or_file) as file:
         _write_to(file, header, stored, byteorder, alignment)
@@ -148,6 +153,10 @@ def _stored(name: str, value: npt.NDArray[Any] | RawTensor | Tensor) -> _Stored:
                 "int8 to int64, or a RawTensor"
             )
         stored = _Stored(TYPES[NUMPY_TYPES[value.dtype.name]], value.shape, value)
+    elif not isinstance(value, (RawTensor, Tensor)):
+        raise ArgumentError(
+            f"{name}: {type(value).__name__} {value!r:.40}; expected an array, a RawTensor or a Tensor"
+        )
     elif value.type not in TYPES:
         raise ArgumentError(f"{name}: no tensor type {value.type!r}; there are {', '.join(TYPES)}")
     else:
@@ -173,6 +182,8 @@ def _check_shape(name: str, stored: _Stored) -> None:
 
 
 def _check_name(name: str, limit: int) -> None:
+    if not isinstance(name, str):
+        raise ArgumentError(f"name {name!r:.80}: expected a text")
     if not name or len(_bytes(name)) > limit or any(c < " " or c == "\x7f" for c in name):
         raise ArgumentError(
             f"name {name[:80]!r}: expected 1 to {limit} bytes without control characters"

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 
 from .. import system
-from ..errors import DeviceError
+from ..errors import ArgumentError, DeviceError
 from .batch import Array as Array
 from .batch import Batch as Batch
 from .batch import Cache as Cache
@@ -39,6 +39,13 @@ Activation = Literal[
     "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus", "swiglu_oai"
 ]
 Compute = Literal["f32", "bf16"]
+
+
+def check_n_threads(n: int | None) -> None:
+    """ArgumentError for a number of threads that is no whole number of at least 1; None is right."""
+    whole = isinstance(n, (int, np.integer)) and not isinstance(n, bool)
+    if n is not None and (not whole or n < 1):
+        raise ArgumentError(f"n_threads={n!r:.40}; expected a whole number of at least 1, or None")
 
 
 class Source(Protocol):

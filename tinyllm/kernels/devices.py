@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from .. import system
 from ..errors import DeviceError
-from .backend import Backend, Compute, Device
+from .backend import Backend, Compute, Device, check_n_threads
 
 
 def list_devices() -> list[Device]:
@@ -81,7 +81,10 @@ def open_backend(device: str, n_threads: int | None = None, compute: Compute = "
     ------
     DeviceError
         The name is unknown, the driver or the optional package is missing, or the device cannot compute so.
+    ArgumentError
+        ``n_threads`` is no number of threads, also where the device does not ask for one.
     """
+    check_n_threads(n_threads)
     kind, _, index = device.partition(":")
     if compute != "f32" and kind != "cpu":
         raise DeviceError(f"compute={compute!r} is for device='cpu', not {device!r}; leave it out")

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..gguf import quants
+from . import llamacpp
 from .backend import Backend
 from .outside import Outside
 from .reference import ReferenceBackend
@@ -226,6 +227,22 @@ def timings(outside: Outside, be: Backend, maker: str, seconds: float) -> Iterat
     kind: Any = outside.kind
     run = (lambda: be.act(x, kind)) if kind else (lambda: be.rms_norm(x, None, 1e-6))
     yield Timing("256 rows", maker, _fastest(be, run, seconds), 8 * 256 * WIDTH, 0)
+
+
+def llamacpp_timings(outside: Outside, n_threads: int, seconds: float) -> Iterator[Timing]:
+    """llama.cpp's times for the products that ``timings`` makes; none where it is not installed."""
+    where = llamacpp.folder()
+    if where is None or outside.operation not in ("matvec", "matmul"):
+        return
+    products = llamacpp.Products(where, n_threads)
+    single = outside.operation == "matvec"
+    matrix = RandomMatrix(outside.kind, LARGE if single else SMALL, WIDTH, repeated=16)
+    nbytes = quants.FORMATS[outside.kind].type_size * matrix.shape[0] * WIDTH
+    nbytes //= quants.FORMATS[outside.kind].block_size
+    for t in (1,) if single else (8, 512):
+        _, spent = products.multiply(matrix, _normal(t, WIDTH), seconds)
+        test = "1 token" if single else f"{t} tokens"
+        yield Timing(test, "llama.cpp", spent, nbytes, t * matrix.shape[0] * WIDTH)
 
 
 def _fastest(be: Backend, run: Callable[[], Any], seconds: float) -> float:

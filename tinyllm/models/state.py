@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import system
 from ..errors import ArgumentError, StateError
-from ..files import replacing
+from ..files import checked, replacing
 
 if TYPE_CHECKING:
     from threading import RLock
@@ -67,9 +67,11 @@ class State:
         ------
         StateError
             The state is recurrent and some of the dropped tokens are already part of it.
+        ArgumentError
+            There are not so many tokens.
         """
-        if not 0 <= n <= len(self.ids):
-            raise ArgumentError(f"cannot keep {n} tokens of {len(self.ids)}")
+        if not _whole(n) or not 0 <= n <= len(self.ids):
+            raise ArgumentError(f"cannot keep {n!r:.40} tokens of {len(self.ids)}")
         if n < self.n_past and n > 0 and not self.can_truncate:
             raise StateError("a recurrent state cannot be cut back; start a new one")
         if n == 0 and not self.can_truncate:
@@ -100,9 +102,10 @@ class State:
             raise StateError("a recurrent state has no context to shift")
         if not self.can_shift:
             raise StateError("keys normalised behind their rotation cannot be turned; start anew")
-        if keep < 0 or discard < 1 or keep + discard > self.n_past:
+        whole = _whole(keep) and _whole(discard)
+        if not whole or keep < 0 or discard < 1 or keep + discard > self.n_past:
             raise ArgumentError(
-                f"cannot drop {discard} tokens after {keep}: {self.n_past} are stored"
+                f"cannot drop {discard!r:.40} tokens after {keep!r:.40}: {self.n_past} are stored"
             )
         with self.lock:
             for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
@@ -142,8 +145,9 @@ class State:
         StateError
             The file is damaged, of another model, or longer than this state has room for.
         """
+        file = system.expanded(checked(path))
         try:
-            with system.expanded(path).open("rb") as raw, np.load(raw, allow_pickle=False) as f:
+            with file.open("rb") as raw, np.load(raw, allow_pickle=False) as f:
                 sizes = {e.filename.removesuffix(".npy"): e.file_size for e in f.zip.infolist()}
                 small = ("fingerprint", "ids", "n_past")
                 if any(sizes[name] > 4 * self.n_ctx + HEADER for name in small):
@@ -176,6 +180,10 @@ class State:
         with self.lock:
             self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
         self.ids, self.n_past, self.spoilt = ids.tolist(), n_past, False
+
+
+def _whole(n: object) -> bool:
+    return isinstance(n, (int, np.integer)) and not isinstance(n, bool)
 
 
 def fingerprint(c: Config, kv_type: KVType) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -401,6 +401,11 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         if session is None:
             raise ValueError(
                 "current_chat_session may only be set when there is an active chat session"
+            )
+        whole = isinstance(history, Sequence) and not isinstance(history, str)
+        if not whole or not all(isinstance(message, Mapping) for message in history):
+            raise ArgumentError(
+                f"current_chat_session={history!r:.80}; expected a list of messages, each a dict"
             )
         session.history[:] = history
 

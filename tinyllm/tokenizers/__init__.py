@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import GGUFError, UnsupportedModel
+from ..errors import ArgumentError, GGUFError, UnsupportedModel
 from .base import Tokenizer
 from .bpe import BPE
 from .rwkv import RWKV
@@ -74,6 +74,10 @@ def load(metadata: Mapping[str, Any], strict: bool = True) -> Tokenizer:
     GGUFError
         If a key is missing, has the wrong type or length, or contradicts another; it names the key.
     """
+    if not isinstance(metadata, Mapping):
+        raise ArgumentError(
+            f"metadata is {type(metadata).__name__} {metadata!r:.40}; expected a mapping"
+        )
     model = metadata.get("tokenizer.ggml.model")
     if not isinstance(model, str):
         found = "missing" if model is None else f"text is expected, not {type(model).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import ClassVar, TypeVar
 from weakref import WeakMethod
 
@@ -158,9 +159,15 @@ class Tokenizer(ABC):
         The one space that `encode` put before the text is dropped. With `skip_special`, control tokens
         are left out.
         """
+        try:
+            given = iter(ids)
+        except TypeError:
+            raise ArgumentError(
+                f"ids is {ids!r:.40}; expected a sequence of ids, such as [{self.eos}]"
+            ) from None
         pieces: list[bytes] = []
         drop_space = self.add_space_prefix
-        for i in ids:
+        for i in given:
             if self._is_hidden(i):
                 pieces.append(b"" if skip_special else self._spelled(i))
                 continue
@@ -214,9 +221,12 @@ class Tokenizer(ABC):
         return self._type(i) in _HIDDEN
 
     def _type(self, i: int) -> int:
-        if 0 <= i < self.n_vocab:
-            return self._types[i]
-        raise ArgumentError(f"token id {i}: the vocabulary has the ids 0 to {self.n_vocab - 1}")
+        with suppress(TypeError):  # what is no whole number
+            if 0 <= i < self.n_vocab:
+                return self._types[i]
+        raise ArgumentError(
+            f"token id {i!r:.40}: the vocabulary has the ids 0 to {self.n_vocab - 1}"
+        )
 
     def __repr__(self) -> str:
         pre = f", pre={self.pre!r}" if self.pre else ""

@@ -26,6 +26,7 @@ from ..backend import (
     RopeSpec,
     Routing,
     Source,
+    check_n_threads,
 )
 from ..outside import Outside
 from ..profile import Profile
@@ -73,13 +74,9 @@ class CPUBackend(Backend):
 
     def set_threads(self, n_threads: int) -> None:
         """Use up to so many threads from the next step on; call it between steps."""
-        whole = isinstance(n_threads, int) and not isinstance(n_threads, bool)
-        if not whole or n_threads < 1:
-            raise ArgumentError(
-                f"n_threads={n_threads!r}; expected a whole number of at least 1, or None"
-            )
-        self.n_threads = n_threads  # what the caller asked for
-        self._workers = min(n_threads, pool().size)
+        check_n_threads(n_threads)
+        self.n_threads = int(n_threads)  # what the caller asked for
+        self._workers = min(self.n_threads, pool().size)
         self._steps.set_workers(self._workers)
 
     # ---- the tape

@@ -1,0 +1,137 @@
+"""One turn of a conversation with tools: what the template is shown, what may be written, what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import ArgumentError, TemplateError
+from .calling import grammar_of_calls
+from .render import ChatTokenizer, Message, chat_ids, render
+from .tools import Habits, Reader, for_template, functions_of, habits_of, parameters_of, thinking_of
+
+CHOICES = ("auto", "none", "required")
+
+
+class Turn:
+    """The answer that a conversation asks for.
+
+    Parameters
+    ----------
+    template : str
+        Jinja source.
+    given : sequence of mapping
+        The conversation's messages.
+    tools : sequence
+        OpenAI's descriptions of functions.
+    tool_choice : str or mapping
+        "auto", "none", "required", a function's name, or OpenAI's mapping
+        ``{"type": "function", "function": {"name": ...}}``.
+    variables : mapping
+        Further variables of the template.
+
+    Raises
+    ------
+    ArgumentError
+        A tool or the choice is malformed, or the choice names no tool.
+    TemplateError
+        The template shows no tools, or a call is required and the form of its calls is not known.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        given: Sequence[Message],
+        tools: Sequence[Any],
+        tool_choice: str | Mapping[str, Any],
+        variables: Mapping[str, Any],
+    ) -> None:
+        self.ids: list[int] = []  # the prompt
+        self.end = ""  # the text of its last tokens
+        self._template, self._variables = template, variables
+        offered = functions_of(tools)
+        self.choice = _name_of(tool_choice, [f["name"] for f in offered])
+        self.functions = [] if self.choice == "none" else offered
+        self.shown = list(tools) if self.functions else None
+        past = [c for m in given if isinstance(m, Mapping) for c in m.get("tool_calls") or ()]
+        self.n_before = len(past)
+        self.habits = Habits(None, thinking_of(template))
+        if self.functions or past:
+            self.habits = habits_of(template)
+        self.messages = for_template(given, self.habits)
+        if self.functions and self.habits.form is None:
+            self._check_shown(template, variables)
+        if not self.functions:
+            self.habits = Habits(None, self.habits.thinking)
+        elif self.choice not in CHOICES:
+            self.functions = [f for f in offered if f["name"] == self.choice]
+
+    def read(
+        self, tokenizer: ChatTokenizer, bos_id: int | None, eos_id: int | None, **how: bool
+    ) -> list[int]:
+        """The prompt's tokens; ``how`` goes to `chat_ids`."""
+        return chat_ids(
+            tokenizer, self._template, self.messages, bos_id=bos_id, eos_id=eos_id,
+            **{**how, "tools": self.shown, **self._variables},
+        )  # fmt: skip
+
+    def _check_shown(self, template: str, variables: Mapping[str, Any]) -> None:
+        plain = render(template, self.messages, **variables)
+        if plain == render(template, self.messages, **{**variables, "tools": self.shown}):
+            raise TemplateError(
+                "the chat template shows no tools; give one that does with template="
+            )
+        if self.choice != "auto":
+            raise TemplateError(
+                f"tool_choice={self.choice!r}, but how the chat template's model writes calls is not known; "
+                "use 'auto'"
+            )
+
+    def schemas(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The functions' names and schemas."""
+        return ((f["name"], parameters_of(f)) for f in self.functions)
+
+    def thinks(self) -> bool:
+        """Whether the prompt has opened the reasoning."""
+        return self.end.rstrip().endswith(self.habits.thinking.open.strip())
+
+    def said(self) -> str:
+        """What of a call's beginning the prompt has written already."""
+        form = self.habits.form
+        text = "" if form is None else (form.first + form.call).split("$")[0]
+        return next((text[:n] for n in range(len(text), 1, -1) if self.end.endswith(text[:n])), "")
+
+    def grammar(self, control: Mapping[str, int], eog: frozenset[int]) -> str | None:
+        """What the answer is held to, in Lark; None where the form of calls is not known."""
+        form = self.habits.form
+        if form is None or not self.functions or (self.choice == "auto" and form.aside):
+            return None
+        return grammar_of_calls(
+            self.habits, self.functions, control, eog, required=self.choice != "auto",
+            thinks=self.thinks(), said=self.said(),
+        )  # fmt: skip
+
+    def reader(self) -> Reader:
+        """What reads the answer."""
+        reader = Reader(self.habits, self.functions, self.thinks(), self.n_before)
+        reader.feed(self.said())
+        return reader
+
+    def message(self, text: str) -> dict[str, Any]:
+        """The whole answer as a message."""
+        reader = self.reader()
+        reader.feed(text)
+        reader.finish()
+        return dict(reader.message)
+
+
+def _name_of(choice: Any, names: Sequence[str]) -> str:
+    if isinstance(choice, Mapping):
+        function = choice.get("function")
+        choice = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(choice, str) or choice not in (*CHOICES, *names):
+        expected = ", ".join(map(repr, (*CHOICES, *names)))
+        raise ArgumentError(f"tool_choice={choice!r:.40}; expected one of {expected}")
+    if choice == "required" and not names:
+        raise ArgumentError("tool_choice='required', but there are no tools")
+    return choice
