@@ -26,6 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TINYLLM_TESTDATA", ROOT.parent / "shared" / "data"))
 
 
+def pytest_report_header() -> str:
+    """Which OpenCL driver the tests run on."""
+    from tinyllm.errors import DeviceError
+    from tinyllm.kernels.gpu import devices
+
+    try:
+        _, device = devices.choose_opencl("0")
+    except DeviceError as e:
+        return f"opencl:0: {e}"
+    return f"opencl:0: {device.name.strip()}, by {device.platform.name} {device.driver_version}"
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of models and references; tests that need it skip when it is absent."""

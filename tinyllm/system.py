@@ -135,6 +135,25 @@ def _windows_cores() -> int:
     return sum(row.relationship == 0 and bool(row.mask & affinity.value) for row in rows)
 
 
+# LLVM's names of features: where Linux tells of each (number in the auxiliary vector, bit), and macOS
+ON_LINUX = {"dotprod": (16, 20), "i8mm": (26, 13)}  # AT_HWCAP's ASIMDDP, AT_HWCAP2's I8MM
+ON_MACOS = {"dotprod": "hw.optional.arm.FEAT_DotProd", "i8mm": "hw.optional.arm.FEAT_I8MM"}
+DOT_PRODUCT_ON_WINDOWS = 43  # PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+
+
+def arm_features() -> set[str] | None:
+    """Which of the features in ``ON_LINUX`` this ARM processor has; None where the system does not tell."""
+    if sys.platform == "linux" and (tell := _native("getauxval")):
+        tell.restype, tell.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        return {name for name, (number, bit) in ON_LINUX.items() if tell(number) >> bit & 1}
+    if sys.platform == "darwin":
+        told = {name: _sysctl(key) for name, key in ON_MACOS.items()}
+        return {name for name, v in told.items() if any(v)} if any(told.values()) else None
+    if sys.platform == "win32" and (has := _native("IsProcessorFeaturePresent", KERNEL32)):
+        return {"dotprod"} if has(DOT_PRODUCT_ON_WINDOWS) else set()
+    return None
+
+
 def allow_amx() -> bool:
     """Ask for the use of Intel's matrix unit, which Linux gives to a process that asks."""
     if sys.platform != "linux":

@@ -16,6 +16,7 @@ from tinyllm import gguf
 from tinyllm.cli import bench, info, perplexity
 from tinyllm.cli import commands as cli
 from tinyllm.cli.commands import main
+from tinyllm.kernels.cpu import emit
 
 REFERENCE = ["--device", "reference"]
 
@@ -203,7 +204,8 @@ def test_info_shows_a_template_whole_and_makes_control_characters_visible(out, t
 
 
 def test_devices_begin_with_the_cpu(out):
-    first = out("devices").splitlines()[0]
+    first, *_, last = out("devices").splitlines()
+    assert last == f"kernels of the cpu: {emit.instructions()}"
     assert re.fullmatch(r"cpu +\d+\.\d GB  \S.*", first)
 
 

@@ -10,7 +10,7 @@ from tinyllm.kernels.backend import Device
 
 GPUS = [
     Device("cuda", 0, "NVIDIA H200", 10),
-    Device("opencl", 0, "cpu-znver4", 20),
+    Device("opencl", 0, "AMD EPYC", 20, on_cpu=True),
     Device("opencl", 1, "AMD Radeon RX 7900", 30),
 ]
 
@@ -39,7 +39,7 @@ def test_names_find_devices(said: str | None, meant: str, monkeypatch: pytest.Mo
 def test_auto_without_a_real_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "gpus", lambda: GPUS[1:2])
     assert devices.resolve("auto") == "cpu"
-    with pytest.raises(DeviceError, match=r"opencl:0 \(cpu-znver4\).*tinyllm\[cuda13\]"):
+    with pytest.raises(DeviceError, match=r"opencl:0 \(AMD EPYC\).*tinyllm\[cuda13\]"):
         devices.resolve("gpu")
 
 

@@ -22,7 +22,7 @@ def text(prelude: str) -> str:
 def run_emulated(kernel: str, *arrays: np.ndarray) -> None:
     """The kernel with one warp, the arrays changed in place."""
     cl = pytest.importorskip("pyopencl", reason="needs PyOpenCL")
-    from tinyllm.kernels.gpu.opencl import CPU_OPTIONS, OPTIONS
+    from tinyllm.kernels.gpu.opencl import build
 
     try:
         context = cl.Context([devices.choose_opencl("0")[1]])
@@ -31,7 +31,7 @@ def run_emulated(kernel: str, *arrays: np.ndarray) -> None:
     queue = cl.CommandQueue(context)
     emulated = (EMULATOR / "emulated_tensor.h").read_text("utf-8")
     source = text(sources.read("prelude_opencl.h") + emulated)
-    program = cl.Program(context, source).build([*OPTIONS, *CPU_OPTIONS])
+    program = build(context, source)
     flags = cl.mem_flags.READ_WRITE | cl.mem_flags.COPY_HOST_PTR
     buffers = [cl.Buffer(context, flags, hostbuf=x) for x in arrays]
     getattr(program, kernel)(queue, (32,), (32,), *buffers)

@@ -233,12 +233,12 @@ def test_devices_that_are_not_there(models: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices of each kind; the last is PoCL's, which runs on the CPU."""
+    """Devices of each kind; the last is Intel's for the CPU."""
     there = [
         Device("cpu", 0, "A CPU", 1 << 40),
         Device("cuda", 0, "NVIDIA H200", 1 << 37),
         Device("opencl", 0, "Radeon", 1000),
-        Device("opencl", 1, "pthread-intel", 1 << 40),
+        Device("opencl", 1, "Intel(R) Xeon(R)", 1 << 40, on_cpu=True),
     ]
     monkeypatch.setattr("tinyllm.kernels.devices.list_devices", lambda: there)
 
@@ -266,7 +266,7 @@ def test_devices_that_do_not_match(models: Path, several: None) -> None:
         ("nvidia", "cuda:0"),
         ("kompute:0", "opencl:0"),
         ("Radeon", "opencl:0"),
-        ("kompute:pthread-intel", "opencl:1"),
+        ("kompute:Intel(R) Xeon(R)", "opencl:1"),
     ],
 )
 def test_devices_by_kind_index_and_name(device: str, engine: str, several: None) -> None:

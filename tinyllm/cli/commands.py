@@ -216,6 +216,11 @@ def tokenize(args: Arguments) -> None:
 
 # ---- devices
 
+GENERIC = (
+    "warning: generic kernels run on this cpu, many times slower than others: the system tells of neither AVX2 "
+    "with FMA and F16C nor ARM's dot product. NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name what it has"
+)
+
 
 def devices_arguments(p: Parser) -> None:
     json_option(p)
@@ -224,11 +229,17 @@ def devices_arguments(p: Parser) -> None:
 def devices(args: Arguments) -> None:
     import tinyllm
 
+    from ..kernels.cpu import emit
+
     found = tinyllm.list_devices()
+    cpu, *gpus = ({"id": d.id, **asdict(d)} for d in found)
     if args.json:
-        print_json([asdict(d) for d in found])
+        print_json([{**cpu, "instructions": emit.instructions()}, *gpus])
     else:
         show_lines(f"{d.id:<12} {d.memory / 1e9:>7.1f} GB  {d.name}" for d in found)
+        show(f"kernels of the cpu: {emit.instructions()}\n")
+    if emit.instruction_set() == "generic":
+        note(GENERIC)
 
 
 # ---- bench

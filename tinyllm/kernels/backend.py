@@ -113,6 +113,7 @@ class Device:
     index: int = 0  # among the devices of its kind
     name: str = ""  # the maker's, "NVIDIA H200"
     memory: int = 0  # bytes in all; 0 where nobody asked
+    on_cpu: bool = False  # an OpenCL driver that computes on the CPU, as PoCL and Intel's
 
     @property
     def id(self) -> str:
@@ -126,8 +127,8 @@ class Device:
 
     @property
     def is_real_gpu(self) -> bool:
-        """Is it a GPU, and not the CPU behind OpenCL (PoCL), which names its devices so?"""
-        return self.is_gpu and not self.name.lower().startswith(("cpu", "pthread"))
+        """Is it a GPU, and not the CPU behind OpenCL?"""
+        return self.is_gpu and not self.on_cpu
 
     def __str__(self) -> str:
         return f"{self.id} {self.name}" if self.is_gpu else self.id

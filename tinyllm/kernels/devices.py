@@ -52,7 +52,8 @@ def resolve(device: str | None) -> str:
             return "cpu"
         matches = real
     else:
-        matches = [d for d in present if wanted.lower() in d.name.lower()]
+        named = [d for d in present if wanted.lower() in d.name.lower()]
+        matches = sorted(named, key=lambda d: d.on_cpu)
     if not matches:
         names = ", ".join(f"{d.id} ({d.name})" for d in present) or "none"
         raise DeviceError(

@@ -25,7 +25,7 @@ import pytest
 
 import tinyllm.kernels.gpu as package
 from tinyllm.kernels.gpu import cublas, devices, sources
-from tinyllm.kernels.gpu.opencl import CPU_OPTIONS, OPTIONS
+from tinyllm.kernels.gpu.opencl import build
 
 EMULATED = (Path(__file__).parent / "emulated_tensor.h").read_text("utf-8")
 PAGE = 1 << 33  # addresses of one allocation
@@ -270,8 +270,10 @@ class RawModule:
         prelude, tensor = sources.read("prelude_cuda.h"), sources.read("tensor.h")
         assert prelude in code
         text = code.replace(prelude, sources.read("prelude_opencl.h")).replace(tensor, EMULATED)
-        options = [*OPTIONS, *CPU_OPTIONS, "-cl-kernel-arg-info"]
-        self.driver, self.program = driver, cl.Program(driver.context, text).build(options)
+        self.driver = driver
+        plain = "-cl-kernel-arg-info", "-cl-opt-disable"
+        # a cached program of Intel's driver does not know its arguments
+        self.program = build(driver.context, text, *plain, cache_dir=False)
 
     def get_function(self, name: str) -> Any:
         kernel, driver = cl.Kernel(self.program, name), self.driver

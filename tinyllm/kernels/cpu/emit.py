@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
-from ...system import allow_amx
+from ...system import allow_amx, arm_features
 
 LANES = 16
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
@@ -49,14 +50,36 @@ def features_text() -> str:
     # not cpu_name(): LLVM calls a processor newer than itself generic, too, and yet knows its features
     if os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":
         return ""
-    return llvm.get_host_cpu_features().flatten()
+    return ",".join(filter(None, [llvm.get_host_cpu_features().flatten(), *_arm_features()]))
+
+
+# Where the system does not tell what an ARM processor has, LLVM's name of it does.
+BY_NAME = {
+    "dotprod": "apple-(m|a1[3-9])|neoverse|cortex-(x|a55|a65|a7[5-8]|a[57][12])|ampere|oryon|grace",
+    "i8mm": "apple-(m[2-9]|a1[5-9])|neoverse-(v|n[23])|cortex-(x[2-9]|a[57][12])|ampere|oryon|grace",
+}
+
+
+def _arm_features() -> list[str]:
+    """Features as the operating system tells them: LLVM may know none, under emulation or on macOS, say."""
+    if not is_arm():
+        return []
+    found = arm_features()
+    if found is None:
+        found = {name for name, processors in BY_NAME.items() if re.match(processors, cpu_name())}
+    return [f"+{name}" for name in sorted(found)]
+
+
+def is_arm() -> bool:
+    """Whether the processor is one of 64-bit ARM."""
+    return llvm.get_process_triple().startswith(("aarch64", "arm64"))
 
 
 @lru_cache(1)
 def instruction_set() -> str:
     """The byte dot product in use: "avx512vnni", "avxvnni", "avx2", "neon" or "generic"."""
-    triple, _, features = target()
-    if triple.startswith(("aarch64", "arm64")):
+    features = target()[2]
+    if is_arm():
         return "neon" if "dotprod" in features else "generic"
     if {"avx512f", "avx512bw", "avx512vl", "avx512vnni", "f16c", "fma"} <= features:
         return "avx512vnni"
@@ -65,18 +88,28 @@ def instruction_set() -> str:
     return "generic"
 
 
+def instructions() -> str:
+    """For people: the instruction set, and the unit for matrices of bytes if there is one."""
+    unit = " and amx" if has_amx() else " and i8mm" if has_i8mm() else ""
+    return instruction_set() + unit
+
+
 @lru_cache(1)
 def has_fma() -> bool:
     """Whether a fused multiply-add is an instruction; elsewhere it would be a slow library call."""
-    triple, _, features = target()
-    return "fma" in features or triple.startswith(("aarch64", "arm64"))
+    return "fma" in target()[2] or is_arm()
 
 
 @lru_cache(1)
 def has_half() -> bool:
     """Whether half <-> float conversion is an instruction."""
-    triple, _, features = target()
-    return "f16c" in features or triple.startswith(("aarch64", "arm64"))
+    return "f16c" in target()[2] or is_arm()
+
+
+@lru_cache(1)
+def has_i8mm() -> bool:
+    """Whether NEON has an instruction that multiplies 8 columns of two rows with those of two tokens."""
+    return instruction_set() == "neon" and "i8mm" in target()[2]
 
 
 @lru_cache(1)
@@ -305,6 +338,29 @@ class Emit:
             a, c = self.b.bitcast(codes, v16b), self.b.bitcast(x4, v16b)
             return self.call("llvm.aarch64.neon.sdot.v4i32.v16i8", V(I32, n), total, a, c)
         return self.add_pairs(total, self.pairs(codes, x4, signed))
+
+    def interleave(self, x, y):
+        """The lanes of two vectors by turns: those of their first halves, those of their second halves."""
+        n = x.type.count
+        turns = [i + side for i in range(n) for side in (0, n)]
+        return [
+            self.b.shuffle_vector(x, y, ir.Constant(V(I32, n), t)) for t in (turns[:n], turns[n:])
+        ]
+
+    def separate(self, x, y):
+        """The inverse of ``interleave``."""
+        n = x.type.count
+        lanes_of = [list(range(first, 2 * n, 2)) for first in (0, 1)]
+        return [self.b.shuffle_vector(x, y, ir.Constant(V(I32, n), t)) for t in lanes_of]
+
+    def dot_2x2(self, totals, rows, tokens):
+        """totals + the sums of 8 products of signed bytes, exactly: 2 rows by 2 tokens; where ``has_i8mm``.
+
+        totals: (row 0, token 0), (0, 1), (1, 0), (1, 1). rows and tokens: two times 8 bytes.
+        """
+        v16b = V(I8, 16)
+        a, c = self.b.bitcast(rows, v16b), self.b.bitcast(tokens, v16b)
+        return self.call("llvm.aarch64.neon.smmla.v4i32.v16i8", totals.type, totals, a, c)
 
     def pairs(self, codes, x4, signed=False):
         """Half of a dot product, without an instruction for all: sums of 2 products, in 16-bit lanes.

@@ -27,8 +27,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from llvmlite import ir
 
-from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, instruction_set, lanes
+from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, has_i8mm, instruction_set, lanes
 from .formats import Format, Part, Tile, int8_format, whole_format
 from .simd import emitter, i64, types
 
@@ -61,6 +62,14 @@ class Activations:
     def codes(self, token: int, c: int):
         """4 codes of a token in all lanes."""
         return self.e.broadcast(self.x, I32, self.n, self.span * token + 4 * c)
+
+    def codes_of_two(self, tokens: tuple[int, int], c: int):
+        """8 codes of a token, then 8 of another."""
+        pair = ir.Constant(V(I64, 2), ir.Undefined)
+        for i, token in enumerate(tokens):
+            eight = self.e.load(self.x, I64, self.span * token + 4 * c)
+            pair = self.e.b.insert_element(pair, eight, I32(i))
+        return pair
 
     def field(self, token: int, name: str):
         """A value of a token in all lanes."""
@@ -109,6 +118,8 @@ class Columns:
         """The exact sums of a scale's columns, one per token."""
         if instruction_set() in ("avx2", "generic"):
             return self._sums_of_pairs(half)
+        if has_i8mm() and len(self.tokens) > 1:
+            return self._sums_of_two_tokens(half)
         totals = self.start(half)
         for c in self.runs[half]:
             w = self.code(c)
@@ -116,6 +127,19 @@ class Columns:
             some = zip(totals, xs, strict=True)
             totals = [self.e.dot(s, w, x4, self.fmt.signed) for s, x4 in some]
         return totals
+
+    def _sums_of_two_tokens(self, half: int) -> list:
+        """The sums by an instruction for two tokens; the last of an odd number of tokens goes twice."""
+        e, run, last = self.e, self.runs[half], len(self.tokens) - 1
+        twos = [(i, min(i + 1, last)) for i in range(0, last + 1, 2)]
+        starts = self.start(half)
+        totals = [e.interleave(starts[i], starts[j]) for i, j in twos]
+        for c in run[::2]:
+            rows = e.interleave(self.code(c), self.code(c + 1))
+            for k, (i, j) in enumerate(twos):
+                x = self.x.codes_of_two((self.tokens[i], self.tokens[j]), c)
+                totals[k] = [e.dot_2x2(t, r, x) for t, r in zip(totals[k], rows, strict=True)]
+        return [s for two in totals for s in e.separate(*two)][: last + 1]
 
     def pairs(self, half: int) -> Iterator[list]:
         """Partial sums in 16-bit lanes, each as long as it cannot overflow: two instructions, not three."""

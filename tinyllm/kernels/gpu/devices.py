@@ -19,15 +19,24 @@ def list() -> Sequence[Device]:  # noqa: A001 (read as devices.list())
     found: MutableSequence[Device] = []
     for kind, look in (("cuda", cuda_devices), ("opencl", opencl_devices)):
         try:
-            found += [Device(kind, i, name, memory) for i, name, memory in look()]
+            found += [Device(kind, *described) for described in look()]
         except DeviceError:
             continue
     return found
 
 
 def opencl_devices() -> Any:
-    """(index, name, memory) of each OpenCL device; DeviceError without package or driver."""
-    return [(i, d.name.strip(), int(d.global_mem_size)) for i, d in enumerate(_all_opencl())]
+    """(index, name, memory, on_cpu) of each OpenCL device; DeviceError without package or driver."""
+    return [
+        (i, d.name.strip(), int(d.global_mem_size), on_cpu(d)) for i, d in enumerate(_all_opencl())
+    ]
+
+
+def on_cpu(device: Any) -> bool:
+    """Whether an OpenCL driver computes on the processor."""
+    import pyopencl as cl
+
+    return bool(device.type & cl.device_type.CPU)
 
 
 def _all_opencl() -> Any:
