@@ -85,7 +85,7 @@ def main() -> None:
     print("| task | tokens/s | with speculation | x | tokens per step |\n|---|---|---|---|---|")
     for name, task in TASKS.items():
         try:
-            ids = m.chat_ids([{"role": "user", "content": task}])
+            ids = m.turn([{"role": "user", "content": task}]).ids
         except tinyllm.errors.TemplateError:
             ids = m.prompt_ids(task)
         best, each, texts = {False: 0.0, True: 0.0}, 0.0, set()
