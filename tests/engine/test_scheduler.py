@@ -18,6 +18,7 @@ from tinyllm import Completion, Engine, Model
 from tinyllm.engine.generate import Run
 from tinyllm.engine.request import Request
 from tinyllm.errors import ArgumentError, ContextOverflow, QueueFull, TinyLLMError
+from tinyllm.models.memory import cache_bytes
 
 WORDS = "Once upon a time there was a little dog and a big red ball in the park with Lily".split()
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ ' ' }}{% endfor %}"
@@ -73,7 +74,7 @@ def written(c: Completion) -> tuple[object, ...]:
 def test_64_requests_from_threads_and_tasks_are_as_alone(m: Model) -> None:
     asked = requests(64)
     expected = [alone(m, *a) for a in asked]
-    each = m.new_state(512).nbytes
+    each = cache_bytes(m.network.decoder.caches, 512, m.network.kv_type)
     got: dict[int, Request] = {}
     with Engine(m, max_bytes=3 * each, max_rows=24) as e:
 

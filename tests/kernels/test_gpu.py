@@ -175,16 +175,16 @@ def test_a_program_that_does_not_compile_is_an_error_of_the_device(be: Any) -> N
 
 def test_pages_are_taken_as_a_sequence_fills_and_given_back(be: Any) -> None:
     a, b = (be.new_cache(LAYERS, 1000, "f16") for _ in range(2))
-    a.reserve(65)
-    b.reserve(1)
-    assert (len(a.pages), len(b.pages)) == (2, 1)
-    assert not set(a.pages) & set(b.pages)
-    a_store, shelf = a.store, a.store.pages
+    a.reserve(0, 65)
+    b.reserve(0, 1)
+    assert [[len(pages) for pages in c.pages] for c in (a, b)] == [[2], [1]]
+    assert not set(a.numbers[0]) & set(b.numbers[0])
+    a_store, (shelf,) = a.store, a.store.pages
     del a
     gc.collect()
     assert sorted(shelf._spare) == [0, 1]
     with pytest.raises(ContextOverflow, match="1001 positions"):
-        b.reserve(1001)
+        b.reserve(64, 1001)
     a_store.trim()
     assert shelf.buffer is not None
     del b

@@ -65,14 +65,12 @@ class Costs:
         self.seconds[rows] = seconds if old is None else min(seconds, old + (seconds - old) * 0.1)
 
     def of(self, rows: int) -> float:
-        """Seconds of a step of so many rows, between and beyond those that were timed."""
-        known = sorted(self.seconds)
-        if not known:
-            return 1 + NEW_ROW * rows
-        if rows <= known[-1]:
-            return float(np.interp(rows, known, [self.seconds[n] for n in known]))
-        beyond = NEW_ROW * self.seconds[known[0]] * (rows - known[-1])
-        return self.seconds[known[-1]] + beyond
+        """Seconds of a step of so many rows; a number not timed yet is thought cheap, and so is tried."""
+        if rows in self.seconds or not self.seconds:
+            return self.seconds.get(rows, 1 + NEW_ROW * rows)
+        fewest = min(self.seconds)
+        hope = self.seconds[fewest] * (1 + NEW_ROW * (rows - fewest))
+        return min([hope, *(t for n, t in self.seconds.items() if n > rows)])
 
     def doubt(self) -> None:
         """Take steps of several rows for a little faster: what kept one from being tried may be long past."""

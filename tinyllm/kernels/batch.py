@@ -14,6 +14,7 @@ import numpy as np
 Array: TypeAlias = Any  # a backend's own array; has .shape
 Pairing = Literal["adjacent", "half"]
 KVType = Literal["f32", "f16", "q8_0"]
+SLACK = 2048  # positions kept behind a window, so that so many tokens can be taken back
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,19 @@ class LayerCache:
     """What one layer keeps of the past.
 
     ``head_dim`` and ``head_dim_v`` are 0 for a layer without attention; ``arrays`` names the float32
-    arrays, zero at first, that a recurrent layer carries from one token to the next.
+    arrays, zero at first, that a recurrent layer carries from one token to the next. ``window`` is how many
+    positions attention looks back at, its own included; 0: all.
     """
 
     n_head_kv: int = 0
     head_dim: int = 0
     head_dim_v: int = 0
     arrays: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    window: int = 0
+
+    def n_held(self, n_ctx: int) -> int:
+        """Positions that are kept at most, about, when ``n_ctx`` have been read."""
+        return min(n_ctx, self.window + SLACK + 512) if self.window else n_ctx
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,34 @@ class RopeSpec:
 
 
 class Cache(ABC):
-    """The stored past of one sequence, for all layers. Memory is taken as it fills, where possible."""
+    """The stored past of one sequence, for all layers. Memory is taken as it fills."""
 
     n_ctx: int
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes reserved on the device when full."""
+        """Bytes that are held now, those shared with other sequences included."""
+
+    @abstractmethod
+    def held(self) -> dict[int, int]:
+        """Bytes of each page that is held now, by a number that sharing caches have in common."""
+
+    @abstractmethod
+    def fork(self) -> Cache:
+        """Another cache with the same past, stored once until one of the two writes."""
+
+    @abstractmethod
+    def truncate(self, n: int) -> None:
+        """Give back what only positions from ``n`` on need."""
+
+    @abstractmethod
+    def holds(self, n: int) -> bool:
+        """Whether all is still stored that position ``n`` looks at; layers with a window drop the rest."""
+
+    @abstractmethod
+    def holds_all(self, n: int) -> bool:
+        """Whether the first ``n`` positions are still stored for every layer."""
 
     @abstractmethod
     def shift(
@@ -64,13 +91,18 @@ class Cache(ABC):
     def export(self, n_past: int) -> dict[str, np.ndarray]:
         """The first ``n_past`` positions (and recurrent arrays) as host arrays, exactly as stored.
 
+        Positions that a layer has dropped behind its window are zeros.
+
         Keys are ``"{layer}.k"`` [n_past, K, D], ``"{layer}.v"`` and ``"{layer}.{array}"``; a backend that
         stores in another order converts. float16 caches give float16; q8_0 ones a uint8 of blocks.
         """
 
     @abstractmethod
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Put back what ``export`` gave; StateError if names, shapes or types are others."""
+        """Put back what ``export`` gave; StateError if names, shapes or types are others.
+
+        Positions behind a layer's window may have been dropped: they are not stored.
+        """
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import erf
-from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, StateError
+from ..errors import ArgumentError
 from ..gguf import quants
 from .backend import (
     Activation,
     Array,
     Backend,
     Batch,
-    Cache,
     Device,
     KVType,
     LayerCache,
@@ -30,6 +28,7 @@ from .backend import (
     Weight,
 )
 from .choose import check_largest
+from .pages import Page, PagedCache, check_saved
 
 F32 = np.float32
 _erf = np.vectorize(erf, otypes=[F32])
@@ -51,60 +50,92 @@ class DenseWeight:
         return self.data.nbytes
 
 
-class ReferenceCache(Cache):
-    """Keys and values as NumPy arrays, one pair per layer, in float32, float16 or as rounded to q8_0."""
+class ReferenceCache(PagedCache):
+    """Keys and values in float32, float16 or as rounded to q8_0: a page has a pair of arrays for each layer."""
+
+    page_size = 64
 
     def __init__(self, layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> None:
-        self.n_ctx, self.layers, self.kv_type = n_ctx, tuple(layers), kv_type
-        store = np.float16 if kv_type == "f16" else F32
-        self.k = [np.zeros((n_ctx, c.n_head_kv, c.head_dim), store) for c in layers]
-        self.v = [np.zeros((n_ctx, c.n_head_kv, c.head_dim_v), store) for c in layers]
+        super().__init__(layers, n_ctx)
+        self.kv_type, self.type = kv_type, np.dtype(np.float16 if kv_type == "f16" else F32)
         self.arrays = [{name: np.zeros(shape, F32) for name, shape in c.arrays} for c in layers]
 
-    @property
-    def nbytes(self) -> int:
-        recurrent: list[Any] = [a for layer in self.arrays for a in layer.values()]
-        return sum(a.nbytes for a in [*self.k, *self.v, *recurrent])
+    def empty(self) -> ReferenceCache:
+        return ReferenceCache(self.layers, self.n_ctx, self.kv_type)
+
+    def take(self, group: int) -> Page:
+        layers = [self.layers[i] for i in self.groups[group]]
+        dims = [[(c.n_head_kv, d) for d in (c.head_dim, c.head_dim_v)] for c in layers]
+        return Page([[np.zeros((self.page_size, *d), self.type) for d in kv] for kv in dims])
+
+    def copy(self, group: int, to: Page, source: Page) -> None:
+        to.memory = [[x.copy() for x in pair] for pair in source.memory]
+
+    def copy_arrays(self, source: ReferenceCache) -> None:
+        self.arrays = [{name: a.copy() for name, a in layer.items()} for layer in source.arrays]
+
+    def page_bytes(self, group: int) -> int:
+        layers = [self.layers[i] for i in self.groups[group]]
+        values = sum(c.n_head_kv * (c.head_dim + c.head_dim_v) for c in layers)
+        return self.page_size * values * self.type.itemsize
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
         """x as the cache stores it."""
         return round_q8_0(x) if self.kv_type == "q8_0" else x
 
+    def read(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first n keys [n, K, D] and values [n, K, Dv] of a layer; zeros where they were dropped."""
+        c = self.layers[layer]
+        k, v = (np.zeros((n, c.n_head_kv, d), self.type) for d in (c.head_dim, c.head_dim_v))
+        for x, stored, here, there in self._places(layer, 0, k, v):
+            x[here] = stored[there]
+        return k, v
+
+    def write(self, layer: int, first: int, k: np.ndarray, v: np.ndarray) -> None:
+        """Store keys [n, K, D] and values [n, K, Dv] from position ``first`` on."""
+        for x, stored, here, there in self._places(layer, first, k, v):
+            stored[there] = x[here]
+
+    def _places(
+        self, layer: int, first: int, *xs: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, slice, slice]]:
+        """For each page: keys, then values, from ``first`` on, the page's array, and what is where in both."""
+        group = next(g for g, layers in enumerate(self.groups) if layer in layers)
+        size, end = self.page_size, first + len(xs[0])
+        for block, page in enumerate(self.pages[group]):
+            start, stop = max(first, block * size), min(end, (block + 1) * size)
+            if page is not None and start < stop:
+                pair = page.memory[self.groups[group].index(layer)]
+                for x, stored in zip(xs, pair, strict=True):
+                    there = slice(start - block * size, stop - block * size)
+                    yield x, stored, slice(start - first, stop - first), there
+
     def shift(
         self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None
     ) -> None:
-        for stored in (self.k[layer], self.v[layer]):
-            stored[keep : n_past - discard] = stored[keep + discard : n_past].copy()
+        k, v = (x[keep + discard :] for x in self.read(layer, n_past))
         if rope is not None:
-            k = self.k[layer][keep : n_past - discard].astype(F32)
             back = np.full(len(k), -discard, np.int32)
-            turned = rotate(k, back, RopeSpec(rope.freqs, rope.pairing, rope.first))
-            self.k[layer][keep : n_past - discard] = self.rounded(turned)
+            turned = rotate(k.astype(F32), back, RopeSpec(rope.freqs, rope.pairing, rope.first))
+            k = self.rounded(turned)
+        self.reserve(keep, n_past - discard)
+        self.write(layer, keep, k, v)
 
     def export(self, n_past: int) -> dict[str, np.ndarray]:
         out = {}
         for i, layer in enumerate(self.layers):
             if layer.n_head_kv:
-                out[f"{i}.k"], out[f"{i}.v"] = self.k[i][:n_past].copy(), self.v[i][:n_past].copy()
+                out[f"{i}.k"], out[f"{i}.v"] = self.read(i, n_past)
             out |= {f"{i}.{name}": a.copy() for name, a in self.arrays[i].items()}
         return out
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        targets: dict[str, Any] = {}
+        self.begin_anew(check_saved(self.export(0), arrays, self.n_ctx))
         for i, layer in enumerate(self.layers):
             if layer.n_head_kv:
-                targets[f"{i}.k"], targets[f"{i}.v"] = self.k[i], self.v[i]
-            targets |= {f"{i}.{name}": a for name, a in self.arrays[i].items()}
-        if set(targets) != set(arrays):
-            raise StateError(f"saved state has arrays {sorted(arrays)}; expected {sorted(targets)}")
-        for name, target in targets.items():
-            part = target if name.split(".")[1] not in "kv" else target[: len(arrays[name])]
-            if part.shape != arrays[name].shape or part.dtype != arrays[name].dtype:
-                raise StateError(
-                    f"saved array {name} is {arrays[name].dtype} {arrays[name].shape}; "
-                    f"expected {part.dtype} {part.shape}"
-                )
-            part[...] = arrays[name]
+                self.write(i, 0, arrays[f"{i}.k"], arrays[f"{i}.v"])
+            for name, a in self.arrays[i].items():
+                a[...] = arrays[f"{i}.{name}"]
 
 
 def round_q8_0(x: np.ndarray) -> np.ndarray:
@@ -291,9 +322,10 @@ class ReferenceBackend(Backend):
 
     def cache_write(self, batch: Batch, layer: int, k: np.ndarray, v: np.ndarray) -> None:
         for cache, rows, past in sequences(batch):
-            for stored, new in ((cache.k[layer], k), (cache.v[layer], v)):
-                heads = new[rows].reshape(-1, *stored.shape[1:])
-                stored[past : past + len(heads)] = cache.rounded(heads)
+            n_head, n = cache.layers[layer].n_head_kv, rows.stop - rows.start
+            new = (cache.rounded(x[rows].reshape(n, n_head, -1)) for x in (k, v))
+            cache.reserve(past, past + n)
+            cache.write(layer, past, *new)
 
     def attention(
         self,
@@ -312,8 +344,7 @@ class ReferenceBackend(Backend):
         for cache, rows, past in sequences(batch):
             here = q[rows].reshape(-1, n_head, q.shape[1] // n_head)
             stop = past + len(here)
-            k = repeat_heads(cache.k[layer][:stop].astype(F32), n_head)
-            v = repeat_heads(cache.v[layer][:stop].astype(F32), n_head)
+            k, v = (repeat_heads(x.astype(F32), n_head) for x in cache.read(layer, stop))
             distance = np.arange(past, stop)[:, None] - np.arange(stop)  # [T, S], i - j
             hidden = (distance < 0) | ((distance >= window) if window else False)
             out.append(attend(here, k, v, distance, hidden, scale, softcap, slopes, sinks))

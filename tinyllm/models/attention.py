@@ -69,7 +69,7 @@ class Attention(Mixer):
         """What this layer keeps of the past."""
         if not self.causal:
             return LayerCache()
-        return LayerCache(self.n_head_kv, self.head_dim, self.head_dim_v)
+        return LayerCache(self.n_head_kv, self.head_dim, self.head_dim_v, window=self.window)
 
     def __call__(self, step: Step, x: Array) -> Array:
         be, tap = self.be, step.tap

@@ -34,19 +34,26 @@ def allocating(what: str, advice: str) -> Iterator[None]:
 
 
 def cache_bytes(layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> int:
-    """Bytes of a full cache of ``n_ctx`` positions."""
+    """Bytes that a cache holds when ``n_ctx`` positions have been read, about."""
     per_value = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}[kv_type]
-    values = sum(c.n_head_kv * (c.head_dim + c.head_dim_v) for c in layers)
+    values = sum(c.n_head_kv * (c.head_dim + c.head_dim_v) * c.n_held(n_ctx) for c in layers)
     fixed = sum(4 * int(np.prod(shape)) for c in layers for _, shape in c.arrays)
-    return int(values * per_value * n_ctx) + fixed
+    return int(values * per_value) + fixed
 
 
 def default_n_ctx(net: Network) -> int:
     """The trained length, or less where a full cache would take more than half of the free memory."""
     fits = net.config.n_ctx_train
     for stage in net.stages:
-        each = cache_bytes(stage.own(net.decoder.caches), 1, net.kv_type)
-        fits = min(fits, max(512, stage.be.memory()[0] // 2 // each)) if each else fits
+        layers, room = stage.own(net.decoder.caches), stage.be.memory()[0] // 2
+        low, high = min(fits, 512), fits  # a context of ``low`` fits, or is the least that is given
+        while low < high:
+            middle = (low + high + 1) // 2
+            if cache_bytes(layers, middle, net.kv_type) <= room:
+                low = middle
+            else:
+                high = middle - 1
+        fits = low
     return fits
 
 

@@ -83,6 +83,22 @@ class StagedCache(Cache):
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    def held(self) -> dict[int, int]:
+        return {number: n for part in self.parts for number, n in part.held().items()}
+
+    def fork(self) -> StagedCache:
+        return StagedCache(self.stages, [part.fork() for part in self.parts])
+
+    def truncate(self, n: int) -> None:
+        for part in self.parts:
+            part.truncate(n)
+
+    def holds(self, n: int) -> bool:
+        return all(part.holds(n) for part in self.parts)
+
+    def holds_all(self, n: int) -> bool:
+        return all(part.holds_all(n) for part in self.parts)
+
     def shift(
         self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None
     ) -> None:

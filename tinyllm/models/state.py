@@ -48,7 +48,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of cache when full."""
+        """Bytes that the cache holds now, those shared with forks included."""
         return self.cache.nbytes
 
     @property
@@ -56,12 +56,24 @@ class State:
         """Whether tokens can be taken back: the summary that recurrent layers keep cannot be unwound."""
         return not any(layer.arrays for layer in self.layers)
 
+    def fork(self) -> State:
+        """Another state with the same tokens; what is stored of them is shared until one of the two writes."""
+        self.check_whole()
+        with self.lock:
+            cache = self.cache.fork()
+        other = State(cache, self.layers, self.ropes, self.n_ctx, self.fingerprint, self.lock)
+        other.can_shift, other.ids, other.n_past = self.can_shift, list(self.ids), self.n_past
+        return other
+
     def append(self, ids: Sequence[int]) -> None:
         """Add tokens to the sequence; they are computed by the next step."""
         self.ids.extend(ids)
 
     def truncate(self, n: int) -> None:
         """Keep the first ``n`` tokens.
+
+        Layers with a window drop what lies far behind it. After a cut so deep that they would need it again,
+        the next step computes all tokens anew.
 
         Raises
         ------
@@ -79,7 +91,13 @@ class State:
                 self.cache.restore({k: np.zeros_like(v) for k, v in self.cache.export(0).items()})
             self.spoilt = False
         del self.ids[n:]
-        self.n_past = min(self.n_past, n)
+        self._cut(min(self.n_past, n))
+
+    def _cut(self, n: int) -> None:
+        """Keep what is stored of the first ``n`` tokens, or nothing if windows have dropped what it needs."""
+        with self.lock:
+            self.n_past = n if self.cache.holds(n) else 0
+            self.cache.truncate(self.n_past)
 
     def reuse(self, ids: Sequence[int]) -> int:
         """Become the sequence ``ids``, keeping what is stored of their common beginning.
@@ -94,10 +112,13 @@ class State:
             same = 0
         self.truncate(same)
         self.append(ids[same:])
-        return same
+        return self.n_past
 
     def shift(self, keep: int, discard: int) -> None:
-        """Drop ``discard`` tokens after the first ``keep``; later keys are rotated to their new positions."""
+        """Drop ``discard`` tokens after the first ``keep``; later keys are rotated to their new positions.
+
+        Where layers have dropped the tokens behind their window, the next step computes all that are left anew.
+        """
         if not self.can_truncate:
             raise StateError("a recurrent state has no context to shift")
         if not self.can_shift:
@@ -108,11 +129,15 @@ class State:
                 f"cannot drop {discard!r:.40} tokens after {keep!r:.40}: {self.n_past} are stored"
             )
         with self.lock:
+            if not self.cache.holds_all(self.n_past):
+                del self.ids[keep : keep + discard]
+                self._cut(0)
+                return
             for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
                 if layer.n_head_kv:
                     self.cache.shift(i, keep, discard, self.n_past, rope)
-        del self.ids[keep : keep + discard]
-        self.n_past -= discard
+            del self.ids[keep : keep + discard]
+            self._cut(self.n_past - discard)
 
     def spoil(self) -> None:
         """Note that a step did not end. Keys and values will be written again; recurrent sums are lost."""

@@ -1,7 +1,8 @@
 """Attention over stored keys and values, in blocks of 256 positions merged in ascending order.
 
-Keys lie as weights do, 16 positions to a tile: ``[K][S / 16][D][16]``; values by position: ``[K][S][Dv]``, Dv
-rounded up to 16. A q8_0 cache keeps both as ``kvblocks`` says, and they are expanded where they are read.
+In a block, keys lie as weights do, 16 positions to a tile: ``[K][16][D][16]``; values by position:
+``[K][256][Dv]``, Dv rounded up to 16. Each block has an address of its own. A q8_0 cache keeps both as
+``kvblocks`` says, and they are expanded where they are read.
 
 A piece treats M *rows*, the query heads of one key head for one or more tokens, and one block, or all
 of them. A block leaves its largest score, the sum of exponentials and the weighted values (``part``); merging
@@ -61,7 +62,9 @@ BLOCK = 256
 MAX_DIM = 640
 Q_STEP = 4 * MAX_DIM + 64  # bytes between query rows
 P_STEP = 4 * BLOCK + 64  # bytes between rows of probabilities
-LAYER = 128  # bytes of a layer in a cache's table: k, v, bytes per head of each, recurrent arrays
+# Bytes of a layer in a cache's table: where the addresses of each block's keys stand, and of its values; bytes
+# per head of each; addresses of recurrent arrays
+LAYER = 128
 HIDDEN = np.float32(-1e30)
 FAR = np.float32(3e38)
 
@@ -278,20 +281,16 @@ def attend(
             block_first, block_last = max(block_first, b), min(block_last, b + 1)
         begin(sum_part, n_part)
         table = get_i64(caches + 8 * seq) + layer * LAYER
-        k_base = get_i64(table) + head * get_i64(table + 16)
-        v_base = get_i64(table + 8) + head * get_i64(table + 24)
+        k_blocks, k_head = get_i64(table), head * get_i64(table + 16)
+        v_blocks, v_head = get_i64(table + 8), head * get_i64(table + 24)
         for block in range(block_first, block_last):
             n = min(high - block * BLOCK, BLOCK)
             tiles = (n + 15) // 16
-            keys, values = k_base, v_base
+            keys = get_i64(k_blocks + 8 * block) + k_head
+            values = get_i64(v_blocks + 8 * block) + v_head
             if KV == 2:
-                keys += block * (BLOCK // 16) * ((dim + 31) // 32 * TILE_BYTES)
-                v_row = (dim_v + 31) // 32 * BLOCK_BYTES
-                expand_values(v_base + block * BLOCK * v_row, values_out, n, dim_v, 4 * dim_vp)
+                expand_values(values, values_out, n, dim_v, 4 * dim_vp)
                 values = values_out
-            else:
-                keys += block * BLOCK * dim * SIZE
-                values += block * BLOCK * dim_vp * SIZE
             score(keys, tiles, dim, queries, scores, keys_out)
             plain = n // 16 if causal == 0 else max(min(here + 1 - block * BLOCK, n), 0) // 16
             if (cap != np.float32(0)) or (slopes != 0) or (window > 0):
@@ -343,7 +342,7 @@ def merge_parts(
 
 
 def write_f32(k, v, keys, values, position, dim, dim_v):
-    """Write a key and a value to their places in a cache, as floats."""
+    """Write a key and a value to their places in a block, as floats."""
     keys += 4 * (position // 16 * 16 * dim + position % 16)
     for i in range(dim):
         set_f32(keys + 64 * i, get_f32(k + 4 * i))
@@ -351,7 +350,7 @@ def write_f32(k, v, keys, values, position, dim, dim_v):
 
 
 def write_f16(k, v, keys, values, position, dim, dim_v):
-    """Write a key and a value to their places in a cache, as halves."""
+    """Write a key and a value to their places in a block, as halves."""
     keys += 2 * (position // 16 * 16 * dim + position % 16)
     for i in range(dim):
         set_half(keys + 32 * i, get_f32(k + 4 * i))
@@ -361,7 +360,7 @@ def write_f16(k, v, keys, values, position, dim, dim_v):
 
 
 def write_blocks(k, v, keys, values, position, dim, dim_v):
-    """Write a key and a value to their places in a cache, as rows of q8_0 blocks."""
+    """Write a key and a value to their places in a block, as rows of q8_0 blocks."""
     write_keys(k, keys + position // 16 * ((dim + 31) // 32 * TILE_BYTES), dim, position % 16)
     write_values(v, values + position * ((dim_v + 31) // 32 * BLOCK_BYTES), dim_v)
 
@@ -376,12 +375,14 @@ def cache_write(k, v, caches, starts, n_past, layer, n_head, dim, dim_v, first, 
         while get_i32(starts + 4 * seq + 4) <= t:
             seq += 1
         position = get_i32(n_past + 4 * seq) + t - get_i32(starts + 4 * seq)
-        table = get_i64(caches + 8 * seq) + layer * LAYER
+        table, block = get_i64(caches + 8 * seq) + layer * LAYER, 8 * (position // BLOCK)
         for head in range(n_head):
             row = t * n_head + head
-            keys = get_i64(table) + head * get_i64(table + 16)
-            values = get_i64(table + 8) + head * get_i64(table + 24)
-            write(k + 4 * dim * row, v + 4 * dim_v * row, keys, values, position, dim, dim_v)
+            keys = get_i64(get_i64(table) + block) + head * get_i64(table + 16)
+            values = get_i64(get_i64(table + 8) + block) + head * get_i64(table + 24)
+            write(
+                k + 4 * dim * row, v + 4 * dim_v * row, keys, values, position % BLOCK, dim, dim_v
+            )
 
 
 WRITERS = {"f32": write_f32, "f16": write_f16, "q8_0": write_blocks}

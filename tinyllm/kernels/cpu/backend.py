@@ -362,9 +362,13 @@ class CPUBackend(Backend):
         places = []
         rows = padded(lengths).astype(np.int64)
         first = n_head_kv * (rows.cumsum() - rows)  # behind all heads of the sequences before
+        n_blocks = -(-int(rows.max()) // attention.BLOCK)
+        steps = attention.BLOCK * np.arange(n_blocks)  # a head's blocks lie one behind the other
+        blocks = np.empty((2, batch.n_seq, n_blocks), np.int64)
         for i, width in enumerate((dim, padded(dim_v))):
             room = self._new((n_head_kv * int(rows.sum()), width))
-            tables[:, i] = room.address + 4 * width * first
+            blocks[i] = room.address + 4 * width * (first[:, None] + steps)
+            tables[:, i] = blocks[i].ctypes.data + 8 * n_blocks * np.arange(batch.n_seq)
             tables[:, i + 2] = 4 * width * rows
             places.append(room)
         caches = tables.ctypes.data + attention.LAYER * np.arange(batch.n_seq, dtype=np.int64)
@@ -372,7 +376,7 @@ class CPUBackend(Backend):
         past["n_past"] = self.array(np.zeros(batch.n_seq, np.int32))
         dims = {"n_head": n_head_kv, "dim": dim, "dim_v": dim_v}
         self._write("f32", batch.n_rows, k=k, v=v, **past, **dims)
-        self._tape.keep(tables)
+        self._tape.keep(tables, blocks)
         return past, places
 
     def _attend(

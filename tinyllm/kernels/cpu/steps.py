@@ -45,6 +45,7 @@ class Recorded:
     inputs: list[np.ndarray]  # views of the batch's arrays
     tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
     caches: CPUArray  # the memory of ``tables``
+    lengths: list[int]  # [n_seq]: rows of each sequence
     growing: list[Growing] = field(default_factory=list)
     blocks: list[int] | None = None  # [n_seq]: blocks of the past that ``growing`` rows are set for
     result: Array = None
@@ -54,12 +55,15 @@ class Recorded:
         """Put a batch in the place of the recorded one, and run."""
         for view, name in zip(self.inputs, INPUTS, strict=True):
             view[...] = getattr(batch, name)
+        past = batch.n_past.tolist()
+        make_room(batch, past, self.lengths)
         self.tables[:] = addresses(batch)
-        blocks = (batch.n_past // BLOCK + 1).tolist()  # those that the new token sees
-        if self.growing and blocks != self.blocks:
-            for g in self.growing:
-                self.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))
-            self.blocks = blocks
+        if self.growing:
+            blocks = [n // BLOCK + 1 for n in past]  # those that the new token sees
+            if blocks != self.blocks:
+                for g in self.growing:
+                    self.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))
+                self.blocks = blocks
         self.tape.run(n_workers)
 
 
@@ -154,12 +158,14 @@ class Steps:
     def _record(self, fn: Callable[[Batch], Array], batch: Batch) -> Recorded:
         """Call fn on the batch's device form, and run what it recorded."""
         outer, tape = self.now, self.tape
+        lengths = np.diff(batch.starts).tolist()
+        make_room(batch, batch.n_past.tolist(), lengths)
         tables = np.array(addresses(batch), np.int64)
         upload = self._upload()
         assert upload is not None  # its backend owns these steps
         uploaded = upload(batch)
         inputs = [getattr(uploaded, name).view() for name in INPUTS]
-        recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables))
+        recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables), lengths)
         self._local.now = recorded
         try:
             recorded.result = fn(recorded.batch)
@@ -177,6 +183,13 @@ class _Local(threading.local):
         self.new_tape: Callable[[], Tape] = Tape
         self.tape = Tape()
         self.now: Recorded | None = None
+
+
+def make_room(batch: Batch, past: list[int], lengths: list[int]) -> None:
+    """Have each cache take the pages that its new rows need."""
+    for c, n, new in zip(batch.caches, past, lengths, strict=False):  # encoders have no caches
+        if n < c.ready_from or n + new > c.ready_to:
+            c.reserve(n, n + new)
 
 
 def addresses(batch: Batch) -> list[int]:

@@ -48,8 +48,10 @@ class PlainAttention:
 
     def attend(self, b: DeviceBatch, query: Query, store: Store) -> GPUArray:
         """Causal attention over the stored past -> [T, n_head * v.dim]."""
-        places = u64(store.pages.nbytes), u64(query.k.offset), u64(query.v.offset), i32(b.n_pages)
-        return self._launch(b, query, (store.pages.buffer, b.pages, *places), b.n_pages)
+        group = query.k.group
+        shelf, pages = store.pages[group], b.pages[group]
+        places = u64(shelf.nbytes), u64(query.k.offset), u64(query.v.offset), i32(b.n_pages)
+        return self._launch(b, query, (shelf.buffer, pages, *places), b.n_pages)
 
     def attend_rows(self, b: DeviceBatch, query: Query, k: GPUArray, v: GPUArray) -> GPUArray:
         """Attention within each sequence's rows, in both directions -> [T, n_head * v.dim]."""

@@ -145,7 +145,8 @@ class TensorAttention:
         joined = (shape.keys > 1 or splits > 1) and v.dim % 32 == 0 and b.n_rows <= INT8_ROWS
         if joined and wants_int8(be, out):
             out.int8 = new_int8(be, out.size)
-        places = u64(store.pages.nbytes), u64(k.offset), u64(v.offset), i32(b.n_pages)
+        shelf = store.pages[k.group]
+        places = u64(shelf.nbytes), u64(k.offset), u64(v.offset), i32(b.n_pages)
         results = out, *(out.int8 or (None, None, None)), parts, be.counters()
         sizes = (i32(x) for x in (n_tiles, k.n_head, per_key, chunks, heads, splits))
         be.launch(
@@ -153,7 +154,7 @@ class TensorAttention:
             "attention_tensor",
             (n_columns, n_tiles, splits),
             (shape.threads, 1, 1),
-            *(query.q, store.pages.buffer, b.pages, *places, *results),
+            *(query.q, shelf.buffer, b.pages[k.group], *places, *results),
             *(query.slopes, query.sinks, tiles, b.starts, b.n_past, *sizes, *query.numbers),
         )
         return out

@@ -154,8 +154,10 @@ class GPUBackend(Backend):
         """Queue a copy of a buffer's first bytes to the host; the call that is returned waits for just that."""
 
     @abstractmethod
-    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
-        """Queue a copy of bytes of a buffer, from ``start`` on, to the beginning of another."""
+    def copy(
+        self, target: Buffer, source: Buffer, nbytes: int, start: int = 0, to: int = 0
+    ) -> None:
+        """Queue a copy of bytes of a buffer, from ``start`` on, to ``to`` in another, or elsewhere in it."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -458,9 +460,7 @@ class GPUBackend(Backend):
 
     def cache_write(self, batch: Batch, layer: int, k: GPUArray, v: GPUArray) -> None:
         b = batches.on_device(self, batch)
-        store = batches.shared_store(b)
-        sides = store.layout.sides[layer]["k"], store.layout.sides[layer]["v"]
-        kvcache.write_rows(self, store, sides, (k, v), b.pages, b.n_pages, b.seqs, b.positions)
+        kvcache.write_batch(self, b, batches.shared_store(b), layer, k, v)
 
     def rope_write(
         self,

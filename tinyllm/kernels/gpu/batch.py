@@ -24,12 +24,13 @@ class DeviceBatch(Batch):
     """A Batch on the device.
 
     ``seqs`` [T] is each row's sequence, ``pages`` [n_seq, n_pages] say where a sequence's positions are stored,
-    ``slots`` [n_seq] where its recurrent arrays are; ``whole`` is the one array that holds them all.
+    for the layers of each window, ``slots`` [n_seq] where its recurrent arrays are; ``whole`` is the one array
+    that holds them all.
     """
 
     host: Batch
     seqs: GPUArray
-    pages: GPUArray
+    pages: tuple[GPUArray, ...]
     slots: GPUArray
     n_pages: int
     whole: GPUArray
@@ -53,7 +54,11 @@ class Resident:
         numbers = np.arange(batch.n_seq, dtype=np.int32)
         arrays["seqs"] = np.repeat(numbers, np.diff(batch.starts))
         arrays["slots"] = np.zeros(batch.n_seq, np.int32)
-        arrays["pages"] = np.zeros((batch.n_seq, n_pages), np.int32)
+        n_groups = len(caches[0].groups) if caches else 0
+        self._tables = [f"pages{group}" for group in range(n_groups)]
+        for name in self._tables:
+            arrays[name] = np.zeros((batch.n_seq, n_pages), np.int32)
+        self.n_pages = n_pages
         self._packed = np.zeros(sum(aligned(x.nbytes) for x in arrays.values()) // 4, np.int32)
         self._views = dict(zip(arrays, parts_of(self._packed, arrays.values()), strict=True))
         self._marks: list[int] = []
@@ -76,10 +81,11 @@ class Resident:
         marks = [cache.mark for cache in caches]
         if marks == self._marks:
             return
-        pages, slots = self._views["pages"], self._views["slots"]
+        slots, tables = self._views["slots"], [self._views[name] for name in self._tables]
         for row, cache in enumerate(caches):
             slots[row] = cache.slot
-            pages[row, : len(cache.pages)] = cache.pages
+            for table, pages, numbers in zip(tables, cache.pages, cache.numbers, strict=True):
+                table[row, : len(pages)] = numbers[: len(pages)]
         self._marks = marks
 
     def write(self, be: GPUBackend, batch: Batch, caches: list[GPUCache]) -> None:
@@ -92,9 +98,10 @@ class Resident:
         rest: dict[str, Any] = {
             f.name: getattr(batch, f.name) for f in fields(Batch) if f.name not in self.arrays
         }
-        rest |= self.arrays
-        n_pages = self.arrays["pages"].shape[1]
-        return DeviceBatch(**rest, host=batch, n_pages=n_pages, whole=self.whole, tiles=self.tiles)
+        rest |= {name: x for name, x in self.arrays.items() if name not in self._tables}
+        rest |= {"pages": tuple(self.arrays[name] for name in self._tables)}
+        rest |= {"host": batch, "n_pages": self.n_pages}
+        return DeviceBatch(**rest, whole=self.whole, tiles=self.tiles)
 
 
 def upload(be: GPUBackend, batch: Batch) -> DeviceBatch:
@@ -123,14 +130,14 @@ def with_room(batch: Batch) -> list[GPUCache]:
         raise ArgumentError("a batch holds caches of another backend")
     if caches:
         ends = batch.n_past + batch.starts[1:] - batch.starts[:-1]
-        for cache, end in zip(caches, ends.tolist(), strict=True):
-            cache.reserve(end)
+        for cache, first, end in zip(caches, batch.n_past.tolist(), ends.tolist(), strict=True):
+            cache.reserve(first, end)
     return caches
 
 
 def page_stride(caches: list[GPUCache]) -> int:
     """The number of columns of the page table: a power of two, so that few different steps are recorded."""
-    most = max((len(cache.pages) for cache in caches), default=0)
+    most = max((len(pages) for cache in caches for pages in cache.pages), default=0)
     return max(1 << (most - 1).bit_length(), FEWEST_PAGES) if most else 1
 
 

@@ -107,10 +107,12 @@ class CUDABackend(GPUBackend):
 
         return arrived
 
-    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
+    def copy(
+        self, target: Buffer, source: Buffer, nbytes: int, start: int = 0, to: int = 0
+    ) -> None:
         self.refuse_recording()
         runtime.setDevice(self.index)
-        runtime.memcpyAsync(target.ptr, source.ptr + start, nbytes, ACROSS, self.stream.ptr)
+        runtime.memcpyAsync(target.ptr + to, source.ptr + start, nbytes, ACROSS, self.stream.ptr)
 
     def finish(self) -> None:
         runtime.setDevice(self.index)

@@ -1,8 +1,8 @@
-"""The stored past of sequences: pages of 64 positions in one buffer that grows.
+"""The stored past of sequences: pages of 64 positions in buffers that grow.
 
 Kernels reach the caches of many sequences through a table of page numbers, which works in OpenCL,
-where a buffer is no address, as well as in CUDA. A page holds 64 positions of all layers; a sequence
-takes pages as it fills. Recurrent arrays lie in slots of another such buffer, one slot a sequence.
+where a buffer is no address, as well as in CUDA. There is a buffer for the layers of each window. Recurrent
+arrays lie in slots of another such buffer, one slot a sequence.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import ContextOverflow, StateError
-from ..backend import Cache, HeadNorms, KVType, LayerCache, RopeSpec
+from ...errors import StateError
+from ..backend import HeadNorms, KVType, LayerCache, RopeSpec
+from ..pages import Page, PagedCache
 from .arrays import Buffer, GPUArray, f32, i32, u64
 from .sources import kv_cache
 
@@ -44,6 +45,7 @@ class Side:
     dim: int
     width: int  # dim rounded up to whole pieces
     kv_type: KVType
+    group: int = 0  # layers of one window, whose pages share a buffer
 
     @property
     def nbytes(self) -> int:
@@ -101,18 +103,21 @@ class Layout:
         self.layers, self.kv_type = tuple(layers), kv_type
         self.sides: list[dict[str, Side]] = []
         self.arrays: list[dict[str, tuple[int, tuple[int, ...]]]] = []
-        self.page_bytes = self.slot_floats = 0
-        for layer in layers:
+        self.slot_floats = 0
+        groups = PagedCache.groups_of(layers)
+        self.page_bytes = [0] * len(groups)
+        for i, layer in enumerate(layers):
             dims = {"k": layer.head_dim, "v": layer.head_dim_v} if layer.n_head_kv else {}
+            group = next((g for g, numbers in enumerate(groups) if i in numbers), 0)
             self.sides.append(
-                {name: self._side(layer.n_head_kv, dim) for name, dim in dims.items()}
+                {name: self._side(group, layer.n_head_kv, dim) for name, dim in dims.items()}
             )
             self.arrays.append({name: (self._room(shape), shape) for name, shape in layer.arrays})
 
-    def _side(self, n_head: int, dim: int) -> Side:
-        piece = _PIECE[self.kv_type]
-        side = Side(self.page_bytes, n_head, dim, -(-dim // piece) * piece, self.kv_type)
-        self.page_bytes += side.nbytes
+    def _side(self, group: int, n_head: int, dim: int) -> Side:
+        piece, first = _PIECE[self.kv_type], self.page_bytes[group]
+        side = Side(first, n_head, dim, -(-dim // piece) * piece, self.kv_type, group)
+        self.page_bytes[group] += side.nbytes
         return side
 
     def _room(self, shape: tuple[int, ...]) -> int:
@@ -187,68 +192,99 @@ class Store:
 
     def __init__(self, be: GPUBackend, layers: Sequence[LayerCache], kv_type: KVType) -> None:
         self.layout = Layout(layers, kv_type)
-        self.pages = Shelf(be, self.layout.page_bytes)
+        self.pages = [Shelf(be, n) for n in self.layout.page_bytes]  # for each group of layers
         self.slots = Shelf(be, 4 * self.layout.slot_floats)
 
     @property
-    def version(self) -> tuple[int, int]:
-        return self.pages.version, self.slots.version
+    def shelves(self) -> list[Shelf]:
+        return [*self.pages, self.slots]
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        return tuple([shelf.version for shelf in self.shelves])
 
     @property
     def idle(self) -> int:
         """Bytes that ``trim`` would free."""
-        return self.pages.idle + self.slots.idle
+        return sum(shelf.idle for shelf in self.shelves)
 
     def trim(self) -> None:
         """Free the buffers in which no place is taken."""
-        self.pages.trim()
-        self.slots.trim()
+        for shelf in self.shelves:
+            shelf.trim()
 
     def close(self) -> None:
-        """Free both buffers, whoever still holds places in them."""
-        for shelf in (self.pages, self.slots):
+        """Free all buffers, whoever still holds places in them."""
+        for shelf in self.shelves:
             if shelf.buffer is not None:
-                self.pages.be.free(shelf.buffer)
+                shelf.be.free(shelf.buffer)
                 shelf.buffer = None
 
 
-def _release(store: Store, pages: list[int], slot: int | None) -> None:
-    if not store.pages.be.closed:
-        store.pages.give(pages)
-        store.slots.give([] if slot is None else [slot])
+class GPUPage(Page):
+    """A page on a shelf: ``memory`` is its number there, free again when no cache has the page."""
+
+    __slots__ = ("shelf",)
+
+    def __init__(self, shelf: Shelf) -> None:
+        super().__init__(shelf.take())
+        self.shelf = shelf
+
+    def __del__(self) -> None:
+        if hasattr(self, "shelf") and not self.shelf.be.closed:
+            self.shelf.give([self.memory])
 
 
-class GPUCache(Cache):
-    """The pages and the slot of one sequence."""
+def _release(slots: Shelf, slot: int) -> None:
+    if not slots.be.closed:
+        slots.give([slot])
+
+
+class GPUCache(PagedCache):
+    """The pages and the slot of one sequence; ``numbers`` are those of each group's pages."""
+
+    page_size = PAGE
 
     def __init__(self, be: GPUBackend, store: Store, n_ctx: int) -> None:
-        self.be, self.store, self.n_ctx = be, store, n_ctx
+        super().__init__(store.layout.layers, n_ctx)
+        self.be, self.store = be, store
         self.layout = store.layout
-        self.pages: list[int] = []
-        self._room = 0  # positions
+        self.numbers: list[list[int]] = [[] for _ in self.groups]
         self.mark = next(MARKS)  # changes whenever pages are added
         slot = store.slots.take() if self.layout.slot_floats else None
         self.slot = slot or 0
         if slot is not None:
             zeros = np.zeros(self.layout.slot_floats, np.float32)
             be.put(store.slots.buffer, slot * store.slots.nbytes, zeros)
-        weakref.finalize(self, _release, store, self.pages, slot).atexit = False
+            weakref.finalize(self, _release, store.slots, slot).atexit = False
 
-    @property
-    def nbytes(self) -> int:
-        pages = -(-self.n_ctx // PAGE) if self.layout.page_bytes else 0
-        return pages * self.layout.page_bytes + 4 * self.layout.slot_floats
+    # ---- pages
 
-    def reserve(self, n: int) -> None:
-        """Take pages until ``n`` positions have room."""
-        if n <= self._room:
-            return
-        if n > self.n_ctx:
-            raise ContextOverflow(f"{n} positions do not fit into a context of {self.n_ctx}")
-        while self.layout.page_bytes and len(self.pages) * PAGE < n:
-            self.mark = next(MARKS)
-            self.pages.append(self.store.pages.take())
-        self._room = min(len(self.pages) * PAGE, self.n_ctx)
+    def empty(self) -> GPUCache:
+        return GPUCache(self.be, self.store, self.n_ctx)
+
+    def page_bytes(self, group: int) -> int:
+        return self.layout.page_bytes[group]
+
+    def take(self, group: int) -> GPUPage:
+        return GPUPage(self.store.pages[group])
+
+    def copy(self, group: int, to: Page, source: Page) -> None:
+        self._copy(self.store.pages[group], to.memory, source.memory)
+
+    def copy_arrays(self, source: GPUCache) -> None:
+        if self.layout.slot_floats:
+            self._copy(self.store.slots, self.slot, source.slot)
+
+    def _copy(self, shelf: Shelf, to: int, source: int) -> None:
+        n = shelf.nbytes
+        self.be.copy(shelf.buffer, shelf.buffer, n, source * n, to * n)
+
+    def place(self, group: int, block: int, page: Page) -> None:
+        numbers = self.numbers[group]
+        numbers += [0] * (block + 1 - len(numbers))
+        numbers[block] = page.memory
+        self.mark = next(MARKS)
 
     def shift(
         self, layer: int, keep: int, discard: int, n_past: int, rope: RopeSpec | None
@@ -256,10 +292,11 @@ class GPUCache(Cache):
         n = n_past - keep - discard
         if n <= 0:
             return
-        pages = self.be.array(np.array(self.pages, np.int32))
+        self.reserve(keep, n_past - discard)
         places = self.be.array(np.arange(keep, keep + n, dtype=np.int32))
         seqs = self.be.array(np.zeros(n, np.int32))
         for name, side in self.layout.sides[layer].items():
+            pages = self.be.array(np.array(self.numbers[side.group], np.int32))
             x = read_rows(self.be, self.store, side, pages, keep + discard, n)
             if name == "k" and rope is not None:
                 back = self.be.array(np.full(n, -discard, np.int32))
@@ -268,38 +305,46 @@ class GPUCache(Cache):
             write_rows(self.be, self.store, (side,), (x,), pages, 0, seqs, places)
 
     def export(self, n_past: int) -> dict[str, np.ndarray]:
-        n_pages = -(-n_past // PAGE)
-        size = self.layout.page_bytes
-        raw = np.empty((n_pages, size), np.uint8)
-        for row, page in zip(raw, self.pages, strict=False):
-            row[:] = self.be.get(self.store.pages.buffer, page * size, size)
+        raw = [self._fetch(group, -(-n_past // PAGE)) for group in range(len(self.groups))]
         out = {}
         for i, (sides, arrays) in enumerate(
             zip(self.layout.sides, self.layout.arrays, strict=True)
         ):
             for name, side in sides.items():
-                out[f"{i}.{name}"] = np.ascontiguousarray(side.decode(raw)[:n_past])
+                out[f"{i}.{name}"] = np.ascontiguousarray(side.decode(raw[side.group])[:n_past])
             for name, (first, shape) in arrays.items():
                 at = self.slot * self.store.slots.nbytes + 4 * first
                 data = self.be.get(self.store.slots.buffer, at, 4 * prod(shape))
                 out[f"{i}.{name}"] = data.view(np.float32).reshape(shape)
         return out
 
+    def _fetch(self, group: int, n: int) -> np.ndarray:
+        """The first n pages of a group of layers, uint8 [n, page bytes]; zeros where there is none."""
+        shelf, size = self.store.pages[group], self.layout.page_bytes[group]
+        raw = np.zeros((n, size), np.uint8)
+        for row, page in zip(raw, self.pages[group], strict=False):
+            if page is not None:
+                row[:] = self.be.get(shelf.buffer, page.memory * size, size)
+        return raw
+
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         n_past = self._check(arrays)
-        self.reserve(n_past)
-        raw = np.zeros((-(-n_past // PAGE), self.layout.page_bytes), np.uint8)
+        self.begin_anew(n_past)
+        n_pages = -(-n_past // PAGE)
+        raw = [np.zeros((n_pages, size), np.uint8) for size in self.layout.page_bytes]
         for i, (sides, slots) in enumerate(zip(self.layout.sides, self.layout.arrays, strict=True)):
             for name, side in sides.items():
                 x = arrays[f"{i}.{name}"]
-                padded = np.zeros((len(raw) * PAGE, *x.shape[1:]), x.dtype)
+                padded = np.zeros((n_pages * PAGE, *x.shape[1:]), x.dtype)
                 padded[:n_past] = x
-                side.encode(raw, padded)
+                side.encode(raw[side.group], padded)
             for name, (first, _) in slots.items():
                 at = self.slot * self.store.slots.nbytes + 4 * first
                 self.be.put(self.store.slots.buffer, at, arrays[f"{i}.{name}"])
-        for row, page in zip(raw, self.pages, strict=False):
-            self.be.put(self.store.pages.buffer, page * self.layout.page_bytes, row)
+        for shelf, rows, pages in zip(self.store.pages, raw, self.pages, strict=True):
+            for row, page in zip(rows, pages, strict=True):
+                if page is not None:
+                    self.be.put(shelf.buffer, page.memory * shelf.nbytes, row)
 
     def _check(self, arrays: dict[str, np.ndarray]) -> int:
         """The number of positions in saved arrays; StateError if they do not fit these layers."""
@@ -343,10 +388,11 @@ def write_rows(
 ) -> None:
     """Write rows [T, n_head * dim] of keys, values or both to positions [T] of the sequences seqs [T]."""
     first, last = sides[0], sides[-1]
+    shelf = store.pages[first.group]
     piece = _PIECE[first.kv_type]
     widest = max(side.width for side in sides)
     groups = -(-positions.size * first.n_head * (widest // piece) // 128), len(sides), 1
-    where = store.pages.buffer, pages, seqs, positions, u64(store.pages.nbytes)
+    where = shelf.buffer, pages, seqs, positions, u64(shelf.nbytes)
     offsets = u64(first.offset), u64(last.offset)
     dims = first.dim, last.dim, first.width, last.width
     shape = (i32(v) for v in (n_pages, first.n_head, *dims, positions.size))
@@ -354,12 +400,21 @@ def write_rows(
     be.launch(kv_cache(KV_CODE[first.kv_type]), "cache_write", groups, (128, 1, 1), *args)
 
 
+def write_batch(
+    be: GPUBackend, b: DeviceBatch, store: Store, layer: int, k: GPUArray, v: GPUArray
+) -> None:
+    """Write the batch's keys [T, n_head * dim] and values to their sequences' pages."""
+    sides = store.layout.sides[layer]["k"], store.layout.sides[layer]["v"]
+    pages = b.pages[sides[0].group]
+    write_rows(be, store, sides, (k, v), pages, b.n_pages, b.seqs, b.positions)
+
+
 def read_rows(
     be: GPUBackend, store: Store, side: Side, pages: GPUArray, first: int, n: int
 ) -> GPUArray:
     """Positions first .. first + n of one sequence, float32 [n, n_head * dim]."""
-    x = be.empty((n, side.n_head * side.dim))
-    where = store.pages.buffer, pages, x, u64(store.pages.nbytes), u64(side.offset)
+    x, shelf = be.empty((n, side.n_head * side.dim)), store.pages[side.group]
+    where = shelf.buffer, pages, x, u64(shelf.nbytes), u64(side.offset)
     shape = (i32(v) for v in (first, side.n_head, side.dim, side.width))
     be.each(kv_cache(KV_CODE[side.kv_type]), "cache_read", x.size, *where, *shape)
     return x
@@ -380,9 +435,10 @@ def rope_write(
     """Turn q, and write v and the turned k, in one launch; ``norms`` are applied to heads of q and k first."""
     ks, vs = (store.layout.sides[layer][name] for name in ("k", "v"))
     y, n_head = be.empty(q.shape), q.shape[-1] // head_dim
-    where = y, store.pages.buffer, b.pages, b.seqs, b.positions, spec.freqs
+    shelf = store.pages[ks.group]
+    where = y, shelf.buffer, b.pages[ks.group], b.seqs, b.positions, spec.freqs
     weights = (None, None) if norms is None else (norms.q, norms.k)
-    offsets = (u64(n) for n in (store.pages.nbytes, ks.offset, vs.offset))
+    offsets = (u64(n) for n in (shelf.nbytes, ks.offset, vs.offset))
     dims = b.n_pages, n_head, ks.n_head, ks.dim, vs.dim, ks.width, vs.width
     turn = spec.first, spec.freqs.size, spec.pairing == "adjacent"
     numbers = f32(spec.scale), f32(0.0 if norms is None else norms.eps)

@@ -126,9 +126,13 @@ class OpenCLBackend(GPUBackend):
 
         return arrived
 
-    def copy(self, target: Buffer, source: Buffer, nbytes: int, start: int = 0) -> None:
+    def copy(
+        self, target: Buffer, source: Buffer, nbytes: int, start: int = 0, to: int = 0
+    ) -> None:
         self.refuse_recording()
-        cl.enqueue_copy(self.queue, target, source, byte_count=nbytes, src_offset=start)
+        cl.enqueue_copy(
+            self.queue, target, source, byte_count=nbytes, src_offset=start, dst_offset=to
+        )
 
     def finish(self) -> None:
         self.queue.finish()
@@ -151,7 +155,7 @@ class OpenCLBackend(GPUBackend):
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all. OpenCL does not say what is free: reckoned from what this backend holds."""
         total = int(self.device.global_mem_size)
-        stores = [s for store in self._stores.values() for s in (store.pages, store.slots)]
+        stores = [s for store in self._stores.values() for s in store.shelves]
         held = sum(w.nbytes for w in self._weights) + sum(s.room * s.nbytes for s in stores)
         return total - self.pool.nbytes - self.kept.nbytes - held + self.idle(), total
 
