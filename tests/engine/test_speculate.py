@@ -159,6 +159,10 @@ def test_a_length_is_chosen_by_what_it_promises() -> None:
     costs = Costs()
     for rows, seconds in ((1, 1.0), (2, 1.5), (8, 2.0), (16, 6.0)):
         costs.note(rows, seconds)
+    for rows in (3, 4, 5, 6, 7):
+        costs.note(rows, 2.0)
+    for rows in range(9, 16):
+        costs.note(rows, 6.0)
     assert best_length(0.95, 15, 1, costs) == 7
     assert best_length(0.1, 15, 1, costs) == 0
     assert best_length(0.95, 3, 1, costs) == 3

@@ -33,8 +33,8 @@ WORTH = 1.05  # a guess is made where it promises so many times the tokens per s
 SIZES = (4, 2)  # tokens that must have occurred before, for a guess of what follows
 LONGEST_MATCH = 12  # longer repetitions count as this long
 PROBE = 64  # tokens after which a draft model that did not pay is tried again
-NEW_ROW = 0.1  # of a one-row step's time: what a row adds, before it was timed
-FADE = 0.99  # of a step's remembered time is left, each time that keeps a likely guess from being tried
+NEW_ROW = 0.1  # what a row adds to the time of a one-row step, as long as none was timed
+FADE = 0.99  # a step's remembered time shrinks to this share each time that keeps a likely guess from being tried
 FORGET = 0.95  # how much of its experience each new one leaves
 
 
@@ -65,14 +65,12 @@ class Costs:
         self.seconds[rows] = seconds if old is None else min(seconds, old + (seconds - old) * 0.1)
 
     def of(self, rows: int) -> float:
-        """Seconds of a step of so many rows, between and beyond those that were timed."""
-        known = sorted(self.seconds)
-        if not known:
-            return 1 + NEW_ROW * rows
-        if rows <= known[-1]:
-            return float(np.interp(rows, known, [self.seconds[n] for n in known]))
-        beyond = NEW_ROW * self.seconds[known[0]] * (rows - known[-1])
-        return self.seconds[known[-1]] + beyond
+        """Seconds of a step of so many rows; a number not timed yet is thought cheap, and so is tried."""
+        if rows in self.seconds or not self.seconds:
+            return self.seconds.get(rows, 1 + NEW_ROW * rows)
+        fewest = min(self.seconds)
+        hope = self.seconds[fewest] * (1 + NEW_ROW * (rows - fewest))
+        return min([hope, *(t for n, t in self.seconds.items() if n > rows)])
 
     def doubt(self) -> None:
         """Take steps of several rows for a little faster: what kept one from being tried may be long past."""
