@@ -33,8 +33,9 @@ WORTH = 1.05  # a guess is made where it promises so many times the tokens per s
 SIZES = (4, 2)  # tokens that must have occurred before, for a guess of what follows
 LONGEST_MATCH = 12  # longer repetitions count as this long
 PROBE = 64  # tokens after which a draft model that did not pay is tried again
-NEW_ROW = 0.1  # of a one-row step's time: what a row adds, before it was timed
-FADE = 0.99  # of a step's remembered time is left, each time that keeps a likely guess from being tried
+NEW_ROW = 0.1  # what a row adds to the time of a one-row step, as long as none was timed
+# a step's remembered time shrinks to this share whenever it keeps a likely guess from being tried
+FADE = 0.99
 FORGET = 0.95  # how much of its experience each new one leaves
 
 
