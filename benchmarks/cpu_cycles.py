@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = Path(__file__).resolve().parent / "results" / "cpu-cycles.json"
-COLUMNS = ["instructions", "cycles", "stack references"]  # of a pass through the block
+COLUMNS = ["instructions", "cycles", "stack references"]  # each counts a pass through the block
 ITERATIONS = 100
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 AVX2 = "+avx2,+fma,+f16c"

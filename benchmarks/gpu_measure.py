@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tinyllm
-from tinyllm.engine.generate import Run, generate_tokens
+from tinyllm.engine.generate import Run, steps
 from tinyllm.errors import DeviceError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache
@@ -284,11 +284,11 @@ def decode(net: Network, sequences: int, depth: int, n: int, **how: Any) -> floa
         state.append([1] * depth)
         sampler = Sampler(SamplingParams(**how), net.n_vocab, net.be.top_k)
         runs.append(Run(state, sampler, n + WARM))
-    tokens = generate_tokens(net, runs)
-    for _ in range(WARM * sequences):
-        next(tokens)
+    work = steps(net, runs)
+    for _ in range(WARM):
+        next(work)
     start = time.perf_counter()
-    count = sum(1 for _ in tokens)
+    count = sum(sequences for _ in work)
     return count / (time.perf_counter() - start)
 
 

@@ -36,6 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"errors", "tokenizers"},
     "engine": {"errors", "tokenizers", "kernels.backend", "models", "sampling", "text"},
     "engine.scheduler": {"errors", "engine", "models", "model", "chat"},  # the last two: for types
+    "engine.completion": {"errors", "tokenizers", "engine", "models", "sampling", "text", "model"},
+    "engine.speculate": {"errors", "engine", "models", "model"},  # the model: for types
     "chat": {"errors", "tokenizers"},
     "hub": {"errors", "files"},
     "plots": {"errors"},

@@ -33,6 +33,7 @@ from .engine.completion import (
 from .engine.constraint import Grammar, Schema, compile_grammar
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
+from .engine.speculate import drafting
 from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError, UnsupportedModel
 from .kernels.backend import Device
 from .models.network import Network
@@ -272,6 +273,7 @@ class Model:
         json_schema: Schema | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        speculate: Literal["lookup"] | Model | None = None,
     ) -> Completion | list[Completion] | Pieces:
         """Continue a prompt.
 
@@ -309,6 +311,10 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             Write a text that this regular expression matches as a whole.
         grammar : str, optional
             Write a text of this grammar: in GBNF, or in Lark with its ``start`` rule.
+        speculate : {"lookup"} or Model, optional
+            Compute several guessed tokens in a step where that pays: guessed from what stands in the prompt and
+            text already, or by a smaller model of the same vocabulary. Text and log-probabilities stay as
+            they are without.
 
         Returns
         -------
@@ -334,6 +340,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             echo,
             overflow,
             self.grammar(json_schema, regex, grammar),
+            drafting(speculate, self),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -347,6 +354,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             logits_processor=logits_processor,
             seed=seed,
         )
+        if speculate is not None and tap is not None:
+            raise ArgumentError("tap would see rows of guessed tokens; leave speculate out")
         prompts, many = split_prompts(prompt)
         if (stream or state is not None) and many:
             raise ArgumentError("stream and state take a single prompt, not a list")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -231,6 +232,14 @@ class Sampler:
     def _random(self) -> np.random.Generator:
         """The random generator, made at the first draw: greedy decoding does not import NumPy's."""
         return np.random.Generator(np.random.PCG64(self.params.seed))
+
+    def twin(self) -> Sampler:
+        """A sampler that will draw the same random numbers, without a processor of the logits."""
+        params = replace(self.params, logits_processor=None)
+        other = Sampler(params, self.n_vocab, self._top_k)
+        if params.temperature > 0:
+            other._random = deepcopy(self._random)
+        return other
 
     def choose(
         self,

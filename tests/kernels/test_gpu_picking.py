@@ -11,7 +11,7 @@ import pytest
 from samples import normal
 
 from tinyllm import gguf
-from tinyllm.engine.generate import Run, generate_tokens
+from tinyllm.engine.generate import Run, Token, steps
 from tinyllm.errors import DeviceError, NumericError
 from tinyllm.kernels import choose
 from tinyllm.models.build import build
@@ -91,6 +91,17 @@ def runs_of(net: Network, n: int, sequences: int, eog: int = -1, **how: Any) -> 
         sampler = Sampler(params, net.n_vocab, net.be.top_k)
         runs.append(Run(state, sampler, n, frozenset([eog]), overflow="shift"))
     return runs
+
+
+def generate_tokens(net: Network, runs: list[Run]) -> Iterator[tuple[int, Token]]:
+    """Each token that is chosen, with the number of its run; a step is taken when its tokens are asked for."""
+    chosen: list[tuple[int, Token]] = []
+    for i, run in enumerate(runs):
+        run.accept = lambda token, i=i: chosen.append((i, token))
+    for _ in steps(net, runs):
+        found = chosen[:]
+        chosen.clear()
+        yield from found
 
 
 def answers(net: Network, n: int = 12, sequences: int = 2, **how: Any) -> list[list[int]]:

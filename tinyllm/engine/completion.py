@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
@@ -20,10 +21,12 @@ from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, f
 from .progress import reading
 
 if TYPE_CHECKING:
+    from ..model import Model
     from ..models.network import Network
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
     from .constraint import Grammar, Schema
+    from .speculate import Drafter
 
 SMALLEST_CONTEXT = 8
 Prompt: TypeAlias = str | Sequence[int]  # a text, or the ids of its tokens
@@ -56,6 +59,7 @@ class GenerateOptions(TypedDict, total=False):
     json_schema: Schema | None
     regex: str | None
     grammar: str | None
+    speculate: Literal["lookup"] | Model | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Options:
     echo: bool
     overflow: Overflow
     grammar: Grammar | None = None
+    drafter: Callable[[], Drafter] | None = None  # begins the speculation of a text
 
     def __post_init__(self) -> None:
         if self.overflow not in get_args(Overflow):
@@ -111,11 +116,12 @@ def options_of(
     echo: bool = False,
     overflow: Overflow = "error",
     grammar: Grammar | None = None,
+    drafter: Callable[[], Drafter] | None = None,
     **sampling: Any,
 ) -> Options:
     """The options of a call; ``sampling`` are those of SamplingParams."""
     params, limit = SamplingParams(**sampling), check_max_tokens(max_tokens)
-    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar)
+    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar, drafter)
 
 
 class Job:
@@ -126,7 +132,13 @@ class Job:
     ) -> None:
         self.run, self.prompt_ids = run, prompt_ids
         self.pieces: list[tuple[int, str]] = []  # not yet taken: id of the last token, text
-        run.accept = self.accept
+        me = weakref.ref(self)  # no circle: a job and its state are freed at once
+
+        def accept(token: Token) -> None:
+            if (job := me()) is not None:
+                job.accept(token)
+
+        run.accept = accept
         self.text = TextStream(tokenizer, stop, control_stops(tokenizer, stop))
         self.tokens: list[Token] = []
 
@@ -181,6 +193,7 @@ def begin(
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
         o.echo and o.logprobs is not None, None if o.grammar is None else o.grammar.begin(),
         finish_reason="length" if limit == 0 else None,
+        drafter=None if o.drafter is None else o.drafter(),
     )  # fmt: skip
     new = truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids[n_read:]
     state.append(new)

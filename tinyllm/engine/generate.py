@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ContextOverflow, NumericError
 from ..sampling import Sampler
+from .speculate import drop, guess, time_step, verify
 
 if TYPE_CHECKING:
     from ..kernels.backend import Best
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..models.state import State
     from ..models.step import Tap
     from .constraint import Constraint
+    from .speculate import Drafter
 
 FinishReason = Literal["stop", "length", "context", "cancelled", "deadline"]
 Overflow = Literal["error", "shift", "truncate"]
@@ -77,8 +79,10 @@ class Run:
     reading: bool = True  # no step has chosen a token yet
     timings: Timings = field(default_factory=Timings)
     accept: Callable[[Token], object] = ignore  # told each token once it is chosen; may end the run
-    draft: list[int] = field(default_factory=list)  # guesses at the end of the state, during a step
+    drafter: Drafter | None = None  # guesses tokens, which one step computes together
+    draft: list[int] = field(default_factory=list)  # the guesses of the next step
     n_drafted: int = 0  # how many the last step had
+    n_right: int = 0  # how many have come true so far
     shifted: bool = False  # were tokens dropped? Reading ``ids`` anew then gives other keys
 
     def __post_init__(self) -> None:
@@ -92,7 +96,7 @@ class Run:
     @property
     def reads(self) -> bool:
         """Whether the next step reads a prompt; else it writes the text."""
-        return self.reading or self.n_pending > 1 + len(self.draft)
+        return self.reading or self.n_pending > 1
 
     @property
     def needs_all(self) -> bool:
@@ -111,10 +115,17 @@ class Run:
             return min(n, state.n_ctx - state.n_past)
         return 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self.state.nbytes + (self.drafter.nbytes if self.drafter is not None else 0)
+
     def give_up(self) -> list[int]:
         """Let go of the state's memory; returns its tokens, for ``resume``."""
         ids = self.state.ids
         del self.state
+        if self.drafter is not None:
+            self.drafter.give_up()
         return ids
 
     def resume(self, state: State, ids: list[int]) -> None:
@@ -170,6 +181,10 @@ def steps(
     """
     while active := [run for run in runs if run.finish_reason is None]:
         read = n_read(active) if progress is not None else 0
+        for run in active:
+            if run.drafter is not None:
+                guess(net, active)
+                break
         with net.lock:
             if before_step is not None:
                 before_step()
@@ -204,7 +219,12 @@ def step(
     ahead = best == 1 and len(work) == len(active) and all(goes_on(run, n) for run, n in work)
     choice = choose_best if best else choose
     was_read: list[Run] = []
-    rows = net.forward(segments, tap, best, ahead)
+    try:
+        rows = net.forward(segments, tap, best, ahead)
+    except BaseException:
+        for run, _ in work:
+            drop(run)
+        raise
     for (run, n), logits in zip(work, rows, strict=True):
         try:
             if run.prompt_logprobs and not run.n_generated:
@@ -213,13 +233,18 @@ def step(
                 if run.reading:
                     was_read.append(run)
                     run.timings.n_prompt -= run.n_generated  # forced tokens, read with the prompt
-                run.accept(choice(run, logits[-1]))
+                if run.draft:
+                    verify(run, logits, choice)
+                else:
+                    run.accept(choice(run, logits[-1]))
                 force(run)
         except Exception as e:
             if failed is None:
                 raise
             failed(run, e)
-    book(work, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    book(work, seconds)
+    time_step(net, work, seconds)
     for run in was_read:
         run.reading = False
     return work
@@ -251,7 +276,7 @@ def n_best(net: Network, runs: Sequence[Run]) -> int:
 
 def goes_on(run: Run, n: int) -> bool:
     """Is another step needed after the one that computes these n tokens, unless the text ends?"""
-    return run.n_generated + 1 < run.max_tokens and run.n_pending == n
+    return run.n_generated + 1 < run.max_tokens and run.n_pending == n and run.drafter is None
 
 
 def plan(n_batch: int, active: Sequence[Run], prompt_rows: Callable[[], int] | None = None) -> Work:
@@ -262,14 +287,18 @@ def plan(n_batch: int, active: Sequence[Run], prompt_rows: Callable[[], int] | N
         most_read = prompt_rows()
     work: Work = []
     for run in active:
-        most = min(room, most_read) if run.reads else room
+        reads = run.reads
+        most = min(room, most_read) if reads else room
         if most == 0:
             break
+        if run.draft:
+            del run.draft[room - 1 :]
+            run.state.append(run.draft)
         n = run.make_room(min(run.n_pending, most))
         if n:
             work.append((run, n))
             room -= n
-            most_read -= n if run.reads else 0
+            most_read -= n if reads else 0
         else:
             run.finish_reason = "context"
     return work
@@ -277,7 +306,7 @@ def plan(n_batch: int, active: Sequence[Run], prompt_rows: Callable[[], int] | N
 
 def wanted(run: Run, n: int) -> Literal["all", "last", "none"]:
     """Which of the next n rows' logits are needed."""
-    if run.prompt_logprobs and run.n_generated == 0:
+    if run.draft or (run.prompt_logprobs and run.n_generated == 0):
         return "all"
     return "last" if n == run.n_pending else "none"
 

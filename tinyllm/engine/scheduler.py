@@ -21,6 +21,7 @@ from .generate import Run, Work, check_fits, steps
 from .prefixes import SNAPSHOT, Prefixes, needs_snapshots
 from .request import Request
 from .request import Usage as Usage
+from .speculate import drafting
 
 if TYPE_CHECKING:
     from ..chat.render import Message
@@ -144,7 +145,10 @@ class Engine:
         """
         refuse(options, deadline)
         source = {n: options.pop(n, None) for n in ("json_schema", "regex", "grammar")}
-        chosen = options_of(max_tokens, grammar=self._model.grammar(**source), **options)
+        drafter = drafting(options.pop("speculate", None), self._model)
+        chosen = options_of(
+            max_tokens, grammar=self._model.grammar(**source), drafter=drafter, **options
+        )
         ids = self._ids(
             prompt, (template, tools, "auto", template_vars, continue_final_message), state
         )
@@ -288,7 +292,7 @@ class Engine:
     @property
     def _held(self) -> int:
         """Bytes of keys and values of the running requests."""
-        return sum(r.job.run.state.nbytes for r in self._running if r.job is not None)
+        return sum(r.job.run.nbytes for r in self._running if r.job is not None)
 
     def _needs(self, request: Request) -> int:
         """Bytes that admitting a request takes."""

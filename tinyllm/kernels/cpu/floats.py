@@ -219,7 +219,7 @@ def few_multiplier(kind: str, n_tokens: int) -> Callable:
                 for head in heads if n_columns == per_line else ():
                     e.prefetch(e.at(head, asks), 0)
                 for c in range(n_columns):
-                    e.in_order()  # of several columns at once registers do not hold the values
+                    e.in_order()  # registers do not hold the values of several columns at once
                     pairs = zip(heads, some, strict=True)
                     ws = [widen(e, h, kind, c * column_bytes + l * size, n) for h, (_, l) in pairs]
                     values = [e.broadcast(e.at(token, xi), F32, n, 4 * c) for token in tokens]

@@ -1,0 +1,196 @@
+"""Speculation: the same texts and log-probabilities to the bit, in fewer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinyllm
+from tinyllm import Completion, Engine, Model
+from tinyllm.engine import speculate
+from tinyllm.engine.speculate import Costs, Lookup, best_length
+from tinyllm.errors import ArgumentError
+
+PROMPT = "Lily had a red ball. Tom had a red ball. Lily had a red ball. Tom had a"
+
+
+@cache
+def bundled() -> Model:
+    return tinyllm.load()
+
+
+@pytest.fixture(scope="module")
+def m(stories260k: Path) -> Iterator[Model]:
+    with tinyllm.load(stories260k) as model:
+        yield model
+
+
+@pytest.fixture(params=["greedy lengths", "longest"])
+def lengths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guess as the clock says, or always as much as can be."""
+    if request.param == "longest":
+        monkeypatch.setattr(speculate, "best_length", lambda p, most, *rest: most)
+
+
+def written(c: Completion) -> tuple[object, ...]:
+    return c.text, c.ids, c.logprobs, c.finish_reason
+
+
+def nudge(ids: list[int], logits: np.ndarray) -> None:
+    logits[ids[-1]] -= 1.5
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "drawn": {"temperature": 0.8},
+    "hot": {"temperature": 1.5, "top_k": 0, "top_p": 1.0},
+    "logprobs": {"temperature": 0.7, "logprobs": 3},
+    "penalties": {"temperature": 0.6, "repeat_penalty": 1.2, "frequency_penalty": 0.1},
+    "processor": {"temperature": 0.6, "logits_processor": nudge, "logprobs": 0},
+    "stop": {"temperature": 0, "stop": ["red ball. Tom had", "zz"]},
+    "short": {"temperature": 0, "max_tokens": 7},
+    "shift": {"temperature": 0.5, "max_tokens": 700, "overflow": "shift"},
+    "full": {"temperature": 0.5, "max_tokens": -1},
+    "regex": {"temperature": 0.5, "regex": "( Lily had a red (ball|dog)\\.)+", "max_tokens": 60},
+}
+
+
+@pytest.mark.usefixtures("lengths")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_text_and_logprobs_are_those_without(m: Model, name: str) -> None:
+    if name == "regex":
+        pytest.importorskip("llguidance")
+    for seed in range(4):
+        options = {"max_tokens": 120, "seed": seed, **OPTIONS[name]}
+        plain = m.generate(PROMPT, **options)
+        assert written(m.generate(PROMPT, speculate="lookup", **options)) == written(plain)
+        assert written(m.generate(PROMPT, speculate=m, **options)) == written(plain)
+
+
+@pytest.mark.usefixtures("lengths")
+@pytest.mark.parametrize("name", ["greedy", "drawn", "logprobs"])
+def test_the_bundled_model_writes_the_same(name: str) -> None:
+    for seed in range(2):
+        options = {"max_tokens": 80, "seed": seed, **OPTIONS[name]}
+        plain = bundled().generate(PROMPT, **options)
+        assert written(bundled().generate(PROMPT, speculate="lookup", **options)) == written(plain)
+
+
+@pytest.mark.usefixtures("lengths")
+def test_smollm2_writes_the_same(smollm2: Path) -> None:
+    text = "Copy this list: apples 3, pears 14, plums 15, grapes 92.\napples 3, pears 14,"
+    with tinyllm.load(smollm2) as model:
+        for options in ({"temperature": 0}, {"temperature": 0.7, "seed": 3, "logprobs": 2}):
+            plain = model.generate(text, max_tokens=40, **options)
+            got = model.generate(text, max_tokens=40, speculate="lookup", **options)
+            assert written(got) == written(plain)
+
+
+@pytest.mark.usefixtures("lengths")
+def test_batches_and_the_engine_speculate(m: Model) -> None:
+    prompts = [PROMPT[i:] for i in (0, 5, 11, 30)]
+    options: dict[str, Any] = {"max_tokens": 90, "temperature": 0.6, "seed": 2, "logprobs": 1}
+    expected = [written(m.generate(p, **options)) for p in prompts]
+    assert [written(c) for c in m.generate(prompts, speculate="lookup", **options)] == expected
+    with Engine(m, max_rows=20) as e:
+        rs = [e.submit(p, speculate=s, **options) for p in prompts for s in ("lookup", m, None)]
+        whole, e.max_bytes = e.max_bytes, 1
+        next(iter(rs[0]))
+        e.max_bytes = whole
+        assert [written(r.result(60)) for r in rs] == [x for x in expected for _ in range(3)]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_a_model_that_drafts_for_itself_is_always_right(
+    m: Model, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculate, "best_length", lambda p, most, *rest: min(most, 7))
+    right: list[tuple[int, int]] = []
+    learn = speculate.DraftModel.learn
+
+    def noted(self: Any, n: int, n_right: int) -> None:
+        right.append((n, n_right))
+        learn(self, n, n_right)
+
+    monkeypatch.setattr(speculate.DraftModel, "learn", noted)
+    m.generate("Once", max_tokens=100, temperature=temperature, seed=1, speculate=m)
+    assert len(right) < 20
+    assert all(n == r for n, r in right[:-1])
+
+
+def test_a_stream_shows_the_same_and_its_state_goes_on(m: Model) -> None:
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 0, "stop": ["ball. L"]}
+    texts, states = [], []
+    for s in (None, "lookup"):
+        state = m.new_state(512)
+        texts.append("".join(m.generate(PROMPT, stream=True, speculate=s, state=state, **options)))
+        texts.append(m.generate(" So", state=state, max_tokens=20, temperature=0).text)
+        states.append(state.ids)
+    assert texts[:2] == texts[2:]
+    assert states[0] == states[1]
+
+
+def test_an_error_in_a_step_leaves_no_guess_in_the_state(
+    m: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculate, "best_length", lambda p, most, *rest: most)
+    forward, state = m.network.forward, m.new_state(512)
+
+    def fails(segments: Any, *args: Any) -> Any:
+        if segments[0][2] == "all":
+            raise OSError("gone")
+        return forward(segments, *args)
+
+    monkeypatch.setattr(m.network, "forward", fails)
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 0}
+    with pytest.raises(OSError, match="gone"):
+        m.generate(PROMPT, speculate="lookup", state=state, **options)
+    monkeypatch.undo()
+    ids = m.tokenizer.encode(PROMPT) + m.generate(PROMPT, **options).ids
+    assert state.ids == ids[: len(state.ids)]
+
+
+def test_a_length_is_chosen_by_what_it_promises() -> None:
+    costs = Costs()
+    for rows, seconds in ((1, 1.0), (2, 1.5), (8, 2.0), (16, 6.0)):
+        costs.note(rows, seconds)
+    for rows in (3, 4, 5, 6, 7):
+        costs.note(rows, 2.0)
+    for rows in range(9, 16):
+        costs.note(rows, 6.0)
+    assert best_length(0.95, 15, 1, costs) == 7
+    assert best_length(0.1, 15, 1, costs) == 0
+    assert best_length(0.95, 3, 1, costs) == 3
+    assert best_length(0.95, 15, 1, costs, each=1.0) == 0
+    costs.note(8, 20.0)
+    assert costs.of(8) < 4  # one slow step says little
+    for _ in range(200):
+        costs.doubt()
+    assert costs.of(1) == 1
+    assert costs.of(16) < 1.5
+
+
+def test_lookup_guesses_what_followed_the_last_time(m: Model) -> None:
+    from types import SimpleNamespace
+
+    costs, drafter = Costs(), Lookup()
+    run: Any = SimpleNamespace(state=SimpleNamespace(ids=[1, 2, 3, 4, 5, 6, 1, 2, 3, 4]))
+    assert (
+        drafter.guess(run, 8, 1, costs)[:4] == [5, 6, 1, 2][: len(drafter.guess(run, 8, 1, costs))]
+    )
+    run.state.ids = [9, 8, 7]
+    assert drafter.guess(run, 8, 1, costs) == []
+
+
+def test_what_cannot_speculate_says_so(m: Model, data: Path) -> None:
+    with pytest.raises(ArgumentError, match="expected 'lookup'"):
+        m.generate("x", speculate="loukup")  # type: ignore[call-overload]
+    with pytest.raises(ArgumentError, match="vocabulary"):
+        m.generate("x", speculate=bundled())
+    with pytest.raises(ArgumentError, match="leave speculate out"):
+        m.generate("x", speculate="lookup", tap=lambda name, x: None)
