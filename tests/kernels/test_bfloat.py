@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import normal, stored
+from stored import normal, stored
 
 import tinyllm
 from tinyllm.cli.commands import main

@@ -13,7 +13,7 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from llvmlite import ir
-from samples import normal, stored
+from stored import normal, stored
 
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import stored
+from stored import stored
 
 from tinyllm.kernels.backend import Batch
 from tinyllm.kernels.cpu.backend import CPUBackend

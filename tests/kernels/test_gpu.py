@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import Stored, normal, stored
+from stored import Stored, normal, stored
 
 from tinyllm.errors import ContextOverflow, DeviceError, NumericError, StateError
 from tinyllm.gguf import quants

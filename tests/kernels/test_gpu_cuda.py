@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import normal, stored
+from stored import normal, stored
 
 from tinyllm import gguf
 from tinyllm.errors import DeviceError

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import normal, stored
+from stored import normal, stored
 
 from tinyllm.kernels.gpu import backend, matmul_library
 from tinyllm.kernels.gpu.matmul_library import Library

@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from samples import normal, stored
+from stored import normal, stored
 
 import tinyllm
 from tinyllm.errors import ArgumentError

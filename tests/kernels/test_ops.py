@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import normal, stored
+from stored import normal, stored
 
 from tinyllm.errors import DeviceError, NumericError
 from tinyllm.gguf import quants

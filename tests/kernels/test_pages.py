@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import normal
+from stored import normal
 
 from tinyllm.errors import ContextOverflow, DeviceError
 from tinyllm.kernels import pages

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import Stored
+from stored import Stored
 
 from tinyllm.gguf import quants
 from tinyllm.kernels.cpu import formats_grid

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import normal, stored
+from stored import normal, stored
 from test_cpu import ONE, product
 
 from tinyllm.kernels.cpu import jit, matmul, micro, timing

@@ -177,11 +177,16 @@ class Job:
         )  # fmt: skip
 
 
-def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: Options) -> Job:
-    """Add a prompt to a state and make it a job; nothing is computed yet."""
+def begin(
+    tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: Options, n_read: int = 0
+) -> Job:
+    """Add a prompt to a state, which has its first ``n_read`` ids already, and make it a job.
+
+    Nothing is computed yet.
+    """
     keep = 1 if tokenizer.add_bos else 0
     rest = state.n_ctx - len(state.ids)
-    check_fits(len(state.ids) + len(ids), state.n_ctx, o.overflow)
+    check_fits(len(state.ids) - n_read + len(ids), state.n_ctx, o.overflow)
     limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
     sampler = Sampler(o.params, net.n_vocab, net.be.top_k)
     run = Run(
@@ -190,7 +195,8 @@ def begin(tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: O
         finish_reason="length" if limit == 0 else None,
         drafter=None if o.drafter is None else o.drafter(),
     )  # fmt: skip
-    state.append(truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids)
+    new = truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids[n_read:]
+    state.append(new)
     job = Job(tokenizer, run, o.stop, ids)
     force(run)
     return job

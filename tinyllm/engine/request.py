@@ -49,6 +49,7 @@ class Request:
         self.job: Job | None = None  # once it was begun
         self.set_aside_ids: list[int] = []  # prompt and text, while another request has its memory
         self.n_cached = 0
+        self.next_snapshot = len(ids)  # once so many are read, they are kept for other requests
         self._ends_at = None if deadline is None else time.monotonic() + deadline
         self._asked: FinishReason | None = None  # why a caller, or the clock, ends it
         self._pieces: list[str] = []

@@ -6,6 +6,7 @@ the pieces in which its prompt was read, or on having been set aside.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
 from ..models.memory import cache_bytes
 from .completion import Prompt, begin, options_of, room_for, split_prompts
 from .generate import Run, Work, check_fits, steps
+from .prefixes import SNAPSHOT, Prefixes, needs_snapshots
 from .request import Request
 from .request import Usage as Usage
 from .speculate import drafting
@@ -56,6 +58,9 @@ class Engine:
         their text again later.
     max_queue : int
         Requests that may wait.
+    prefix_bytes : int, optional
+        Bytes of keys and values that are kept of texts, for prompts that begin like them; a quarter of the
+        memory that is free now. 0 keeps none.
 
     Examples
     --------
@@ -72,7 +77,10 @@ class Engine:
         max_rows: int | None = None,
         max_bytes: int | None = None,
         max_queue: int = 1024,
+        prefix_bytes: int | None = None,
     ) -> None:
+        if prefix_bytes is not None and (not isinstance(prefix_bytes, int) or prefix_bytes < 0):
+            raise ArgumentError(f"prefix_bytes={prefix_bytes!r:.40}; expected a number of bytes")
         for name, value in (
             ("max_rows", max_rows),
             ("max_bytes", max_bytes),
@@ -88,6 +96,8 @@ class Engine:
         self.max_rows, self.max_queue = max_rows, max_queue
         free = min(stage.be.memory()[0] for stage in self._net.stages)
         self.max_bytes = free // 2 if max_bytes is None else max_bytes
+        self._prefixes = Prefixes(self._net, free // 4 if prefix_bytes is None else prefix_bytes)
+        self._snapshots = needs_snapshots(self._net)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._runs: list[Run] = []  # theirs, which the loop looks at before each step
@@ -207,6 +217,7 @@ class Engine:
             for request in (*self._running, *self._waiting):
                 request.cancel()
                 request.finish()
+            self._prefixes.trim(-1)
 
     def _wait(self) -> bool:
         """Wait for requests, and admit some; False once the engine is closed."""
@@ -235,6 +246,8 @@ class Engine:
     def _settle(self) -> None:
         """Show what was written, and let those go that have ended."""
         for request in list(self._running):
+            if request.ended or request.next_snapshot < sys.maxsize:
+                self._remember(request)
             if request.ended:
                 self._leave(request)
                 request.finish()
@@ -261,7 +274,11 @@ class Engine:
 
     def _step_failed(self, error: Exception) -> None:
         """A step as a whole failed. For want of memory, fewer go on; else it is the error of all."""
-        if isinstance(error, (DeviceError, MemoryError)) and self._set_last_aside():
+        scarce = isinstance(error, (DeviceError, MemoryError))
+        if scarce and len(self._prefixes) and not any(map(spoilt, self._running)):
+            self._prefixes.trim(0)
+            return
+        if scarce and self._set_last_aside():
             for request in list(filter(spoilt, self._running)):
                 self._set_aside(request)
             self._most = max(1, len(self._running))
@@ -316,15 +333,41 @@ class Engine:
 
     def _begin(self, request: Request) -> None:
         """Give a request a state: a first one, or a new one after it was set aside."""
-        state = request.given_state or self._net.new_state(request.n_ctx)
+        known = self._known(request) if request.job is None else None
+        state = request.given_state or known or self._net.new_state(request.n_ctx)
         if request.job is None:
-            t = self._model.tokenizer
-            request.job = begin(t, self._net, state, request.prompt_ids, request.options)
+            t, n_read = self._model.tokenizer, known.n_past if known is not None else 0
+            request.job = begin(t, self._net, state, request.prompt_ids, request.options, n_read)
+            if self._snapshots:
+                request.next_snapshot = min(SNAPSHOT, request.next_snapshot)
             if request.given_state is None:  # what the new state holds already was read for others
                 request.n_cached = request.job.run.timings.n_reused
         else:
             request.job.run.resume(state, request.set_aside_ids)
             request.set_aside_ids = []
+
+    def _known(self, request: Request) -> State | None:
+        """A state that has read the beginning of a request's prompt, if there is one and it may be used."""
+        o = request.options
+        reports = o.echo and o.logprobs is not None  # on every token of the prompt
+        if request.given_state is not None or reports or o.overflow == "truncate":
+            return None
+        return self._prefixes.find(request.prompt_ids, request.n_ctx)
+
+    def _remember(self, request: Request) -> None:
+        """Keep what a request has read for others."""
+        if request.job is None or request.given_state is not None or request.done:
+            return
+        run, n = request.job.run, len(request.prompt_ids)
+        if run.shifted:  # others would read other keys
+            return
+        if request.ended or run.state.n_past >= request.next_snapshot:
+            self._prefixes.add(run.state)
+            step = SNAPSHOT if self._snapshots else n
+            more = request.next_snapshot < n
+            request.next_snapshot = (
+                min(run.state.n_past // step * step + step, n) if more else sys.maxsize
+            )
 
     def _fit(self) -> None:
         """Set the last requests aside while the running ones hold too much memory."""

@@ -62,8 +62,11 @@ class Cache(ABC):
         """Bytes of each page that is held now, by a number that sharing caches have in common."""
 
     @abstractmethod
-    def fork(self) -> Cache:
-        """Another cache with the same past, stored once until one of the two writes."""
+    def fork(self, n_ctx: int) -> Cache:
+        """Another cache, of ``n_ctx`` positions' room, with the same past as far as it has room.
+
+        What is stored is shared until one of the two writes.
+        """
 
     @abstractmethod
     def truncate(self, n: int) -> None:

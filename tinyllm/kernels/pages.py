@@ -70,8 +70,8 @@ class PagedCache(Cache):
     # ---- what a backend provides
 
     @abstractmethod
-    def empty(self) -> Self:
-        """Another cache for the same layers, with nothing stored."""
+    def empty(self, n_ctx: int) -> Self:
+        """Another cache for the same layers, with nothing stored and room for ``n_ctx`` positions."""
 
     @abstractmethod
     def take(self, group: int) -> Page:
@@ -153,10 +153,11 @@ class PagedCache(Cache):
         self.ready_to = min(self.ready_to, stop * self.page_size)
         self.ready_from = min(self.ready_from, self.ready_to)
 
-    def fork(self) -> Self:
-        other = self.empty()
+    def fork(self, n_ctx: int) -> Self:
+        other = self.empty(n_ctx)
+        most = -(-n_ctx // self.page_size)
         for group, pages in enumerate(self.pages):
-            for block, page in enumerate(pages):
+            for block, page in enumerate(pages[:most]):
                 other.pages[group].append(page)
                 if page is not None:
                     page.holders.append(True)

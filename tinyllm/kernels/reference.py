@@ -60,8 +60,8 @@ class ReferenceCache(PagedCache):
         self.kv_type, self.type = kv_type, np.dtype(np.float16 if kv_type == "f16" else F32)
         self.arrays = [{name: np.zeros(shape, F32) for name, shape in c.arrays} for c in layers]
 
-    def empty(self) -> ReferenceCache:
-        return ReferenceCache(self.layers, self.n_ctx, self.kv_type)
+    def empty(self, n_ctx: int) -> ReferenceCache:
+        return ReferenceCache(self.layers, n_ctx, self.kv_type)
 
     def take(self, group: int) -> Page:
         layers = [self.layers[i] for i in self.groups[group]]

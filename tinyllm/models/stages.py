@@ -86,8 +86,8 @@ class StagedCache(Cache):
     def held(self) -> dict[int, int]:
         return {number: n for part in self.parts for number, n in part.held().items()}
 
-    def fork(self) -> StagedCache:
-        return StagedCache(self.stages, [part.fork() for part in self.parts])
+    def fork(self, n_ctx: int) -> StagedCache:
+        return StagedCache(self.stages, [part.fork(n_ctx) for part in self.parts])
 
     def truncate(self, n: int) -> None:
         for part in self.parts:

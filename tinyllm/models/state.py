@@ -58,12 +58,23 @@ class State:
 
     def fork(self) -> State:
         """Another state with the same tokens; what is stored of them is shared until one of the two writes."""
+        return self.fork_first(len(self.ids), self.n_ctx)
+
+    def fork_first(self, n: int, n_ctx: int) -> State:
+        """A fork with the first ``n`` tokens and room for ``n_ctx``, which rotates as this state does."""
         self.check_whole()
         with self.lock:
-            cache = self.cache.fork()
-        other = State(cache, self.layers, self.ropes, self.n_ctx, self.fingerprint, self.lock)
-        other.can_shift, other.ids, other.n_past = self.can_shift, list(self.ids), self.n_past
+            cache = self.cache.fork(n_ctx)
+            other = State(cache, self.layers, self.ropes, n_ctx, self.fingerprint, self.lock)
+            other.can_shift, other.ids, other.n_past = self.can_shift, list(self.ids), self.n_past
+            other.truncate(n)
         return other
+
+    def can_go_on(self, n: int) -> bool:
+        """Whether what is stored of the first ``n`` tokens is all that the next one needs."""
+        if not self.can_truncate:
+            return n == self.n_past and not self.spoilt
+        return n <= self.n_past and self.cache.holds(n)
 
     def append(self, ids: Sequence[int]) -> None:
         """Add tokens to the sequence; they are computed by the next step."""

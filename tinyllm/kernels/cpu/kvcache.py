@@ -69,12 +69,12 @@ class CPUCache(PagedCache):
 
     # ---- pages
 
-    def empty(self) -> CPUCache:
-        return CPUCache(self.layers, self.n_ctx, self.kv_type, self._settle)
+    def empty(self, n_ctx: int) -> CPUCache:
+        return CPUCache(self.layers, n_ctx, self.kv_type, self._settle)
 
-    def fork(self) -> CPUCache:
+    def fork(self, n_ctx: int) -> CPUCache:
         self._settle()
-        return super().fork()
+        return super().fork(n_ctx)
 
     def page_bytes(self, group: int) -> int:
         return self.layout.page_bytes[group]

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import WeakMethod
 
@@ -173,6 +173,7 @@ class Steps:
             tape.run(self._workers)
         finally:
             self._local.now = outer
+            recorded.batch = replace(uploaded, caches=())  # these sequences may end before the step
         return recorded
 
 

@@ -260,8 +260,8 @@ class GPUCache(PagedCache):
 
     # ---- pages
 
-    def empty(self) -> GPUCache:
-        return GPUCache(self.be, self.store, self.n_ctx)
+    def empty(self, n_ctx: int) -> GPUCache:
+        return GPUCache(self.be, self.store, n_ctx)
 
     def page_bytes(self, group: int) -> int:
         return self.layout.page_bytes[group]
