@@ -236,7 +236,7 @@ def test_missing_file_is_the_usual_error(tmp_path):
 
 
 def test_path_with_a_zero_byte_is_refused():
-    with pytest.raises(ArgumentError, match="is no path"):
+    with pytest.raises(ArgumentError, match="is no name of a file"):
         gguf.open("a\0b")
 
 

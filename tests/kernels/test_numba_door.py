@@ -204,7 +204,7 @@ def test_the_matvec_with_its_micro_kernel_has_the_same_bits(kind: str) -> None:
     x, bias, y = normal(1, 512), normal(48), np.zeros(48, np.float32)
     records = quantised(x, w.format.span)
     args = {"w": w.address, "x": records.ctypes.data, "bias": bias.ctypes.data}
-    sizes = {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
+    sizes = {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks, "ahead": 4096}
     names = {"multiply": micro.multiplier(w.format, 1, 1)}
     ours, numbas = by_both(matmul.matvec, f"matvec_{kind}", 3, y, names, **args, **sizes)
     assert ours.any()

@@ -63,7 +63,7 @@ def test_a_fork_shares_pages_until_one_side_writes(be: Backend, kv: Any) -> None
     n = 2 * size + 10
     write(be, a, 0, n)
     before, whole = stored(a, n), a.nbytes
-    b = a.fork()
+    b = a.fork(a.n_ctx)
     assert a.held() == b.held()
     assert sum(a.held().values()) == a.nbytes == b.nbytes == whole
     write(be, b, n, 5, seed=1)
@@ -83,7 +83,7 @@ def test_memory_is_taken_as_it_fills_and_given_back(be: Backend) -> None:
     one = a.nbytes
     write(be, a, 1, a.page_size)
     assert a.nbytes == 2 * one
-    b = a.fork()
+    b = a.fork(a.n_ctx)
     b.truncate(1)
     assert b.nbytes == one
     a.truncate(0)
@@ -98,7 +98,7 @@ def test_memory_is_taken_as_it_fills_and_given_back(be: Backend) -> None:
 def test_writing_behind_a_cut_leaves_a_fork_alone(be: Backend) -> None:
     a = be.new_cache(LAYERS, 1000, "f32")
     write(be, a, 0, 500)
-    b = a.fork()
+    b = a.fork(a.n_ctx)
     before = stored(b, 500)
     a.truncate(300)
     write(be, a, 300, 10, seed=1)
@@ -113,7 +113,7 @@ def test_writing_behind_a_cut_leaves_a_fork_alone(be: Backend) -> None:
 def test_a_shift_leaves_a_fork_alone(be: Backend) -> None:
     a = be.new_cache(LAYERS, 1000, "f32")
     write(be, a, 0, 500)
-    b = a.fork()
+    b = a.fork(a.n_ctx)
     before = stored(b, 500)
     for layer in (0, 2):
         a.shift(layer, 10, 200, 500, None)
@@ -154,7 +154,7 @@ def test_a_fork_copies_recurrent_arrays(be: Backend) -> None:
     a = be.new_cache([LayerCache(arrays=(("ssm", (4, 8)),))], 100, "f32")
     x = normal(4, 8)
     a.restore({"0.ssm": x})
-    b = a.fork()
+    b = a.fork(a.n_ctx)
     a.restore({"0.ssm": -x})
     assert np.array_equal(b.export(0)["0.ssm"], x)
     assert np.array_equal(a.export(0)["0.ssm"], -x)
