@@ -217,15 +217,16 @@ def legend(ax: Any, groups: dict[str, list[Bar]]) -> None:
 
 
 def peers(reports: list[dict[str, Any]], test: str) -> dict[str, list[Bar]]:
-    """Rates of "pp" or "tg" by model; of the first report that has them."""
+    """Rates of "pp" or "tg" by model and machine; the first report's for each, whose machine needs no name."""
     groups: dict[str, list[Bar]] = {}
-    for r in [r for report in reports for r in report["models"]]:
+    usual = reports[0]["machine"]["cpu"] if reports else ""
+    for cpu, r in [(report["machine"]["cpu"], r) for report in reports for r in report["models"]]:
         rates = {e: one_test(ways, test) for e, ways in r["tokens_per_s"].items()}
         ratios = {e: one_test(ways, test) for e, ways in r["ratios"].items()}
         if found := group(
             {e: x for e, x in rates.items() if x}, list(filter(None, ratios.values()))
         ):
-            groups.setdefault(label(r), found)
+            groups.setdefault(label(r) + (f"\n{cpu}" if cpu != usual else ""), found)
     return groups
 
 
