@@ -42,11 +42,14 @@ def test_asking_for_floats_ahead_changes_no_bit(monkeypatch: Any, type_name: str
 class Clock:
     """Time that passes as a script says: seconds of a run by way and round."""
 
-    def __init__(self, seconds: Callable[[Way, int], float]) -> None:
-        self.now, self.seconds, self.rounds = 0.0, seconds, 0
+    def __init__(self, seconds: Callable[[Way, int], float], share: float = 1.0) -> None:
+        self.now, self.seconds, self.rounds, self.share = 0.0, seconds, 0, share
 
     def perf_counter(self) -> float:
         return self.now
+
+    def process_time(self) -> float:
+        return self.share * self.now
 
     def tape(self) -> Any:
         return _Tape(self)
@@ -72,8 +75,8 @@ class _Tape:
 def clock(monkeypatch: Any, tmp_path: Path) -> Iterator[Callable[..., Clock]]:
     """Makes clocks; nothing is known at first, and what is kept goes to a folder of the test's own."""
 
-    def make(seconds: Callable[[Way, int], float]) -> Clock:
-        made = Clock(seconds)
+    def make(seconds: Callable[[Way, int], float], share: float = 1.0) -> Clock:
+        made = Clock(seconds, share)
         monkeypatch.setattr(timing, "time", made)
         monkeypatch.setattr(timing, "Tape", made.tape)
         monkeypatch.setattr(timing, "_results", {})
@@ -113,6 +116,11 @@ def test_a_doubtful_measurement_is_not_kept(clock: Any) -> None:
     quiet = clock(lambda way, i: 1.0 + way.ahead)
     assert quiet.chosen() == Way()
     assert quiet.rounds > 0
+
+
+def test_a_measurement_beside_a_steady_neighbour_is_not_kept(clock: Any) -> None:
+    assert clock(far_is_fast, share=0.5).chosen() == Way("parts", 16384)
+    assert clock(lambda way, i: 1.0 + way.ahead).chosen() == Way()
 
 
 def test_warming_up_measures_again_and_says_what_won(clock: Any) -> None:

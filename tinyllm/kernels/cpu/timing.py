@@ -3,8 +3,8 @@
 What is fastest differs between processors and cannot be told from their names: asking for memory ahead of
 its use doubles the speed of one and halves that of another. So the first use of a kernel runs each way over
 more memory than caches hold, for some milliseconds, and the winner is kept beside the compiled kernels. A
-measurement whose rounds disagree, as on a busy machine, serves this process only. ``tinyllm warmup`` measures
-thoroughly.
+measurement whose rounds disagree, or during which others had the processor, serves this process only. ``tinyllm
+warmup`` measures thoroughly.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Result:
     name: str
     way: Way
     rates: dict[Way, float] = field(default_factory=dict)
-    doubtful: bool = False  # the rounds disagree
+    doubtful: bool = False  # the rounds disagree, or others had the processor meanwhile
 
     def __str__(self) -> str:
         plain, best = next(iter(self.rates.values())), self.rates[self.way]
@@ -55,6 +55,7 @@ BURSTS = (0, 6144)  # bytes ahead in the order "block": two kernels differ more 
 ROUNDS, MANY_ROUNDS = 3, 9
 CLOSE = 1.02  # a way that is faster by less is not preferred to plain reading
 SPREAD = 1.2  # the median round over the fastest, of a machine that does something else, too
+SHARE = 0.8  # least part of the time for which the threads had a processor, where no neighbour was
 SMALLEST, LARGEST = 48 << 20, 256 << 20  # bytes to read
 _results: dict[str, Result] = {}
 _lock = threading.RLock()
@@ -131,16 +132,18 @@ def _measure(
     times: dict[Way, list[float]] = {way: [] for way in tapes}
     for way in tapes:
         record(tapes[way], wrapped(memory).address, pieces, way)
+    begun, used = time.perf_counter(), time.process_time()
     for _ in range(MANY_ROUNDS if _thorough else ROUNDS):
         for way, tape in tapes.items():
             start = time.perf_counter()
             tape.run(n_workers)
             times[way].append(time.perf_counter() - start)
+    had = (time.process_time() - used) / (n_workers * (time.perf_counter() - begun))
     plain = next(iter(times))
     best = min(times, key=lambda way: min(times[way]))
     if min(times[plain]) < CLOSE * min(times[best]):
         best = plain
-    doubtful = statistics.median(times[best]) > SPREAD * min(times[best])
+    doubtful = statistics.median(times[best]) > SPREAD * min(times[best]) or had < SHARE
     rates = {way: pieces * piece_bytes / min(t) / 1e9 for way, t in times.items()}
     return Result(name, best, rates, doubtful)
 
