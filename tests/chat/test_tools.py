@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spelled import written
 
 from tinyllm.chat.forms import FORMS, THINK, Form
 from tinyllm.chat.known import WELL_KNOWN
@@ -167,20 +168,6 @@ def test_reasoning_and_content_stand_before_calls(form: Form, size: int) -> None
     assert calls_of(reader) == [("get_weather", {"city": "Rome", "days": 2})]
     assert reader.message["reasoning"] == "Hm < 3."
     assert reader.message["content"] == "Let me see."
-
-
-def written(form: Form, name: str, arguments: dict[str, Any]) -> str:
-    """One call as a row spells it."""
-    text = json.dumps(arguments)
-    if form.pair:
-        pairs = [
-            form.pair.replace("$key", k).replace("$string", str(isinstance(v, str)).lower())
-            .replace("$value", f"{form.quote}{v}{form.quote}" if isinstance(v, str) else json.dumps(v))
-            for k, v in arguments.items()
-        ]  # fmt: skip
-        text = form.join.join(pairs)
-    call = form.call.replace("$name", name).replace("$id", "abcdefgh9").replace("$args", text)
-    return form.first + call + form.last
 
 
 @pytest.mark.parametrize("size", [0, 1])

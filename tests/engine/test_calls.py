@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from spelled import call
 
 import tinyllm
 from tinyllm.chat.calling import grammar_of_calls
@@ -54,20 +55,6 @@ def tokenizer(path: Path) -> Any:
 
 def habits(form: Form) -> Habits:
     return Habits(form, HARMONY if form.name == "harmony" else THINK)
-
-
-def call(form: Form, name: str, arguments: dict[str, Any], first: bool = True) -> str:
-    """One call as a row spells it."""
-    text = json.dumps(arguments)
-    if form.pair:
-        pairs = [
-            form.pair.replace("$key", k).replace("$string", str(isinstance(v, str)).lower())
-            .replace("$value", f"{form.quote}{v}{form.quote}" if isinstance(v, str) else json.dumps(v))
-            for k, v in arguments.items()
-        ]  # fmt: skip
-        text = form.join.join(pairs)
-    made = form.call.replace("$name", name).replace("$id", "abcdefgh9").replace("$args", text)
-    return (form.first if first else form.between) + made
 
 
 def accepted(place: Constraint, t: Any, text: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyllm.gguf import quants
+from tinyllm.kernels.lab import random_blocks
 
 
 @dataclass
@@ -45,18 +46,3 @@ def stored(type_name: str, *shape: int, seed: int = 1) -> Stored:
         rng = np.random.default_rng(seed)
         raw = random_blocks(f, rows * n // f.block_size, rng).reshape(rows, -1)
     return Stored(f"{type_name}.weight", type_name, shape, raw)
-
-
-def random_blocks(f: quants.Format, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Bytes of n random blocks, with scales that are small and positive."""
-    blocks = np.frombuffer(rng.bytes(n * f.type_size), f.dtype).copy()
-    for name in ("d", "dmin", "m", "s"):
-        if name in (f.dtype.names or ()) and f.dtype[name].kind == "f":
-            blocks[name] = rng.uniform(0.01, 0.02, blocks[name].shape)
-    if f.name == "IQ1_M":
-        scales = blocks["scales"]
-        scales[..., 3] = scales[..., 3] & 0x0FFF | 0x2000
-    if f.name == "NVFP4":
-        first = f.dtype.names[0]
-        blocks[first] = rng.integers(0x28, 0x40, blocks[first].shape)
-    return blocks.view(np.uint8)
