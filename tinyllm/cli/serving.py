@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
+from ..files import read_text
 from .arguments import MODEL_HELP, Arguments, Parser, load_options, locate, note
 from .terminal import show
 
@@ -34,6 +35,8 @@ def serve_arguments(p: Parser) -> None:
                    help="let pages of this origin call from a browser; * for all")  # fmt: skip
     p.add_argument("--allow-host", action="append", default=[], metavar="NAME",
                    help="a further name by which the server may be called")  # fmt: skip
+    p.add_argument("--chat-template", metavar="FILE|NAME",
+                   help="a Jinja template, or chatml, llama3, ...; default: the model's own")  # fmt: skip
     load_options(p)
     p.add_argument("--slots", type=int, default=64, metavar="N",
                    help="texts written at a time; default %(default)s")  # fmt: skip
@@ -97,9 +100,22 @@ def settings_of(args: Arguments) -> Settings:
     names = ("localhost", "127.0.0.1", "[::1]", *args.allow_host) if args.host in LOOPBACK else ()
     return Settings(
         api_keys=tuple(keys), origins=tuple(args.cors), hosts=names, slots=args.slots,
-        queue=args.queue, memory=None if args.memory is None else int(args.memory * 1e9),
+        queue=args.queue, template=template_of(args.chat_template),
+        memory=None if args.memory is None else int(args.memory * 1e9),
         max_body=int(args.max_body * 1e6), log_prompts=args.log_prompts, load=load,
     )  # fmt: skip
+
+
+def template_of(name: str | None) -> str | None:
+    """A chat template: a file's text, or a well-known name."""
+    from ..chat.known import WELL_KNOWN
+    from ..chat.render import check, given_template
+
+    if name is None:
+        return None
+    text = given_template(name if name in WELL_KNOWN else read_text(name))
+    check(text)
+    return text
 
 
 def models_of(words: Sequence[str], aliases: Sequence[str]) -> dict[str, str | Path | None]:

@@ -18,7 +18,15 @@ from starlette.types import ASGIApp
 from .. import __version__
 from ..errors import TinyLLMError
 from ..model import Model
-from . import extras, openai_chat, page
+from . import (
+    anthropic_messages,
+    extras,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    openai_responses,
+    page,
+)
 from .errors import Refusal
 from .guard import Guard
 from .metrics import Metrics
@@ -27,7 +35,10 @@ from .reply import told
 from .settings import Settings
 
 log = logging.getLogger("tinyllm.server")
-ROUTERS = (openai_chat.router, extras.router, page.router)
+ROUTES = (
+    openai_chat, openai_completions, openai_embeddings, openai_responses, anthropic_messages, extras,
+    page,
+)  # fmt: skip
 
 
 class Server(FastAPI):
@@ -82,8 +93,8 @@ def create_app(
     )
     app.pool = app.state.pool = Pool(named(models), settings or Settings())
     app.state.metrics = Metrics()
-    for router in ROUTERS:
-        app.include_router(router)
+    for routes in ROUTES:
+        app.include_router(routes.router)
     app.add_exception_handler(RequestValidationError, on_wrong_field)
     app.add_exception_handler(HTTPException, on_http_error)
     for kind in (Refusal, TinyLLMError, OSError, MemoryError, Exception):

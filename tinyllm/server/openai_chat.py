@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
 from ..engine.completion import Completion
-from ..engine.request import Request as EngineRequest
+from ..engine.generate import Token
 from ..tokenizers import Tokenizer
+from .conversation import Answers, Conversation, answer, finish_of
 from .errors import Refusal
 from .fields import (
     Constrained,
@@ -21,14 +22,11 @@ from .fields import (
     Id,
     Loose,
     Strict,
-    check_size,
     constraint,
     schema_of,
 )
-from .pool import Served
 from .reply import Reply, dumps, quoted
 from .settings import Settings
-from .texts import Asked, News, ask
 
 router = APIRouter()
 
@@ -163,120 +161,129 @@ class ChatBody(Constrained, Ignored):
         return found
 
 
-def check(body: ChatBody, settings: Settings) -> None:
-    """Refuse what goes together badly, or is too much."""
-    if len(body.messages) > settings.max_messages:
-        raise Refusal(400, f"{len(body.messages)} messages; at most {settings.max_messages}")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise Refusal(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
-    if body.prefix_ids and (body.continue_final_message or body.tools):
-        raise Refusal(400, "prefix_ids goes with neither continue_final_message nor tools")
-    check_size([t.model_dump() for t in body.tools or ()], settings)
-
-
 @router.post("/v1/chat/completions")
 async def chat(body: ChatBody, request: Request) -> Reply:
     """Answer a conversation."""
     pool = request.app.state.pool
-    check(body, pool.settings)
-    held = constraint(body, {"response_format": schema_of(body.response_format)}, pool.settings)
+    answers = await answer(pool, body.model, conversation(body, pool.settings))
+    return Reply(answers.asked, ChatWriter(answers, body), bool(body.stream))
+
+
+def conversation(body: ChatBody, settings: Settings) -> Conversation:
+    """What a request asks for; refused where it goes together badly."""
+    if body.top_logprobs and not body.logprobs:
+        raise Refusal(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
+    if body.prefix_ids and (body.continue_final_message or body.tools):
+        raise Refusal(400, "prefix_ids goes with neither continue_final_message nor tools")
+    held = constraint(body, {"response_format": schema_of(body.response_format)}, settings)
     if "response_format" in held:
         held["json_schema"] = held.pop("response_format")
-    n = body.n or 1
-
-    def submit(served: Served) -> Iterator[EngineRequest]:
-        model = served.model
-        messages = [m.plain() for m in body.messages]
-        options = {**body.sampling(model.tokenizer.eog), **held}
-        if body.logprobs:
-            options["logprobs"] = body.top_logprobs or 0
-        turn = model.turn(
-            messages,
-            template_vars=body.variables(),
-            continue_final_message=bool(body.continue_final_message),
+    last = body.messages[-1]
+    may_go_on = last.role == "assistant" and bool(last.content) and not last.tool_calls
+    if body.continue_final_message and not may_go_on:
+        raise Refusal(
+            400, "continue_final_message: the last message is not a text of the assistant"
         )
-        ids = turn.ids + (body.prefix_ids or [])
-        for i in range(n):
-            yield served.engine.submit(ids, body.limit(), **seeded(options, i))
+    choice = body.tool_choice or "auto"
 
-    asked = await ask(pool, body.model, submit, n)
-    return Reply(asked, ChatWriter(asked, body), bool(body.stream))
+    def options(tokenizer: Tokenizer) -> dict[str, Any]:
+        found = {**body.sampling(tokenizer.eog), **held}
+        if body.logprobs:
+            found["logprobs"] = body.top_logprobs or 0
+        return found
 
-
-def seeded(options: dict[str, Any], i: int) -> dict[str, Any]:
-    """The options of choice i: it draws from a seed of its own."""
-    seed = options["seed"]
-    return options if seed is None else {**options, "seed": (seed + i) % (1 << 64)}
-
-
-FINISH = {"context": "length", "deadline": "length", "cancelled": "stop"}
-
-
-def finish_of(end: Completion) -> str:
-    """Why a text ended, in OpenAI's words."""
-    return FINISH.get(end.finish_reason, end.finish_reason)
+    return Conversation(
+        messages=[m.plain() for m in body.messages],
+        tools=[tool.model_dump() for tool in body.tools or ()],
+        tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
+        parallel=body.parallel_tool_calls is not False,
+        variables=body.variables(),
+        go_on=may_go_on and body.continue_final_message is not False,
+        prefix_ids=body.prefix_ids or (),
+        max_tokens=body.limit(),
+        n=body.n or 1,
+        options=options,
+    )
 
 
 class ChatWriter:
-    """Tells the texts of a chat."""
+    """Tells the answers of a chat."""
 
-    def __init__(self, asked: Asked, body: ChatBody) -> None:
-        self.body = body
-        self.tokenizer = asked.served.model.tokenizer
+    def __init__(self, answers: Answers, body: ChatBody) -> None:
+        self.answers, self.logprobs = answers, bool(body.logprobs)
+        self.tokenizer = answers.asked.served.model.tokenizer
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
             "created": int(time.time()),
-            "model": asked.served.name,
+            "model": answers.asked.served.name,
             "system_fingerprint": "tinyllm",
         }
         self.usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    async def events(self, asked: Asked) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
         head = dumps({**self.head, "object": "chat.completion.chunk"})[:-1]
         before = b"data: " + head + b',"choices":[{"index":'
         after = b',"usage":null}\n\n' if self.usage else b"}\n\n"
-        for i in range(asked.n_texts):
-            first = b'%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-            yield before + first % i + after
-        ends: dict[int, Completion] = {}
-        async for news in asked.follow():
-            yield self._chunk(before, after, news)
-            if news.whole is not None:
-                ends[news.index] = news.whole
-                last = b'%d,"delta":{},"logprobs":null,"finish_reason":"%s"}]'
-                yield before + last % (news.index, finish_of(news.whole).encode()) + after
+
+        def chunk(
+            i: int, delta: bytes, logprobs: bytes = b"null", ends: str | None = None
+        ) -> bytes:
+            reason = b"null" if ends is None else b'"' + ends.encode() + b'"'
+            body = b'%d,"delta":{%s},"logprobs":%s,"finish_reason":%s}]'
+            return before + body % (i, delta, logprobs, reason) + after
+
+        for i in range(self.answers.asked.n_texts):
+            yield chunk(i, b'"role":"assistant","content":""')
+        ends: list[Completion] = []
+        n_calls = [0] * self.answers.asked.n_texts
+        async for told in self.answers.follow():
+            i = told.index
+            told_tokens = self._logprobs(told.tokens)
+            for delta in told.deltas:
+                if delta.call is not None:
+                    shown = {"tool_calls": [{"index": n_calls[i], **delta.call}]}
+                    n_calls[i] += 1
+                    yield chunk(i, dumps(shown)[1:-1], told_tokens)
+                elif delta.reasoning:
+                    yield chunk(i, b'"reasoning_content":' + quoted(delta.reasoning), told_tokens)
+                else:
+                    yield chunk(i, b'"content":' + quoted(delta.content), told_tokens)
+                told_tokens = b"null"
+            if told_tokens != b"null":
+                yield chunk(i, b'"content":""', told_tokens)
+            if told.whole is not None:
+                ends.append(told.whole)
+                yield chunk(i, b"", ends=self.answers.finish(told))
         if self.usage:
-            told = {"usage": asked.usage, "timings": timings(list(ends.values()))}
-            yield b"data: " + head + b',"choices":[],' + dumps(told)[1:] + b"\n\n"
+            found = {"usage": self.answers.usage, "timings": timings(ends)}
+            yield b"data: " + head + b',"choices":[],' + dumps(found)[1:] + b"\n\n"
         yield b"data: [DONE]\n\n"
 
-    def _chunk(self, before: bytes, after: bytes, news: News) -> bytes:
-        tokens = b"null"
-        if self.body.logprobs:
-            tokens = dumps({"content": entries(self.tokenizer, news.tokens), "refusal": None})
-        elif not news.piece:
-            return b""
-        body = b'%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null}]'
-        return before + body % (news.index, quoted(news.piece), tokens) + after
+    def _logprobs(self, tokens: Sequence[Token]) -> bytes:
+        if not self.logprobs or not tokens:
+            return b"null"
+        return dumps({"content": entries(self.tokenizer, tokens), "refusal": None})
 
-    async def whole(self, asked: Asked) -> dict[str, Any]:
-        ends = await asked.whole()
-        choices = []
-        for i, end in enumerate(ends):
-            logprobs = None
-            if self.body.logprobs:
-                logprobs = {"content": entries(self.tokenizer, end.logprobs or ()), "refusal": None}
-            message = {"role": "assistant", "content": end.text, "refusal": None}
-            choices.append(
-                {
-                    "index": i,
-                    "message": message,
-                    "logprobs": logprobs,
-                    "finish_reason": finish_of(end),
-                }
-            )
-        return {**self.head, "choices": choices, "usage": asked.usage, "timings": timings(ends)}
+    async def whole(self) -> dict[str, Any]:
+        ends = await self.answers.whole()
+        choices = [self._choice(i, end) for i, end in enumerate(ends)]
+        usage = self.answers.usage
+        return {**self.head, "choices": choices, "usage": usage, "timings": timings(ends)}
+
+    def _choice(self, i: int, end: Completion) -> dict[str, Any]:
+        said = dict(end.message or {})
+        message = {"role": "assistant", "content": said["content"], "refusal": None}
+        calls = said.get("tool_calls")
+        if calls:
+            message |= {"content": said["content"] or None, "tool_calls": calls}
+        if said.get("reasoning"):
+            message["reasoning_content"] = said["reasoning"]
+        logprobs = None
+        if self.logprobs:
+            logprobs = {"content": entries(self.tokenizer, end.logprobs or ()), "refusal": None}
+        reason = "tool_calls" if calls else finish_of(end)
+        return {"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def failed(self, refusal: Refusal) -> bytes:
         return b"data: " + refusal.body("") + b"\n\n"

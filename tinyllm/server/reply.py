@@ -23,11 +23,11 @@ PING = b": ping\n\n"
 class Writer(Protocol):
     """How a protocol tells texts."""
 
-    def events(self, asked: Asked) -> AsyncIterator[bytes]:
+    def events(self) -> AsyncIterator[bytes]:
         """The stream's events, as bytes ready to send."""
         ...
 
-    async def whole(self, asked: Asked) -> Any:
+    async def whole(self) -> Any:
         """The answer in one piece, ready for JSON."""
         ...
 
@@ -67,7 +67,7 @@ class Reply(Response):
 
     async def _whole(self, scope: Scope, send: Send) -> None:
         try:
-            status, body, more = 200, dumps(await self.writer.whole(self.asked)), {}
+            status, body, more = 200, dumps(await self.writer.whole()), {}
         except Exception as error:
             refusal = told(error)
             status, body, more = refusal.status, refusal.body(scope["path"]), refusal.headers
@@ -83,7 +83,7 @@ class Reply(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             pulse = asyncio.ensure_future(self._pulse(send))
-            async with aclosing(self.writer.events(self.asked)) as events:  # type: ignore[type-var]
+            async with aclosing(self.writer.events()) as events:  # type: ignore[type-var]
                 try:
                     async for event in events:
                         await self._send(send, event)

@@ -38,6 +38,8 @@ class Settings:
         Seconds that a request waits for its model to be loaded, before it gets 503.
     memory : int, optional
         Bytes of weights that may be loaded at a time; by default what the machine has free.
+    template : str, optional
+        A Jinja chat template to use instead of the models' own, or the name of a well-known one.
     log_prompts : bool
         Write requests' bodies into the log.
     load : mapping
@@ -58,5 +60,6 @@ class Settings:
     send_s: float = 60.0
     load_s: float = 60.0
     memory: int | None = None
+    template: str | None = None
     log_prompts: bool = False
     load: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,272 @@
+"""The clients of OpenAI and Anthropic, as they come from PyPI, against the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+import tinyllm
+
+pytest.importorskip("fastapi", reason="the server needs tinyllm[server]")
+openai = pytest.importorskip("openai", minversion="1.50")
+anthropic = pytest.importorskip("anthropic")
+uvicorn = pytest.importorskip("uvicorn")
+
+from tinyllm.server import Settings, create_app  # noqa: E402
+
+HERMES = """
+{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '<|user|><tool_response>\n' + m.content + '\n</tool_response>' + eos_token }}
+{%- else %}{{ ('<|' + m.role + '|>') if m.role != 'system' else '' }}{{ m.content }}
+{%- for call in m.tool_calls or [] %}{{ '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- (call.function.arguments if call.function.arguments is string else call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}{{ eos_token }}
+{%- endif %}{%- endfor %}
+{%- if tools %}{{ '<tools>' }}{% for t in tools %}{{ t.function.name }} {% endfor %}{{ '</tools>' }}{% endif %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+HELLO = [{"role": "user", "content": "Tell me a story."}]
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+}
+
+
+class Server(uvicorn.Server):
+    def install_signal_handlers(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def url(model: tinyllm.Model) -> Iterator[str]:
+    """The address of a server of the bundled model, which asks for a key and shows tools."""
+    app = create_app({"tales": model}, Settings(api_keys=("secret",), template=HERMES))
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = Server(uvicorn.Config(app, log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def claude(url):
+    with anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as found:
+        yield found
+
+
+def asking(**fields):
+    return {"model": "tales", "messages": HELLO, "max_tokens": 12, "seed": 3, **fields}
+
+
+def test_a_chat_and_its_stream(client):
+    answer = client.chat.completions.create(**asking())
+    chunks = list(
+        client.chat.completions.create(
+            **asking(), stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == answer.choices[0].message.content != ""
+    assert chunks[-1].usage.total_tokens == answer.usage.total_tokens  # more of them are cached now
+    assert answer.usage.completion_tokens == 12
+
+
+def test_a_stream_of_the_asynchronous_client(client, url):
+    async def talk():
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="secret") as c:
+            stream = await c.chat.completions.create(**asking(), stream=True)
+            return "".join([e.choices[0].delta.content or "" async for e in stream])
+
+    expected = client.chat.completions.create(**asking()).choices[0].message.content
+    assert asyncio.run(talk()) == expected
+
+
+def test_log_probabilities(client):
+    answer = client.chat.completions.create(**asking(logprobs=True, top_logprobs=2))
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == 12
+    assert all(len(e.top_logprobs) == 2 and e.logprob <= 0 for e in entries)
+
+
+class City(BaseModel):
+    name: str
+    capital: bool
+
+
+def test_parse_gives_an_object(client):
+    fields = {**asking(), "max_tokens": 200}
+    message = client.chat.completions.parse(**fields, response_format=City).choices[0].message
+    assert isinstance(message.parsed, City)
+
+
+def test_a_loop_with_a_tool(client):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    fields = asking(tools=[tool], max_tokens=100)
+    choice = client.chat.completions.create(**fields, tool_choice="required").choices[0]
+    assert choice.finish_reason == "tool_calls"
+    call = choice.message.tool_calls[0]
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny."}
+    asked = [*HELLO, choice.message.to_dict(), result]
+    last = client.chat.completions.create(**{**fields, "messages": asked}, tool_choice="none")
+    assert last.choices[0].finish_reason in ("stop", "length")
+    named = {"type": "function", "function": {"name": "weather"}}
+    with client.chat.completions.stream(**fields, tool_choice=named) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert final.message.tool_calls[0].function.name == "weather"
+
+
+def test_one_call_where_calls_are_not_parallel(client):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    fields = asking(tools=[tool], max_tokens=300, tool_choice="required", parallel_tool_calls=False)
+    for seed in range(4):
+        choice = client.chat.completions.create(**{**fields, "seed": seed}).choices[0]
+        assert len(choice.message.tool_calls) == 1
+        assert choice.finish_reason == "tool_calls"
+
+
+def test_completions(client, model):
+    how = {"temperature": 0, "max_tokens": 6}
+    answer = client.completions.create(
+        model="tales", prompt="Once upon", echo=True, logprobs=1, **how
+    )
+    expected = model.generate("Once upon", **how, logprobs=1, echo=True)
+    choice = answer.choices[0]
+    assert choice.text == "Once upon" + expected.text
+    told = [None, *(t.logprob for t in [*expected.prompt_logprobs, *expected.logprobs])]
+    assert choice.logprobs.token_logprobs == told
+    scored = client.completions.create(
+        model="tales", prompt=[expected.prompt_ids], echo=True, logprobs=1, max_tokens=0
+    )
+    assert scored.choices[0].logprobs.token_logprobs == told[: len(expected.prompt_ids)]
+    stream = client.completions.create(model="tales", prompt="Once upon", stream=True, **how)
+    assert "".join(c.choices[0].text for c in stream) == expected.text
+    many = client.completions.create(
+        model="tales", prompt=["One", "Two"], n=2, seed=1, max_tokens=4
+    )
+    assert [c.index for c in many.choices] == [0, 1, 2, 3]
+
+
+def test_embeddings(client, model):
+    expected = model.embed(["One", "Two"])
+    for form in (openai.omit, "float", "base64"):
+        found = client.embeddings.create(model="tales", input=["One", "Two"], encoding_format=form)
+        rows = [e.embedding for e in found.data]
+        if form == "base64":
+            continue
+        np.testing.assert_array_equal(np.array(rows, np.float32), expected)
+    short = client.embeddings.create(model="tales", input="One", dimensions=8).data[0].embedding
+    assert np.isclose(np.linalg.norm(short), 1)
+
+
+def test_models(client):
+    assert [m.id for m in client.models.list()] == ["tales"]
+    assert client.models.retrieve("bundled.gguf").id == "tales"
+
+
+def test_errors_are_the_clients_own(client, url):
+    with pytest.raises(openai.NotFoundError, match="'gpt-4o'"):
+        client.chat.completions.create(**asking(model="gpt-4o"))
+    with pytest.raises(openai.BadRequestError, match="supplied: nonsense"):
+        client.chat.completions.create(**asking(), extra_body={"nonsense": 1})
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong") as other:
+        with pytest.raises(openai.AuthenticationError):
+            other.models.list()
+
+
+def test_responses(client):
+    fields = {"model": "tales", "input": "Tell me a story.", "extra_body": {"seed": 3}}
+    answer = client.responses.create(**fields, max_output_tokens=12)
+    chat = client.chat.completions.create(**asking()).choices[0].message.content
+    assert answer.output_text == chat
+    assert answer.status == "incomplete"
+    with client.responses.stream(**fields, max_output_tokens=12) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().output_text == chat
+    order = [
+        "response.created", "response.in_progress", "response.output_item.added",
+        "response.content_part.added", "response.output_text.delta", "response.output_text.done",
+        "response.content_part.done", "response.output_item.done", "response.incomplete",
+    ]  # fmt: skip
+    assert list(dict.fromkeys(kinds)) == order
+    parsed = client.responses.parse(**fields, text_format=City).output_parsed
+    assert isinstance(parsed, City)
+
+
+def test_responses_call_functions(client):
+    tool = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
+    fields = {"model": "tales", "tools": [tool], "extra_body": {"seed": 3}}
+    answer = client.responses.create(**fields, input="Weather?", tool_choice="required")
+    (call,) = [item for item in answer.output if item.type == "function_call"][:1]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
+    asked = [{"role": "user", "content": "Weather?"}, *answer.output, result]
+    more = client.responses.create(**fields, input=asked, tool_choice="none", max_output_tokens=8)
+    assert more.status in ("completed", "incomplete")
+    with client.responses.stream(**fields, input="Weather?", tool_choice="required") as stream:
+        kinds = [event.type for event in stream]
+    assert "response.function_call_arguments.done" in kinds
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(model="tales", input="x", previous_response_id="resp_1")
+
+
+def test_anthropics_messages(claude):
+    fields = {"model": "tales", "max_tokens": 12, "messages": HELLO, "extra_body": {"seed": 3}}
+    answer = claude.messages.create(**fields)
+    assert answer.stop_reason == "max_tokens"
+    assert answer.content[0].text
+    with claude.messages.stream(**fields) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert text == final.content[0].text == answer.content[0].text
+    assert final.usage.output_tokens == answer.usage.output_tokens == 12
+    counted = claude.messages.count_tokens(model="tales", messages=HELLO).input_tokens
+    assert counted == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
+
+
+def test_anthropics_tools(claude):
+    tool = {"name": "weather", "description": "The weather.", "input_schema": WEATHER}
+    fields = {"model": "tales", "max_tokens": 100, "tools": [tool], "extra_body": {"seed": 3}}
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Weather?"}]}]
+    answer = claude.messages.create(**fields, messages=asked, tool_choice={"type": "any"})
+    assert answer.stop_reason == "tool_use"
+    call = next(block for block in answer.content if block.type == "tool_use")
+    assert call.input["city"] in ("Paris", "Rome")
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny."}
+    asked += [
+        {"role": "assistant", "content": answer.content},
+        {"role": "user", "content": [result]},
+    ]
+    more = claude.messages.create(**fields, messages=asked, tool_choice={"type": "none"})
+    assert more.stop_reason in ("end_turn", "max_tokens")
+    named = {"type": "tool", "name": "weather"}
+    with claude.messages.stream(**fields, messages=asked[:1], tool_choice=named) as stream:
+        blocks = stream.get_final_message().content
+    assert any(b.type == "tool_use" and b.input["city"] in ("Paris", "Rome") for b in blocks)
+
+
+def test_anthropics_stops_and_errors(claude):
+    fields = {"model": "tales", "messages": HELLO, "extra_body": {"seed": 3}}
+    answer = claude.messages.create(**fields, max_tokens=50, stop_sequences=["e"])
+    assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", "e")
+    with pytest.raises(anthropic.NotFoundError, match="'claude'"):
+        claude.messages.create(**{**fields, "model": "claude"}, max_tokens=5)
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+        claude.messages.create(**fields, max_tokens=0)

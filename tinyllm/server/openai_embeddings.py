@@ -1,0 +1,119 @@
+"""Embeddings by OpenAI's protocol, and reranking by the one of Jina and Cohere."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from .errors import Refusal
+from .extras import pool_of, with_model
+from .fields import Count, Strict
+from .openai_completions import Prompt
+from .pool import Served
+
+router = APIRouter()
+
+
+class EmbeddingBody(Strict):
+    """A request of ``/v1/embeddings``."""
+
+    model: str | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[Count, Field(ge=1)] | None = None
+    user: str | None = None
+
+
+@router.post("/v1/embeddings")
+@router.post("/embeddings", include_in_schema=False)
+async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
+    """Turn texts, or their tokens, into vectors of length 1."""
+    given: Any = body.input
+    texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    check_inputs(len(texts), request)
+
+    def work(served: Served) -> dict[str, Any]:
+        model, size = served.model, body.dimensions
+        if size is not None and size > model.config.n_embd:
+            raise Refusal(
+                400,
+                f"dimensions={size}; {served.name} has {model.config.n_embd}",
+                param="dimensions",
+            )
+        ids = [model.tokenizer.encode(t) if isinstance(t, str) else t for t in texts]
+        n_vocab = model.network.n_vocab
+        if any(i >= n_vocab for sequence in ids for i in sequence):
+            raise Refusal(400, f"input has a token of {n_vocab} or more", param="input")
+        vectors = [cut(v, size) for v in model.embed_batch(ids)]
+        plain = body.encoding_format != "base64"
+        data = [
+            {"object": "embedding", "index": i, "embedding": v.tolist() if plain else packed(v)}
+            for i, v in enumerate(vectors)
+        ]
+        n_tokens = sum(map(len, ids))
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return {"object": "list", "data": data, "model": served.name, "usage": usage}
+
+    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+
+
+def check_inputs(n: int, request: Request) -> None:
+    """Refuse more texts than one request may have."""
+    most = pool_of(request).settings.max_inputs
+    if n > most:
+        raise Refusal(400, f"{n} texts; at most {most} in one request", param="input")
+
+
+def cut(vector: np.ndarray, size: int | None) -> np.ndarray:
+    """The first ``size`` numbers of a vector, at length 1 again."""
+    if size is None or size == len(vector):
+        return vector
+    short = vector[:size]
+    return short / max(float(np.linalg.norm(short)), 1e-12)
+
+
+def packed(vector: np.ndarray) -> str:
+    """A vector as OpenAI packs it: float32, little-endian, in base64."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+class Document(Strict):
+    """A document to be ranked."""
+
+    text: str
+
+
+class RerankBody(Strict):
+    """A request of ``/v1/rerank``."""
+
+    model: str | None = None
+    query: str
+    documents: Annotated[list[str | Document], Field(min_length=1)]
+    top_n: Annotated[Count, Field(ge=1)] | None = None
+    return_documents: bool = False
+
+
+@router.post("/v1/rerank")
+@router.post("/rerank", include_in_schema=False)
+async def rerank(body: RerankBody, request: Request) -> dict[str, Any]:
+    """Sort documents by how well they answer a query; a score is from 0 to 1."""
+    check_inputs(len(body.documents), request)
+    texts = [d if isinstance(d, str) else d.text for d in body.documents]
+
+    def work(served: Served) -> dict[str, Any]:
+        model = served.model
+        scores = 1 / (1 + np.exp(-model.rank(body.query, texts).astype(np.float64)))
+        results: list[dict[str, Any]] = []
+        for i in np.argsort(-scores, kind="stable")[: body.top_n].tolist():
+            results.append({"index": i, "relevance_score": float(scores[i])})
+            if body.return_documents:
+                results[-1]["document"] = {"text": texts[i]}
+        n_tokens = sum(len(model.tokenizer.encode_pair(body.query, t)[0]) for t in texts)
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return {"object": "list", "model": served.name, "results": results, "usage": usage}
+
+    return await with_model(request, body.model, work)  # type: ignore[no-any-return]

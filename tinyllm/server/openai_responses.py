@@ -1,0 +1,458 @@
+"""OpenAI's responses, without memory: each request has its whole conversation."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from ..chat.tools import Delta
+from ..tokenizers import Tokenizer
+from .conversation import Answers, Conversation, Told, answer
+from .errors import Refusal
+from .fields import Count, Loose, Number, Sampling, Schema, Strict, Whole, start
+from .openai_chat import TextPart, entries
+from .reply import Reply, event
+
+router = APIRouter()
+
+
+class InputMessage(Loose):
+    """A message."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[TextPart]
+
+    def text(self) -> str:
+        """Its text."""
+        return joined(self.content)
+
+
+class InputCall(Loose):
+    """A call that the assistant made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class InputOutput(Loose):
+    """What a called function returned."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[TextPart]
+
+
+class ReasoningText(Loose):
+    """A part of the assistant's reasoning."""
+
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+class InputReasoning(Loose):
+    """Reasoning of the assistant."""
+
+    type: Literal["reasoning"]
+    summary: list[ReasoningText] = Field(default_factory=list)
+    content: list[ReasoningText] | None = None
+
+
+Item = InputCall | InputOutput | InputReasoning | InputMessage
+
+
+def joined(content: str | list[TextPart]) -> str:
+    """A content's text."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class ResponseTool(Loose):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The tool as chat completions describe it."""
+        function: dict[str, Any] = {"name": self.name}
+        if self.parameters is not None:
+            function["parameters"] = self.parameters
+        if self.description is not None:
+            function["description"] = self.description
+        return {"type": "function", "function": function}
+
+
+class ResponseChoice(Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class AnyText(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class AnyObject(Strict):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaText(Strict):
+    """JSON that a schema accepts."""
+
+    type: Literal["json_schema"]
+    name: str = "schema"
+    description: str | None = None
+    schema_: Schema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(Strict):
+    """The form of the answer."""
+
+    format: Annotated[AnyText | AnyObject | SchemaText, Field(discriminator="type")] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class Reasoning(Strict):
+    """How much the model reasons."""
+
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class ResponseStreamOptions(Strict):
+    """Options of a stream; they change nothing here."""
+
+    include_obfuscation: bool | None = None
+
+
+class ResponseBody(Strict):
+    """A request of ``/v1/responses``."""
+
+    model: str | None = None
+    input: str | Annotated[list[Item], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_logprobs: Annotated[Count, Field(le=100)] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
+        None
+    )
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    background: Literal[False] | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    seed: Whole | None = None
+    ignore_eos: bool | None = None
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The conversation as templates read it; calls belong to the message before them."""
+        found: list[dict[str, Any]] = []
+        if self.instructions:
+            found.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            return [*found, {"role": "user", "content": self.input}]
+        thought = ""
+        for item in self.input:
+            if isinstance(item, InputMessage):
+                role = "system" if item.role == "developer" else item.role
+                said = {"role": role, "content": item.text()}
+                if role == "assistant" and thought:
+                    said["reasoning_content"], thought = thought, ""
+                found.append(said)
+            elif isinstance(item, InputReasoning):
+                thought = "".join(part.text for part in item.content or item.summary)
+            elif isinstance(item, InputCall):
+                if not found or found[-1]["role"] != "assistant":
+                    found.append({"role": "assistant", "content": ""})
+                if thought:
+                    found[-1]["reasoning_content"], thought = thought, ""
+                function = {"name": item.name, "arguments": item.arguments}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                found[-1].setdefault("tool_calls", []).append(call)
+            else:
+                text = joined(item.output)
+                found.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+        return found
+
+    def variables(self) -> dict[str, Any]:
+        """Variables of the template."""
+        effort = self.reasoning and self.reasoning.effort
+        if not effort:
+            return {}
+        return {
+            "reasoning_effort": effort,
+            **({"enable_thinking": False} if effort == "none" else {}),
+        }
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the tokens' probabilities are told."""
+        return self.top_logprobs is not None or "message.output_text.logprobs" in (
+            self.include or ()
+        )
+
+    def options(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """What the engine takes."""
+        shared = ("temperature", "top_p", "top_k", "min_p", "ignore_eos")
+        chosen = Sampling.model_construct(**{n: getattr(self, n) for n in shared})
+        found = {**chosen.sampling(tokenizer.eog), "seed": start(self.seed)}
+        form = self.text and self.text.format
+        if isinstance(form, SchemaText):
+            found["json_schema"] = form.schema_
+        elif isinstance(form, AnyObject):
+            found["json_schema"] = {"type": "object"}
+        if self.truncation == "auto":
+            found["overflow"] = "truncate"
+        if self.wants_logprobs:
+            found["logprobs"] = self.top_logprobs or 0
+        return found
+
+
+@router.post("/v1/responses")
+async def respond(body: ResponseBody, request: Request) -> Reply:
+    """Answer a conversation, by OpenAI's newer protocol."""
+    choice = body.tool_choice or "auto"
+    wanted: str | Mapping[str, Any] = (
+        choice
+        if isinstance(choice, str)
+        else {"type": "function", "function": {"name": choice.name}}
+    )
+    c = Conversation(
+        messages=body.plain(),
+        tools=[tool.plain() for tool in body.tools or ()],
+        tool_choice=wanted,
+        parallel=body.parallel_tool_calls is not False,
+        variables=body.variables(),
+        max_tokens=-1 if body.max_output_tokens is None else body.max_output_tokens,
+        options=body.options,
+    )
+    if not c.messages:
+        raise Refusal(400, "input has no message", param="input")
+    answers = await answer(request.app.state.pool, body.model, c)
+    return Reply(answers.asked, ResponseWriter(answers, body), bool(body.stream))
+
+
+class ResponseWriter:
+    """Tells an answer as items: reasoning, a message, calls."""
+
+    def __init__(self, answers: Answers, body: ResponseBody) -> None:
+        self.answers, self.body = answers, body
+        self.tokenizer = answers.asked.served.model.tokenizer
+        self.id, self.created = f"resp_{uuid.uuid4().hex}", int(time.time())
+        self.output: list[dict[str, Any]] = []
+        self.open: dict[str, Any] | None = None  # the item that is being written
+        self.logprobs: list[Any] = []
+        self.n_events = 0
+
+    # ---- the response as a whole
+
+    def _response(self, status: str, told: Told | None = None) -> dict[str, Any]:
+        body, choice = self.body, self.body.tool_choice or "auto"
+        short = (
+            told is not None
+            and told.whole is not None
+            and told.whole.finish_reason in ("length", "context")
+        )
+        if short and status == "completed":
+            status = "incomplete"
+        return {
+            "id": self.id, "object": "response", "created_at": self.created, "status": status,
+            "error": None, "incomplete_details": {"reason": "max_output_tokens"} if short else None,
+            "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
+            "model": self.answers.asked.served.name, "output": self.output,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None, "store": False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
+            "text": {"format": self._format()},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "truncation": body.truncation or "disabled", "metadata": body.metadata or {},
+            "top_logprobs": body.top_logprobs or 0, "background": False, "user": body.user,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "usage": None if told is None else self._usage(),
+        }  # fmt: skip
+
+    def _format(self) -> dict[str, Any]:
+        form = self.body.text and self.body.text.format
+        return {"type": "text"} if form is None else form.model_dump(by_alias=True)
+
+    def _usage(self) -> dict[str, Any]:
+        used = self.answers.usage
+        cached = used["prompt_tokens_details"]["cached_tokens"]
+        return {
+            "input_tokens": used["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": used["completion_tokens"],
+            "output_tokens_details": used["completion_tokens_details"],
+            "total_tokens": used["total_tokens"],
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        response: dict[str, Any] = {}
+        async for told in self.answers.follow():
+            for delta in told.deltas:
+                self._hear(delta)
+            self._score(told)
+            if told.whole is not None:
+                self._close()
+                response = self._response("completed", told)
+        return response
+
+    async def events(self) -> AsyncIterator[bytes]:
+        for kind in ("response.created", "response.in_progress"):
+            yield self._event(kind, response=self._response("in_progress"))
+        async for told in self.answers.follow():
+            scores = self._score(told)
+            for delta in told.deltas:
+                for e in self._hear(delta, scores):
+                    yield e
+                scores = []
+            if told.whole is not None:
+                for e in self._close():
+                    yield e
+                response = self._response("completed", told)
+                yield self._event(f"response.{response['status']}", response=response)
+
+    def _score(self, told: Told) -> list[Any]:
+        if not self.body.wants_logprobs:
+            return []
+        found = entries(self.tokenizer, told.tokens)
+        self.logprobs += found
+        return found
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self.n_events += 1
+        return event({"type": kind, "sequence_number": self.n_events - 1, **fields}, kind)
+
+    # ---- items
+
+    def _hear(self, delta: Delta, scores: list[Any] | None = None) -> list[bytes]:
+        """Add to the items, and return the events that say so."""
+        if delta.call is not None:
+            return self._call(delta.call)
+        kind, text = (
+            ("reasoning", delta.reasoning) if delta.reasoning else ("message", delta.content)
+        )
+        if not text or (kind == "message" and self.open is None and not text.strip()):
+            return []
+        events = [] if self.open is not None and self.open["type"] == kind else self._begin(kind)
+        assert self.open is not None
+        self.open["content"][0]["text"] += text
+        more: dict[str, Any] = {**self._place(), "delta": text}
+        if kind == "message":
+            return [
+                *events,
+                self._event("response.output_text.delta", **more, logprobs=scores or []),
+            ]
+        return [*events, self._event("response.reasoning_text.delta", **more)]
+
+    def _place(self) -> dict[str, Any]:
+        assert self.open is not None
+        return {
+            "item_id": self.open["id"],
+            "output_index": len(self.output) - 1,
+            "content_index": 0,
+        }
+
+    def _begin(self, kind: str) -> list[bytes]:
+        events = self._close()
+        if kind == "message":
+            part: dict[str, Any] = {
+                "type": "output_text",
+                "text": "",
+                "annotations": [],
+                "logprobs": [],
+            }
+            item: dict[str, Any] = {
+                "id": f"msg_{uuid.uuid4().hex}",
+                "type": "message",
+                "role": "assistant",
+            }
+        else:
+            part = {"type": "reasoning_text", "text": ""}
+            item = {"id": f"rs_{uuid.uuid4().hex}", "type": "reasoning", "summary": []}
+        item |= {"status": "in_progress", "content": []}
+        self.open = item
+        self.output.append(item)
+        events.append(
+            self._event("response.output_item.added", output_index=len(self.output) - 1, item=item)
+        )
+        item["content"] = [part]
+        return [*events, self._event("response.content_part.added", **self._place(), part=part)]
+
+    def _close(self) -> list[bytes]:
+        """End the item that is being written."""
+        item = self.open
+        if item is None:
+            return []
+        part, place = item["content"][0], self._place()
+        if item["type"] == "message":
+            part["logprobs"] = self.logprobs
+            told = {"text": part["text"], "logprobs": part["logprobs"]}
+            events = [self._event("response.output_text.done", **place, **told)]
+        else:
+            events = [self._event("response.reasoning_text.done", **place, text=part["text"])]
+        events.append(self._event("response.content_part.done", **place, part=part))
+        item["status"] = "completed"
+        self.open = None
+        index = len(self.output) - 1
+        return [*events, self._event("response.output_item.done", output_index=index, item=item)]
+
+    def _call(self, call: Mapping[str, Any]) -> list[bytes]:
+        events, f = self._close(), call["function"]
+        item = {
+            "id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call["id"],
+            "name": f["name"], "arguments": "", "status": "in_progress",
+        }  # fmt: skip
+        self.output.append(item)
+        index = len(self.output) - 1
+        place = {"item_id": item["id"], "output_index": index}
+        events.append(self._event("response.output_item.added", output_index=index, item=item))
+        item |= {"arguments": f["arguments"], "status": "completed"}
+        kind = "response.function_call_arguments"
+        events.append(self._event(f"{kind}.delta", **place, delta=f["arguments"]))
+        events.append(
+            self._event(f"{kind}.done", **place, name=f["name"], arguments=f["arguments"])
+        )
+        return [*events, self._event("response.output_item.done", output_index=index, item=item)]
+
+    def failed(self, refusal: Refusal) -> bytes:
+        fields = {"code": refusal.code or "server_error", "message": refusal.message}
+        return self._event("error", **fields, param=refusal.param)
