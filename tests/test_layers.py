@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine.speculate": {"errors", "engine", "models", "model"},  # the model: for types
     "chat": {"errors", "tokenizers"},
     "hub": {"errors", "files"},
+    "course": set(),
     "plots": {"errors"},
     "model": BELOW_MODEL,
     "loading": BELOW_MODEL | {"model"},
