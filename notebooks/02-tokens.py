@@ -443,7 +443,7 @@ def train(n):
     for _ in range(n):
         (pair, _), *_ = pair_counts(split).most_common(1)
         learnt.append(pair)
-        for word, parts in split.items():
+        for parts in split.values():
             i = 0
             while i + 1 < len(parts):
                 if (parts[i], parts[i + 1]) == pair:

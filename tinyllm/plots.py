@@ -1,8 +1,8 @@
 """Figures of benchmarks, documents and notebooks, in one look. Needs matplotlib.
 
 Every function returns the figure, which a notebook shows, and writes it to ``path`` where one is given. The
-colours are Okabe and Ito's, which colour-blind readers tell apart; lines and bars differ by marker or hatch, too,
-for print.
+colours are Okabe and Ito's, which colour-blind readers tell apart. For print, lines and bars differ by marker or
+hatch, too.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def lines(
     _tidy(ax, xlabel=xlabel, ylabel=ylabel, title=title, **scales)
     ax.grid(alpha=0.25)
     if len(series) > 1:
-        ax.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside right upper")
     return _saved(figure, path)
 
 
@@ -190,8 +190,9 @@ def points(
     """Draw labelled points; ``log`` is "", "x", "y" or "xy"."""
     figure, ax = _axes(8, 4.5)
     ax.plot(xs, ys, "o", color=COLOURS[0], markersize=6)
-    for label, x, y in zip(labels, xs, ys, strict=True):
-        ax.annotate(label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for i, (label, x, y) in enumerate(zip(labels, xs, ys, strict=True)):
+        beside = (6, -11 if i % 2 else 4)  # neighbours' labels on different sides
+        ax.annotate(label, (x, y), xytext=beside, textcoords="offset points", fontsize=8)
     _tidy(ax, xlabel=xlabel, ylabel=ylabel, title=title, **{f"{axis}scale": "log" for axis in log})
     ax.grid(alpha=0.25)
     ax.margins(0.08)
