@@ -1,8 +1,8 @@
 """Figures of benchmarks, documents and notebooks, in one look. Needs matplotlib.
 
 Every function returns the figure, which a notebook shows, and writes it to ``path`` where one is given. The
-colours are Okabe and Ito's, which colour-blind readers tell apart. For print, lines and bars differ by marker or
-hatch, too.
+colours are Okabe and Ito's, which colour-blind readers tell apart. For print, lines and bars differ by marker
+or hatch, too.
 """
 
 from __future__ import annotations

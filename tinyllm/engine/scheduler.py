@@ -58,6 +58,8 @@ class Engine:
         their text again later.
     max_queue : int
         Requests that may wait.
+    max_texts : int, optional
+        Texts that are written at a time at most; 64, or ``max_rows`` where that is given.
     prefix_bytes : int, optional
         Bytes of keys and values that are kept of texts, for prompts that begin like them; a quarter of the
         memory that is free now. 0 keeps none.
@@ -78,6 +80,7 @@ class Engine:
         max_bytes: int | None = None,
         max_queue: int = 1024,
         prefix_bytes: int | None = None,
+        max_texts: int | None = None,
     ) -> None:
         if prefix_bytes is not None and (not isinstance(prefix_bytes, int) or prefix_bytes < 0):
             raise ArgumentError(f"prefix_bytes={prefix_bytes!r:.40}; expected a number of bytes")
@@ -85,6 +88,7 @@ class Engine:
             ("max_rows", max_rows),
             ("max_bytes", max_bytes),
             ("max_queue", max_queue),
+            ("max_texts", max_texts),
         ):
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -93,7 +97,7 @@ class Engine:
         if not model.config.causal:
             raise ArgumentError(f"{model.arch} reads texts and writes none; use embed")
         self._model, self._net = model, model.network
-        self.max_rows, self.max_queue = max_rows, max_queue
+        self.max_rows, self.max_queue, self.max_texts = max_rows, max_queue, max_texts
         free = min(stage.be.memory()[0] for stage in self._net.stages)
         self.max_bytes = free // 2 if max_bytes is None else max_bytes
         self._prefixes = Prefixes(self._net, free // 4 if prefix_bytes is None else prefix_bytes)
@@ -302,7 +306,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting requests join, in their order, while there is room for them."""
-        most = self._most or self.max_rows or min(MOST_TEXTS, self._net.n_batch)
+        usual = self.max_texts or MOST_TEXTS
+        most = self._most or self.max_rows or min(usual, self._net.n_batch)
         with self._changed:
             gone = [r for r in self._waiting if r.ended]
             for request in gone:
