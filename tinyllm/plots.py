@@ -34,15 +34,18 @@ def check(path: str | Path) -> None:
     _picture()
 
 
-@cache
 def _picture() -> Any:
     """A matplotlib figure that needs no window, and that notebooks show by itself."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ArgumentError(f"a figure needs matplotlib ({e}): pip install matplotlib") from e
+    return _shown(Figure)
 
-    class Picture(Figure):  # type: ignore[misc, unused-ignore]
+
+@cache
+def _shown(figure: Any) -> Any:
+    class Picture(figure):  # type: ignore[misc]
         def _repr_png_(self) -> bytes:
             out = io.BytesIO()
             self.savefig(out, format="png", dpi=110)
