@@ -75,9 +75,9 @@ def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
     return m * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(m, dim_v) + expanded
 
 
-def blocks_after(n_past: np.ndarray) -> np.ndarray:
-    """Blocks that one more token than ``n_past`` positions touches, for each sequence."""
-    return n_past // BLOCK + 1
+def blocks_after(n_past: Any, n_new: Any) -> Any:
+    """Blocks that ``n_new`` tokens (at least one) behind ``n_past`` positions see, or arrays of such numbers."""
+    return (n_past + n_new - 1) // BLOCK + 1
 
 
 def padded(n: Any) -> Any:
