@@ -531,7 +531,7 @@ plots.bars(
 # **Predict.** From memory: which share of the reading limit does our little kernel reach?
 
 # %%
-BIG = 4096 if SECONDS < 0.1 else 32768  # rows; 2048 columns: 38 MB
+BIG = 4096 if SECONDS < 0.1 else 65536  # rows of 2048 columns: 75 MB
 kept = np.frombuffer(rng.bytes(16 * 64 * 18), np.uint8).reshape(16, 64, 18).copy()
 kept[..., :2] = np.array([0.01], "<f2").view(np.uint8)
 big = tiles_of(np.tile(kept, (BIG // 16, 1, 1)).reshape(BIG, -1))
@@ -557,7 +557,8 @@ for n_threads in (1, 2):
 
 # %% [markdown]
 # An operation is put on a `Tape`, and the threads of a pool claim pieces of it: tile by tile, whoever is free. That is all
-# that is to be done for several cores. Here are all rungs under the roof.
+# that is to be done for several cores. (A share above 100 % means that others used the
+# machine while reading was measured.) Here are all rungs under the roof.
 
 # %%
 packed, unpacked = 8 / 4.5, 8 / 32
