@@ -31,7 +31,6 @@ if importlib.util.find_spec("tinyllm") is None:  # on Colab, or in a new environ
 # %%
 import os
 import tempfile
-import time
 
 import numpy as np
 
@@ -302,11 +301,11 @@ with check("depth"):
     assert np.isclose(tokens_per_second(4.9e9, 50e9, depth=1000), 50e9 / (4.9e9 + 1000 * 131072)), (
         "131,072 bytes a token"
     )
-    half = [
+    half = next(
         d
         for d in range(30_000, 45_000)
         if tokens_per_second(4.9e9, 1e9, d) <= tokens_per_second(4.9e9, 1e9) / 2
-    ][0]
+    )
     print(f"half the speed at a depth of {half}: 4.9e9 / 131072")
 
 # %% [markdown]
@@ -349,8 +348,7 @@ plots.lines(
 
 # %% [markdown]
 # The measured curve follows the slope for a while and then bends earlier than the roof: unpacking 4-bit codes, scales, and
-# attention cost instructions that the roof does not count. Reaching half of the flat part is good; many engines reach a
-# tenth.
+# attention cost instructions that the roof does not count. Reaching half of the flat part is good.
 #
 # ### Exercise 4: the roof
 #
@@ -395,7 +393,7 @@ plots.profile(None, {title: rows[:9] for title, rows in report.bars().items()})
 # The dark bar is what the machine's limits would allow, the light one what was measured. Where the light one sticks out
 # far and is *long*, there is something to gain. A short bar, however bad, is not worth your time.
 #
-# **Predict.** If the product `ffn_gate, ffn_up` takes 40 % of a step and you make it twice as fast, how much faster does the
+# **Predict.** If a kernel takes 40 % of a step and you make it twice as fast, how much faster does the
 # whole become?
 #
 # ### Exercise 5: Amdahl

@@ -33,7 +33,6 @@ if importlib.util.find_spec("tinyllm") is None:  # on Colab, or in a new environ
 # %%
 import importlib
 import importlib.util
-import inspect
 import re
 import sys
 from pathlib import Path
