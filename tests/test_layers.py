@@ -40,8 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "engine.speculate": {"errors", "engine", "models", "model"},  # the model: for types
     "chat": {"errors", "tokenizers"},
     "hub": {"errors", "files"},
+    "course": set(),
     "plots": {"errors"},
-    "model": BELOW_MODEL,
+    "chatting": BELOW_MODEL,
+    "model": BELOW_MODEL | {"chatting"},
     "loading": BELOW_MODEL | {"model"},
     "sdk": BELOW_MODEL | {"model", "loading"},
     "server": BELOW_MODEL | {"model", "loading"},
