@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import log, sqrt
 from typing import Any, Literal
 
 from ..errors import UnsupportedModel
 from ..kernels.backend import Activation, Pairing
-from .attention import Attention, NormsBehindRope
-from .config import Config
+from .attention import Attention, BareNormsBehindRope, NormsBehindRope
+from .config import Config, Temperature
 from .deltanet import delta_or_attention
-from .ffn import XIELU
+from .ffn import XIELU, FeedForwardAlone
 from .mamba import Mamba
 from .mamba2 import AttentionBesideMamba2, Mamba2
 from .mixer import Mixer
@@ -44,6 +44,15 @@ class Arch:
     norm_affine: bool = True  # False: normalised, but without weights (OLMo)
     gating: Literal["softmax", "sigmoid", "softmax_selected"] = "softmax"
     renormalise: bool = True  # the chosen experts' weights sum to 1
+    choice_bias: bool = True  # experts that sigmoids choose have a bias for the choice
+    weigh_inputs: bool = False  # experts' weights multiply what goes in, not what comes out
+    experts_scale: float = 1.0  # multiplies the sum of all experts, the shared one included
+    sinks: Literal["", "all", "windowed"] = ""  # layers whose softmax has a sink
+    v_norm: bool = False  # values are normalised, without weights
+    values_from_keys: bool = False  # layers without a matrix for values take what makes their keys
+    gate_act: Activation = (
+        "sigmoid"  # what the gate of the outputs of heads goes through, where there is one
+    )
     roles: dict[str, str] = field(default_factory=dict)  # our name of a tensor -> this file's
     needs: tuple[str, ...] = ()  # tensors that a model could be built without, but these files have
     mixer: Callable[[Config, Arch, int, Tensors], Mixer] = Attention
@@ -62,6 +71,13 @@ def every(n: int, c: Config) -> Config:
     if len(set(c.window)) > 1:
         return c
     return replace(c, window=tuple(0 if i % n == n - 1 else s for i, s in enumerate(c.window)))
+
+
+def every_dense_first(n: int, c: Config) -> Config:
+    """The first of n layers sees everything, the others a window; a pattern in the file comes first."""
+    if len(set(c.window)) > 1:
+        return c
+    return replace(c, window=tuple(s if i % n else 0 for i, s in enumerate(c.window)))
 
 
 def scale_by_width(c: Config, n_layer: int) -> Config:
@@ -131,6 +147,58 @@ def minicpm3(c: Config) -> Config:
     )
 
 
+def mistral3(c: Config) -> Config:
+    """YaRN's share in cos and sin is divided by what the file's multiplier makes of it."""
+    s = c.rope_scaling
+    if s.type != "yarn" or not s.log_multiplier:
+        return c
+    less = 1 + 0.1 * s.log_multiplier * log(s.factor)
+    return replace(c, rope_scaling=replace(s, attn_factor=s.attn_factor / less, log_multiplier=0.0))
+
+
+def gemma3n(c: Config) -> Config:
+    """Scores are not scaled; windows as the file says."""
+    c = every(5, scaled_embedding(c))
+    base = c.rope_freq_base_swa or 10000.0
+    return replace(c, attn_scale=1.0, rope_freq_base_swa=base, rope_scaling_swa=False)
+
+
+def llama4(c: Config) -> Config:
+    """Every fourth layer sees everything, does not rotate, and its queries grow; a window of 0 says otherwise.
+
+    The others see their own chunk of 8192 positions.
+    """
+    if c.has_no_window:
+        return c
+    full = tuple((i + 1) % 4 == 0 for i in range(c.n_layer))
+    return replace(
+        c,
+        window=tuple(0 if f else -CHUNK for f in full),
+        rope_on=tuple(not f for f in full),
+        heated=full,
+        temperature=Temperature(0.1, CHUNK, 1.0),
+    )
+
+
+def afmoe(c: Config) -> Config:
+    return rope_where_windowed(every(4, scaled_embedding(c)))
+
+
+def cohere2moe(c: Config) -> Config:
+    """Leading layers without experts rotate whatever they see."""
+    c = rope_where_windowed(every_dense_first(4, c))
+    return replace(c, rope_on=tuple(r or i < c.n_dense for i, r in enumerate(c.rope_on)))
+
+
+def unscaled_where_windowed(n: int, c: Config) -> Config:
+    return replace(every(n, c), rope_scaling_swa=False)
+
+
+def laguna(c: Config) -> Config:
+    return replace(every_dense_first(4, c), rope_scaling_swa=False)
+
+
+CHUNK = 8192  # positions that layers of Llama 4 see of their own chunk, in all its files
 FFN_NORM = {"ffn_norm": "post_attention_norm"}
 LFM2_NORM = {"output_norm": "token_embd_norm"}
 
@@ -147,6 +215,19 @@ def gemma_embedding(c: Config) -> Config:
 def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
     """Make the mixer of a layer: without key heads it is recurrent."""
     return (Attention if c.n_head_kv[i] else Mamba2)(c, a, i, w)
+
+
+def mamba_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the mixer of a layer: without key heads it is recurrent."""
+    return (Attention if c.n_head_kv[i] else Mamba)(c, a, i, w)
+
+
+def mixer_alone(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the one half that a layer has: without key heads it is recurrent, or feeds forward."""
+    if c.n_head_kv[i]:
+        return Attention(c, a, i, w)
+    recurrent = w.has("ssm_in.weight", "ssm_out.weight", "ssm_a", "ssm_d", "ssm_conv1d.weight")
+    return Mamba2(c, a, i, w) if recurrent else FeedForwardAlone(c, a, i, w)
 
 
 def conv_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
@@ -188,6 +269,10 @@ ROWS = (
     Arch("gemma", "arXiv:2403.08295", act="gelu_tanh", adjust=scaled_embedding),
     Arch("gemma2", "arXiv:2408.00118", act="gelu_tanh", adjust=gemma2),
     Arch("gemma3", "arXiv:2503.19786", act="gelu_tanh", adjust=gemma3),
+    Arch(
+        "gemma4", "hf.co/google/gemma-4-E2B-it", act="gelu_tanh", v_norm=True, values_from_keys=True,
+        adjust=gemma3n,
+    ),
     Arch("stablelm", "arXiv:2402.17834", needs=HEAD, residual="norms"),
     Arch("orion", "arXiv:2401.12246", needs=HEAD),
     Arch("openelm", "arXiv:2404.14619"),
@@ -212,11 +297,48 @@ ROWS = (
     Arch("jais", "arXiv:2308.16149", needs=HEAD, position="alibi", adjust=jais),
     Arch(
         "gpt-oss", "arXiv:2508.10925", needs=HEAD, act="swiglu_oai", gating="softmax_selected",
-        roles=FFN_NORM, adjust=lambda c: every(2, c),
+        sinks="all", roles=FFN_NORM, adjust=lambda c: every(2, c),
     ),
     Arch("dbrx", "hf.co/databricks/dbrx-base", needs=HEAD, roles={"ffn_norm": "attn_output_norm"}),
     Arch("arctic", "hf.co/Snowflake/snowflake-arctic-instruct", pairing="adjacent"),
     Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
+    Arch("mistral3", "hf.co/mistralai/Ministral-3-8B-Instruct-2512", pairing="adjacent", adjust=mistral3),
+    Arch(
+        "mistral4", "hf.co/mistralai/Mistral-Small-4-119B-2603", needs=HEAD, pairing="adjacent",
+        mixer=LatentAttention,
+    ),
+    Arch(
+        "llama4", "hf.co/meta-llama/Llama-4-Scout-17B-16E", pairing="adjacent", gating="sigmoid",
+        renormalise=False, weigh_inputs=True, mixer=BareNormsBehindRope, adjust=llama4,
+    ),
+    Arch("glm4moe", "arXiv:2508.06471", gating="sigmoid", roles=FFN_NORM),
+    Arch("qwen2vl", "arXiv:2409.12191"),
+    Arch("qwen3vl", "hf.co/Qwen/Qwen3-VL-8B-Instruct"),
+    Arch("qwen3vlmoe", "hf.co/Qwen/Qwen3-VL-30B-A3B-Instruct"),
+    Arch("minimax-m2", "hf.co/MiniMaxAI/MiniMax-M2", needs=HEAD, gating="sigmoid"),
+    Arch("exaone-moe", "hf.co/LGAI-EXAONE/K-EXAONE-236B-A23B", gating="sigmoid", adjust=cohere2),
+    Arch("granite_swa", "hf.co/ibm-granite", pairing="adjacent", sinks="all", adjust=divided_logits),
+    Arch("afmoe", "hf.co/arcee-ai/Trinity-Mini", gating="sigmoid", adjust=afmoe),
+    Arch(
+        "cohere2moe", "hf.co/CohereLabs", pairing="adjacent", residual="parallel", gating="sigmoid",
+        choice_bias=False, experts_scale=0.5, adjust=cohere2moe,
+    ),
+    Arch(
+        "mellum", "hf.co/JetBrains", adjust=lambda c: unscaled_where_windowed(4, c)),
+    Arch("jais2", "hf.co/inceptionai/Jais-2-8B-Chat", act="relu2", gated=False),
+    Arch("laguna", "hf.co/poolside", gating="sigmoid", gate_act="softplus", adjust=laguna),
+    Arch(
+        "jamba", "arXiv:2403.19887", position="none", renormalise=False, mixer=mamba_or_attention,
+    ),
+    Arch(
+        "nemotron_h", "arXiv:2504.03624", position="none", act="relu2", gated=False, ffn=None,
+        mixer=mixer_alone,
+    ),
+    Arch(
+        "nemotron_h_moe", "arXiv:2512.20848", position="none", act="relu2", gated=False,
+        gating="sigmoid", ffn=None, mixer=mixer_alone,
+    ),
+    Arch("eurobert", "arXiv:2503.05500"),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
     Arch(
         "gptj", "github.com/kingoflolz/mesh-transformer-jax", needs=BIASED_HEAD, pairing="adjacent",
@@ -280,9 +402,8 @@ NOT_RUN = {
         "t5 t5encoder".split(),
         "its attention adds a learned bias per distance, which no backend has",
     ),
-    "llama4": "it attends in chunks and weighs experts' inputs, which no backend does",
     **dict.fromkeys(
-        "qwen2vl qwen3vl qwen3vlmoe chameleon cogvlm paddleocr hunyuan_vl deepseek2-ocr clip".split(),
+        "chameleon cogvlm paddleocr hunyuan_vl deepseek2-ocr clip".split(),
         "it reads images; we run text only",
     ),
     "wavtokenizer-dec": "it writes sound; we run text only",
@@ -290,10 +411,10 @@ NOT_RUN = {
         "llada llada-moe dream rnd1".split(), "it fills in text by diffusion, not word by word"
     ),
     **dict.fromkeys(
-        "gemma3n gemma4 deci jamba plamo plamo2 plamo3 nemotron_h nemotron_h_moe kimi-linear rwkv6qwen2 "
-        "arwkv7 grok bitnet glm4moe exaone-moe bailingmoe bailingmoe2 minimax-m2 mimo2 afmoe "
-        "grovemoe smallthinker step35 mistral3 mistral4 glm-dsa jina-bert-v3 neo-bert "
-        "eurobert jais2 maincoder pangu-embedded plm deepseek llama-embed".split(),
+        "gemma3n deci plamo plamo2 plamo3 kimi-linear rwkv6qwen2 "
+        "arwkv7 grok bitnet bailingmoe bailingmoe2 mimo2 "
+        "grovemoe smallthinker step35 glm-dsa jina-bert-v3 neo-bert "
+        "maincoder pangu-embedded plm deepseek llama-embed".split(),
         "it has no row of our table yet",
     ),
 }

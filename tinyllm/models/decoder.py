@@ -8,7 +8,8 @@ from typing import Any
 from ..kernels.backend import Array, LayerCache
 from .archs import Arch
 from .config import Config
-from .ffn import FFN, MoE
+from .ffn import MoE, make_ffn
+from .perlayer import PerLayer
 from .rank import Projections, RankHead
 from .step import Step
 from .weights import Linear, Norm, Tensors
@@ -26,8 +27,17 @@ class Block:
         if w.has("ffn_norm_exps.weight"):  # Arctic: experts beside the whole block, on its input
             self.side_norm, self.side = w.norm("ffn_norm_exps", c.n_embd), MoE(c, a, w)
         self.parallel = is_parallel(c, a, w)
-        self.attn_norm, self.ffn_norm = norms_before(c, a, i, w)
+        self.attn_norm, self.ffn_norm = norms_before(c, a, i, w, self.ffn)
         self.attn_post, self.ffn_post = norms_after(c, a, w)
+        self.per_layer = PerLayer(c, a, i, w) if c.n_embd_per_layer else None
+        self.out_scale = 1.0
+        if w.has("layer_output_scale.weight"):
+            self.out_scale = float(w.host("layer_output_scale.weight", 1)[0])
+
+    @property
+    def carries(self) -> bool:
+        """Whether it needs or hands on values in ``step.carried``."""
+        return self.mixer.carries or self.per_layer is not None
 
     def __call__(self, step: Step, x: Array) -> Array:
         be, tap, i = self.be, step.tap, self.i
@@ -50,22 +60,18 @@ class Block:
         f = self.ffn_post(f) if self.ffn_post else f
         if self.side is not None and self.side_norm is not None:
             f = be.add(f, self.side(step, self.side_norm(start)))
-        return tap(f"blk.{i}.out", be.add(x, f, scale=self.scale))
+        return tap(f"blk.{i}.out", self.finished(step, be.add(x, f, scale=self.scale)))
+
+    def finished(self, step: Step, x: Array) -> Array:
+        """What the block hands on: with the layer's own embedding added, and scaled, where it has these."""
+        if self.per_layer is not None:
+            x = self.be.add(x, self.per_layer(step, x))
+        return x if self.out_scale == 1 else self.be.scale_softcap(x, self.out_scale)
 
     def feed(self, step: Step, x: Array) -> Array:
         """The feed-forward half, with its taps."""
         x = step.tap(f"blk.{self.i}.ffn_norm", x)
         return step.tap(f"blk.{self.i}.ffn_out", self.ffn(step, x))
-
-
-def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:
-    """The feed-forward half: the row's own, experts where there is a router, else a plain one."""
-    if a.ffn != "file":
-        return a.ffn and a.ffn(c, a, i, w)
-    if w.has("ffn_norm_exps.weight"):
-        return FFN(c, a, w, w.source("ffn_up.weight").shape[0])
-    routed = w.has("ffn_gate_inp.weight", *(f"ffn_{n}_exps.weight" for n in ("up", "gate", "down")))
-    return MoE(c, a, w) if routed else FFN(c, a, w, c.n_ff[i])
 
 
 def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
@@ -77,7 +83,9 @@ def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
     return a.residual == "parallel"
 
 
-def norms_before(c: Config, a: Arch, i: int, w: Tensors) -> tuple[Norm | None, Norm | None]:
+def norms_before(
+    c: Config, a: Arch, i: int, w: Tensors, ffn: Any
+) -> tuple[Norm | None, Norm | None]:
     """The norms that the mixer and the feed-forward half read through."""
     e = c.n_embd
     if a.norm_at != "before":
@@ -92,7 +100,7 @@ def norms_before(c: Config, a: Arch, i: int, w: Tensors) -> tuple[Norm | None, N
     # ModernBERT's first layer has no norm: the embeddings are normalised already
     first_of_encoder = i == 0 and not c.causal and c.norm == "layer"
     attn_norm = w.norm_if("attn_norm", e) if first_of_encoder else w.norm("attn_norm", e)
-    if a.ffn is None:
+    if ffn is None or getattr(ffn, "norms_itself", False):
         return attn_norm, None
     optional = a.residual in ("parallel", "norms")
     return attn_norm, (w.norm_if(name, e) if optional else w.norm(name, e))
@@ -157,6 +165,8 @@ class Decoder:
         """Activations before the first block -> [T, E]."""
         be, batch, c = self.first, step.batch, self.config
         x = be.embed(self.token_embd, batch.ids, c.embedding_scale)
+        if c.n_embd_per_layer:
+            step.carried.update(ids=batch.ids, embd=x)
         if self.position_embd is not None:
             x = be.add(x, be.embed(self.position_embd, batch.positions))
         if step.types is not None and self.token_types is not None:

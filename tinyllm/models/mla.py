@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.backend import Array, LayerCache
-from .attention import Rope, check_has_heads, make_rope
+from .attention import Heating, Rope, check_has_heads, make_rope
 from .config import Config
 from .mixer import Mixer
 from .rope import attention_scale
@@ -54,6 +54,7 @@ class LatentAttention(Mixer):
         else:
             self.k_up, self.v_up = expansions(c, w, self.n_head, self.rank, plain)
         self.o = w.linear("attn_output", c.n_embd, self.n_head * c.head_dim_v)
+        self.temperature = Heating(c, w) if c.temperature else None
         self.rope: Rope = make_rope(c, a, i, w, first=self.rank if self.absorbed else plain)
 
     @property
@@ -79,6 +80,7 @@ class LatentAttention(Mixer):
             k, v = be.concat([self.k_up(latent), be.repeat(k_turned, h)], h), self.v_up(latent)
         spec, layer = self.rope.at(step.n_ctx), self.cache
         q = step.tap(f"blk.{self.i}.q", be.rope(q, step.batch.positions, spec, layer.head_dim))
+        q = q if self.temperature is None else self.temperature(step, q)
         k = step.tap(f"blk.{self.i}.k", be.rope(k, step.batch.positions, spec, layer.head_dim))
         be.cache_write(step.batch, self.i, k, step.tap(f"blk.{self.i}.v", v))
         y = be.attention(step.batch, self.i, q, h, scale=self.scale)

@@ -58,7 +58,7 @@ class Network:
         recurrent = any(c.arrays for c in decoder.caches)
         self.ahead = RunAhead(enabled=bool(self.be.picks) and whole and not recurrent)
         # may steps be recorded and replayed?
-        self.repeats = whole or not any(b.mixer.carries for b in decoder.blocks)
+        self.repeats = whole or not any(b.carries for b in decoder.blocks)
 
     @property
     def be(self) -> Backend:
