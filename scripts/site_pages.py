@@ -1,4 +1,4 @@
-"""What mkdocs is told beside docs/: the notebooks as pages, and links to files of the repository as their names.
+"""What mkdocs is told beside docs/: notebooks as pages, and links to files of the repository as their names.
 
 With TINYLLM_SITE_EXECUTE=1 the notebooks are run, and their pages show what they print and draw.
 """

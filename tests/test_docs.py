@@ -12,9 +12,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tinyllm import gguf
 from tinyllm.cli import commands as cli
+from tinyllm.errors import DeviceError
+from tinyllm.loading import BUNDLED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cpu.md"
@@ -112,7 +116,12 @@ def test_the_page_of_structured_output_runs(capsys: pytest.CaptureFixture[str]) 
 # ---- all pages
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-APART = {PAGE, STRUCTURED, ROOT / "docs" / "one-token.md"}  # they have tests of their own, above
+APART = {
+    PAGE,
+    STRUCTURED,
+    ROOT / "docs" / "bfloat16.md",
+    ROOT / "docs" / "one-token.md",
+}  # they have tests of their own, above
 NEEDS = {"guide.md": "llguidance", "api/model.md": "llguidance", "api/plots.md": "matplotlib"}
 RUN = [p for p in PAGES if p not in APART and "```python" in p.read_text("utf-8")]
 
@@ -130,6 +139,20 @@ def test_the_code_of_a_page_runs(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     names: dict[str, object] = {"__name__": "page"}
     for code in re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.S):
         exec(compile(code, str(path), "exec"), names)
+
+
+def test_the_code_of_the_page_of_bfloat16_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gguf.open(BUNDLED) as file:
+        halves = {n: t.dequantize().astype(np.float16) for n, t in file.tensors.items()}
+        gguf.write(tmp_path / "model-f16.gguf", file.exact_metadata, halves)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "bfloat16.md").read_text("utf-8")
+    try:
+        exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), {})
+    except DeviceError as error:
+        pytest.skip(str(error))
 
 
 def commands(path: Path) -> list[str]:

@@ -31,7 +31,22 @@ PLAIN = {
     "StringArray",
 }  # made by others: no example of each
 # what readers of a class need not call
-INNER = {"check_unchanged", "located", "spoil", "check_whole", "can_go_on", "fork_first", "reuse"}
+INNER = {
+    "listen",
+    "since",
+    "ended",
+    "can_be_set_aside",
+    "set_aside",
+    "show",
+    "finish",
+    "check_unchanged",
+    "located",
+    "spoil",
+    "check_whole",
+    "can_go_on",
+    "fork_first",
+    "reuse",
+}
 
 
 class Links(HTMLParser):
