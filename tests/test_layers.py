@@ -41,17 +41,21 @@ ALLOWED: dict[str, set[str]] = {
     "engine.speculate": {"errors", "engine", "models", "model"},  # the model: for types
     "chat": {"errors", "tokenizers"},
     "hub": {"errors", "files"},
+    "course": set(),
     "plots": {"errors"},
-    "model": BELOW_MODEL,
+    "chatting": BELOW_MODEL,
+    "model": BELOW_MODEL | {"chatting"},
     "loading": BELOW_MODEL | {"model"},
     "sdk": BELOW_MODEL | {"model", "loading"},
-    "cli": BELOW_MODEL | {"model", "loading", "plots", "sdk"},
+    "server": BELOW_MODEL | {"model", "loading"},
+    "cli": BELOW_MODEL | {"model", "loading", "plots", "sdk", "server"},
     "__main__": {"cli"},
     "_pyinstaller": set(),
     "__init__": {"errors", "gguf", "tokenizers", "kernels", "engine", "model", "loading", "sdk"},
 }
 THIRD_PARTY = {
     "cupy",
+    "fastapi",
     "jinja2",
     "llguidance",
     "llvmlite",
@@ -59,12 +63,15 @@ THIRD_PARTY = {
     "PyInstaller",  # runs its hook
     "numba",
     "numpy",
+    "prometheus_client",
     "pyopencl",
     "regex",
     "requests",
     "tqdm",
+    "uvicorn",
 }
 THIRD_PARTY |= {"urllib3", "cupy_backends"}  # parts of requests and of cupy
+THIRD_PARTY |= {"pydantic", "starlette"}  # what fastapi is made of
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:

@@ -31,6 +31,8 @@ from .arguments import (
     sampling_options,
     text_arguments,
 )
+from .serving import serve, serve_arguments
+from .shim import shim, shim_arguments
 from .terminal import drop_output, has_terminal, prepare_streams, show
 
 FAILED, INTERRUPTED = 1, 130  # exit codes
@@ -406,22 +408,6 @@ def completion(args: Arguments) -> None:
     show(script(args.shell, {name: parser_of(name) for name in COMMANDS}, summaries()))
 
 
-def shim_arguments(p: Parser) -> None:
-    p.add_argument(
-        "what",
-        metavar="on|off|status",
-        choices=("on", "off", "status"),
-        help="on: programs of this Python environment that import gpt4all find tinyllm, in child processes too",
-    )
-
-
-def shim(args: Arguments) -> None:
-    from ..sdk.shim import environment
-
-    do = {"on": environment.turn_on, "off": environment.turn_off, "status": environment.status}
-    show(do[args.what]() + "\n")
-
-
 # ---- all of them
 
 
@@ -479,6 +465,11 @@ COMMANDS = {
         "Talk with a model.",
         'tinyllm chat -m model.gguf --system "Answer briefly."',
         chat_arguments, chat,
+    ),
+    "serve": Command(
+        "Answer requests over HTTP, by the protocols of OpenAI, Anthropic and GPT4All's server.",
+        "tinyllm serve model.gguf --port 4891",
+        serve_arguments, serve,
     ),
     "shim": Command(
         "Let programs that import gpt4all find tinyllm.", "tinyllm shim on", shim_arguments, shim,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,6 +57,8 @@ class Request:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._waiters: list[AsyncWaiter] = []
+        self._listener: Callable[[], object] | None = None
+        self.finished: Callable[[Completion], Completion] = lambda done: done  # what a caller sees
 
     # ---- for the caller
 
@@ -89,6 +91,21 @@ class Request:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"the text has not ended within {timeout} s; it goes on")
         return self._outcome()
+
+    def listen(self, listener: Callable[[], object] | None) -> None:
+        """Have ``listener`` called in the engine's thread whenever there is something new, and at the end.
+
+        It must be quick, and raise nothing. ``since`` tells what is new.
+        """
+        self._listener = listener
+
+    def since(self, n_pieces: int, n_tokens: int) -> tuple[list[str], list[Token]]:
+        """The pieces of text and the tokens behind the first so many.
+
+        A token may be here before its text: while that may belong to a stop string, or is half a character.
+        """
+        tokens = [] if self.job is None else self.job.tokens[n_tokens:]
+        return self._pieces[n_pieces:], tokens
 
     def __iter__(self) -> Iterator[str]:
         seen = 0
@@ -134,7 +151,7 @@ class Request:
         if self._error is not None:
             raise self._error
         assert self._completion is not None
-        return self._completion
+        return self.finished(self._completion)
 
     # ---- for the engine's thread
 
@@ -199,6 +216,8 @@ class Request:
         for loop, future in waiters:
             with suppress(RuntimeError):  # its event loop was closed
                 loop.call_soon_threadsafe(wake, future)
+        if self._listener is not None:
+            self._listener()
 
 
 def wake(future: asyncio.Future[None]) -> None:

@@ -11,12 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
 from ..models.memory import cache_bytes
-from .completion import Prompt, begin, options_of, room_for, split_prompts
+from .completion import Completion, Prompt, begin, options_of, room_for, split_prompts
 from .generate import Run, Work, check_fits, steps
 from .prefixes import SNAPSHOT, Prefixes, needs_snapshots
 from .request import Request
@@ -25,6 +27,7 @@ from .speculate import drafting
 
 if TYPE_CHECKING:
     from ..chat.render import Message
+    from ..chat.turn import Turn
     from ..model import Model
     from ..models.state import State
 
@@ -58,6 +61,8 @@ class Engine:
         their text again later.
     max_queue : int
         Requests that may wait.
+    max_texts : int, optional
+        Texts that are written at a time at most; 64, or ``max_rows`` where that is given.
     prefix_bytes : int, optional
         Bytes of keys and values that are kept of texts, for prompts that begin like them; a quarter of the
         memory that is free now. 0 keeps none.
@@ -78,6 +83,7 @@ class Engine:
         max_bytes: int | None = None,
         max_queue: int = 1024,
         prefix_bytes: int | None = None,
+        max_texts: int | None = None,
     ) -> None:
         if prefix_bytes is not None and (not isinstance(prefix_bytes, int) or prefix_bytes < 0):
             raise ArgumentError(f"prefix_bytes={prefix_bytes!r:.40}; expected a number of bytes")
@@ -85,6 +91,7 @@ class Engine:
             ("max_rows", max_rows),
             ("max_bytes", max_bytes),
             ("max_queue", max_queue),
+            ("max_texts", max_texts),
         ):
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -93,7 +100,7 @@ class Engine:
         if not model.config.causal:
             raise ArgumentError(f"{model.arch} reads texts and writes none; use embed")
         self._model, self._net = model, model.network
-        self.max_rows, self.max_queue = max_rows, max_queue
+        self.max_rows, self.max_queue, self.max_texts = max_rows, max_queue, max_texts
         free = min(stage.be.memory()[0] for stage in self._net.stages)
         self.max_bytes = free // 2 if max_bytes is None else max_bytes
         self._prefixes = Prefixes(self._net, free // 4 if prefix_bytes is None else prefix_bytes)
@@ -115,6 +122,7 @@ class Engine:
         *,
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         template_vars: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         state: State | None = None,
@@ -127,8 +135,8 @@ class Engine:
         ----------
         prompt : str, sequence of int, or messages
             What ``Model.generate`` or ``Model.chat`` takes; a single one.
-        template, tools, template_vars, continue_final_message
-            For messages, as ``Model.chat`` has them.
+        template, tools, tool_choice, template_vars, continue_final_message
+            For messages, as ``Model.chat`` has them; the result has a ``message``.
         state : State, optional
             Continue this conversation; no other request may use it until this one is done.
         deadline : float, optional
@@ -144,18 +152,23 @@ class Engine:
             The request could not be run.
         """
         refuse(options, deadline)
+        turn = None
+        if is_conversation(prompt):
+            chat = (template, tools, tool_choice, template_vars, continue_final_message)
+            turn = self._model.turn(cast("Sequence[Message]", prompt), *chat)
+            options |= self._model.held_to_calls(turn, options)
         source = {n: options.pop(n, None) for n in ("json_schema", "regex", "grammar")}
         drafter = drafting(options.pop("speculate", None), self._model)
         chosen = options_of(
             max_tokens, grammar=self._model.grammar(**source), drafter=drafter, **options
         )
-        ids = self._ids(
-            prompt, (template, tools, "auto", template_vars, continue_final_message), state
-        )
+        ids = self._ids(prompt) if turn is None else unread(turn.ids, state)
         n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
         check_fits(len(ids) + (len(state.ids) if state else 0), n_ctx, chosen.overflow)
         self._net.check_ids([ids])
         request = Request(ids, chosen, n_ctx, state, deadline)
+        if turn is not None:
+            request.finished = partial(with_message, turn, self._model)
         with self._changed:
             if self._closed:
                 raise TinyLLMError("the engine is closed")
@@ -171,20 +184,11 @@ class Engine:
             self._changed.notify_all()
         return request
 
-    def _ids(
-        self, prompt: Prompt | Sequence[Any], chat: tuple[Any, ...], state: State | None
-    ) -> list[int]:
-        if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], Mapping):
-            prompts, many = split_prompts(prompt)
-            if many:
-                raise ArgumentError("prompt is a list of prompts; submit each by itself")
-            return self._model.prompt_ids(prompts[0])
-        ids = self._model.turn(cast("Sequence[Message]", prompt), *chat).ids
-        if state is not None:
-            kept = state.reuse(ids)
-            state.truncate(kept)
-            ids = ids[kept:]
-        return ids
+    def _ids(self, prompt: Prompt | Sequence[Any]) -> list[int]:
+        prompts, many = split_prompts(prompt)
+        if many:
+            raise ArgumentError("prompt is a list of prompts; submit each by itself")
+        return self._model.prompt_ids(prompts[0])
 
     def close(self) -> None:
         """End all requests where they are, with the ``finish_reason`` "cancelled", and the thread."""
@@ -302,7 +306,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting requests join, in their order, while there is room for them."""
-        most = self._most or self.max_rows or min(MOST_TEXTS, self._net.n_batch)
+        usual = self.max_texts or MOST_TEXTS
+        most = self._most or self.max_rows or min(usual, self._net.n_batch)
         with self._changed:
             gone = [r for r in self._waiting if r.ended]
             for request in gone:
@@ -411,6 +416,25 @@ class Pace:
         if not self.usual or not self.per_row:
             return FIRST_ROWS
         return max(FEWEST_ROWS, int((SLOWER - 1) * self.usual / self.per_row))
+
+
+def is_conversation(prompt: object) -> bool:
+    """Whether a prompt is messages; else a text, or ids."""
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def unread(ids: list[int], state: State | None) -> list[int]:
+    """What a conversation's state has not read of a prompt yet; it keeps what it can."""
+    if state is None:
+        return ids
+    kept = state.reuse(ids)
+    state.truncate(kept)
+    return ids[kept:]
+
+
+def with_message(turn: Turn, model: Model, done: Completion) -> Completion:
+    """A chat's completion with its answer as a message."""
+    return replace(done, message=turn.message(model.tokenizer, done.ids, done.text))
 
 
 def spoilt(request: Request) -> bool:

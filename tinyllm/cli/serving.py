@@ -1,0 +1,126 @@
+"""``tinyllm serve``: its options, and what they mean to the server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from .arguments import MODEL_HELP, Arguments, Parser, load_options, locate, note
+from .terminal import show
+
+if TYPE_CHECKING:
+    from ..server.settings import Settings
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve_arguments(p: Parser) -> None:
+    p.add_argument("models", metavar="MODEL", nargs="*",
+                   help=f"{MODEL_HELP}; a folder stands for all .gguf files in it")  # fmt: skip
+    p.add_argument("--alias", action="append", default=[], metavar="NAME",
+                   help="what clients call the model; repeated, for the second and so on")  # fmt: skip
+    p.add_argument("--host", default="127.0.0.1", metavar="HOST", help="default: this machine only")
+    p.add_argument(
+        "--port", type=int, default=4891, metavar="N", help="default %(default)s; 0: any"
+    )
+    p.add_argument("--api-key", action="append", default=[], metavar="KEY",
+                   help="ask clients for it; may be repeated; or $TINYLLM_API_KEY")  # fmt: skip
+    p.add_argument("--cors", action="append", default=[], metavar="ORIGIN",
+                   help="let pages of this origin call from a browser; * for all")  # fmt: skip
+    p.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                   help="a further name by which the server may be called")  # fmt: skip
+    load_options(p)
+    p.add_argument("--slots", type=int, default=64, metavar="N",
+                   help="texts written at a time; default %(default)s")  # fmt: skip
+    p.add_argument("--queue", type=int, default=256, metavar="N",
+                   help="texts that may wait; default %(default)s")  # fmt: skip
+    p.add_argument(
+        "--memory", type=float, metavar="GB", help="weights loaded at a time; default: what is free"
+    )
+    p.add_argument(
+        "--max-body", type=float, default=16, metavar="MB", help="of a request; default %(default)s"
+    )
+    p.add_argument("--stop-seconds", type=float, default=30, metavar="S",
+                   help="given to running requests after the first signal; default %(default)s")  # fmt: skip
+    p.add_argument("--log-prompts", action="store_true", help="write requests into the log")
+    p.add_argument("--quiet", action="store_true", help="do not log requests")
+
+
+def serve(args: Arguments) -> None:
+    from ..server import create_app
+
+    models = models_of(args.models, args.alias)
+    app = create_app(models, settings_of(args))
+    from ..server.run import address_of, listen
+    from ..server.run import serve as answer
+
+    logging.basicConfig(
+        level=logging.WARNING if args.quiet else logging.INFO, stream=sys.stderr,
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
+    )  # fmt: skip
+    sock = listen(args.host, args.port)
+    show(f"serving {', '.join(models)} on {address_of(sock)}\n")
+    if args.host not in LOOPBACK and not app.pool.settings.api_keys:
+        note("whoever reaches this machine may use the server; --api-key asks for a key")
+    answer(app, sock, args.stop_seconds)
+
+
+def settings_of(args: Arguments) -> Settings:
+    """The options as the server takes them; impossible ones are refused before anything is loaded."""
+    from ..server import Settings
+
+    for name, least in (
+        ("slots", 1),
+        ("queue", 0),
+        ("memory", 0),
+        ("max_body", 0),
+        ("stop_seconds", 0),
+    ):
+        value = getattr(args, name)
+        if value is not None and not least <= value < 1e9:
+            raise ArgumentError(f"--{name.replace('_', '-')} {value:g}; expected at least {least}")
+    if not 0 <= args.port < 1 << 16:
+        raise ArgumentError(f"--port {args.port}; expected 0 to 65535")
+    keys = [*args.api_key, *filter(None, [os.environ.get("TINYLLM_API_KEY")])]
+    if not all(keys):
+        raise ArgumentError("--api-key is empty; expected a key, or leave it out")
+    load: dict[str, Any] = {
+        "device": args.device, "n_ctx": args.n_ctx, "n_threads": args.n_threads,
+        "n_gpu_layers": args.n_gpu_layers, "kv_type": args.kv_type, "strict": not args.no_strict,
+        "check_weights": args.check_weights, "compute": args.compute,
+    }  # fmt: skip
+    names = ("localhost", "127.0.0.1", "[::1]", *args.allow_host) if args.host in LOOPBACK else ()
+    return Settings(
+        api_keys=tuple(keys), origins=tuple(args.cors), hosts=names, slots=args.slots,
+        queue=args.queue, memory=None if args.memory is None else int(args.memory * 1e9),
+        max_body=int(args.max_body * 1e6), log_prompts=args.log_prompts, load=load,
+    )  # fmt: skip
+
+
+def models_of(words: Sequence[str], aliases: Sequence[str]) -> dict[str, str | Path | None]:
+    """The models by name: an alias, or the file's name without its ending."""
+    found: list[str | None] = []
+    named: list[str | None] = [*words] or [None]
+    for word in named:
+        if word is not None and os.path.isdir(word):
+            files = sorted(map(str, Path(word).glob("*.gguf")))
+            if not files:
+                raise ArgumentError(f"there is no .gguf file in {word}")
+            found += files
+        else:
+            found.append(word)
+    if len(aliases) > len(found):
+        raise ArgumentError(f"{len(aliases)} aliases for {len(found)} models")
+    models: dict[str, str | Path | None] = {}
+    for i, source in enumerate(found):
+        path = locate(source)
+        name = aliases[i] if i < len(aliases) else "bundled" if source is None else path.stem
+        if name in models:
+            raise ArgumentError(f"two models are named {name!r}; give --alias for each")
+        models[name] = None if source is None else path
+    return models

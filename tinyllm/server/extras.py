@@ -1,0 +1,184 @@
+"""Routes beside the protocols: models, health, tokens, templates, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from .errors import Refusal
+from .fields import Id, Strict
+from .openai_chat import FunctionTool, Message
+from .pool import Pool, Served
+from .reply import dumps
+
+router = APIRouter()
+
+
+def pool_of(request: Request) -> Pool:
+    """The models of a request's server."""
+    pool: Pool = request.app.state.pool
+    return pool
+
+
+@router.get("/v1/models")
+@router.get("/models", include_in_schema=False)
+async def models(request: Request) -> dict[str, Any]:
+    """List the models."""
+    return {"object": "list", "data": [served.about() for served in pool_of(request)]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """Tell of one model."""
+    return pool_of(request).find(name).about()
+
+
+@router.get("/health")
+@router.get("/v1/health", include_in_schema=False)
+async def health(request: Request) -> Response:
+    """Say whether the default model is loaded: 200, or 503 while it is being loaded."""
+    pool = pool_of(request)
+    if pool.ready:
+        return Response(b'{"status":"ok"}', 200, None, "application/json")
+    pool.begin()
+    failed = [served for served in pool if served.state == "failed"]
+    body = {"status": "failed", "error": failed[0].error} if failed else {"status": "loading"}
+    return Response(dumps(body), 503, {"Retry-After": "1"}, "application/json")
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Tell Prometheus."""
+    text = request.app.state.metrics.text(pool_of(request))
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class TokenizeBody(Strict):
+    """A text to be made tokens: llama-server's ``content``, or vLLM's ``prompt`` or ``messages``."""
+
+    model: str | None = None
+    content: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[FunctionTool] | None = None
+    add_special: bool | None = None
+    add_special_tokens: bool | None = None
+    parse_special: bool = True
+    with_pieces: bool = False
+    add_generation_prompt: bool = True
+
+
+class DetokenizeBody(Strict):
+    """Tokens to be made text."""
+
+    model: str | None = None
+    tokens: list[Id]
+
+
+class TemplateBody(Strict):
+    """A conversation to be put into the model's template."""
+
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1)
+    tools: list[FunctionTool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+async def with_model(request: Request, name: str | None, work: Any) -> Any:
+    """What ``work`` makes of a loaded model, in a thread."""
+    pool = pool_of(request)
+    served = await pool.hold(name)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool.workers, work, served)
+    finally:
+        pool.release(served)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
+    """Make tokens of a text or a conversation."""
+    given = [v for v in (body.content, body.prompt, body.messages) if v is not None]
+    if len(given) != 1:
+        raise Refusal(400, "one of content, prompt and messages is expected")
+
+    def work(served: Served) -> dict[str, Any]:
+        t = served.model.tokenizer
+        if body.messages is not None:
+            ids = conversation_ids(served, body)
+        else:
+            special = body.add_special if body.content is not None else body.add_special_tokens
+            default = body.content is None  # vLLM adds them, llama-server does not
+            text = body.content if body.content is not None else body.prompt
+            assert text is not None
+            ids = t.encode(text, default if special is None else special, body.parse_special)
+        if body.content is None:
+            return {"count": len(ids), "max_model_len": served.model.n_ctx, "tokens": ids}
+        if not body.with_pieces:
+            return {"tokens": ids}
+        return {
+            "tokens": [
+                {"id": i, "piece": piece(t.token_bytes(i) or t.token_text(i).encode())} for i in ids
+            ]
+        }
+
+    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+
+
+def piece(raw: bytes) -> str | list[int]:
+    """A token's text; its bytes where they are no text."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
+
+
+def conversation_ids(served: Served, body: TokenizeBody | TemplateBody) -> list[int]:
+    """The tokens of a conversation in the model's template."""
+    from ..chat.render import chat_ids, pick_template
+    from ..errors import TemplateError
+
+    model, t = served.model, served.model.tokenizer
+    messages = [m.plain() for m in body.messages or ()]
+    tools = [tool.model_dump() for tool in body.tools or ()]
+    variables = getattr(body, "chat_template_kwargs", None)
+    go_on = getattr(body, "continue_final_message", False)
+    if body.add_generation_prompt or go_on:
+        turn = model.turn(
+            messages, tools=tools, template_vars=variables, continue_final_message=go_on
+        )
+        return turn.ids
+    template = pick_template(model.metadata)
+    if template is None:
+        raise TemplateError("the file has no chat template")
+    return chat_ids(
+        t, template, messages, bos_id=t.bos, eos_id=t.eos, tools=tools or None,
+        **{**(variables or {}), "add_generation_prompt": False},
+    )  # fmt: skip
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
+    """Make text of tokens."""
+
+    def work(served: Served) -> dict[str, Any]:
+        text = served.model.tokenizer.decode(body.tokens)
+        return {"content": text, "prompt": text}
+
+    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+
+
+@router.post("/apply-template")
+async def apply_template(body: TemplateBody, request: Request) -> dict[str, Any]:
+    """Put a conversation into the model's chat template."""
+
+    def work(served: Served) -> dict[str, Any]:
+        ids = conversation_ids(served, body)
+        return {"prompt": served.model.tokenizer.decode(ids), "tokens": ids}
+
+    return await with_model(request, body.model, work)  # type: ignore[no-any-return]

@@ -1,0 +1,156 @@
+"""Fields of requests that several protocols share, and their translation to what the engine takes."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from .errors import Refusal
+from .settings import Settings
+
+
+class Strict(BaseModel):
+    """A request, or a part of one: unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Loose(BaseModel):
+    """A part of a request whose further fields are kept."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of numbers; true and false are none."""
+    if isinstance(value, bool):
+        raise ValueError("a number is expected")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_whole), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Id = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=1 << 31)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=1 << 31)]
+Schema = dict[str, Any]
+
+
+class Sampling(Strict):
+    """How tokens are chosen, by the names of OpenAI and llama-server."""
+
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    repeat_penalty: Annotated[Number, Field(gt=0, le=1e6)] | None = None
+    repeat_last_n: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-1e6, le=1e6)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-1e6, le=1e6)] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Number] | None = None
+    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
+        | None
+    ) = None
+    ignore_eos: bool | None = None
+
+    def sampling(self, eog: frozenset[int]) -> dict[str, Any]:
+        """What the engine takes: OpenAI's defaults where a request is silent."""
+        names = (
+            "min_p", "typical_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
+            "frequency_penalty",
+        )  # fmt: skip
+        given = {n: v for n in names if (v := getattr(self, n)) is not None}
+        bias = {int(i): float(b) for i, b in (self.logit_bias or {}).items()}
+        if self.ignore_eos:
+            bias.update(dict.fromkeys(eog, -math.inf))
+        return {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else max(self.top_p, 1e-9),
+            "top_k": max(self.top_k or 0, 0),
+            "logit_bias": bias or None,
+            "seed": start(self.seed),
+            "stop": self.stop,
+            **given,
+        }
+
+
+def start(seed: int | None) -> int | None:
+    """Where random numbers start; -1 is llama-server's word for anywhere."""
+    return None if seed is None or seed == -1 else seed % (1 << 64)
+
+
+class Constrained(Sampling):
+    """What a text must be: llama-server's fields."""
+
+    json_schema: Schema | None = None
+    grammar: str | None = None
+    regex: str | None = None
+
+
+def constraint(body: Constrained, more: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """At most one of the engine's constraints.
+
+    Raises
+    ------
+    Refusal
+        There are several, or one is too large.
+    """
+    own = {n: getattr(body, n) for n in ("json_schema", "grammar", "regex")}
+    found = [(n, v) for n, v in [*own.items(), *more.items()] if v is not None]
+    if len(found) > 1:
+        raise Refusal(400, f"a text is held to one of {', '.join(n for n, _ in found)}")
+    check_size(dict(found), settings)
+    return dict(found)
+
+
+def check_size(schemas: Any, settings: Settings) -> None:
+    """Refuse schemas and descriptions of tools that are too large."""
+    if schemas and len(json.dumps(schemas)) > settings.max_schema:
+        raise Refusal(
+            400, f"schemas and tools are larger than {settings.max_schema} bytes together"
+        )
+
+
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+    schema_: Schema | None = Field(None, alias="schema")
+
+
+class NamedSchema(Strict):
+    """A JSON schema, as OpenAI wraps it."""
+
+    name: str = "schema"
+    description: str | None = None
+    schema_: Schema = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Strict):
+    """JSON that a schema accepts."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
+def schema_of(form: TextFormat | ObjectFormat | SchemaFormat | None) -> Schema | None:
+    """The schema that a ``response_format`` asks for."""
+    if isinstance(form, ObjectFormat):
+        return {"type": "object"} if form.schema_ is None else form.schema_
+    return form.json_schema.schema_ if isinstance(form, SchemaFormat) else None
