@@ -1,47 +1,122 @@
 """Speculation by lookup: tokens per second with and without, where texts repeat their input and in free prose.
 
-python benchmarks/speculation.py [MODEL.gguf] [--tokens 100] [--rounds 3] [--draft MODEL.gguf]
+    python benchmarks/speculation.py [MODEL.gguf] [--tokens 100] [--prompts 6] [--draft MODEL.gguf]
+
+Each prompt shows a worked example of its task, so that small models do it too. Medians over the prompts; every
+text must be equal with and without.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
+import statistics
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import common
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tinyllm
 from tinyllm.engine import generate, speculate
 
-ARTICLE = (
-    "The harbour of the old town was build in 1732 by merchants who traded with salt, timber and fish. "
-    "Every spring, ships from the north arived with barrels of herring, and in autumn they left with grain. "
-    "When the railway came, the trade moved away, and the warehouses stood empty for thirty years."
-)
-CODE = """def total(items):
-    result = 0
+WORDS = {
+    "name": ["Maria Lopez", "John Smith", "Aiko Tanaka", "Peter Novak", "Anna Berg", "Mei Chen"],
+    "city": ["Madrid", "London", "Osaka", "Prague", "Oslo", "Lima", "Taipei", "Cairo"],
+    "thing": ["harbour", "market", "library", "bridge", "station", "garden", "school", "mill"],
+    "verb": ["opened", "closed", "burnt down", "was sold", "was painted", "moved"],
+}  # fmt: skip
+SENTENCES = [
+    "The old {thing} of {city} {verb} in {year}, when {name} was mayor.",
+    "{name} wrote in {year} that the {thing} near {city} was the finest of its time.",
+    "Every spring, visitors from {city} came to see the {thing}, which {verb} in {year}.",
+    "In {year} the railway reached {city}, and the {thing} {verb} soon after.",
+    "People still tell how {name} saved the {thing} from the flood of {year}.",
+]
+CODE = """def {f}(items):
+    {v} = 0
     for item in items:
-        if item.price is not None:
-            result = result + item.price * item.count
-    return result
+        if item.{a} is not None:
+            {v} = {v} + item.{a} * item.{b}
+    return {v}
 
 
-def average(items):
+def mean_{f}(items):
     if len(items) == 0:
         return 0
-    return total(items) / len(items)
+    return {f}(items) / len(items)
 """
-TABLE = """name,city,age
-Maria Lopez,Madrid,34
-John Smith,London,41
-Aiko Tanaka,Osaka,29
-Peter Novak,Prague,57
-"""
+STORIES = "Tell a story about a {thing} in {city} and a person called {name}."
+
+
+def drawn(rng: random.Random, form: str) -> str:
+    """A sentence with its blanks filled."""
+    words = {key: rng.choice(values) for key, values in WORDS.items()}
+    return form.format(**words, year=rng.randrange(1700, 2000))
+
+
+def correction(rng: random.Random) -> tuple[str, str]:
+    """A text with two words misspelt, and as it should be."""
+    right = " ".join(drawn(rng, form) for form in rng.sample(SENTENCES, 3))
+    words = right.split(" ")
+    for i in rng.sample([i for i, w in enumerate(words) if len(w) > 4], 2):
+        at = rng.randrange(1, len(words[i]) - 2)
+        words[i] = words[i][:at] + words[i][at + 1] + words[i][at] + words[i][at + 2 :]
+    return f"Correct the spelling of this text.\n\n{' '.join(words)}", right
+
+
+def edit(rng: random.Random) -> tuple[str, str]:
+    """A variable to be renamed, and the code with another name."""
+    names = {
+        "f": rng.choice(["total", "amount", "value"]),
+        "a": rng.choice(["price", "weight", "size"]),
+    }
+    names["b"] = rng.choice(["count", "number", "pieces"])
+    old, new = rng.sample(["result", "s", "answer", "found"], 2)
+    ask = f"Rename the variable {old} to {new} in this code.\n\n{CODE.format(v=old, **names)}"
+    return ask, CODE.format(v=new, **names)
+
+
+def table(rng: random.Random) -> tuple[str, str]:
+    """A table, and its rows in JSON."""
+    rows = [
+        (rng.choice(WORDS["name"]), rng.choice(WORDS["city"]), rng.randrange(20, 70))
+        for _ in range(4)
+    ]
+    lines = "\n".join(f"{n},{c},{a}" for n, c, a in rows)
+    found = json.dumps([{"name": n, "city": c, "age": a} for n, c, a in rows])
+    return f"Turn this table into JSON.\n\nname,city,age\n{lines}", found
+
+
+def story(rng: random.Random) -> tuple[str, str]:
+    """A request for prose, which repeats nothing."""
+    return drawn(rng, STORIES), drawn(rng, " ".join(SENTENCES))
+
+
 TASKS = {
-    "correct a text": f"Repeat this text and correct its spelling. Answer with the text only.\n\n{ARTICLE}",
-    "edit code": f"Rename the variable result to sum in this code. Answer with the code only.\n\n{CODE}",
-    "JSON from a table": f"Turn this table into a JSON list of objects. Answer with JSON only.\n\n{TABLE}",
-    "free prose": "Tell a story about a lighthouse keeper who finds a letter in a bottle.",
+    "correct a text": correction,
+    "edit code": edit,
+    "JSON from a table": table,
+    "free prose": story,
 }
+
+
+def conversation(
+    kind: Callable[[random.Random], tuple[str, str]], seed: int
+) -> list[dict[str, str]]:
+    """A worked example, so that small models do the task too, and the task."""
+    rng = random.Random(seed)
+    (ask, done), (then, _) = kind(rng), kind(rng)
+    return [
+        {"role": "user", "content": ask},
+        {"role": "assistant", "content": done},
+        {"role": "user", "content": then},
+    ]
 
 
 def measure(m: tinyllm.Model, ids: list[int], tokens: int, how: Any) -> tuple[float, float, str]:
@@ -74,33 +149,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=6, help="of each kind")
     parser.add_argument("--draft", help="guess by this model, at most 7 tokens a step")
+    parser.add_argument("--json", help="a file for the numbers")
     a = parser.parse_args()
     how: Any = "lookup"
     m = tinyllm.load(a.model)
     if a.draft:
         how = tinyllm.load(a.draft)
         speculate.best_length = lambda p, most, *rest: min(most, 7)
+    report: dict[str, Any] = {"benchmark": "speculation", "machine": common.machine()}
+    report |= {
+        "model": Path(m.path).name,
+        "by": Path(a.draft).name if a.draft else how,
+        "tasks": {},
+    }
     print("| task | tokens/s | with speculation | x | tokens per step |\n|---|---|---|---|---|")
-    for name, task in TASKS.items():
-        try:
-            ids = m.turn([{"role": "user", "content": task}]).ids
-        except tinyllm.errors.TemplateError:
-            ids = m.prompt_ids(task)
-        best, each, texts = {False: 0.0, True: 0.0}, 0.0, set()
-        for _ in range(a.rounds):
-            for on in (False, True):
-                speed, per_step, text = measure(m, ids, a.tokens, how if on else None)
-                best[on] = max(best[on], speed)
-                each = per_step if on else each
-                texts.add(text)
-        assert len(texts) == 1, "speculation changed the text"
-        print(
-            f"| {name} | {best[False]:.1f} | {best[True]:.1f} | {best[True] / best[False]:.2f} "
-            f"| {each:.2f} |",
-            flush=True,
-        )
+    for name, kind in TASKS.items():
+        plain, fast, each = [], [], []
+        for seed in range(a.prompts):
+            messages = conversation(kind, seed)
+            try:
+                ids = m.turn(messages).ids
+            except tinyllm.errors.TemplateError:
+                ids = m.prompt_ids("\n\n".join(x["content"] for x in messages) + "\n\n")
+            slow, _, text = measure(m, ids, a.tokens, None)
+            speed, per_step, same = measure(m, ids, a.tokens, how)
+            assert text == same, "speculation changed the text"
+            plain.append(slow)
+            fast.append(speed)
+            each.append(per_step)
+        ratios = [f / p for f, p in zip(fast, plain, strict=True)]
+        found = {
+            "plain": statistics.median(plain),
+            "speculating": statistics.median(fast),
+            "ratio": statistics.median(ratios),
+            "tokens per step": statistics.median(each),
+            "texts that are equal": len(each),
+        }
+        report["tasks"][name] = found
+        p, f, x, n, _ = found.values()
+        print(f"| {name} | {p:.1f} | {f:.1f} | {x:.2f} | {n:.2f} |", flush=True)
+    if a.json:
+        common.write_json(a.json, report)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from packed import PACKED, unpacked  # noqa: E402
 
 from tinyllm import gguf  # noqa: E402
 from tinyllm.cli.info import row as said  # noqa: E402
@@ -50,8 +52,8 @@ the reference's, measured on the `reference` backend; tests allow 1e-4 there, an
 |---|---|---|---|---|---|
 """
 TAIL = """
-The tests are `test_equals_the_reference` and `test_newer_ones_equal_the_reference` in
-`tests/models/test_golden.py`, and `test_scores_equal_the_reference` in `tests/models/test_rank.py`.
+The tests are `test_equals_the_reference` and the two after it in `tests/models/test_golden.py`, and
+`test_scores_equal_the_reference` in `tests/models/test_rank.py`.
 
 ## Known, and refused by name
 
@@ -84,7 +86,7 @@ def unmentioned(page: str) -> list[str]:
 def by_architecture() -> dict[str, list[Path]]:
     """The golden files of each row, the smallest first."""
     found = defaultdict(list)
-    for path in sorted([*SHARED.glob("*.gguf"), *OURS.glob("*.gguf")]):
+    for path in sorted([*SHARED.glob("*.gguf"), *OURS.glob("*.gguf"), *map(unpacked, PACKED)]):
         with gguf.open(path) as f:
             found[f.metadata["general.architecture"]].append(path)
     return {n: sorted(found[n], key=lambda p: p.stat().st_size) for n in sorted(ARCHS)}

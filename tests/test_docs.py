@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tinyllm import gguf
+from tinyllm.cli import commands as cli
+from tinyllm.errors import DeviceError
+from tinyllm.loading import BUNDLED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cpu.md"
@@ -102,3 +111,75 @@ def test_the_page_of_structured_output_runs(capsys: pytest.CaptureFixture[str]) 
     for code in re.findall(r"```python\n(.*?)```", STRUCTURED.read_text("utf-8"), re.S):
         exec(compile(code, str(STRUCTURED), "exec"), names)
     assert capsys.readouterr().out
+
+
+# ---- all pages
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+APART = {
+    PAGE,
+    STRUCTURED,
+    ROOT / "docs" / "bfloat16.md",
+    ROOT / "docs" / "one-token.md",
+}  # they have tests of their own, above
+NEEDS = {"guide.md": "llguidance", "api/model.md": "llguidance", "api/plots.md": "matplotlib"}
+RUN = [p for p in PAGES if p not in APART and "```python" in p.read_text("utf-8")]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "docs").as_posix()
+
+
+@pytest.mark.parametrize("path", RUN, ids=name_of)
+def test_the_code_of_a_page_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = NEEDS.get(name_of(path))
+    if need and find_spec(need) is None:
+        pytest.skip(f"{name_of(path)} needs {need}")
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.S):
+        exec(compile(code, str(path), "exec"), names)
+
+
+def test_the_code_of_the_page_of_bfloat16_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gguf.open(BUNDLED) as file:
+        halves = {n: t.dequantize().astype(np.float16) for n, t in file.tensors.items()}
+        gguf.write(tmp_path / "model-f16.gguf", file.exact_metadata, halves)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "bfloat16.md").read_text("utf-8")
+    try:
+        exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), {})
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+def commands(path: Path) -> list[str]:
+    """Lines of a page's blocks that call tinyllm."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text("utf-8"), re.S | re.M)
+    lines = [line for block in blocks for line in block.splitlines()]
+    found = [re.match(r"(?:python -m )?tinyllm (.+)", line) for line in lines]
+    return [m[1] for m in found if m and "." * 3 not in m[1]]
+
+
+@pytest.mark.parametrize(
+    ("path", "line"), [(p, c) for p in PAGES for c in commands(p)], ids=lambda x: str(x)[-60:]
+)
+def test_a_command_of_a_page_parses(path: Path, line: str) -> None:
+    name, *args = shlex.split(line.partition(" | ")[0], comments=True)
+    if name != "chat":
+        cli.COMMANDS[name].parser(name).parse_intermixed_args(args)
+
+
+MODULES = [
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for p in sorted((ROOT / "tinyllm").rglob("*.py"))
+    if ">>> " in p.read_text("utf-8")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_docstrings_run(name: str) -> None:
+    found = doctest.testmod(import_module(name), optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from . import errors, gguf, tokenizers
     from .engine.completion import Completion
     from .engine.scheduler import Engine
+    from .gguf.convert.folder import convert
+    from .gguf.quantize import quantize
     from .kernels.devices import list_devices
     from .kernels.outside import kernel
     from .loading import load
@@ -20,11 +22,13 @@ __all__ = [
     "Engine",
     "Model",
     "__version__",
+    "convert",
     "errors",
     "gguf",
     "kernel",
     "list_devices",
     "load",
+    "quantize",
     "tokenizers",
 ]
 _MODULES = {"errors", "gguf", "tokenizers", "sdk"}
@@ -32,9 +36,11 @@ _HOMES = {
     "Completion": "engine.completion",
     "Engine": "engine.scheduler",
     "Model": "model",
+    "convert": "gguf.convert.folder",
     "kernel": "kernels.outside",
     "list_devices": "kernels.devices",
     "load": "loading",
+    "quantize": "gguf.quantize",
 }
 
 

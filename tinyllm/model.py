@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Literal, NoReturn, overload
 
 import numpy as np
 
 from . import gguf
+from .chatting import Chatting
 from .engine.completion import (
     SMALLEST_CONTEXT,
     Completion,
@@ -34,7 +33,7 @@ from .engine.constraint import Grammar, Schema, compile_grammar
 from .engine.embedding import check_ranks, embed, rank
 from .engine.generate import Overflow
 from .engine.speculate import drafting
-from .errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError, UnsupportedModel
+from .errors import ArgumentError, ContextOverflow, TinyLLMError, UnsupportedModel
 from .kernels.backend import Device
 from .models.network import Network
 from .models.stages import gpus_first
@@ -46,12 +45,10 @@ from .tokenizers import Tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .chat.render import Message
-    from .chat.turn import Turn
     from .models.config import Config
 
 
-class Model:
+class Model(Chatting):
     """One loaded model; made by ``tinyllm.load``. Safe to use from several threads."""
 
     def __init__(
@@ -367,170 +364,6 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             return Pieces(self.network, jobs[0], tap)
         completions = complete(self.network, jobs, tap)
         return completions if many else completions[0]
-
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        template: str | None = ...,
-        tools: Sequence[Any] | None = ...,
-        tool_choice: str | Mapping[str, Any] = ...,
-        template_vars: Mapping[str, Any] | None = ...,
-        continue_final_message: bool = ...,
-        *,
-        max_tokens: int = ...,
-        stream: Literal[False] = ...,
-        **options: Unpack[GenerateOptions],
-    ) -> Completion: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        template: str | None = ...,
-        tools: Sequence[Any] | None = ...,
-        tool_choice: str | Mapping[str, Any] = ...,
-        template_vars: Mapping[str, Any] | None = ...,
-        continue_final_message: bool = ...,
-        *,
-        max_tokens: int = ...,
-        stream: Literal[True],
-        **options: Unpack[GenerateOptions],
-    ) -> Pieces: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Message],
-        template: str | None = ...,
-        tools: Sequence[Any] | None = ...,
-        tool_choice: str | Mapping[str, Any] = ...,
-        template_vars: Mapping[str, Any] | None = ...,
-        continue_final_message: bool = ...,
-        *,
-        max_tokens: int = ...,
-        stream: bool,
-        **options: Unpack[GenerateOptions],
-    ) -> Completion | Pieces: ...
-    def chat(
-        self,
-        messages: Sequence[Message],
-        template: str | None = None,
-        tools: Sequence[Any] | None = None,
-        tool_choice: str | Mapping[str, Any] = "auto",
-        template_vars: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        *,
-        max_tokens: int = 256,
-        stream: bool = False,
-        **options: Unpack[GenerateOptions],
-    ) -> Completion | Pieces:
-        """Answer a conversation, in the form that the file's own chat template gives it.
-
-        Parameters
-        ----------
-        messages : sequence of mapping
-            ``{"role": "user" | "assistant" | "system" | ..., "content": str}``, oldest first.
-        template : str, optional
-            A Jinja template to use instead of the file's, or the name of a well-known one: "chatml", "llama2",
-            "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna".
-        tools : sequence, optional
-            Functions that the model may call: ``{"type": "function", "function": {"name": ...,
-            "description": ..., "parameters": a JSON schema}}``. The template must show them.
-        tool_choice : str or mapping
-            "auto": the model chooses; "none": no calls; "required": one or more; a function's name: that one.
-            Calls keep to the functions' schemas, for which the extra ``[json]`` is needed; without it "auto"
-            reads whatever the model writes. The ``message`` of the completion has the calls and the reasoning.
-        template_vars : mapping, optional
-            Further variables of the template, such as ``{"enable_thinking": False}``.
-        continue_final_message : bool
-            Go on with the last message, usually the assistant's, instead of opening a new turn.
-        max_tokens, stream, **options
-            What ``generate`` takes under these names. What a ``state`` holds already is not read again.
-
-        Returns
-        -------
-        Completion, or Pieces (an iterator of str) with ``stream=True``
-
-        Raises
-        ------
-        TemplateError
-            The file has no template, or it refuses these messages.
-
-        Examples
-        --------
-        >>> import tinyllm
-        >>> m = tinyllm.load()
-        >>> answer = m.chat([{"role": "user", "content": "Hello!"}], max_tokens=8, seed=1)
-        """
-        turn = self.turn(
-            messages, template, tools, tool_choice, template_vars, continue_final_message
-        )
-        ids = turn.ids
-        options = {**options, **self._held_to_calls(turn, options)}
-        state = options.get("state")
-        check_given(state, options.get("tap"))
-        if state is not None:
-            kept = state.reuse(ids)
-            state.truncate(kept)
-            ids = ids[kept:]
-        answer = self.generate(ids, max_tokens, stream=stream, **options)
-
-        def finished(done: Completion) -> Completion:
-            hidden = any(map(self.tokenizer.is_control, done.ids))
-            text = self.tokenizer.decode(done.ids) if hidden else done.text
-            return replace(done, message=turn.message(text))
-
-        if isinstance(answer, Completion):
-            return finished(answer)
-        answer.finished = finished
-        return answer
-
-    def turn(
-        self,
-        messages: Sequence[Message],
-        template: str | None = None,
-        tools: Sequence[Any] | None = None,
-        tool_choice: str | Mapping[str, Any] = "auto",
-        template_vars: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-    ) -> Turn:
-        """What ``chat`` reads for a conversation, and how it understands the answer; its arguments."""
-        from .chat.render import (
-            check_messages,
-            check_variables,
-            given_template,
-            pick_template,
-        )
-        from .chat.turn import Turn
-
-        check_messages(messages)
-        check_variables({} if template_vars is None else template_vars)
-        given = template is not None
-        chosen = pick_template(self.metadata) if template is None else given_template(template)
-        if chosen is None:
-            raise TemplateError("the file has no chat template; give one with template=")
-        turn = Turn(chosen, messages, tools or (), tool_choice, template_vars or {})
-        t = self.tokenizer
-        ids = turn.read(t, t.bos, t.eos, must_show=given, continue_final=continue_final_message)
-        turn.ids = without_end(t, ids)
-        turn.end = t.decode(turn.ids[-24:])
-        return turn
-
-    def _held_to_calls(self, turn: Turn, options: GenerateOptions) -> GenerateOptions:
-        """The constraint under which a turn's calls are written; none where nothing may be called."""
-        if not turn.functions or (turn.choice == "auto" and find_spec("llguidance") is None):
-            return {}
-        held = [k for k in ("json_schema", "regex", "grammar") if options.get(k) is not None]
-        if held:
-            raise ArgumentError(
-                f"{held[0]} and tools are given; with tool_choice='none' one may be"
-            )
-        for name, schema in turn.schemas():
-            try:
-                self.grammar(json_schema=schema)
-            except ArgumentError as error:
-                raise ArgumentError(f"tools: {name}: {error}") from None
-        grammar = turn.grammar(self.tokenizer.special_tokens, self.tokenizer.eog)
-        return {} if grammar is None else {"grammar": grammar}
 
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""

@@ -1,35 +1,345 @@
-"""Figures: where a step's time goes, and kernels under the machine's roofs. Needs matplotlib."""
+"""Figures of benchmarks, documents and notebooks, in one look. Needs matplotlib.
+
+Every function returns the figure, which a notebook shows, and writes it to ``path`` where one is given. The
+colours are Okabe and Ito's, which colour-blind readers tell apart. For print, lines and bars differ by marker
+or hatch, too.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .errors import ArgumentError
 
 KINDS = (".png", ".svg", ".pdf")
 INK, SOFT, PAPER = "#1f4e79", "#a9c4de", "white"
-OTHERS = ("#c0504d", "#4f8a4c", "#7f5fa9", "#c98a2b", "#3b8c97")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
+LIGHT = ("#56B4E9", "#F0E442", "#7fcfb8", "#f3c9de", "#f2c14e", "#bcd9ef", "#cccccc")  # under ink
 
 
 def check(path: str | Path) -> None:
     """ArgumentError, before anything is measured, if a figure cannot be drawn into such a file."""
     if Path(path).suffix.lower() not in KINDS:
         raise ArgumentError(f"{path}: expected a file that ends in {', '.join(KINDS)}")
-    _matplotlib()
+    _picture()
 
 
-def _matplotlib() -> Any:
-    """The module, drawing into files only."""
+def _picture() -> Any:
+    """A matplotlib figure that needs no window, and that notebooks show by itself."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ArgumentError(f"a figure needs matplotlib ({e}): pip install matplotlib") from e
-    return Figure
+    return _shown(Figure)
 
 
-def profile(path: str | Path, parts: Mapping[str, Sequence[tuple[str, float, float]]]) -> None:
+@cache
+def _shown(figure: Any) -> Any:
+    class Picture(figure):  # type: ignore[misc]
+        def _repr_png_(self) -> bytes:
+            out = io.BytesIO()
+            self.savefig(out, format="png", dpi=110)
+            return out.getvalue()
+
+    return Picture
+
+
+def _axes(width: float = 8, height: float = 4, **grid: Any) -> tuple[Any, Any]:
+    figure = _picture()(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    return figure, figure.subplots(**grid)
+
+
+def _tidy(ax: Any, **labels: Any) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set(**{name: value for name, value in labels.items() if value is not None})
+
+
+def _saved(figure: Any, path: str | Path | None) -> Any:
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def spans(
+    rows: Mapping[str, Sequence[tuple[str, float]]],
+    unit: str = "bytes",
+    title: str = "",
+    path: str | Path | None = None,
+) -> Any:
+    """Draw strips cut into parts, one strip a row: what a file or a block consists of.
+
+    Parameters
+    ----------
+    rows
+        By the strip's name, its parts (label, size) from the left; each strip is drawn as wide as the others.
+    unit
+        What sizes count; it stands beside each strip's whole.
+    title, path
+        What stands above; a file to write, too.
+    """
+    figure, ax = _axes(9, 0.7 + 0.75 * len(rows))
+    for y, (name, parts) in enumerate(rows.items()):
+        whole, left = sum(size for _, size in parts), 0.0
+        for (label, size), colour in zip(parts, cycle(LIGHT), strict=False):
+            width = size / whole
+            ax.barh(y, width, left=left, height=0.62, color=colour, edgecolor=INK, linewidth=0.8)
+            if width > 0.012 * max(len(label), 2):
+                ax.text(left + width / 2, y, label, ha="center", va="center", fontsize=8)
+            left += width
+        ax.text(1.01, y, f"{whole:,.0f} {unit}", va="center", fontsize=8)
+        ax.text(-0.01, y, name, va="center", ha="right", fontsize=9)
+    ax.set(xlim=(0, 1), title=title)
+    ax.invert_yaxis()
+    ax.axis("off")
+    return _saved(figure, path)
+
+
+def bars(
+    names: Sequence[str],
+    groups: Mapping[str, Sequence[float]],
+    xlabel: str = "",
+    title: str = "",
+    log: bool = False,
+    path: str | Path | None = None,
+) -> Any:
+    """Draw horizontal bars, the first name on top; the groups of a name stand one below the other.
+
+    Parameters
+    ----------
+    names
+        One for each bar of a group.
+    groups
+        By the group's name, a value for each of ``names``.
+    log
+        Whether the axis is logarithmic.
+    xlabel, title, path
+        What stands below and above; a file to write, too.
+    """
+    height = 0.8 / len(groups)
+    figure, ax = _axes(8, 1 + 0.3 * len(names) * max(1.0, 0.65 * len(groups)))
+    at = np.arange(len(names))
+    for i, (group, values) in enumerate(groups.items()):
+        places = at + (i - (len(groups) - 1) / 2) * height
+        look = {
+            "color": LIGHT[i % len(LIGHT)],
+            "hatch": HATCHES[i % len(HATCHES)],
+            "edgecolor": INK,
+        }
+        ax.barh(places, values, height, label=group, linewidth=0.6, **look)
+        for y, value in zip(places, values, strict=True):
+            ax.annotate(
+                f" {value:.3g}", (value if value > 0 or log else 0, y), va="center", fontsize=8
+            )
+    _tidy(ax, xlabel=xlabel, title=title, xscale="log" if log else "linear")
+    ax.set_yticks(at, names, fontsize=9)
+    ax.margins(x=0.12)
+    ax.invert_yaxis()
+    if len(groups) > 1:
+        ax.legend(frameon=False)
+    return _saved(figure, path)
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    log: str = "",
+    path: str | Path | None = None,
+) -> Any:
+    """Draw lines with markers.
+
+    Parameters
+    ----------
+    series
+        By name, the x and y of its points.
+    log
+        Which axes are logarithmic: "", "x", "y" or "xy".
+    xlabel, ylabel, title, path
+        What stands at the axes and above; a file to write, too.
+    """
+    figure, ax = _axes()
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        look = MARKERS[i % 7] if len(xs) <= 40 else ""
+        ax.plot(xs, ys, LINES[i % 4] + look, color=COLOURS[i % 7], label=name, markersize=5)
+    scales = {f"{axis}scale": "log" for axis in log}
+    _tidy(ax, xlabel=xlabel, ylabel=ylabel, title=title, **scales)
+    ax.grid(alpha=0.25)
+    if len(series) > 1:
+        figure.legend(frameon=False, loc="outside right upper")
+    return _saved(figure, path)
+
+
+def points(
+    labels: Sequence[str],
+    xs: Sequence[float],
+    ys: Sequence[float],
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    log: str = "",
+    path: str | Path | None = None,
+) -> Any:
+    """Draw labelled points; ``log`` is "", "x", "y" or "xy"."""
+    figure, ax = _axes(8, 4.5)
+    ax.plot(xs, ys, "o", color=COLOURS[0], markersize=6)
+    for i, (label, x, y) in enumerate(zip(labels, xs, ys, strict=True)):
+        beside = (6, -11 if i % 2 else 4)  # neighbours' labels on different sides
+        ax.annotate(label, (x, y), xytext=beside, textcoords="offset points", fontsize=8)
+    _tidy(ax, xlabel=xlabel, ylabel=ylabel, title=title, **{f"{axis}scale": "log" for axis in log})
+    ax.grid(alpha=0.25)
+    ax.margins(0.08)
+    return _saved(figure, path)
+
+
+def heat(
+    values: Any,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    title: str = "",
+    signed: bool = False,
+    numbers: bool | None = None,
+    path: str | Path | None = None,
+) -> Any:
+    """Draw a matrix as colours, brighter being larger.
+
+    Parameters
+    ----------
+    values : array [m, n], or a mapping of title to such arrays
+        Several are drawn side by side, on one scale.
+    rows, columns
+        Names at the left and below.
+    signed
+        Orange below zero and purple above it, white at zero.
+    numbers
+        Write the values into the cells; by default if there are at most 120 of them.
+    title, path
+        What stands above; a file to write, too.
+    """
+    many = {k: np.asarray(v) for k, v in values.items()} if isinstance(values, Mapping) else None
+    panels = many or {title: np.asarray(values)}
+    shape = next(iter(panels.values())).shape
+    numbers = len(panels) == 1 and shape[0] * shape[1] <= 120 if numbers is None else numbers
+    width = min(12.0, max(4.5, 0.42 * shape[1] * len(panels) + 1.5))
+    height = min(9.0, max(2.2, 0.34 * shape[0] + 1.3))
+    figure, axes = _axes(width, height, ncols=len(panels), squeeze=False, sharey=True)
+    low = min(float(np.nanmin(v)) for v in panels.values())
+    high = max(float(np.nanmax(v)) for v in panels.values())
+    if signed:
+        high = max(abs(low), abs(high)) or 1.0
+        low = -high
+    look = {"cmap": "PuOr" if signed else "cividis", "vmin": low, "vmax": high, "aspect": "auto"}
+    for ax, (name, panel) in zip(axes[0], panels.items(), strict=True):
+        image = ax.imshow(panel, interpolation="nearest", **look)
+        ax.set_title(name, fontsize=10)
+        if rows is not None:
+            ax.set_yticks(range(len(rows)), rows, fontsize=8)
+        if columns is not None:
+            ax.set_xticks(range(len(columns)), columns, fontsize=8, rotation=60, ha="right")
+            for tick in ax.get_xticklabels():
+                tick.set_rotation_mode("anchor")
+        if numbers:
+            _write_numbers(ax, panel, low, high, signed)
+    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
+    if many and title:
+        figure.suptitle(title)
+    return _saved(figure, path)
+
+
+def _write_numbers(ax: Any, panel: Any, low: float, high: float, signed: bool) -> None:
+    for (i, j), value in np.ndenumerate(panel):
+        share = (value - low) / ((high - low) or 1)
+        dark = abs(share - 0.5) > 0.35 if signed else share < 0.5
+        text = f"{value:.2g}" if isinstance(value, np.floating | float) else str(value)
+        ax.text(
+            j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black"
+        )
+
+
+def histogram(
+    series: Mapping[str, Any],
+    n_bins: int = 60,
+    xlabel: str = "",
+    title: str = "",
+    log: bool = False,
+    path: str | Path | None = None,
+) -> Any:
+    """Draw how values are spread, as steps: by name, an array; ``log`` counts on a logarithmic axis."""
+    figure, ax = _axes()
+    both = np.concatenate([np.ravel(v) for v in series.values()])
+    edges = np.linspace(both.min(), both.max(), n_bins + 1)
+    for i, (name, values) in enumerate(series.items()):
+        counts, _ = np.histogram(values, edges)
+        ax.stairs(
+            counts, edges, color=COLOURS[i % 7], linestyle=LINES[i % 4], label=name, linewidth=1.6
+        )
+    _tidy(ax, xlabel=xlabel, ylabel="how many", title=title, yscale="log" if log else "linear")
+    if len(series) > 1:
+        ax.legend(frameon=False)
+    return _saved(figure, path)
+
+
+def tree(
+    columns: Sequence[Sequence[tuple[str, float]]],
+    chosen: Sequence[str],
+    title: str = "",
+    path: str | Path | None = None,
+) -> Any:
+    """Draw the alternatives of each step of a text: a column a step, the chosen ones joined by a line.
+
+    Parameters
+    ----------
+    columns
+        For each step, (text, probability), the likeliest first; a darker box is likelier.
+    chosen
+        The text that was taken at each step; one that is not in its column stands below it.
+    title, path
+        What stands above; a file to write, too.
+    """
+    most = max(map(len, columns))
+    figure, ax = _axes(min(14.0, 1.3 * len(columns) + 0.6), 0.42 * (most + 1) + 0.8)
+    path_y = []
+    for x, (column, taken) in enumerate(zip(columns, chosen, strict=True)):
+        listed = [text for text, _ in column]
+        shown = list(column) if taken in listed else [*column, (taken, 0.0)]
+        for y, (text, p) in enumerate(shown):
+            here = text == taken
+            box = {
+                "boxstyle": "round,pad=0.25",
+                "facecolor": _shade(p),
+                "edgecolor": COLOURS[1] if here else "#999999",
+                "linewidth": 2 if here else 0.8,
+            }
+            label = f"{text!r}  {p:.0%}" if p else f"{text!r}"
+            ink = "white" if p > 0.55 else "black"
+            ax.text(x, y, label, ha="center", va="center", fontsize=8, color=ink, bbox=box)
+            if here:
+                path_y.append(y)
+    ax.plot(range(len(path_y)), path_y, color=COLOURS[1], linewidth=1.5, zorder=0)
+    ax.set(xlim=(-0.6, len(columns) - 0.4), ylim=(most + 0.6, -0.7), title=title)
+    ax.axis("off")
+    return _saved(figure, path)
+
+
+def _shade(p: float) -> tuple[float, float, float]:
+    """White for an unlikely token, dark blue for a certain one."""
+    dark = (0.12, 0.31, 0.47)
+    return (1 - p * (1 - dark[0]), 1 - p * (1 - dark[1]), 1 - p * (1 - dark[2]))
+
+
+def profile(
+    path: str | Path | None, parts: Mapping[str, Sequence[tuple[str, float, float]]]
+) -> Any:
     """Draw bars of time.
 
     Parameters
@@ -40,27 +350,29 @@ def profile(path: str | Path, parts: Mapping[str, Sequence[tuple[str, float, flo
         By title, rows (kernel, seconds, seconds at the machine's limits), the longest first.
     """
     heights = [len(rows) for rows in parts.values()]
-    figure = _matplotlib()(
-        figsize=(8, 1.2 * len(parts) + 0.26 * sum(heights)), layout="constrained"
+    figure, axes = _axes(
+        8,
+        1.2 * len(parts) + 0.26 * sum(heights),
+        nrows=len(parts),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
     )
-    axes = figure.subplots(len(parts), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
     for ax, (title, rows) in zip(axes[:, 0], parts.items(), strict=True):
         names = [row[0] for row in rows][::-1]
         ax.barh(names, [1e3 * row[1] for row in rows][::-1], color=SOFT, label="measured")
         least = [1e3 * row[2] for row in rows][::-1]
         ax.barh(names, least, color=INK, height=0.35, label="at the limits")
-        ax.set(title=title, xlabel="ms")
-        ax.spines[["top", "right"]].set_visible(False)
+        _tidy(ax, title=title, xlabel="ms")
     axes[0, 0].legend(loc="lower right", frameon=False)
-    figure.savefig(path)
+    return _saved(figure, path)
 
 
 def roofline(
-    path: str | Path,
+    path: str | Path | None,
     title: str,
     limits: Mapping[str, float],
     points: Sequence[tuple[str, str, float, float]],
-) -> None:
+) -> Any:
     """Draw kernels under the machine's roofs.
 
     Parameters
@@ -72,8 +384,7 @@ def roofline(
     points
         (label, who made it, multiply-adds per byte, GMAC/s).
     """
-    figure = _matplotlib()(figsize=(8, 5), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = _axes(8, 5)
     low = min([point[2] for point in points], default=1) / 4
     high = max([point[2] for point in points], default=1) * 16
     for name, style in (("dot", "-"), ("float", "--")):
@@ -83,15 +394,20 @@ def roofline(
         ys = [min(top, x * limits["read GB/s"]) for x in xs]
         ax.plot(xs, ys, style, color=INK, label=f"{name} {top:.0f} GMAC/s")
     makers = list(dict.fromkeys(point[1] for point in points))
-    for maker, colour in zip(makers, (*OTHERS, *[INK] * len(makers)), strict=False):
+    for i, maker in enumerate(makers):
         own = [point for point in points if point[1] == maker]
-        ax.plot([p[2] for p in own], [p[3] for p in own], "o", color=colour, label=maker)
+        look = {"color": COLOURS[1:][i % 6], "marker": MARKERS[i % 7], "linestyle": ""}
+        ax.plot([p[2] for p in own], [p[3] for p in own], label=maker, **look)
     for label, _, x, y in points:
         ax.annotate(label, (x, y), xytext=(5, -10), textcoords="offset points", fontsize=8)
-    ax.set(
-        xscale="log", yscale="log", xlabel="multiply-adds per byte", ylabel="GMAC/s", title=title
+    _tidy(
+        ax,
+        xscale="log",
+        yscale="log",
+        xlabel="multiply-adds per byte",
+        ylabel="GMAC/s",
+        title=title,
     )
     ax.text(low, 1.2 * low * limits["read GB/s"], f"{limits['read GB/s']:.0f} GB/s", color=INK)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="lower right", frameon=False)
-    figure.savefig(path)
+    return _saved(figure, path)

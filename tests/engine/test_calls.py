@@ -206,3 +206,22 @@ def test_templates_that_show_no_tools_are_refused() -> None:
         bundled().chat(QUESTION, odd, TOOLS, "required")
     done = bundled().chat(QUESTION, odd, TOOLS, max_tokens=3)
     assert done.message == {"role": "assistant", "content": done.text}
+
+
+@pytest.mark.parametrize("choice", ["required", "get_weather", "auto", "none"])
+def test_a_request_writes_what_chat_writes(choice: str) -> None:
+    m = bundled()
+    options: dict[str, Any] = {"max_tokens": 60, "seed": 3, "template": HERMES, "tools": TOOLS}
+    options["tool_choice"] = choice
+    alone = m.chat(QUESTION, **options)
+    with tinyllm.Engine(m) as engine:
+        requests = [engine.submit(QUESTION, **options) for _ in range(3)]
+        found = [r.result() for r in requests]
+    for done in found:
+        assert (done.text, done.ids, done.message) == (alone.text, alone.ids, alone.message)
+        assert done.message["role"] == "assistant"
+
+
+def test_a_request_with_tools_and_a_schema_is_refused() -> None:
+    with tinyllm.Engine(bundled()) as engine, pytest.raises(ArgumentError, match="tools are given"):
+        engine.submit(QUESTION, template=HERMES, tools=TOOLS, json_schema={})

@@ -12,7 +12,7 @@ import pytest
 from tinyllm import gguf
 from tinyllm.errors import ArgumentError, NumericError
 from tinyllm.gguf.mixtures import MIXTURES, plan
-from tinyllm.gguf.quantize import quantize_file
+from tinyllm.gguf.quantize import quantize
 
 STORED = json.loads((Path(__file__).parent.parent / "data" / "mixtures.json").read_text())
 # a choice of our own: more bits for the small output projections beside eight experts
@@ -74,10 +74,10 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def test_quantize_file_writes_the_planned_types(source: Path, tmp_path: Path) -> None:
+def test_quantize_writes_the_planned_types(source: Path, tmp_path: Path) -> None:
     calls = []
     report = lambda *call: calls.append(call)  # noqa: E731
-    types = quantize_file(source, tmp_path / "q.gguf", "Q4_K_M", report=report)
+    types = quantize(source, tmp_path / "q.gguf", "Q4_K_M", report=report)
     assert types == {
         "token_embd.weight": "Q6_K",
         "blk.0.attn_norm.weight": "F32",
@@ -98,7 +98,7 @@ def test_quantize_file_writes_the_planned_types(source: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_every_mixture_keeps_the_weights(source: Path, tmp_path: Path, mixture: str) -> None:
-    types = quantize_file(source, tmp_path / "q.gguf", mixture, n_threads=2)
+    types = quantize(source, tmp_path / "q.gguf", mixture, n_threads=2)
     worst = {"Q1_0": 0.62, "TQ1_0": 0.45, "TQ2_0": 0.45, "Q2_0": 0.37, "Q2_K": 0.28, "Q3_K": 0.15}
     with gguf.open(source) as old, gguf.open(tmp_path / "q.gguf") as new:
         for name, kind in types.items():
@@ -110,7 +110,7 @@ def test_every_mixture_keeps_the_weights(source: Path, tmp_path: Path, mixture: 
 @pytest.mark.parametrize("mixture", ["Q4_K_M", "Q3_K_M"])
 def test_a_real_mixture_is_as_good_as_llama_cpps(data: Path, tmp_path: Path, mixture: str) -> None:
     folder = data / "golden" / "quants"
-    types = quantize_file(folder / "llama-h256-F16.gguf", tmp_path / "q.gguf", mixture)
+    types = quantize(folder / "llama-h256-F16.gguf", tmp_path / "q.gguf", mixture)
     with (
         gguf.open(folder / "llama-h256-F16.gguf") as exact,
         gguf.open(folder / f"llama-h256-{mixture}.gguf") as theirs,
@@ -124,7 +124,7 @@ def test_a_real_mixture_is_as_good_as_llama_cpps(data: Path, tmp_path: Path, mix
 
 
 def test_narrow_rows_get_types_with_smaller_blocks(stories260k: Path, tmp_path: Path) -> None:
-    types = quantize_file(stories260k, tmp_path / "q.gguf", "Q4_K_M")
+    types = quantize(stories260k, tmp_path / "q.gguf", "Q4_K_M")
     with gguf.open(tmp_path / "q.gguf") as new:
         assert {t.type for t in new.tensors.values()} == set(types.values())
         assert new.tensors["blk.0.attn_q.weight"].type == "Q5_0"
@@ -132,12 +132,12 @@ def test_narrow_rows_get_types_with_smaller_blocks(stories260k: Path, tmp_path: 
 
 def test_a_quantised_source_needs_consent(source: Path, tmp_path: Path) -> None:
     once, twice = tmp_path / "q8.gguf", tmp_path / "q4.gguf"
-    quantize_file(source, once, "Q8_0")
+    quantize(source, once, "Q8_0")
     with pytest.raises(ArgumentError, match=r"token_embd\.weight is Q8_0 already"):
-        quantize_file(once, twice, "Q4_0")
+        quantize(once, twice, "Q4_0")
     assert not twice.exists()
-    assert quantize_file(once, twice, "Q4_0", requantize=True)["blk.0.ffn_up.weight"] == "Q4_0"
-    quantize_file(once, twice, "F16")  # loses nothing more
+    assert quantize(once, twice, "Q4_0", requantize=True)["blk.0.ffn_up.weight"] == "Q4_0"
+    quantize(once, twice, "F16")  # loses nothing more
     with gguf.open(twice) as file:
         assert "general.quantization_version" in file.metadata
 
@@ -152,7 +152,7 @@ def test_a_split_source_becomes_one_file(tmp_path: Path) -> None:
             {**head, **split, "split.tensors.count": np.int32(2)},
             {f"blk.{i}.ffn_up.weight": weights},
         )
-    quantize_file(tmp_path / "m-00001-of-00002.gguf", tmp_path / "q.gguf", "Q8_0")
+    quantize(tmp_path / "m-00001-of-00002.gguf", tmp_path / "q.gguf", "Q8_0")
     with gguf.open(tmp_path / "q.gguf") as file:
         assert not any(key.startswith("split.") for key in file.metadata)
         means = [float(t.dequantize().mean()) for t in file.tensors.values()]
@@ -164,17 +164,17 @@ def test_a_bad_weight_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     weights[2, 7] = np.nan
     gguf.write(tmp_path / "bad.gguf", {}, {"blk.0.ffn_up.weight": weights})
     with pytest.raises(NumericError, match=r"blk\.0\.ffn_up\.weight.*Q8_0"):
-        quantize_file(tmp_path / "bad.gguf", tmp_path / "q.gguf", "Q8_0")
+        quantize(tmp_path / "bad.gguf", tmp_path / "q.gguf", "Q8_0")
     assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
 
 
 def test_the_source_is_not_overwritten(source: Path) -> None:
     before = source.read_bytes()
     with pytest.raises(ArgumentError, match="is the source itself"):
-        quantize_file(source, source, "Q8_0")
+        quantize(source, source, "Q8_0")
     assert source.read_bytes() == before
 
 
 def test_an_unknown_mixture_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"no mixture 'Q4_K'; there are .*Q4_K_M"):
-        quantize_file(source, tmp_path / "q.gguf", "Q4_K")
+        quantize(source, tmp_path / "q.gguf", "Q4_K")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinyllm import gguf
-from tinyllm.errors import GGUFError
+from tinyllm.errors import ArgumentError, GGUFError
 
 HEAD = {"general.architecture": "llama", "llama.block_count": 1, "names": ["a", "b"]}
 
@@ -116,3 +116,33 @@ def test_parts_that_do_not_fit_are_refused(model, name):
     with pytest.raises(GGUFError, match=message):
         gguf.open(path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_model_is_written_in_parts_and_read_as_one(tmp_path):
+    tensors = {name: np.arange(64, dtype=np.float32) + i for i, name in enumerate("abcde")}
+    files = gguf.write(tmp_path / "w.gguf", HEAD, tensors, part_bytes=600)
+    assert [os.path.basename(f) for f in files] == [f"w-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
+    with gguf.open(files[0]) as file:
+        assert list(file.tensors) == list(tensors)
+        assert all((file.tensors[n].dequantize() == x).all() for n, x in tensors.items())
+        assert file.metadata["names"].tolist() == ["a", "b"]
+    with gguf.open(files[0]) as file:  # tensors of an open file, into one piece again
+        assert gguf.write(tmp_path / "whole.gguf", HEAD, dict(file.tensors)) == [
+            os.fspath(tmp_path / "whole.gguf")
+        ]
+    with gguf.open(tmp_path / "whole.gguf") as file:
+        assert all((file.tensors[n].dequantize() == x).all() for n, x in tensors.items())
+
+
+def test_no_part_is_left_when_a_tensor_fails(tmp_path):
+    def pieces():
+        yield np.zeros(128, np.uint8)
+        raise RuntimeError("the source is gone")
+
+    tensors = {"a": tensor(0), "b": gguf.Deferred("F32", (64,), pieces)}
+    with pytest.raises(RuntimeError, match="gone"):
+        gguf.write(tmp_path / "w.gguf", HEAD, tensors, part_bytes=16)
+    short = gguf.Deferred("F32", (64,), lambda: [np.zeros(128, np.uint8)])
+    with pytest.raises(ArgumentError, match="128 bytes given"):
+        gguf.write(tmp_path / "w.gguf", HEAD, {"b": short})
+    assert list(tmp_path.iterdir()) == []

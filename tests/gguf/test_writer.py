@@ -239,7 +239,9 @@ def test_what_is_no_mapping_is_told(wrong: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [None, 5, "x", b"x", [1.0], {}])
 def test_what_is_no_tensor_or_name_is_told(wrong: Any, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="expected an array, a RawTensor or a Tensor"):
+    with pytest.raises(
+        ArgumentError, match="expected an array, a RawTensor, a Deferred or a Tensor"
+    ):
         gguf.write(tmp_path / "x.gguf", {}, {"a": wrong})
     for key in (5, None, b"x", (1,)):
         with pytest.raises(ArgumentError, match="expected a text"):

@@ -332,6 +332,7 @@ def test_rope_write_norms_turns_and_stores(
 ATTENTION = {
     "plain": {},
     "window": {"window": 7},
+    "chunks": {"window": -7},
     "softcap": {"softcap": 3.0},
     "alibi": {"slopes": np.array([0.5, 0.25, 0.125, 0.06], F32)},
     "sinks": {"sinks": np.array([0.5, -1, 2, 0], F32)},

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed import PACKED, unpacked
 
 from tinyllm import gguf
 from tinyllm.errors import DeviceError, StateError
@@ -94,6 +95,12 @@ def test_newer_ones_equal_the_reference(name: str, device: str) -> None:
     compare(OURS, name, device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_ones_equal_the_reference(name: str, device: str) -> None:
+    compare(unpacked(name).parent, name, device)
+
+
 def compare(folder: Path, name: str, device: str) -> None:
     """A file's logits or rows, computed in several ways, against its reference."""
     net = network(folder, name, device)
@@ -136,10 +143,11 @@ def batches(
 
 def test_every_row_of_the_table_is_proven(data: Path) -> None:
     proven = set()
-    for folder, names in ((data / "golden" / "models", GOLDEN), (OURS, NEWER)):
-        for name in names:
-            with gguf.open(folder / f"{name}.gguf") as f:
-                proven.add(f.metadata["general.architecture"])
+    shared = data / "golden" / "models"
+    files = [shared / f"{n}.gguf" for n in GOLDEN] + [OURS / f"{n}.gguf" for n in NEWER]
+    for path in [*files, *map(unpacked, PACKED)]:
+        with gguf.open(path) as f:
+            proven.add(f.metadata["general.architecture"])
     assert proven == set(ARCHS)
 
 

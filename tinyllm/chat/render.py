@@ -36,6 +36,7 @@ class ChatTokenizer(Protocol):
         self, text: str, add_special: bool = True, parse_special: bool = True
     ) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str: ...
+    def is_control(self, i: int) -> bool: ...
 
 
 def render(
@@ -278,6 +279,21 @@ def given_template(template: str) -> str:
             f"{template!r:.60} shows no message: expected a Jinja template, or a name: {names}"
         )
     return template
+
+
+def asked_last(given: str | Sequence[Message], question: str) -> list[Message]:
+    """A conversation that ends with a question about a text or about the conversation itself.
+
+    It joins the user's last message where that is the last: templates want roles to take turns.
+    """
+    messages: list[Message] = (
+        [{"role": "user", "content": given}] if isinstance(given, str) else [*given]
+    )
+    check_messages(messages)
+    last = messages[-1]
+    if last.get("role") == "user" and isinstance(last.get("content"), str):
+        return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{question}"}]
+    return [*messages, {"role": "user", "content": question}]
 
 
 def check_messages(messages: Sequence[Message]) -> None:

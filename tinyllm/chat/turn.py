@@ -117,10 +117,11 @@ class Turn:
         reader.feed(self.said())
         return reader
 
-    def message(self, text: str) -> dict[str, Any]:
-        """The whole answer as a message."""
+    def message(self, tokenizer: ChatTokenizer, ids: Sequence[int], text: str) -> dict[str, Any]:
+        """The whole answer as a message; control tokens, which ``text`` lacks, may spell a call."""
+        hidden = any(map(tokenizer.is_control, ids))
         reader = self.reader()
-        reader.feed(text)
+        reader.feed(tokenizer.decode(ids) if hidden else text)
         reader.finish()
         return dict(reader.message)
 

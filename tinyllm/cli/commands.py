@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from .. import __version__, plots
 from ..errors import ArgumentError, TinyLLMError
 from ..files import lines_of, read_text
+from . import making
 from .arguments import (
     MODEL_HELP,
     USAGE_ERROR,
@@ -344,43 +343,6 @@ def perplexity(args: Arguments) -> None:
              f"({found.n_scored} tokens of {found.n_windows} windows of {args.window})\n")  # fmt: skip
 
 
-# ---- quantize
-
-
-def quantize_arguments(p: Parser) -> None:
-    from ..gguf.mixtures import MIXTURES
-
-    p.add_argument(
-        "source", metavar="IN", help="an F16, BF16 or F32 file; of a split one the first"
-    )
-    p.add_argument("target", metavar="OUT", help="the file to write")
-    p.add_argument("format", metavar="FORMAT", nargs="?", type=str.upper, default="Q4_K_M",
-                   choices=tuple(MIXTURES), help=f"default Q4_K_M; one of {' '.join(MIXTURES)}")  # fmt: skip
-    p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: all cores")
-    p.add_argument(
-        "--requantize", action="store_true", help="also from quantised types; adds their errors"
-    )
-
-
-def quantize(args: Arguments) -> None:
-    from tqdm import tqdm
-
-    from ..gguf.quantize import quantize_file
-
-    with open_file(args.source) as file:
-        source, n_tensors = file.path, len(file.tensors)
-        n_weights = sum(tensor.n_elements for tensor in file.tensors.values())
-    with tqdm(total=n_tensors, desc="quantizing", leave=False, unit="tensor", disable=None) as bar:
-        types = quantize_file(
-            source, args.target, args.format, requantize=args.requantize,
-            n_threads=args.n_threads, report=lambda *_: bar.update(),
-        )  # fmt: skip
-    for kind, n in Counter(types.values()).most_common():
-        show(f"{kind:<8} {n} tensors\n")
-    nbytes = Path(args.target).stat().st_size
-    show(f"{args.target}: {nbytes / 1e6:.1f} MB, {8 * nbytes / n_weights:.2f} bits per weight\n")
-
-
 # ---- warmup
 
 
@@ -498,11 +460,7 @@ COMMANDS = {
         "tinyllm perplexity model.gguf wiki.test.raw --window 512",
         perplexity_arguments, perplexity,
     ),
-    "quantize": Command(
-        "Write a model again in fewer bits.",
-        "tinyllm quantize model-f16.gguf model-q4.gguf Q4_K_M",
-        quantize_arguments, quantize,
-    ),
+    **making.COMMANDS,
     "chat": Command(
         "Talk with a model.",
         'tinyllm chat -m model.gguf --system "Answer briefly."',

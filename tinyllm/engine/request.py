@@ -58,6 +58,7 @@ class Request:
         self._changed = threading.Condition()
         self._waiters: list[AsyncWaiter] = []
         self._listener: Callable[[], object] | None = None
+        self.finished: Callable[[Completion], Completion] = lambda done: done  # what a caller sees
 
     # ---- for the caller
 
@@ -150,7 +151,7 @@ class Request:
         if self._error is not None:
             raise self._error
         assert self._completion is not None
-        return self._completion
+        return self.finished(self._completion)
 
     # ---- for the engine's thread
 

@@ -11,12 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
 from ..models.memory import cache_bytes
-from .completion import Prompt, begin, options_of, room_for, split_prompts
+from .completion import Completion, Prompt, begin, options_of, room_for, split_prompts
 from .generate import Run, Work, check_fits, steps
 from .prefixes import SNAPSHOT, Prefixes, needs_snapshots
 from .request import Request
@@ -25,6 +27,7 @@ from .speculate import drafting
 
 if TYPE_CHECKING:
     from ..chat.render import Message
+    from ..chat.turn import Turn
     from ..model import Model
     from ..models.state import State
 
@@ -119,6 +122,7 @@ class Engine:
         *,
         template: str | None = None,
         tools: Sequence[Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
         template_vars: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         state: State | None = None,
@@ -131,8 +135,8 @@ class Engine:
         ----------
         prompt : str, sequence of int, or messages
             What ``Model.generate`` or ``Model.chat`` takes; a single one.
-        template, tools, template_vars, continue_final_message
-            For messages, as ``Model.chat`` has them.
+        template, tools, tool_choice, template_vars, continue_final_message
+            For messages, as ``Model.chat`` has them; the result has a ``message``.
         state : State, optional
             Continue this conversation; no other request may use it until this one is done.
         deadline : float, optional
@@ -148,18 +152,23 @@ class Engine:
             The request could not be run.
         """
         refuse(options, deadline)
+        turn = None
+        if is_conversation(prompt):
+            chat = (template, tools, tool_choice, template_vars, continue_final_message)
+            turn = self._model.turn(cast("Sequence[Message]", prompt), *chat)
+            options |= self._model.held_to_calls(turn, options)
         source = {n: options.pop(n, None) for n in ("json_schema", "regex", "grammar")}
         drafter = drafting(options.pop("speculate", None), self._model)
         chosen = options_of(
             max_tokens, grammar=self._model.grammar(**source), drafter=drafter, **options
         )
-        ids = self._ids(
-            prompt, (template, tools, "auto", template_vars, continue_final_message), state
-        )
+        ids = self._ids(prompt) if turn is None else unread(turn.ids, state)
         n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
         check_fits(len(ids) + (len(state.ids) if state else 0), n_ctx, chosen.overflow)
         self._net.check_ids([ids])
         request = Request(ids, chosen, n_ctx, state, deadline)
+        if turn is not None:
+            request.finished = partial(with_message, turn, self._model)
         with self._changed:
             if self._closed:
                 raise TinyLLMError("the engine is closed")
@@ -175,20 +184,11 @@ class Engine:
             self._changed.notify_all()
         return request
 
-    def _ids(
-        self, prompt: Prompt | Sequence[Any], chat: tuple[Any, ...], state: State | None
-    ) -> list[int]:
-        if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], Mapping):
-            prompts, many = split_prompts(prompt)
-            if many:
-                raise ArgumentError("prompt is a list of prompts; submit each by itself")
-            return self._model.prompt_ids(prompts[0])
-        ids = self._model.turn(cast("Sequence[Message]", prompt), *chat).ids
-        if state is not None:
-            kept = state.reuse(ids)
-            state.truncate(kept)
-            ids = ids[kept:]
-        return ids
+    def _ids(self, prompt: Prompt | Sequence[Any]) -> list[int]:
+        prompts, many = split_prompts(prompt)
+        if many:
+            raise ArgumentError("prompt is a list of prompts; submit each by itself")
+        return self._model.prompt_ids(prompts[0])
 
     def close(self) -> None:
         """End all requests where they are, with the ``finish_reason`` "cancelled", and the thread."""
@@ -416,6 +416,25 @@ class Pace:
         if not self.usual or not self.per_row:
             return FIRST_ROWS
         return max(FEWEST_ROWS, int((SLOWER - 1) * self.usual / self.per_row))
+
+
+def is_conversation(prompt: object) -> bool:
+    """Whether a prompt is messages; else a text, or ids."""
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def unread(ids: list[int], state: State | None) -> list[int]:
+    """What a conversation's state has not read of a prompt yet; it keeps what it can."""
+    if state is None:
+        return ids
+    kept = state.reuse(ids)
+    state.truncate(kept)
+    return ids[kept:]
+
+
+def with_message(turn: Turn, model: Model, done: Completion) -> Completion:
+    """A chat's completion with its answer as a message."""
+    return replace(done, message=turn.message(model.tokenizer, done.ids, done.text))
 
 
 def spoilt(request: Request) -> bool:

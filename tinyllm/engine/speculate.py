@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LONGEST = 15  # guesses in a step: with the token before them, two tiles of eight rows
 WORTH = 1.05  # a guess is made where it promises so many times the tokens per second
-SIZES = (4, 2)  # tokens that must have occurred before, for a guess of what follows
+SIZES = (4, 2, 1)  # tokens that must have occurred before, for a guess of what follows
 LONGEST_MATCH = 12  # longer repetitions count as this long
 PROBE = 64  # tokens after which a draft model that did not pay is tried again
 NEW_ROW = 0.1  # what a row adds to the time of a one-row step, as long as none was timed

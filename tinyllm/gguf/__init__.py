@@ -14,6 +14,16 @@ from .reader import open_file as open  # noqa: A004  # the module is used as ggu
 from .strings import StringArray
 from .tensor import Tensor
 from .types import GGMLType
-from .writer import RawTensor, write
+from .writer import Deferred, RawTensor, write
 
-__all__ = ["GGMLType", "GGUFFile", "RawTensor", "StringArray", "Tensor", "open", "types", "write"]
+__all__ = [
+    "Deferred",
+    "GGMLType",
+    "GGUFFile",
+    "RawTensor",
+    "StringArray",
+    "Tensor",
+    "open",
+    "types",
+    "write",
+]

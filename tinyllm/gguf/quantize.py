@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +17,21 @@ from . import quants
 from .mixtures import MIXTURES, plan
 from .reader import GGUFFile, open_file
 from .tensor import Tensor
-from .writer import RawTensor, write
+from .writer import Deferred, write
 
 _CHUNK = 1 << 20  # weights that a thread converts at a time
+_AHEAD = 2 * (os.cpu_count() or 1)  # runs of them that wait to be written
 Report = Callable[[str, str, str], object]
 
 
-def quantize_file(
+def quantize(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     mixture: str = "Q4_K_M",
     *,
     requantize: bool = False,
     n_threads: int | None = None,
+    part_bytes: int | None = None,
     report: Report | None = None,
 ) -> dict[str, str]:
     """Write a model again in another type or mixture of types.
@@ -37,13 +41,15 @@ def quantize_file(
     src : path-like
         A GGUF file, or the first part of a split one.
     dst : path-like
-        The file to write, in one part; it appears only when it is complete.
+        The file to write; it appears only when it is complete.
     mixture : str
         A key of `tinyllm.gguf.mixtures.MIXTURES`, such as ``"Q4_K_M"`` or ``"Q8_0"``.
     requantize : bool
         Also convert from one quantised type to another, which adds the errors of both.
     n_threads : int, optional
         All cores by default.
+    part_bytes : int, optional
+        Split the new file into parts with about so many bytes each.
     report : callable, optional
         Called with the name, the old and the new type of each tensor when its turn comes.
 
@@ -63,8 +69,8 @@ def quantize_file(
 
     Examples
     --------
-    >>> from tinyllm.gguf.quantize import quantize_file
-    >>> types = quantize_file("model-f16.gguf", "model-q4.gguf", "Q4_K_M")  # doctest: +SKIP
+    >>> import tinyllm
+    >>> types = tinyllm.quantize("model-f16.gguf", "model-q4.gguf", "Q4_K_M")  # doctest: +SKIP
     """
     src, dst = os.path.expanduser(src), os.path.expanduser(dst)
     if os.path.exists(dst) and os.path.samefile(src, dst):
@@ -77,8 +83,8 @@ def quantize_file(
         types = {name: types.get(name, tensor.type) for name, tensor in file.tensors.items()}
         if not requantize:
             _check_sources(file, types)
-        blocks = {n: _Blocks(t, types[n], pool, report) for n, t in file.tensors.items()}
-        write(dst, _metadata(file, mixture), {n: b.as_raw() for n, b in blocks.items()})
+        blocks = {n: _deferred(t, types[n], pool, report) for n, t in file.tensors.items()}
+        write(dst, _metadata(file, mixture), blocks, part_bytes=part_bytes)
     return types
 
 
@@ -101,38 +107,44 @@ def _metadata(file: GGUFFile, mixture: str) -> dict[str, Any]:
     return kept
 
 
-class _Blocks:
-    """The bytes of a tensor in its new type; converted when the writer turns them to an array."""
+def _deferred(
+    tensor: Tensor, kind: str, pool: ThreadPoolExecutor, report: Report | None
+) -> Deferred:
+    """A tensor of a file in a new type, converted on all threads of the pool when it is written."""
 
-    def __init__(
-        self, tensor: Tensor, kind: str, pool: ThreadPoolExecutor, report: Report | None
-    ) -> None:
-        self._tensor, self._kind, self._pool, self._report = tensor, kind, pool, report
-        fmt, n = quants.FORMATS[kind], tensor.shape[-1]
-        self._row_nbytes = n // fmt.block_size * fmt.type_size
-        self._n_rows = tensor.n_elements // n
-        self.nbytes = self._n_rows * self._row_nbytes
+    def pieces() -> Iterator[npt.NDArray[np.uint8]]:
+        if report is not None:
+            report(tensor.name, tensor.type, kind)
+        return in_order(pool, lambda a, b: convert(a, b), row_runs(tensor.shape))
 
-    def as_raw(self) -> RawTensor:
-        return RawTensor(self._kind, self._tensor.shape, cast("npt.NDArray[np.uint8]", self))
-
-    def __array__(
-        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
-    ) -> npt.NDArray[np.uint8]:
-        if self._report is not None:
-            self._report(self._tensor.name, self._tensor.type, self._kind)
-        if self._tensor.type == self._kind:
-            return self._tensor.read()
-        out = np.empty((self._n_rows, self._row_nbytes), np.uint8)
-        step = max(1, _CHUNK // self._tensor.shape[-1])
-        parts = (slice(i, i + step) for i in range(0, self._n_rows, step))
-        for _ in self._pool.map(lambda part: self._convert(out[part], part.start), parts):
-            pass  # the loop raises what a thread raised
-        return out
-
-    def _convert(self, out: npt.NDArray[np.uint8], start: int) -> None:
-        raw = self._tensor.read_rows(start, start + len(out))
+    def convert(start: int, stop: int) -> npt.NDArray[np.uint8]:
+        raw = tensor.read_rows(start, stop)
+        if tensor.type == kind:
+            return raw.reshape(-1)
         try:
-            out[:] = quants.quantize(self._kind, quants.dequantize(self._tensor.type, raw))
+            return quants.quantize(kind, quants.dequantize(tensor.type, raw)).reshape(-1)
         except NumericError as error:
-            raise NumericError(f"{self._tensor.name}: {error}") from error
+            raise NumericError(f"{tensor.name}: {error}") from error
+
+    return Deferred(kind, tensor.shape, pieces)
+
+
+def row_runs(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First and last row of runs of about a million weights of a tensor."""
+    n_rows, step = math.prod(shape[:-1]), max(1, _CHUNK // shape[-1])
+    return [(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
+
+
+def in_order(
+    pool: ThreadPoolExecutor,
+    make: Callable[[int, int], npt.NDArray[np.uint8]],
+    runs: Sequence[tuple[int, int]],
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """What `make` makes of each run of rows, in their order; a few runs ahead, not all, are in memory."""
+    ahead: deque[Future[npt.NDArray[np.uint8]]] = deque()
+    for run in runs:
+        ahead.append(pool.submit(make, *run))
+        if len(ahead) > _AHEAD:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()

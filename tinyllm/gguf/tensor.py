@@ -51,10 +51,12 @@ class Tensor:
 
     @property
     def type(self) -> str:
+        """ggml's name of the type, such as ``"Q4_K"``."""
         return self._kind.name
 
     @property
     def row_nbytes(self) -> int:
+        """Bytes of one row of ``shape[-1]`` elements."""
         return self._kind.row_nbytes(self.shape[-1])
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from ..files import replacing
+from ..files import checked, replacing
 from .strings import StringArray, encode
 from .tensor import Tensor
 from .types import (
@@ -36,6 +37,9 @@ from .types import (
     swap_words,
 )
 
+MAX_PARTS = 999  # three of the five digits; as many as the reader opens
+_PIECE = 1 << 24  # bytes of a file's tensor that are copied at a time
+_IN_ALL_PARTS = ("general.alignment",)
 _INT_KINDS = ("U32", "I32", "U64", "I64")  # the first that fits is taken
 
 
@@ -58,16 +62,39 @@ class RawTensor:
     raw: npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor whose blocks are made when its turn to be written comes, piece by piece.
+
+    Parameters
+    ----------
+    type : str
+        ggml's name of the type, such as ``"Q4_0"``.
+    shape : tuple of int
+        NumPy order, rows first.
+    pieces : callable
+        Returns the blocks in little-endian form: uint8 arrays, one after the other, of whole blocks each.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[npt.NDArray[np.uint8]]]
+
+
+Source = npt.NDArray[Any] | RawTensor | Deferred | Tensor
+
+
 def write(
     path_or_file: str | os.PathLike[str] | BinaryIO,
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, npt.NDArray[Any] | RawTensor | Tensor],
+    tensors: Mapping[str, Source],
     *,
     version: int = 3,
     byteorder: str = "little",
     alignment: int | None = None,
-) -> None:
-    """Write a GGUF file.
+    part_bytes: int | None = None,
+) -> list[str]:
+    """Write a GGUF file, or several that hold a model together.
 
     Parameters
     ----------
@@ -77,13 +104,23 @@ def write(
         Values: bool, int (stored as the first of U32, I32, U64, I64 that fits), float (F32), str, bytes, NumPy
         scalars and one-dimensional arrays (stored as they are), lists of these, `StringArray`.
     tensors : Mapping
-        NumPy arrays of float32, float16, float64 or signed integers, `RawTensor`, or tensors of an open file.
+        NumPy arrays of float32, float16, float64 or signed integers, `RawTensor`, `Deferred`, or tensors of an
+        open file; the last two are never whole in memory.
     version : int
         2 or 3.
     byteorder : str
         ``"little"`` or ``"big"``.
     alignment : int, optional
         Bytes; by default what ``general.alignment`` says, or 32.
+    part_bytes : int, optional
+        Split into parts with about so many bytes of tensors each, and at least one tensor. ``model.gguf``
+        becomes ``model-00001-of-00003.gguf`` and so on; without it, and where all fits into one part, one
+        file is written under the name given.
+
+    Returns
+    -------
+    list of str
+        The names of the files; empty if a file object was given.
 
     Raises
     ------
@@ -102,12 +139,65 @@ def write(
     if not isinstance(architecture, str) or not ARCHITECTURE.match(architecture):
         raise ArgumentError(f"general.architecture is {architecture!r}; expected a plain name")
     stored = {name: _stored(name, value) for name, value in tensors.items()}
-    header = _header(metadata, stored, version, FILE_ORDER[byteorder], alignment)
+    form = _Form(version, byteorder, alignment)
     if hasattr(path_or_file, "write"):
-        _write_to(cast("BinaryIO", path_or_file), header, stored, byteorder, alignment)
-        return
-    with replacing(path_or_file) as file:
-        _write_to(file, header, stored, byteorder, alignment)
+        if part_bytes is not None:
+            raise ArgumentError("parts need names; give a path instead of a file object")
+        _write_to(cast("BinaryIO", path_or_file), metadata, stored, form)
+        return []
+    return _write_parts(path_or_file, metadata, _parts(stored, part_bytes), form)
+
+
+@dataclass(frozen=True)
+class _Form:
+    version: int
+    byteorder: str
+    alignment: int
+
+
+def _parts(stored: dict[str, _Stored], part_bytes: int | None) -> list[dict[str, _Stored]]:
+    """The tensors of each file, in their order."""
+    if part_bytes is None:
+        return [stored]
+    if not isinstance(part_bytes, int) or part_bytes < 1:
+        raise ArgumentError(f"part_bytes={part_bytes!r:.40}; expected a number of bytes, or None")
+    parts: list[dict[str, _Stored]] = [{}]
+    filled = 0
+    for name, tensor in stored.items():
+        if parts[-1] and filled + tensor.nbytes > part_bytes:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = tensor
+        filled += tensor.nbytes
+    if len(parts) > MAX_PARTS:
+        raise ArgumentError(
+            f"part_bytes={part_bytes} gives {len(parts)} parts; at most {MAX_PARTS}"
+        )
+    return parts
+
+
+def _write_parts(
+    path: Any, metadata: dict[str, Any], parts: list[dict[str, _Stored]], form: _Form
+) -> list[str]:
+    """Write each part; those of a split model have the keys that say so, all other keys are in the first."""
+    names = part_names(checked(path), len(parts))
+    total = sum(map(len, parts))
+    with ExitStack() as files:  # all of them appear together, when the last one is complete
+        for i, (name, tensors) in enumerate(zip(names, parts, strict=True)):
+            keys = metadata if i == 0 else {k: metadata[k] for k in _IN_ALL_PARTS if k in metadata}
+            if len(parts) > 1:
+                keys = {**keys, "split.no": np.uint16(i), "split.count": np.uint16(len(parts)),
+                        "split.tensors.count": np.int32(total)}  # fmt: skip
+            _write_to(files.enter_context(replacing(name)), keys, tensors, form)
+    return names
+
+
+def part_names(path: str, n: int) -> list[str]:
+    """The names of a model's parts: ``path`` itself, if it is in one piece."""
+    if n == 1:
+        return [path]
+    stem = path.removesuffix(".gguf")
+    return [f"{stem}-{i + 1:05}-of-{n:05}.gguf" for i in range(n)]
 
 
 def _with_alignment(metadata: dict[str, Any], wanted: int | None) -> tuple[dict[str, Any], int]:
@@ -130,21 +220,27 @@ class _Stored:
 
     kind: GGMLType
     shape: tuple[int, ...]
-    source: npt.NDArray[Any] | Tensor
+    source: npt.NDArray[Any] | Tensor | Deferred
 
     @property
     def nbytes(self) -> int:
         return self.kind.row_nbytes(math.prod(self.shape))
 
-    def blocks(self) -> npt.NDArray[np.uint8]:
-        """The little-endian bytes, uint8 [nbytes]."""
-        if isinstance(self.source, Tensor):
-            return self.source.read()
-        array = np.ascontiguousarray(self.source)
-        return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
+    def pieces(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The little-endian bytes, one uint8 array after the other."""
+        if isinstance(self.source, Deferred):
+            yield from self.source.pieces()
+        elif isinstance(self.source, Tensor):
+            step = max(1, _PIECE // self.source.row_nbytes)
+            n_rows = math.prod(self.shape[:-1])
+            for i in range(0, n_rows, step):
+                yield self.source.read_rows(i, min(i + step, n_rows)).reshape(-1)
+        else:
+            array = np.ascontiguousarray(self.source)
+            yield array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
 
 
-def _stored(name: str, value: npt.NDArray[Any] | RawTensor | Tensor) -> _Stored:
+def _stored(name: str, value: Source) -> _Stored:
     _check_name(name, MAX_TENSOR_NAME)
     if isinstance(value, np.ndarray):
         if value.dtype.name not in NUMPY_TYPES:
@@ -153,9 +249,10 @@ def _stored(name: str, value: npt.NDArray[Any] | RawTensor | Tensor) -> _Stored:
                 "int8 to int64, or a RawTensor"
             )
         stored = _Stored(TYPES[NUMPY_TYPES[value.dtype.name]], value.shape, value)
-    elif not isinstance(value, (RawTensor, Tensor)):
+    elif not isinstance(value, (RawTensor, Tensor, Deferred)):
         raise ArgumentError(
-            f"{name}: {type(value).__name__} {value!r:.40}; expected an array, a RawTensor or a Tensor"
+            f"{name}: {type(value).__name__} {value!r:.40}; expected an array, "
+            "a RawTensor, a Deferred or a Tensor"
         )
     elif value.type not in TYPES:
         raise ArgumentError(f"{name}: no tensor type {value.type!r}; there are {', '.join(TYPES)}")
@@ -174,9 +271,14 @@ def _check_shape(name: str, stored: _Stored) -> None:
         raise ArgumentError(
             f"{name}: rows of {shape[-1]} elements are no whole {kind.name} blocks of {kind.block_size}"
         )
-    if stored.source.nbytes != stored.nbytes:
+    if not isinstance(stored.source, Deferred):
+        _check_nbytes(name, stored, stored.source.nbytes)
+
+
+def _check_nbytes(name: str, stored: _Stored, given: int) -> None:
+    if given != stored.nbytes:
         raise ArgumentError(
-            f"{name}: {stored.source.nbytes} bytes given, but {kind.name} of shape {shape} "
+            f"{name}: {given} bytes given, but {stored.kind.name} of shape {stored.shape} "
             f"takes {stored.nbytes}"
         )
 
@@ -214,17 +316,21 @@ def _header(
 
 
 def _write_to(
-    file: BinaryIO, header: bytes, tensors: Mapping[str, _Stored], byteorder: str, alignment: int
+    file: BinaryIO, metadata: Mapping[str, Any], tensors: Mapping[str, _Stored], form: _Form
 ) -> None:
+    header = _header(metadata, tensors, form.version, FILE_ORDER[form.byteorder], form.alignment)
     file.write(header)
     if tensors:
-        file.write(bytes(-len(header) % alignment))
-    for tensor in tensors.values():
-        blocks = tensor.blocks()
-        if byteorder == "big" and tensor.kind.words:
-            blocks = swap_words(tensor.kind, blocks)
-        file.write(blocks.data)
-        file.write(bytes(-tensor.nbytes % alignment))
+        file.write(bytes(-len(header) % form.alignment))
+    for name, tensor in tensors.items():
+        written = 0
+        for blocks in tensor.pieces():
+            if form.byteorder == "big" and tensor.kind.words:
+                blocks = swap_words(tensor.kind, blocks)
+            file.write(blocks.data)
+            written += blocks.nbytes
+        _check_nbytes(name, tensor, written)
+        file.write(bytes(-tensor.nbytes % form.alignment))
 
 
 def _typed(key: str, value: Any, order: Order) -> Iterator[bytes]:

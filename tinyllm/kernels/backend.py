@@ -388,8 +388,9 @@ class Backend(ABC):
         """Causal attention of q [T, H * D] over the layer's stored past, the new rows included -> [T, H * Dv].
 
         score(i, j) = softcap(scale * q_i . k_j) + slopes[h] * (j - i), for j <= i and, with a window,
-        i - j < window; query head h reads key head h * K // H; sinks [H] are logits that only add to the
-        softmax's denominator. ALiBi: arXiv:2108.12409.
+        i - j < window, or with one below 0 the same chunk, i // -window == j // -window; query head h reads
+        key head h * K // H; sinks [H] are logits that only add to the softmax's denominator. ALiBi:
+        arXiv:2108.12409.
         """
 
     @abstractmethod
@@ -428,6 +429,21 @@ class Backend(ABC):
     @abstractmethod
     def combine(self, x: Array, weights: Array) -> Array:
         """Sum over choices of x [T, k, n] * weights [T, k] -> [T, n]."""
+
+    def stacked(self, xs: Sequence[Array]) -> Array:
+        """Arrays [T, n] as choices of one: [T, len(xs), n]."""
+        return self.concat(xs).reshape(xs[0].shape[0], len(xs), xs[0].shape[1])
+
+    def weigh(self, x: Array, weights: Array) -> Array:
+        """x [T, n] once for each choice, times weights [T, k] -> [T, k, n]."""
+        t, k = weights.shape
+        rows = self.repeat(x, k).reshape(t * k, x.shape[1])
+        return self.mul(rows, weights.reshape(t * k, 1)).reshape(t, k, x.shape[1])
+
+    def per_choice(self, w: Loaded, experts: Array) -> Array:
+        """The number that w [n_expert, 1] has for each of the experts [T, k] -> [T, k]."""
+        t, k = experts.shape
+        return self.embed(w, experts.reshape(t * k)).reshape(t, k)
 
     # ---- choosing
 

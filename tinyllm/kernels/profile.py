@@ -63,6 +63,7 @@ def attention_work(
     bytes of one stored number.
     """
     pairs = positions = 0
+    window = abs(window)  # below 0 they are chunks: no more than that
     for n, p in zip(tokens, past, strict=True):
         if not causal:
             pairs, positions = pairs + n * n, positions + n

@@ -346,7 +346,8 @@ class ReferenceBackend(Backend):
             stop = past + len(here)
             k, v = (repeat_heads(x.astype(F32), n_head) for x in cache.read(layer, stop))
             distance = np.arange(past, stop)[:, None] - np.arange(stop)  # [T, S], i - j
-            hidden = (distance < 0) | ((distance >= window) if window else False)
+            reach = window if window >= 0 else np.arange(past, stop)[:, None] % -window + 1
+            hidden = (distance < 0) | ((distance >= reach) if window else False)
             out.append(attend(here, k, v, distance, hidden, scale, softcap, slopes, sinks))
         return np.concatenate(out)
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import log, sqrt
 from typing import Any, Literal
 
 from ..errors import UnsupportedModel
 from ..kernels.backend import Activation, Pairing
-from .attention import Attention, NormsBehindRope
-from .config import Config
+from .altup import AltUpBlock, SparseFFN, Streams
+from .attention import Attention, BareNormsBehindRope, NormsBehindRope
+from .config import Config, Temperature
 from .deltanet import delta_or_attention
-from .ffn import XIELU
+from .ffn import XIELU, FeedForwardAlone
+from .kda import delta_or_latent
 from .mamba import Mamba
 from .mamba2 import AttentionBesideMamba2, Mamba2
-from .mixer import Mixer
+from .mixer import LinearMixer, Mixer, NoMixer
 from .mla import LatentAttention
 from .rwkv import ChannelMix, TimeMix6, TimeMix7
 from .shortconv import ShortConv
@@ -44,11 +46,27 @@ class Arch:
     norm_affine: bool = True  # False: normalised, but without weights (OLMo)
     gating: Literal["softmax", "sigmoid", "softmax_selected"] = "softmax"
     renormalise: bool = True  # the chosen experts' weights sum to 1
+    choice_bias: bool = True  # experts that sigmoids choose have a bias for the choice
+    routed_by_input: bool = False  # experts are chosen by the block's input
+    experts_beside: float = 1.0  # multiplies the sum of experts and a plain half beside them
+    halves: Literal["both", "file"] = (
+        "both"  # "file": a layer may lack a half, where its sizes are 0
+    )
+    weigh_inputs: bool = False  # experts' weights multiply what goes in, not what comes out
+    experts_scale: float = 1.0  # multiplies the sum of all experts, the shared one included
+    sinks: Literal["", "all", "windowed"] = ""  # layers whose softmax has a sink
+    v_norm: bool = False  # values are normalised, without weights
+    values_from_keys: bool = False  # layers without a matrix for values take what makes their keys
+    gate_act: Activation = (
+        "sigmoid"  # what the gate of the outputs of heads goes through, where there is one
+    )
     roles: dict[str, str] = field(default_factory=dict)  # our name of a tensor -> this file's
     needs: tuple[str, ...] = ()  # tensors that a model could be built without, but these files have
     mixer: Callable[[Config, Arch, int, Tensors], Mixer] = Attention
     # "file": FFN or MoE, as the tensors say; None: the block has no such half
     ffn: Literal["file"] | Callable[[Config, Arch, int, Tensors], Any] | None = "file"
+    block: Any = None  # a layer of another make than decoder.Block
+    streams: Any = None  # how several streams of activations begin and end
     adjust: Callable[[Config], Config] = lambda c: c
 
 
@@ -62,6 +80,13 @@ def every(n: int, c: Config) -> Config:
     if len(set(c.window)) > 1:
         return c
     return replace(c, window=tuple(0 if i % n == n - 1 else s for i, s in enumerate(c.window)))
+
+
+def every_dense_first(n: int, c: Config) -> Config:
+    """The first of n layers sees everything, the others a window; a pattern in the file comes first."""
+    if len(set(c.window)) > 1:
+        return c
+    return replace(c, window=tuple(s if i % n else 0 for i, s in enumerate(c.window)))
 
 
 def scale_by_width(c: Config, n_layer: int) -> Config:
@@ -131,6 +156,90 @@ def minicpm3(c: Config) -> Config:
     )
 
 
+def mistral3(c: Config) -> Config:
+    """YaRN's share in cos and sin is divided by what the file's multiplier makes of it."""
+    s = c.rope_scaling
+    if s.type != "yarn" or not s.log_multiplier:
+        return c
+    less = 1 + 0.1 * s.log_multiplier * log(s.factor)
+    return replace(c, rope_scaling=replace(s, attn_factor=s.attn_factor / less, log_multiplier=0.0))
+
+
+def gemma3n(c: Config) -> Config:
+    """Scores are not scaled; windows as the file says."""
+    c = every(5, scaled_embedding(c))
+    base = c.rope_freq_base_swa or 10000.0
+    return replace(c, attn_scale=1.0, rope_freq_base_swa=base, rope_scaling_swa=False)
+
+
+def llama4(c: Config) -> Config:
+    """Every fourth layer sees everything, does not rotate, and its queries grow; a window of 0 says otherwise.
+
+    The others see their own chunk of 8192 positions.
+    """
+    if c.has_no_window:
+        return c
+    full = tuple((i + 1) % 4 == 0 for i in range(c.n_layer))
+    return replace(
+        c,
+        window=tuple(0 if f else -CHUNK for f in full),
+        rope_on=tuple(not f for f in full),
+        heated=full,
+        temperature=Temperature(0.1, CHUNK, 1.0),
+    )
+
+
+def afmoe(c: Config) -> Config:
+    return rope_where_windowed(every(4, scaled_embedding(c)))
+
+
+def cohere2moe(c: Config) -> Config:
+    """Leading layers without experts rotate whatever they see."""
+    c = rope_where_windowed(every_dense_first(4, c))
+    return replace(c, rope_on=tuple(r or i < c.n_dense for i, r in enumerate(c.rope_on)))
+
+
+def unscaled_where_windowed(n: int, c: Config) -> Config:
+    return replace(every(n, c), rope_scaling_swa=False)
+
+
+def laguna(c: Config) -> Config:
+    return replace(every_dense_first(4, c), rope_scaling_swa=False)
+
+
+def grok(c: Config) -> Config:
+    """The constants of the first Grok, whose files have no keys for them."""
+    return replace(
+        c,
+        attn_scale=c.attn_out_scale or 0.08838834764831845,
+        attn_softcap=c.attn_softcap or 30.0,
+        embedding_scale=78.38367176906169 if c.embedding_scale == 1 else c.embedding_scale,
+        logit_scale=0.5773502691896257 if c.logit_scale == 1 else c.logit_scale,
+    )
+
+
+def bailingmoe(c: Config) -> Config:
+    """Scores are scaled by what turns of a head."""
+    return replace(c, attn_scale=c.rope_dim**-0.5) if c.rope_dim else c
+
+
+def smallthinker(c: Config) -> Config:
+    return rope_where_windowed(every_dense_first(4, c))
+
+
+def both_ways(c: Config) -> Config:
+    return replace(c, causal=False)
+
+
+def plamo3(c: Config) -> Config:
+    """The last layer of as many as the file's number says, or of eight, sees everything."""
+    if c.window_listed:
+        return c
+    size = (c.window_size,) * c.n_layer
+    return every(c.window_pattern or 8, replace(c, window=size))
+
+
+CHUNK = 8192  # positions that layers of Llama 4 see of their own chunk, in all its files
 FFN_NORM = {"ffn_norm": "post_attention_norm"}
 LFM2_NORM = {"output_norm": "token_embd_norm"}
 
@@ -147,6 +256,26 @@ def gemma_embedding(c: Config) -> Config:
 def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
     """Make the mixer of a layer: without key heads it is recurrent."""
     return (Attention if c.n_head_kv[i] else Mamba2)(c, a, i, w)
+
+
+def mamba_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the mixer of a layer: without key heads it is recurrent."""
+    return (Attention if c.n_head_kv[i] else Mamba)(c, a, i, w)
+
+
+def mixer_alone(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the one half that a layer has: without key heads it is recurrent, or feeds forward."""
+    if c.n_head_kv[i]:
+        return Attention(c, a, i, w)
+    recurrent = w.has("ssm_in.weight", "ssm_out.weight", "ssm_a", "ssm_d", "ssm_conv1d.weight")
+    return Mamba2(c, a, i, w) if recurrent else FeedForwardAlone(c, a, i, w)
+
+
+def attention_or_less(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the mixer of a layer: without key heads one matrix, without any heads nothing."""
+    if not c.n_head[i]:
+        return NoMixer()
+    return (Attention if c.n_head_kv[i] else LinearMixer)(c, a, i, w)
 
 
 def conv_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
@@ -188,6 +317,14 @@ ROWS = (
     Arch("gemma", "arXiv:2403.08295", act="gelu_tanh", adjust=scaled_embedding),
     Arch("gemma2", "arXiv:2408.00118", act="gelu_tanh", adjust=gemma2),
     Arch("gemma3", "arXiv:2503.19786", act="gelu_tanh", adjust=gemma3),
+    Arch(
+        "gemma4", "hf.co/google/gemma-4-E2B-it", act="gelu_tanh", v_norm=True, values_from_keys=True,
+        adjust=gemma3n,
+    ),
+    Arch(
+        "gemma3n", "hf.co/google/gemma-3n-E2B-it", act="gelu_tanh", v_norm=True, ffn=SparseFFN,
+        block=AltUpBlock, streams=Streams, adjust=gemma3n,
+    ),
     Arch("stablelm", "arXiv:2402.17834", needs=HEAD, residual="norms"),
     Arch("orion", "arXiv:2401.12246", needs=HEAD),
     Arch("openelm", "arXiv:2404.14619"),
@@ -212,11 +349,95 @@ ROWS = (
     Arch("jais", "arXiv:2308.16149", needs=HEAD, position="alibi", adjust=jais),
     Arch(
         "gpt-oss", "arXiv:2508.10925", needs=HEAD, act="swiglu_oai", gating="softmax_selected",
-        roles=FFN_NORM, adjust=lambda c: every(2, c),
+        sinks="all", roles=FFN_NORM, adjust=lambda c: every(2, c),
     ),
     Arch("dbrx", "hf.co/databricks/dbrx-base", needs=HEAD, roles={"ffn_norm": "attn_output_norm"}),
     Arch("arctic", "hf.co/Snowflake/snowflake-arctic-instruct", pairing="adjacent"),
     Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
+    Arch("mistral3", "hf.co/mistralai/Ministral-3-8B-Instruct-2512", pairing="adjacent", adjust=mistral3),
+    Arch(
+        "mistral4", "hf.co/mistralai/Mistral-Small-4-119B-2603", needs=HEAD, pairing="adjacent",
+        mixer=LatentAttention,
+    ),
+    Arch(
+        "llama4", "hf.co/meta-llama/Llama-4-Scout-17B-16E", pairing="adjacent", gating="sigmoid",
+        renormalise=False, weigh_inputs=True, mixer=BareNormsBehindRope, adjust=llama4,
+    ),
+    Arch("glm4moe", "arXiv:2508.06471", gating="sigmoid", roles=FFN_NORM),
+    Arch("qwen2vl", "arXiv:2409.12191"),
+    Arch("qwen3vl", "hf.co/Qwen/Qwen3-VL-8B-Instruct"),
+    Arch("qwen3vlmoe", "hf.co/Qwen/Qwen3-VL-30B-A3B-Instruct"),
+    Arch("minimax-m2", "hf.co/MiniMaxAI/MiniMax-M2", needs=HEAD, gating="sigmoid"),
+    Arch("exaone-moe", "hf.co/LGAI-EXAONE/K-EXAONE-236B-A23B", gating="sigmoid", adjust=cohere2),
+    Arch("granite_swa", "hf.co/ibm-granite", pairing="adjacent", sinks="all", adjust=divided_logits),
+    Arch("afmoe", "hf.co/arcee-ai/Trinity-Mini", gating="sigmoid", adjust=afmoe),
+    Arch(
+        "cohere2moe", "hf.co/CohereLabs", pairing="adjacent", residual="parallel", gating="sigmoid",
+        choice_bias=False, experts_scale=0.5, adjust=cohere2moe,
+    ),
+    Arch(
+        "mellum", "hf.co/JetBrains", adjust=lambda c: unscaled_where_windowed(4, c)),
+    Arch("jais2", "hf.co/inceptionai/Jais-2-8B-Chat", act="relu2", gated=False),
+    Arch("laguna", "hf.co/poolside", gating="sigmoid", gate_act="softplus", adjust=laguna),
+    Arch(
+        "jamba", "arXiv:2403.19887", position="none", renormalise=False, mixer=mamba_or_attention,
+    ),
+    Arch(
+        "nemotron_h", "arXiv:2504.03624", position="none", act="relu2", gated=False, ffn=None,
+        mixer=mixer_alone,
+    ),
+    Arch(
+        "nemotron_h_moe", "arXiv:2512.20848", position="none", act="relu2", gated=False,
+        gating="sigmoid", ffn=None, mixer=mixer_alone,
+    ),
+    Arch(
+        "kimi-linear", "arXiv:2510.26692", needs=HEAD, position="none", mixer=delta_or_latent,
+    ),
+    Arch(
+        "deepseek32", "arXiv:2512.02556", needs=HEAD, pairing="adjacent", gating="sigmoid",
+        renormalise=False, mixer=LatentAttention,
+    ),
+    Arch(
+        "glm-dsa", "hf.co/zai-org/GLM-5", needs=HEAD, pairing="adjacent", gating="sigmoid",
+        renormalise=False, mixer=LatentAttention,
+    ),
+    Arch("deepseek", "arXiv:2401.06066", needs=HEAD, pairing="adjacent", renormalise=False),
+    Arch(
+        "bailingmoe", "arXiv:2503.05139", needs=HEAD, pairing="adjacent", renormalise=False,
+        adjust=bailingmoe,
+    ),
+    Arch("bailingmoe2", "arXiv:2510.22115", needs=HEAD, renormalise=False),
+    Arch(
+        "deci", "arXiv:2411.19146", pairing="adjacent", halves="file", mixer=attention_or_less,
+    ),
+    Arch(
+        "smallthinker", "arXiv:2507.20984", act="relu", choice_bias=False, routed_by_input=True,
+        adjust=smallthinker,
+    ),
+    Arch("plamo", "hf.co/pfnet/plamo-13b", needs=HEAD, residual="parallel"),
+    Arch("plamo3", "hf.co/pfnet/plamo-3-nict-8b-base", adjust=plamo3),
+    Arch("maincoder", "hf.co/Maincode/Maincoder-1B", pairing="adjacent", mixer=NormsBehindRope),
+    Arch("pangu-embedded", "arXiv:2505.22375"),
+    Arch(
+        "plm", "arXiv:2503.12167", pairing="adjacent", act="relu2", gated=False,
+        mixer=LatentAttention,
+    ),
+    Arch("bitnet", "arXiv:2402.17764"),
+    Arch(
+        "grok", "github.com/xai-org/grok-1", act="gelu_tanh", experts_beside=sqrt(0.5),
+        roles={"post_attention_norm": "attn_output_norm", "post_ffw_norm": "layer_output_norm"},
+        adjust=grok,
+    ),
+    Arch("llama-embed", "hf.co/nvidia/llama-embed-nemotron-8b", pairing="adjacent", adjust=both_ways),
+    Arch(
+        "neo-bert", "arXiv:2502.19587", pairing="adjacent", roles={"output_norm": "enc.output_norm"},
+        adjust=both_ways,
+    ),
+    Arch(
+        "jina-bert-v3", "arXiv:2409.10173", needs=EMBD_NORM, act="gelu", gated=False, norm_at="after",
+        adjust=both_ways,
+    ),
+    Arch("eurobert", "arXiv:2503.05500"),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
     Arch(
         "gptj", "github.com/kingoflolz/mesh-transformer-jax", needs=BIASED_HEAD, pairing="adjacent",
@@ -274,27 +495,45 @@ ROWS = (
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}
 
-# Architectures that are known and not run, each with its reason.
+IMAGES = "it reads images; we run text only"
+SOUND = "it writes sound; we run text only"
+DIFFUSION = "it fills in text by diffusion, not word by word: needs a loop over masked tokens"
+DRAFTER = "it guesses ahead for another model; we run whole models: needs that model's activations"
+
+# Architectures that are known and not run, each with its reason and what would be needed.
 NOT_RUN = {
+    **dict.fromkeys("chameleon cogvlm paddleocr hunyuan_vl deepseek2-ocr clip".split(), IMAGES),
+    **dict.fromkeys("wavtokenizer-dec qwen3tts pockettts".split(), SOUND),
+    **dict.fromkeys("llada llada-moe dream rnd1".split(), DIFFUSION),
+    **dict.fromkeys("eagle3 dflash gemma4-assistant".split(), DRAFTER),
+    "clef": "it decides between candidates instead of writing: needs a head of its own",
     **dict.fromkeys(
         "t5 t5encoder".split(),
-        "its attention adds a learned bias per distance, which no backend has",
+        "its attention adds a learned bias per distance: needs that of every backend's attention",
     ),
-    "llama4": "it attends in chunks and weighs experts' inputs, which no backend does",
+    "grovemoe": "llama.cpp and its publisher differ in what its small experts read: needs a reference",
     **dict.fromkeys(
-        "qwen2vl qwen3vl qwen3vlmoe chameleon cogvlm paddleocr hunyuan_vl deepseek2-ocr clip".split(),
-        "it reads images; we run text only",
+        "arwkv7 rwkv6qwen2".split(),
+        "its recurrence has gates and groups of its own: needs a mixer beside rwkv7's",
     ),
-    "wavtokenizer-dec": "it writes sound; we run text only",
+    "plamo2": "its Mamba has norms of its own and other sizes per head: needs a mixer beside mamba2's",
+    "mimo2": "some heads' values are narrower in layers with a window: needs a proven row",
+    "step35": "it caps its experts' activations layer by layer: needs an activation with a limit",
+    "dots3note": "latent attention with another size in layers with a window: needs sizes per layer",
+    "hrm_text": "two stacks of layers run in turns: needs layers that run several times",
+    "nanbeige": "its layers run several times: needs layers that do",
+    "graniteswitch": "it switches adapters by token: needs adapters within a layer",
     **dict.fromkeys(
-        "llada llada-moe dream rnd1".split(), "it fills in text by diffusion, not word by word"
+        "bailingmoe3 kimi-k3 glm5-next minimax-01".split(),
+        "linear attention of another make beside plain: needs a mixer of its own",
     ),
     **dict.fromkeys(
-        "gemma3n gemma4 deci jamba plamo plamo2 plamo3 nemotron_h nemotron_h_moe kimi-linear rwkv6qwen2 "
-        "arwkv7 grok bitnet glm4moe exaone-moe bailingmoe bailingmoe2 minimax-m2 mimo2 afmoe "
-        "grovemoe smallthinker step35 mistral3 mistral4 glm-dsa jina-bert-v3 neo-bert "
-        "eurobert jais2 maincoder pangu-embedded plm deepseek llama-embed".split(),
-        "it has no row of our table yet",
+        "deepseek4 minimax-m3 qwen4exp hy_v4".split(),
+        "sparse attention and other parts of its own: needs choosing positions on every backend",
+    ),
+    **dict.fromkeys(
+        "hy_v3 maple muse-glimmer spark2_5 talkie".split(),
+        "it has no row of our table yet: needs one, with a reference to prove it",
     ),
 }
 

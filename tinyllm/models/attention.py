@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import GGUFError
-from ..kernels.backend import Array, HeadNorms, LayerCache, RopeSpec
+from ..kernels.backend import Array, HeadNorms, LayerCache, RopeSpec, Weight
 from . import probe
 from .config import Config, RopeScaling
-from .mixer import Mixer
+from .mixer import Mixer, widened
 from .probe import Scoring
 from .rope import alibi_slopes, attention_scale, frequencies, magnitude
 from .step import Step
-from .weights import Linear, Norm, Tensors
+from .weights import Linear, Norm, Row, Tensors
 
 if TYPE_CHECKING:
     from .archs import Arch
@@ -39,19 +39,26 @@ class Attention(Mixer):
     """Project to q, k, v; normalise, rotate; attend over the past; project back. [T, E] -> [T, E]."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        c = c.at(i)
         self.be, self.i, self.causal = w.be, i, c.causal
         self.n_head, self.n_head_kv = c.n_head[i], c.n_head_kv[i]
         check_has_heads(c, i)
         self.head_dim, self.head_dim_v = c.head_dim, c.head_dim_v
-        self.q, self.k, self.v = projections(c, i, w, self.queries)
+        self.source = source_of(c, i)
+        self.q, self.k, self.v = self.projections(c, a, w)
         self.o = w.linear("attn_output", c.n_embd, self.n_head * c.head_dim_v)
         self.q_norm = head_norm(w, "attn_q_norm", self.n_head, c.head_dim)
         self.k_norm = head_norm(w, "attn_k_norm", self.n_head_kv, c.head_dim)
+        self.v_norm = Norm(w.be, c.norm, c.norm_eps, None, None, c.head_dim_v) if a.v_norm else None
         self.o_norm = w.norm_if("attn_sub_norm", self.n_head * c.head_dim_v)
-        self.sinks = w.optional("attn_sinks.weight", self.n_head)
+        self.gate, self.gate_act = output_gate(c, i, w), a.gate_act
+        needs_sinks = a.sinks == "all" or (a.sinks == "windowed" and c.window[i])
+        self.sinks = w.array("attn_sinks.weight", self.n_head) if needs_sinks else None
         self.scale, self.clamp = attention_scale(c), c.attn_clamp
         self.softcap, self.window = c.attn_softcap, c.window[i]
+        self.value_scale = c.attn_value_scale
         self.rope = make_rope(c, a, i, w) if a.position == "rope" and c.rope_on[i] else None
+        self.temperature = Heating(c, w) if c.temperature and c.heated[i] else None
         self.slopes = None
         if c.max_alibi_bias:
             self.slopes = w.be.array(alibi_slopes(self.n_head, c.max_alibi_bias))
@@ -60,31 +67,58 @@ class Attention(Mixer):
     def scoring(self) -> Scoring:
         """How the layer makes scores, for a tap that asks for probabilities."""
         return Scoring(
-            self.i, self.n_head, self.n_head_kv, self.causal, self.scale, self.window,
+            self.i, self.source, self.n_head, self.n_head_kv, self.causal, self.scale, self.window,
             self.softcap, self.slopes, self.sinks,
         )  # fmt: skip
 
     @property
     def cache(self) -> LayerCache:
         """What this layer keeps of the past."""
-        if not self.causal:
+        if not self.causal or self.source != self.i:
             return LayerCache()
-        return LayerCache(self.n_head_kv, self.head_dim, self.head_dim_v, window=self.window)
+        return LayerCache(self.n_head_kv, self.head_dim, self.head_dim_v, window=abs(self.window))
 
     def __call__(self, step: Step, x: Array) -> Array:
         be, tap = self.be, step.tap
-        linears = (self.q, self.k, self.v)
-        q, k, v = be.matmuls([p.weight for p in linears], x, [p.bias for p in linears])
-        if self.clamp:
-            q, k, v = (be.clamp(y, self.clamp) for y in (q, k, v))
-        if self.rope is not None and self.causal and step.user_tap is None:
+        q, k, v = self.projected(x)
+        own = self.source == self.i
+        if own and self.rope is not None and self.causal and step.user_tap is None:
             y = self.scores(step, self.stored(step, self.rope, q, k, v))
         else:
             q, k = self.place(step, *self.normed(q, k))
             q, k, v = (tap(f"blk.{self.i}.{n}", y) for n, y in (("q", q), ("k", k), ("v", v)))
             y = tap(f"blk.{self.i}.attn_heads", self.attend(step, q, k, v))
         y = self.gated(x, y)
+        y = y if self.value_scale == 1 else be.scale_softcap(y, self.value_scale)
         return self.o(self.o_norm(y) if self.o_norm else y)
+
+    def projections(
+        self, c: Config, a: Arch, w: Tensors
+    ) -> tuple[Linear, Linear | None, Linear | None]:
+        """Matrices for q, k and v; None where k and v are an earlier layer's, or v is what makes k."""
+        if self.source != self.i:
+            w.pass_over("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
+            return self.queries(c, w), None, None
+        if a.values_from_keys and not c.window[self.i] and not any_values(c, w):
+            return (
+                self.queries(c, w),
+                w.linear("attn_k", self.n_head_kv * c.head_dim, c.n_embd),
+                None,
+            )
+        return projections(c, self.i, w, self.queries)
+
+    def projected(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of x; where the layer has no keys of its own, queries stand for them."""
+        be = self.be
+        if self.k is None:
+            q = self.q(x)
+            return q, q, q
+        linears = [p for p in (self.q, self.k, self.v) if p is not None]
+        q, k, *rest = be.matmuls([p.weight for p in linears], x, [p.bias for p in linears])
+        v = rest[0] if rest else k
+        if self.clamp:
+            q, k, v = (be.clamp(y, self.clamp) for y in (q, k, v))
+        return q, k, self.v_norm(v) if self.v_norm else v
 
     def queries(self, c: Config, w: Tensors) -> Linear:
         """The projection to queries, where it is a matrix of its own."""
@@ -96,11 +130,16 @@ class Attention(Mixer):
 
     def place(self, step: Step, q: Array, k: Array) -> tuple[Array, Array]:
         """Turn queries and keys to their positions."""
-        if self.rope is None:
-            return q, k
-        spec, positions = self.rope.at(step.n_ctx), step.batch.positions
-        q = self.be.rope(q, positions, spec, self.head_dim)
-        return q, self.be.rope(k, positions, spec, self.head_dim)
+        if self.rope is not None:
+            spec, positions = self.rope.at(step.n_ctx), step.batch.positions
+            q = self.be.rope(q, positions, spec, self.head_dim)
+            if self.source == self.i:
+                k = self.be.rope(k, positions, spec, self.head_dim)
+        return self.heated(step, q), k
+
+    def heated(self, step: Step, q: Array) -> Array:
+        """Queries times the temperature of their positions, where the layer has one."""
+        return q if self.temperature is None else self.temperature(step, q)
 
     def stored(self, step: Step, rope: Rope, q: Array, k: Array, v: Array) -> Array:
         """Norm and turn queries and keys, and store keys and values; returns the queries."""
@@ -108,16 +147,22 @@ class Attention(Mixer):
         if norms is None:
             q, k = self.normed(q, k)
         spec = rope.at(step.n_ctx)
-        return self.be.rope_write(step.batch, self.i, q, k, v, spec, self.head_dim, norms)
+        q = self.be.rope_write(step.batch, self.i, q, k, v, spec, self.head_dim, norms)
+        return self.heated(step, q)
 
     def gated(self, x: Array, y: Array) -> Array:
-        """Gate the heads' outputs y by the layer's input x; plain attention lets all pass."""
-        return y
+        """Gate the heads' outputs y by the layer's input x: each value, or each head, or not at all."""
+        if self.gate is None:
+            return y
+        gate = self.be.act(self.gate(x), self.gate_act)
+        if gate.shape[1] != y.shape[1]:
+            gate = widened(self.be, gate, self.n_head, self.head_dim_v)
+        return self.be.mul(y, gate)
 
     def attend(self, step: Step, q: Array, k: Array, v: Array) -> Array:
         """q [T, H D], k [T, K D], v [T, K Dv] -> [T, H Dv]; causal models store k and v first."""
         batch = step.batch
-        if self.causal:
+        if self.causal and self.source == self.i:
             self.be.cache_write(batch, self.i, k, v)
         if probe.asked(step):
             return probe.attend(step, self.scoring, q, k, v)
@@ -131,7 +176,7 @@ class Attention(Mixer):
     def scores(self, step: Step, q: Array) -> Array:
         """Attention of q [T, H D] over what is stored."""
         return self.be.attention(
-            step.batch, self.i, q, self.n_head, scale=self.scale, window=self.window,
+            step.batch, self.source, q, self.n_head, scale=self.scale, window=self.window,
             softcap=self.softcap, slopes=self.slopes, sinks=self.sinks,
         )  # fmt: skip
 
@@ -151,6 +196,70 @@ class NormsBehindRope(Attention):
         q, k = self.place(step, q, k)
         self.be.cache_write(step.batch, self.i, k, v)
         return q
+
+
+class BareNormsBehindRope(NormsBehindRope):
+    """The norms have no weights, and only layers that rotate have them (Llama 4).
+
+    The largest of these models, with 128 experts, has none; its files do not say so.
+    """
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        super().__init__(c, a, i, w)
+        if self.rope is not None and c.n_expert != 128:
+            norm = Norm(w.be, c.norm, c.norm_eps, None, None, c.head_dim)
+            self.q_norm = self.k_norm = norm
+
+
+class Heating:
+    """Queries times a factor that grows with their position: [T, H D] -> [T, H D].
+
+    The factors are rows of a table, which all layers of a device share.
+    """
+
+    def __init__(self, c: Config, w: Tensors) -> None:
+        t = c.temperature
+        assert t is not None
+        self.be = w.be
+
+        def table() -> Weight:
+            positions = np.arange(c.n_ctx_train)
+            growth = np.log(np.floor((positions + t.offset) / t.length) + 1)
+            return w.be.load(Row("temperature", (1 + t.scale * growth)[:, None]))
+
+        self.table: Weight = w.once("temperature", table)
+
+    def __call__(self, step: Step, q: Array) -> Array:
+        return self.be.mul(q, self.be.embed(self.table, step.batch.positions))
+
+
+def source_of(c: Config, i: int) -> int:
+    """The layer whose keys and values layer i reads: its own, or the last one of its kind that has some."""
+    first = c.n_layer - c.n_kv_shared
+    if i < first:
+        return i
+    alike = [j for j in range(first) if bool(c.window[j]) == bool(c.window[i])]
+    if not alike:
+        raise GGUFError(
+            f"is {c.n_kv_shared}, but no earlier layer has keys for layer {i}",
+            name=f"{c.arch}.attention.shared_kv_layers",
+        )
+    return alike[-1]
+
+
+def any_values(c: Config, w: Tensors) -> bool:
+    """Whether a layer without a window has a matrix for values."""
+    full = (j for j in range(c.n_layer) if not c.window[j])
+    return w.root.has(*(f"blk.{j}.attn_v.weight" for j in full))
+
+
+def output_gate(c: Config, i: int, w: Tensors) -> Linear | None:
+    """The gate of the heads' outputs, one value for each of theirs or one for each head."""
+    if not w.has("attn_gate.weight"):
+        return None
+    n, d = w.source("attn_gate.weight").shape[0], c.head_dim_v
+    per_head = n == c.n_head[i]
+    return w.linear("attn_gate", c.n_head[i] * (1 if per_head else d), c.n_embd)
 
 
 def check_has_heads(c: Config, i: int) -> None:
@@ -225,9 +334,10 @@ def make_rope(c: Config, a: Arch, i: int, w: Tensors, first: int = 0) -> Rope:
     local = bool(c.window[i]) and c.rope_freq_base_swa > 0
     base = c.rope_freq_base_swa if local else c.rope_freq_base
     scaling = RopeScaling() if c.window[i] and not c.rope_scaling_swa else c.rope_scaling
-    root = Tensors(w.tensors, w.be, c, "", w.taken)
+    root = w.root
 
     def spec(table: str) -> RopeSpec:
+        table = "" if c.window[i] and not c.rope_scaling_swa else table
         factors = factors_of(root, table, c.rope_dim // 2)
         freqs = frequencies(c.rope_dim, base, scaling, factors)
         return RopeSpec(w.be.array(freqs), a.pairing, first, magnitude(scaling))

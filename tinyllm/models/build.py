@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import GGUFError, UnsupportedModel
 from ..kernels.backend import Backend, KVType
 from .archs import find
-from .config import CONTEXT, Keys, architecture, read_config
+from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
 from .memory import check_fits
 from .network import Network
@@ -44,7 +44,8 @@ def build(
         config = replace(config, norm=arch.norm)
     check_vocabulary(metadata, keys, tensors)
     refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
-    check_layers(tensors, config.n_layer, arch.gated)
+    tensors = without_skipped(tensors, config)
+    check_layers(tensors, config, arch.gated)
     stages = (
         [Stage(where, range(config.n_layer))]
         if isinstance(where, Backend)
@@ -59,8 +60,27 @@ def build(
     layers = [root.below(f"blk.{i}.", s.be) for s in stages for i in s.layers]
     end = root.below("", stages[-1].be)
     decoder = Decoder(config, arch, root, progress(layers, config.n_layer), end)
+    check_sources(decoder, stages)
     refuse(root.leftovers(), "tensors that this architecture does not use", strict)
     return Network(config, arch, decoder, stages, kv_type)
+
+
+def without_skipped(tensors: Mapping[str, Stored], c: Config) -> Mapping[str, Stored]:
+    """The tensors but those of the layers that guess further tokens: the next one needs none of them."""
+    behind = tuple(f"blk.{i}." for i in range(c.n_layer, c.n_layer + c.n_skipped))
+    return {n: t for n, t in tensors.items() if not n.startswith(behind)} if behind else tensors
+
+
+def check_sources(decoder: Decoder, stages: Sequence[Stage]) -> None:
+    """Raise UnsupportedModel if a layer reads keys that are kept on another device."""
+    for stage in stages:
+        for i in stage.layers:
+            source = decoder.blocks[i].mixer.source
+            if source >= 0 and source not in stage.layers:
+                raise UnsupportedModel(
+                    f"layer {i} reads the keys of layer {source}, which is on another device; "
+                    "put all layers on one device"
+                )
 
 
 def check_vocabulary(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,8 +19,6 @@ LAYERS, WIDTH, CONTEXT = 512, 1 << 20, 1 << 31
 # Keys that change no arithmetic of ours: what they say is also in the tensors, or is advice to others.
 HARMLESS = {
     "tensor_data_layout",
-    "rope.scaling.yarn_beta_fast",  # fixed at 32 and 1 by llama.cpp for every architecture here
-    "rope.scaling.yarn_beta_slow",
     "expert_shared_count",  # the shared expert's width is its tensors'
     "expert_shared_feed_forward_length",
     "expert_feed_forward_length",  # the experts' width is their tensors'
@@ -28,7 +26,6 @@ HARMLESS = {
     "classifier.output_labels",  # names of the scores; how many there are, the tensors say
     "interleave_moe_layer_step",
     "moe_every_n_layers",  # which layers have experts is seen from the tensors
-    "leading_dense_block_count",
     "time_mix_extra_dim",
     "time_decay_extra_dim",
     "attention.decay_lora_rank",
@@ -44,6 +41,12 @@ HARMLESS = {
     "dense_3_feat_in",
     "dense_3_feat_out",
     "embedding_length_out",
+    "attention.indexer.head_count",  # what the index is made of; see ``n_ctx_most``
+    "attention.indexer.key_length",
+    "attention.indexer.types",
+    "router_logit_softcapping",  # no implementation of Grok caps them
+    "n_deepstack_layers",  # a picture's activations are added after these layers
+    "moe_latent_size",  # the width inside is the experts' tensors'
 }
 T = TypeVar("T")
 
@@ -54,6 +57,7 @@ class Keys:
     def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
         self.metadata, self.arch, self.prefix = metadata, arch, arch + "."
         self.read: set[str] = set()
+        self.n_skipped = 0  # layers at the end of the file that are not read
 
     def has(self, key: str) -> bool:
         return self.prefix + key in self.metadata
@@ -113,6 +117,7 @@ class Keys:
         value = self.get(key, default)
         if isinstance(value, (np.ndarray, list, tuple)):
             values = [v.item() if isinstance(v, np.generic) else v for v in value]
+            values = values[: n_layer if len(values) == n_layer + self.n_skipped else None]
         else:
             values = [value] * n_layer
         good = all(isinstance(v, int) and low <= v <= high for v in values)
@@ -138,6 +143,17 @@ class RopeScaling:
     n_ctx_original: int = 0
     attn_factor: float = 1.0  # multiplies cos and sin
     log_multiplier: float = 0.0  # DeepSeek: 0.1 * mscale_all_dim
+    beta_fast: float = 32.0  # turns within the trained length that bound YaRN's ramp
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries grow with their position: by scale * log(floor((position + offset) / length) + 1) + 1."""
+
+    scale: float
+    length: int
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,18 +169,32 @@ class Config:
     n_ff: tuple[int, ...]
     head_dim: int
     head_dim_v: int
+    head_dim_swa: int  # in layers with a window
+    head_dim_v_swa: int
     norm: str  # "rms" | "layer"
     norm_eps: float
     rope_dim: int
+    rope_dim_swa: int
     rope_freq_base: float
     rope_freq_base_swa: float
     rope_scaling: RopeScaling
     rope_scaling_swa: bool  # do sliding-window layers use the scaling too?
     rope_on: tuple[bool, ...]  # layers whose queries and keys are rotated
+    heated: tuple[
+        bool, ...
+    ]  # layers whose queries grow with their position, where there is a temperature
     window: tuple[int, ...]  # 0: the layer sees everything
     attn_scale: float
+    attn_out_scale: float  # Grok's name for attn_scale; 0: the file does not say
     attn_softcap: float
     attn_clamp: float
+    attn_value_scale: float
+    temperature: Temperature | None
+    n_kv_shared: int  # the last layers, which have no keys of their own
+    n_embd_per_layer: int  # 0: the layers get no embedding of their own
+    n_stream: int  # streams of activations that lie side by side
+    altup_active: int  # the stream that layers compute
+    sparsity: tuple[float, ...]  # deviations above the mean from which a gate acts; -inf: all of it
     logit_softcap: float
     logit_scale: float
     embedding_scale: float
@@ -190,8 +220,27 @@ class Config:
     ssm_group: int
     ssm_norm: bool
     wkv_head_dim: int
+    kda_head_dim: int
     rope_finetuned: bool  # Granite's hybrid: do attention layers rotate?
     xielu: tuple[tuple[float, float, float], ...]  # per layer: above 0, below 0, linear
+    n_dense: int  # leading layers without experts
+    has_no_window: bool  # the file says that nothing is hidden
+    n_ctx_most: int  # positions up to which sparse attention is the plain one; 0: it is not sparse
+    window_size: int
+    window_pattern: int  # the file's, where it is one number for all layers
+    window_listed: bool  # does the file say of each layer whether it has a window?
+    n_skipped: int  # layers behind the others, which guess more than one token ahead
+
+    def at(self, i: int) -> Config:
+        """The configuration as layer i sees it: layers with a window may have heads of their own size."""
+        if not self.window[i]:
+            return self
+        return replace(
+            self,
+            head_dim=self.head_dim_swa,
+            head_dim_v=self.head_dim_v_swa,
+            rope_dim=self.rope_dim_swa,
+        )
 
 
 def architecture(metadata: Mapping[str, Any]) -> str:
@@ -205,7 +254,9 @@ def architecture(metadata: Mapping[str, Any]) -> str:
 def read_config(keys: Keys) -> Config:
     """Everything the file says, with the format's own defaults; a row of ARCHS may then adjust it."""
     k = keys
-    n_layer = k.whole("block_count", low=1, high=LAYERS)
+    n_all = k.whole("block_count", low=1, high=LAYERS)
+    n_skipped = k.whole("nextn_predict_layers", 0, high=n_all - 1)
+    n_layer, k.n_skipped = n_all - n_skipped, n_skipped
     n_embd = k.whole("embedding_length", low=1)
     n_head = k.per_layer("attention.head_count", n_layer, None, 0, 1 << 16)
     n_head_kv = k.per_layer("attention.head_count_kv", n_layer, list(n_head), 0, 1 << 16)
@@ -213,33 +264,54 @@ def read_config(keys: Keys) -> Config:
     widest = max(n_head)
     head_dim = k.whole("attention.key_length", n_embd // widest if widest else 0)
     head_dim_v = k.whole("attention.value_length", n_embd // widest if widest else 0)
+    head_dim_swa = k.whole("attention.key_length_swa", head_dim)
+    rope_dim = read_rope_dim(k, "rope.dimension_count", head_dim)
     kv_lora_rank = k.whole("attention.kv_lora_rank", 0)
     norm, norm_eps = read_norm(k)
     head_dim_mla = k.whole("attention.key_length_mla", head_dim)
+    n_ctx_train = k.whole("context_length", low=1, high=CONTEXT)
+    n_ctx_most = k.whole("attention.indexer.top_k", 0, high=CONTEXT)
+    pattern = k.get("attention.sliding_window_pattern", 0)
     n_expert = k.whole("expert_count", 0, high=4096)
     return Config(
         arch=k.arch,
         n_layer=n_layer,
-        n_ctx_train=k.whole("context_length", low=1, high=CONTEXT),
+        n_ctx_train=min(n_ctx_train, n_ctx_most or n_ctx_train),
         n_embd=n_embd,
         n_head=n_head,
         n_head_kv=n_head_kv,
         n_ff=k.per_layer("feed_forward_length", n_layer, 0, 0),
         head_dim=head_dim_mla,
         head_dim_v=k.whole("attention.value_length_mla", head_dim_v),
+        head_dim_swa=head_dim_swa if k.has("attention.key_length_swa") else head_dim_mla,
+        head_dim_v_swa=k.whole(
+            "attention.value_length_swa", k.whole("attention.value_length_mla", head_dim_v)
+        ),
         norm=norm,
         norm_eps=norm_eps,
-        rope_dim=read_rope_dim(k, head_dim),
+        rope_dim=rope_dim,
+        rope_dim_swa=read_rope_dim(k, "rope.dimension_count_swa", head_dim_swa, rope_dim),
         rope_freq_base=k.number("rope.freq_base", 10000.0, low=1.001),
         rope_freq_base_swa=k.number("rope.freq_base_swa", 0.0, low=0.0),
         rope_scaling=read_scaling(k),
         rope_scaling_swa=True,
-        rope_on=(True,) * n_layer,
+        rope_on=tuple(
+            map(bool, k.per_layer("attention.rope_pattern", n_layer, [True] * n_layer, 0, 1))
+        ),
+        heated=(True,) * n_layer,
         window=read_windows(k, n_layer),
         attn_scale=k.number("attention.scale", 0.0)
         or (head_dim_mla**-0.5 if head_dim_mla else 0.0),
+        attn_out_scale=k.number("attention.output_scale", 0.0),
         attn_softcap=k.number("attn_logit_softcapping", 0.0, low=0.0),
         attn_clamp=k.number("attention.clamp_kqv", 0.0, low=0.0),
+        attn_value_scale=k.number("attention.value_scale", 1.0),
+        temperature=read_temperature(k),
+        n_kv_shared=k.whole("attention.shared_kv_layers", 0, high=n_layer - 1),
+        n_embd_per_layer=k.whole("embedding_length_per_layer_input", 0),
+        n_stream=k.whole("altup.num_inputs", 1, 1, 64),
+        altup_active=k.whole("altup.active_idx", 0),
+        sparsity=read_sparsity(k, n_layer),
         logit_softcap=k.number("final_logit_softcapping", 0.0, low=0.0),
         logit_scale=k.number("logit_scale", 1.0, positive=True),
         embedding_scale=k.number("embedding_scale", 1.0),
@@ -267,8 +339,17 @@ def read_config(keys: Keys) -> Config:
         ssm_group=k.whole("ssm.group_count", 1, 1),
         ssm_norm=k.flag("ssm.dt_b_c_rms", False),
         wkv_head_dim=k.whole("wkv.head_size", 0, high=4096),
+        kda_head_dim=k.whole("kda.head_dim", 0, high=4096),
         rope_finetuned=k.flag("rope.scaling.finetuned", False),
         xielu=read_xielu(k, n_layer),
+        n_dense=k.whole("leading_dense_block_count", 0, high=LAYERS),
+        has_no_window=k.has("attention.sliding_window")
+        and not k.whole("attention.sliding_window", 0, high=CONTEXT),
+        n_ctx_most=n_ctx_most,
+        window_size=k.whole("attention.sliding_window", 0, high=CONTEXT),
+        window_pattern=pattern if isinstance(pattern, int) else 0,
+        window_listed=not isinstance(pattern, int),
+        n_skipped=n_skipped,
     )
 
 
@@ -339,16 +420,26 @@ def read_norm(k: Keys) -> tuple[str, float]:
     return found[0]
 
 
-def read_rope_dim(k: Keys, head_dim: int) -> int:
+def read_rope_dim(k: Keys, key: str, head_dim: int, default: int | None = None) -> int:
     """How many of a head's values turn."""
-    dim = k.whole("rope.dimension_count", head_dim // 2 * 2)
+    dim = k.whole(key, head_dim // 2 * 2 if default is None else default)
     if dim % 2 or dim > head_dim > 0:
         raise GGUFError(
             f"is {dim}; expected an even number, at most the {head_dim} values of a head "
             f"({k.prefix}attention.key_length, or embedding_length / head_count)",
-            name=k.prefix + "rope.dimension_count",
+            name=k.prefix + key,
         )
     return dim
+
+
+def read_temperature(k: Keys) -> Temperature | None:
+    """How queries grow with their position; None where the file does not say."""
+    scale = k.number("attention.temperature_scale", 0.0)
+    trained = k.whole(
+        "rope.scaling.original_context_length", k.whole("context_length", high=CONTEXT), 1, CONTEXT
+    )
+    length = k.whole("attention.temperature_length", trained, 1, CONTEXT)
+    return Temperature(scale, length) if scale else None
 
 
 def read_scaling(k: Keys) -> RopeScaling:
@@ -370,6 +461,8 @@ def read_scaling(k: Keys) -> RopeScaling:
         ),
         attn_factor=k.number("rope.scaling.attn_factor", 1.0, positive=True),
         log_multiplier=k.number("rope.scaling.yarn_log_multiplier", 0.0),
+        beta_fast=k.number("rope.scaling.yarn_beta_fast", 32.0, positive=True),
+        beta_slow=k.number("rope.scaling.yarn_beta_slow", 1.0, positive=True),
     )
 
 
@@ -404,6 +497,14 @@ def read_xielu(k: Keys, n_layer: int) -> tuple[tuple[float, float, float], ...]:
     return tuple(
         (softplus(p), b + softplus(n), b) for p, n, b in zip(above, below, linear, strict=True)
     )
+
+
+def read_sparsity(k: Keys, n_layer: int) -> tuple[float, ...]:
+    """How far above the mean a layer's gate acts, in standard deviations; () without such a key."""
+    key = "activation_sparsity_scale"
+    if not k.has(key):
+        return ()
+    return tuple(np.asarray(k.get(key), float).ravel()[:n_layer].tolist())
 
 
 def numbers(metadata: Mapping[str, Any], key: str, n: int) -> tuple[float, ...]:

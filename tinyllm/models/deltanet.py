@@ -13,8 +13,8 @@ from ..errors import UnsupportedModel
 from ..kernels.backend import Array, LayerCache
 from .attention import Attention
 from .config import Config
-from .mamba2 import check_groups, convolutions, widened
-from .mixer import Mixer
+from .mamba2 import check_groups, convolutions
+from .mixer import Mixer, widened
 from .step import Step
 from .weights import Linear, Norm, Tensors
 
@@ -94,13 +94,13 @@ class GatedAttention(Attention):
 
     def queries(self, c: Config, w: Tensors) -> Linear:
         rows = np.arange(2 * self.n_head * c.head_dim).reshape(self.n_head, 2, c.head_dim)
-        q, self.gate = (
+        q, self.beside = (
             w.linear("attn_q", rows.size, c.n_embd, rows[:, j].ravel()) for j in range(2)
         )
         return q
 
     def gated(self, x: Array, y: Array) -> Array:
-        return self.be.mul(y, self.be.act(self.gate(x), "sigmoid"))
+        return self.be.mul(y, self.be.act(self.beside(x), "sigmoid"))
 
 
 def delta_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> DeltaNet | GatedAttention:

@@ -236,6 +236,16 @@ class Recorder(Backend):
     def combine(self, x: Value, weights: Value) -> Value:
         return self.new(("T", x.shape[-1]), "sum over experts of {} * {}", x, weights)
 
+    def stacked(self, xs: Sequence[Value]) -> Value:
+        shape = ("T", len(xs), xs[0].shape[1])
+        return self.new(shape, "beside each other: " + ", ".join(["{}"] * len(xs)), *xs)
+
+    def weigh(self, x: Value, weights: Value) -> Value:
+        return self.new((*weights.shape, x.shape[1]), "{} for each expert * {}", x, weights)
+
+    def per_choice(self, w: Value, experts: Value) -> Value:
+        return self.new(experts.shape, "{} of {}", w, experts)
+
     # ---- recurrent layers
 
     def conv1d(
@@ -269,7 +279,8 @@ def times(scale: float) -> str:
 def said(n_head: int, how: Mapping[str, Any]) -> str:
     """How an attention is computed, in words: heads, scale, window and the like."""
     words = [f"{n_head} heads", f"scale {how['scale']:.4g}"]
-    words += [f"window {how['window']}"] if how.get("window") else []
+    window = how.get("window", 0)
+    words += [f"window {window}" if window > 0 else f"chunks of {-window}"] if window else []
     words += [f"soft cap {how['softcap']:g}"] if how.get("softcap") else []
     words += ["ALiBi"] if how.get("slopes") is not None else []
     words += ["sinks"] if how.get("sinks") is not None else []

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import GGUFError
-from ..kernels.backend import Array, Routing
+from ..kernels.backend import Array, LayerCache, Routing
 from .config import Config
+from .mixer import Mixer
 from .step import Step
-from .weights import Linear, Row, Tensors
+from .weights import Linear, Norm, Row, Tensors
 
 if TYPE_CHECKING:
     from .archs import Arch
@@ -23,14 +24,40 @@ class FFN:
         self.be, self.act = w.be, a.act
         self.gate, self.up = halves(a, w, n_ff, c.n_embd, suffix)
         self.down = w.linear(f"ffn_down{suffix}", c.n_embd, n_ff)
+        self.norm = w.norm_if("ffn_sub_norm", n_ff)  # BitNet's, of what goes into down
 
     def __call__(self, step: Step | None, x: Array) -> Array:
+        if self.norm is not None:
+            return self.down(self.norm(self.hidden(x)))
         if self.gate is None:
             hidden = self.be.matmul_act(self.up.weight, x, self.up.bias, self.act)
             return self.down(hidden)
         both = self.gate, self.up
         ws, biases = [p.weight for p in both], [p.bias for p in both]
         return self.down(self.be.matmul_gated(ws, x, biases, self.act))
+
+    def hidden(self, x: Array) -> Array:
+        """What goes into down."""
+        up = self.up(x)
+        return (
+            self.be.act(up, self.act)
+            if self.gate is None
+            else self.be.act_mul(self.gate(x), up, self.act)
+        )
+
+
+class FeedForwardAlone(Mixer):
+    """A feed-forward half, experts or not, that is a layer of its own (Nemotron-H). [T, E] -> [T, E]."""
+
+    cache = LayerCache()
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        routed = w.has(*(f"ffn_{n}.weight" for n in ("gate_inp", "up_exps", "down_exps")))
+        n_ff = 0 if routed else w.source("ffn_down.weight").shape[1]
+        self.half = MoE(c, a, w) if routed else FFN(c, a, w, n_ff)
+
+    def __call__(self, step: Step, x: Array) -> Array:
+        return self.half(step, x)
 
 
 class XIELU:
@@ -83,56 +110,147 @@ class MoE:
         n, e = c.n_expert, c.n_embd
         if not n:
             raise GGUFError("is 0, yet the file has experts", name=f"{c.arch}.expert_count")
-        self.be, self.act = w.be, a.act
+        self.be, self.act, self.inputs, self.scale = w.be, a.act, a.weigh_inputs, a.experts_scale
         self.router = w.linear("ffn_gate_inp", n, e)
-        shape = w.source("ffn_up_exps.weight").shape
-        if len(shape) != 3:
-            name = f"{w.prefix}ffn_up_exps.weight"
-            raise GGUFError(f"has shape {shape}; expected a matrix for each expert", name=name)
-        n_ff = shape[1]
-        self.up = Experts(w, "ffn_up_exps", n, n_ff, e)
-        self.gate = Experts(w, "ffn_gate_exps", n, n_ff, e) if a.gated else None
+        self.narrow = self.wide = None
+        if w.has("ffn_latent_down.weight", "ffn_latent_up.weight"):
+            narrow = w.source("ffn_latent_down.weight").shape[0]
+            self.narrow = w.linear("ffn_latent_down", narrow, e)
+            self.wide = w.linear("ffn_latent_up", e, narrow)
+            e = narrow
+        self.gate, self.up, n_ff = stacks(a, w, n, e)
         self.down = Experts(w, "ffn_down_exps", n, e, n_ff)
-        needs_bias = c.expert_gating == "sigmoid"  # DeepSeek-V3's choice, and of those after it
-        self.bias = (
+        self.down_scale = None  # a number for each expert
+        if w.has("ffn_down_exps.scale"):
+            row = Row("ffn_down_exps.scale", w.host("ffn_down_exps.scale", n).reshape(n, 1))
+            self.down_scale = w.be.load(row)
+        needs_bias = c.expert_gating == "sigmoid" and a.choice_bias
+        self.bias = (  # DeepSeek-V3's choice, and of those after it
             w.array("exp_probs_b.bias", n) if needs_bias else w.optional("exp_probs_b.bias", n)
         )
         self.shared = self.shared_gate = None
         if w.has(*(f"ffn_{n}_shexp.weight" for n in ("up", "gate", "down"))):
-            self.shared = FFN(c, a, w, w.source("ffn_up_shexp.weight").shape[0], "_shexp")
+            self.shared = FFN(c, a, w, w.source("ffn_down_shexp.weight").shape[1], "_shexp")
         if w.has("ffn_gate_inp_shexp.weight"):
-            self.shared_gate = shared_gate(w, e)
+            self.shared_gate = shared_gate(w, c.n_embd)
         self.routing = routing(c, a)
 
-    def __call__(self, step: Step | None, x: Array) -> Array:
+    def __call__(self, step: Step | None, x: Array, routed_by: Array | None = None) -> Array:
+        """x through its experts, which the router chooses by ``routed_by``, or by x itself."""
         be = self.be
-        experts, weights = be.route(self.router(x), self.routing, self.bias)
+        logits = self.router(x if routed_by is None else routed_by)
+        experts, weights = be.route(logits, self.routing, self.bias)
+        y = self.chosen(x if self.narrow is None else self.narrow(x), experts, weights)
+        y = y if self.wide is None else self.wide(y)
+        if self.shared is not None:
+            extra = self.shared(None, x)
+            if self.shared_gate is not None:
+                extra = be.mul(extra, be.act(self.shared_gate(x), "sigmoid"))
+            y = be.add(y, extra)
+        return y if self.scale == 1 else be.scale_softcap(y, self.scale)
+
+    def chosen(self, x: Array, experts: Array, weights: Array) -> Array:
+        """The weighed sum of what the chosen experts make of x."""
+        be = self.be
+        if self.down_scale is not None:
+            weights = be.mul(weights, be.per_choice(self.down_scale, experts))
+        if self.inputs:  # Llama 4 weighs what goes into the experts
+            x = be.weigh(x, weights)
+            weights = be.act(be.scale_softcap(weights, 0.0), "exp")  # ones
         if self.gate is None:
             hidden = be.act(self.up(x, experts), self.act)
         else:
             both = self.gate, self.up
             ws, biases = [p.weight for p in both], [p.bias for p in both]
             hidden = be.matmul_experts_gated(ws, x, experts, biases, self.act)
-        y = be.combine(self.down(hidden, experts), weights)
-        if self.shared is None:
-            return y
-        extra = self.shared(None, x)
-        if self.shared_gate is not None:
-            extra = be.mul(extra, be.act(self.shared_gate(x), "sigmoid"))
-        return be.add(y, extra)
+        return be.combine(self.down(hidden, experts), weights)
+
+
+def stacks(
+    a: Arch, w: Tensors, n: int, n_in: int, suffix: str = "exps"
+) -> tuple[Experts | None, Experts, int]:
+    """The experts' gates, their up projections, and how wide they are inside."""
+    both = f"ffn_gate_up_{suffix}"
+    name = both if w.has(f"{both}.weight") else f"ffn_up_{suffix}"
+    shape = w.source(f"{name}.weight").shape
+    if len(shape) != 3:
+        full = f"{w.prefix}{name}.weight"
+        raise GGUFError(f"has shape {shape}; expected a matrix for each expert", name=full)
+    if name == both:
+        n_ff = shape[1] // 2
+        return Experts(w, both, n, n_ff, n_in, 0), Experts(w, both, n, n_ff, n_in, 1), n_ff
+    gate = Experts(w, f"ffn_gate_{suffix}", n, shape[1], n_in) if a.gated else None
+    return gate, Experts(w, name, n, shape[1], n_in), shape[1]
+
+
+class BesideMoE:
+    """A plain half and experts of the same input, their sum scaled (Grok 2). [T, E] -> [T, E]."""
+
+    def __init__(self, c: Config, a: Arch, w: Tensors, n_ff: int) -> None:
+        self.be, self.scale = w.be, a.experts_beside
+        self.plain, self.experts = FFN(c, a, w, n_ff), MoE(c, a, w)
+
+    def __call__(self, step: Step | None, x: Array) -> Array:
+        both = self.be.add(self.plain(step, x), self.experts(step, x))
+        return self.be.scale_softcap(both, self.scale)
+
+
+class NormedBesideMoE:
+    """A plain half and experts side by side, with norms of their own before and behind each (Gemma 4).
+
+    The router reads through a norm with a scale of its own. [T, E] -> [T, E].
+    """
+
+    norms_itself = True
+
+    def __init__(self, c: Config, a: Arch, w: Tensors, n_ff: int) -> None:
+        e = c.n_embd
+        self.be = w.be
+        self.plain, self.experts = FFN(c, a, w, n_ff), MoE(c, a, w)
+        self.plain_norm, self.experts_norm = w.norm("ffn_norm", e), w.norm("pre_ffw_norm_2", e)
+        self.plain_post, self.experts_post = (
+            w.norm("post_ffw_norm_1", e),
+            w.norm("post_ffw_norm_2", e),
+        )
+        scale = w.host("ffn_gate_inp.scale", e) / np.sqrt(e, dtype=np.float32)
+        self.router_norm = Norm(w.be, c.norm, c.norm_eps, w.be.array(scale), None)
+
+    def __call__(self, step: Step | None, x: Array) -> Array:
+        plain = self.plain_post(self.plain(step, self.plain_norm(x)))
+        chosen = self.experts(step, self.experts_norm(x), self.router_norm(x))
+        return self.be.add(plain, self.experts_post(chosen))
 
 
 class Experts:
     """A stack of matrices and biases, one per expert."""
 
-    def __init__(self, w: Tensors, name: str, n: int, n_out: int, n_in: int) -> None:
+    def __init__(
+        self, w: Tensors, name: str, n: int, n_out: int, n_in: int, half: int | None = None
+    ) -> None:
         self.be = w.be
-        self.weight = w.matrix(f"{name}.weight", n, n_out, n_in)
+        self.weight = w.stack(f"{name}.weight", n, n_out, n_in, half)
         self.bias = w.optional(f"{name}.bias", n, n_out)
 
     def __call__(self, x: Array, experts: Array) -> Array:
         """x [T, n_in] or [T, k, n_in] -> [T, k, n_out]."""
         return self.be.matmul_experts(self.weight, x, experts, self.bias)
+
+
+def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:
+    """The feed-forward half: the row's own, experts where there is a router, else a plain one."""
+    if a.ffn != "file":
+        return a.ffn and a.ffn(c, a, i, w)
+    if a.halves == "file" and not c.n_ff[i]:
+        return None
+    if w.has("ffn_norm_exps.weight"):
+        return FFN(c, a, w, w.source("ffn_up.weight").shape[0])
+    names = "ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps", "ffn_gate_inp"
+    if not w.has(*(f"{n}.weight" for n in names)):
+        return FFN(c, a, w, c.n_ff[i])
+    beside = w.has("ffn_up.weight", "ffn_gate.weight", "ffn_down.weight")
+    if beside and a.experts_beside != 1:
+        return BesideMoE(c, a, w, c.n_ff[i])
+    return NormedBesideMoE(c, a, w, c.n_ff[i]) if beside else MoE(c, a, w)
 
 
 def shared_gate(w: Tensors, n_embd: int) -> Linear:

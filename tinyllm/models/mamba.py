@@ -30,7 +30,9 @@ class Mamba(Mixer):
         self.dt = w.linear("ssm_dt", n, r)
         self.a, self.d = w.array("ssm_a", n, s), w.array("ssm_d", n)
         self.out = w.linear("ssm_out", c.n_embd, n)
-        self.norm = Norm(w.be, "rms", c.norm_eps, None, None) if c.ssm_norm else None
+        bare = Norm(w.be, "rms", c.norm_eps, None, None) if c.ssm_norm else None
+        sizes = {"dt": r, "b": s, "c": s}
+        self.norms = [w.norm_if(f"ssm_{n}_norm", size) or bare for n, size in sizes.items()]
 
     @property
     def cache(self) -> LayerCache:
@@ -40,7 +42,7 @@ class Mamba(Mixer):
         be, batch = self.be, step.batch
         x = be.act(be.conv1d(batch, self.i, self.x_in(h), self.conv, self.conv_bias), "silu")
         parts = self.to_dt(x), self.to_b(x), self.to_c(x)
-        low, b, c = parts if self.norm is None else map(self.norm, parts)
+        low, b, c = (n(y) if n else y for n, y in zip(self.norms, parts, strict=True))
         dt = be.act(self.dt(low), "softplus")
         y = be.scan(batch, self.i, x, dt, self.a, b, c, self.d)
         return self.out(be.act_mul(self.gate_in(h), y, "silu"))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import GGUFError
-from ..kernels.backend import Array, Backend, LayerCache
+from ..kernels.backend import Array, LayerCache
 from .attention import Attention
 from .config import Config
-from .mixer import Mixer
+from .mixer import Mixer, widened
 from .step import Step
 from .weights import Norm, Tensors
 
@@ -83,14 +83,6 @@ def convolutions(w: Tensors, c: Config, cuts: list[slice]) -> list[tuple[Array, 
         (w.be.array(weight[rows]), None if bias is None else w.be.array(bias[rows]))
         for rows in cuts
     ]
-
-
-def widened(be: Backend, x: Array, n_head: int, width: int) -> Array:
-    """Each head's value for all of its channels: [T, H] -> [T, H * width], by doubling."""
-    y, n = x, 1
-    while 2 * n <= width:
-        y, n = be.concat([y, y], n_head), 2 * n
-    return y if n == width else be.concat([y, *[x] * (width - n)], n_head)
 
 
 class AttentionBesideMamba2(Mixer):

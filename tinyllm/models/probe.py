@@ -25,6 +25,7 @@ class Scoring:
     """How a layer turns products of queries and keys into scores, as ``Backend.attention`` does."""
 
     layer: int
+    source: int  # the layer whose keys and values it reads
     n_head: int
     n_head_kv: int
     causal: bool
@@ -62,7 +63,7 @@ def sequences(
         past = int(n_past[i])
         if s.causal:
             stored = batch.caches[i].export(past + stop - start)
-            both = [stored[f"{s.layer}.{name}"] for name in "kv"]
+            both = [stored[f"{s.source}.{name}"] for name in "kv"]
         else:
             both = [a[start:stop].reshape(stop - start, s.n_head_kv, -1) for a in fresh]
         if both[0].dtype == np.uint8:
@@ -77,7 +78,9 @@ def probabilities(step: Step, s: Scoring, q: np.ndarray, k: np.ndarray, past: in
     distance = np.arange(past, past + len(q))[:, None] - np.arange(len(k))  # i - j
     hidden = distance < 0 if s.causal else np.zeros(distance.shape, bool)
     if s.window:
-        hidden |= distance >= s.window if s.causal else np.abs(distance) > s.window // 2
+        here = np.arange(past, past + len(q))[:, None]
+        reach = s.window if s.window > 0 else here % -s.window + 1
+        hidden |= distance >= reach if s.causal else np.abs(distance) > s.window // 2
     scores = np.einsum("thd,shd->hts", q, k) * F32(s.scale)
     if s.softcap:
         scores = F32(s.softcap) * np.tanh(scores / F32(s.softcap))

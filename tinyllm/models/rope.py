@@ -12,8 +12,6 @@ import numpy as np
 
 from .config import Config, RopeScaling
 
-BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN: turns within the trained length that bound the ramp
-
 
 def frequencies(
     dim: int, base: float, scaling: RopeScaling, factors: np.ndarray | None = None
@@ -28,19 +26,19 @@ def frequencies(
     if scaling.type == "linear":
         freqs = freqs / scaling.factor
     elif scaling.type == "yarn":
-        keep = yarn_ramp(dim, base, scaling.n_ctx_original)
+        keep = yarn_ramp(dim, base, scaling)
         freqs = freqs * keep + freqs / scaling.factor * (1 - keep)
     return freqs.astype(np.float32)
 
 
-def yarn_ramp(dim: int, base: float, n_ctx_original: int) -> np.ndarray:
+def yarn_ramp(dim: int, base: float, s: RopeScaling) -> np.ndarray:
     """1 for pairs that turn often within the trained length (kept), 0 for slow ones (interpolated)."""
 
     def pair(turns: float) -> float:
-        return dim * math.log(n_ctx_original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return dim * math.log(s.n_ctx_original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(0.0, math.floor(pair(BETA_FAST)))
-    high = min(dim - 1.0, math.ceil(pair(BETA_SLOW)))
+    low = max(0.0, math.floor(pair(s.beta_fast)))
+    high = min(dim - 1.0, math.ceil(pair(s.beta_slow)))
     ramp = (np.arange(dim // 2) - low) / max(0.001, high - low)
     return np.asarray(1 - np.clip(ramp, 0, 1))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import GGUFError, UnsupportedModel
+from ..gguf.types import TYPES
 from ..kernels.backend import Array, Backend, Source, Weight
 from .config import Config
 
@@ -27,7 +28,15 @@ MAY_BE_ABSENT = {
     "cls.output.bias": "Qwen's ranking head has none",
     "rope_freqs.weight": "only some files of an architecture stretch the rotation; no key says which",
 }
-MAY_DIFFER = {"attn_norm.weight", "attn_norm.bias"}  # ModernBERT's first layer has none
+# Tensors that layers of one kind may have or lack; what the row and the keys say of them is checked elsewhere.
+MAY_DIFFER = {
+    "attn_norm.weight",  # ModernBERT's first layer has none
+    "attn_norm.bias",
+    "attn_k.weight",  # layers that read the keys of an earlier one
+    "attn_v.weight",
+    "attn_k_norm.weight",
+    "attn_sinks.weight",  # layers with a window only
+}
 BIAS_ALONE = ("exp_probs_b", "ssm_dt")  # names that have a bias and may have no weight
 STREAM_NORMS = tuple(  # norms of the residual stream
     f"{name}.weight"
@@ -105,6 +114,47 @@ class Row:
         return out
 
 
+class Part:
+    """Some rows of a tensor, seen as [-1, shape[-1]], or some of its columns, as a tensor of its own."""
+
+    def __init__(
+        self,
+        whole: Stored,
+        shape: tuple[int, ...],
+        rows: np.ndarray | None = None,
+        columns: slice | None = None,
+    ) -> None:
+        self.whole, self.shape, self.rows = whole, shape, rows
+        self.name, self.type, self.bytes = whole.name, whole.type, None
+        if columns is not None:
+            block = TYPES[whole.type]
+            if columns.start % block.block_size or columns.stop % block.block_size:
+                raise UnsupportedModel(
+                    f"{whole.name}: columns {columns.start} to {columns.stop} divide a block of type "
+                    f"{whole.type}, which has {block.block_size} values"
+                )
+            bounds = (columns.start, columns.stop)
+            self.bytes = slice(*(n // block.block_size * block.type_size for n in bounds))
+
+    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        raw = self.picked(start, stop)
+        raw = raw if self.bytes is None else raw[:, self.bytes]
+        if out is None:
+            return np.ascontiguousarray(raw)
+        out[...] = raw
+        return out
+
+    def picked(self, start: int, stop: int) -> np.ndarray:
+        """Raw bytes of rows, a run of neighbours at a time."""
+        if self.rows is None:
+            return self.whole.read_rows(start, stop)
+        rows = self.rows[start:stop]
+        ends = np.flatnonzero(np.diff(rows) != 1) + 1
+        runs = [r for r in np.split(rows, ends) if len(r)]
+        parts = [self.whole.read_rows(int(r[0]), int(r[-1]) + 1) for r in runs]
+        return np.concatenate(parts) if parts else self.whole.read_rows(0, 0)
+
+
 class Tensors:
     """The tensors below one prefix (``blk.3.``), loaded to one backend as they are asked for."""
 
@@ -115,13 +165,33 @@ class Tensors:
         c: Config,
         prefix: str = "",
         taken: set[str] | None = None,
+        made: dict[tuple[int, str], Any] | None = None,
     ) -> None:
         self.tensors, self.be, self.c, self.prefix = tensors, be, c, prefix
         self.taken: set[str] = set() if taken is None else taken
+        self.made = {} if made is None else made
+
+    @property
+    def root(self) -> Tensors:
+        """All tensors of the file, loaded to the same backend."""
+        return Tensors(self.tensors, self.be, self.c, "", self.taken, self.made)
 
     def below(self, prefix: str, be: Backend | None = None) -> Tensors:
         """The tensors under a longer prefix, loaded to another backend if one is given."""
-        return Tensors(self.tensors, be or self.be, self.c, self.prefix + prefix, self.taken)
+        return Tensors(
+            self.tensors, be or self.be, self.c, self.prefix + prefix, self.taken, self.made
+        )
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, which all layers on this backend share under a name."""
+        key = id(self.be), name
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def pass_over(self, *names: str) -> None:
+        """Count tensors as used that may be there and that nothing reads."""
+        self.taken.update(self.prefix + n for n in names if self.has(n))
 
     def has(self, *names: str) -> bool:
         """Whether one of these tensors is there."""
@@ -161,6 +231,14 @@ class Tensors:
         """A matrix or a stack of them, [n_out, n_in] or [n, n_out, n_in], as the file stores it."""
         return self.be.load(self.source(name, *shape), rows)
 
+    def stack(self, name: str, n: int, n_out: int, n_in: int, half: int | None = None) -> Weight:
+        """A stack of matrices [n, n_out, n_in]; ``half`` 0 or 1 of one whose matrices are twice as tall."""
+        if half is None:
+            return self.matrix(name, n, n_out, n_in)
+        whole = self.source(name, n, 2 * n_out, n_in)
+        rows = np.arange(n)[:, None] * 2 * n_out + half * n_out + np.arange(n_out)
+        return self.be.load(Part(whole, (n, n_out, n_in), rows.ravel()))
+
     def linear(
         self, name: str, n_out: int, n_in: int, rows: slice | np.ndarray | None = None
     ) -> Linear:
@@ -179,7 +257,7 @@ class Tensors:
         return Norm(self.be, kind, self.c.norm_eps, weight, self.optional(f"{name}.bias", size))
 
     def norm_if(self, name: str, size: int, kind: str | None = None) -> Norm | None:
-        return self.norm(name, size, kind) if self.has(f"{name}.weight") else None
+        return self.norm(name, size, kind) if self.has(name, f"{name}.weight") else None
 
     def leftovers(self) -> list[str]:
         """Names of the tensors that nothing has asked for."""
@@ -190,7 +268,7 @@ class Tensors:
         )
 
 
-def check_layers(tensors: Mapping[str, Stored], n_layer: int, gated: bool) -> None:
+def check_layers(tensors: Mapping[str, Stored], c: Config, gated: bool) -> None:
     """Check that layers of one kind have the same tensors, and that biases stand together.
 
     Raises
@@ -200,10 +278,10 @@ def check_layers(tensors: Mapping[str, Stored], n_layer: int, gated: bool) -> No
     GGUFError
         A tensor is missing; the message names it.
     """
-    layers = by_layer(tensors, n_layer)
+    layers = by_layer(tensors, c.n_layer)
     check_uniform(layers)
     check_biases(tensors)
-    for i, names in enumerate(layers):
+    for i, names in enumerate(layers[: c.n_layer - c.n_kv_shared]):
         check_pair(f"blk.{i}.", names, "attn_q_norm.weight", "attn_k_norm.weight")
     if not gated:
         for i, names in enumerate(layers):
@@ -246,9 +324,10 @@ def parts(names: set[str]) -> dict[tuple[bool, ...], set[str]]:
     """A layer's names in two sets, its feed-forward half and the rest, each under the kind that it is."""
     ffn = {n for n in names if n.startswith(("ffn_", "exp_probs_b"))}
     mixer = tuple(
-        any(n.startswith(p) for n in names) for p in ("attn_output.", "ssm_", "shortconv.")
+        any(n.startswith(p) for n in names)
+        for p in ("attn_q.", "attn_output.", "ssm_", "shortconv.", "attn_kv_a_mqa.")
     )
-    return {(has_experts(names),): ffn, mixer: names - ffn}
+    return {(has_experts(names), bool(ffn)): ffn, mixer: names - ffn}
 
 
 def has_experts(names: Iterable[str]) -> bool:

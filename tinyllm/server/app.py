@@ -79,8 +79,8 @@ def create_app(
     --------
     >>> from tinyllm.server import create_app
     >>> app = create_app({"tales": None})
-    >>> [route.path for route in app.routes if "chat" in route.path]
-    ['/v1/chat/completions']
+    >>> "/v1/chat/completions" in app.openapi()["paths"]
+    True
     >>> app.close()
     """
     app = Server(

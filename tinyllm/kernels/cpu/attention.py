@@ -75,9 +75,9 @@ def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
     return m * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(m, dim_v) + expanded
 
 
-def blocks_after(n_past: np.ndarray) -> np.ndarray:
-    """Blocks that one more token than ``n_past`` positions touches, for each sequence."""
-    return n_past // BLOCK + 1
+def blocks_after(n_past: Any, n_new: Any) -> Any:
+    """Blocks that ``n_new`` tokens (at least one) behind ``n_past`` positions see, or arrays of such numbers."""
+    return (n_past + n_new - 1) // BLOCK + 1
 
 
 def padded(n: Any) -> Any:
@@ -156,6 +156,13 @@ def locate(piece, starts, n_past, n_seq, group, n_head_kv, split):
     return seq, p, blocks, past, n_tokens
 
 
+def reach(i, window):
+    """How many positions back from i a query there sees, itself included; below 0 windows are chunks."""
+    if window < 0:
+        return i % (0 - window) + 1
+    return window
+
+
 def visible(here, there, end, window, causal):
     """The positions [low, high) that some query from ``here`` to ``there`` sees, of ``end`` positions."""
     low, high = i64(0), there + 1
@@ -163,8 +170,8 @@ def visible(here, there, end, window, causal):
         high = end
         if window > 0:
             low, high = max(low, here - window // 2), min(high, there + window // 2 + 1)
-    elif window > 0:
-        low = max(low, here - window + 1)
+    elif window != 0:
+        low = max(low, here - reach(here, window) + 1)
     return low, high
 
 
@@ -293,15 +300,16 @@ def attend(
                 values = values_out
             score(keys, tiles, dim, queries, scores, keys_out)
             plain = n // 16 if causal == 0 else max(min(here + 1 - block * BLOCK, n), 0) // 16
-            if (cap != np.float32(0)) or (slopes != 0) or (window > 0):
+            if (cap != np.float32(0)) or (slopes != 0) or (window != 0):
                 plain = i64(0)  # tiles whose scores stand as they are
             for m in range(M):
                 r = min(row0 + m, n_rows - 1)
                 slope = np.float32(0)
                 if slopes != 0:
                     slope = get_f32(slopes + 4 * (head * group + r % group))
-                i = past + r // group - block * BLOCK
-                mask(scores + 64 * m, plain, n, i, cap, slope, slopes != 0, window, causal)
+                i = past + r // group
+                seen, i = reach(i, window), i - block * BLOCK
+                mask(scores + 64 * m, plain, n, i, cap, slope, slopes != 0, seen, causal)
             exponentiate(scores, tiles, chances, fresh)
             weigh(values, n, dim_vp, chances, fresh)
             merge(sum_part, fresh, M, dim_vp // 16)

@@ -44,6 +44,7 @@ from .weights import CPUWeight, load_weight
 
 NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 ACT_PIECE = 1024  # values
+FEW_ROWS = 32  # of several tokens a sequence: too few tiles of rows to keep threads busy
 
 
 class CPUBackend(Backend):
@@ -387,11 +388,11 @@ class CPUBackend(Backend):
         kv_type: KVType,
         **args: Any,
     ) -> CPUArray:
-        """One token a sequence: blocks in parallel, then merged. More: row tiles in parallel."""
+        """One token a sequence, or few rows: blocks in parallel, then merged. More: row tiles in parallel."""
         dim, dim_v, n_head_kv = args["dim"], args["dim_v"], args["n_head_kv"]
         group = n_head // n_head_kv
         lengths = np.diff(batch.starts.view())
-        single = bool((lengths == 1).all()) and args["causal"]
+        few = args["causal"] and (int(lengths.max()) == 1 or batch.n_rows <= FEW_ROWS)
         m = attention.rows_of(group * int(lengths.max()))
         tiles = -(-lengths * group // m) * n_head_kv
         y = self._new((batch.n_rows, n_head * dim_v))
@@ -399,13 +400,13 @@ class CPUBackend(Backend):
         args |= {"q": q, "y": y, "n_head": n_head, "n_seq": batch.n_seq, "parts": None}
         args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
         kernel = attention.attend_kernel(kv_type, m)
-        if not single:
+        if not few:
             self._tape.add(kernel, int(tiles.sum()), **args)
             return y
 
         most = tiles * -(-np.array([c.n_ctx for c in batch.caches]) // attention.BLOCK)
         args["parts"] = self._new((int(most.sum()), attention.part_bytes(m, dim_v)), "u1")
-        blocks = attention.blocks_after(batch.n_past.view())
+        blocks = attention.blocks_after(batch.n_past.view(), lengths)
         row = self._tape.add(kernel, int((tiles * blocks).sum()), **args)
         if self._steps.now is not None:
             self._steps.now.growing.append(Growing(row, tiles))

@@ -301,14 +301,19 @@ def whole_format(group: int, offset: int, signed: bool, bits: int) -> Format:
     return Format(*layout, bits=bits, span=256)
 
 
-# Fields in the order in which they are read, which memory likes (Q6_K: 10 % faster than the file's order).
+def _by_turns(a: int, b: int) -> tuple[tuple[int, int], ...]:
+    """Words of the 32 bytes at a and at b, one of each in turn: for codes that need both."""
+    return tuple(w for both in zip(words(a, a + 32), words(b, b + 32), strict=True) for w in both)
+
+
+# Fields in the order in which they are read, which memory likes: Q6_K reads half as fast in the file's order.
 _D, _M = (0, 2), (2, 2)
 _Q2_K = ((80, 2), (82, 2), *words(0, 80))
-_Q3_K = ((108, 2), *words(96, 108), *words(0, 96))
+_Q3_K = ((108, 2), *words(96, 108), *_by_turns(0, 32), *words(64, 96))
+_Q5_K = (_D, _M, *words(4, 16), *_by_turns(16, 48), *words(80, 176))
 _Q6_K = ((208, 2), *words(192, 208))
-for _n in range(2):  # 128 columns: low bits of 32 bytes, high bits of 32 bytes, low bits of 32 more
-    _Q6_K += (*words(64 * _n, 64 * _n + 32), *words(128 + 32 * _n, 160 + 32 * _n))
-    _Q6_K += words(64 * _n + 32, 64 * _n + 64)
+for _n in range(2):  # 128 columns: low and high bits of 32 bytes, then low bits of 32 more
+    _Q6_K += (*_by_turns(64 * _n, 128 + 32 * _n), *words(64 * _n + 32, 64 * _n + 64))
 _Q8_K = (*words(0, 260), *((i, 2) for i in range(260, 292, 2)))
 FORMATS = {
     f.name: f
@@ -329,7 +334,7 @@ FORMATS = {
         ),
         Format("Q3_K", 256, _Q3_K, _take_q3_k, offset=4, group=16, span=256, bits=3),
         Format("Q4_K", 256, (_D, _M, *words(4, 144)), _take_q4_k, minima=True, span=256, bits=4),
-        Format("Q5_K", 256, (_D, _M, *words(4, 176)), _take_q5_k, minima=True, span=256, bits=5),
+        Format("Q5_K", 256, _Q5_K, _take_q5_k, minima=True, span=256, bits=5),
         Format("Q6_K", 256, _Q6_K, _take_q6_k, offset=32, group=16, span=256, bits=6),
         Format("IQ4_XS", 256, (_D, _M, *words(4, 136)), _take_iq4_xs, signed=True, span=256),
         Format(

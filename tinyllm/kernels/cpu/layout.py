@@ -65,11 +65,21 @@ class Tile:
     """The fields of one tile as vectors of n rows, beginning with row ``first``.
 
     Whoever loads a cache line first asks for the one that is ``ahead`` bytes further, if that is given: so
-    requests are spread among the arithmetic, and the processor's queue of them never fills.
+    requests are spread among the arithmetic, and the processor's queue of them never fills. ``in_order``: each
+    load stays behind the one before.
     """
 
-    def __init__(self, e: Emit, p: Any, fmt: Format, first: Any, n: int, ahead: Any = None) -> None:
-        self.e, self.n = e, n
+    def __init__(
+        self,
+        e: Emit,
+        p: Any,
+        fmt: Format,
+        first: Any,
+        n: int,
+        ahead: Any = None,
+        in_order: bool = False,
+    ) -> None:
+        self.e, self.n, self.in_order = e, n, in_order
         self.further = None if ahead is None else e.at(p, ahead)
         self.asked = 0  # bytes of the tile whose likes were asked for
         self.rows = {size: e.at(p, e.b.mul(first, I64(size))) for size in (1, 2, 4)}
@@ -83,6 +93,8 @@ class Tile:
         while self.further is not None and self.asked < at + LANES * size:
             self.e.prefetch(self.further, self.asked)
             self.asked += 64
+        if self.in_order:
+            self.e.in_order()
         return self.e.load(self.rows[size], V(element, self.n), at)
 
     def word(self, start: int) -> Any:

@@ -352,7 +352,9 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
             args |= {"at_once": n_tokens} if n_tokens > 1 else {}
         tape.add(kernel, pieces, chunk(pieces), **args)
 
-    orders = micro.ORDERS if fmt and n_tokens == 1 else micro.ORDERS[:1]
+    # LLVM has little to mix in a short block
+    n_orders = 1 if fmt is None or n_tokens > 1 else 3 if fmt.span == 256 else 2
+    orders = micro.ORDERS[:n_orders]
     return timing.chosen(f"{w.kind}_{n_tokens}", orders, record, tile_bytes, n_workers)
 
 

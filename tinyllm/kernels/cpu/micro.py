@@ -36,8 +36,8 @@ from .simd import emitter, i64, types
 INVERSE_127 = float(np.float32(1 / 127))
 SLOTS = 16  # tokens of a record when there are more than one
 # Orders of loading a tile. "parts": as its parts come, and what is ahead is asked for line by line. "block": as
-# LLVM likes within a block, and all lines ahead are asked for as the block begins.
-ORDERS = ("parts", "block")
+# LLVM likes within a block, and all lines ahead are asked for as it begins. "loads": as parts, load by load.
+ORDERS = ("parts", "block", "loads")
 # d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first 16, and
 # both halves' as 16-bit numbers
 FIELDS = ("d", "ds", "ds0", "ds1", "n8", "n128", "n0", "n01")
@@ -218,7 +218,7 @@ def _add_parts(
 ) -> list:
     """acc[token] + the columns of a block; ``at(j)``: the activations of its part j."""
     for j, part in enumerate(parts()):
-        if order == "parts":
+        if order != "block":
             e.in_order()
         x = at(j)
         columns = Columns(e, fmt, part, x, tokens)
@@ -248,7 +248,7 @@ def _add_whole(
             x = at(j)
             least = [with_minima(e, part.minima, x, t, least[t]) for t in tokens]
     for j, part in enumerate(parts()):
-        if order == "parts":
+        if order != "block":
             e.in_order()
         x = at(j)
         whole = e.finish(Columns(e, fmt, part, x, tokens).add_scaled(whole))
@@ -284,7 +284,8 @@ def multiplier(
             if order == "block" and ahead is not None:
                 for line in range(0, fmt.tile_bytes, 64):
                     e.prefetch(e.at(p, ahead), line)
-            tile = Tile(e, p, fmt, first, n, ahead if order == "parts" else None)
+            spread = None if order == "block" else ahead
+            tile = Tile(e, p, fmt, first, n, spread, in_order=order == "loads")
             step = e.b.mul(i, I64(fmt.block // 32 * record_bytes(slots)))
 
             def at(j):

@@ -19,7 +19,7 @@ import numpy as np
 from ..backend import Array, Batch
 from ..profile import Profile
 from . import jit
-from .attention import BLOCK
+from .attention import blocks_after
 from .profile import TimedTape
 from .program import CPUArray, Tape, wrapped
 
@@ -59,7 +59,7 @@ class Recorded:
         make_room(batch, past, self.lengths)
         self.tables[:] = addresses(batch)
         if self.growing:
-            blocks = [n // BLOCK + 1 for n in past]  # those that the new token sees
+            blocks = [blocks_after(n, new) for n, new in zip(past, self.lengths, strict=True)]
             if blocks != self.blocks:
                 for g in self.growing:
                     self.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))

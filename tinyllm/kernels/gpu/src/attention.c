@@ -25,6 +25,9 @@
         const int n_pages
 #endif
 
+/* How many positions back from i a query there sees, itself included; below 0 windows are chunks. */
+INLINE int reach(const int i, const int window) { return window < 0 ? i % -window + 1 : window; }
+
 INLINE float score(const float dot, const int i, const int j, const float scale, const int window, const float softcap,
                    const float slope) {
     float s = dot * scale;
@@ -34,7 +37,7 @@ INLINE float score(const float dot, const int i, const int j, const float scale,
     if (window && far > window / 2) return LOWEST;
     return s - slope * (float)far;
 #else
-    if (j > i || (window && i - j >= window)) return LOWEST;
+    if (j > i || (window && i - j >= reach(i, window))) return LOWEST;
     return s - slope * (float)(i - j);
 #endif
 }
@@ -77,7 +80,8 @@ KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL 
     const int end_key = window && last + window / 2 + 1 < n_keys ? last + window / 2 + 1 : n_keys;
 #else
     const int past = n_past[seq], end_key = past + row0 - start + n_rows;
-    const int first_key = window && past + row0 - start >= window ? past + row0 - start - window + 1 : 0;
+    const int first = past + row0 - start, seen = reach(first, window);
+    const int first_key = window && first >= seen ? first - seen + 1 : 0;
 #endif
     for (int i = tid; i < QUERIES; i += THREADS) {
         const int h = chunk * heads_at_once + i % heads_at_once, r = i / heads_at_once;

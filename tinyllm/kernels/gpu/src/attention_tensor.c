@@ -96,17 +96,20 @@ INLINE void query_tile(GLOBAL const float* q, SHARED const int* at, const int st
     }
 }
 
+/* How many positions back from i a query there sees, itself included; below 0 windows are chunks. */
+INLINE int reach(const int i, const int window) { return window < 0 ? i % -window + 1 : window; }
+
 /* Scores of a masked or biased tile: k0 is the first of the thread's keys. Nothing here is kept in registers from tile
-   to tile. A key is seen if it is less than `reach` behind; one ahead is very far behind as an unsigned number. */
+   to tile. A key is seen if it is less than `seen` behind; one ahead is very far behind as an unsigned number. */
 INLINE void mask(float* s, SHARED const Part* p, const int i0, const int k0, GLOBAL const float* slopes) {
-    const uint reach = p->window ? (uint)p->window : 1u << 31;
     UNROLL for (int h = 0; h < 2; ++h) {
+        const uint seen = p->window ? (uint)reach(p->pos[i0 + 8 * h], p->window) : 1u << 31;
         const int behind = p->pos[i0 + 8 * h] - k0;
         const float slope = slopes ? slopes[p->head[i0 + 8 * h]] * LOG2E : 0.0f;
         UNROLL for (int n = 0; n < 2 * N_SCORES; ++n) {
             const int key = n / 2 * 8 + n % 2, at = n / 2 * 4 + 2 * h + n % 2;
             const float biased = s[at] + slope * ((float)key - (float)behind);
-            s[at] = (uint)(behind - key) < reach ? biased : LOWEST;
+            s[at] = (uint)(behind - key) < seen ? biased : LOWEST;
         }
     }
 }
@@ -310,7 +313,8 @@ KERNEL_OF(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL u
     BARRIER();
     Result result = {out, xq, xd, xs, parts, sinks, GROUP_ID(2), splits};
 
-    const int first_key = window && p->first_pos >= window ? p->first_pos - window + 1 : 0;
+    const int seen = reach(p->first_pos, window);
+    const int first_key = window && p->first_pos >= seen ? p->first_pos - seen + 1 : 0;
     int k0 = (first_key / KEYS + GROUP_ID(2)) * KEYS;
     if (k0 < p->end_key) {
         const int number = k0 / PAGE == guess ? guessed : pages[p->seq * n_pages + k0 / PAGE];
@@ -349,7 +353,7 @@ KERNEL_OF(THREADS, GROUPS) void attention_tensor(GLOBAL const float* q, GLOBAL u
         if (softcap != 0.0f) {
             UNROLL for (int i = 0; i < 4 * N_SCORES; ++i) s[i] = capped(s[i], softcap);
         }
-        if (slopes || k0 + KEYS > p->first_pos + 1 || (window && p->end_key - k0 > window)) {
+        if (slopes || k0 + KEYS > p->first_pos + 1 || window < 0 || (window && p->end_key - k0 > window)) {
             mask(s, p, i0, k0 + first + 2 * (lane % 4), slopes);
         }
         soften(s, o, top, sum WARP_PASS);

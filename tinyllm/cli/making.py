@@ -1,0 +1,132 @@
+"""Commands that write model files: convert, quantize."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError
+from .arguments import Arguments, Command, Parser, open_file
+from .terminal import show
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def size(text: str) -> int:
+    """Bytes from a number with a unit: "500M", "4G"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
+    if match is None:
+        raise ArgumentError(f"{text!r:.40} is no size; expected a number such as 500M or 4G")
+    return max(1, int(float(match[1]) * UNITS[match[2]]))
+
+
+def writing_options(p: Parser) -> None:
+    p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: all cores")
+    p.add_argument(
+        "--split", metavar="SIZE", help="write parts of about so many bytes each, such as 4G"
+    )
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Any]:
+    """A bar on standard error while tensors are written."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, leave=False, unit="tensor", disable=None) as bar:
+        yield bar
+
+
+def part_bytes(args: Arguments) -> int | None:
+    return None if args.split is None else size(args.split)
+
+
+def show_written(target: str, types: Mapping[str, str]) -> None:
+    """Say which types the tensors have, and how large the file became."""
+    for kind, n in Counter(types.values()).most_common():
+        show(f"{kind:<8} {n} tensors\n")
+    files = [Path(target)]
+    if not files[0].exists():  # it was split
+        stem = target.removesuffix(".gguf")
+        pattern = f"{Path(stem).name}-[0-9]*-of-[0-9]*.gguf"
+        files = sorted(Path(stem).parent.glob(pattern))
+    with open_file(str(files[0])) as file:
+        n_weights = sum(tensor.n_elements for tensor in file.tensors.values())
+    nbytes = sum(f.stat().st_size for f in files)
+    bits = f"{8 * nbytes / n_weights:.2f} bits per weight"
+    parts = f" in {len(files)} parts" if len(files) > 1 else ""
+    show(f"{files[0]}: {nbytes / 1e6:.1f} MB{parts}, {bits}\n")
+
+
+# ---- convert
+
+
+def convert_arguments(p: Parser) -> None:
+    from ..gguf.mixtures import MIXTURES
+
+    p.add_argument(
+        "source", metavar="FOLDER", help="of a Hugging Face model: config.json, *.safetensors, ..."
+    )
+    p.add_argument("target", metavar="OUT", help="the .gguf file to write")
+    p.add_argument("--type", type=str.upper, default="F16", metavar="TYPE", choices=tuple(MIXTURES),
+                   help=f"default F16; one of {' '.join(MIXTURES)}")  # fmt: skip
+    writing_options(p)
+
+
+def convert(args: Arguments) -> None:
+    from ..gguf.convert import convert as convert_folder
+
+    with progress("converting", None) as bar:
+        types = convert_folder(
+            args.source, args.target, args.type, n_threads=args.n_threads,
+            part_bytes=part_bytes(args), report=lambda *_: bar.update(),
+        )  # fmt: skip
+    show_written(args.target, types)
+
+
+# ---- quantize
+
+
+def quantize_arguments(p: Parser) -> None:
+    from ..gguf.mixtures import MIXTURES
+
+    p.add_argument(
+        "source", metavar="IN", help="an F16, BF16 or F32 file; of a split one the first"
+    )
+    p.add_argument("target", metavar="OUT", help="the file to write")
+    p.add_argument("format", metavar="FORMAT", nargs="?", type=str.upper, default="Q4_K_M",
+                   choices=tuple(MIXTURES), help=f"default Q4_K_M; one of {' '.join(MIXTURES)}")  # fmt: skip
+    p.add_argument(
+        "--requantize", action="store_true", help="also from quantised types; adds their errors"
+    )
+    writing_options(p)
+
+
+def quantize(args: Arguments) -> None:
+    from ..gguf.quantize import quantize as quantize_file
+
+    with open_file(args.source) as file:
+        source, n_tensors = file.path, len(file.tensors)
+    with progress("quantizing", n_tensors) as bar:
+        types = quantize_file(
+            source, args.target, args.format, requantize=args.requantize, n_threads=args.n_threads,
+            part_bytes=part_bytes(args), report=lambda *_: bar.update(),
+        )  # fmt: skip
+    show_written(args.target, types)
+
+
+COMMANDS = {
+    "convert": Command(
+        "Write a folder of safetensors as a GGUF file.",
+        "tinyllm convert SmolLM2-135M-Instruct smollm2.gguf --type Q8_0",
+        convert_arguments, convert,
+    ),
+    "quantize": Command(
+        "Write a model again in fewer bits.",
+        "tinyllm quantize model-f16.gguf model-q4.gguf Q4_K_M",
+        quantize_arguments, quantize,
+    ),
+}  # fmt: skip
