@@ -199,8 +199,9 @@ def test_responses(client):
     assert answer.output_text == chat
     assert answer.status == "incomplete"
     with client.responses.stream(**fields, max_output_tokens=12) as stream:
-        kinds = [event.type for event in stream]
-        assert stream.get_final_response().output_text == chat
+        events = list(stream)
+    kinds = [event.type for event in events]
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == chat
     order = [
         "response.created", "response.in_progress", "response.output_item.added",
         "response.content_part.added", "response.output_text.delta", "response.output_text.done",

@@ -110,7 +110,7 @@ async def answer(pool: Pool, name: str | None, c: Conversation) -> Answers:
         model = served.model
         turn = c.turn(model, settings.template)
         options = c.options(model.tokenizer)
-        options |= model._held_to_calls(turn, options)  # type: ignore[arg-type]
+        options |= model.held_to_calls(turn, options)
         spells = bool(turn.functions) and not options.get("stop")
         for i in range(c.n):
             voices.append(Voice(turn.reader(), model.tokenizer, spells, c.parallel))
