@@ -1,4 +1,4 @@
-"""An engine under load, in process: tokens per second of chats that come and go, and the pace beside a long prompt.
+"""An engine under load, in process: tokens per second of chats, and the pace of texts beside a long prompt.
 
     python benchmarks/requests.py [MODEL.gguf] [--clients 8] [--requests 24] [--tokens 64] [--shared 130]
 
@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tinyllm
 
-SENTENCE = "You are a helpful assistant that answers briefly, exactly and politely, and gives one short reason. "
+SENTENCE = (
+    "You are a helpful assistant that answers briefly and politely, and gives one short reason. "
+)
 QUESTIONS = ["What is the capital of France?", "Name three rivers in Germany.", "Why is the sky blue?",
              "Write a line about the sea.", "Who wrote Hamlet?", "What is 12 times 12?", "Describe a cat.",
              "Give a synonym for fast."]  # fmt: skip
@@ -106,9 +109,7 @@ def pace(m: tinyllm.Model, a: argparse.Namespace) -> dict[str, Any]:
             t.join()
 
     def gaps(start: float, end: float) -> list[float]:
-        return [
-            y - x for t in times for x, y in zip(t, t[1:], strict=False) if start <= x and y <= end
-        ]
+        return [y - x for t in times for x, y in pairwise(t) if start <= x and y <= end]
 
     alone, beside = sorted(gaps(begun - 2, begun)), sorted(gaps(begun, ended))
     usual, p99 = statistics.median(alone), beside[int(0.99 * len(beside))]

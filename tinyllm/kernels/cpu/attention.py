@@ -76,7 +76,7 @@ def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
 
 
 def blocks_after(n_past: Any, n_new: Any) -> Any:
-    """Blocks that ``n_new`` tokens (at least one) behind ``n_past`` positions see, or arrays of such numbers."""
+    """Blocks that ``n_new`` tokens behind ``n_past`` positions see; arrays of such numbers, too."""
     return (n_past + n_new - 1) // BLOCK + 1
 
 
