@@ -44,7 +44,7 @@ from .weights import CPUWeight, load_weight
 
 NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
 ACT_PIECE = 1024  # values
-FEW_ROWS = 32  # of several tokens a sequence: too few tiles of rows to keep threads busy
+FEW_ROWS = 32  # rows whose tiles are too few to keep threads busy
 
 
 class CPUBackend(Backend):

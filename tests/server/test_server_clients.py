@@ -27,7 +27,8 @@ HERMES = """
 {%- if m.role == 'tool' %}{{ '<|user|><tool_response>\n' + m.content + '\n</tool_response>' + eos_token }}
 {%- else %}{{ ('<|' + m.role + '|>') if m.role != 'system' else '' }}{{ m.content }}
 {%- for call in m.tool_calls or [] %}{{ '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
-{{- (call.function.arguments if call.function.arguments is string else call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}{{ eos_token }}
+{{- (call.function.arguments if call.function.arguments is string else call.function.arguments | tojson)
+    + '}\n</tool_call>' }}{% endfor %}{{ eos_token }}
 {%- endif %}{%- endfor %}
 {%- if tools %}{{ '<tools>' }}{% for t in tools %}{{ t.function.name }} {% endfor %}{{ '</tools>' }}{% endif %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
