@@ -51,7 +51,7 @@ LATENT = {
 
 @dataclass(frozen=True)
 class Row:
-    """One file: a class of transformers or of modelling.py, its settings, and where the text model lies."""
+    """One file: a class of transformers, its settings, and where the text model lies."""
 
     model: str
     settings: Settings = field(default_factory=dict)
@@ -110,10 +110,10 @@ ROWS: dict[str, Row] = {
     ),
     "gemma3n": Row(
         "Gemma3nForCausalLM",
-        {"num_hidden_layers": 5, "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
-         "num_kv_shared_layers": 0, "sliding_window": 8, "hidden_size_per_layer_input": 8,
+        {"num_hidden_layers": 5, "layer_types": ["sliding_attention", *MIXED, *MIXED],
+         "num_kv_shared_layers": 2, "sliding_window": 8, "hidden_size_per_layer_input": 8,
          "vocab_size_per_layer_input": V, "laurel_rank": 4, "tie_word_embeddings": True,
-         "activation_sparsity_pattern": [0.95] * 5, "intermediate_size": [48] * 5,
+         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0], "intermediate_size": [48] * 5,
          "rope_parameters": BOTH},
     ),
     "nemotron_h": Row(
@@ -176,7 +176,8 @@ ROWS: dict[str, Row] = {
          "layer_types": ["linear_attention", "linear_attention", "full_attention"],
          "mlp_layer_types": ["dense", "sparse", "sparse"]},
         saved={"linear_attn_config": {"full_attn_layers": [3], "short_conv_kernel_size": 4, "head_dim": 8},
-               "first_k_dense_replace": 1, "num_shared_experts": 1, "num_experts": 4},
+               "first_k_dense_replace": 1, "num_shared_experts": 1, "num_experts": 4,
+               "moe_router_activation_func": "sigmoid"},
         renamed=((r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj"),),
     ),
     "jamba": Row(
@@ -187,8 +188,15 @@ ROWS: dict[str, Row] = {
     ),
     "deepseek32": Row(
         "DeepseekV32ForCausalLM",
-        {**EXPERTS, **LATENT, **GROUPS, "first_k_dense_replace": 1, "index_topk": 2048,
+        {**EXPERTS, **LATENT, **GROUPS, "num_hidden_layers": 3, "first_k_dense_replace": 1,
+         "mlp_layer_types": ["dense", "sparse", "sparse"], "index_topk": 2048,
          "index_head_dim": 8, "index_n_heads": 2},
+        saved={"scoring_func": "sigmoid"},
+    ),
+    "glm-dsa": Row(
+        "GlmMoeDsaForCausalLM",
+        {**EXPERTS, **LATENT, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
+         "index_topk": 2048, "index_head_dim": 8, "index_n_heads": 2, "routed_scaling_factor": 1.5},
         saved={"scoring_func": "sigmoid"},
     ),
     "exaone-moe": Row(
@@ -268,6 +276,151 @@ ROWS: dict[str, Row] = {
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Written:
+    """A file that we write: the model's keys, its tensors' shapes, and what modelling.py must know."""
+
+    arch: str
+    keys: Settings
+    layer: dict[str, tuple[int, ...]]  # in every layer
+    facts: modelling.Facts = field(default_factory=modelling.Facts)
+    some: dict[int, dict[str, tuple[int, ...]]] = field(
+        default_factory=dict
+    )  # in place of ``layer``
+    root: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kind: str = "logits"
+
+
+E, F, H, K, D, L = 32, 48, 4, 2, 8, 2
+USUAL = {
+    "block_count": L, "context_length": 256, "embedding_length": E, "feed_forward_length": F,
+    "attention.head_count": H, "attention.head_count_kv": K, "attention.key_length": D,
+    "attention.value_length": D, "attention.layer_norm_rms_epsilon": 5e-3,
+    "rope.dimension_count": D, "rope.freq_base": THETA, "vocab_size": V,
+}  # fmt: skip
+NORMS = {"attn_norm.weight": (E,), "ffn_norm.weight": (E,)}
+ATTENTION = {
+    "attn_q.weight": (H * D, E), "attn_k.weight": (K * D, E), "attn_v.weight": (K * D, E),
+    "attn_output.weight": (E, H * D),
+}  # fmt: skip
+QKV_BIASES = {"attn_q.bias": (H * D,), "attn_k.bias": (K * D,), "attn_v.bias": (K * D,)}
+FUSED = {"attn_qkv.weight": ((H + 2 * K) * D, E), "attn_output.weight": (E, H * D)}
+HEAD_NORMS = {"attn_q_norm.weight": (D,), "attn_k_norm.weight": (D,)}
+GATED = {"ffn_gate.weight": (F, E), "ffn_up.weight": (F, E), "ffn_down.weight": (E, F)}
+ROUTED = {
+    "ffn_gate_inp.weight": (4, E), "ffn_gate_exps.weight": (4, 16, E), "ffn_up_exps.weight": (4, 16, E),
+    "ffn_down_exps.weight": (4, E, 16),
+}  # fmt: skip
+SHARED = {
+    "ffn_gate_shexp.weight": (16, E),
+    "ffn_up_shexp.weight": (16, E),
+    "ffn_down_shexp.weight": (E, 16),
+}
+MOE_KEYS = {
+    "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1,
+}  # fmt: skip
+TOPS = {"output_norm.weight": (E,), "output.weight": (V, E)}
+PLAIN_LAYER = {**NORMS, **ATTENTION, **GATED}
+Facts = modelling.Facts
+
+WRITTEN: dict[str, Written] = {
+    "deepseek": Written(
+        "deepseek",
+        {**MOE_KEYS, "block_count": 3, "leading_dense_block_count": 1, "expert_weights_scale": 1.5},
+        {**NORMS, **ATTENTION, **ROUTED, **SHARED}, Facts(adjacent=True, renormalise=False),
+        {0: PLAIN_LAYER}, TOPS),
+    "bailingmoe": Written(
+        "bailingmoe",
+        {**MOE_KEYS, "expert_weights_scale": 1.0, "expert_weights_norm": True, "leading_dense_block_count": 0},
+        {**NORMS, **ATTENTION, **ROUTED, **SHARED}, Facts(adjacent=True), root=TOPS),
+    "bailingmoe2": Written(
+        "bailingmoe2",
+        {**MOE_KEYS, "block_count": 3, "rope.dimension_count": 4, "leading_dense_block_count": 1,
+         "expert_weights_scale": 2.5, "expert_weights_norm": True, "expert_gating_func": 2,
+         "expert_group_count": 2, "expert_group_used_count": 1, "nextn_predict_layers": 0,
+         "expert_shared_feed_forward_length": 16},
+        {**NORMS, **FUSED, **HEAD_NORMS, **ROUTED, **SHARED, "exp_probs_b.bias": (4,)}, Facts(sigmoid=True),
+        {0: {**NORMS, **FUSED, **HEAD_NORMS, **GATED}}, TOPS),
+    "deci": Written(
+        "deci",
+        {"block_count": 5, "attention.head_count": [H, H, 0, H, H], "attention.head_count_kv": [K, 0, 0, 1, K],
+         "feed_forward_length": [F, 32, F, 0, 64]},
+        PLAIN_LAYER, Facts(adjacent=True),
+        {1: {**NORMS, "attn_output.weight": (E, E), "ffn_gate.weight": (32, E), "ffn_up.weight": (32, E),
+             "ffn_down.weight": (E, 32)},
+         2: {"ffn_norm.weight": (E,), **GATED},
+         3: {"attn_norm.weight": (E,), **ATTENTION, "attn_k.weight": (D, E), "attn_v.weight": (D, E)},
+         4: {**NORMS, **ATTENTION, "ffn_gate.weight": (64, E), "ffn_up.weight": (64, E),
+             "ffn_down.weight": (E, 64)}}, TOPS),
+    "smallthinker": Written(
+        "smallthinker",
+        {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16, "block_count": 4,
+         "expert_gating_func": 2, "attention.sliding_window": 8},
+        {**NORMS, **ATTENTION, **ROUTED},
+        Facts(act="relu", sigmoid=True, rotates="windowed", windows=(0, 8, 8, 8), routed_by_input=True),
+        root=TOPS),
+    "plamo": Written(
+        "plamo", {}, {"attn_norm.weight": (E,), **ATTENTION, **GATED}, Facts(parallel=True), root=TOPS),
+    "plamo3": Written(
+        "plamo3",
+        {"block_count": 8, "attention.sliding_window": 8, "attention.sliding_window_pattern": 8,
+         "rope.freq_base": 1e5, "rope.freq_base_swa": THETA, "vocab_size": V},
+        {**NORMS, **FUSED, **HEAD_NORMS, "ffn_up.weight": (2 * F, E), "ffn_down.weight": (E, F),
+         "post_attention_norm.weight": (E,), "post_ffw_norm.weight": (E,)},
+        Facts(windows=(8,) * 7 + (0,)), root=TOPS),
+    "maincoder": Written(
+        "maincoder", {}, {**PLAIN_LAYER, **HEAD_NORMS}, Facts(adjacent=True, norms_behind_rope=True),
+        root={"output_norm.weight": (E,)}),
+    "pangu-embedded": Written(
+        "pangu-embedded", {}, {**PLAIN_LAYER, **QKV_BIASES, "attn_output.bias": (E,)}, root=TOPS),
+    "plm": Written(
+        "plm",
+        {"attention.key_length": 12, "attention.value_length": 8, "attention.kv_lora_rank": 16,
+         "rope.dimension_count": 4, "attention.head_count_kv": H},
+        {**NORMS, "attn_q.weight": (H * 12, E), "attn_kv_a_mqa.weight": (20, E), "attn_kv_a_norm.weight": (16,),
+         "attn_kv_b.weight": (H * 16, 16), "attn_output.weight": (E, H * 8), "ffn_up.weight": (F, E),
+         "ffn_down.weight": (E, F)},
+        Facts(adjacent=True, latent=True, act="relu2"), root={"output_norm.weight": (E,)}),
+    "bitnet": Written(
+        "bitnet", {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+        {**PLAIN_LAYER, "attn_sub_norm.weight": (E,), "ffn_sub_norm.weight": (F,)},
+        root={"output_norm.weight": (E,)}),
+    "grok": Written(
+        "grok",
+        {**MOE_KEYS, "expert_shared_count": None, "embedding_scale": 6.0, "logit_scale": 0.5,
+         "attention.output_scale": 0.2, "attn_logit_softcapping": 3.0, "router_logit_softcapping": 30.0},
+        {**NORMS, **ATTENTION, **GATED, **ROUTED, "attn_output_norm.weight": (E,), "post_ffw_norm.weight": (E,)},
+        Facts(act="gelu_tanh", scale=0.2, softcap=3.0, embedding=6.0, logits=0.5, beside=0.5**0.5,
+              post=("attn_output_norm", "post_ffw_norm")), root=TOPS),
+    "grok-1": Written(
+        "grok",
+        {**MOE_KEYS, "expert_shared_count": None},
+        {**NORMS, **ATTENTION, **ROUTED, "attn_output_norm.weight": (E,), "layer_output_norm.weight": (E,)},
+        Facts(act="gelu_tanh", scale=0.08838834764831845, softcap=30.0, embedding=78.38367176906169,
+              logits=0.5773502691896257, post=("attn_output_norm", "layer_output_norm")), root=TOPS),
+    "llama-embed": Written(
+        "llama-embed", {"attention.causal": False}, PLAIN_LAYER, Facts(adjacent=True, causal=False),
+        root={"output_norm.weight": (E,)}, kind="emb_tok"),
+    "neo-bert": Written(
+        "neo-bert", {"attention.causal": False, "attention.head_count_kv": H, "pooling_type": 2},
+        {**NORMS, "attn_qkv.weight": (3 * H * D, E), "attn_output.weight": (E, H * D),
+         "ffn_up.weight": (2 * F, E), "ffn_down.weight": (E, F)},
+        Facts(adjacent=True, causal=False, last_norm="enc.output_norm"),
+        root={"enc.output_norm.weight": (E,)}, kind="emb_tok"),
+    "jina-bert-v3": Written(
+        "jina-bert-v3",
+        {"attention.causal": False, "attention.head_count_kv": H, "pooling_type": 1,
+         "attention.layer_norm_epsilon": 5e-3, "attention.layer_norm_rms_epsilon": None},
+        {"attn_qkv.weight": (3 * H * D, E), "attn_qkv.bias": (3 * H * D,), "attn_output.weight": (E, H * D),
+         "attn_output.bias": (E,), "attn_output_norm.weight": (E,), "attn_output_norm.bias": (E,),
+         "ffn_up.weight": (F, E), "ffn_up.bias": (F,), "ffn_down.weight": (E, F), "ffn_down.bias": (E,),
+         "layer_output_norm.weight": (E,), "layer_output_norm.bias": (E,)},
+        Facts(causal=False, after=True, act="gelu"),
+        root={"token_types.weight": (1, E), "token_embd_norm.weight": (E,), "token_embd_norm.bias": (E,)},
+        kind="emb_tok"),
+}  # fmt: skip
+
+
 def draw(name: str, p: Any) -> None:
     """Few distinct weights: of about unit gain, norms near 1, small biases; decays stay as the class made them."""
     if name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
@@ -285,7 +438,7 @@ def draw(name: str, p: Any) -> None:
 
 def configured(name: str, row: Row) -> Any:
     """The model with weights from a seed."""
-    cls = getattr(modelling, row.model, None) or getattr(transformers, row.model)
+    cls = getattr(transformers, row.model)
     if row.text is not None:
         known = {**row.settings, "tie_word_embeddings": False}
         text = {**COMMON, **row.text}
@@ -361,8 +514,7 @@ def references(row: Row, model: Any) -> dict[str, np.ndarray]:
             )
         found = y.last_hidden_state if row.kind == "rows" else y.logits
         kind = "emb_tok" if row.kind == "rows" else "logits"
-        ours = row.model in vars(modelling)
-        out[f"{kind}_{'np' if ours else 'hf'}_{i}"] = found[0].float().numpy()
+        out[f"{kind}_hf_{i}"] = found[0].float().numpy()
     return out
 
 
@@ -393,6 +545,39 @@ def make(name: str, row: Row) -> None:
         packed = lzma.compress((folder / "small.gguf").read_bytes(), preset=9 | lzma.PRESET_EXTREME)
     (HERE / f"{name}.gguf.xz").write_bytes(packed)
     np.savez_compressed(HERE / f"{name}.npz", **references(row, model))
+    report(name, tensors)
+
+
+def make_written(name: str, row: Written) -> None:
+    """Draw the weights of a model of modelling.py, and write them as they are."""
+    torch.manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
+    keys = {k: v for k, v in {**USUAL, **row.keys}.items() if v is not None}
+    shapes = {"token_embd.weight": (V, E), **row.root}
+    for i in range(keys["block_count"]):
+        shapes |= {f"blk.{i}.{n}": s for n, s in row.some.get(i, row.layer).items()}
+    tensors = {}
+    for n, shape in shapes.items():
+        p = torch.zeros(shape)
+        draw(n, p)
+        tensors[n] = p.numpy()
+    metadata = {"general.architecture": row.arch, "general.name": f"{name}, random"}
+    metadata |= {f"{row.arch}.{k}": v for k, v in keys.items()}
+    with tempfile.TemporaryDirectory() as tmp:
+        gguf.write(Path(tmp) / "small.gguf", metadata, tensors)
+        raw = (Path(tmp) / "small.gguf").read_bytes()
+    (HERE / f"{name}.gguf.xz").write_bytes(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
+    model = modelling.Model(keys, tensors, row.facts)
+    rng = np.random.default_rng(1)
+    out: dict[str, np.ndarray] = {}
+    for i, n in enumerate((24, 7)):
+        ids = rng.integers(4, V, n)
+        out[f"tokens_{i}"] = ids.astype(np.int32)
+        out[f"{row.kind}_np_{i}"] = model.forward(ids).astype(np.float32)
+    np.savez_compressed(HERE / f"{name}.npz", **out)
+    report(name, tensors)
+
+
+def report(name: str, tensors: dict[str, np.ndarray]) -> None:
     size = sum((HERE / f"{name}.{e}").stat().st_size for e in ("gguf.xz", "npz"))
     print(f"{name:24} {len(tensors):3} tensors {size:7} bytes")  # noqa: T201
 
@@ -400,5 +585,8 @@ def make(name: str, row: Row) -> None:
 if __name__ == "__main__":
     llama_cpp = Path(sys.argv[1])
     sys.path[:0] = [str(llama_cpp / "gguf-py"), str(llama_cpp)]
-    for wanted in sys.argv[2:] or ROWS:
-        make(wanted, ROWS[wanted])
+    for wanted in sys.argv[2:] or [*ROWS, *WRITTEN]:
+        if wanted in WRITTEN:
+            make_written(wanted, WRITTEN[wanted])
+        else:
+            make(wanted, ROWS[wanted])

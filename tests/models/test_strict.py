@@ -16,7 +16,7 @@ from packed import PACKED, unpacked
 
 from tinyllm import gguf
 from tinyllm.cli.info import Outlines
-from tinyllm.errors import TinyLLMError, UnsupportedModel
+from tinyllm.errors import DeviceError, TinyLLMError, UnsupportedModel
 from tinyllm.models.archs import ARCHS, NOT_RUN, find
 from tinyllm.models.build import build
 from tinyllm.models.config import HARMLESS
@@ -188,8 +188,33 @@ def test_architectures_that_are_not_run_are_named(name: str) -> None:
     assert NOT_RUN.get(name, "") in str(e.value)
 
 
-def test_no_architecture_is_both_run_and_not() -> None:
+# What llama.cpp b11434 names.
+LLAMA_CPP = """afmoe apertus arcee arctic arwkv7 baichuan bailingmoe bailingmoe2 bailingmoe3 bert bitnet bloom
+chameleon chatglm clef clip codeshell cogvlm cohere2 cohere2moe command-r dbrx deci deepseek deepseek2
+deepseek2-ocr deepseek32 deepseek4 dflash dots1 dots3note dream eagle3 ernie4_5 ernie4_5-moe eurobert exaone
+exaone-moe exaone4 falcon falcon-h1 gemma gemma-embedding gemma2 gemma3 gemma3n gemma4 gemma4-assistant glm-dsa
+glm4 glm4moe glm5-next gpt-oss gpt2 gptj gptneox granite granite_swa granitehybrid granitemoe graniteswitch grok
+grovemoe hrm_text hunyuan-dense hunyuan-moe hunyuan_vl hy_v3 hy_v4 internlm2 jais jais2 jamba jina-bert-v2
+jina-bert-v3 kimi-k3 kimi-linear laguna lfm2 lfm2moe llada llada-moe llama llama-embed llama4 maincoder mamba
+mamba2 maple mellum mimo2 minicpm minicpm3 minimax-01 minimax-m2 minimax-m3 mistral3 mistral4 modern-bert mpt
+muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe neo-bert nomic-bert nomic-bert-moe olmo olmo2 olmoe
+openelm orion paddleocr pangu-embedded phi2 phi3 phimoe plamo plamo2 plamo3 plm pockettts qwen qwen2 qwen2moe
+qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe qwen4exp refact rnd1 rwkv6
+rwkv6qwen2 rwkv7 seed_oss smallthinker smollm3 spark2_5 stablelm starcoder starcoder2 step35 t5 t5encoder talkie
+wavtokenizer-dec xverse""".split()
+
+
+def test_every_name_is_run_or_refused_with_its_reason() -> None:
     assert not set(ARCHS) & set(NOT_RUN)
+    assert set(ARCHS) | set(NOT_RUN) == set(LLAMA_CPP)
+
+
+def test_sparse_attention_is_refused_where_it_would_not_be_plain() -> None:
+    with opened(unpacked("deepseek32")) as (metadata, tensors, _):
+        net = build(metadata | {"deepseek32.attention.indexer.top_k": 64}, tensors, Sketch(), "f32")
+    assert net.config.n_ctx_train == 64
+    with pytest.raises(DeviceError, match="runs up to n_ctx=64"):
+        net.new_state(65)
 
 
 def test_budgets_hold() -> None:

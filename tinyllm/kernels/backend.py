@@ -430,6 +430,10 @@ class Backend(ABC):
     def combine(self, x: Array, weights: Array) -> Array:
         """Sum over choices of x [T, k, n] * weights [T, k] -> [T, n]."""
 
+    def stacked(self, xs: Sequence[Array]) -> Array:
+        """Arrays [T, n] as choices of one: [T, len(xs), n]."""
+        return self.concat(xs).reshape(xs[0].shape[0], len(xs), xs[0].shape[1])
+
     def weigh(self, x: Array, weights: Array) -> Array:
         """x [T, n] once for each choice, times weights [T, k] -> [T, k, n]."""
         t, k = weights.shape

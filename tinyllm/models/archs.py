@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 from ..errors import UnsupportedModel
 from ..kernels.backend import Activation, Pairing
+from .altup import AltUpBlock, SparseFFN, Streams
 from .attention import Attention, BareNormsBehindRope, NormsBehindRope
 from .config import Config, Temperature
 from .deltanet import delta_or_attention
 from .ffn import XIELU, FeedForwardAlone
+from .kda import delta_or_latent
 from .mamba import Mamba
 from .mamba2 import AttentionBesideMamba2, Mamba2
-from .mixer import Mixer
+from .mixer import LinearMixer, Mixer, NoMixer
 from .mla import LatentAttention
 from .rwkv import ChannelMix, TimeMix6, TimeMix7
 from .shortconv import ShortConv
@@ -45,6 +47,11 @@ class Arch:
     gating: Literal["softmax", "sigmoid", "softmax_selected"] = "softmax"
     renormalise: bool = True  # the chosen experts' weights sum to 1
     choice_bias: bool = True  # experts that sigmoids choose have a bias for the choice
+    routed_by_input: bool = False  # experts are chosen by the block's input
+    experts_beside: float = 1.0  # multiplies the sum of experts and a plain half beside them
+    halves: Literal["both", "file"] = (
+        "both"  # "file": a layer may lack a half, where its sizes are 0
+    )
     weigh_inputs: bool = False  # experts' weights multiply what goes in, not what comes out
     experts_scale: float = 1.0  # multiplies the sum of all experts, the shared one included
     sinks: Literal["", "all", "windowed"] = ""  # layers whose softmax has a sink
@@ -58,6 +65,8 @@ class Arch:
     mixer: Callable[[Config, Arch, int, Tensors], Mixer] = Attention
     # "file": FFN or MoE, as the tensors say; None: the block has no such half
     ffn: Literal["file"] | Callable[[Config, Arch, int, Tensors], Any] | None = "file"
+    block: Any = None  # a layer of another make than decoder.Block
+    streams: Any = None  # how several streams of activations begin and end
     adjust: Callable[[Config], Config] = lambda c: c
 
 
@@ -198,6 +207,38 @@ def laguna(c: Config) -> Config:
     return replace(every_dense_first(4, c), rope_scaling_swa=False)
 
 
+def grok(c: Config) -> Config:
+    """The constants of the first Grok, whose files have no keys for them."""
+    return replace(
+        c,
+        attn_scale=c.attn_out_scale or 0.08838834764831845,
+        attn_softcap=c.attn_softcap or 30.0,
+        embedding_scale=78.38367176906169 if c.embedding_scale == 1 else c.embedding_scale,
+        logit_scale=0.5773502691896257 if c.logit_scale == 1 else c.logit_scale,
+    )
+
+
+def bailingmoe(c: Config) -> Config:
+    """Scores are scaled by what turns of a head."""
+    return replace(c, attn_scale=c.rope_dim**-0.5) if c.rope_dim else c
+
+
+def smallthinker(c: Config) -> Config:
+    return rope_where_windowed(every_dense_first(4, c))
+
+
+def both_ways(c: Config) -> Config:
+    return replace(c, causal=False)
+
+
+def plamo3(c: Config) -> Config:
+    """The last layer of as many as the file's number says, or of eight, sees everything."""
+    if c.window_listed:
+        return c
+    size = (c.window_size,) * c.n_layer
+    return every(c.window_pattern or 8, replace(c, window=size))
+
+
 CHUNK = 8192  # positions that layers of Llama 4 see of their own chunk, in all its files
 FFN_NORM = {"ffn_norm": "post_attention_norm"}
 LFM2_NORM = {"output_norm": "token_embd_norm"}
@@ -228,6 +269,13 @@ def mixer_alone(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
         return Attention(c, a, i, w)
     recurrent = w.has("ssm_in.weight", "ssm_out.weight", "ssm_a", "ssm_d", "ssm_conv1d.weight")
     return Mamba2(c, a, i, w) if recurrent else FeedForwardAlone(c, a, i, w)
+
+
+def attention_or_less(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the mixer of a layer: without key heads one matrix, without any heads nothing."""
+    if not c.n_head[i]:
+        return NoMixer()
+    return (Attention if c.n_head_kv[i] else LinearMixer)(c, a, i, w)
 
 
 def conv_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
@@ -272,6 +320,10 @@ ROWS = (
     Arch(
         "gemma4", "hf.co/google/gemma-4-E2B-it", act="gelu_tanh", v_norm=True, values_from_keys=True,
         adjust=gemma3n,
+    ),
+    Arch(
+        "gemma3n", "hf.co/google/gemma-3n-E2B-it", act="gelu_tanh", v_norm=True, ffn=SparseFFN,
+        block=AltUpBlock, streams=Streams, adjust=gemma3n,
     ),
     Arch("stablelm", "arXiv:2402.17834", needs=HEAD, residual="norms"),
     Arch("orion", "arXiv:2401.12246", needs=HEAD),
@@ -338,6 +390,53 @@ ROWS = (
         "nemotron_h_moe", "arXiv:2512.20848", position="none", act="relu2", gated=False,
         gating="sigmoid", ffn=None, mixer=mixer_alone,
     ),
+    Arch(
+        "kimi-linear", "arXiv:2510.26692", needs=HEAD, position="none", mixer=delta_or_latent,
+    ),
+    Arch(
+        "deepseek32", "arXiv:2512.02556", needs=HEAD, pairing="adjacent", gating="sigmoid",
+        renormalise=False, mixer=LatentAttention,
+    ),
+    Arch(
+        "glm-dsa", "hf.co/zai-org/GLM-5", needs=HEAD, pairing="adjacent", gating="sigmoid",
+        renormalise=False, mixer=LatentAttention,
+    ),
+    Arch("deepseek", "arXiv:2401.06066", needs=HEAD, pairing="adjacent", renormalise=False),
+    Arch(
+        "bailingmoe", "arXiv:2503.05139", needs=HEAD, pairing="adjacent", renormalise=False,
+        adjust=bailingmoe,
+    ),
+    Arch("bailingmoe2", "arXiv:2510.22115", needs=HEAD, renormalise=False),
+    Arch(
+        "deci", "arXiv:2411.19146", pairing="adjacent", halves="file", mixer=attention_or_less,
+    ),
+    Arch(
+        "smallthinker", "arXiv:2507.20984", act="relu", choice_bias=False, routed_by_input=True,
+        adjust=smallthinker,
+    ),
+    Arch("plamo", "hf.co/pfnet/plamo-13b", needs=HEAD, residual="parallel"),
+    Arch("plamo3", "hf.co/pfnet/plamo-3-nict-8b-base", adjust=plamo3),
+    Arch("maincoder", "hf.co/Maincode/Maincoder-1B", pairing="adjacent", mixer=NormsBehindRope),
+    Arch("pangu-embedded", "arXiv:2505.22375"),
+    Arch(
+        "plm", "arXiv:2503.12167", pairing="adjacent", act="relu2", gated=False,
+        mixer=LatentAttention,
+    ),
+    Arch("bitnet", "arXiv:2402.17764"),
+    Arch(
+        "grok", "github.com/xai-org/grok-1", act="gelu_tanh", experts_beside=sqrt(0.5),
+        roles={"post_attention_norm": "attn_output_norm", "post_ffw_norm": "layer_output_norm"},
+        adjust=grok,
+    ),
+    Arch("llama-embed", "hf.co/nvidia/llama-embed-nemotron-8b", pairing="adjacent", adjust=both_ways),
+    Arch(
+        "neo-bert", "arXiv:2502.19587", pairing="adjacent", roles={"output_norm": "enc.output_norm"},
+        adjust=both_ways,
+    ),
+    Arch(
+        "jina-bert-v3", "arXiv:2409.10173", needs=EMBD_NORM, act="gelu", gated=False, norm_at="after",
+        adjust=both_ways,
+    ),
     Arch("eurobert", "arXiv:2503.05500"),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
     Arch(
@@ -396,26 +495,45 @@ ROWS = (
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}
 
-# Architectures that are known and not run, each with its reason.
+IMAGES = "it reads images; we run text only"
+SOUND = "it writes sound; we run text only"
+DIFFUSION = "it fills in text by diffusion, not word by word: needs a loop over masked tokens"
+DRAFTER = "it guesses ahead for another model; we run whole models: needs that model's activations"
+
+# Architectures that are known and not run, each with its reason and what would be needed.
 NOT_RUN = {
+    **dict.fromkeys("chameleon cogvlm paddleocr hunyuan_vl deepseek2-ocr clip".split(), IMAGES),
+    **dict.fromkeys("wavtokenizer-dec qwen3tts pockettts".split(), SOUND),
+    **dict.fromkeys("llada llada-moe dream rnd1".split(), DIFFUSION),
+    **dict.fromkeys("eagle3 dflash gemma4-assistant".split(), DRAFTER),
+    "clef": "it decides between candidates instead of writing: needs a head of its own",
     **dict.fromkeys(
         "t5 t5encoder".split(),
-        "its attention adds a learned bias per distance, which no backend has",
+        "its attention adds a learned bias per distance: needs that of every backend's attention",
+    ),
+    "grovemoe": "llama.cpp and its publisher differ in what its small experts read: needs a reference",
+    **dict.fromkeys(
+        "arwkv7 rwkv6qwen2".split(),
+        "its recurrence has gates and groups of its own: needs a mixer beside rwkv7's",
+    ),
+    "plamo2": "its Mamba has norms of its own and other sizes per head: needs a mixer beside mamba2's",
+    "mimo2": "some heads' values are narrower in layers with a window: needs a proven row",
+    "step35": "it caps its experts' activations layer by layer: needs an activation with a limit",
+    "dots3note": "latent attention with another size in layers with a window: needs sizes per layer",
+    "hrm_text": "two stacks of layers run in turns: needs layers that run several times",
+    "nanbeige": "its layers run several times: needs layers that do",
+    "graniteswitch": "it switches adapters by token: needs adapters within a layer",
+    **dict.fromkeys(
+        "bailingmoe3 kimi-k3 glm5-next minimax-01".split(),
+        "linear attention of another make beside plain: needs a mixer of its own",
     ),
     **dict.fromkeys(
-        "chameleon cogvlm paddleocr hunyuan_vl deepseek2-ocr clip".split(),
-        "it reads images; we run text only",
-    ),
-    "wavtokenizer-dec": "it writes sound; we run text only",
-    **dict.fromkeys(
-        "llada llada-moe dream rnd1".split(), "it fills in text by diffusion, not word by word"
+        "deepseek4 minimax-m3 qwen4exp hy_v4".split(),
+        "sparse attention and other parts of its own: needs choosing positions on every backend",
     ),
     **dict.fromkeys(
-        "gemma3n deci plamo plamo2 plamo3 kimi-linear rwkv6qwen2 "
-        "arwkv7 grok bitnet bailingmoe bailingmoe2 mimo2 "
-        "grovemoe smallthinker step35 glm-dsa jina-bert-v3 neo-bert "
-        "maincoder pangu-embedded plm deepseek llama-embed".split(),
-        "it has no row of our table yet",
+        "hy_v3 maple muse-glimmer spark2_5 talkie".split(),
+        "it has no row of our table yet: needs one, with a reference to prove it",
     ),
 }
 

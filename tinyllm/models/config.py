@@ -41,6 +41,10 @@ HARMLESS = {
     "dense_3_feat_in",
     "dense_3_feat_out",
     "embedding_length_out",
+    "attention.indexer.head_count",  # what the index is made of; see ``n_ctx_most``
+    "attention.indexer.key_length",
+    "attention.indexer.types",
+    "router_logit_softcapping",  # no implementation of Grok caps them
     "n_deepstack_layers",  # a picture's activations are added after these layers
     "moe_latent_size",  # the width inside is the experts' tensors'
 }
@@ -181,12 +185,16 @@ class Config:
     ]  # layers whose queries grow with their position, where there is a temperature
     window: tuple[int, ...]  # 0: the layer sees everything
     attn_scale: float
+    attn_out_scale: float  # Grok's name for attn_scale; 0: the file does not say
     attn_softcap: float
     attn_clamp: float
     attn_value_scale: float
     temperature: Temperature | None
     n_kv_shared: int  # the last layers, which have no keys of their own
     n_embd_per_layer: int  # 0: the layers get no embedding of their own
+    n_stream: int  # streams of activations that lie side by side
+    altup_active: int  # the stream that layers compute
+    sparsity: tuple[float, ...]  # deviations above the mean from which a gate acts; -inf: all of it
     logit_softcap: float
     logit_scale: float
     embedding_scale: float
@@ -212,10 +220,15 @@ class Config:
     ssm_group: int
     ssm_norm: bool
     wkv_head_dim: int
+    kda_head_dim: int
     rope_finetuned: bool  # Granite's hybrid: do attention layers rotate?
     xielu: tuple[tuple[float, float, float], ...]  # per layer: above 0, below 0, linear
     n_dense: int  # leading layers without experts
     has_no_window: bool  # the file says that nothing is hidden
+    n_ctx_most: int  # positions up to which sparse attention is the plain one; 0: it is not sparse
+    window_size: int
+    window_pattern: int  # the file's, where it is one number for all layers
+    window_listed: bool  # does the file say of each layer whether it has a window?
     n_skipped: int  # layers behind the others, which guess more than one token ahead
 
     def at(self, i: int) -> Config:
@@ -256,11 +269,14 @@ def read_config(keys: Keys) -> Config:
     kv_lora_rank = k.whole("attention.kv_lora_rank", 0)
     norm, norm_eps = read_norm(k)
     head_dim_mla = k.whole("attention.key_length_mla", head_dim)
+    n_ctx_train = k.whole("context_length", low=1, high=CONTEXT)
+    n_ctx_most = k.whole("attention.indexer.top_k", 0, high=CONTEXT)
+    pattern = k.get("attention.sliding_window_pattern", 0)
     n_expert = k.whole("expert_count", 0, high=4096)
     return Config(
         arch=k.arch,
         n_layer=n_layer,
-        n_ctx_train=k.whole("context_length", low=1, high=CONTEXT),
+        n_ctx_train=min(n_ctx_train, n_ctx_most or n_ctx_train),
         n_embd=n_embd,
         n_head=n_head,
         n_head_kv=n_head_kv,
@@ -286,12 +302,16 @@ def read_config(keys: Keys) -> Config:
         window=read_windows(k, n_layer),
         attn_scale=k.number("attention.scale", 0.0)
         or (head_dim_mla**-0.5 if head_dim_mla else 0.0),
+        attn_out_scale=k.number("attention.output_scale", 0.0),
         attn_softcap=k.number("attn_logit_softcapping", 0.0, low=0.0),
         attn_clamp=k.number("attention.clamp_kqv", 0.0, low=0.0),
         attn_value_scale=k.number("attention.value_scale", 1.0),
         temperature=read_temperature(k),
         n_kv_shared=k.whole("attention.shared_kv_layers", 0, high=n_layer - 1),
         n_embd_per_layer=k.whole("embedding_length_per_layer_input", 0),
+        n_stream=k.whole("altup.num_inputs", 1, 1, 64),
+        altup_active=k.whole("altup.active_idx", 0),
+        sparsity=read_sparsity(k, n_layer),
         logit_softcap=k.number("final_logit_softcapping", 0.0, low=0.0),
         logit_scale=k.number("logit_scale", 1.0, positive=True),
         embedding_scale=k.number("embedding_scale", 1.0),
@@ -319,11 +339,16 @@ def read_config(keys: Keys) -> Config:
         ssm_group=k.whole("ssm.group_count", 1, 1),
         ssm_norm=k.flag("ssm.dt_b_c_rms", False),
         wkv_head_dim=k.whole("wkv.head_size", 0, high=4096),
+        kda_head_dim=k.whole("kda.head_dim", 0, high=4096),
         rope_finetuned=k.flag("rope.scaling.finetuned", False),
         xielu=read_xielu(k, n_layer),
         n_dense=k.whole("leading_dense_block_count", 0, high=LAYERS),
         has_no_window=k.has("attention.sliding_window")
         and not k.whole("attention.sliding_window", 0, high=CONTEXT),
+        n_ctx_most=n_ctx_most,
+        window_size=k.whole("attention.sliding_window", 0, high=CONTEXT),
+        window_pattern=pattern if isinstance(pattern, int) else 0,
+        window_listed=not isinstance(pattern, int),
         n_skipped=n_skipped,
     )
 
@@ -472,6 +497,14 @@ def read_xielu(k: Keys, n_layer: int) -> tuple[tuple[float, float, float], ...]:
     return tuple(
         (softplus(p), b + softplus(n), b) for p, n, b in zip(above, below, linear, strict=True)
     )
+
+
+def read_sparsity(k: Keys, n_layer: int) -> tuple[float, ...]:
+    """How far above the mean a layer's gate acts, in standard deviations; () without such a key."""
+    key = "activation_sparsity_scale"
+    if not k.has(key):
+        return ()
+    return tuple(np.asarray(k.get(key), float).ravel()[:n_layer].tolist())
 
 
 def numbers(metadata: Mapping[str, Any], key: str, n: int) -> tuple[float, ...]:

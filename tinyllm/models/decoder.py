@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..kernels.backend import Array, LayerCache
-from .archs import Arch
 from .config import Config
 from .ffn import MoE, make_ffn
+from .mixer import NoMixer
 from .perlayer import PerLayer
 from .rank import Projections, RankHead
 from .step import Step
 from .weights import Linear, Norm, Tensors
+
+if TYPE_CHECKING:
+    from .archs import Arch
 
 
 class Block:
@@ -20,7 +23,7 @@ class Block:
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
         self.be, self.i, self.norm_at = w.be, i, a.norm_at
-        self.scale = c.residual_scale
+        self.scale, self.routed_by_input = c.residual_scale, a.routed_by_input
         self.mixer = a.mixer(c, a, i, w)
         self.ffn = make_ffn(c, a, i, w)
         self.side_norm = self.side = None
@@ -42,6 +45,8 @@ class Block:
     def __call__(self, step: Step, x: Array) -> Array:
         be, tap, i = self.be, step.tap, self.i
         start = x
+        if isinstance(self.mixer, NoMixer):
+            return tap(f"blk.{i}.out", self.alone(step, x))
         h = tap(f"blk.{i}.attn_norm", self.attn_norm(x)) if self.attn_norm else x
         y = tap(f"blk.{i}.attn_out", self.mixer(step, h))
         if self.norm_at == "after":  # BERT: add, then normalise
@@ -56,7 +61,7 @@ class Block:
         x = be.add(x, y, scale=self.scale)
         if self.ffn is None:
             return tap(f"blk.{i}.out", x)
-        f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else x)
+        f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else x, start)
         f = self.ffn_post(f) if self.ffn_post else f
         if self.side is not None and self.side_norm is not None:
             f = be.add(f, self.side(step, self.side_norm(start)))
@@ -68,10 +73,18 @@ class Block:
             x = self.be.add(x, self.per_layer(step, x))
         return x if self.out_scale == 1 else self.be.scale_softcap(x, self.out_scale)
 
-    def feed(self, step: Step, x: Array) -> Array:
-        """The feed-forward half, with its taps."""
+    def feed(self, step: Step, x: Array, start: Array | None = None) -> Array:
+        """The feed-forward half, with its taps; some choose experts by the block's input ``start``."""
         x = step.tap(f"blk.{self.i}.ffn_norm", x)
-        return step.tap(f"blk.{self.i}.ffn_out", self.ffn(step, x))
+        more = (start,) if self.routed_by_input else ()
+        return step.tap(f"blk.{self.i}.ffn_out", self.ffn(step, x, *more))
+
+    def alone(self, step: Step, x: Array) -> Array:
+        """The feed-forward half of a block that has no other, if it has this one."""
+        if self.ffn is None:
+            return x
+        f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else x)
+        return self.be.add(x, f, scale=self.scale)
 
 
 def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
@@ -99,7 +112,8 @@ def norms_before(
         return w.norm("attn_norm_2", e), w.norm("attn_norm", e)
     # ModernBERT's first layer has no norm: the embeddings are normalised already
     first_of_encoder = i == 0 and not c.causal and c.norm == "layer"
-    attn_norm = w.norm_if("attn_norm", e) if first_of_encoder else w.norm("attn_norm", e)
+    without = first_of_encoder or not (c.n_head[i] or a.halves == "both")
+    attn_norm = w.norm_if("attn_norm", e) if without else w.norm("attn_norm", e)
     if ffn is None or getattr(ffn, "norms_itself", False):
         return attn_norm, None
     optional = a.residual in ("parallel", "norms")
@@ -114,8 +128,11 @@ def norms_after(c: Config, a: Arch, w: Tensors) -> tuple[Norm | None, Norm | Non
     if a.norm_at == "post":
         return w.norm("post_attention_norm", e), w.norm("post_ffw_norm", e)
     taken = a.roles.get("ffn_norm") == "post_attention_norm"
-    attn = None if taken else w.norm_if("post_attention_norm", e)
-    return attn, w.norm_if("post_ffw_norm", e)
+    attn = (
+        None if taken else w.norm_if(a.roles.get("post_attention_norm", "post_attention_norm"), e)
+    )
+    ffn = a.roles.get("post_ffw_norm", "post_ffw_norm")
+    return attn, w.norm_if(ffn, e) or w.norm_if("post_ffw_norm", e)
 
 
 class Decoder:
@@ -141,7 +158,8 @@ class Decoder:
             self.token_type = w.be.array(w.host("token_types.weight")[0])
         taken = a.roles.get("output_norm") == "token_embd_norm"  # LFM2's last norm has that name
         self.embd_norm = None if taken else w.norm_if("token_embd_norm", c.n_embd)
-        self.blocks = [Block(c, a, i, layer) for i, layer in enumerate(layers)]
+        self.blocks = [(a.block or Block)(c, a, i, layer) for i, layer in enumerate(layers)]
+        self.streams = a.streams(c, w, end) if a.streams else None
         self.output_norm = output_norm(c, a, end)
         self.output = self.head(end) if c.causal else None
         self.rank = RankHead(c, end) if c.pooling == "rank" else None
@@ -173,7 +191,8 @@ class Decoder:
             x = be.add(x, be.embed(self.token_types, step.types))
         elif self.token_type is not None:
             x = be.add(x, self.token_type)
-        return step.tap("embd", self.embd_norm(x) if self.embd_norm else x)
+        x = self.embd_norm(x) if self.embd_norm else x
+        return step.tap("embd", self.streams.begin(step, x) if self.streams else x)
 
     def through(self, step: Step, x: Array, layers: range) -> Array:
         """Activations x [T, E] after these blocks -> [T, E]."""
@@ -187,6 +206,7 @@ class Decoder:
 
     def hidden(self, step: Step, x: Array) -> Array:
         """Normalised activations of the rows in ``batch.outputs`` -> [n_out, E]."""
+        x = self.streams.end(step, x) if self.streams else x
         x = self.last.take(x, step.batch.outputs)
         return step.tap("output_norm", self.output_norm(x) if self.output_norm else x)
 

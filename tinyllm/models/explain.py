@@ -236,6 +236,10 @@ class Recorder(Backend):
     def combine(self, x: Value, weights: Value) -> Value:
         return self.new(("T", x.shape[-1]), "sum over experts of {} * {}", x, weights)
 
+    def stacked(self, xs: Sequence[Value]) -> Value:
+        shape = ("T", len(xs), xs[0].shape[1])
+        return self.new(shape, "beside each other: " + ", ".join(["{}"] * len(xs)), *xs)
+
     def weigh(self, x: Value, weights: Value) -> Value:
         return self.new((*weights.shape, x.shape[1]), "{} for each expert * {}", x, weights)
 

@@ -24,14 +24,26 @@ class FFN:
         self.be, self.act = w.be, a.act
         self.gate, self.up = halves(a, w, n_ff, c.n_embd, suffix)
         self.down = w.linear(f"ffn_down{suffix}", c.n_embd, n_ff)
+        self.norm = w.norm_if("ffn_sub_norm", n_ff)  # BitNet's, of what goes into down
 
     def __call__(self, step: Step | None, x: Array) -> Array:
+        if self.norm is not None:
+            return self.down(self.norm(self.hidden(x)))
         if self.gate is None:
             hidden = self.be.matmul_act(self.up.weight, x, self.up.bias, self.act)
             return self.down(hidden)
         both = self.gate, self.up
         ws, biases = [p.weight for p in both], [p.bias for p in both]
         return self.down(self.be.matmul_gated(ws, x, biases, self.act))
+
+    def hidden(self, x: Array) -> Array:
+        """What goes into down."""
+        up = self.up(x)
+        return (
+            self.be.act(up, self.act)
+            if self.gate is None
+            else self.be.act_mul(self.gate(x), up, self.act)
+        )
 
 
 class FeedForwardAlone(Mixer):
@@ -171,6 +183,18 @@ def stacks(
     return gate, Experts(w, name, n, shape[1], n_in), shape[1]
 
 
+class BesideMoE:
+    """A plain half and experts of the same input, their sum scaled (Grok 2). [T, E] -> [T, E]."""
+
+    def __init__(self, c: Config, a: Arch, w: Tensors, n_ff: int) -> None:
+        self.be, self.scale = w.be, a.experts_beside
+        self.plain, self.experts = FFN(c, a, w, n_ff), MoE(c, a, w)
+
+    def __call__(self, step: Step | None, x: Array) -> Array:
+        both = self.be.add(self.plain(step, x), self.experts(step, x))
+        return self.be.scale_softcap(both, self.scale)
+
+
 class NormedBesideMoE:
     """A plain half and experts side by side, with norms of their own before and behind each (Gemma 4).
 
@@ -216,12 +240,16 @@ def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:
     """The feed-forward half: the row's own, experts where there is a router, else a plain one."""
     if a.ffn != "file":
         return a.ffn and a.ffn(c, a, i, w)
+    if a.halves == "file" and not c.n_ff[i]:
+        return None
     if w.has("ffn_norm_exps.weight"):
         return FFN(c, a, w, w.source("ffn_up.weight").shape[0])
     names = "ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps", "ffn_gate_inp"
     if not w.has(*(f"{n}.weight" for n in names)):
         return FFN(c, a, w, c.n_ff[i])
     beside = w.has("ffn_up.weight", "ffn_gate.weight", "ffn_down.weight")
+    if beside and a.experts_beside != 1:
+        return BesideMoE(c, a, w, c.n_ff[i])
     return NormedBesideMoE(c, a, w, c.n_ff[i]) if beside else MoE(c, a, w)
 
 

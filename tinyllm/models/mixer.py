@@ -9,7 +9,10 @@ from ..kernels.backend import Array, Backend, LayerCache
 from .step import Step
 
 if TYPE_CHECKING:
+    from .archs import Arch
     from .attention import Rope
+    from .config import Config
+    from .weights import Tensors
 
 
 class Mixer(ABC):
@@ -28,6 +31,27 @@ class Mixer(ABC):
     @abstractmethod
     def __call__(self, step: Step, x: Array) -> Array:
         """Activations x [T, E] -> [T, E]."""
+
+
+class NoMixer(Mixer):
+    """The mixer of a layer whose rows do not meet: nothing is added to the residual stream."""
+
+    cache = LayerCache()
+
+    def __call__(self, step: Step, x: Array) -> Array:
+        raise AssertionError("a block without this half does not ask for it")
+
+
+class LinearMixer(Mixer):
+    """One matrix in place of attention (DeciLM). [T, E] -> [T, E]."""
+
+    cache = LayerCache()
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        self.out = w.linear("attn_output", c.n_embd, c.n_embd)
+
+    def __call__(self, step: Step, x: Array) -> Array:
+        return self.out(x)
 
 
 def widened(be: Backend, x: Array, n_head: int, width: int) -> Array:

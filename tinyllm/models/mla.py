@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.backend import Array, LayerCache
-from .attention import Heating, Rope, check_has_heads, make_rope
+from .attention import Heating, check_has_heads, make_rope
 from .config import Config
 from .mixer import Mixer
 from .rope import attention_scale
@@ -21,6 +21,10 @@ from .weights import Tensors
 
 if TYPE_CHECKING:
     from .archs import Arch
+
+
+# DeepSeek 3.2's index chooses the positions to attend to; as long as it chooses all, nothing reads it.
+INDEXER = "k_norm.weight k_norm.bias proj.weight attn_k.weight attn_q_b.weight".split()
 
 
 class LatentAttention(Mixer):
@@ -55,13 +59,16 @@ class LatentAttention(Mixer):
             self.k_up, self.v_up = expansions(c, w, self.n_head, self.rank, plain)
         self.o = w.linear("attn_output", c.n_embd, self.n_head * c.head_dim_v)
         self.temperature = Heating(c, w) if c.temperature else None
-        self.rope: Rope = make_rope(c, a, i, w, first=self.rank if self.absorbed else plain)
+        self.turned = turned
+        w.pass_over(*(f"indexer.{n}" for n in INDEXER))
+        if a.position == "rope":
+            self.rope = make_rope(c, a, i, w, first=self.rank if self.absorbed else plain)
 
     @property
     def cache(self) -> LayerCache:
         """The latent vector and one rotated key per position, or full keys and values."""
         if self.absorbed:
-            return LayerCache(1, self.rank + 2 * len_pairs(self.rope.short.freqs), self.rank)
+            return LayerCache(1, self.rank + self.turned, self.rank)
         return LayerCache(self.n_head, self.head_dim, self.head_dim_v)
 
     def __call__(self, step: Step, x: Array) -> Array:
@@ -78,18 +85,15 @@ class LatentAttention(Mixer):
         else:
             q = be.concat([q_plain, q_turned], h)
             k, v = be.concat([self.k_up(latent), be.repeat(k_turned, h)], h), self.v_up(latent)
-        spec, layer = self.rope.at(step.n_ctx), self.cache
-        q = step.tap(f"blk.{self.i}.q", be.rope(q, step.batch.positions, spec, layer.head_dim))
+        if self.rope is not None:
+            spec, dim = self.rope.at(step.n_ctx), self.cache.head_dim
+            q, k = (be.rope(y, step.batch.positions, spec, dim) for y in (q, k))
         q = q if self.temperature is None else self.temperature(step, q)
-        k = step.tap(f"blk.{self.i}.k", be.rope(k, step.batch.positions, spec, layer.head_dim))
+        q, k = step.tap(f"blk.{self.i}.q", q), step.tap(f"blk.{self.i}.k", k)
         be.cache_write(step.batch, self.i, k, step.tap(f"blk.{self.i}.v", v))
         y = be.attention(step.batch, self.i, q, h, scale=self.scale)
         y = be.matmul_heads(self.v_b, y) if self.absorbed else y
         return self.o(step.tap(f"blk.{self.i}.attn_heads", y))
-
-
-def len_pairs(freqs: Array) -> int:
-    return int(freqs.shape[0])
 
 
 def expansions(c: Config, w: Tensors, n_head: int, rank: int, plain: int):  # type: ignore[no-untyped-def]

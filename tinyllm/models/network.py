@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import system
-from ..errors import ArgumentError, StateError, TinyLLMError
+from ..errors import ArgumentError, DeviceError, StateError, TinyLLMError
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from .ahead import RunAhead
 from .archs import Arch
@@ -77,6 +77,12 @@ class Network:
         DeviceError
             The full cache would not fit into the memory that is free now.
         """
+        most = self.config.n_ctx_most
+        if most and n_ctx > most:
+            raise DeviceError(
+                f"n_ctx={n_ctx}; this model attends to the best {most} positions, which no backend chooses: "
+                f"it runs up to n_ctx={most}"
+            )
         layers = self.decoder.caches
         advice = "Use a smaller n_ctx, or kv_type='q8_0'"
         for stage in self.stages:

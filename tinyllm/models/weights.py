@@ -257,7 +257,7 @@ class Tensors:
         return Norm(self.be, kind, self.c.norm_eps, weight, self.optional(f"{name}.bias", size))
 
     def norm_if(self, name: str, size: int, kind: str | None = None) -> Norm | None:
-        return self.norm(name, size, kind) if self.has(f"{name}.weight") else None
+        return self.norm(name, size, kind) if self.has(name, f"{name}.weight") else None
 
     def leftovers(self) -> list[str]:
         """Names of the tensors that nothing has asked for."""
@@ -324,7 +324,8 @@ def parts(names: set[str]) -> dict[tuple[bool, ...], set[str]]:
     """A layer's names in two sets, its feed-forward half and the rest, each under the kind that it is."""
     ffn = {n for n in names if n.startswith(("ffn_", "exp_probs_b"))}
     mixer = tuple(
-        any(n.startswith(p) for n in names) for p in ("attn_output.", "ssm_", "shortconv.")
+        any(n.startswith(p) for n in names)
+        for p in ("attn_q.", "attn_output.", "ssm_", "shortconv.", "attn_kv_a_mqa.")
     )
     return {(has_experts(names), bool(ffn)): ffn, mixer: names - ffn}
 
