@@ -3,7 +3,7 @@
 >>> import io
 >>> import numpy as np
 >>> from tinyllm import gguf
->>> paths = gguf.write(io.BytesIO(), {"general.architecture": "llama"}, {"x": np.ones((2, 4), np.float32)})
+>>> files = gguf.write(io.BytesIO(), {"general.architecture": "llama"}, {"x": np.ones((2, 4), np.float32)})
 """
 
 from __future__ import annotations
