@@ -1,6 +1,6 @@
 """An engine under load, in process: tokens per second of chats, and the pace of texts beside a long prompt.
 
-    python benchmarks/requests.py [MODEL.gguf] [--clients 8] [--requests 24] [--tokens 64] [--shared 130]
+    python benchmarks/engine_load.py [MODEL.gguf] [--clients 8] [--requests 24] [--tokens 64] [--shared 130]
 
 The load is that of chats which share a system message of about ``--shared`` tokens; the engine begins with
 nothing in its tree of beginnings. The pace: four texts are written; then a prompt of ``--long`` tokens is read.
@@ -135,7 +135,7 @@ def main() -> None:
     a = parser.parse_args()
     with tinyllm.load(a.model, n_threads=a.threads) as m:
         loads = [load(m, a) for _ in range(a.rounds)]
-        report: dict[str, Any] = {"benchmark": "requests", "machine": common.machine()}
+        report: dict[str, Any] = {"benchmark": "engine_load", "machine": common.machine()}
         report |= {"model": Path(m.path).name, "load": loads, "pace": pace(m, a)}
     print(json.dumps({"load": loads, "pace": report["pace"]}, indent=1))
     if a.json:
