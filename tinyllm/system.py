@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import platform
+import socket
 import struct
 import sys
 import tempfile
@@ -404,6 +405,12 @@ def _windows_lock() -> Callable[[int], None] | None:
                 time.sleep(0.1)
 
     return lock_first_byte
+
+
+def reuse_address(sock: socket.socket) -> None:
+    """Let a port be listened on again at once; Windows does so anyway, and the option would share the port."""
+    if sys.platform != "win32":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def sync_folder(path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import sys
 from types import FrameType
 
 import uvicorn
 
+from .. import system
 from ..errors import TinyLLMError
 from .app import Server
 
@@ -37,8 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(info[0], info[1])
-        if sys.platform != "win32":  # there it would let two programs share the port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        system.reuse_address(sock)
         sock.bind(info[4])
         sock.listen(512)
     except OSError as error:
