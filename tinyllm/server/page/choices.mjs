@@ -51,16 +51,17 @@ export class Choices {
     const lines = all.map((choice) => {
       const chosen = choice.i === token.i;
       const p = choice.p === null ? 0 : Math.exp(choice.p);
-      const label = `${chosen ? "Chosen: " : ""}${visible(choice)}, ${percent(choice.p)}. ${chosen ? "Write on again from here" : "Go on with this"}`;
+      const hidden = (text) => h("span", { class: "visually-hidden" }, text);
       const bar = h("span", { class: "bar", "aria-hidden": "true" }, h("span"));
       bar.firstChild.style.setProperty("width", `${Math.max(100 * p, 0.5)}%`);
       const button = h(
         "button",
-        { type: "button", class: "choice", "aria-label": label, "aria-current": chosen ? "true" : null,
+        { type: "button", class: "choice", "aria-current": chosen ? "true" : null,
           onclick: () => this.#go(() => this.actions.branch(this.node, this.k, choice)) },
         h("span", { class: choice.end ? "what end" : "what" }, choice.end ? "end of the answer" : visible(choice)),
         bar,
         h("span", { class: "percent" }, percent(choice.p)),
+        hidden(chosen ? "chosen; write on again from here" : "go on with this"),
       );
       return h("li", {}, button);
     });

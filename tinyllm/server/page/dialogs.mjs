@@ -8,7 +8,9 @@ function open(dialog, title, ...content) {
   const head = h("div", { class: "dialog-head" }, h("h2", { id: dialog.getAttribute("aria-labelledby") }, title),
     iconButton("close", "Close", () => dialog.close()));
   dialog.replaceChildren(head, ...content);
-  dialog.onclick = (event) => event.target === dialog && dialog.close();
+  dialog.onclick = (event) => {
+    if (event.target === dialog) dialog.close(); // beside the window
+  };
   dialog.showModal();
 }
 

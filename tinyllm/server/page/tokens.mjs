@@ -87,7 +87,7 @@ export function percent(logprob) {
 }
 
 /** How unexpected a token was, from 0 (certain) to 1 (a chance of one in 256 or less). */
-export const surprise = (logprob) => (logprob === null ? 0 : Math.min(1, -logprob / Math.LN2 / 8));
+export const surprise = (logprob) => (logprob === null ? 0 : Math.min(1, Math.abs(logprob) / Math.LN2 / 8));
 
 /** A token's text with its spaces visible. */
 export function visible(token) {
