@@ -401,7 +401,8 @@ def test_settings_and_files_go_into_the_request(page: Page, served: Served, tmp_
     page.button("Settings").click()
     page.one("#settings textarea").send_keys("Be brief.")
     page.driver.execute_script(
-        "const e = document.querySelector('#settings [type=range]'); e.value = 0.5; e.dispatchEvent(new Event('input'))"
+        "const e = document.querySelector('#settings [type=range]');"
+        "e.value = 0.5; e.dispatchEvent(new Event('input'))"
     )
     tick = page.one("#settings [type=checkbox]")
     tick.click()
