@@ -400,3 +400,19 @@ def test_the_largest_logits_are_enough(temperature: float, k: int, penalties: di
 )
 def test_what_may_lift_a_token_needs_all_logits(how: dict) -> None:
     assert Sampler(SamplingParams(**how), 1000).needs(80) == 1000
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 5.0, 100.0])
+@pytest.mark.parametrize("forbidden", [0, 4900])
+def test_a_draw_from_all_is_that_from_all_sorted(temperature: float, forbidden: int) -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 3, 5000).astype(np.float32)
+    logits[rng.permutation(5000)[:forbidden]] = -np.inf
+    sampler = Sampler(SamplingParams(**{**NO_FILTER, "temperature": temperature, "seed": 5}), 5000)
+    numbers = np.random.Generator(np.random.PCG64(5))
+    ids, values = choose.top_k(logits, 5000)
+    for _ in range(300):
+        at = sampling.draw(
+            values.astype(np.float64)[values > -np.inf], temperature, numbers.random()
+        )
+        assert sampler.choose(logits.copy(), []) == ids[at]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .engine.completion import Completion, GenerateOptions, Pieces, check_given, without_end
+from .engine.completion import Completion, GenerateOptions, Pieces, check_given, unread, without_end
 from .errors import ArgumentError, TemplateError
 
 if TYPE_CHECKING:
@@ -148,23 +149,19 @@ class Chatting(ABC):
         turn = self.turn(
             messages, template, tools, tool_choice, template_vars, continue_final_message
         )
-        ids = turn.ids
         options = {**options, **self.held_to_calls(turn, options)}
         state = options.get("state")
         check_given(state, options.get("tap"))
-        if state is not None:
-            kept = state.reuse(ids)
-            state.truncate(kept)
-            ids = ids[kept:]
+        ids = unread(turn.ids, state)
         answer: Completion | Pieces = self.generate(ids, max_tokens, stream=stream, **options)
-
-        def finished(done: Completion) -> Completion:
-            return replace(done, message=turn.message(self.tokenizer, done.ids, done.text))
-
         if isinstance(answer, Completion):
-            return finished(answer)
-        answer.finished = finished
+            return self.answered(turn, answer)
+        answer.finished = partial(self.answered, turn)
         return answer
+
+    def answered(self, turn: Turn, done: Completion) -> Completion:
+        """A turn's completion, with the answer as a ``message``."""
+        return replace(done, message=turn.message(self.tokenizer, done.ids, done.text))
 
     def turn(
         self,

@@ -3,8 +3,8 @@
 The chain is GPT4All's (llama.cpp's older order): logit bias and processor, repetition penalties, then
 either the largest logit (temperature 0) or top-k, typical-p, top-p, min-p, temperature and a draw. Each
 filter looks at the probabilities before temperature and renormalises over what the filter before it kept.
-Only the penalised entries and the k survivors are touched, never the whole vocabulary: at 128k tokens
-a single NumPy pass would cost more than the draw.
+Only the penalised entries and the k survivors are touched: at 128k tokens a single NumPy pass would cost more
+than the draw. Where nothing is filtered, only so many tokens are sorted as the draw needs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ Ids: TypeAlias = NDArray[np.integer[Any]]
 TopK: TypeAlias = Callable[[Floats, int], tuple[Ids, Floats]]
 LogitsProcessor: TypeAlias = Callable[[list[int], Floats], "Floats | None"]
 
+FIRST_SORTED = 64  # tokens, of a draw from all
 LARGEST_PENALTY = 1e30  # beyond, a float32 product may be 0 x infinity
 
 
@@ -194,11 +195,17 @@ def min_p(logits: Floats, p: float) -> int:
     return int(np.count_nonzero(logits >= logits[0] + math.log(p)))
 
 
-def draw(logits: Floats, temperature: float, u: float) -> int:
-    """Position drawn from softmax(sorted logits [n] / temperature) by one uniform number u in [0, 1)."""
+def masses(logits: Floats, largest: float, temperature: float) -> Floats:
+    """Probabilities of logits [n] at a temperature, in units of that of the largest."""
     # with a tiny temperature the quotient may become -inf, which is probability 0
     with np.errstate(over="ignore"):
-        mass = np.exp((logits - logits[0]) / temperature).cumsum()
+        p: Floats = np.exp((logits - largest) / temperature)
+    return p
+
+
+def draw(logits: Floats, temperature: float, u: float) -> int:
+    """Position drawn from softmax(sorted logits [n] / temperature) by one uniform number u in [0, 1)."""
+    mass = masses(logits, logits[0], temperature).cumsum()
     return min(int(mass.searchsorted(u * mass[-1], side="right")), len(logits) - 1)
 
 
@@ -266,7 +273,33 @@ class Sampler:
         logits = self._shape(logits, history)
         if allowed is not None:
             np.copyto(logits, -np.inf, where=~allowed)
+        if self._keeps_all:
+            return self._draw_from_all(logits)
         return self._draw(*self._top_k(logits, self._k))
+
+    @cached_property
+    def _keeps_all(self) -> bool:
+        """Whether any token may be drawn."""
+        p = self.params
+        filters = p.typical_p < 1 or p.top_p < 1 or p.min_p > 0
+        return p.temperature > 0 and self._k == self.n_vocab and not filters
+
+    def _draw_from_all(self, logits: Floats) -> int:
+        """Draw from the whole vocabulary, as ``draw`` does, but sort no more of it than the draw needs.
+
+        Sorting all would take longer than a small model's step.
+        """
+        u, t, k = self._random.random(), self.params.temperature, FIRST_SORTED
+        largest = float(self._top_k(logits, 1)[1][0])
+        wanted = u * float(masses(logits.astype(np.float64), largest, t).sum())
+        while k < self.n_vocab:
+            ids, values = self._top_k(logits, k)
+            mass = masses(values.astype(np.float64), largest, t).cumsum()
+            if mass[-1] > wanted:
+                return int(ids[mass.searchsorted(wanted, side="right")])
+            k *= 16
+        ids, values = self._top_k(logits, self.n_vocab)
+        return int(ids[draw(values.astype(np.float64), t, u)])
 
     @cached_property
     def _lowers(self) -> bool:

@@ -367,6 +367,15 @@ def check_given(state: State | None, tap: Tap | None) -> None:
         raise ArgumentError(f"tap is {_found(tap)}; expected a function of a name and an array")
 
 
+def unread(ids: list[int], state: State | None) -> list[int]:
+    """What a state has not read of a conversation yet; it keeps what both begin with, and drops the rest."""
+    if state is None:
+        return ids
+    kept = state.reuse(ids)
+    state.truncate(kept)
+    return ids[kept:]
+
+
 def without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """Ids of a text to continue: without the end token that some vocabularies have put behind every text."""
     return ids[:-1] if tokenizer.add_eos and ids[-1:] == [tokenizer.eos] else ids

@@ -11,14 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
 from ..models.memory import cache_bytes
-from .completion import Completion, Prompt, begin, options_of, room_for, split_prompts
+from .completion import Prompt, begin, options_of, room_for, split_prompts, unread
 from .generate import Run, Work, check_fits, steps
 from .prefixes import SNAPSHOT, Prefixes, needs_snapshots
 from .request import Request
@@ -27,7 +26,6 @@ from .speculate import drafting
 
 if TYPE_CHECKING:
     from ..chat.render import Message
-    from ..chat.turn import Turn
     from ..model import Model
     from ..models.state import State
 
@@ -168,7 +166,7 @@ class Engine:
         self._net.check_ids([ids])
         request = Request(ids, chosen, n_ctx, state, deadline)
         if turn is not None:
-            request.finished = partial(with_message, turn, self._model)
+            request.finished = partial(self._model.answered, turn)
         with self._changed:
             if self._closed:
                 raise TinyLLMError("the engine is closed")
@@ -421,20 +419,6 @@ class Pace:
 def is_conversation(prompt: object) -> bool:
     """Whether a prompt is messages; else a text, or ids."""
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
-def unread(ids: list[int], state: State | None) -> list[int]:
-    """What a conversation's state has not read of a prompt yet; it keeps what it can."""
-    if state is None:
-        return ids
-    kept = state.reuse(ids)
-    state.truncate(kept)
-    return ids[kept:]
-
-
-def with_message(turn: Turn, model: Model, done: Completion) -> Completion:
-    """A chat's completion with its answer as a message."""
-    return replace(done, message=turn.message(model.tokenizer, done.ids, done.text))
 
 
 def spoilt(request: Request) -> bool:
