@@ -229,6 +229,27 @@ def test_responses_call_functions(client):
         client.responses.create(model="tales", input="x", previous_response_id="resp_1")
 
 
+@pytest.mark.skipif(not hasattr(openai.OpenAI, "decisions"), reason="an older openai")
+def test_decisions(client):
+    found = client.decisions.create(
+        model="tales",
+        input="I was charged twice.",
+        questions=[
+            {"type": "predicate", "instructions": "It is a complaint.", "name": "angry"},
+            {
+                "type": "choice",
+                "instructions": "Whose is it?",
+                "choices": [{"value": "billing"}, {"value": "shipping"}],
+            },
+        ],
+    )
+    angry, team = found.answers
+    assert (angry.type, angry.name) == ("predicate", "angry")
+    assert 0 < angry.probability < 1
+    assert team.choice in ("billing", "shipping")
+    assert found.usage.total_tokens > 0
+
+
 def test_anthropics_messages(claude):
     fields = {"model": "tales", "max_tokens": 12, "messages": HELLO, "extra_body": {"seed": 3}}
     answer = claude.messages.create(**fields)

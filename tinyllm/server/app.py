@@ -20,6 +20,7 @@ from ..errors import TinyLLMError
 from ..model import Model
 from . import (
     anthropic_messages,
+    decisions,
     extras,
     openai_chat,
     openai_completions,
@@ -36,8 +37,8 @@ from .settings import Settings
 
 log = logging.getLogger("tinyllm.server")
 ROUTES = (
-    openai_chat, openai_completions, openai_embeddings, openai_responses, anthropic_messages, extras,
-    page,
+    openai_chat, openai_completions, openai_embeddings, openai_responses, decisions,
+    anthropic_messages, extras, page,
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -71,6 +71,33 @@ Item = InputCall | InputOutput | InputReasoning | InputMessage
 def joined(content: str | list[TextPart]) -> str:
     """A content's text."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def messages_of(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Items as templates read them; calls belong to the message before them."""
+    found: list[dict[str, Any]] = []
+    thought = ""
+    for item in items:
+        if isinstance(item, InputMessage):
+            role = "system" if item.role == "developer" else item.role
+            said = {"role": role, "content": item.text()}
+            if role == "assistant" and thought:
+                said["reasoning_content"], thought = thought, ""
+            found.append(said)
+        elif isinstance(item, InputReasoning):
+            thought = "".join(part.text for part in item.content or item.summary)
+        elif isinstance(item, InputCall):
+            if not found or found[-1]["role"] != "assistant":
+                found.append({"role": "assistant", "content": ""})
+            if thought:
+                found[-1]["reasoning_content"], thought = thought, ""
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            found[-1].setdefault("tool_calls", []).append(call)
+        else:
+            text = joined(item.output)
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+    return found
 
 
 class ResponseTool(Loose):
@@ -180,34 +207,11 @@ class ResponseBody(Strict):
     ignore_eos: bool | None = None
 
     def plain(self) -> list[dict[str, Any]]:
-        """The conversation as templates read it; calls belong to the message before them."""
-        found: list[dict[str, Any]] = []
-        if self.instructions:
-            found.append({"role": "system", "content": self.instructions})
+        """The conversation as templates read it."""
+        head = [{"role": "system", "content": self.instructions}] if self.instructions else []
         if isinstance(self.input, str):
-            return [*found, {"role": "user", "content": self.input}]
-        thought = ""
-        for item in self.input:
-            if isinstance(item, InputMessage):
-                role = "system" if item.role == "developer" else item.role
-                said = {"role": role, "content": item.text()}
-                if role == "assistant" and thought:
-                    said["reasoning_content"], thought = thought, ""
-                found.append(said)
-            elif isinstance(item, InputReasoning):
-                thought = "".join(part.text for part in item.content or item.summary)
-            elif isinstance(item, InputCall):
-                if not found or found[-1]["role"] != "assistant":
-                    found.append({"role": "assistant", "content": ""})
-                if thought:
-                    found[-1]["reasoning_content"], thought = thought, ""
-                function = {"name": item.name, "arguments": item.arguments}
-                call = {"id": item.call_id, "type": "function", "function": function}
-                found[-1].setdefault("tool_calls", []).append(call)
-            else:
-                text = joined(item.output)
-                found.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
-        return found
+            return [*head, {"role": "user", "content": self.input}]
+        return [*head, *messages_of(self.input)]
 
     def variables(self) -> dict[str, Any]:
         """Variables of the template."""
