@@ -28,7 +28,7 @@ import numpy as np
 from common import HERE, Worker, ratios, show, spread
 
 OURS = "tinyllm"
-KNOWN = (OURS, "llamacpp", "llamacpp-fa", "gpt4all")
+KNOWN = (OURS, "llamacpp", "llamacpp-fa", "llama-bench", "ik", "gpt4all")
 WAYS = ("generate", "step")
 LIMIT_S = 0.5  # spent on measuring the read bandwidth, each round
 
@@ -52,7 +52,8 @@ def compare(model: Path, o: argparse.Namespace) -> dict[str, Any]:
             found = one_round(workers, loaded, ids, o, i)
             rounds.append(found | {"read_bandwidth": bandwidth})
         report |= summary(rounds[1:], engines, len(ids), o)
-        report["logits"] = fidelity(model, workers, args, ids, o)
+        shown = [w for e, w in workers.items() if "logits" in loaded[e]["shows"]]
+        report["logits"] = fidelity(shown, args, ids, o)
         for e, w in workers.items():
             engines[e] |= {"idle_share": w.idle_share, "peak_rss_bytes": w.ask("memory")}
     return report
@@ -94,7 +95,7 @@ def prompt(n: int, n_vocab: int) -> list[int]:
 def about(w: Worker, loaded: dict[str, Any]) -> dict[str, Any]:
     """What is known of an engine before it is timed."""
     known = {k: loaded[k] for k in ("version", "load_s")}
-    return known if w.name == "gpt4all" else known | {"about": w.ask("about")}
+    return known | ({"about": w.ask("about")} if "about" in loaded["shows"] else {})
 
 
 # ---- measuring
@@ -160,8 +161,7 @@ def say(text: str) -> None:
 
 
 def fidelity(
-    model: Path,
-    workers: dict[str, Worker],
+    workers: list[Worker],
     args: dict[str, Any],
     ids: list[int],
     o: argparse.Namespace,
@@ -170,9 +170,8 @@ def fidelity(
     ids = ids[: o.prompt]
     with tempfile.TemporaryDirectory() as folder:
         logits = {}
-        for name, w in workers.items():
-            if name != "gpt4all":  # it has none to show
-                logits[name] = last_logits(w, ids, folder)
+        for w in workers:
+            logits[w.name] = last_logits(w, ids, folder)
         if o.reference:
             with worker("reference", o.python) as w:
                 w.ask("load", **args)

