@@ -289,7 +289,7 @@ class LlamaBench(Engine):
         return read, self.seconds("-p", "0", "-n", str(n), "-d", depth)
 
     def seconds(self, *args: str) -> float:
-        """Of the one test that these arguments ask for."""
+        """How long the one test took that these arguments ask for."""
         done = subprocess.run([self.program, *self.args, *args], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{self.program.name} failed: {done.stderr.strip()[-500:]}")
