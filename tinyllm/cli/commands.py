@@ -10,7 +10,7 @@ from dataclasses import asdict
 from .. import __version__, plots
 from ..errors import ArgumentError, TinyLLMError
 from ..files import lines_of, read_text
-from . import making
+from . import making, mapping
 from .arguments import (
     MODEL_HELP,
     USAGE_ERROR,
@@ -461,6 +461,7 @@ COMMANDS = {
         perplexity_arguments, perplexity,
     ),
     **making.COMMANDS,
+    **mapping.COMMANDS,
     "chat": Command(
         "Talk with a model.",
         'tinyllm chat -m model.gguf --system "Answer briefly."',

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..engine.scoring import losses_of
 from ..errors import ArgumentError
 from ..model import Model
 
@@ -94,11 +95,3 @@ def window_losses(model: Model, ids: list[int]) -> np.ndarray:
         model.network.forward([(state, min(left, model.network.n_batch), "none")])
     logits = model.logits(ids[half:-1], state)
     return losses_of(logits, np.array(ids[half + 1 :]))
-
-
-def losses_of(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits [n, V]) at targets [n] -> float64 [n]."""
-    largest = logits.max(axis=1, keepdims=True)
-    total: np.ndarray = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
-    chosen = logits[np.arange(len(targets)), targets] - largest[:, 0]
-    return np.asarray(np.log(total) - chosen)

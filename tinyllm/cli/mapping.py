@@ -1,0 +1,115 @@
+"""``tinyllm map``: a model's work on the rows of a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import ArgumentError
+from .arguments import (
+    MODEL_HELP,
+    Arguments,
+    Command,
+    Parser,
+    load_options,
+    locate,
+    note,
+    sampling_of,
+    sampling_options,
+)
+from .arguments import load_model as load
+from .terminal import has_terminal
+
+TASKS = ("embed", "generate", "score")
+
+
+def map_arguments(p: Parser) -> None:
+    p.add_argument("task", metavar="TASK", choices=TASKS, help="embed, generate or score")
+    p.add_argument("input", metavar="INPUT", help="rows: .parquet, .jsonl, or .txt with one a line")
+    p.add_argument("output", metavar="OUTPUT", help="keys and results: .parquet or .jsonl")
+    p.add_argument("-m", "--model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--text", default="text", metavar="NAME", help="column; default %(default)s")
+    p.add_argument("--id", default="id", metavar="NAME", help="column of the key; default id")
+    load_options(p)
+    p.add_argument("--pooling", choices=("mean", "cls", "last"), help="embed: as the file says")
+    p.add_argument("--no-normalize", dest="normalize", action="store_false",
+                   help="embed: keep the vectors' lengths")  # fmt: skip
+    p.add_argument(
+        "-n", "--max-tokens", type=int, default=256, metavar="N", help="generate: of a row"
+    )
+    p.add_argument("--chat", action="store_true", help="generate: answer in the chat template")
+    p.add_argument("--system", metavar="TEXT", help="generate: a system message; implies --chat")
+    p.add_argument("--overflow", default="error", choices=("error", "shift", "truncate"),
+                   help="generate: when the context is full")  # fmt: skip
+    sampling_options(p)
+    p.set_defaults(seed=0)
+
+
+def map_(args: Arguments) -> None:
+    from ..mapping import Embed, Generate, Score, Task
+    from ..mapping.job import Job, file_identity
+    from ..mapping.tables import Table
+
+    path = locate(args.model)
+    tasks: dict[str, type[Task]] = {"embed": Embed, "generate": Generate, "score": Score}
+    task = tasks[args.task]
+    options = options_of(args)
+    settings = {n: getattr(args, n) for n in ("device", "n_ctx", "kv_type", "compute")}
+    about = {"task": args.task, "model": file_identity(path), "load": settings, "options": options}
+    source = Table(args.input, args.text, args.id)
+    job = Job(source, args.output, task.columns, about)
+
+    def work(rows: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        with load(args) as model:
+            yield from task(model, **options).run(rows)
+
+    with progress(args.task) as done:
+        try:
+            n_errors = job.run(work, done)
+        except KeyboardInterrupt:
+            note(f"stopped; what is done is in {job.journal_path}, and the same command goes on")
+            raise
+    if n_errors is None:
+        note(f"{args.output} is whole already; remove it to make it again")
+    elif n_errors:
+        note(f"{n_errors} rows could not be worked on: the column 'error' says why")
+
+
+def options_of(args: Arguments) -> dict[str, Any]:
+    """What the task takes besides the model; ArgumentError for an option of another task."""
+    own = {
+        "embed": ["pooling", "normalize"],
+        "generate": ["max_tokens", "chat", "system", "overflow", "stop", *sampling_of(args)],
+        "score": [],
+    }
+    for action in COMMANDS["map"].parser("map")._actions:
+        name = action.dest
+        is_other = name not in own[args.task] and any(name in names for names in own.values())
+        if is_other and getattr(args, name) != action.default:
+            raise ArgumentError(f"{action.option_strings[-1]} has no meaning for {args.task}")
+    return {name: getattr(args, name) for name in own[args.task]}
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Any]:
+    """A bar on a terminal: ``done(rows, of all)``."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="row", leave=False, disable=not has_terminal(sys.stderr)) as bar:
+
+        def done(n: int, total: int) -> None:
+            bar.total = total
+            bar.update(n - bar.n)
+
+        yield done
+
+
+COMMANDS = {
+    "map": Command(
+        "Embed, continue or score the texts of a table; a run that was killed goes on where it stopped.",
+        "tinyllm map embed texts.parquet vectors.parquet --model all-MiniLM-L6-v2.gguf2.f16.gguf",
+        map_arguments, map_,
+    ),
+}  # fmt: skip

@@ -1,0 +1,260 @@
+"""A table that is worked on row by row, with a journal: a run that was killed goes on where it stopped.
+
+``OUTPUT.job`` has a line that says what is done, then a line for each row that is finished. When all are,
+``OUTPUT`` is written whole, in the order of the input, and only the first line is kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .. import __version__, system
+from ..errors import ArgumentError, TinyLLMError
+from ..files import replacing
+from .tables import JSONL, PARQUET, Key, Table, kind_of, pyarrow, writing
+from .tasks import ERROR, Kind, Result
+
+Rows = Iterable[tuple[int, str]]  # numbers and texts
+Work = Callable[[Rows], Iterable[tuple[int, Result]]]
+END = 1 << 20  # bytes at each end of a model's file that identify it, with its size
+
+
+@dataclass
+class Journal:
+    """The finished rows of a job, in a file that a kill at any moment leaves usable.
+
+    Parameters
+    ----------
+    file : binary file
+        Open to read and append; locked, so that one process at a time works on it.
+    about : mapping
+        What is done. A journal of something else is refused.
+    n_rows : int
+        Rows of the input.
+    """
+
+    file: BinaryIO
+    about: Mapping[str, Any]
+    n_rows: int
+    places: array[int] = field(init=False)  # by row: the byte where its line begins, or -1
+    n_done: int = 0
+
+    def __post_init__(self) -> None:
+        self.places = array("q", [-1]) * self.n_rows
+        self.file.seek(0)
+        header = self.file.readline()
+        if not header.endswith(b"\n"):  # a new journal, or one whose first line was cut
+            self.file.truncate(0)
+            header = json.dumps(self.about).encode() + b"\n"
+            self.file.write(header)
+        self.start = len(header)
+        self._check(header)
+        self._recover()
+
+    def _check(self, header: bytes) -> None:
+        """ArgumentError where the job that was begun differs."""
+        try:
+            before = dict(json.loads(header))
+        except (ValueError, TypeError):
+            raise ArgumentError(f"{self.file.name} is no journal of tinyllm; remove it") from None
+        if changed := list(differences(before, self.about)):
+            raise ArgumentError(
+                f"{self.file.name} was begun with {', '.join(f'{n} {a}, now {b}' for n, a, b in changed)}; "
+                "give what it was begun with, or remove it to begin anew"
+            )
+
+    def _recover(self) -> None:
+        """Find the rows that are done; drop a line that a kill has cut, and what follows it."""
+        self.file.seek(self.start)
+        while line := self.file.readline():
+            place = self.file.tell() - len(line)
+            number = number_of(line)
+            if not 0 <= number < self.n_rows:
+                self.file.truncate(place)
+                break
+            self._note(number, place)
+
+    def _note(self, number: int, place: int) -> None:
+        self.n_done += self.places[number] < 0
+        self.places[number] = place
+
+    def __contains__(self, number: int) -> bool:
+        return self.places[number] >= 0
+
+    def add(self, number: int, result: Result) -> bool:
+        """Keep a row's result, unless the row has one; whether it was kept."""
+        if number in self:
+            return False
+        line = json.dumps([number, result], default=packed).encode() + b"\n"
+        self._note(number, self.file.seek(0, os.SEEK_END))
+        self.file.write(line)
+        self.file.flush()  # a kill of this process no longer takes it
+        return True
+
+    def __getitem__(self, number: int) -> Result:
+        self.file.seek(self.places[number])
+        return unpacked(json.loads(self.file.readline())[1])
+
+    def clear(self) -> None:
+        """Keep the first line only."""
+        self.file.truncate(self.start)
+
+
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], place: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """Where two mappings differ, in depth: the name, and both values as JSON."""
+    for name in {**a, **b}:
+        x, y = a.get(name), b.get(name)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            yield from differences(x, y, f"{place}{name}.")
+        elif x != y:
+            yield f"{place}{name}", json.dumps(x), json.dumps(y)
+
+
+def number_of(line: bytes) -> int:
+    """The row that a line of a journal is of; -1 for a line that is cut or damaged."""
+    try:
+        match json.loads(line) if line.endswith(b"\n") else None:
+            case [int(number), dict()]:
+                return number
+    except ValueError:
+        pass
+    return -1
+
+
+def packed(vector: np.ndarray) -> dict[str, str]:
+    """A vector as JSON holds it to the bit."""
+    return {"f32": base64.b64encode(vector.astype("<f4").tobytes()).decode()}
+
+
+def unpacked(row: dict[str, Any]) -> Result:
+    """The row of ``packed`` vectors."""
+    return {
+        n: np.frombuffer(base64.b64decode(v["f32"]), "<f4") if isinstance(v, dict) else v
+        for n, v in row.items()
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A table to be made from another.
+
+    Parameters
+    ----------
+    source : Table
+        The rows.
+    target : str
+        The file to write, .parquet or .jsonl: each row's key and result, in the order of the rows.
+    columns : mapping
+        The results' columns, and their kinds.
+    about : mapping
+        What else the results depend on: task, model, options. It is compared with that of a job begun before.
+
+    Raises
+    ------
+    ArgumentError
+        There is such a file already, but no job that made it; or a column has the key's name.
+    """
+
+    source: Table
+    target: str
+    columns: Mapping[str, Kind]
+    about: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if kind_of(self.target, (*PARQUET, *JSONL)) in PARQUET:
+            pyarrow()
+        if self.source.key in self.columns:
+            raise ArgumentError(
+                f"the key's column is named {self.source.key!r}, as one of the results' is; rename it"
+            )
+        if os.path.exists(self.target) and not os.path.exists(self.journal_path):
+            raise ArgumentError(f"{self.target} exists; remove it, or give another name")
+
+    @property
+    def journal_path(self) -> str:
+        """Where finished rows are kept until all are."""
+        return f"{self.target}.job"
+
+    def run(
+        self, work: Work, done: Callable[[int, int], object] = lambda n, total: None
+    ) -> int | None:
+        """Work on the rows that are not finished, and write the table.
+
+        Parameters
+        ----------
+        work : callable
+            It gets numbers and texts of rows, and gives back numbers and results in any order.
+        done : callable
+            Told how many rows are finished, and how many there are.
+
+        Returns
+        -------
+        int or None
+            Rows that have an error; None where the table had been written before, and nothing was done.
+
+        Raises
+        ------
+        ArgumentError
+            The input, the model or an option is not the one that the job was begun with.
+        """
+        found = self.source.identity()
+        about = {"tinyllm": __version__, **self.about, "key": self.source.key, "input": found}
+        with open(self.journal_path, "a+b") as file:
+            system.lock_file(file.fileno())
+            journal = Journal(file, about, found["rows"])
+            if journal.n_done == 0 and os.path.exists(self.target):
+                return None
+            done(journal.n_done, journal.n_rows)
+            left = ((i, text) for i, (_, text) in enumerate(self.source) if i not in journal)
+            for number, result in work(left) if journal.n_done < journal.n_rows else ():
+                journal.add(number, result)
+                done(journal.n_done, journal.n_rows)
+            n_errors = self._write(journal)
+            journal.clear()
+            return n_errors
+
+    def _write(self, journal: Journal) -> int:
+        """Write the table in the order of the input; how many rows have an error."""
+        if missing := journal.n_rows - journal.n_done:
+            raise TinyLLMError(f"{missing} rows have no result; the same command goes on")
+        n_errors = 0
+        kind: Kind = "integer" if any(isinstance(key, int) for key in self._first()) else "text"
+        for part in Path(self.target).absolute().parent.glob(f"{Path(self.target).name}.*-*.part"):
+            part.unlink()  # what a kill has left of a table half written
+        with replacing(self.target) as file:
+            with writing(file, self.target, self.source.key, kind, self.columns) as add:
+                for number, (key, _) in enumerate(self.source):
+                    result = journal[number]
+                    n_errors += result[ERROR] is not None
+                    add({self.source.key: key, **result})
+            file.flush()
+            os.fsync(file.fileno())  # the rows' other copy is dropped next
+        return n_errors
+
+    def _first(self) -> Iterator[Key]:
+        """The first row's key, if there is a row."""
+        return (key for key, _ in islice(self.source, 1))
+
+
+def file_identity(path: str | Path) -> dict[str, Any]:
+    """A model file's name, size and a digest of its two ends."""
+    with open(path, "rb") as file:
+        n = file.seek(0, os.SEEK_END)
+        digest = hashlib.blake2b(digest_size=16)
+        for place in (0, max(0, n - END)):
+            file.seek(place)
+            digest.update(file.read(END))
+    return {"file": Path(path).name, "bytes": n, "digest": digest.hexdigest()}
