@@ -18,7 +18,7 @@ from .tasks import Kind
 
 Key = str | int
 PARQUET, JSONL, TEXT = (".parquet",), (".jsonl", ".ndjson"), (".txt",)
-ROWS = 8192  # of a group in Parquet
+ROWS = 8192  # that a group of a Parquet file has
 
 
 def pyarrow() -> Any:
