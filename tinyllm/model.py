@@ -116,6 +116,8 @@ class Model(Chatting):
             The model is an encoder, or an id is not in the vocabulary.
         ContextOverflow
             The state has no room for so many.
+        StateError
+            Another text goes on with the state.
         """
         self._check_writes()
         ids = ids_of(ids)
@@ -125,9 +127,10 @@ class Model(Chatting):
         state = state or self.new_state(max(len(ids), SMALLEST_CONTEXT))
         if len(state.ids) + len(ids) > state.n_ctx:
             raise ContextOverflow(f"{len(ids)} ids after {len(state.ids)}; room for {state.n_ctx}")
-        start = len(state.ids)
-        state.append(ids)
-        return self._pending_logits(state, tap)[-(len(state.ids) - start) :]
+        with state.taken():
+            start = len(state.ids)
+            state.append(ids)
+            return self._pending_logits(state, tap)[-(len(state.ids) - start) :]
 
     def _pending_logits(self, state: State, tap: Tap | None) -> np.ndarray:
         """Logits of all rows not yet stored, in chunks of the network's batch."""
@@ -320,6 +323,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         Raises
         ------
         ContextOverflow, ArgumentError, NumericError
+        StateError
+            Another text goes on with the state.
 
         Examples
         --------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ import pytest
 import tinyllm
 from tinyllm import Engine, Model
 from tinyllm.engine.prefixes import Prefixes
+from tinyllm.engine.scheduler import ROOM
 from tinyllm.kernels import pages
 from tinyllm.kernels.pages import Page
+from tinyllm.models.memory import cache_bytes
 
 
 @pytest.fixture(scope="module", params=["stories260K", "gemma3", "mamba"])
@@ -117,3 +121,41 @@ def test_many_small_requests_leave_no_page_behind(stories260k: Path) -> None:
             assert e._prefixes.nbytes <= 2_000_000
         del e, request
         assert n_pages() == before
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_leave_no_page_behind(m: Model) -> None:
+    """They end, are cancelled, run out of time, fail, are set aside; some guess, some share beginnings."""
+    before, r = n_pages(), random.Random(4)
+
+    def fails(ids: list[int], logits: np.ndarray) -> None:
+        raise ZeroDivisionError
+
+    each = cache_bytes(m.network.decoder.caches, 300 + ROOM, m.network.kv_type)
+    recurrent = any(c.arrays for c in m.network.decoder.caches)
+    reasons: Counter[str] = Counter()
+    with Engine(m, prefix_bytes=20 * each, max_bytes=4 * each, max_rows=16) as e:
+        for n in range(0, 10_000, 100):
+            if n % 500 == 0:
+                e.max_bytes = (1 if n % 1000 else 4) * each
+            asked = []
+            for i in range(n, n + 100):
+                options: dict[str, Any] = {"max_tokens": r.randrange(4), "seed": i}
+                if r.random() < 0.1:
+                    options["deadline"] = r.random() / 100
+                if r.random() < 0.05:
+                    options["logits_processor"] = fails
+                if r.random() < 0.2 and not recurrent:
+                    options |= {"speculate": "lookup", "max_tokens": 12}
+                asked.append(e.submit(prompt(r, m, 60 if r.random() < 0.9 else 300), **options))
+                if r.random() < 0.1:
+                    asked[-1].cancel()
+            for request in asked:
+                try:
+                    reasons[request.result(120).finish_reason] += 1
+                except ZeroDivisionError:
+                    reasons["error"] += 1
+    assert sum(reasons.values()) == 10_000
+    assert {"length", "cancelled", "deadline", "error"} <= set(reasons)
+    del e, request, asked
+    assert n_pages() == before

@@ -17,7 +17,8 @@ import tinyllm
 from tinyllm import Completion, Engine, Model
 from tinyllm.engine.generate import Run
 from tinyllm.engine.request import Request
-from tinyllm.errors import ArgumentError, ContextOverflow, QueueFull, TinyLLMError
+from tinyllm.engine.scheduler import ROOM
+from tinyllm.errors import ArgumentError, ContextOverflow, QueueFull, StateError, TinyLLMError
 from tinyllm.models.memory import cache_bytes
 
 WORDS = "Once upon a time there was a little dog and a big red ball in the park with Lily".split()
@@ -156,6 +157,44 @@ def test_setting_aside_frees_the_state_and_reads_it_again(m: Model) -> None:
     assert max(counts) > 1
 
 
+def test_what_was_set_aside_is_found_again_rather_than_read(
+    m: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume, found = Run.resume, []
+
+    def resumed(run: Run, state: Any, ids: list[int]) -> None:
+        found.append((state.n_past, len(ids)))
+        resume(run, state, ids)
+
+    def fewer(ids: list[int], logits: np.ndarray) -> None:
+        e.max_bytes = 1 if 100 <= len(ids) < 110 else 1 << 40
+
+    monkeypatch.setattr(Run, "resume", resumed)
+    options = {"max_tokens": 150, "temperature": 0.9, "logprobs": 1}
+    expected = [m.generate(w, seed=1, **options) for w in WORDS[:3]]  # type: ignore[arg-type]
+    with Engine(m) as e:
+        rs = [e.submit(w, seed=1, **options) for w in WORDS[:2]]
+        rs.append(e.submit(WORDS[2], seed=1, logits_processor=fewer, **options))
+        assert [written(r.result(20)) for r in rs] == [written(c) for c in expected]
+    assert found
+    assert all(n > 90 and rest == 1 for n, rest in found)
+
+
+def test_a_request_takes_memory_as_it_writes(m: Model) -> None:
+    caches, kv = m.network.decoder.caches, m.network.kv_type
+    together: list[int] = []
+
+    def counted(ids: list[int], logits: np.ndarray) -> None:
+        together.append(len(e._running))
+
+    with Engine(m, max_bytes=4 * cache_bytes(caches, 1 + ROOM, kv)) as e:
+        options: Any = {"logits_processor": counted, "overflow": "shift", "temperature": 0}
+        rs = [e.submit([5], max_tokens=20, **options) for _ in range(4)]
+        for r in rs:
+            r.result(20)
+    assert max(together) == 4
+
+
 def less_nothing(ids: list[int], logits: np.ndarray) -> None:
     """A processor that changes nothing."""
 
@@ -251,10 +290,67 @@ def test_a_state_serves_one_request_at_a_time(m: Model) -> None:
         r = e.submit(
             "Once", state=state, max_tokens=2, logits_processor=lambda i, x: gate.wait(10) and None
         )
-        with pytest.raises(ArgumentError, match="in use"):
+        with pytest.raises(StateError, match="in use"):
             e.submit("x", state=state)
+        while r.job is None:
+            time.sleep(0.001)
+        for use in (
+            lambda: m.generate("x", state=state),
+            lambda: m.logits([5], state),
+            lambda: state.reuse([5, 6]),
+        ):
+            with pytest.raises(StateError, match="in use"):
+                use()
         gate.set()
         r.result()
+    assert m.generate("x", state=state, max_tokens=2).ids
+
+
+def test_a_text_that_has_a_state_keeps_it_until_it_ends(m: Model) -> None:
+    expected, state = m.generate("Once", seed=1, max_tokens=20).text, m.new_state(256)
+    stream = m.generate("Once", seed=1, max_tokens=20, stream=True, state=state)
+    first = next(stream)
+    with pytest.raises(StateError, match="let that end, close it, or use a fork"):
+        m.generate(" more", state=state)
+    with Engine(m) as e, pytest.raises(StateError, match="in use"):
+        e.submit(" more", state=state).result(20)
+    assert m.generate(" more", state=state.fork(), max_tokens=3).ids
+    assert first + "".join(stream) == expected
+    for piece in m.generate(" more", state=state, stream=True):
+        assert piece
+        break
+    unbegun = m.generate(" more", state=state, stream=True, max_tokens=3)
+    unbegun.close()
+    with pytest.raises(ZeroDivisionError) as kept:  # its frames hold what the call made
+        m.generate(" more", state=state, logits_processor=divides)
+    assert m.generate(" more", state=state, max_tokens=3).ids
+    assert kept.tb is not None
+
+
+def test_threads_that_use_one_state_at_once_are_told(m: Model) -> None:
+    state, together = m.new_state(512), threading.Barrier(4)
+    outcomes: list[object] = []
+
+    def writes() -> None:
+        together.wait()
+        try:
+            outcomes.append(m.generate("Once", seed=1, max_tokens=50, state=state).text)
+        except StateError as e:
+            outcomes.append(e)
+
+    threads = [threading.Thread(target=writes) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    texts = [t for t in outcomes if isinstance(t, str)]
+    assert texts[0] == m.generate("Once", seed=1, max_tokens=50).text
+    assert len(state.ids) >= 50 * len(texts)  # who came later read behind it
+
+
+def divides(ids: list[int], logits: np.ndarray) -> None:
+    """A processor with an error."""
+    raise ZeroDivisionError
 
 
 def test_a_state_continues_a_conversation(m: Model) -> None:

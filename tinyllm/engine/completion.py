@@ -195,6 +195,7 @@ def begin(
         finish_reason="length" if limit == 0 else None,
         drafter=None if o.drafter is None else o.drafter(),
     )  # fmt: skip
+    state.take(run)
     new = truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids[n_read:]
     state.append(new)
     job = Job(tokenizer, run, o.stop, ids)
@@ -217,9 +218,13 @@ def complete(
     before_step: Callable[[], object] | None = None,
 ) -> list[Completion]:
     """Run all jobs to their ends, side by side; ``before_step`` is called before each step."""
-    with reading(sum(job.run.n_pending for job in jobs)) as read:
-        for _ in steps(net, [job.run for job in jobs], tap, read, before_step):
-            pass
+    try:
+        with reading(sum(job.run.n_pending for job in jobs)) as read:
+            for _ in steps(net, [job.run for job in jobs], tap, read, before_step):
+                pass
+    finally:
+        for job in jobs:
+            job.run.close()
     for job in jobs:
         job.text.finish()
     return [job.completion() for job in jobs]
@@ -243,6 +248,7 @@ class Pieces(Iterator[str]):
     def close(self) -> None:
         with self._lock:
             self._pieces.close()
+            self._job.run.close()  # the work may not have begun
 
     @property
     def completion(self) -> Completion:
@@ -267,6 +273,7 @@ def pieces_of(
     """
     with (
         reading(job.run.n_pending) as bar,
+        closing(job.run),
         closing(steps(net, [job.run], tap, progress or bar, before_step)) as loop,
     ):
         for _ in loop:

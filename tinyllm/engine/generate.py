@@ -89,6 +89,15 @@ class Run:
         self.timings.n_reused = self.state.n_past
 
     @property
+    def going_on(self) -> bool:
+        """Whether more tokens may come."""
+        return self.finish_reason is None
+
+    def close(self) -> None:
+        """End where it is, unless it has ended."""
+        self.finish_reason = self.finish_reason or "cancelled"
+
+    @property
     def n_pending(self) -> int:
         """How many tokens are still to be computed."""
         return len(self.state.ids) - self.state.n_past
@@ -129,7 +138,7 @@ class Run:
         return ids
 
     def resume(self, state: State, ids: list[int]) -> None:
-        """Go on in an empty state, which reads the tokens anew: to the same keys unless some were shifted."""
+        """Go on in another state, which reads these tokens anew: to the same keys unless some were shifted."""
         state.append(ids)
         self.state = state
         if self.n_generated == 0:

@@ -15,7 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
+from ..errors import ArgumentError, DeviceError, QueueFull, StateError, TinyLLMError
 from ..models.memory import cache_bytes
 from .completion import Prompt, begin, options_of, room_for, split_prompts, unread
 from .generate import Run, Work, check_fits, steps
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..models.state import State
 
 MOST_TEXTS = 64  # texts of a step, unless told otherwise
+ROOM = 512  # tokens that a request has memory for when it joins, beyond those it has to read
 SLOWER = (
     2.0  # a step that also reads prompts may take so many times as long as one that only writes
 )
@@ -148,6 +149,8 @@ class Engine:
             ``max_queue`` requests are waiting.
         ArgumentError, ContextOverflow, TemplateError
             The request could not be run.
+        StateError
+            Another text goes on with the state.
         """
         refuse(options, deadline)
         turn = None
@@ -174,10 +177,10 @@ class Engine:
                 raise QueueFull(
                     f"{len(self._waiting)} requests are waiting, as many as may; try again later"
                 )
-            if state is not None and any(
-                r.given_state is state for r in (*self._waiting, *self._running)
-            ):
-                raise ArgumentError("the state is in use by another request; wait for its result")
+            if state is not None:
+                state.check_free()
+                if any(r.given_state is state for r in (*self._waiting, *self._running)):
+                    raise StateError("the state is in use by a request; wait for its result")
             self._waiting.append(request)
             self._changed.notify_all()
         return request
@@ -283,6 +286,7 @@ class Engine:
         if scarce and self._set_last_aside():
             for request in list(filter(spoilt, self._running)):
                 self._set_aside(request)
+            self._prefixes.trim(0)
             self._most = max(1, len(self._running))
             return
         for request in list(self._running):
@@ -297,10 +301,15 @@ class Engine:
         return sum(r.job.run.nbytes for r in self._running if r.job is not None)
 
     def _needs(self, request: Request) -> int:
-        """Bytes that admitting a request takes."""
+        """Bytes that admitting a request takes, or soon will.
+
+        What it goes on to write may take more: then the last requests are set aside.
+        """
         if request.given_state is not None:
             return request.given_state.nbytes
-        return cache_bytes(self._net.decoder.caches, request.n_ctx, self._net.kv_type)
+        n_read = len(request.set_aside_ids or request.prompt_ids)
+        n = min(n_read + ROOM, request.n_ctx)
+        return cache_bytes(self._net.decoder.caches, n, self._net.kv_type)
 
     def _admit(self) -> None:
         """Let waiting requests join, in their order, while there is room for them."""
@@ -336,7 +345,7 @@ class Engine:
 
     def _begin(self, request: Request) -> None:
         """Give a request a state: a first one, or a new one after it was set aside."""
-        known = self._known(request) if request.job is None else None
+        known = self._known(request)
         state = request.given_state or known or self._net.new_state(request.n_ctx)
         if request.job is None:
             t, n_read = self._model.tokenizer, known.n_past if known is not None else 0
@@ -346,16 +355,17 @@ class Engine:
             if request.given_state is None:  # what the new state holds already was read for others
                 request.n_cached = request.job.run.timings.n_reused
         else:
-            request.job.run.resume(state, request.set_aside_ids)
+            request.job.run.resume(state, request.set_aside_ids[state.n_past :])
             request.set_aside_ids = []
 
     def _known(self, request: Request) -> State | None:
-        """A state that has read the beginning of a request's prompt, if there is one and it may be used."""
-        o = request.options
-        reports = o.echo and o.logprobs is not None  # on every token of the prompt
-        if request.given_state is not None or reports or o.overflow == "truncate":
+        """A state that has read the beginning of what a request has to read, if it may be used."""
+        o, job = request.options, request.job
+        reported = job is not None and job.run.n_generated  # on every token of the prompt
+        reports = o.echo and o.logprobs is not None and not reported
+        if request.given_state is not None or reports or (o.overflow == "truncate" and not job):
             return None
-        return self._prefixes.find(request.prompt_ids, request.n_ctx)
+        return self._prefixes.find(request.set_aside_ids or request.prompt_ids, request.n_ctx)
 
     def _remember(self, request: Request) -> None:
         """Keep what a request has read for others."""
@@ -386,8 +396,13 @@ class Engine:
         return True
 
     def _set_aside(self, request: Request) -> None:
-        """Take a running request's memory; once there is room again, it reads its own text and goes on."""
+        """Take a running request's memory; once there is room again, it goes on.
+
+        What the tree of beginnings has room for is found there then, the rest is read again.
+        """
         self._leave(request)
+        assert request.job is not None
+        self._prefixes.add(request.job.run.state)
         request.set_aside()
         with self._changed:
             self._waiting.appendleft(request)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +22,20 @@ if TYPE_CHECKING:
     from .config import Config
 
 HEADER = 4096  # bytes before the numbers of an array in a saved state, at most
+
+
+class User(Protocol):
+    """Who goes on with a state."""
+
+    @property
+    def going_on(self) -> bool:
+        """Whether it may still add tokens."""
+
+
+class _Call:
+    """A call that uses a state until it returns."""
+
+    going_on = True
 
 
 class State:
@@ -45,6 +61,7 @@ class State:
         self.ids: list[int] = []
         self.n_past = 0
         self.spoilt = False  # did a step end in its middle? Then recurrent layers are lost
+        self._user: weakref.ref[User] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +92,31 @@ class State:
         if not self.can_truncate:
             return n == self.n_past and not self.spoilt
         return n <= self.n_past and self.cache.holds(n)
+
+    def check_free(self) -> None:
+        """Raise StateError while a text or a call goes on with this state."""
+        user = None if self._user is None else self._user()
+        if user is not None and user.going_on:
+            raise StateError(
+                "the state is in use: another text goes on with it; let that end, close it, or use a fork"
+            )
+
+    def take(self, user: User) -> None:
+        """Give the state to one user, until it goes on no longer; StateError while another one has it."""
+        self.check_free()  # at once: the lock may be held for a whole step
+        with self.lock:
+            self.check_free()
+            self._user = weakref.ref(user)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take the state for the length of a block."""
+        call = _Call()
+        self.take(call)
+        try:
+            yield
+        finally:
+            call.going_on = False
 
     def append(self, ids: Sequence[int]) -> None:
         """Add tokens to the sequence; they are computed by the next step."""
@@ -115,6 +157,7 @@ class State:
 
         At least the last token is left to compute. Returns how many stored tokens were kept.
         """
+        self.check_free()
         same = 0
         limit = min(self.n_past, len(ids) - 1)
         while same < limit and self.ids[same] == ids[same]:
