@@ -472,3 +472,24 @@ def cache_folder() -> Path:
     else:
         users = os.environ.get("XDG_CACHE_HOME") or home() / ".cache"
     return expanded(users) / "tinyllm"
+
+
+def data_folder() -> Path:
+    """Where what the user made is kept: ``$XDG_DATA_HOME/tinyllm``, or what stands for it."""
+    if NAME == "win32":
+        users = os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local"
+    elif NAME == "darwin":
+        users = home() / "Library" / "Application Support"
+    else:
+        users = os.environ.get("XDG_DATA_HOME") or home() / ".local" / "share"
+    return expanded(users) / "tinyllm"
+
+
+def limit_memory(nbytes: int) -> None:
+    """Let this process take so much address space at most, where the system can hold it to that."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
+    except (ImportError, AttributeError, ValueError, OSError):
+        pass

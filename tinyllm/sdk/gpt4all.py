@@ -19,6 +19,7 @@ from .answering import AnswerOptions, Request, complete_all
 from .arguments import whole
 from .closing import Closing
 from .devices import BackendName, split_device
+from .documents import quoting, with_documents
 from .embed4all import Embed4All
 from .legacy import LegacyNames
 from .llmodel import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ..kernels.backend import Compute, KVType
+    from ..localdocs import LocalDocs
 
 __all__ = [
     "DEFAULT_MODEL_DIRECTORY",
@@ -272,6 +274,10 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         if streaming and logprobs is not None:
             raise ValueError("logprobs come with the whole answer; do not ask for streaming too")
         if not isinstance(prompt, list):
+            if session is not None and session.documents is not None:
+                prompt, session.references = with_documents(
+                    prompt, session.documents, self.model, n_predict
+                )
             answer = self._stream if streaming else self._answer
             return answer(session, prompt, callback, options)
         if streaming or session is not None or callback is not empty_response_callback:
@@ -332,6 +338,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
         *,
         system_prompt: str | None = None,
         prompt_template: str | None = None,
+        localdocs: str | LocalDocs | None = None,
     ) -> Iterator[Self]:
         """Hold a conversation: inside, `generate` sends the user's next message.
 
@@ -348,6 +355,9 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
             Default: the model's, of GPT4All's list or of the file.
         system_prompt, prompt_template : str, optional
             ``system_message`` and ``chat_template`` under GPT4All 2's names.
+        localdocs : str or LocalDocs, optional
+            Documents that are quoted before each message, where they are near to it: a store, or a collection
+            of the user's own. `references` has what the last answer rests on.
 
         Raises
         ------
@@ -367,11 +377,12 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
                 stacklevel=3,
             )
         history = [] if system is False else [{"role": "system", "content": str(system)}]
-        number = self._sessions.begin(ChatSession(template, history))
-        try:
-            yield self
-        finally:
-            self._sessions.end(number)
+        with quoting(localdocs) as documents:
+            number = self._sessions.begin(ChatSession(template, history, documents))
+            try:
+                yield self
+            finally:
+                self._sessions.end(number)
 
     def _template(self, source: str | None) -> Template:
         method = type(self)._format_chat_prompt_template
@@ -408,6 +419,15 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
                 f"current_chat_session={history!r:.80}; expected a list of messages, each a dict"
             )
         session.history[:] = history
+
+    @property
+    def references(self) -> list[dict[str, Any]]:
+        """What the session's last answer rests on: see `chat_session`, ``localdocs``; [] where it has none.
+
+        Each has "file", "title", "author", "date", "text", "page", "from", "to" (lines).
+        """
+        session = self._sessions.current
+        return [] if session is None else list(session.references)
 
     def save_session(self, path: str | os.PathLike[str]) -> None:
         """Write the current session to a file: its messages, and the model's state after reading them."""

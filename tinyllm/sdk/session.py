@@ -25,6 +25,7 @@ from .templates import MessageType, Template
 if TYPE_CHECKING:
     from threading import RLock
 
+    from ..localdocs.answering import Quoting
     from ..models.state import State
     from .llmodel import LLModel
     from .names import ResponseCallbackType
@@ -72,6 +73,8 @@ class ChatSession:
 
     template: Template
     history: list[MessageType]
+    documents: Quoting | None = None
+    references: list[dict[str, Any]] = field(default_factory=list)
     state: State | None = None
     read: list[MessageType] = field(default_factory=list)
     _stream: Generator[str, None, None] | None = None

@@ -1,0 +1,239 @@
+"""``tinyllm localdocs``: collections of documents on the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from .arguments import (
+    MODEL_HELP,
+    Arguments,
+    Command,
+    Parser,
+    json_option,
+    load_decoder,
+    load_options,
+    note,
+)
+from .terminal import show
+
+if TYPE_CHECKING:
+    from ..localdocs import Hit, LocalDocs, Report
+    from ..model import Model
+
+WORDS = {  # what an action takes: at least so many words, at most so many
+    "add": ("NAME FOLDER ...", 2, None),
+    "update": ("[NAME ...]", 0, None),
+    "watch": ("[NAME ...]", 0, None),
+    "search": ("NAME QUERY", 2, 2),
+    "ask": ("NAME QUESTION", 2, 2),
+    "list": ("", 0, 0),
+    "unreadable": ("NAME", 1, 1),
+    "rm": ("NAME", 1, 1),
+    "check": ("", 0, 0),
+    "reembed": ("", 0, 0),
+}
+
+
+def localdocs_arguments(p: Parser) -> None:
+    actions = "; ".join(f"{name} {words}".strip() for name, (words, _, _) in WORDS.items())
+    p.add_argument("action", metavar="ACTION", choices=tuple(WORDS), help=actions)
+    p.add_argument("words", metavar="WORD", nargs="*", help="NAME: a collection; - for all of them")
+    p.add_argument("--store", metavar="FILE",
+                   help="default: localdocs.sqlite in the user's data folder")  # fmt: skip
+    p.add_argument("-m", "--model", metavar="MODEL",
+                   help=f"ask: what answers, {MODEL_HELP}; else: what embeds, default"
+                   " the store's own, at first all-MiniLM-L6-v2 of GPT4All's list")  # fmt: skip
+    p.add_argument(
+        "-k", type=int, metavar="N", help="hits (default 5), or excerpts of an answer (4)"
+    )
+    p.add_argument("--file", metavar="PATTERN", help="only in files of such names; *, ?")
+    p.add_argument("--since", metavar="DATE", help="only in documents since 2026-01-31, or 2026")
+    p.add_argument("--until", metavar="DATE", help="only in documents until then")
+    p.add_argument("--reranker", metavar="MODEL", help="a ranking model that orders the hits")
+    p.add_argument("--nearest", type=float, metavar="X",
+                   help="ask: similarity that the best excerpt must have; default 0.3")  # fmt: skip
+    p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="of an answer")
+    p.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default %(default)s"
+    )
+    p.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    load_options(p)
+    json_option(p)
+
+
+def localdocs(args: Arguments) -> None:
+    from ..localdocs import LocalDocs
+
+    words, least, most = WORDS[args.action]
+    if len(args.words) < least or (most is not None and len(args.words) > most):
+        raise ArgumentError(
+            f"expected: tinyllm localdocs {args.action} {words}".rstrip()
+            + f"; found {len(args.words)} words" + "; put a question between quotes" * bool(most and most > 1)
+        )  # fmt: skip
+    embeds = None if args.action == "ask" else args.model
+    with LocalDocs(args.store, embeds, args.n_threads) as docs:
+        ACTIONS[args.action](docs, args)
+
+
+def add(docs: LocalDocs, args: Arguments) -> None:
+    name, *folders = args.words
+    tell(args, {name: docs.add(name, *folders)})
+    said_before(docs)
+
+
+def update(docs: LocalDocs, args: Arguments) -> None:
+    tell(args, docs.update(*args.words))
+
+
+def watch(docs: LocalDocs, args: Arguments) -> None:
+    note("watching; Ctrl-C ends it")
+    for reports in docs.watch(*args.words):
+        tell(args, {name: r for name, r in reports.items() if r.anything})
+        sys.stdout.flush()
+
+
+def tell(args: Arguments, reports: dict[str, Report]) -> None:
+    """Say what an update did."""
+    for name, r in reports.items():
+        if args.json:
+            print_json({"collection": name, **vars(r)})
+            continue
+        show(
+            f"{name}: {r.added} files added, {r.changed} changed, {r.removed} gone, {r.unchanged} as before;"
+            f" {r.embedded} texts embedded\n"
+        )
+        for file, reason in r.unreadable:
+            show(f"not read: {file}: {reason}\n")
+
+
+def said_before(docs: LocalDocs) -> None:
+    """Say what a search will take, where that is much."""
+    if docs.search_bytes > 100e6:
+        note(f"a search keeps {docs.search_bytes / 1e6:,.0f} MB in memory")
+
+
+def chosen(args: Arguments) -> dict[str, Any]:
+    """The filters, as ``LocalDocs.search`` takes them."""
+    found = {name: getattr(args, name) for name in ("k", "file", "since", "until")}
+    if args.words[0] != "-":
+        found["collections"] = args.words[0]
+    if args.reranker is not None:
+        from ..loading import load
+        from .arguments import locate
+
+        found["reranker"] = load(locate(args.reranker), n_threads=args.n_threads)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def search(docs: LocalDocs, args: Arguments) -> None:
+    hits = docs.search(args.words[1], **chosen(args))
+    if args.json:
+        print_json([{**h.reference(), "collection": h.collection, "path": h.path,
+                     "score": h.score, "similarity": h.similarity} for h in hits])  # fmt: skip
+        return
+    show("\n".join(map(as_text, hits)))
+
+
+def as_text(hit: Hit) -> str:
+    """A hit in lines; the first begins with its file."""
+    about = f" ({hit.heading or hit.title})" if hit.heading or hit.title else ""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in hit.text)
+    lines = [line for line in text.split("\n") if line.strip()]  # an empty line parts two hits
+    return (
+        f"{hit.place}{about}, score {hit.score:.4f}, similarity {hit.similarity:.2f}\n"
+        + "\n".join([*lines, ""])
+    )
+
+
+def ask(docs: LocalDocs, args: Arguments) -> None:
+    options = chosen(args) | {
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+    }
+    if args.nearest is not None:
+        options["nearest"] = args.nearest
+    docs.embedder  # noqa: B018 (an error comes before a large model is read)
+    with load_decoder(args) as model:
+        answered(docs, args, model, options)
+
+
+def answered(docs: LocalDocs, args: Arguments, model: Model, options: dict[str, Any]) -> None:
+    """Show an answer as it is written, then what it rests on."""
+    answer = docs.ask(args.words[1], model, **options)
+    if args.json:
+        print_json({"text": answer.text, "references": answer.references})
+        return
+    for piece in answer:
+        show(piece)
+    show("\n")
+    for i, hit in enumerate(answer.hits, 1):
+        show(f"{chr(10) * (i == 1)}[{i}] {hit.place}\n")
+
+
+def listing(docs: LocalDocs, args: Arguments) -> None:
+    found = docs.list()
+    if args.json:
+        print_json([vars(c) for c in found])
+        return
+    for c in found:
+        show(
+            f"{c.name:<12} {c.n_documents} documents, {c.n_chunks} chunks, {c.n_unreadable} not read\n"
+        )
+        show("".join(f"{'':<12} {folder}\n" for folder in c.folders))
+    if found:
+        show(f"{'memory':<12} {docs.search_bytes / 1e6:,.1f} MB for a search\n")
+        show(f"{'store':<12} {docs.path}\n")
+    else:
+        note("there are no collections; make one: tinyllm localdocs add NAME FOLDER")
+
+
+def unreadable(docs: LocalDocs, args: Arguments) -> None:
+    rows = docs.unreadable(args.words[0])
+    if args.json:
+        print_json(dict(rows))
+        return
+    show_all(f"{file}: {reason}" for file, reason in rows)
+
+
+def remove(docs: LocalDocs, args: Arguments) -> None:
+    docs.remove(args.words[0])
+
+
+def check(docs: LocalDocs, args: Arguments) -> None:
+    problems = docs.check()
+    show_all(problems or ["the store is consistent"])
+    if problems:
+        raise ArgumentError(f"{docs.path} is damaged; delete it, and add the folders again")
+
+
+def reembed(docs: LocalDocs, args: Arguments) -> None:
+    n = docs.reembed()
+    show(f"{n} texts embedded with {docs.embedder.name}\n")
+
+
+def show_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        show(line + "\n")
+
+
+def print_json(found: object) -> None:
+    show(json.dumps(found, ensure_ascii=False) + "\n")
+
+
+ACTIONS: dict[str, Callable[[LocalDocs, Arguments], None]] = {
+    "add": add, "update": update, "watch": watch, "search": search, "ask": ask, "list": listing,
+    "unreadable": unreadable, "rm": remove, "check": check, "reembed": reembed,
+}  # fmt: skip
+COMMANDS = {
+    "localdocs": Command(
+        "Search one's own documents, and let a model answer from them.",
+        "tinyllm localdocs add notes ~/notes\n  tinyllm localdocs search notes \"which teas have no caffeine?\""
+        "\n  tinyllm localdocs ask notes \"which teas have no caffeine?\" --model model.gguf",
+        localdocs_arguments, localdocs,
+    ),
+}  # fmt: skip

@@ -1,0 +1,248 @@
+"""Search by words and by meaning together."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentError
+from ..model import Model
+from .embedding import Embedder, unpack
+from .store import Store
+from .vectors import Vectors
+
+NEAREST = 60  # candidates of each kind
+RECIPROCAL = (
+    60  # a hit of rank r gets 1 / (RECIPROCAL + r); Cormack, Clarke and Buettcher, SIGIR 2009
+)
+RERANKED = 30  # candidates that a reranker reads
+COMMON = 20_000  # a word in more chunks tells too little for what reading its list takes
+MOST_WORDS = 32
+
+LEFT_OUT = frozenset(
+    "a about after all also am an and any are as at be been before being but by can could did do"
+    " does doing for from had has have having he her here hers him his how i if in into is it its"
+    " just me more most my no nor not of on or our out over own she should so some such than that"
+    " the their them then there these they this those through to too under until up very was we were"
+    " what when where which while who whom whose why will with would you your tell say says give me".split()
+)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A chunk that was found.
+
+    Attributes
+    ----------
+    file, collection : str
+        The file's name within its folder, and the collection that holds it.
+    text : str
+        The chunk.
+    title, heading, author, date : str
+        The document's title, the headings above the chunk, who wrote it and when, "" where unknown.
+    page, first_line, last_line : int or None
+        Its place.
+    score : float
+        Larger is better: a sum of reciprocal ranks, or what the reranker said.
+    similarity : float
+        The cosine between the question and the chunk.
+    path : str
+        The whole path.
+    """
+
+    file: str
+    collection: str
+    text: str
+    title: str
+    heading: str
+    author: str
+    date: str
+    page: int | None
+    first_line: int | None
+    last_line: int | None
+    score: float
+    similarity: float
+    path: str
+
+    @property
+    def place(self) -> str:
+        """The file, with the page and the lines."""
+        where = [self.file]
+        if self.page is not None:
+            where.append(f"page {self.page}")
+        if self.first_line is not None:
+            one = self.first_line == self.last_line
+            where.append(
+                f"line {self.first_line}" if one else f"lines {self.first_line} to {self.last_line}"
+            )
+        return ", ".join(where)
+
+    def reference(self) -> dict[str, Any]:
+        """GPT4All's form of a reference; it has -1 for a number that is not known."""
+        known = (-1 if n is None else n for n in (self.page, self.first_line, self.last_line))
+        page, first, last = known
+        return {
+            "file": self.file, "title": self.title, "author": self.author, "date": self.date,
+            "text": self.text, "page": page, "from": first, "to": last,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which chunks count; all where nothing is given."""
+
+    collections: Sequence[str] = ()
+    file: str | None = None  # a pattern with * and ?
+    since: str | None = None  # dates, "2026-01-31" or their beginnings
+    until: str | None = None
+
+    def sql(self, store: Store) -> tuple[str, list[Any]]:
+        """A condition on ``documents d``, and its values; "" for all."""
+        parts: list[str] = []
+        values: list[Any] = []
+        if self.collections:
+            parts.append(f"d.collection IN ({', '.join('?' * len(self.collections))})")
+            values += map(store.collection, self.collections)
+        for what, sql in (
+            ("file", "d.file GLOB ?"),
+            ("since", "d.date >= ?"),
+            ("until", "d.date <= ?"),
+        ):
+            if (value := getattr(self, what)) is not None:
+                if what != "file" and not re.fullmatch(r"\d{4}(-\d\d(-\d\d)?)?", value):
+                    raise ArgumentError(
+                        f"{what}={value!r:.40}; expected a date such as '2026-01-31'"
+                    )
+                parts.append(sql)
+                values.append(
+                    value + "~" * (what == "until")
+                )  # behind all days of a month or a year
+        return " AND ".join(parts), values
+
+
+def search(
+    store: Store,
+    vectors: Vectors,
+    embedder: Embedder,
+    query: str,
+    k: int,
+    chosen: Filter,
+    reranker: Model | None = None,
+) -> list[Hit]:
+    """The best k chunks, best first."""
+    where, values = chosen.sql(store)
+    target = embedder.query(query)
+    vectors.refresh()
+    allowed = None
+    if where:
+        rows = store.rows(
+            "SELECT DISTINCT v.id FROM documents d JOIN chunks c ON c.document = d.id"
+            f" JOIN vectors v ON v.digest = c.digest WHERE {where} ORDER BY v.id", *values,
+        )  # fmt: skip
+        allowed = np.array([i for (i,) in rows], np.int64)
+    near, _ = vectors.best(target, NEAREST, allowed)
+    worded = by_words(store, query, where, values)
+    found = candidates(store, near, worded, where, values)
+    similarity = similarities(found, target)
+    scores = reciprocal_ranks(found, similarity, worded)
+    order = sorted(found, key=lambda c: (-scores[c], c))
+    if reranker is not None:
+        order = order[:RERANKED]
+        said = reranker.rank(query, [found[c]["text"] for c in order])
+        scores = {c: float(s) for c, s in zip(order, said, strict=True)}
+        order.sort(key=lambda c: (-scores[c], c))
+    return [hit_of(found[c], scores[c], similarity[c]) for c in order[:k]]
+
+
+def by_words(store: Store, query: str, where: str, values: Sequence[Any]) -> list[int]:
+    """Chunks that hold words of the query, best first by BM25; headings count twice."""
+    words = dict.fromkeys(w.lower() for w in re.findall(r"\w+", query))
+    told = [w for w in words if w not in LEFT_OUT] or list(words)
+    counted = []
+    for word in told[:MOST_WORDS]:
+        sql = "SELECT count(*) FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?)"
+        counted.append((store.one(sql, f'"{word}"', COMMON + 1), word))
+    rare: list[str] = []
+    total = 0
+    for n, word in sorted(counted):
+        total += n
+        if n and total <= COMMON:
+            rare.append(f'"{word}"')
+    if not rare:
+        return []
+    condition = f"AND {where}" if where else ""
+    join = (
+        "JOIN chunks c ON c.id = words.rowid JOIN documents d ON d.id = c.document" if where else ""
+    )
+    rows = store.rows(
+        f"SELECT words.rowid FROM words {join} WHERE words MATCH ? {condition}"
+        " ORDER BY bm25(words, 2.0, 1.0), words.rowid LIMIT ?",
+        " OR ".join(rare), *values, NEAREST,
+    )  # fmt: skip
+    return [i for (i,) in rows]
+
+
+COLUMNS = (
+    "c.id, c.text, c.heading, c.page, c.first_line, c.last_line, d.file, d.title, d.author, d.date, d.path,"
+    " s.name AS collection, v.codes"
+)
+TABLES = (
+    "chunks c JOIN documents d ON d.id = c.document JOIN collections s ON s.id = d.collection"
+    " LEFT JOIN vectors v ON v.digest = c.digest"
+)
+
+
+def candidates(
+    store: Store, near: np.ndarray, worded: list[int], where: str, values: Sequence[Any]
+) -> dict[int, dict[str, Any]]:
+    """The rows of chunks by their numbers: those of near vectors, and those with the words."""
+    condition = f" AND {where}" if where else ""
+    found: dict[int, dict[str, Any]] = {}
+    for column, numbers in (("v.id", [int(i) for i in near]), ("c.id", worded)):
+        marks = ", ".join("?" * len(numbers))
+        cursor = store.db.execute(
+            f"SELECT {COLUMNS} FROM {TABLES} WHERE {column} IN ({marks}){condition}",
+            [*numbers, *values],
+        )
+        names = [name for name, *_ in cursor.description]
+        found |= {row[0]: dict(zip(names, row, strict=True)) for row in cursor}
+    return found
+
+
+def similarities(found: dict[int, dict[str, Any]], target: np.ndarray) -> dict[int, float]:
+    """Cosines, with the query's numbers as they are; 0 for a chunk that is not embedded yet."""
+    embedded = [c for c, row in found.items() if row["codes"] is not None]
+    similarity = dict.fromkeys(found, 0.0)
+    if embedded:
+        rows = unpack([found[c]["codes"] for c in embedded], len(target))
+        products = np.einsum("ij,j->i", rows.astype(np.float64), target.astype(np.float64))
+        similarity |= dict(zip(embedded, map(float, products), strict=True))
+    return similarity
+
+
+def reciprocal_ranks(
+    found: dict[int, dict[str, Any]], similarity: dict[int, float], worded: list[int]
+) -> dict[int, float]:
+    """Scores: what the rank by meaning and the rank by words give, added up."""
+    scores = dict.fromkeys(found, 0.0)
+    near = sorted(
+        (c for c in found if found[c]["codes"] is not None), key=lambda c: (-similarity[c], c)
+    )
+    for order in (near, [c for c in worded if c in found]):
+        for rank, c in enumerate(order, 1):
+            scores[c] += 1 / (RECIPROCAL + rank)
+    return scores
+
+
+def hit_of(row: dict[str, Any], score: float, similarity: float) -> Hit:
+    """A row as a hit."""
+    return Hit(
+        row["file"], row["collection"], row["text"], row["title"], row["heading"], row["author"],
+        row["date"], row["page"], row["first_line"], row["last_line"], score, similarity,
+        os.fsdecode(row["path"]),
+    )  # fmt: skip
