@@ -15,6 +15,7 @@ from .arguments import MODEL_HELP, Arguments, Parser, load_options, locate, note
 from .terminal import show
 
 if TYPE_CHECKING:
+    from ..localdocs.answering import Quoting
     from ..server.settings import Settings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -35,6 +36,8 @@ def serve_arguments(p: Parser) -> None:
                    help="let pages of this origin call from a browser; * for all")  # fmt: skip
     p.add_argument("--allow-host", action="append", default=[], metavar="NAME",
                    help="a further name by which the server may be called")  # fmt: skip
+    p.add_argument("--localdocs", action="append", metavar="COLLECTION",
+                   help="quote its documents in chats; - for all; may be repeated")  # fmt: skip
     p.add_argument("--chat-template", metavar="FILE|NAME",
                    help="a Jinja template, or chatml, llama3, ...; default: the model's own")  # fmt: skip
     load_options(p)
@@ -102,8 +105,24 @@ def settings_of(args: Arguments) -> Settings:
         api_keys=tuple(keys), origins=tuple(args.cors), hosts=names, slots=args.slots,
         queue=args.queue, template=template_of(args.chat_template),
         memory=None if args.memory is None else int(args.memory * 1e9),
-        max_body=int(args.max_body * 1e6), log_prompts=args.log_prompts, load=load,
+        documents=documents_of(args.localdocs), max_body=int(args.max_body * 1e6),
+        log_prompts=args.log_prompts, load=load,
     )  # fmt: skip
+
+
+def documents_of(names: Sequence[str] | None) -> Quoting | None:
+    """The collections that chats may quote; an unknown one is an error at once."""
+    if names is None:
+        return None
+    from ..localdocs import LocalDocs
+    from ..localdocs.answering import Quoting
+
+    docs = LocalDocs()
+    wanted = [name for name in names if name != "-"]
+    for name in wanted:
+        docs.collection(name)
+    docs.embedder  # noqa: B018 (loaded now, not by the first request)
+    return Quoting(docs, [] if "-" in names else wanted)
 
 
 def template_of(name: str | None) -> str | None:

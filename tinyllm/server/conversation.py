@@ -12,6 +12,7 @@ from ..chat.turn import Turn
 from ..engine.completion import Completion
 from ..engine.generate import Token
 from ..engine.request import Request
+from ..localdocs.answering import Quoting
 from ..model import Model
 from ..tokenizers import Tokenizer
 from .errors import Refusal
@@ -33,12 +34,19 @@ class Conversation:
     prefix_ids: Sequence[int] = ()
     max_tokens: int = -1
     n: int = 1
+    documents: Quoting | None = None  # what may be quoted before the last message
+    references: list[dict[str, Any]] | None = None  # to what was quoted, once `turn` has looked
     options: Callable[[Tokenizer], dict[str, Any]]
 
     def turn(self, model: Model, template: str | None) -> Turn:
-        """The answer's turn, with the prompt's tokens."""
+        """The answer's turn, with the prompt's tokens; it may quote documents."""
+        messages = self.messages
+        if self.documents is not None:
+            messages, self.references = self.documents.quote(
+                messages, model, self.max_tokens, template
+            )
         return model.turn(
-            self.messages, template, self.tools, self.tool_choice, self.variables, self.go_on
+            messages, template, self.tools, self.tool_choice, self.variables, self.go_on
         )
 
 

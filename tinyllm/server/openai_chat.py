@@ -202,6 +202,7 @@ def conversation(body: ChatBody, settings: Settings) -> Conversation:
         prefix_ids=body.prefix_ids or (),
         max_tokens=body.limit(),
         n=body.n or 1,
+        documents=settings.documents,
         options=options,
     )
 
@@ -230,8 +231,10 @@ class ChatWriter:
             i: int, delta: bytes, logprobs: bytes = b"null", ends: str | None = None
         ) -> bytes:
             reason = b"null" if ends is None else b'"' + ends.encode() + b'"'
-            body = b'%d,"delta":{%s},"logprobs":%s,"finish_reason":%s}]'
-            return before + body % (i, delta, logprobs, reason) + after
+            body = b'%d,"delta":{%s},"logprobs":%s,"finish_reason":%s%s}]'
+            found = self.references if ends else {}
+            more = b"," + dumps(found)[1:-1] if found else b""
+            return before + body % (i, delta, logprobs, reason, more) + after
 
         for i in range(self.answers.asked.n_texts):
             yield chunk(i, b'"role":"assistant","content":""')
@@ -283,7 +286,14 @@ class ChatWriter:
         if self.logprobs:
             logprobs = {"content": entries(self.tokenizer, end.logprobs or ()), "refusal": None}
         reason = "tool_calls" if calls else finish_of(end)
-        return {"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {**choice, **self.references}
+
+    @property
+    def references(self) -> dict[str, Any]:
+        """What a choice has besides, where documents may be quoted."""
+        found = self.answers.conversation.references
+        return {} if found is None else {"references": found}
 
     def failed(self, refusal: Refusal) -> bytes:
         return b"data: " + refusal.body("") + b"\n\n"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..localdocs.answering import Quoting
 
 MIB = 1 << 20
 
@@ -42,6 +45,8 @@ class Settings:
         A Jinja chat template to use instead of the models' own, or the name of a well-known one.
     log_prompts : bool
         Write requests' bodies into the log.
+    documents : Quoting, optional
+        Documents that chat completions may quote; their choices then have GPT4All's ``references``.
     load : mapping
         What ``tinyllm.load`` takes by keyword, for every model.
     """
@@ -62,4 +67,5 @@ class Settings:
     memory: int | None = None
     template: str | None = None
     log_prompts: bool = False
+    documents: Quoting | None = None
     load: Mapping[str, Any] = field(default_factory=dict)

@@ -90,6 +90,7 @@ function hear(node, chunk, stats) {
       stats.first ||= performance.now();
       stats.written += n;
     }
+    if (choice.references) node.references = choice.references;
     if (choice.finish_reason) node.finish = choice.finish_reason;
   }
   Object.assign(node.stats, statsOf(chunk, stats));

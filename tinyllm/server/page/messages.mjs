@@ -57,6 +57,7 @@ export class Messages {
       { class: "answer" },
       h("details", { class: "reasoning", hidden: true }, h("summary", {}, "Reasoning"), h("div", { class: "prose" })),
       h("div", { class: "prose text" }),
+      h("details", { class: "references", hidden: true }, h("summary", {}), h("ol", {})),
       h("p", { class: "waiting", hidden: true }, h("span", { class: "dots", "aria-hidden": "true" }), "Reading"),
       h("p", { class: "error", hidden: true }),
     );
@@ -84,9 +85,17 @@ export class Messages {
     else clearMarkdown(prose);
     find(`.token[data-token="${node.branchedAt}"]`, item)?.classList.add("branched");
     find(".waiting", item).hidden = !writing || Boolean(node.text || node.reasoning);
+    this.#fillReferences(find(".references", item), node.references ?? []);
     const error = find(".error", item);
     error.hidden = !node.error;
     error.textContent = node.error ?? "";
+  }
+
+  /** The documents that an answer rests on: where each excerpt stands, and its text. */
+  #fillReferences(box, references) {
+    box.hidden = !references.length;
+    find("summary", box).textContent = `From ${references.length === 1 ? "a document" : `${references.length} excerpts of documents`}`;
+    find("ol", box).replaceChildren(...references.map((r) => h("li", {}, h("strong", {}, placeOf(r)), h("blockquote", {}, r.text))));
   }
 
   #tools(node) {
@@ -200,6 +209,14 @@ export class Messages {
     event.preventDefault();
     event.stopPropagation();
   }
+}
+
+/** A reference's file, page and lines; -1 stands for a number that is not known. */
+function placeOf({ file, page, from, to }) {
+  const found = [file];
+  if (page >= 0) found.push(`page ${page}`);
+  if (from >= 0) found.push(from === to ? `line ${from}` : `lines ${from} to ${to}`);
+  return found.join(", ");
 }
 
 const ENDS = { length: "cut at its length", stopped: "stopped", edited: "edited" };

@@ -1,0 +1,336 @@
+"""Answers from documents: questions and their hits, and how fast texts are embedded, found and checked.
+
+    python benchmarks/documents.py questions --model MINILM --wiki wiki.test.raw --chat SmolLM2-135M.gguf
+    python benchmarks/documents.py speed --model MINILM --wiki wiki.test.raw --gpt4all PYTHON
+    python benchmarks/documents.py unchanged --model MINILM
+    python benchmarks/documents.py million --model MINILM --wiki wiki.test.raw
+
+MINILM is all-MiniLM-L6-v2.gguf2.f16.gguf. Each part writes its numbers below its name into --json
+(benchmarks/results/documents.json). ``speed`` lets the two engines take turns in processes of their own; PYTHON
+is that of an environment with gpt4all 2.8.2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+import tinyllm
+from tinyllm.localdocs import LocalDocs
+from tinyllm.localdocs.chunking import Chunk, Content, Section, chunks, embedded_text
+from tinyllm.localdocs.embedding import pack, row_bytes
+from tinyllm.localdocs.vectors import Vectors
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS: list[tuple[str, str, str]] = [  # what is asked, the files that answer it, words of a right answer
+    ("Who wrote the play Herons, performed at the Royal Court Theatre in 2001?", "Robert Boulter", "Stephens"),
+    ("Which Chinese poet of the Tang dynasty wanted to be a civil servant?", "Du Fu", "Du Fu"),
+    ("Which navy launched Gloire, the first ironclad battleship?", "Ironclad warship", "French"),
+    ("Which is the last poem of T. S. Eliot's Four Quartets?", "Little Gidding", "Little Gidding"),
+    ("In which novella do Nazi hunters find Hitler alive in the Amazon jungle?", "The Portage", "Portage"),
+    ("How is the strength of tropical cyclones estimated from satellite images?", "Dvorak technique", "Dvorak"),
+    ("What is the largest industrial use of oxaziridines?", "Oxaziridine", "hydrazine"),
+    ("Which crater lies at the south pole of the Moon?", "Shackleton", "Shackleton"),
+    ("Who directed the film American Beauty?", "American Beauty", "Mendes"),
+    ("Which conquistador founded the city of Manila?", "Manila", "Legazpi|López"),
+    ("Who was the last Roman emperor of the Julio-Claudian dynasty?", "Nero", "Nero"),
+    ("How old was Nerva when he became emperor?", "Nerva", "sixty.?.?.?five|65"),
+    ("Which company built the Tetrarch light tank?", "Light Tank", "Vickers"),
+    ("What stone are the Olmec colossal heads made of?", "Olmec", "basalt"),
+    ("Which basketball team does Brad Stevens coach?", "Brad Stevens", "Celtics|Butler"),
+    ("Which portrait is Francis Bacon's Head VI modelled on?", "Head VI", "Innocent|Vel"),
+    ("Who drew the New Yorker cover with the view from 9th Avenue?", "View of the World", "Steinberg"),
+    ("For which console was Kirby's Block Ball made?", "Kirby", "Game ?Boy"),
+    ("Who maintains the graves of Commonwealth soldiers?", "Commonwealth War", "Commission|CWGC"),
+    ("On which island is the town of Bintulu?", "Bintulu", "Borneo"),
+    ("In which village does New York State Route 93 begin?", "New York State Route 93", "Youngstown"),
+    ("How do I make a model write JSON that keeps to a schema?", "structured|guide", "json_schema"),
+    ("What does computing in bfloat16 cost in exactness?", "bfloat16", "8|bits|digits|1\\.|percent|%"),
+    ("How do requests come and go in an Engine?", "engine", "submit|Engine"),
+    ("How do I check a kernel of my own and rank it beside yours?", "lab|kernels|cpu", "lab"),
+    ("Under which licence is the bundled model?", "model-card", "BY-SA"),
+    ("Which import do I change in a program that uses GPT4All?", "drop-in|differences|guide|sdk", "sdk"),
+    ("Is a GGUF file refused when a tensor reaches past its end?", "malformed", "refuse|error|yes|past"),
+    ("Have the CUDA kernels been run on a real GPU?", "gpu", "no|not|never"),
+    ("Which files does one token pass on its way through the code?", "one-token", "\\.py|files"),
+]  # fmt: skip
+UNRELATED = [
+    "What is the boiling point of tungsten hexafluoride?", "How do I bake sourdough bread at high altitude?",
+    "Which visa does a nurse need for Norway?", "What did my aunt say about the garden fence?",
+    "How often should a cello be restrung?", "Who won the curling world championship in 2019?",
+    "What is the dosage of ibuprofen for a cat?", "How do I descale an espresso machine?",
+    "Which knitting needles suit mohair?", "How tall is the tallest lighthouse of Estonia?",
+]  # fmt: skip
+
+
+def articles(raw: Path) -> dict[str, str]:
+    """The articles of a WikiText file by their titles, as Markdown."""
+    text = re.sub(r" @(.)@ ", r"\1", raw.read_text("utf-8"))
+    found: dict[str, str] = {}
+    heads = list(re.finditer(r"(?m)^ = ([^=\n]*[^=\s][^=\n]*) = $\n \n", text))
+    for m, end in zip(heads, [*(h.start() for h in heads[1:]), len(text)], strict=True):
+        body = re.sub(
+            r"(?m)^ (=(?: =)+) (.*?) =(?: =)+ $",
+            lambda h: "#" * (h[1].count("=")) + " " + h[2],
+            text[m.end() : end],
+        )
+        found[m[1]] = f"# {m[1]}\n\n{body}"
+    return found
+
+
+def write_articles(raw: Path, folder: Path) -> int:
+    """One file for each article."""
+    found = articles(raw)
+    for title, text in found.items():
+        (folder / f"{re.sub('[^A-Za-z0-9 .-]', '', title)}.md").write_text(text, "utf-8")
+    return len(found)
+
+
+def texts_of(raw: Path, n: int) -> list[str]:
+    """n texts as they are embedded: chunks of the articles, again and again with another number before them."""
+    base = [
+        embedded_text(title, c)
+        for title, text in articles(raw).items()
+        for c in chunks(Content([Section(text)]))
+    ]
+    random.Random(0).shuffle(base)
+    return [f"{i // len(base)} {base[i % len(base)]}" for i in range(n)]
+
+
+def questions(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Hits and answers of the questions, and the search beside one in float32."""
+    wiki = folder / "wiki"
+    wiki.mkdir()
+    n_articles = write_articles(o.wiki, wiki)
+    with LocalDocs(folder / "store.sqlite", o.model) as docs, tinyllm.load(o.chat) as chat:
+        reports = [docs.add("docs", ROOT / "docs"), docs.add("wiki", wiki)]
+        rows, first3, first1, right = [], 0, 0, 0
+        for question, files, words in QUESTIONS:
+            hits = docs.search(question, 3)
+            ranks = [i for i, h in enumerate(hits) if re.match(f"(.*/)?({files})", h.file)]
+            first3, first1 = first3 + bool(ranks), first1 + (ranks[:1] == [0])
+            answer = docs.ask(question, chat, max_tokens=60, temperature=0)
+            good = bool(re.search(words, answer.text, re.IGNORECASE))
+            right += good
+            rows.append(
+                [question, [h.place for h in hits], round(hits[0].similarity, 3), answer.text, good]
+            )
+            print(
+                bool(ranks),
+                good,
+                question,
+                "|",
+                hits[0].place,
+                "|",
+                answer.text[:150].replace("\n", " "),
+                file=sys.stderr,
+            )
+        nearest = {
+            "asked": sorted(max(h.similarity for h in docs.search(q, 4)) for q, *_ in QUESTIONS),
+            "unrelated": sorted(max(h.similarity for h in docs.search(q, 4)) for q in UNRELATED),
+        }
+        return {
+            "files": [r.added for r in reports], "articles": n_articles, "questions": len(QUESTIONS),
+            "right file first": first1, "right file among three": first3, "right answers": right,
+            "recall of 10": recall(docs), "similarity of the best": nearest, "rows": rows,
+        }  # fmt: skip
+
+
+def recall(docs: LocalDocs) -> float:
+    """How many of the ten nearest by float32 vectors are among the ten that are found."""
+    texts = [embedded_text(t or f, as_chunk(h, x)) for t, f, h, x in docs._store.rows(
+        "SELECT d.title, d.file, c.heading, c.text FROM vectors v JOIN chunks c ON c.digest = v.digest"
+        " JOIN documents d ON d.id = c.document GROUP BY v.id ORDER BY v.id"
+    )]  # fmt: skip
+    ids = [i for (i,) in docs._store.rows("SELECT id FROM vectors ORDER BY id")]
+    exact = docs.embedder.documents(texts)
+    search = Vectors(docs._store, docs.embedder.width)
+    search.refresh()
+    found = n = 0
+    for question, *_ in [*QUESTIONS, *((u,) for u in UNRELATED)]:
+        query = docs.embedder.query(question)
+        best = {ids[i] for i in np.argsort(-(exact @ query))[:10]}
+        found += len(best & set(search.best(query, 10)[0].tolist()))
+        n += len(best)
+    return found / n
+
+
+def as_chunk(heading: str, text: str) -> Chunk:
+    """What ``embedded_text`` takes."""
+    return Chunk(text, heading)
+
+
+GPT4ALL = """
+import json, sys, time
+from gpt4all import Embed4All
+folder, name = sys.argv[1].rsplit("/", 1)
+model = Embed4All(name, n_threads=int(sys.argv[2]), model_path=folder, allow_download=False)
+print("ready", flush=True)
+for line in sys.stdin:
+    texts = json.loads(line)
+    begin = time.perf_counter()
+    model.embed(texts)
+    print(time.perf_counter() - begin, flush=True)
+"""
+
+
+def speed(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Texts a second, ours as they go into the store, GPT4All's by Embed4All in lists of a hundred."""
+    texts = texts_of(o.wiki, o.texts)
+    command = [o.gpt4all, "-c", GPT4ALL, str(o.model), str(o.threads)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin
+    assert other.stdout
+    while "ready" not in other.stdout.readline():
+        pass
+    ratios, ours, theirs = [], [], []
+    with LocalDocs(folder / "store.sqlite", o.model, o.threads) as docs:
+        docs.embedder.documents(texts[:64])
+        at, share = 0, -(-o.texts // o.rounds)
+        for i in range(o.rounds):
+            part = texts[at : at + share]
+            at += share
+            begin = time.perf_counter()
+            for j in range(0, len(part), 256):
+                pack(docs.embedder.documents(part[j : j + 256]))
+            ours.append(len(part) / (time.perf_counter() - begin))
+            few = part[: o.few]
+            other.stdin.write(json.dumps(few) + "\n")
+            other.stdin.flush()
+            theirs.append(len(few) / float(other.stdout.readline()))
+            ratios.append(ours[-1] / theirs[-1])
+            print(f"round {i}: {ours[-1]:.1f} and {theirs[-1]:.1f} texts/s", file=sys.stderr)
+    other.stdin.close()
+    other.wait()
+    return {
+        "texts": o.texts, "characters": round(statistics.mean(map(len, texts))),
+        "threads": o.threads, "texts/s": common.spread(ours),
+        "gpt4all texts/s": common.spread(theirs), "ratio": common.spread(ratios),
+    }  # fmt: skip
+
+
+def unchanged(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds of an update of 10,000 files that are as before."""
+    place = folder / "files"
+    for i in range(100):
+        (place / str(i)).mkdir(parents=True)
+        for j in range(100):
+            (place / str(i) / f"{j}.txt").write_text(f"number {j % 10}")
+    with LocalDocs(folder / "store.sqlite", o.model) as docs:
+        docs.add("all", place)
+        time.sleep(2.5)  # a younger file is read again
+        docs.update()
+        seconds = []
+        for _ in range(o.rounds):
+            begin = time.perf_counter()
+            report = docs.update()["all"]
+            seconds.append(time.perf_counter() - begin)
+            assert report.unchanged == 10_000
+            assert not report.anything
+    return {"files": 10_000, "seconds": common.spread(seconds)}
+
+
+def million(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds of a search among a million chunks: random vectors, words of the articles."""
+    rng = np.random.default_rng(0)
+    words = " ".join(articles(o.wiki).values()).split()
+    with LocalDocs(folder / "store.sqlite", o.model) as docs:
+        width, store = docs.embedder.width, docs._store
+        with store.writing() as db:
+            store.keep(row_bytes=row_bytes(width))
+            db.execute("INSERT INTO collections (name) VALUES ('all')")
+        begin = time.perf_counter()
+        for start in range(0, o.texts, 10_000):
+            rows = rng.standard_normal((10_000, width), np.float32)
+            codes = pack(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+            with store.writing() as db:
+                document = db.execute(
+                    "INSERT INTO documents (collection, path, file, size, mtime, ctime, seen)"
+                    " VALUES (1, ?, ?, 0, 0, 0, 0)",
+                    (str(start).encode(), f"{start}.txt"),
+                ).lastrowid
+                some = []
+                for i in range(10_000):
+                    at = int(rng.integers(len(words) - 60))
+                    some.append(
+                        (document, i, " ".join(words[at : at + 60]), str(start + i).encode())
+                    )
+                db.executemany(
+                    "INSERT INTO chunks (document, number, heading, text, digest) VALUES (?, ?, '', ?, ?)",
+                    some,
+                )
+                db.executemany("INSERT INTO vectors (digest, codes) VALUES (?, ?)",
+                               ((row[3], c) for row, c in zip(some, codes, strict=True)))  # fmt: skip
+            if start % 100_000 == 0:
+                print(f"{start:,} chunks, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+        said, before = docs.search_bytes, resident()
+        begin = time.perf_counter()
+        docs.search("a first search")
+        first = time.perf_counter() - begin
+        grew = resident() - before
+        asked = [q for q, *_ in QUESTIONS] + UNRELATED
+        seconds = []
+        for i in range(o.rounds * len(asked)):
+            begin = time.perf_counter()
+            docs.search(asked[i % len(asked)])
+            seconds.append(time.perf_counter() - begin)
+    seconds.sort()
+    return {
+        "chunks": o.texts, "width": width, 
+        "store MB": round((folder / "store.sqlite").stat().st_size / 1e6),
+        "memory said MB": round(said / 1e6), "memory taken MB": round(grew / 1e6),
+        "first search s": round(first, 2),
+        "median ms": round(1e3 * statistics.median(seconds), 1), "least ms": round(1e3 * seconds[0], 1),
+        "95th of 100 ms": round(1e3 * seconds[int(0.95 * len(seconds))], 1), "searches": len(seconds),
+    }  # fmt: skip
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * 4096
+
+
+PARTS = {"questions": questions, "speed": speed, "unchanged": unchanged, "million": million}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("part", choices=tuple(PARTS))
+    add("--model", type=common.existing, required=True, help="a BERT in GGUF")
+    add("--chat", type=common.existing, help="a model that chats")
+    add("--wiki", type=common.existing, help="WikiText-2, raw")
+    add("--gpt4all", default=sys.executable, help="a Python with gpt4all")
+    add("--texts", type=int, default=0, help="how many; default: 10,000, or a million")
+    add("--few", type=int, default=50, help="texts of a round for GPT4All")
+    add("--rounds", type=int, default=5)
+    add("-t", "--threads", type=int, default=2)
+    add("--folder", type=Path, help="for temporary files")
+    add("--json", type=Path, default=ROOT / "benchmarks" / "results" / "documents.json")
+    o = parser.parse_args()
+    o.texts = o.texts or (1_000_000 if o.part == "million" else 10_000)
+    with tempfile.TemporaryDirectory(dir=o.folder) as folder:
+        found = PARTS[o.part](o, Path(folder))
+    print(json.dumps({k: v for k, v in found.items() if k != "rows"}, indent=1, ensure_ascii=False))
+    kept = json.loads(o.json.read_text("utf-8")) if o.json.exists() else {}
+    kept[o.part] = {"machine": common.machine(), **found}
+    o.json.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
