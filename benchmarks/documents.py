@@ -288,7 +288,7 @@ def million(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
             seconds.append(time.perf_counter() - begin)
     seconds.sort()
     return {
-        "chunks": o.texts, "width": width, 
+        "chunks": o.texts, "width": width,
         "store MB": round((folder / "store.sqlite").stat().st_size / 1e6),
         "memory said MB": round(said / 1e6), "memory taken MB": round(grew / 1e6),
         "first search s": round(first, 2),

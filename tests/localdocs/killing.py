@@ -3,7 +3,7 @@
     python killing.py FOLDER N SEED
 
 Between two kills some files are added, changed, moved and removed. The process is a fork of this one, which has
-loaded the model; it is killed after a random part of the time that an update takes. Prints what it found, in JSON.
+loaded the model; it is killed after a random part of the time that an update takes. Prints JSON.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def dump(docs: LocalDocs) -> list[object]:
         ),
         store.rows(
             "SELECT d.path, c.number, c.heading, c.text, c.first_line, c.last_line, c.digest, v.codes"
-            " FROM chunks c JOIN documents d ON d.id = c.document LEFT JOIN vectors v ON v.digest = c.digest ORDER BY d.path, c.number"
+            " FROM chunks c JOIN documents d ON d.id = c.document LEFT JOIN vectors v"
+            " ON v.digest = c.digest ORDER BY d.path, c.number"
         ),
         store.rows("SELECT digest, codes FROM vectors ORDER BY digest"),
     ]  # fmt: skip
@@ -134,4 +135,4 @@ def main(place: Path, n: int, seed: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
