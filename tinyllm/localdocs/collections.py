@@ -49,8 +49,7 @@ class LocalDocs:
     Parameters
     ----------
     path : str or Path, optional
-        The file; it is made if it is not there. Default: ``localdocs.sqlite`` in the user's data folder,
-        ``$XDG_DATA_HOME/tinyllm`` on Linux.
+        The file; it is made if it is not there. Default: ``localdocs.sqlite`` in the user's data folder.
     model : str, Path or Model, optional
         What embeds: whatever ``tinyllm.load`` takes. Default: the model that the store was made with, at first
         all-MiniLM-L6-v2 of GPT4All's list. It is loaded when it is first needed.
