@@ -8,7 +8,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 2. Tokens: merges, what goes wrong, and why
 #

@@ -8,7 +8,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 10. Inside a quantised model: who moves the name?
 #

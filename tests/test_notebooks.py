@@ -92,6 +92,9 @@ def test_the_pair_has_the_same_cells_and_no_outputs(path):
         (c.cell_type, c.source) for c in source.cells
     ], "run scripts/notebooks"
     assert [c for c in pair.cells if c.get("outputs")] == []
+    assert [i for i, c in enumerate(pair.cells) if not c.source.strip()] == []
+    marks = re.findall(r"^# %%", path.read_text("utf-8"), re.M)  # by which the site counts outputs
+    assert len(marks) == len(pair.cells)
 
 
 @each
@@ -102,8 +105,11 @@ def test_solutions_answer_the_exercises(path):
 
 
 @each
-def test_the_list_names_it(path):
-    assert f"({path.stem}.ipynb)" in (FOLDER / "README.md").read_text("utf-8")
+def test_the_list_names_it_with_a_lecture_and_a_sheet(path):
+    text = (FOLDER / "README.md").read_text("utf-8")
+    assert f"({path.stem}.ipynb)" in text
+    _, course = text.split("## As a course")
+    assert len(re.findall(rf"^\| {int(path.stem[:2])} \| .+ \| .+ \|$", course, re.M)) == 1
 
 
 @each

@@ -62,6 +62,14 @@ def _axes(width: float = 8, height: float = 4, **grid: Any) -> tuple[Any, Any]:
 def _tidy(ax: Any, **labels: Any) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.set(**{name: value for name, value in labels.items() if value is not None})
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        if axis.get_scale() == "log" and high < 200 * low:  # powers of ten alone would be too few
+            from matplotlib.ticker import LogLocator, NullFormatter
+
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(NullFormatter())
 
 
 def _saved(figure: Any, path: str | Path | None) -> Any:
@@ -87,18 +95,29 @@ def spans(
     title, path
         What stands above; a file to write, too.
     """
-    figure, ax = _axes(9, 0.7 + 0.75 * len(rows))
+    figure, ax = _axes(9, 0.7 + 0.85 * len(rows))
     for y, (name, parts) in enumerate(rows.items()):
-        whole, left = sum(size for _, size in parts), 0.0
+        whole, left, free = sum(size for _, size in parts), 0.0, 0.0
         for (label, size), colour in zip(parts, cycle(LIGHT), strict=False):
-            width = size / whole
-            ax.barh(y, width, left=left, height=0.62, color=colour, edgecolor=INK, linewidth=0.8)
-            if width > 0.012 * max(len(label), 2):
-                ax.text(left + width / 2, y, label, ha="center", va="center", fontsize=8)
+            width, length = (
+                size / whole,
+                0.0105 * len(label),
+            )  # of a letter, as a share of the strip
+            ax.barh(y, width, left=left, height=0.55, color=colour, edgecolor=INK, linewidth=0.8)
+            middle = left + width / 2
+            if width > length:
+                ax.text(middle, y, label, ha="center", va="center", fontsize=8)
+            elif len(label) <= 6 and width > 0.018:
+                ax.text(middle, y, label, ha="center", va="center", fontsize=7, rotation=90)
+            elif label:  # below the strip, beside the label before it
+                free = max(free, min(middle - length / 2, 1 - length), 0.0)
+                ax.plot([middle, middle], [y + 0.2, y + 0.33], color=INK, linewidth=0.8)
+                ax.text(free, y + 0.34, label, va="top", fontsize=7)
+                free += length
             left += width
         ax.text(1.01, y, f"{whole:,.0f} {unit}", va="center", fontsize=8)
         ax.text(-0.01, y, name, va="center", ha="right", fontsize=9)
-    ax.set(xlim=(0, 1), title=title)
+    ax.set(xlim=(0, 1.002), title=title)
     ax.invert_yaxis()
     ax.axis("off")
     return _saved(figure, path)
@@ -138,15 +157,23 @@ def bars(
         ax.barh(places, values, height, label=group, linewidth=0.6, **look)
         for y, value in zip(places, values, strict=True):
             ax.annotate(
-                f" {value:.3g}", (value if value > 0 or log else 0, y), va="center", fontsize=8
+                f" {_short(value)}",
+                (value if value > 0 or log else 0, y),
+                va="center",
+                fontsize=8,
             )
     _tidy(ax, xlabel=xlabel, title=title, xscale="log" if log else "linear")
     ax.set_yticks(at, names, fontsize=9)
     ax.margins(x=0.12)
     ax.invert_yaxis()
     if len(groups) > 1:
-        ax.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside upper right", ncols=len(groups))
     return _saved(figure, path)
+
+
+def _short(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def lines(
