@@ -148,6 +148,7 @@ shares = np.linspace(0.7, 1.2, 51)
 plots.lines(
     {"error": (shares, [error_with(block, s * base) for s in shares])},
     xlabel="scale / (largest / -8)",
+    ylabel="relative error",
 )
 
 # %% [markdown]

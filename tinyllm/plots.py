@@ -113,7 +113,7 @@ def spans(
                 free = max(free, min(middle - length / 2, 1 - length), 0.0)
                 ax.plot([middle, middle], [y + 0.2, y + 0.33], color=INK, linewidth=0.8)
                 ax.text(free, y + 0.34, label, va="top", fontsize=7)
-                free += length
+                free += length + 0.012
             left += width
         ax.text(1.01, y, f"{whole:,.0f} {unit}", va="center", fontsize=8)
         ax.text(-0.01, y, name, va="center", ha="right", fontsize=9)
@@ -220,13 +220,36 @@ def points(
     """Draw labelled points; ``log`` is "", "x", "y" or "xy"."""
     figure, ax = _axes(8, 4.5)
     ax.plot(xs, ys, "o", color=COLOURS[0], markersize=6)
-    for i, (label, x, y) in enumerate(zip(labels, xs, ys, strict=True)):
-        beside = (6, -11 if i % 2 else 4)  # neighbours' labels on different sides
-        ax.annotate(label, (x, y), xytext=beside, textcoords="offset points", fontsize=8)
     _tidy(ax, xlabel=xlabel, ylabel=ylabel, title=title, **{f"{axis}scale": "log" for axis in log})
     ax.grid(alpha=0.25)
     ax.margins(0.08)
+    _write_labels(ax, labels, np.stack([xs, ys], -1))
     return _saved(figure, path)
+
+
+def _write_labels(ax: Any, labels: Sequence[str], at: Any) -> None:
+    """Each label beside its point, where it covers no other label and no point, if there is such a place."""
+    corners = ax.transData.transform(at) * 72 / ax.figure.dpi  # in points of print, as fonts are
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in corners]
+    for label, place, (x, y) in zip(labels, at, corners, strict=True):
+        wide = 5.2 * len(label)
+        offsets = [
+            (dx, dy)
+            for far in (4, 12, 20)
+            for dx in (6, -6 - wide)
+            for dy in (far, -far - 7, 0 if far == 4 else far)
+        ]
+
+        def covers(offset: tuple[float, float], x: float = x, y: float = y, w: float = wide) -> int:
+            left, low = x + offset[0], y + offset[1]
+            return sum(
+                left < x1 and x0 < left + w and low < y1 and y0 < low + 9
+                for x0, y0, x1, y1 in taken
+            )
+
+        best = min(offsets, key=covers)
+        ax.annotate(label, place, xytext=best, textcoords="offset points", fontsize=8)
+        taken.append((x + best[0], y + best[1], x + best[0] + wide, y + best[1] + 9))
 
 
 def heat(
