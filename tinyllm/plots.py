@@ -102,7 +102,7 @@ def spans(
             width, length = (
                 size / whole,
                 0.0105 * len(label),
-            )  # of a letter, as a share of the strip
+            )  # the strip is 1 wide
             ax.barh(y, width, left=left, height=0.55, color=colour, edgecolor=INK, linewidth=0.8)
             middle = left + width / 2
             if width > length:
