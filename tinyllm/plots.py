@@ -99,10 +99,7 @@ def spans(
     for y, (name, parts) in enumerate(rows.items()):
         whole, left, free = sum(size for _, size in parts), 0.0, 0.0
         for (label, size), colour in zip(parts, cycle(LIGHT), strict=False):
-            width, length = (
-                size / whole,
-                0.0105 * len(label),
-            )  # the strip is 1 wide
+            width, length = size / whole, 0.0105 * len(label)  # the strip is 1 wide
             ax.barh(y, width, left=left, height=0.55, color=colour, edgecolor=INK, linewidth=0.8)
             middle = left + width / 2
             if width > length:
