@@ -50,7 +50,10 @@ ALLOWED: dict[str, set[str]] = {
     "sdk": BELOW_MODEL | {"model", "loading", "localdocs"},
     "server": BELOW_MODEL | {"model", "loading", "localdocs"},
     "mapping": BELOW_MODEL | {"model"},
-    "cli": BELOW_MODEL | {"model", "loading", "localdocs", "plots", "sdk", "server", "mapping"},
+    "ray": BELOW_MODEL | {"model", "loading", "mapping", "server"},
+    "cli": BELOW_MODEL
+    | {"model", "loading", "localdocs", "plots", "sdk", "server"}
+    | {"mapping", "ray"},
     "__main__": {"cli"},
     "_pyinstaller": set(),
     "__init__": {"errors", "gguf", "tokenizers", "kernels", "engine", "model", "loading", "sdk"},
@@ -71,6 +74,7 @@ THIRD_PARTY = {
     "pyarrow",
     "pyopencl",
     "pypdf",
+    "ray",
     "regex",
     "requests",
     "selectolax",

@@ -32,6 +32,8 @@ def map_arguments(p: Parser) -> None:
     p.add_argument("-m", "--model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--text", default="text", metavar="NAME", help="column; default %(default)s")
     p.add_argument("--id", default="id", metavar="NAME", help="column of the key; default id")
+    p.add_argument("--ray", metavar="ADDRESS",
+                   help="work on a Ray cluster: auto, host:port; -t: CPUs of a worker")  # fmt: skip
     load_options(p)
     p.add_argument("--pooling", choices=("mean", "cls", "last"), help="embed: as the file says")
     p.add_argument("--no-normalize", dest="normalize", action="store_false",
@@ -57,11 +59,21 @@ def map_(args: Arguments) -> None:
     task = tasks[args.task]
     options = options_of(args)
     settings = {n: getattr(args, n) for n in ("device", "n_ctx", "kv_type", "compute")}
+    more = {"n_gpu_layers": args.n_gpu_layers, "strict": not args.no_strict}
+    loading = {**settings, **more, "check_weights": args.check_weights}
     about = {"task": args.task, "model": file_identity(path), "load": settings, "options": options}
+    if args.ray is not None:
+        from ..ray.data import map_rows, ray
+
+        ray()
     source = Table(args.input, args.text, args.id)
     job = Job(source, args.output, task.columns, about)
 
     def work(rows: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        if args.ray is not None:
+            name, cpus = None if args.model is None else str(args.model), args.n_threads
+            yield from map_rows(args.ray, args.task, rows, name, loading, options, cpus)
+            return
         with load(args) as model:
             yield from task(model, **options).run(rows)
 

@@ -33,6 +33,15 @@ def pyarrow() -> Any:
     return pyarrow
 
 
+def arrow_types() -> dict[Kind, Any]:
+    """Arrow's types of the kinds of columns."""
+    pa = pyarrow()
+    return {
+        "text": pa.string(), "integer": pa.int64(), "number": pa.float64(),
+        "vector": pa.list_(pa.float32()),
+    }  # fmt: skip
+
+
 def kind_of(path: str, allowed: Iterable[str]) -> str:
     """The ending of a table's name; ArgumentError for another one."""
     ending = Path(path).suffix.lower()
@@ -145,8 +154,7 @@ def writing(
         yield lambda row: _write_line(file, row)
         return
     pa = pyarrow()
-    types = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64(),
-             "vector": pa.list_(pa.float32())}  # fmt: skip
+    types = arrow_types()
     schema = pa.schema([(key, types[key_kind]), *((n, types[k]) for n, k in columns.items())])
     rows: list[dict[str, Any]] = []
     with pa.parquet.ParquetWriter(file, schema) as writer:
