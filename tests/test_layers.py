@@ -44,7 +44,9 @@ ALLOWED: dict[str, set[str]] = {
     "course": set(),
     "plots": {"errors"},
     "chatting": BELOW_MODEL,
-    "model": BELOW_MODEL | {"chatting"},
+    "research": BELOW_MODEL | {"model"},
+    "studied": BELOW_MODEL | {"research"},
+    "model": BELOW_MODEL | {"chatting", "studied"},
     "loading": BELOW_MODEL | {"model"},
     "localdocs": BELOW_MODEL | {"model", "loading"},
     "sdk": BELOW_MODEL | {"model", "loading", "localdocs"},
@@ -56,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"mapping", "ray"},
     "__main__": {"cli"},
     "_pyinstaller": set(),
-    "__init__": {"errors", "gguf", "tokenizers", "kernels", "engine", "model", "loading", "sdk"},
+    "__init__": BELOW_MODEL | {"model", "loading", "research", "sdk"},
 }
 THIRD_PARTY = {
     "cupy",

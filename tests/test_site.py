@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 
 import tinyllm
-from tinyllm import gguf, localdocs, sdk
+from tinyllm import gguf, localdocs, research, sdk
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = {p: p.read_text("utf-8") for p in sorted((ROOT / "docs" / "api").glob("*.md"))}
@@ -136,7 +136,7 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 def public() -> dict[str, object]:
     """The names that users import."""
     found = {}
-    for module in (tinyllm, sdk, localdocs, gguf):
+    for module in (tinyllm, sdk, localdocs, gguf, research):
         for name in module.__all__:
             thing = getattr(module, name)
             if inspect.isclass(thing) or inspect.isfunction(thing):

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import errors, gguf, tokenizers
+    from . import errors, gguf, research, tokenizers
     from .engine.completion import Completion
     from .engine.scheduler import Engine
     from .gguf.convert.folder import convert
@@ -29,9 +29,10 @@ __all__ = [
     "list_devices",
     "load",
     "quantize",
+    "research",
     "tokenizers",
 ]
-_MODULES = {"errors", "gguf", "tokenizers", "sdk"}
+_MODULES = {"errors", "gguf", "research", "sdk", "tokenizers"}
 _HOMES = {
     "Completion": "engine.completion",
     "Engine": "engine.scheduler",

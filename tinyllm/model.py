@@ -40,6 +40,7 @@ from .models.stages import gpus_first
 from .models.state import State
 from .models.step import Tap
 from .sampling import LogitsProcessor
+from .studied import Studied
 from .tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from .models.config import Config
 
 
-class Model(Chatting):
+class Model(Chatting, Studied):
     """One loaded model; made by ``tinyllm.load``. Safe to use from several threads."""
 
     def __init__(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ArgumentError, DeviceError, QueueFull, StateError, TinyLLMError
 from ..models.memory import cache_bytes
+from ..models.step import hook_of
 from .completion import Prompt, begin, options_of, room_for, split_prompts, unread
 from .generate import Run, Work, check_fits, steps
 from .prefixes import SNAPSHOT, Prefixes, needs_snapshots
@@ -152,7 +153,7 @@ class Engine:
         StateError
             Another text goes on with the state.
         """
-        refuse(options, deadline)
+        refuse(self._net.number, options, deadline)
         turn = None
         if is_conversation(prompt):
             chat = (template, tools, tool_choice, template_vars, continue_final_message)
@@ -441,10 +442,10 @@ def spoilt(request: Request) -> bool:
     return request.job is not None and request.job.run.state.spoilt and request.can_be_set_aside
 
 
-def refuse(options: Mapping[str, Any], deadline: float | None) -> None:
+def refuse(number: int, options: Mapping[str, Any], deadline: float | None) -> None:
     """Raise ArgumentError for options of ``generate`` that have no meaning among other requests."""
-    if options.get("tap") is not None:
-        raise ArgumentError("tap sees the rows of all requests; use Model.generate for it")
+    if options.get("tap") is not None or hook_of(number, None) is not None:
+        raise ArgumentError("taps and patches see the rows of all requests; use Model.generate")
     if options.get("stream"):
         raise ArgumentError("stream: leave it out, and iterate over the request")
     if deadline is not None and not deadline >= 0:

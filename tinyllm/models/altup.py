@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import UnsupportedModel
 from ..kernels.backend import Array, Backend
 from .config import Config
-from .decoder import Block
+from .decoder import Block, normed
 from .ffn import FFN
 from .step import Step
 from .weights import Linear, Part, Row, Tensors
@@ -90,7 +90,7 @@ class SparseFFN(FFN):
             self.cutoff, self.magnitude = w.be.array(cut), Magnitude(w.be, n)
             self.mean = w.be.load(Row("mean", np.full((1, n), 1 / n, np.float32)))
 
-    def __call__(self, step: Step | None, x: Array) -> Array:
+    def __call__(self, step: Step, x: Array) -> Array:
         if self.cutoff is None or self.gate is None:
             return super().__call__(step, x)
         be = self.be
@@ -99,7 +99,7 @@ class SparseFFN(FFN):
         unit = be.layer_norm(gate, None, 1e-30)
         deviation = be.matmul(self.mean, be.mul(gate, unit))
         gate = be.mul(be.act(be.add(unit, self.cutoff), "relu"), deviation)
-        return self.down(be.act_mul(gate, up, self.act))
+        return self.down(step.tap(self.point, be.act_mul(gate, up, self.act)))
 
 
 class AltUpBlock(Block):
@@ -130,14 +130,13 @@ class AltUpBlock(Block):
         predicted = self.predicted(x, [step.carried[name] for name in self.names])
         active = predicted[0]
         assert self.attn_norm is not None
-        assert self.ffn_norm is not None
-        h = tap(f"blk.{i}.attn_norm", self.attn_norm(active))
+        h = tap(f"blk.{i}.attn_norm", normed(step, f"blk.{i}.attn_norm", self.attn_norm, active))
         around = be.add(self.laurel_norm(self.right(self.left(h))), h)
         y = tap(f"blk.{i}.attn_out", self.mixer(step, h))
-        y = be.add(self.attn_post(y) if self.attn_post else y, active, around)
-        y = be.scale_softcap(y, sqrt(0.5))
-        f = self.feed(step, self.ffn_norm(y))
-        y = be.add(y, self.ffn_post(f) if self.ffn_post else f)
+        y = tap(f"blk.{i}.attn_post", self.attn_post(y)) if self.attn_post else y
+        y = tap(f"blk.{i}.resid_mid", be.scale_softcap(be.add(y, active, around), sqrt(0.5)))
+        f = self.feed(step, self.normed(step, y))
+        y = be.add(y, tap(f"blk.{i}.ffn_post", self.ffn_post(f)) if self.ffn_post else f)
         return tap(f"blk.{i}.out", self.corrected(step, predicted, y))
 
     def modalities(self, x: Array) -> Array:

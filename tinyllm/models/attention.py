@@ -79,18 +79,29 @@ class Attention(Mixer):
         return LayerCache(self.n_head_kv, self.head_dim, self.head_dim_v, window=abs(self.window))
 
     def __call__(self, step: Step, x: Array) -> Array:
-        be, tap = self.be, step.tap
+        be, tap, at = self.be, step.tap, f"blk.{self.i}."
         q, k, v = self.projected(x)
         own = self.source == self.i
-        if own and self.rope is not None and self.causal and step.user_tap is None:
-            y = self.scores(step, self.stored(step, self.rope, q, k, v))
+        q = tap(f"{at}q_proj", q)
+        k = tap(f"{at}k_proj", k) if own else k
+        if own and self.causal and self.rope is not None:
+            queries, q = q, tap(f"{at}q", self.stored(step, self.rope, q, k, v))
+            if step.asks(at, "k", "v"):
+                self.rewrite(step, queries, k, v)
         else:
             q, k = self.place(step, *self.normed(q, k))
-            q, k, v = (tap(f"blk.{self.i}.{n}", y) for n, y in (("q", q), ("k", k), ("v", v)))
-            y = tap(f"blk.{self.i}.attn_heads", self.attend(step, q, k, v))
-        y = self.gated(x, y)
+            q = tap(f"{at}q", q)
+            k, v = (tap(f"{at}k", k), tap(f"{at}v", v)) if own else (k, v)
+            if own and self.causal:
+                be.cache_write(step.batch, self.i, k, v)
+        y = self.attend(step, q, k, v)
+        y = self.gated(x, tap(f"{at}attn_heads", y))
         y = y if self.value_scale == 1 else be.scale_softcap(y, self.value_scale)
-        return self.o(self.o_norm(y) if self.o_norm else y)
+        y = self.o_norm(y) if self.o_norm else y
+        y, heads = self.o(y), y
+        if not step.asks(at, "attn_result"):
+            return y
+        return probe.by_head(step, f"{at}attn_result", self.o.weight, heads, self.n_head, y)
 
     def projections(
         self, c: Config, a: Arch, w: Tensors
@@ -150,6 +161,14 @@ class Attention(Mixer):
         q = self.be.rope_write(step.batch, self.i, q, k, v, spec, self.head_dim, norms)
         return self.heated(step, q)
 
+    def rewrite(self, step: Step, q: Array, k: Array, v: Array) -> None:
+        """Show what ``stored`` has kept of the projected k and v, and keep what a tap puts in their place."""
+        at = f"blk.{self.i}."
+        _, turned = self.place(step, *self.normed(q, k))
+        keys, values = step.tap(f"{at}k", turned), step.tap(f"{at}v", v)
+        if keys is not turned or values is not v:
+            self.be.cache_write(step.batch, self.i, keys, values)
+
     def gated(self, x: Array, y: Array) -> Array:
         """Gate the heads' outputs y by the layer's input x: each value, or each head, or not at all."""
         if self.gate is None:
@@ -160,18 +179,17 @@ class Attention(Mixer):
         return self.be.mul(y, gate)
 
     def attend(self, step: Step, q: Array, k: Array, v: Array) -> Array:
-        """q [T, H D], k [T, K D], v [T, K Dv] -> [T, H Dv]; causal models store k and v first."""
-        batch = step.batch
-        if self.causal and self.source == self.i:
-            self.be.cache_write(batch, self.i, k, v)
-        if probe.asked(step):
-            return probe.attend(step, self.scoring, q, k, v)
-        if not self.causal:
-            return self.be.attention_full(
-                batch, q, k, v, self.n_head, self.n_head_kv,
+        """q [T, H D], k [T, K D], v [T, K Dv] -> [T, H Dv]; causal models have stored k and v."""
+        if self.causal:
+            y = self.scores(step, q)
+        else:
+            y = self.be.attention_full(
+                step.batch, q, k, v, self.n_head, self.n_head_kv,
                 scale=self.scale, window=self.window, slopes=self.slopes,
             )  # fmt: skip
-        return self.scores(step, q)
+        if not step.asks(f"blk.{self.i}.", *probe.INSIDE):
+            return y
+        return probe.attend(step, self.scoring, q, k, v, y)
 
     def scores(self, step: Step, q: Array) -> Array:
         """Attention of q [T, H D] over what is stored."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.backend import Array, LayerCache
+from . import probe
 from .config import Config
 from .ffn import MoE, make_ffn
 from .mixer import NoMixer
@@ -16,6 +17,12 @@ from .weights import Linear, Norm, Tensors
 
 if TYPE_CHECKING:
     from .archs import Arch
+
+
+def normed(step: Step, name: str, norm: Norm, x: Array) -> Array:
+    """norm(x); the magnitude that it divides each row by is the point ``name`` + "_scale"."""
+    y = norm(x)
+    return probe.rescaled(step, name, norm, x, y) if step.asks(name, "_scale") else y
 
 
 class Block:
@@ -47,22 +54,25 @@ class Block:
         start = x
         if isinstance(self.mixer, NoMixer):
             return tap(f"blk.{i}.out", self.alone(step, x))
-        h = tap(f"blk.{i}.attn_norm", self.attn_norm(x)) if self.attn_norm else x
+        h = x
+        if self.attn_norm:
+            h = tap(f"blk.{i}.attn_norm", normed(step, f"blk.{i}.attn_norm", self.attn_norm, x))
         y = tap(f"blk.{i}.attn_out", self.mixer(step, h))
         if self.norm_at == "after":  # BERT: add, then normalise
             assert self.attn_post is not None
             assert self.ffn_post is not None
-            x = self.attn_post.of_sum(x, y)
+            x = tap(f"blk.{i}.resid_mid", self.attn_post.of_sum(x, y))
             return tap(f"blk.{i}.out", self.ffn_post.of_sum(x, self.feed(step, x)))
-        y = self.attn_post(y) if self.attn_post else y
+        y = tap(f"blk.{i}.attn_post", self.attn_post(y)) if self.attn_post else y
         if self.parallel:  # both halves read x; without a norm of its own, the second shares h
-            f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else h)
+            f = self.feed(step, self.normed(step, x) if self.ffn_norm else h)
             return tap(f"blk.{i}.out", be.add(x, y, f, scale=self.scale))
         x = be.add(x, y, scale=self.scale)
         if self.ffn is None:
             return tap(f"blk.{i}.out", x)
-        f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else x, start)
-        f = self.ffn_post(f) if self.ffn_post else f
+        x = tap(f"blk.{i}.resid_mid", x)
+        f = self.feed(step, self.normed(step, x), start)
+        f = tap(f"blk.{i}.ffn_post", self.ffn_post(f)) if self.ffn_post else f
         if self.side is not None and self.side_norm is not None:
             f = be.add(f, self.side(step, self.side_norm(start)))
         return tap(f"blk.{i}.out", self.finished(step, be.add(x, f, scale=self.scale)))
@@ -83,8 +93,13 @@ class Block:
         """The feed-forward half of a block that has no other, if it has this one."""
         if self.ffn is None:
             return x
-        f = self.feed(step, self.ffn_norm(x) if self.ffn_norm else x)
+        f = self.feed(step, self.normed(step, x))
         return self.be.add(x, f, scale=self.scale)
+
+    def normed(self, step: Step, x: Array) -> Array:
+        """What the feed-forward half reads."""
+        name = f"blk.{self.i}.ffn_norm"
+        return normed(step, name, self.ffn_norm, x) if self.ffn_norm else x
 
 
 def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
@@ -208,7 +223,9 @@ class Decoder:
         """Normalised activations of the rows in ``batch.outputs`` -> [n_out, E]."""
         x = self.streams.end(step, x) if self.streams else x
         x = self.last.take(x, step.batch.outputs)
-        return step.tap("output_norm", self.output_norm(x) if self.output_norm else x)
+        if self.output_norm is not None:
+            x = normed(step, "output_norm", self.output_norm, x)
+        return step.tap("output_norm", x)
 
     def logits(self, step: Step, x: Array) -> Array:
         """Logits of the rows in ``batch.outputs`` -> [n_out, V]."""

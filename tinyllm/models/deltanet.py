@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import UnsupportedModel
 from ..kernels.backend import Array, LayerCache
+from . import probe
 from .attention import Attention
 from .config import Config
 from .mamba2 import check_groups, convolutions
@@ -57,12 +58,15 @@ class DeltaNet(Mixer):
             for name, linear, (weight, bias) in zip("qkv", self.inputs, self.convs, strict=True)
         )
         q, k = self.unit(q, 1 / d), self.unit(k, d**-0.5)
-        beta = self.per_channel(be.act(self.beta(h), "sigmoid"))
+        at = f"blk.{self.i}."
+        beta = self.per_channel(step.tap(f"{at}rate", be.act(self.beta(h), "sigmoid")))
         dt = be.act(be.add(self.decay(h), self.dt_bias), "softplus")
-        g = self.per_channel(be.act(be.mul(dt, self.a), "exp"))
+        g = self.per_channel(step.tap(f"{at}decay", be.act(be.mul(dt, self.a), "exp")))
         back = be.scale_softcap(be.mul(be.mul(beta, g), k), -1.0)
         y = be.wkv7(batch, self.i, q, g, k, be.mul(beta, v), k, back)
-        return self.out(be.act_mul(self.gate(h), self.norm(y), "silu"))
+        probe.state(step, self.i, "wkv", y)
+        gate = step.tap(f"{at}gate", self.gate(h))
+        return self.out(be.act_mul(gate, self.norm(y), "silu"))
 
     def unit(self, x: Array, scale: float) -> Array:
         """Heads of length sqrt(D) * scale, each key head for its value heads: [T, G D] -> [T, H D]."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import GGUFError
 from ..kernels.backend import Array, LayerCache, Routing
+from . import probe
 from .config import Config
 from .mixer import Mixer
 from .step import Step
@@ -25,16 +26,17 @@ class FFN:
         self.gate, self.up = halves(a, w, n_ff, c.n_embd, suffix)
         self.down = w.linear(f"ffn_down{suffix}", c.n_embd, n_ff)
         self.norm = w.norm_if("ffn_sub_norm", n_ff)  # BitNet's, of what goes into down
+        self.point = f"{w.prefix}ffn_act{suffix}"
 
-    def __call__(self, step: Step | None, x: Array) -> Array:
+    def __call__(self, step: Step, x: Array) -> Array:
         if self.norm is not None:
-            return self.down(self.norm(self.hidden(x)))
+            return self.down(self.norm(step.tap(self.point, self.hidden(x))))
         if self.gate is None:
             hidden = self.be.matmul_act(self.up.weight, x, self.up.bias, self.act)
-            return self.down(hidden)
+            return self.down(step.tap(self.point, hidden))
         both = self.gate, self.up
         ws, biases = [p.weight for p in both], [p.bias for p in both]
-        return self.down(self.be.matmul_gated(ws, x, biases, self.act))
+        return self.down(step.tap(self.point, self.be.matmul_gated(ws, x, biases, self.act)))
 
     def hidden(self, x: Array) -> Array:
         """What goes into down."""
@@ -73,9 +75,10 @@ class XIELU:
         self.up = w.linear("ffn_up", c.n_ff[i], c.n_embd)
         self.down = w.linear("ffn_down", c.n_embd, c.n_ff[i])
         self.minus_one = w.be.array(np.full(c.n_ff[i], -1, np.float32))
+        self.point = f"{w.prefix}ffn_act"
 
-    def __call__(self, step: Step | None, x: Array) -> Array:
-        return self.down(self.activated(self.up(x)))
+    def __call__(self, step: Step, x: Array) -> Array:
+        return self.down(step.tap(self.point, self.activated(self.up(x))))
 
     def activated(self, x: Array) -> Array:
         """p max(x, 0)^2 + q (e^m - 1 - m) + b x, with m = min(x, 0)."""
@@ -133,23 +136,27 @@ class MoE:
             self.shared = FFN(c, a, w, w.source("ffn_down_shexp.weight").shape[1], "_shexp")
         if w.has("ffn_gate_inp_shexp.weight"):
             self.shared_gate = shared_gate(w, c.n_embd)
-        self.routing = routing(c, a)
+        self.routing, self.at = routing(c, a), w.prefix
 
-    def __call__(self, step: Step | None, x: Array, routed_by: Array | None = None) -> Array:
+    def __call__(self, step: Step, x: Array, routed_by: Array | None = None) -> Array:
         """x through its experts, which the router chooses by ``routed_by``, or by x itself."""
         be = self.be
         logits = self.router(x if routed_by is None else routed_by)
+        logits = step.tap(f"{self.at}router_logits", logits)
         experts, weights = be.route(logits, self.routing, self.bias)
-        y = self.chosen(x if self.narrow is None else self.narrow(x), experts, weights)
+        if step.asks(self.at, "router_probs"):
+            name = f"{self.at}router_probs"
+            experts, weights = probe.routed(step, name, experts, weights, logits.shape[1])
+        y = self.chosen(step, x if self.narrow is None else self.narrow(x), experts, weights)
         y = y if self.wide is None else self.wide(y)
         if self.shared is not None:
-            extra = self.shared(None, x)
+            extra = self.shared(step, x)
             if self.shared_gate is not None:
                 extra = be.mul(extra, be.act(self.shared_gate(x), "sigmoid"))
             y = be.add(y, extra)
         return y if self.scale == 1 else be.scale_softcap(y, self.scale)
 
-    def chosen(self, x: Array, experts: Array, weights: Array) -> Array:
+    def chosen(self, step: Step, x: Array, experts: Array, weights: Array) -> Array:
         """The weighed sum of what the chosen experts make of x."""
         be = self.be
         if self.down_scale is not None:
@@ -163,6 +170,7 @@ class MoE:
             both = self.gate, self.up
             ws, biases = [p.weight for p in both], [p.bias for p in both]
             hidden = be.matmul_experts_gated(ws, x, experts, biases, self.act)
+        hidden = step.tap(f"{self.at}ffn_act_exps", hidden)
         return be.combine(self.down(hidden, experts), weights)
 
 
@@ -190,7 +198,7 @@ class BesideMoE:
         self.be, self.scale = w.be, a.experts_beside
         self.plain, self.experts = FFN(c, a, w, n_ff), MoE(c, a, w)
 
-    def __call__(self, step: Step | None, x: Array) -> Array:
+    def __call__(self, step: Step, x: Array) -> Array:
         both = self.be.add(self.plain(step, x), self.experts(step, x))
         return self.be.scale_softcap(both, self.scale)
 
@@ -215,7 +223,7 @@ class NormedBesideMoE:
         scale = w.host("ffn_gate_inp.scale", e) / np.sqrt(e, dtype=np.float32)
         self.router_norm = Norm(w.be, c.norm, c.norm_eps, w.be.array(scale), None)
 
-    def __call__(self, step: Step | None, x: Array) -> Array:
+    def __call__(self, step: Step, x: Array) -> Array:
         plain = self.plain_post(self.plain(step, self.plain_norm(x)))
         chosen = self.experts(step, self.experts_norm(x), self.router_norm(x))
         return self.be.add(plain, self.experts_post(chosen))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.backend import Array, LayerCache
+from . import probe
 from .config import Config
 from .deltanet import UNIT_EPS
 from .mixer import Mixer, widened
@@ -53,12 +54,16 @@ class KimiDelta(Mixer):
             for name, linear, weight in zip("qkv", self.inputs, self.convs, strict=True)
         )
         q, k = self.unit(q, 1 / d), self.unit(k, d**-0.5)
-        beta = widened(be, be.act(self.beta(h), "sigmoid"), self.n_head, d)
+        at = f"blk.{self.i}."
+        beta = step.tap(f"{at}rate", be.act(self.beta(h), "sigmoid"))
+        beta = widened(be, beta, self.n_head, d)
         dt = be.act(be.add(self.forget_up(self.forget_down(h)), self.dt_bias), "softplus")
-        decay = be.act(be.mul(dt, self.a), "exp")
+        decay = step.tap(f"{at}decay", be.act(be.mul(dt, self.a), "exp"))
         back = be.scale_softcap(be.mul(beta, k), -1.0)
         y = be.wkv7(batch, self.i, q, decay, k, be.mul(beta, v), be.mul(decay, k), back)
-        return self.out(be.act_mul(self.gate_up(self.gate_down(h)), self.norm(y), "sigmoid"))
+        probe.state(step, self.i, "wkv", y)
+        gate = step.tap(f"{at}gate", self.gate_up(self.gate_down(h)))
+        return self.out(be.act_mul(gate, self.norm(y), "sigmoid"))
 
     def unit(self, x: Array, scale: float) -> Array:
         """Heads of length sqrt(D) * scale."""

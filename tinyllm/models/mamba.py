@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..kernels.backend import Array, LayerCache
+from . import probe
 from .config import Config
 from .mixer import Mixer
 from .step import Step
@@ -44,5 +45,8 @@ class Mamba(Mixer):
         parts = self.to_dt(x), self.to_b(x), self.to_c(x)
         low, b, c = (n(y) if n else y for n, y in zip(self.norms, parts, strict=True))
         dt = be.act(self.dt(low), "softplus")
+        dt = step.tap(f"blk.{self.i}.rate", dt)
         y = be.scan(batch, self.i, x, dt, self.a, b, c, self.d)
-        return self.out(be.act_mul(self.gate_in(h), y, "silu"))
+        probe.state(step, self.i, "ssm", y)
+        gate = step.tap(f"blk.{self.i}.gate", self.gate_in(h))
+        return self.out(be.act_mul(gate, y, "silu"))

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import GGUFError
 from ..kernels.backend import Array, LayerCache
+from . import probe
 from .attention import Attention
 from .config import Config
 from .mixer import Mixer, widened
@@ -58,9 +59,12 @@ class Mamba2(Mixer):
             for name, linear, (weight, bias) in zip("xbc", self.inputs, self.convs, strict=True)
         )
         dt = be.act(be.add(self.dt(h), self.dt_bias), "softplus")
+        dt = step.tap(f"blk.{self.i}.rate", dt)
         dt = widened(be, dt, self.n_head, self.n // self.n_head)
         y = be.scan(batch, self.i, x, dt, self.a, b, c, self.d)
-        y = be.act_mul(self.gate(h), y, "silu")
+        probe.state(step, self.i, "ssm", y)
+        gate = step.tap(f"blk.{self.i}.gate", self.gate(h))
+        y = be.act_mul(gate, y, "silu")
         return self.out(self.norm(y) if self.norm else y)
 
 

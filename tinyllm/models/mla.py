@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..kernels.backend import Array, LayerCache
+from . import probe
 from .attention import Heating, check_has_heads, make_rope
 from .config import Config
 from .mixer import Mixer
@@ -93,7 +94,11 @@ class LatentAttention(Mixer):
         be.cache_write(step.batch, self.i, k, step.tap(f"blk.{self.i}.v", v))
         y = be.attention(step.batch, self.i, q, h, scale=self.scale)
         y = be.matmul_heads(self.v_b, y) if self.absorbed else y
-        return self.o(step.tap(f"blk.{self.i}.attn_heads", y))
+        y = step.tap(f"blk.{self.i}.attn_heads", y)
+        y, heads = self.o(y), y
+        if not step.asks(f"blk.{self.i}.", "attn_result"):
+            return y
+        return probe.by_head(step, f"blk.{self.i}.attn_result", self.o.weight, heads, h, y)
 
 
 def expansions(c: Config, w: Tensors, n_head: int, rank: int, plain: int):  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import system
-from ..errors import ArgumentError, DeviceError, StateError, TinyLLMError
+from ..errors import ArgumentError, DeviceError, StateError, TinyLLMError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
 from .ahead import RunAhead
 from .archs import Arch
@@ -22,7 +22,7 @@ from .decoder import Decoder
 from .memory import allocating, cache_bytes, check_fits
 from .stages import Stage, caches_of, new_cache
 from .state import Segment, State, fingerprint
-from .step import Step, Tap
+from .step import ACTIVE, Hook, Span, Step, Tap, hook_of
 
 End = Callable[[Step, Array], Array]  # makes a step's result of the last activations
 
@@ -105,6 +105,8 @@ class Network:
         tap: Tap | None = None,
         best: int = 0,
         ahead: bool = False,
+        layers: range | None = None,
+        x: np.ndarray | None = None,
     ) -> list[Any]:
         """Compute the next tokens of several states in one pass.
 
@@ -120,6 +122,10 @@ class Network:
         ahead : bool
             With ``best=1``: each sequence is expected to go on with its largest logit. The next step may begin
             at once, and is used if that comes true.
+        layers : range, optional
+            Run only these. The states then hold keys and values of these layers only.
+        x : float32 [T, E], optional
+            Where the first layers are left out: what the layer before made of the rows.
 
         Returns
         -------
@@ -130,15 +136,20 @@ class Network:
         for s, _, _ in segments:
             self.check_own(s)
             s.check_whole()
+        hook = hook_of(self.number, tap) if tap is not None or ACTIVE.get() else None
         try:
             with self.lock:
                 start = time.perf_counter()
+                if hook is not None:
+                    hook.begin([Span(s.n_past, n, len(s.ids)) for s, n, _ in segments])
                 rows: Any = None
                 if self.ahead.enabled:
-                    rows = self.ahead.step(self, segments, best == 1 and tap is None, ahead)
+                    rows = self.ahead.step(self, segments, best == 1 and hook is None, ahead)
                 if rows is None:
                     n_ctx = max([s.n_ctx for s, _, _ in segments])
-                    rows = self.compute(self.make_batch(segments), n_ctx, tap, best)
+                    batch = self.make_batch(segments)
+                    batch = batch if x is None else replace(batch, ids=x)
+                    rows = self.compute(batch, n_ctx, hook, best, layers)
                 self.pace(sum([n for _, n, _ in segments]), time.perf_counter() - start)
             for s, n, _ in segments:
                 s.n_past += n
@@ -167,12 +178,19 @@ class Network:
         self.check_ids(ids)
         return Batch.of(ids, past, output_rows(segments), caches)
 
-    def compute(self, batch: Batch, n_ctx: int, tap: Tap | None, best: int) -> Any:
+    def compute(
+        self,
+        batch: Batch,
+        n_ctx: int,
+        hook: Hook | None,
+        best: int,
+        layers: range | None = None,
+    ) -> Any:
         """Run a step and fetch its logits float32 [n_out, n_vocab], or with ``best`` a list of ``Best``."""
         if not batch.n_out:
-            self.run(batch, n_ctx, tap, self.decoder.body)
+            self.run(batch, n_ctx, hook, self.decoder.body, layers=layers)
             return np.empty((0, self.n_vocab), np.float32)
-        y = self.run(batch, n_ctx, tap, self.decoder.logits, best=best)
+        y = self.run(batch, n_ctx, hook, self.decoder.logits, best=best, layers=layers)
         return self.be.picked(y) if best else self.be.numpy(y)
 
     def pace(self, n_rows: int, seconds: float) -> None:
@@ -197,13 +215,27 @@ class Network:
         if self.config.causal:
             caches = [self.new_state(n).cache for n in lengths]
         batch = Batch.of(ids, [0] * len(ids), range(sum(lengths)), caches)
+        hook = hook_of(self.number, tap) if tap is not None or ACTIVE.get() else None
         with self.lock:
             start = time.perf_counter()
-            y = self.run(batch, max(lengths), tap, self.decoder.hidden, self.token_types(types))
+            if hook is not None:
+                hook.begin([Span(0, n, n) for n in lengths])
+            y = self.run(batch, max(lengths), hook, self.decoder.hidden, self.token_types(types))
             y = np.array(self.be.numpy(y))
             self.pace(batch.n_rows, time.perf_counter() - start)
         ends = itertools.accumulate(lengths)
         return [y[end - n : end] for n, end in zip(lengths, ends, strict=True)]
+
+    def lens(self, x: np.ndarray) -> np.ndarray:
+        """Logits of rows x [T, E] of the residual stream, by the last norm and the head -> float32 [T, V]."""
+        if self.decoder.streams is not None:
+            raise UnsupportedModel(
+                f"{self.arch.name}'s residual stream is several: no row has a logit"
+            )
+        n, behind = len(x), range(self.config.n_layer, self.config.n_layer)
+        batch = replace(Batch.of([[0] * n], [0], range(n)), ids=np.asarray(x, np.float32))
+        with self.lock:
+            return np.array(self.compute(batch, n, None, 0, behind))
 
     def token_types(self, types: Sequence[Sequence[int]] | None) -> np.ndarray | None:
         """The token types of all rows, int32 [T]; None where the model knows but one type."""
@@ -216,11 +248,12 @@ class Network:
         self,
         batch: Batch,
         n_ctx: int,
-        tap: Tap | None,
+        hook: Hook | None,
         end: End,
         types: np.ndarray | None = None,
         best: int = 0,
         after: Any = None,
+        layers: range | None = None,
     ) -> Any:
         """Run a step through every stage -> ``end``'s result, on the last stage's device.
 
@@ -231,11 +264,13 @@ class Network:
             raise TinyLLMError("the model is closed")
         carried: dict[str, np.ndarray] = {}
         for i, stage in enumerate(self.stages):
-            step = Step(stage.be, batch, n_ctx, tap)
+            step = Step(stage.be, batch, n_ctx, hook, layers=layers)
             if types is not None and i == 0:
                 step = replace(step, types=stage.be.array(types))
             step.carried.update((name, stage.be.array(x)) for name, x in carried.items())
             y = self.step(i, step, end, best, after)
+            if step.kept:
+                step.hand_over()
             if i + 1 < len(self.stages):
                 carried = {name: np.array(stage.be.numpy(x)) for name, x in step.carried.items()}
                 batch = replace(batch, ids=stage.be.numpy(y))
@@ -243,19 +278,24 @@ class Network:
 
     def step(self, i: int, step: Step, end: End, best: int, after: Any = None) -> Any:
         """Run one stage's part of a step; a step like an earlier one is replayed."""
-        stage, d = self.stages[i], self.decoder
+        stage, d, first, here = self.stages[i], self.decoder, 0, self.stages[i].layers
+        if step.layers is not None:
+            first, stop = step.layers.start, step.layers.stop
+            here = range(max(here.start, first), min(here.stop, stop))
         batch = caches_of(step.batch, i) if len(self.stages) > 1 else step.batch
 
         def compute(b: Batch) -> Any:
             now = replace(step, batch=b)
-            x = d.embed(now) if i == 0 else b.ids
-            x = d.through(now, x, stage.layers)
+            x = d.embed(now) if i == 0 and first == 0 else b.ids
+            if i == 0 and first > 0:
+                x = now.tap(f"blk.{first - 1}.out", x)
+            x = d.through(now, x, here)
             if i + 1 < len(self.stages):
                 return x
             y = end(now, x)
             return stage.be.pick(y, best) if best else y
 
-        plain = step.user_tap is None and step.types is None and self.repeats
+        plain = step.hook is None and step.types is None and step.layers is None and self.repeats
         key = (self.number, i, end.__name__, best, self.rope_class(step.n_ctx), batch.key)
         if after is not None:
             return stage.be.follow(after, key, compute, batch)

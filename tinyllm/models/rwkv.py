@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import GGUFError
 from ..kernels.backend import Array, LayerCache
+from . import probe
 from .config import Config
 from .mixer import Mixer
 from .step import Step
@@ -83,8 +84,11 @@ class TimeMix6(TimeMix):
         w = be.act(be.add(self.decay_up(low), self.decay), "exp")
         w = be.act(be.scale_softcap(w, -1.0), "exp")
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        y = self.norm(be.wkv6(step.batch, self.i, r, k, v, w, self.u))
-        return self.output(be.act_mul(self.gate(xg), y, "silu"))
+        w = step.tap(f"blk.{self.i}.decay", w)
+        y = be.wkv6(step.batch, self.i, r, k, v, w, self.u)
+        probe.state(step, self.i, "wkv", y)
+        gate = step.tap(f"blk.{self.i}.gate", self.gate(xg))
+        return self.output(be.act_mul(gate, self.norm(y), "silu"))
 
     def mixture(self, m: int, base: Array, sx: Array, x: Array) -> Array:
         """x + sx * (lerp_m + up_m(tanh(down_m(base))))."""
@@ -126,15 +130,17 @@ class TimeMix7(TimeMix):
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = be.act(be.scale_softcap(be.act(self.w(be, xw, "tanh"), "sigmoid"), SLOWEST), "exp")
         v = self.mix_values(step, v, xv)
-        a = be.act(self.a(be, xa), "sigmoid")
+        w = step.tap(f"blk.{self.i}.decay", w)
+        a = step.tap(f"blk.{self.i}.rate", be.act(self.a(be, xa), "sigmoid"))
         unit = be.rms_norm(be.mul(k, self.k_k), None, 1e-24, None, self.head_dim)
         unit = be.scale_softcap(unit, self.head_dim**-0.5)
         k_a = be.mul(k, self.k_a)
         k = be.add(k, be.add(be.mul(k_a, a), k_a, scale=-1.0))
         y = be.wkv7(step.batch, self.i, r, w, k, v, be.scale_softcap(unit, -1.0), be.mul(unit, a))
+        probe.state(step, self.i, "wkv", y)
         bonus = be.matmul_heads(self.ones, be.mul(be.mul(k, r), self.r_k))
         y = be.add(self.norm(y), be.mul(v, bonus))
-        gate = self.g_up(be.act(self.g_down(xg), "sigmoid"))
+        gate = step.tap(f"blk.{self.i}.gate", self.g_up(be.act(self.g_down(xg), "sigmoid")))
         return self.output(be.mul(y, gate))
 
     def mix_values(self, step: Step, v: Array, xv: Array) -> Array:
@@ -179,7 +185,8 @@ class ChannelMix:
     def __call__(self, step: Step, x: Array) -> Array:
         be = self.be
         sx = difference(step, be, self.i, x, "ffn")
-        y = self.value(be.act(self.key(be.add(be.mul(sx, self.lerp_k), x)), "relu2"))
+        hidden = be.act(self.key(be.add(be.mul(sx, self.lerp_k), x)), "relu2")
+        y = self.value(step.tap(f"blk.{self.i}.ffn_act", hidden))
         if self.receptance is None:
             return y
         return be.act_mul(self.receptance(be.add(be.mul(sx, self.lerp_r), x)), y, "sigmoid")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..kernels.backend import Array, LayerCache
+from . import probe
 from .config import Config
 from .mixer import Mixer
 from .step import Step
@@ -33,5 +34,7 @@ class ShortConv(Mixer):
         be = self.be
         parts = (self.b, self.c, self.x)
         b, c, x = be.matmuls([p.weight for p in parts], h, [p.bias for p in parts])
+        b, c = step.tap(f"blk.{self.i}.rate", b), step.tap(f"blk.{self.i}.gate", c)
         y = be.conv1d(step.batch, self.i, be.mul(b, x), self.conv, None)
+        probe.state(step, self.i, "conv", y)
         return self.out(be.mul(c, y))

@@ -64,14 +64,16 @@ class Side:
         rows, n = self.n_head * PAGE, len(pages)
         raw = pages[:, self.offset : self.offset + self.nbytes]
         if self.kv_type == "q8_0":
-            codes = raw[:, : rows * self.width].reshape(n, rows, -1, 32)
+            blocks = self.width // 32
+            codes = raw[:, : rows * self.width].reshape(n, rows, blocks, 32)
             scales = raw[:, rows * self.width :][:, : rows * self.width // 16]
-            x = np.concatenate([scales.reshape(n, rows, -1, 2), codes], -1).reshape(n, rows, -1)
+            both = [scales.reshape(n, rows, blocks, 2), codes]
+            x = np.concatenate(both, -1).reshape(n, rows, 34 * blocks)
         else:
             used = np.ascontiguousarray(raw[:, : rows * self.width * self.item])
             x = used.view(_DTYPE[self.kv_type]).reshape(n, rows, self.width)[..., : self.dim]
-        by_position = x.reshape(n, self.n_head, PAGE, -1).swapaxes(1, 2)
-        return by_position.reshape(n * PAGE, self.n_head, -1)
+        by_position = x.reshape(n, self.n_head, PAGE, x.shape[-1]).swapaxes(1, 2)
+        return by_position.reshape(n * PAGE, self.n_head, x.shape[-1])
 
     def encode(self, pages: np.ndarray, x: np.ndarray) -> None:
         """Write x [n * PAGE, n_head, ...], as ``decode`` gives it, into the raw pages."""

@@ -1,0 +1,220 @@
+"""What a researcher does with a model: look at its activations by name, replace them, and steer it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from .engine.completion import split_prompts
+from .errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .engine.completion import Prompt
+    from .models.network import Network
+    from .research.cache import Cache
+    from .research.patches import Patch, Positions
+    from .research.points import Names, Point
+
+
+class Studied(ABC):
+    """The part of a ``Model`` that shows its inside."""
+
+    @property
+    @abstractmethod
+    def network(self) -> Network:
+        """The weights and their mathematics."""
+
+    @abstractmethod
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens that are read for a prompt."""
+
+    def points(self) -> list[Point]:
+        """The points at which activations can be seen and replaced, in the order of a pass.
+
+        Each has a ``name``, a ``shape`` ("T" stands for the rows, "S" for the positions that attention sees)
+        and a ``meaning``. The first call reads three tokens.
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> m.points()[0].name
+        'embd'
+        """
+        from .research.points import points
+
+        return list(points(self.network).values())
+
+    @overload
+    def run_with_cache(  # type: ignore[overload-overlap]  # a str is a sequence of str: it comes first
+        self,
+        prompt: Prompt,
+        names: Names = ...,
+        positions: Positions = ...,
+        dtype: str = ...,
+        stop_at_layer: int | None = ...,
+    ) -> Cache: ...
+    @overload
+    def run_with_cache(
+        self,
+        prompt: Sequence[Prompt],
+        names: Names = ...,
+        positions: Positions = ...,
+        dtype: str = ...,
+        stop_at_layer: int | None = ...,
+    ) -> list[Cache]: ...
+    def run_with_cache(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        names: Names = None,
+        positions: Positions = None,
+        dtype: str = "float32",
+        stop_at_layer: int | None = None,
+    ) -> Cache | list[Cache]:
+        """Read a prompt, and keep its activations by name.
+
+        Parameters
+        ----------
+        prompt : str, sequence of int, or a list of either
+            As ``generate`` takes it. The prompts of a list are read side by side.
+        names : str, sequence of str, or callable, optional
+            Points ("blk.3.out"), kinds ("out": of all layers), patterns ("blk.*.ffn_act"), TransformerLens'
+            names, or a function that says of each name whether it is kept. Default: all but attention's scores
+            and probabilities and the results of single heads, which cost more than a copy.
+        positions : int, slice or sequence of int, optional
+            Keep only these positions' rows; negative ones count from the end of the prompt.
+        dtype : {"float32", "float16"}
+            What is kept of each value.
+        stop_at_layer : int, optional
+            End the pass before this layer; there are no logits then.
+
+        Returns
+        -------
+        Cache, or a list of them
+            A mapping of names to arrays, with ``ids`` and ``logits``.
+
+        Raises
+        ------
+        ArgumentError
+            The model has no such point or position.
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> cache = m.run_with_cache("Once upon a time", names="out")
+        >>> cache["blk.0.out"].shape == (len(cache.ids), m.config.n_embd)
+        True
+        """
+        from .research.cache import run_with_cache
+
+        prompts, many = split_prompts(prompt)
+        ids = [self.prompt_ids(p) for p in prompts]
+        found = run_with_cache(self.network, ids, names, positions, dtype, stop_at_layer)
+        return found if many else found[0]
+
+    def patched(
+        self,
+        name: str | tuple[str, int] | Patch | Sequence[Patch],
+        value: Any = None,
+        positions: Positions = None,
+        heads: int | Sequence[int] | None = None,
+        channels: int | Sequence[int] | None = None,
+    ) -> AbstractContextManager[None]:
+        """A context in which an activation, or a part of it, is replaced whenever this thread runs the model.
+
+        Parameters
+        ----------
+        name : str, (str, int), Patch, or sequence of Patch
+            A point, for which the other parameters say what takes its place, as ``Patch`` has them; or
+            one or more patches.
+        value : array, number or callable
+            An array of the whole activation, of which the part is taken, or what broadcasts to the part; or a
+            function of the part that returns its replacement.
+        positions, heads, channels : int or sequence of int, optional
+            Which part; all of it by default. ``positions`` may be a slice.
+
+        Raises
+        ------
+        ArgumentError
+            The model has no such point, head or channel.
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> with m.patched("blk.0.attn_heads", 0, heads=1):
+        ...     text = m.generate("Once upon a time", max_tokens=4, temperature=0).text
+        """
+        from .research.patches import Patch, Patches, within
+
+        if isinstance(name, (str, tuple)) and not any(isinstance(n, Patch) for n in name):
+            if value is None:
+                raise ArgumentError("value is missing; give an array, a number or a function")
+            patches = [Patch(name, value, positions, heads, channels)]
+        else:
+            given = (value, positions, heads, channels)
+            if any(x is not None for x in given):
+                raise ArgumentError("a Patch has its own value, positions, heads and channels")
+            patches = [name] if isinstance(name, Patch) else list(name)  # type: ignore[arg-type]
+        return within(self.network, Patches(self.network, patches))
+
+    def steered(
+        self,
+        vectors: Mapping[int | str, Any],
+        positions: Positions = None,
+        scale: float = 1.0,
+    ) -> AbstractContextManager[None]:
+        """A context in which vectors are added to the residual stream, also while the model writes.
+
+        Parameters
+        ----------
+        vectors : mapping of int or str to array
+            For a layer, what is added behind it, or for a point: [n_embd].
+        positions : int, slice or sequence of int, optional
+            Only there; -1 is the last token whenever one is read. Default: everywhere.
+        scale : float
+            Multiplies the vectors.
+
+        Examples
+        --------
+        >>> import numpy as np, tinyllm
+        >>> m = tinyllm.load()
+        >>> with m.steered({1: np.ones(m.config.n_embd)}, scale=0.1):
+        ...     text = m.generate("Once upon a time", max_tokens=4, temperature=0).text
+        """
+        from .research.patches import Patches, steering, within
+
+        patches = steering(self.network, vectors, positions, scale)
+        return within(self.network, Patches(self.network, patches))
+
+    def lens(self, x: np.ndarray) -> np.ndarray:
+        """Logits of any rows of the residual stream, through the last norm and the head.
+
+        Parameters
+        ----------
+        x : float array [..., n_embd]
+            Such as the residual after a layer.
+
+        Returns
+        -------
+        float32 [..., n_vocab]
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> cache = m.run_with_cache("Once upon a time", names="out", positions=-1)
+        >>> m.lens(cache.stack("out")).shape == (m.config.n_layer, 1, m.network.n_vocab)
+        True
+        """
+        rows = np.asarray(x, np.float32)
+        e = self.network.config.n_embd
+        if rows.ndim == 0 or rows.shape[-1] != e:
+            raise ArgumentError(f"x has shape {rows.shape}; expected rows of {e} values")
+        flat = rows.reshape(-1, e)
+        return self.network.lens(flat).reshape(*rows.shape[:-1], -1)
