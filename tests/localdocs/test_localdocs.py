@@ -105,6 +105,7 @@ def test_a_touched_or_moved_file_is_not_embedded_again(docs: LocalDocs, folder: 
     docs.add("home", folder)
     os.utime(folder / "tea.md", (1, 1))
     assert docs.update()["home"].unchanged == 3
+    assert docs.search("tea", until="1970")[0].file == "tea.md"
     (folder / "garden" / "beans.txt").rename(folder / "beans.txt")
     report = docs.update()["home"]
     assert (report.added, report.removed) == (1, 1)

@@ -291,3 +291,21 @@ def test_a_folder_of_hostile_files_is_read_in_bounded_time_and_memory(
     assert not again.anything
     assert len(again.unreadable) == 18
     assert dict(docs.unreadable("bad")) == reasons
+
+
+@pytest.mark.parametrize("suffix", [".md", ".rst", ".py", ".txt", ".csv"])
+def test_lines_that_would_take_a_search_for_ever_take_none(suffix: str) -> None:
+    """Spaces and marks by the hundred thousand, on which patterns could go back and forth."""
+    hostile = (
+        "# "
+        + " " * 200_000
+        + "x#\n"
+        + "=" * 200_000
+        + "\n"
+        + "def " * 100_000
+        + "\n\n"
+        + " \n" * 100_000
+    )
+    with Reader() as reader:
+        content = reader.read(f"{hostile}end".encode(), suffix)
+    assert list(chunks(content))[-1].text.endswith("end")

@@ -605,3 +605,34 @@ def test_a_key_is_asked_for_and_a_server_that_is_gone_is_named(
     page.until(lambda: page.all(".error:not([hidden])"), "the error is shown")
     assert "Is tinyllm serve still running?" in page.all(".error:not([hidden])")[-1].text
     assert page.problems() == []
+
+
+@browsed
+def test_an_answer_shows_the_documents_that_it_rests_on(
+    driver: Any, model: tinyllm.Model, tmp_path: Path
+) -> None:
+    from tinyllm.localdocs import LocalDocs
+    from tinyllm.localdocs.answering import Quoting
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "tea.md").write_text(
+        "# Tea\n\nGreen tea <img src=x onerror=boom()> is hot.\n"
+    )
+    with LocalDocs(tmp_path / "store.sqlite", model) as docs:
+        docs.add("kitchen", tmp_path / "notes")
+        served = Served(model, Settings(documents=Quoting(docs, nearest=-1)))
+        page = Page(driver, served.url)
+        try:
+            page.open()
+            page.send("How hot is green tea?")
+            page.done()
+            box = page.one(".references")
+            assert box.text == "From a document"
+            page.one(".references summary").click()
+            assert "tea.md, lines 1 to 3" in box.text
+            assert "<img src=x onerror=boom()>" in box.text
+            page.reload()
+            assert page.until(lambda: page.one(".references").text, "they are kept")
+            assert page.problems() == []
+        finally:
+            served.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,11 +53,11 @@ class Cuts:
     """Where a text may be cut, the better places first; each list holds offsets in ascending order."""
 
     text: str
-    places: list[list[int]] = field(init=False)
+    places: list[array[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.places = [
-            [m.end() for m in pattern.finditer(self.text)]
+            array("q", (m.end() for m in pattern.finditer(self.text)))
             for pattern in (PARAGRAPH, SENTENCE, WORD)
         ]
 

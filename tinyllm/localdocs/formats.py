@@ -14,7 +14,7 @@ from .chunking import Content, Section
 
 UNPACKED = 256 << 20  # bytes of an archive's files, all together
 PART = 64 << 20  # bytes of one of them
-TEXT = 32 << 20  # characters of a document's text
+TEXT = 16 << 20  # characters of a document's text
 PAGES = 20_000
 
 SOURCES = (
@@ -48,6 +48,7 @@ def plain(data: bytes) -> Content:
 
 # ---- texts with headings
 
+LONG = 400  # characters from which a line is no heading, and not searched for the marks of one
 FENCE = re.compile(r" {0,3}(```+|~~~+)")
 ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 SETEXT = re.compile(r" {0,3}(=+|-{2,})[ \t]*$")
@@ -75,6 +76,8 @@ def markdown_headings(lines: list[str]) -> dict[int, tuple[int, str]]:
     found: dict[int, tuple[int, str]] = {}
     fence = ""
     for i, line in enumerate(lines):
+        if len(line) > LONG:
+            continue
         if mark := FENCE.match(line):
             if not fence:
                 fence = mark[1]
@@ -111,6 +114,8 @@ def restructured(data: bytes) -> Content:
     headings: dict[int, tuple[int, str]] = {}
     levels: list[tuple[str, bool]] = []
     for i in range(1, len(lines)):
+        if max(len(lines[i - 1]), len(lines[i])) > LONG:
+            continue
         name, mark = lines[i - 1].rstrip(), RST.match(lines[i])
         if mark and name and not RST.match(name) and len(lines[i].rstrip()) >= len(name.strip()):
             over = i > 1 and lines[i - 2].rstrip() == lines[i].rstrip()
@@ -134,7 +139,7 @@ def source_code(data: bytes) -> Content:
     headings = {
         i: (1 + bool(m[1]), line.strip().rstrip("{:").strip()[:120])
         for i, line in enumerate(lines)
-        if (m := DEFINES.match(line))
+        if len(line) <= LONG and (m := DEFINES.match(line))
     }
     return Content(sectioned(lines, headings))
 

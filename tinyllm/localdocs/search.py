@@ -105,9 +105,10 @@ class Filter:
         """A condition on ``documents d``, and its values; "" for all."""
         parts: list[str] = []
         values: list[Any] = []
-        if self.collections:
-            parts.append(f"d.collection IN ({', '.join('?' * len(self.collections))})")
-            values += map(store.collection, self.collections)
+        chosen = set(map(store.collection, self.collections))
+        if chosen and len(chosen) < store.one("SELECT count(*) FROM collections"):
+            parts.append(f"d.collection IN ({', '.join('?' * len(chosen))})")
+            values += sorted(chosen)
         for what, sql in (
             ("file", "d.file GLOB ?"),
             ("since", "d.date >= ?"),
@@ -138,13 +139,7 @@ def search(
     where, values = chosen.sql(store)
     target = embedder.query(query)
     vectors.refresh()
-    allowed = None
-    if where:
-        rows = store.rows(
-            "SELECT DISTINCT v.id FROM documents d JOIN chunks c ON c.document = d.id"
-            f" JOIN vectors v ON v.digest = c.digest WHERE {where} ORDER BY v.id", *values,
-        )  # fmt: skip
-        allowed = np.array([i for (i,) in rows], np.int64)
+    allowed = vectors.allowed(where, values) if where else None
     near, _ = vectors.best(target, NEAREST, allowed)
     worded = by_words(store, query, where, values)
     found = candidates(store, near, worded, where, values)

@@ -54,7 +54,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Found:
-    """A file of a folder, as the system describes it; ``reason``: why it is not even looked at."""
+    """A file of a folder, as the system describes it.
+
+    ``reason``: why it is not even looked at; ``closed``: nothing is known of it or of what is below it.
+    """
 
     path: bytes
     file: str
@@ -62,6 +65,7 @@ class Found:
     mtime: int = 0
     ctime: int = 0
     reason: str = ""
+    closed: bool = False
 
     @property
     def stamp(self) -> tuple[int, int, int]:
@@ -77,6 +81,7 @@ class Known:
     seen: int
     digest: bytes | None
     reason: str | None
+    date: str
 
 
 def shown(path: bytes) -> str:
@@ -104,9 +109,8 @@ def scan(folder: bytes) -> Iterator[Found]:
             with os.scandir(here) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            yield Found(
-                here, shown(os.path.relpath(here, folder)), reason=error.strerror or "not read"
-            )
+            name = shown(os.path.relpath(here, folder))
+            yield Found(here, name, reason=error.strerror or "not read", closed=True)
             continue
         for entry in inside:
             if entry.name.startswith(b".") or entry.name in LEFT_OUT:
@@ -121,7 +125,7 @@ def scan(folder: bytes) -> Iterator[Found]:
                 elif kind_of(entry.path) in READERS:
                     yield described(entry.path, name, entry.stat(follow_symlinks=False))
             except OSError as error:
-                yield Found(entry.path, name, reason=error.strerror or "not read")
+                yield Found(entry.path, name, reason=error.strerror or "not read", closed=True)
 
 
 def described(path: bytes, name: str, status: os.stat_result) -> Found:
@@ -146,7 +150,7 @@ def found_in(folders: Sequence[bytes], report: Report) -> tuple[dict[bytes, Foun
             )
             continue
         for item in scan(folder):
-            if item.reason and not item.mtime and not item.reason.startswith("it is a link"):
+            if item.closed:
                 closed.append(item.path)
                 report.unreadable.append((item.file, item.reason))
             else:
@@ -164,10 +168,12 @@ def update(store: Store, collection: int, reader: Reader) -> Report:
         )
     ]
     files, closed = found_in(folders, report)
-    sql = "SELECT path, id, size, mtime, ctime, seen, digest, reason FROM documents WHERE collection = ?"
+    sql = "SELECT path, id, size, mtime, ctime, seen, digest, reason, date FROM documents WHERE collection = ?"
     known = {
-        path: Known(number, (size, mtime, ctime), seen, digest, reason)
-        for path, number, size, mtime, ctime, seen, digest, reason in store.rows(sql, collection)
+        path: Known(number, (size, mtime, ctime), seen, digest, reason, date)
+        for path, number, size, mtime, ctime, seen, digest, reason, date in store.rows(
+            sql, collection
+        )
     }
     gone = [
         k.number for path, k in known.items()
@@ -244,8 +250,9 @@ def keep(
         and one.content is None
         and old.reason == one.reason
     ):
-        sql = "UPDATE documents SET size = ?, mtime = ?, ctime = ?, seen = ? WHERE id = ?"
-        db.execute(sql, (*stamp, old.number))
+        dated = day(item.mtime) if old.date == day(old.stamp[1]) else old.date
+        sql = "UPDATE documents SET size = ?, mtime = ?, ctime = ?, seen = ?, date = ? WHERE id = ?"
+        db.execute(sql, (*stamp, dated, old.number))
         report.unchanged += 1
         return
     if old is None:
@@ -255,10 +262,7 @@ def keep(
         store.forget([old.number])
     content = one.content
     about = (content.title, content.author, content.date) if content else ("", "", "")
-    date = (
-        about[2]
-        or datetime.fromtimestamp(max(item.mtime, 0) / 1e9, timezone.utc).date().isoformat()
-    )
+    date = about[2] or day(item.mtime)
     number = db.execute(
         "INSERT INTO documents (collection, path, file, size, mtime, ctime, seen, digest, title, author,"
         " date, reason) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -284,6 +288,11 @@ def keep(
         "INSERT INTO chunks (document, number, heading, text, page, first_line, last_line, digest)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows,
     )  # fmt: skip
+
+
+def day(mtime: int) -> str:
+    """The date of a time in nanoseconds."""
+    return datetime.fromtimestamp(max(mtime, 0) / 1e9, timezone.utc).date().isoformat()
 
 
 def digest_of(text: str) -> bytes:

@@ -6,6 +6,7 @@ model's Q8_0 weights: at the speed at which memory is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ class Vectors:
         self._backend: Backend | None = None
         self._segments: list[Segment] = []
         self._removals = ""
+        self._allowed: tuple[Any, np.ndarray] = None, np.empty(0, np.int64)
 
     @property
     def backend(self) -> Backend:
@@ -95,6 +97,20 @@ class Vectors:
             raise StateError(
                 f"the vectors of {n:,} texts take {wanted / 1e6:,.0f} MB more, {free / 1e6:,.0f} MB are free"
             )
+
+    def allowed(self, where: str, values: Sequence[Any]) -> np.ndarray:
+        """The numbers, ascending, of vectors whose chunks fulfil a condition; kept for the next query."""
+        newest = self._store.rows(
+            "SELECT max(id) FROM chunks UNION ALL SELECT max(id) FROM vectors"
+        )
+        key = where, tuple(values), newest
+        if self._allowed[0] != key:
+            rows = self._store.rows(
+                "SELECT DISTINCT v.id FROM documents d JOIN chunks c ON c.document = d.id"
+                f" JOIN vectors v ON v.digest = c.digest WHERE {where} ORDER BY v.id", *values,
+            )  # fmt: skip
+            self._allowed = key, np.array([i for (i,) in rows], np.int64)
+        return self._allowed[1]
 
     def best(
         self, query: np.ndarray, k: int, allowed: np.ndarray | None = None
