@@ -16,7 +16,7 @@ from tinyllm.sdk import GPT4All
 def kitchen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalDocs]:
     """A collection in the user's own store."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setattr(answering, "near_enough", lambda hits, nearest: bool(hits))
+    monkeypatch.setattr(answering, "near", lambda hits, nearest: hits)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "tea.md").write_text("# Tea\n\nGreen tea wants 70 degrees.\n")
     with LocalDocs(model=BUNDLED) as docs:
@@ -47,7 +47,7 @@ def test_a_session_quotes_documents(kitchen: LocalDocs, by_name: bool) -> None:
 def test_without_a_near_document_the_message_stays(
     kitchen: LocalDocs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "near_enough", lambda hits, nearest: False)
+    monkeypatch.setattr(answering, "near", lambda hits, nearest: [])
     with (
         GPT4All(str(BUNDLED), allow_download=False) as model,
         model.chat_session(localdocs=kitchen),

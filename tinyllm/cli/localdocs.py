@@ -55,7 +55,7 @@ def localdocs_arguments(p: Parser) -> None:
     p.add_argument("--until", metavar="DATE", help="only in documents until then")
     p.add_argument("--reranker", metavar="MODEL", help="a ranking model that orders the hits")
     p.add_argument("--nearest", type=float, metavar="X",
-                   help="ask: similarity that the best excerpt must have; default 0.3")  # fmt: skip
+                   help="ask: similarity that an excerpt must have; default 0.3")  # fmt: skip
     p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="of an answer")
     p.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="default %(default)s"

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .collections import LocalDocs
 
 NOT_THERE = "Not in the documents."
-NEAREST = 0.3  # cosine below which the best excerpt has nothing to do with a question; measured with MiniLM
+NEAREST = (
+    0.3  # cosine below which an excerpt has nothing to do with a question; measured with MiniLM
+)
 EXCERPTS = 4
 ROOM = 256  # tokens kept free for an answer, where max_tokens says nothing
 JOINER = "\u2060"  # has no width: it takes a mark apart and shows nothing
@@ -153,7 +155,7 @@ class Quoting:
         if not question.strip():
             return []
         hits = self.docs.search(question, self.k, self.collections)
-        return list(hits) if near_enough(hits, self.nearest) else []
+        return near(hits, self.nearest)
 
     def quote(
         self,
@@ -223,9 +225,9 @@ class Answer(Iterator[str]):
         return self.text
 
 
-def near_enough(hits: Sequence[Hit], nearest: float) -> bool:
-    """Whether any hit has to do with what was asked."""
-    return any(h.similarity >= nearest for h in hits)
+def near(hits: Sequence[Hit], nearest: float) -> list[Hit]:
+    """The hits that have to do with what was asked: others lead a small model astray."""
+    return [h for h in hits if h.similarity >= nearest]
 
 
 def ask(
@@ -246,8 +248,8 @@ def ask(
     """Answer a question from the documents of ``docs``."""
     if not model.config.causal:
         raise ArgumentError(f"{model.arch} writes no text; give a model that chats")
-    hits = docs.search(question, k, collections, file, since, until, reranker)
-    if not near_enough(hits, nearest):
+    hits = near(docs.search(question, k, collections, file, since, until, reranker), nearest)
+    if not hits:
         return Answer(iter([NOT_THERE]), [])
     if template_of(model, template) is None:
         raise TemplateError("the model has no chat template; give one with template=")

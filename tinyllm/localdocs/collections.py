@@ -363,7 +363,7 @@ class LocalDocs:
             A model that chats.
         **options
             ``k``, ``collections``, ``file``, ``since``, ``until`` and ``reranker`` as ``search`` has them;
-            ``nearest``: the similarity that the best hit must have (default 0.3); all else as ``Model.chat``.
+            ``nearest``: the similarity that an excerpt must have (default 0.3); all else as ``Model.chat``.
 
         Returns
         -------

@@ -127,6 +127,7 @@ function checked(given) {
       ...(node.error ? { error: text(node.error) } : {}),
       ...(Number.isInteger(node.branchedAt) ? { branchedAt: node.branchedAt } : {}),
       ...(Array.isArray(node.files) ? { files: node.files.map((f) => ({ name: text(f?.name), text: text(f?.text) })) } : {}),
+      ...(Array.isArray(node.references) ? { references: node.references.map(checkedReference) } : {}),
       ...(Array.isArray(node.tokens) ? { tokens: node.tokens.map(checkedToken) } : {}),
       ...(node.stats && typeof node.stats === "object"
         ? { stats: Object.fromEntries(Object.entries(node.stats).map(([k, v]) => [k, number(v)])) }
@@ -144,6 +145,12 @@ function checked(given) {
     nodes,
     chosen,
   };
+}
+
+function checkedReference(given) {
+  const text = (value) => (typeof value === "string" ? value : "");
+  const number = (value) => (Number.isInteger(value) ? value : -1);
+  return { file: text(given?.file), text: text(given?.text), page: number(given?.page), from: number(given?.from), to: number(given?.to) };
 }
 
 function checkedToken(token) {
