@@ -33,7 +33,7 @@ from tinyllm.localdocs.chunking import Chunk, Content, Section, chunks, embedded
 from tinyllm.localdocs.embedding import pack, row_bytes
 from tinyllm.localdocs.vectors import Vectors
 
-WORDS = 40  # of a chunk of a million
+WORDS = 40  # in each chunk of a million
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS: list[tuple[str, str, str]] = [  # what is asked, the files that answer it, words of a right answer
     ("Who wrote the play Herons, performed at the Royal Court Theatre in 2001?", "Robert Boulter", "Stephens"),
