@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import get_args
 
 from . import gguf, system, tokenizers
 from .engine.completion import check_n_ctx
@@ -67,10 +68,11 @@ def load(
     check_weights : bool
         Look for NaN and infinity in all weights and scales first, and refuse the file that has any. Reads the
         file twice; without it, they are refused once they reach the logits.
-    compute : {"f32", "bf16"}
-        In what numbers matrices stored as F32, F16 or BF16 are multiplied with several tokens. "bf16" is
-        faster and rounds weights and activations to 8 binary digits; sums stay float32. It is for a CPU with
-        AVX512-BF16; a token by itself, and the matrices of experts, are computed in float32 all the same.
+    compute : {"f32", "bf16", "exact"}
+        In what numbers matrices are multiplied. By default those stored as F32, F16 or BF16 in float32, and
+        quantised ones as integers, with activations of 8 bits. "exact": all in float32, so that logits are
+        those of the dequantised weights; on "cpu" and "reference" (docs/exact.md). "bf16": those stored as F32,
+        F16 or BF16, with several tokens, in bfloat16, faster and less exactly, on a CPU with AVX512-BF16.
     kernels : sequence of str or Path
         Files with kernels of your own (docs/lab.md), which replace ours wherever they fit.
 
@@ -86,8 +88,8 @@ def load(
     """
     if kv_type not in ("f16", "f32", "q8_0"):
         raise ArgumentError(f"kv_type={kv_type!r}; expected 'f16', 'f32' or 'q8_0'")
-    if compute not in ("f32", "bf16"):
-        raise ArgumentError(f"compute={compute!r}; expected 'f32' or 'bf16'")
+    if compute not in get_args(Compute):
+        raise ArgumentError(f"compute={compute!r}; expected 'f32', 'bf16' or 'exact'")
     wanted = check_n_ctx(n_ctx)
     if not (device is None or isinstance(device, str)):
         raise ArgumentError(

@@ -130,7 +130,7 @@ def test_other_devices_refuse(device: str) -> None:
 
 
 def test_load_refuses_what_it_does_not_know_or_cannot_use(data: Path) -> None:
-    with pytest.raises(ArgumentError, match="compute='f8'; expected 'f32' or 'bf16'"):
+    with pytest.raises(ArgumentError, match="compute='f8'; expected 'f32', 'bf16' or 'exact'"):
         tinyllm.load(compute="f8")  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match="device='cpu', not 'reference'"):
         tinyllm.load(data / "models" / MINILM, device="reference", compute="bf16")

@@ -35,6 +35,8 @@ FLOAT = {
 @cache
 def backend(device: str) -> Backend:
     try:
+        if device == "exact":
+            return open_backend("cpu", compute="exact")
         return open_backend(device)
     except (DeviceError, ImportError) as e:
         return pytest.skip(f"{device}: {e}")
@@ -49,9 +51,10 @@ def logits(folder: Path, name: str, device: str) -> tuple[np.ndarray, Any]:
     return np.array(net.forward([(state, len(state.ids), "all")])[0]), npz
 
 
+@pytest.mark.parametrize("device", ["reference", "exact"])
 @pytest.mark.parametrize("name", FILES)
-def test_the_float_path_is_the_dequantised_product(name: str, data: Path) -> None:
-    got, npz = logits(data / "golden" / "quants", name, "reference")
+def test_the_float_path_is_the_dequantised_product(name: str, device: str, data: Path) -> None:
+    got, npz = logits(data / "golden" / "quants", name, device)
     want = npz["logits_deq_0"]
     assert np.abs(got - want).max() <= 1e-4 * want.std()
 

@@ -61,6 +61,13 @@ def test_reference_is_transformers(real: tuple[Path, dict[str, np.ndarray]]) -> 
             assert ours == pytest.approx(theirs, rel=0.002)
 
 
+def test_exact_products_are_transformers(real: tuple[Path, dict[str, np.ndarray]]) -> None:
+    path, z = real
+    with tinyllm.load(path, kv_type="f32", compute="exact") as model:
+        for i in SEQUENCES:
+            assert difference(model.logits(z[f"tokens_{i}"]), z, i).max() <= STRICT
+
+
 def test_cpu_is_as_near_as_eight_bits_are(real: tuple[Path, dict[str, np.ndarray]]) -> None:
     path, z = real
     with tinyllm.load(path) as model:

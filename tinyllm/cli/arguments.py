@@ -82,8 +82,8 @@ def load_options(p: Parser) -> None:
     gpu_layers = "the last N layers on the GPU, the others on the CPU; default: all on the GPU"
     p.add_argument("--n-gpu-layers", type=int, metavar="N", help=gpu_layers)
     p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
-    numbers = "of products with F32, F16 and BF16 weights; bf16: faster and less exact"
-    p.add_argument("--compute", default="f32", choices=("f32", "bf16"), help=numbers)
+    numbers = "exact: floats for quantised weights, too; bf16: bfloat16 for those stored as floats"
+    p.add_argument("--compute", default="f32", choices=("f32", "bf16", "exact"), help=numbers)
     p.add_argument("--no-strict", action="store_true", help="warn of what is not understood")
     p.add_argument("--check-weights", action="store_true", help="look for NaN and infinity first")
 

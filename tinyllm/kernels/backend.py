@@ -38,7 +38,7 @@ from .profile import Profile
 Activation = Literal[
     "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp", "softplus", "swiglu_oai"
 ]
-Compute = Literal["f32", "bf16"]
+Compute = Literal["f32", "bf16", "exact"]
 
 
 def check_n_threads(n: int | None) -> None:

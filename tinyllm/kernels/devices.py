@@ -76,7 +76,7 @@ def on_gpu(name: str) -> bool:
 def open_backend(device: str, n_threads: int | None = None, compute: Compute = "f32") -> Backend:
     """The backend of a device name: "cpu", "reference", "cuda[:i]", "opencl[:i]".
 
-    ``compute``: in what numbers matrices of floats are multiplied.
+    ``compute``: in what numbers matrices are multiplied: `tinyllm.load`.
 
     Raises
     ------
@@ -87,8 +87,12 @@ def open_backend(device: str, n_threads: int | None = None, compute: Compute = "
     """
     check_n_threads(n_threads)
     kind, _, index = device.partition(":")
-    if compute != "f32" and kind != "cpu":
-        raise DeviceError(f"compute={compute!r} is for device='cpu', not {device!r}; leave it out")
+    able = {"bf16": ["cpu"], "exact": ["cpu", "reference"]}
+    if kind not in able.get(compute, [kind]):
+        where = " or ".join(map(repr, able[compute]))
+        raise DeviceError(
+            f"compute={compute!r} is for device={where}, not {device!r}; leave it out"
+        )
     if kind == "reference":
         from .reference import ReferenceBackend
 
@@ -118,7 +122,7 @@ def _instead_of_cpu(compute: Compute) -> Backend:
     """What computes where the sources of the CPU's kernels were not shipped: NumPy, with a warning."""
     missing = "the sources of the CPU's kernels are missing (only bytecode was shipped)"
     advice = "ship tinyllm/kernels/cpu/*.py too"
-    if compute != "f32":
+    if compute == "bf16":
         raise DeviceError(f"compute={compute!r}: {missing}; {advice}")
     warnings.warn(f"{missing}: NumPy computes, slowly; {advice}", RuntimeWarning, stacklevel=2)
     from .reference import ReferenceBackend

@@ -81,8 +81,8 @@ class LLModel(NotPickled):
         Where ``init_gpu`` looks.
     n_threads : int, optional
         CPU threads; default: as many as are good for this machine.
-    compute : {"f32", "bf16"}
-        In what numbers matrices of floats are multiplied, as in `tinyllm.load`.
+    compute : {"f32", "bf16", "exact"}
+        In what numbers matrices are multiplied, as in `tinyllm.load`.
     kv_type : {"f16", "f32", "q8_0"}
         How keys and values are kept, as in `tinyllm.load`.
 

@@ -54,8 +54,9 @@ class CPUBackend(Backend):
     ----------
     n_threads : int, optional
         Threads asked for; more than there are cores are not started. Default: one per physical core.
-    compute : {"f32", "bf16"}
-        In what numbers matrices of floats are multiplied with more than one token.
+    compute : {"f32", "bf16", "exact"}
+        "bf16": matrices of floats are multiplied in bfloat16 with more than one token; "exact": quantised ones
+        as floats, not as integers.
 
     Raises
     ------
@@ -107,7 +108,7 @@ class CPUBackend(Backend):
     # ---- weights and transfers
 
     def load(self, source: Source, rows: np.ndarray | slice | None = None) -> CPUWeight:
-        weight = load_weight(source, rows, self._workers)
+        weight = load_weight(source, rows, self._workers, self.compute == "exact")
         for operation in ("matvec", "matmul"):
             if found := self._outside.get((operation, weight.kind)):
                 weight.outside[operation] = found
@@ -160,7 +161,7 @@ class CPUBackend(Backend):
         return out
 
     def matmul_act(self, w: CPUWeight, x: Array, bias: Array | None, kind: Activation) -> CPUArray:
-        plain = w.format is None and x.shape[0] > 1 and "matmul" not in w.outside
+        plain = w.reader and x.shape[0] > 1 and "matmul" not in w.outside
         if not plain or elementwise.ACTIVATIONS.get(kind) is None:
             return super().matmul_act(w, x, bias, kind)
         return matmul.record_matmul(self._tape, w, x, bias, self._workers, False, kind)

@@ -22,9 +22,10 @@ from . import amx, jit
 from .amx import VOID
 from .elementwise import ACTIVATIONS
 from .emit import F32, I8, I16, I32, I64, LANES, V16F, Emit, V, has_amx, target
-from .floats import BYTES, GROUP, PANEL_ROW, fetch_rows, row_storer, widen
+from .floats import GROUP, PANEL_ROW, fetch_rows, row_storer
 from .jit import GIVEN
 from .program import CPUArray, Tape
+from .readers import BYTES, widen
 from .simd import clear, emitter, f32x16, i64, load, load_n, types
 from .weights import CPUWeight
 

@@ -186,27 +186,29 @@ def record_experts(
 
 def _single(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """x as the kernels for one row read it, made once for all that share x."""
-    if w.format is None:
+    if w.int8 is None:
         return x
-    key = ("single", w.format.span)
+    key = ("single", w.int8.span)
     if key not in x.derived:
         flat = x.reshape(-1, w.n_in)
-        x.derived[key] = matmul.quantise_array(tape, flat, w.format.span, single=True)
+        x.derived[key] = matmul.quantise_array(tape, flat, w.int8.span, single=True)
     return x.derived[key]
 
 
 def _row_bytes(w: CPUWeight) -> int:
     """Bytes of one row of x as ``_single`` makes it."""
-    return w.n_in // 32 * micro.record_bytes(1) if w.format else 4 * w.n_in
+    return w.n_in // 32 * micro.record_bytes(1) if w.int8 else 4 * w.n_in
 
 
 def _record_each(
     tape: Tape, w: CPUWeight, experts: CPUArray, n_workers: int, args: dict[str, Any]
 ) -> None:
     way = matmul.way_of(w, 1, n_workers)
-    fmt = w.format
-    one = micro.multiplier(fmt, 1, 1, order=way.order) if fmt else multiplier(w.kind, 1)
-    kernel = jit.kernel(matvec_experts, f"matvec_experts_{w.kind}_{way.order}", multiply=one)
+    if w.reader:
+        name, one = w.reader.name, multiplier(w.reader, 1)
+    else:
+        name, one = f"{w.kind}_{way.order}", micro.multiplier(w.int8, 1, 1, order=way.order)
+    kernel = jit.kernel(matvec_experts, f"matvec_experts_{name}", multiply=one)
     pieces = experts.size * w.n_tiles
     more: dict[str, Any] = {"n_blocks": w.n_blocks, "experts": experts, "ahead": way.ahead}
     scratch = tape.array((n_workers, 64), "u1")
@@ -232,7 +234,7 @@ class _Groups:
     @staticmethod
     def of(tape: Tape, w: CPUWeight, experts: CPUArray) -> _Groups:
         """The groups of this choice of experts, sorted once for all products with it."""
-        slots = micro.SLOTS if w.format else 1
+        slots = micro.SLOTS if w.int8 else 1
         key = ("groups", slots)
         if key not in experts.derived:
             experts.derived[key] = _Groups(tape, experts, w.shape[0], slots)
@@ -243,11 +245,11 @@ class _Groups:
         if forms in self.packed:
             return self.packed[forms]
         n = w.n_in
-        size = micro.record_bytes(1) * n // 32 if w.format else 4 * n
+        size = _row_bytes(w)
         out = tape.array((self.n_runs * self.slots, size), "u1")
-        body: Callable = gather_records if w.format else gather_floats
+        body: Callable = gather_records if w.int8 else gather_floats
         args: dict[str, Any] = {"x": forms, "out": out, "order": self.order, "n_bytes": size}
-        args |= {"slots": self.slots, "span": w.format.span} if w.format else {}
+        args |= {"slots": self.slots, "span": w.int8.span} if w.int8 else {}
         tape.add(jit.kernel(body), self.n_runs, choices=self.n_rows * n // x.size, **args)
         self.packed[forms] = out
         return out
@@ -261,7 +263,7 @@ def _record_grouped(
     n_workers: int,
     args: dict[str, Any],
 ) -> None:
-    at_once = matmul.tiles_together(w, n_workers) if w.format else GROUP
+    at_once = matmul.tiles_together(w, n_workers) if w.int8 else GROUP
     most = min(groups.n_rows, ROWS_AT_ONCE)
     matvec, one_more, _ = matmul.matvec_kernel(w, n_workers)
     product, many_more, _ = matmul.matmul_kernel(tape, w, most, n_workers)
@@ -270,11 +272,11 @@ def _record_grouped(
     more: dict[str, Any] = {"segments": groups.segments, "order": groups.order}
     more |= {"slots": groups.slots}
     more |= {"packed": packed, "packed_bytes": packed.nbytes // groups.n_runs}
-    more |= {"matvec": matvec, "matvec_args": one, "per_piece": 1 if w.format else GROUP}
+    more |= {"matvec": matvec, "matvec_args": one, "per_piece": 1 if w.int8 else GROUP}
     more |= {"matmul": product, "matmul_args": many, "at_once": at_once}
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     pieces = groups.n_segments * -(-w.n_tiles // at_once)
-    at_most = FEW if w.format else FEW_FLOAT
+    at_most = FEW if w.int8 else FEW_FLOAT
     tape.add(jit.kernel(matmul_experts), pieces, at_most=at_most, **more, **args)
 
 

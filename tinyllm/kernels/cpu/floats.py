@@ -1,7 +1,7 @@
-"""F32, F16 and BF16 weights, in float32 arithmetic.
+"""Products in float32 arithmetic, of weights that ``readers`` brings as floats.
 
-A tile is 16 rows, column after column: ``[n_in][16]``. For each output the products are added one by one in
-ascending order of columns, whatever the number of tokens, so the bits do not depend on it.
+A tile is 16 rows, column after column, or block after block. For each output the products are added one by
+one in ascending order of columns, whatever the number of tokens, so the bits do not depend on it.
 
 One token: straight from the tiles. More: some columns of a few tiles are widened to float32 side by side (a
 *panel*, which stays in the first-level cache) while all tokens pass them.
@@ -9,18 +9,19 @@ One token: straight from the tiles. More: some columns of a few tiles are widene
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from llvmlite import ir
 
-from .emit import F32, I16, I32, I64, LANES, V16F, Emit, V, lanes
+from .emit import F32, I32, I64, LANES, V16F, Emit, V, lanes
 from .jit import GIVEN
+from .readers import BYTES, Reader, widen
 from .simd import emitter, f32, f32x16, get_i32, i64, load, load_n, set_f32, store, store_n, types
 
 TOKENS = 6  # multiplied at once: 6 x 64 accumulators just fit 32 registers of 16 lanes
 GROUP = 4  # tiles multiplied at once
-COLUMNS = 96  # columns of a panel
+COLUMNS = 96  # columns that pass all tokens at once
 FEW = 16  # tokens that are multiplied straight from the tiles
 FEW_AT_ONCE = (4, 6)  # tokens multiplied in one pass
 FEW_COLUMNS = 256  # columns whose weights wait in a cache for the other tokens
@@ -28,17 +29,6 @@ LINE = 16  # columns of a cache line of float32
 PANEL_ROW = 4 * GROUP * LANES  # bytes
 TOKEN_BLOCK = 86 * TOKENS  # tokens whose sums wait while the columns pass
 UNROLLED = 4  # columns of one round
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-
-
-def widen(e: Emit, p, kind: str, offset: int, n: int):
-    """n weights of a type as float32."""
-    if kind == "F32":
-        return e.load(p, V(F32, n), offset)
-    raw = e.load(p, V(I16, n), offset)
-    if kind == "F16":
-        return e.half(raw)
-    return e.b.bitcast(e.shl(e.b.zext(raw, V(I32, n)), 16), V(F32, n))
 
 
 def accumulate(
@@ -98,52 +88,62 @@ def rows_multiplier(kind: str, n_tokens: int, tiles: int, x_step: int, x_token: 
 
 
 @lru_cache
-def multiplier(kind: str, tiles: int) -> Callable:
-    """multiply(w, x, slot, n_in, y, ahead): neighbouring tiles times one token x [n_in] -> y [tiles][16].
+def multiplier(reader: Reader, tiles: int) -> Callable:
+    """multiply(w, x, slot, n_blocks, y, ahead): neighbouring tiles times one token x [n_in] -> y [tiles][16].
 
     ``slot`` is not used; it keeps the signature of ``micro.multiplier``, which explains ``ahead``.
     """
-    size = BYTES[kind]
-    n, column_bytes = lanes(), LANES * BYTES[kind]
-    at_once = tiles if n == LANES else min(tiles, 2)
-    per_line = max(64 // column_bytes, 1)
+    n = lanes()
+    at_once = tiles if n == LANES else min(tiles, 2)  # smaller registers come in sixteens
+    passes = tiles // at_once * (LANES // n)
 
     @emitter(types.void, i64, i64, i64, i64, i64, i64)
-    def multiply(e, w, x, slot, n_in, y, ahead):
+    def multiply(e, w, x, slot, n_blocks, y, ahead):
         """Multiply tiles by one row of x, and write the sums to y."""
-        b = e.b
-        tile_bytes = b.mul(n_in, I64(column_bytes))
-        w, x, y = e.ptr(w), e.ptr(x), e.ptr(y)
-        cells = [(r, first) for first in range(0, LANES, n) for r in range(tiles)]
-        whole = b.sdiv(n_in, I64(per_line))
-        done = b.mul(whole, I64(per_line))
-        for i in range(0, len(cells), at_once):
-            some = cells[i : i + at_once]
-            bases = [e.at(e.at(w, b.mul(tile_bytes, I64(r))), first * size) for r, first in some]
+        b, w, x, y = e.b, e.ptr(w), e.ptr(x), e.ptr(y)
+        tile_bytes = b.mul(n_blocks, I64(reader.tile_bytes))
 
-            def columns(first, n_columns, acc, bases=bases):
-                at, xi = b.mul(first, I64(column_bytes)), e.at(x, b.mul(first, I64(4)))
-                heads = [e.at(base, at) for base in bases]
-                for head in heads if n_columns == per_line else ():
-                    e.prefetch(e.at(head, ahead), 0)
-                for c in range(n_columns):
+        def some(tile, first):
+            bases = [e.at(w, b.mul(tile_bytes, b.add(tile, I64(r)))) for r in range(at_once)]
+
+            def blocks(i, n_blocks, acc, ahead=None):
+                at, xi = b.mul(i, I64(reader.tile_bytes)), e.at(x, b.mul(i, I64(4 * reader.block)))
+                heads = [(e.at(base, at), first) for base in bases]
+                for c, ws in enumerate(columns(e, reader, heads, n, n_blocks, ahead)):
                     value = e.broadcast(xi, F32, n, 4 * c)
-                    ws = [widen(e, head, kind, c * column_bytes, n) for head in heads]
                     acc = [e.fma(value, v, a) for v, a in zip(ws, acc, strict=True)]
                 return acc
 
-            def line(i, acc, columns=columns):
-                return columns(b.mul(i, I64(per_line)), per_line, acc)
+            acc = [e.const(0.0, V(F32, n))] * at_once
+            to = e.at(y, b.mul(b.add(b.mul(tile, I64(LANES)), first), I64(4)))
+            for r, v in enumerate(by_lines(e, reader, n_blocks, acc, blocks, ahead)):
+                e.store(v, to, 4 * LANES * r)
 
-            def rest(i, acc, columns=columns):
-                return columns(b.add(done, i), 1, acc)
+        def each(i, state):
+            runs = I64(LANES // n)
+            some(b.mul(b.sdiv(i, runs), I64(at_once)), b.mul(b.srem(i, runs), I64(n)))
+            return state
 
-            acc = e.loop_maybe(whole, [e.const(0.0, V(F32, n))] * len(some), line)
-            acc = e.loop_maybe(b.sub(n_in, done), acc, rest)
-            for (r, first), v in zip(some, acc, strict=True):
-                e.store(v, y, 4 * (LANES * r + first))
+        e.loop(passes, [], each)
 
     return multiply
+
+
+def columns(e: Emit, reader: Reader, heads: list, n: int, n_blocks: int, ahead) -> Iterator[tuple]:
+    """The columns of some blocks of several tiles side by side; heads: their addresses and first rows."""
+    taken = (reader.columns(e, p, first, n, n_blocks, ahead) for p, first in heads)
+    return zip(*taken, strict=True)
+
+
+def by_lines(e: Emit, reader: Reader, n_blocks, acc: list, blocks: Callable, ahead) -> list:
+    """blocks(i, n, acc, ahead) for all blocks: n, those of a cache line, at once, and the last ones singly."""
+    b, line = e.b, reader.line
+    lines = b.sdiv(n_blocks, I64(line))
+    done = b.mul(lines, I64(line))
+    acc = e.loop_maybe(lines, acc, lambda i, acc: blocks(b.mul(i, I64(line)), line, acc, ahead))
+    if line == 1:
+        return acc
+    return e.loop_maybe(b.sub(n_blocks, done), acc, lambda i, acc: blocks(b.add(done, i), 1, acc))
 
 
 @emitter(types.void, i64, i64, i64, i64, i64, i64, i64)
@@ -187,57 +187,42 @@ def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins):
 
 
 @lru_cache
-def few_multiplier(kind: str, n_tokens: int) -> Callable:
-    """Make multiply(w, tile_bytes, n_tiles, n_columns, x, row_bytes, n_rows, sums, begins, ahead).
+def few_multiplier(reader: Reader, n_tokens: int) -> Callable:
+    """Make multiply(w, tile_bytes, n_tiles, n_blocks, x, row_bytes, n_rows, sums, begins, ahead).
 
-    sums [n_tokens][PANEL_ROW] += some columns of up to GROUP tiles, which stand tile_bytes apart, times those
+    sums [n_tokens][PANEL_ROW] += some blocks of up to GROUP tiles, which stand tile_bytes apart, times those
     of n_rows rows of x. Tiles and rows that are missing repeat the last one. The sums are zero at first if
     ``begins`` is 0. ``ahead``: as in ``micro.multiplier``.
     """
-    n, size = lanes(), BYTES[kind]
-    column_bytes = LANES * size
-    per_line = max(64 // column_bytes, 1)
+    n = lanes()
     at_once = GROUP if n == LANES else 2  # smaller registers come in sixteens
     cells = [(r, first) for first in range(0, LANES, n) for r in range(GROUP)]
 
     @emitter(types.void, *[i64] * 10)
-    def multiply(e, w, tile_bytes, n_tiles, n_columns, x, row_bytes, n_rows, sums, begins, ahead):
-        """Add the products of some columns of tiles and rows of x to the sums."""
+    def multiply(e, w, tile_bytes, n_tiles, n_blocks, x, row_bytes, n_rows, sums, begins, ahead):
+        """Add the products of some blocks of tiles and rows of x to the sums."""
         b, fresh = e.b, e.b.icmp_signed("==", begins, I64(0))
         w, x, sums = e.ptr(w), e.ptr(x), e.ptr(sums)
         tiles = [e.at(w, b.mul(at_most(e, r, n_tiles), tile_bytes)) for r in range(GROUP)]
         tokens = [e.at(x, b.mul(at_most(e, t, n_rows), row_bytes)) for t in range(n_tokens)]
-        lines = b.sdiv(n_columns, I64(per_line))
-        done = b.mul(lines, I64(per_line))
         for i in range(0, len(cells), at_once):
             some = cells[i : i + at_once]
             asks = ahead if i < GROUP else I64(0)  # later the lines are the same
 
-            def columns(first, n_columns, acc, some=some, asks=asks):
-                at, xi = b.mul(first, I64(column_bytes)), b.mul(first, I64(4))
-                heads = [e.at(tiles[r], at) for r, _ in some]
-                for head in heads if n_columns == per_line else ():
-                    e.prefetch(e.at(head, asks), 0)
-                for c in range(n_columns):
+            def blocks(i, n_blocks, acc, ahead=None, some=some):
+                at, xi = b.mul(i, I64(reader.tile_bytes)), b.mul(i, I64(4 * reader.block))
+                heads = [(e.at(tiles[r], at), I64(first)) for r, first in some]
+                for c, ws in enumerate(columns(e, reader, heads, n, n_blocks, ahead)):
                     e.in_order()  # registers do not hold the values of several columns at once
-                    pairs = zip(heads, some, strict=True)
-                    ws = [widen(e, h, kind, c * column_bytes + l * size, n) for h, (_, l) in pairs]
                     values = [e.broadcast(e.at(token, xi), F32, n, 4 * c) for token in tokens]
                     both = [(v, value) for value in values for v in ws]
                     acc = [e.fma(v, value, a) for a, (v, value) in zip(acc, both, strict=True)]
                 return acc
 
-            def line(i, acc, columns=columns):
-                return columns(b.mul(i, I64(per_line)), per_line, acc)
-
-            def rest(i, acc, columns=columns):
-                return columns(b.add(done, i), 1, acc)
-
             places = [t * PANEL_ROW + 64 * r + 4 * l for t in range(n_tokens) for r, l in some]
             zero = e.const(0.0, V(F32, n))
             acc = [b.select(fresh, zero, e.load(sums, zero.type, place)) for place in places]
-            acc = e.loop_maybe(lines, acc, line)
-            acc = e.loop_maybe(b.sub(n_columns, done), acc, rest)
+            acc = by_lines(e, reader, n_blocks, acc, blocks, asks)
             for place, v in zip(places, acc, strict=True):
                 e.store(v, sums, place)
 
@@ -251,30 +236,32 @@ def at_most(e: Emit, i: int, n):
 
 
 @lru_cache
-def tile_widener(kind: str) -> Callable:
-    """Make widen_tile(w, n_columns, panel, ahead): write columns of a tile to a panel, as floats."""
-    n, size = lanes(), BYTES[kind]
+def tile_widener(reader: Reader) -> Callable:
+    """Make widen_tile(w, n_blocks, panel, ahead): write blocks of a tile to a panel, as floats."""
+    n, at_once = lanes(), UNROLLED if reader.block == 1 else 1
 
     @emitter(types.void, i64, i64, i64, i64)
-    def widen_tile(e, w, n_columns, panel, ahead):
-        """Write columns of a tile to a panel, as floats."""
+    def widen_tile(e, w, n_blocks, panel, ahead):
+        """Write blocks of a tile to a panel, as floats."""
         b, w, panel = e.b, e.ptr(w), e.ptr(panel)
-        rounds = b.sdiv(n_columns, I64(UNROLLED))
-        done = b.mul(rounds, I64(UNROLLED))
+        rounds = b.sdiv(n_blocks, I64(at_once))
+        done = b.mul(rounds, I64(at_once))
 
-        def columns(first, n_columns):
-            source = e.at(w, b.mul(first, I64(LANES * size)))
-            to = e.at(panel, b.mul(first, I64(PANEL_ROW)))
-            for line in range(0, n_columns * LANES * size, 64) if n_columns == UNROLLED else ():
-                e.prefetch(e.at(source, ahead), line)
-            for c in range(n_columns):
-                for i in range(0, LANES, n):
-                    v = widen(e, source, kind, (c * LANES + i) * size, n)
-                    e.store(v, to, c * PANEL_ROW + 4 * i)
+        def blocks(i, n_blocks, ahead=None):
+            source = e.at(w, b.mul(i, I64(reader.tile_bytes)))
+            to = e.at(panel, b.mul(i, I64(reader.block * PANEL_ROW)))
+
+            def rows(first):
+                here = e.at(to, b.mul(first, I64(4)))
+                for c, v in enumerate(reader.columns(e, source, first, n, n_blocks, ahead)):
+                    e.store(v, here, c * PANEL_ROW)
+
+            e.each_run(rows)
             return []
 
-        e.loop_maybe(rounds, [], lambda i, _: columns(b.mul(i, I64(UNROLLED)), UNROLLED))
-        e.loop_maybe(b.sub(n_columns, done), [], lambda i, _: columns(b.add(done, i), 1))
+        e.loop_maybe(rounds, [], lambda i, _: blocks(b.mul(i, I64(at_once)), at_once, ahead))
+        if at_once > 1:
+            e.loop_maybe(b.sub(n_blocks, done), [], lambda i, _: blocks(b.add(done, i), 1))
 
     return widen_tile
 
@@ -299,7 +286,7 @@ multiply = multiply_group = widen_tile = weight = store_row = GIVEN
 
 
 def matvec_float(w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, first, last, worker):
-    """y [n_out] of one token; a piece is GROUP tiles. y has room for whole tiles. A block is a column."""
+    """y [n_out] of one token; a piece is GROUP tiles. y has room for whole tiles."""
     for piece in range(first, last):
         tile, stop = piece * GROUP, min(piece * GROUP + GROUP, tiles)
         if stop - tile == GROUP:
@@ -313,21 +300,22 @@ def matvec_float(w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, first, last,
 
 
 def matmul_float_few(
-    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, at_once, scratch, scratch_bytes,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, block, at_once, scratch,
+    scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
     """y [T, n_out] of up to FEW tokens straight from the tiles, ``at_once`` a pass; a piece is GROUP tiles."""
+    row_bytes, blocks = 4 * block * n_blocks, FEW_COLUMNS // block
     for piece in range(first, last):
         tile = piece * GROUP
         n_tiles, source = min(GROUP, tiles - tile), w + tile * tile_bytes
-        for column in range(0, n_blocks, FEW_COLUMNS):
-            n, sums = min(FEW_COLUMNS, n_blocks - column), scratch + worker * scratch_bytes
-            here, asks = source + column * (tile_bytes // n_blocks), ahead
+        for begin in range(0, n_blocks, blocks):
+            n, sums = min(blocks, n_blocks - begin), scratch + worker * scratch_bytes
+            here, asks = source + begin * (tile_bytes // n_blocks), ahead
             for token in range(0, n_tokens, at_once):
-                rows, n_rows = x + 4 * (token * n_blocks + column), min(at_once, n_tokens - token)
-                multiply(
-                    here, tile_bytes, n_tiles, n, rows, 4 * n_blocks, n_rows, sums, column, asks
-                )
+                rows = x + token * row_bytes + 4 * block * begin
+                n_rows = min(at_once, n_tokens - token)
+                multiply(here, tile_bytes, n_tiles, n, rows, row_bytes, n_rows, sums, begin, asks)
                 sums += at_once * PANEL_ROW
                 asks = 0  # the columns are in a cache now
         width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0
@@ -337,34 +325,43 @@ def matmul_float_few(
 
 
 def matmul_float(
-    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, scratch, scratch_bytes,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, block, at_once, scratch,
+    scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
-    """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens. A block is a column."""
-    panel = scratch + worker * scratch_bytes
-    groups = (tiles + GROUP - 1) // GROUP
+    """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens.
+
+    ``at_once`` blocks become floats together; COLUMNS of them pass the tokens.
+    """
+    panel, n_in = scratch + worker * scratch_bytes, n_blocks * block
+    groups, row_bytes = (tiles + GROUP - 1) // GROUP, 4 * n_in
     for piece in range(first, last):
         tile, token0 = piece % groups * GROUP, piece // groups * TOKEN_BLOCK
         n_tiles, token1 = min(GROUP, tiles - tile), min(token0 + TOKEN_BLOCK, n_tokens)
         width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0
-        for column in range(0, n_blocks, COLUMNS):
-            n = min(COLUMNS, n_blocks - column)
+        for begin in range(0, n_blocks, at_once):
+            blocks = min(at_once, n_blocks - begin)
             for t in range(n_tiles):
-                source = w + (tile + t) * tile_bytes + column * (tile_bytes // n_blocks)
-                widen_tile(source, n, panel + 64 * t, ahead)
-            sums = panel + COLUMNS * PANEL_ROW
-            for token in range(token0, token1, TOKENS):
-                rows, n_rows = x + 4 * (token * n_blocks + column), min(TOKENS, token1 - token)
-                corner = y + 4 * (token * n_out + 16 * tile)
-                if (
-                    column + n == n_blocks
-                ):  # outputs lie far apart: they come while sums are computed
-                    fetch_rows(corner, n_rows, 4 * n_out)
-                multiply_panel(panel, n, rows, 4 * n_blocks, n_rows, sums, column)
-                if column + n == n_blocks:
-                    for t in range(n_rows):
-                        store_row(sums + t * PANEL_ROW, corner + 4 * t * n_out, width, bias_here)
-                sums += TOKENS * PANEL_ROW
+                source = w + (tile + t) * tile_bytes + begin * (tile_bytes // n_blocks)
+                widen_tile(source, blocks, panel + 64 * t, ahead)
+            here, end = panel, (begin + blocks) * block
+            for column in range(begin * block, end, COLUMNS):
+                n, sums = min(COLUMNS, end - column), panel + at_once * block * PANEL_ROW
+                for token in range(token0, token1, TOKENS):
+                    rows, n_rows = x + 4 * (token * n_in + column), min(TOKENS, token1 - token)
+                    corner = y + 4 * (token * n_out + 16 * tile)
+                    if (
+                        column + n == n_in
+                    ):  # outputs lie far apart: they come while sums are computed
+                        fetch_rows(corner, n_rows, 4 * n_out)
+                    multiply_panel(here, n, rows, row_bytes, n_rows, sums, column)
+                    if column + n == n_in:
+                        for t in range(n_rows):
+                            store_row(
+                                sums + t * PANEL_ROW, corner + 4 * t * n_out, width, bias_here
+                            )
+                    sums += TOKENS * PANEL_ROW
+                here += COLUMNS * PANEL_ROW
 
 
 @emitter(types.void, i64, i64, i64)

@@ -32,6 +32,7 @@ from .floats import (
 from .formats import FORMATS, Format
 from .jit import GIVEN
 from .program import CPUArray, Tape, wrapped
+from .readers import Reader
 from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
 from .timing import Way
 from .weights import CPUWeight
@@ -193,7 +194,7 @@ def record_matmul(
         kernel, more, pieces = matvec_kernel(w, n_workers)
         claimed = chunk(pieces)
     elif n_tokens <= few_tokens(w):
-        few = _few_kernel if w.format else _few_floats
+        few = _few_floats if w.reader else _few_kernel
         kernel, more, pieces = few(tape, w, n_tokens, n_workers, act)
         claimed = chunk(pieces)
     else:
@@ -213,10 +214,10 @@ def few_tokens(w: CPUWeight) -> int:
     """
     if isinstance(w, bfloat.RoundedWeight):
         return 1
-    if w.format is None:
-        return floats.FEW
+    if w.int8 is None:
+        return floats.FEW if w.format is None else 1
     many_registers = instruction_set() in ("avx512vnni", "neon")
-    return w.format.group if many_registers and not has_amx() else AT_ONCE[-1]
+    return w.int8.group if many_registers and not has_amx() else AT_ONCE[-1]
 
 
 def operation(n_tokens: int) -> str:
@@ -233,11 +234,11 @@ def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
         if "bf16" not in x.derived:
             x.derived["bf16"] = bfloat.round_array(tape, x)
         return x.derived["bf16"]
-    if w.format is None:
+    if w.int8 is None:
         return x
-    key = ("records", w.format.span)
+    key = ("records", w.int8.span)
     if key not in x.derived:
-        x.derived[key] = quantise_array(tape, x, w.format.span)
+        x.derived[key] = quantise_array(tape, x, w.int8.span)
     return x.derived[key]
 
 
@@ -260,16 +261,16 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
 def matvec_kernel(w: CPUWeight, n_workers: int) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for one token, its arguments besides those of all products, and its pieces."""
     way = way_of(w, 1, n_workers)
-    if w.format is not None:
-        return _direct(w.format, True, way.order), {"ahead": way.ahead}, w.n_tiles
+    if w.reader is None:
+        return _direct(w.int8, True, way.order), {"ahead": way.ahead}, w.n_tiles
     more = {"ahead": way.ahead, "tiles": w.n_tiles}
-    return _float_matvec(w.kind), more, -(-w.n_tiles // GROUP)
+    return _float_matvec(w.reader), more, -(-w.n_tiles // GROUP)
 
 
 @lru_cache
-def _float_matvec(kind: str) -> jit.Kernel:
-    one, group = multiplier(kind, 1), multiplier(kind, GROUP)
-    return jit.kernel(matvec_float, f"matvec_{kind}", multiply=one, multiply_group=group)
+def _float_matvec(reader: Reader) -> jit.Kernel:
+    one, group = multiplier(reader, 1), multiplier(reader, GROUP)
+    return jit.kernel(matvec_float, f"matvec_{reader.name}", multiply=one, multiply_group=group)
 
 
 @lru_cache
@@ -308,20 +309,21 @@ def _few_floats(
     """The kernel for up to ``few_tokens`` and float weights; otherwise as ``_few_kernel``."""
     at_once = min(floats.FEW_AT_ONCE, key=lambda n: (-(-n_tokens // n) * n, -n))
     rows = -(-n_tokens // at_once) * at_once
+    assert w.reader
     scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
-    more |= {"at_once": at_once, "scratch": scratch, "scratch_bytes": scratch.shape[1]}
+    more |= {"block": w.reader.block, "at_once": at_once}
+    more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     more["ahead"] = way_of(w, at_once, n_workers).ahead
-    return _float_few(w.kind, at_once, act), more, -(-w.n_tiles // GROUP)
+    return _float_few(w.reader, at_once, act), more, -(-w.n_tiles // GROUP)
 
 
 @lru_cache
-def _float_few(kind: str, at_once: int, act: str = "") -> jit.Kernel:
+def _float_few(reader: Reader, at_once: int, act: str = "") -> jit.Kernel:
     end = row_storer(elementwise.ACTIVATIONS[act] if act else None)
-    names = {"multiply": floats.few_multiplier(kind, at_once), "store_row": end}
-    return jit.kernel(
-        floats.matmul_float_few, f"matmul_{at_once}_{kind}{act and '_' + act}", **names
-    )
+    names = {"multiply": floats.few_multiplier(reader, at_once), "store_row": end}
+    name = f"matmul_{at_once}_{reader.name}{act and '_' + act}"
+    return jit.kernel(floats.matmul_float_few, name, **names)
 
 
 def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
@@ -331,8 +333,8 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
     """
     if w.memory.nbytes < SMALL:
         return Way()
-    fmt = w.format
-    n_blocks = TRIED // fmt.block if fmt else TRIED
+    fmt, reader = w.int8, w.reader
+    n_blocks = TRIED // (w.n_in // w.n_blocks)
     tile_bytes = w.tile_bytes // w.n_blocks * n_blocks
 
     def record(tape: Tape, address: int, tiles: int, way: Way) -> None:
@@ -343,19 +345,20 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
             scratch = tape.array((n_workers, n_tokens * PANEL_ROW), "u1")
             args |= {"n_out": 16 * tiles, "n_tokens": n_tokens}
             args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
-        if fmt:
+        if reader is None:
             kernel, pieces = _direct(fmt, n_tokens == 1, way.order), tiles
             args |= {"x_bytes": 0} if n_tokens > 1 else {}
         else:
             pieces, args["tiles"] = -(-tiles // GROUP), tiles
-            kernel = _float_matvec(w.kind) if n_tokens == 1 else _float_few(w.kind, n_tokens)
-            args |= {"at_once": n_tokens} if n_tokens > 1 else {}
+            kernel = _float_matvec(reader) if n_tokens == 1 else _float_few(reader, n_tokens)
+            args |= {"block": reader.block, "at_once": n_tokens} if n_tokens > 1 else {}
         tape.add(kernel, pieces, chunk(pieces), **args)
 
     # LLVM has little to mix in a short block
     n_orders = 1 if fmt is None or n_tokens > 1 else 3 if fmt.span == 256 else 2
     orders = micro.ORDERS[:n_orders]
-    return timing.chosen(f"{w.kind}_{n_tokens}", orders, record, tile_bytes, n_workers)
+    name = reader.name if reader else w.kind
+    return timing.chosen(f"{name}_{n_tokens}", orders, record, tile_bytes, n_workers)
 
 
 def matmul_kernel(
@@ -365,17 +368,20 @@ def matmul_kernel(
     asks = way_of(w, 1, n_workers).ahead > 0  # then for the columns of the next tile
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     more["ahead"] = w.tile_bytes if asks else 0
-    if w.format is None:
-        rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
+    if w.reader:
+        block, at_once = w.reader.block, max(COLUMNS // w.reader.block, 1)
+        rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + at_once * block
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
         end = row_storer(elementwise.ACTIVATIONS[act] if act else None)
-        names = {"widen_tile": tile_widener(w.kind), "store_row": end}
-        kernel = jit.kernel(matmul_float, f"matmul_{w.kind}{act and '_' + act}", **names)
+        names = {"widen_tile": tile_widener(w.reader), "store_row": end}
+        kernel = jit.kernel(matmul_float, f"matmul_{w.reader.name}{act and '_' + act}", **names)
+        more |= {"block": block, "at_once": at_once}
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
         kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind)
         n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
         sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
+        assert w.format
         least = w.n_blocks * minima.n_minima(w.format) * 64
         scratch = tape.array((n_workers, together * (at_once * step_bytes + least + sums)), "u1")
         more |= {"x_bytes": n_steps * micro.record_bytes(micro.SLOTS), "step_bytes": step_bytes}

@@ -113,7 +113,7 @@ def work_of(name: str, args: dict[str, Any]) -> Callable[[], Work]:
     matrices = w.nbytes
     if len(w.shape) > 2:
         matrices = w.nbytes // w.shape[0] * min(w.shape[0], y.size // w.n_out)
-    numbers: profile.Numbers = "float" if w.format is None else "int8"
+    numbers: profile.Numbers = "float" if w.reader else "int8"
     return _known(Work(others + matrices, matrices, y.size * w.n_in, numbers))
 
 

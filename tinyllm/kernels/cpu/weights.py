@@ -9,8 +9,9 @@ import numpy as np
 
 from ...errors import DeviceError
 from ..backend import Source
-from . import floats
+from . import readers
 from .formats import FORMATS, Format
+from .readers import Reader
 from .tiles import ROWS, RUN, interleave_rows, room, runs, share
 
 PIECE = 4 << 20  # bytes read at a time
@@ -21,8 +22,9 @@ ALONE = 1 << 19  # bytes of a matrix that one thread loads faster than two
 class CPUWeight:
     """A matrix [n_out, n_in] or a stack [n, n_out, n_in], as tiles.
 
-    ``format`` is None for F32, F16 and BF16. ``tile_bytes`` are those of 16 whole rows; each matrix of a stack
-    begins a new tile, and spare rows of its last one are zeros.
+    ``format`` is None for F32, F16 and BF16; ``reader`` is how kernels read weights that are multiplied as
+    floats. ``tile_bytes`` are those of 16 whole rows; each matrix of a stack begins a new tile, and spare rows
+    of its last one are zeros.
     """
 
     type: str
@@ -32,11 +34,17 @@ class CPUWeight:
     tile_bytes: int
     memory: np.ndarray
     address: int  # where the memory begins
+    reader: Reader | None
     outside: dict[str, Any] = field(default_factory=dict)  # kernels from outside, by operation
 
     @property
     def nbytes(self) -> int:
         return self.memory.nbytes
+
+    @property
+    def int8(self) -> Format | None:
+        """The format, where it meets int8 activations."""
+        return None if self.reader else self.format
 
     @property
     def n_in(self) -> int:
@@ -57,8 +65,10 @@ class CPUWeight:
         return self.n_in // self.format.block if self.format else self.n_in
 
 
-def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int) -> CPUWeight:
-    """Read a tensor, or some of its rows, into tiles."""
+def load_weight(
+    source: Source, rows: np.ndarray | slice | None, n_threads: int, exact: bool = False
+) -> CPUWeight:
+    """Read a tensor, or some of its rows, into tiles; ``exact``: to be multiplied with floats."""
     shape = _shape_of(source, rows)
     fmt, kind = _form_of(source)
     n_out, n_in = shape[-2:]
@@ -67,7 +77,8 @@ def load_weight(source: Source, rows: np.ndarray | slice | None, n_threads: int)
     n_mats, tiles = int(np.prod(shape[:-2])), -(-n_out // ROWS)
     memory = room.take(n_mats * tiles * ROWS * row_bytes)
     address = memory.ctypes.data
-    weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory, address)
+    reader = readers.plain(kind) if fmt is None else readers.exact(kind) if exact else None
+    weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory, address, reader)
 
     def load(piece: tuple[int, int, int]) -> None:
         m, start, stop = piece
@@ -102,7 +113,7 @@ def _shape_of(source: Source, rows: np.ndarray | slice | None) -> tuple[int, ...
 
 def _form_of(source: Source) -> tuple[Format | None, str]:
     """How a type is stored: its format (None for floats) and the kind its kernels are named by."""
-    if source.type not in FORMATS and source.type not in floats.BYTES:
+    if source.type not in FORMATS and source.type not in readers.BYTES:
         raise DeviceError(f"{source.name}: type {source.type} is not supported on cpu")
     return FORMATS.get(source.type), source.type
 
@@ -111,7 +122,7 @@ def _fields(fmt: Format | None, kind: str, n_in: int) -> tuple[np.ndarray, int]:
     """The fields of a block as ``interleave`` takes them, and the number of blocks in a row."""
     if fmt:
         return runs(fmt.fields), n_in // fmt.block
-    n = floats.BYTES[kind]
+    n = readers.BYTES[kind]
     block = RUN // n if n_in % (RUN // n) == 0 else 1
     return runs([(n * i, n) for i in range(block)]), n_in // block
 
