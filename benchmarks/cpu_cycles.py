@@ -64,7 +64,7 @@ def modules() -> dict[str, str]:
         names = {"multiply": floats.few_multiplier(reader, 6), "store_row": floats.row_storer(None)}
         bodies[f"{name} 6"] = floats.matmul_float_few, names
     for name in EXACT:
-        bodies[f"exact {name} 1"] = floats.matvec_float, groups(readers.exact(name))
+        bodies[f"exact {name}"] = floats.matvec_float, groups(readers.exact(name))
     return {
         name: jit.module_text(body, "kernel", names, jit.parameters(body))
         for name, (body, names) in bodies.items()
