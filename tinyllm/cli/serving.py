@@ -46,7 +46,7 @@ def serve_arguments(p: Parser) -> None:
     p.add_argument("--queue", type=int, default=256, metavar="N",
                    help="texts that may wait; default %(default)s")  # fmt: skip
     p.add_argument(
-        "--memory", type=float, metavar="GB", help="weights loaded at a time; default: what is free"
+        "--memory", type=float, metavar="GB", help="for weights and texts; default: what is free"
     )
     p.add_argument(
         "--max-body", type=float, default=16, metavar="MB", help="of a request; default %(default)s"

@@ -65,7 +65,7 @@ class Engine:
         Texts that are written at a time at most; 64, or ``max_rows`` where that is given.
     prefix_bytes : int, optional
         Bytes of keys and values that are kept of texts, for prompts that begin like them; a quarter of the
-        memory that is free now. 0 keeps none.
+        memory that is free now. 0 keeps none. It may be changed at any time.
 
     Examples
     --------
@@ -110,6 +110,7 @@ class Engine:
         self._runs: list[Run] = []  # theirs, which the loop looks at before each step
         self._most: int | None = None  # requests at a time, since memory ran out in a step
         self._pace = Pace()
+        self._nbytes = 0
         self._closed = False
         self._changed = threading.Condition()  # guards _waiting and _closed
         self._thread = threading.Thread(target=self._work, name="tinyllm-engine", daemon=True)
@@ -192,6 +193,22 @@ class Engine:
             raise ArgumentError("prompt is a list of prompts; submit each by itself")
         return self._model.prompt_ids(prompts[0])
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes that are kept of texts at most."""
+        return self._prefixes.max_bytes
+
+    @prefix_bytes.setter
+    def prefix_bytes(self, most: int) -> None:
+        with self._changed:
+            self._prefixes.max_bytes = most
+            self._changed.notify_all()  # the thread trims what is too much
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values at the last step: those of running requests, and what is kept of texts."""
+        return self._nbytes
+
     def close(self) -> None:
         """End all requests where they are, with the ``finish_reason`` "cancelled", and the thread."""
         with self._changed:
@@ -229,6 +246,7 @@ class Engine:
         """Wait for requests, and admit some; False once the engine is closed."""
         while True:
             self._admit()
+            self._fit()
             with self._changed:
                 if self._closed or self._running:
                     return not self._closed
@@ -384,9 +402,11 @@ class Engine:
             )
 
     def _fit(self) -> None:
-        """Set the last requests aside while the running ones hold too much memory."""
-        while self._held > self.max_bytes and self._set_last_aside():
+        """Set the last requests aside while the running ones hold too much memory; forget texts likewise."""
+        self._prefixes.trim(self._prefixes.max_bytes)
+        while (held := self._held) > self.max_bytes and self._set_last_aside():
             pass
+        self._nbytes = held + self._prefixes.nbytes
 
     def _set_last_aside(self) -> bool:
         """Set the last request aside that can be; False if there is none, or only one is running."""

@@ -168,14 +168,25 @@ class Voice:
     def hear(self, news: News) -> list[Delta]:
         """What the message gains."""
         text = self._spelled(news.tokens) if self.spells else news.piece
+        thought = self.reader.thinks
         deltas = self.reader.feed(text) if text else []
         if self.reader.thinks:
             self.n_reasoning += len(news.tokens)
+        elif thought:
+            self.n_reasoning += self._n_before(news.tokens, "".join(d.content for d in deltas))
         if news.whole is not None:
             deltas += self.reader.finish()
         if self.parallel:
             return deltas
         return [d for d in deltas if d.call is None or d.call is self.reader.calls[0]]
+
+    def _n_before(self, tokens: Sequence[Token], content: str) -> int:
+        """How many tokens there are before the last ones, which spell a text."""
+        left, n = len(content.encode()), len(tokens)
+        while left > 0 and n > 0:
+            n -= 1
+            left -= len(self.tokenizer.token_bytes(tokens[n].id))
+        return n
 
     def _spelled(self, tokens: Sequence[Token]) -> str:
         t, found = self.tokenizer, b""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import Refusal
@@ -18,6 +19,7 @@ from .settings import Settings
 log = logging.getLogger("tinyllm.server")
 PUBLIC = ("/", "/health", "/v1/health", "/favicon.ico")
 ALLOWED = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
+TOO_LARGE = "the body is larger than {} bytes"
 SAFE = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -38,42 +40,33 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, started = time.perf_counter(), 500, False
+        began, status = time.perf_counter(), 500
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         more = [*SAFE, *self._cors(headers)]
         body = Body(receive, self.settings)
 
         async def tell(message: Message) -> None:
-            nonlocal status, started
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, started = message["status"], True
+                status = message["status"]
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
 
         self.metrics.began()
         try:
             if (refusal := self._refusal(scope, headers)) is not None:
-                await self._refuse(scope, tell, refusal)
+                path = scope["path"]
+                await send_whole(tell, refusal.status, refusal.body(path), refusal.headers)
             elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await tell({"type": "http.response.start", "status": 204, "headers": []})
                 await tell({"type": "http.response.body", "body": b""})
             else:
                 await self.app(scope, body.receive, tell)
-        except TooLarge:
-            if not started:
-                limit = self.settings.max_body
-                await self._refuse(
-                    scope, tell, Refusal(413, f"the body is larger than {limit} bytes")
-                )
         finally:
             asked = scope.get("state", {}).get("tinyllm_asked")
             seconds = time.perf_counter() - began
             self.metrics.ended(scope, status, seconds, asked)
             self._log(scope, status, seconds, asked, body)
-
-    async def _refuse(self, scope: Scope, send: Any, refusal: Refusal) -> None:
-        path = scope["path"]
-        await send_whole(send, refusal.status, refusal.body(path), refusal.headers)
 
     def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> Refusal | None:
         settings = self.settings
@@ -89,7 +82,7 @@ class Guard:
             )
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:20]) > settings.max_body:
-            return Refusal(413, f"the body is larger than {settings.max_body} bytes")
+            return Refusal(413, TOO_LARGE.format(settings.max_body))
         if self._keys and scope["method"] != "OPTIONS" and not is_public(scope["path"]):
             return self._unknown(headers)
         return None
@@ -139,10 +132,6 @@ class Guard:
             log.info("body %s", b"".join(body.seen).decode("utf-8", "replace"))
 
 
-class TooLarge(Exception):
-    """A body without a length grew larger than it may be."""
-
-
 class Body:
     """Counts what comes in."""
 
@@ -157,7 +146,7 @@ class Body:
             part = message.get("body", b"")
             self._n_bytes += len(part)
             if self._n_bytes > self._settings.max_body:
-                raise TooLarge
+                raise HTTPException(413, TOO_LARGE.format(self._settings.max_body))
             if self._settings.log_prompts:
                 self.seen.append(part)
         return message

@@ -1,4 +1,7 @@
-"""Several models by name: loaded when asked for, let go when another needs the memory, never while in use."""
+"""Several models by name: loaded when asked for, let go when another needs the memory, never while in use.
+
+They share what is free: each may hold an equal part for its texts, which shrinks when another is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,26 @@ class Served:
         return "rerank" if net.decoder.rank is not None else "embedding"
 
     @property
+    def free(self) -> int:
+        """Bytes free where its weights are."""
+        return min(stage.be.memory()[0] for stage in self.model.network.stages)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is loaded, and writes texts."""
+        return self._engine is not None
+
+    @property
+    def held(self) -> int:
+        """Bytes that its texts hold."""
+        return 0 if self._engine is None else self._engine.nbytes
+
+    def share(self, room: int) -> None:
+        """Let its texts hold as much of ``room`` bytes as an engine by itself takes of what is free."""
+        if self._engine is not None:
+            self._engine.max_bytes, self._engine.prefix_bytes = max(room // 2, 1), room // 4
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its file, which are about those of the loaded weights."""
         try:
@@ -94,15 +117,19 @@ class Served:
             self._engine = Engine(model, max_queue=s.slots + s.queue, max_texts=s.slots)
         self._model, self.state, self.error = model, "loaded", None
 
-    def unload(self) -> None:
-        """Free its memory; a model that was given loaded stays with who gave it."""
+    def let_go(self) -> Callable[[], None]:
+        """Serve it no longer; what is returned frees its memory. A model given loaded stays with its giver."""
         engine, model = self._engine, self._model
         self._engine = self._model = None
         self.state = "unloaded"
-        if engine is not None:
-            engine.close()
-        if model is not None and not isinstance(self.source, Model):
-            model.close()
+
+        def free() -> None:
+            if engine is not None:
+                engine.close()
+            if model is not None and not isinstance(self.source, Model):
+                model.close()
+
+        return free
 
     def admit(self, n_texts: int) -> None:
         """Count texts that will be written; refuse them when too many wait.
@@ -159,6 +186,7 @@ class Pool:
                 if owner is served and name != served.name:
                     served.aliases.append(name)
         self.workers = ThreadPoolExecutor(8, "tinyllm-server")
+        self._share()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._turn: asyncio.Lock | None = None  # one model is loaded at a time
 
@@ -258,6 +286,8 @@ class Pool:
             except Refusal:
                 served.state = "unloaded"
                 raise
+            finally:
+                self._share()
 
     async def _make_room(self, new: Served) -> None:
         """Let models go that nobody uses, the longest unused first, until a new one fits."""
@@ -274,18 +304,35 @@ class Pool:
                     headers={"Retry-After": "5"},
                 )  # fmt: skip
             oldest = min(idle, key=lambda s: s.used_at)
-            await loop.run_in_executor(self.workers, oldest.unload)
+            await loop.run_in_executor(self.workers, oldest.let_go())
+        self._share(new)  # the others let go of what will be its own while it is read
 
     def _fits(self, new: Served) -> bool:
         others = sum(s.nbytes for s in self if s.loaded)
         if self.settings.memory is not None:
             return not others or others + new.nbytes <= self.settings.memory
-        return new.nbytes * 1.2 < available_bytes()
+        return new.nbytes * 1.2 < self._free()
+
+    def _free(self) -> int:
+        """Bytes that may be taken, those included that texts hold now."""
+        loaded = [s for s in self if s.loaded]
+        held = sum(s.held for s in loaded)
+        return min((s.free for s in loaded), default=available_bytes()) + held
+
+    def _share(self, new: Served | None = None) -> None:
+        """Give each model an equal part of the memory that weights leave to texts."""
+        room = self._free() - (0 if new is None else new.nbytes)
+        if self.settings.memory is not None:
+            weights = sum(s.nbytes for s in self if s.loaded or s is new)
+            room = min(room, self.settings.memory - weights)
+        writers = [s for s in self if s.writes or s is new]
+        for served in writers:
+            served.share(max(room, 0) // len(writers))
 
     def close(self) -> None:
         """End all texts and free all models."""
         for served in self:
-            served.unload()
+            served.let_go()()
         self.workers.shutdown(wait=False, cancel_futures=True)
 
 

@@ -11,7 +11,7 @@ from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import Refusal, refusal_of
 from .texts import Asked
@@ -42,8 +42,8 @@ class Reply(Response):
     def __init__(self, asked: Asked, writer: Writer, stream: bool) -> None:
         super().__init__()
         self.asked, self.writer, self.stream = asked, writer, stream
-        self.sent_at = 0.0
-        self.sending = False
+        self.sent_at = time.monotonic()
+        self.sending = True  # until the answer has begun
         self._task: asyncio.Task[Any] | None = None
         self._gave_up = False
 
@@ -81,17 +81,19 @@ class Reply(Response):
         ]
         pulse, self._task = None, asyncio.current_task()
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
             pulse = asyncio.ensure_future(self._pulse(send))
+            await self._send(
+                send, {"type": "http.response.start", "status": 200, "headers": headers}
+            )
             async with aclosing(self.writer.events()) as events:  # type: ignore[type-var]
                 try:
                     async for event in events:
-                        await self._send(send, event)
+                        await self._send(send, part(event))
                 except OSError:
                     raise
                 except Exception as error:
-                    await self._send(send, self.writer.failed(told(error)))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await self._send(send, part(self.writer.failed(told(error))))
+            await self._send(send, part(b"", more=False))
         except OSError:  # the client has gone
             pass
         except asyncio.CancelledError:
@@ -101,15 +103,14 @@ class Reply(Response):
             if pulse is not None:
                 pulse.cancel()
 
-    async def _send(self, send: Send, data: bytes) -> None:
+    async def _send(self, send: Send, message: Message) -> None:
         self.sent_at, self.sending = time.monotonic(), True
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send(message)
         self.sending = False
 
     async def _pulse(self, send: Send) -> None:
         """Say from time to time that the stream is alive; give a client up that does not read."""
         settings = self.asked.pool.settings
-        self.sent_at = time.monotonic()
         with suppress(OSError):
             while True:
                 await asyncio.sleep(settings.ping_s)
@@ -120,7 +121,12 @@ class Reply(Response):
                     self._task.cancel()
                     return
                 if not self.sending and silent >= settings.ping_s:
-                    await self._send(send, PING)
+                    await self._send(send, part(PING))
+
+
+def part(data: bytes, more: bool = True) -> Message:
+    """A part of an answer's body."""
+    return {"type": "http.response.body", "body": data, "more_body": more}
 
 
 def told(error: BaseException) -> Refusal:

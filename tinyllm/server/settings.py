@@ -40,7 +40,8 @@ class Settings:
     load_s : float
         Seconds that a request waits for its model to be loaded, before it gets 503.
     memory : int, optional
-        Bytes of weights that may be loaded at a time; by default what the machine has free.
+        Bytes that weights may take at a time, and texts what they leave of it; by default what the machine
+        has free. One model is loaded in any case.
     template : str, optional
         A Jinja chat template to use instead of the models' own, or the name of a well-known one.
     log_prompts : bool

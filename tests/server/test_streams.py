@@ -1,0 +1,168 @@
+"""Streams: pings, clients that go or do not read, and a server that stops."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+URL = "/v1/chat/completions"
+LONG = {
+    "messages": [{"role": "user", "content": "Tell me a story."}],
+    "max_tokens": 400, "seed": 1, "ignore_eos": True, "stream": True,
+}  # fmt: skip
+
+
+def scope(path: str) -> dict:
+    return {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+        "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1), "server": ("localhost", 80), "state": {},
+    }  # fmt: skip
+
+
+def talk(app, body, leaves, path=URL, reads=None):
+    """Call the application as a client that goes once ``leaves(chunks)``; returns the scope and the chunks."""
+    chunks: list[bytes] = []
+    asked = scope(path)
+
+    async def inside():
+        gone = asyncio.Event()
+        messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                chunks.append(message["body"])
+            if leaves(chunks):
+                gone.set()
+            if reads is not None:
+                await reads()
+
+        if leaves(chunks):
+            gone.set()
+        await app.app(asked, receive, send)
+
+    app.loop.run_until_complete(inside())
+    return asked["state"]["tinyllm_asked"], chunks
+
+
+def test_a_client_that_goes_ends_its_text(app):
+    asked, _ = talk(app, LONG, lambda chunks: len(chunks) > 3)
+    (request,) = asked.requests
+    assert request.result(60).finish_reason == "cancelled"
+    assert asked.usage["completion_tokens"] < 400
+    assert asked.served.n_texts == 0
+    assert asked.served.in_use == 0
+
+
+@pytest.mark.parametrize("path", [URL, "/v1/completions"])
+def test_a_client_that_does_not_wait_ends_its_text(app, path):
+    body = {k: v for k, v in LONG.items() if k != "stream"}
+    if path != URL:
+        body["prompt"] = body.pop("messages")[0]["content"]
+    asked, _ = talk(app, body, lambda chunks: True, path)
+    assert asked.requests[0].result(60).finish_reason == "cancelled"
+    assert asked.served.n_texts == 0
+
+
+def test_all_texts_of_a_request_end(app):
+    asked, _ = talk(app, {**LONG, "n": 5}, lambda chunks: len(chunks) > 8)
+    assert [r.result(60).finish_reason for r in asked.requests] == ["cancelled"] * 5
+    assert asked.served.n_texts == 0
+
+
+def test_a_client_that_does_not_read_is_given_up(make_app):
+    app = make_app(ping_s=0.01, send_s=0.02)
+
+    async def never():
+        await asyncio.sleep(3600)
+
+    asked, _ = talk(app, LONG, lambda chunks: False, reads=never)
+    assert asked.requests[0].result(60).finish_reason == "cancelled"
+    assert asked.served.n_texts == 0
+
+
+def test_a_silent_stream_says_that_it_is_alive(make_app):
+    app = make_app(ping_s=0.001)
+    text = app.post(URL, {**LONG, "max_tokens": 100}).text
+    assert ": ping\n\n" in text
+    events = [e for e in text.split("\n\n") if e and e != ": ping"]
+    assert all(e.startswith("data: ") for e in events)
+    assert events[-1] == "data: [DONE]"
+    claude = app.post("/v1/messages", {**LONG, "max_tokens": 100}).text
+    assert claude.rstrip().endswith('data: {"type":"message_stop"}')
+
+
+def start(*options: str) -> tuple[subprocess.Popen, str, int]:
+    """A server of its own process, and its address."""
+    command = [sys.executable, "-m", "tinyllm", "serve", "--port", "0", "--quiet", *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://([\d.]+):(\d+)", line)
+    assert found, line + process.stdout.read()
+    return process, found[1], int(found[2])
+
+
+def begin(host: str, port: int) -> http.client.HTTPResponse:
+    """A stream that has begun."""
+    connection = http.client.HTTPConnection(host, port, timeout=300)
+    connection.request("POST", URL, json.dumps(LONG), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200
+    n_events = 0
+    while n_events < 2:  # the role, and a first piece; there may be pings between
+        n_events += answer.readline().startswith(b"data: ")
+    return answer
+
+
+def test_a_server_that_is_told_to_stop_finishes_its_texts():
+    process, host, port = start()
+    try:
+        answer = begin(host, port)
+        process.send_signal(signal.SIGTERM)
+        assert answer.read().rstrip().endswith(b"data: [DONE]")
+        assert process.wait(60) == 0
+        with pytest.raises(ConnectionRefusedError):
+            begin(host, port)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_second_signal_ends_the_texts():
+    process, host, port = start("--stop-seconds", "1000")
+    try:
+        answers = [begin(host, port) for _ in range(8)]
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) is not None
+        read = []
+        for answer in answers:
+            try:
+                read.append(answer.read())
+            except (http.client.IncompleteRead, ConnectionResetError) as error:
+                read.append(getattr(error, "partial", b""))
+        assert not all(text.rstrip().endswith(b"data: [DONE]") for text in read)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
