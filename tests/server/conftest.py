@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs tinyllm[server]")
+pytest.importorskip("fastapi", reason="the server needs the extra [server]")
 httpx = pytest.importorskip("httpx")
 
 import tinyllm  # noqa: E402

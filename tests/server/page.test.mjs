@@ -13,6 +13,7 @@ const { Store } = await load("store.mjs");
 const { branch } = await load("answer.mjs");
 const { events } = await load("api.mjs");
 const { sampling } = await load("settings.mjs");
+const docs = await load("docs.mjs");
 
 /** A tree of Markdown in short: "p(a em(b))". */
 function short(list) {
@@ -219,4 +220,24 @@ test("events are read wherever the stream is cut", async () => {
     for await (const event of events(ReadableStream.from(parts))) found.push(event);
     assert.deepEqual(found, ['{"é": 1}', "[DONE]"]);
   }
+});
+
+test("the page of endpoints tells types and fields", () => {
+  const api = {
+    paths: { "/a": { get: {}, post: {} } },
+    components: {
+      schemas: {
+        B: { title: "B", required: ["x"], properties: { x: { $ref: "#/components/schemas/C" }, y: { anyOf: [{ type: "integer" }, { type: "null" }] } } },
+        C: { title: "C", properties: { again: { type: "array", items: { $ref: "#/components/schemas/B" } }, kind: { enum: ["a", "b"] } } },
+      },
+    },
+  };
+  const b = { $ref: "#/components/schemas/B" };
+  assert.deepEqual(docs.fieldsOf(b, api), [
+    { name: "x", type: "C", required: true },
+    { name: "y", type: "integer | null", required: false },
+  ]);
+  assert.deepEqual(docs.fieldsOf({ $ref: "#/components/schemas/C" }, api).map((f) => f.type), ["list of B", '"a" | "b"']);
+  assert.deepEqual([...docs.shapesOf(b, api).keys()], ["B", "C"]);
+  assert.deepEqual(docs.endpoints(api).map((e) => `${e.method} ${e.path}`), ["GET /a", "POST /a"]);
 });

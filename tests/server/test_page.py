@@ -17,7 +17,7 @@ import pytest
 
 import tinyllm
 
-pytest.importorskip("fastapi", reason="the server needs tinyllm[server]")
+pytest.importorskip("fastapi", reason="the server needs the extra [server]")
 uvicorn = pytest.importorskip("uvicorn")
 
 from tinyllm.server import Settings, create_app  # noqa: E402

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 import tinyllm
 
-pytest.importorskip("fastapi", reason="the server needs tinyllm[server]")
+pytest.importorskip("fastapi", reason="the server needs the extra [server]")
 openai = pytest.importorskip("openai", minversion="1.50")
 anthropic = pytest.importorskip("anthropic")
 uvicorn = pytest.importorskip("uvicorn")

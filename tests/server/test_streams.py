@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 
+import httpx
 import pytest
 
 URL = "/v1/chat/completions"
@@ -107,62 +108,49 @@ def test_a_silent_stream_says_that_it_is_alive(make_app):
     assert claude.rstrip().endswith('data: {"type":"message_stop"}')
 
 
-def start(*options: str) -> tuple[subprocess.Popen, str, int]:
+def start(stack: ExitStack, *options: str) -> tuple[subprocess.Popen, str]:
     """A server of its own process, and its address."""
     command = [sys.executable, "-m", "tinyllm", "serve", "--port", "0", "--quiet", *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+    process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    stack.callback(process.kill)
     assert process.stdout is not None
     line = process.stdout.readline()
-    found = re.search(r"http://([\d.]+):(\d+)", line)
-    assert found, line + process.stdout.read()
-    return process, found[1], int(found[2])
+    found = re.search(r"http://[\d.:]+", line)
+    assert found, line
+    return process, found[0]
 
 
-def begin(host: str, port: int) -> http.client.HTTPResponse:
-    """A stream that has begun."""
-    connection = http.client.HTTPConnection(host, port, timeout=300)
-    connection.request("POST", URL, json.dumps(LONG), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    assert answer.status == 200
-    n_events = 0
-    while n_events < 2:  # the role, and a first piece; there may be pings between
-        n_events += answer.readline().startswith(b"data: ")
-    return answer
+def begin(stack: ExitStack, url: str) -> Iterator[str]:
+    """The lines of a stream that has begun."""
+    client = stack.enter_context(httpx.Client(timeout=300, trust_env=False))
+    answer = stack.enter_context(client.stream("POST", url + URL, json=LONG))
+    assert answer.status_code == 200
+    lines = answer.iter_lines()
+    for _ in range(2):  # the role, and a first piece; there may be pings between
+        next(line for line in lines if line.startswith("data: "))
+    return lines
 
 
 def test_a_server_that_is_told_to_stop_finishes_its_texts():
-    process, host, port = start()
-    try:
-        answer = begin(host, port)
+    with ExitStack() as stack:
+        process, url = start(stack)
+        lines = begin(stack, url)
         process.send_signal(signal.SIGTERM)
-        assert answer.read().rstrip().endswith(b"data: [DONE]")
+        assert "data: [DONE]" in list(lines)
         assert process.wait(60) == 0
-        with pytest.raises(ConnectionRefusedError):
-            begin(host, port)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        with pytest.raises(httpx.ConnectError):
+            begin(stack, url)
 
 
 def test_a_second_signal_ends_the_texts():
-    process, host, port = start("--stop-seconds", "1000")
-    try:
-        answers = [begin(host, port) for _ in range(8)]
+    with ExitStack() as stack:
+        process, url = start(stack, "--stop-seconds", "1000")
+        texts = [begin(stack, url) for _ in range(8)]
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) is not None
-        read = []
-        for answer in answers:
-            try:
-                read.append(answer.read())
-            except (http.client.IncompleteRead, ConnectionResetError) as error:
-                read.append(getattr(error, "partial", b""))
-        assert not all(text.rstrip().endswith(b"data: [DONE]") for text in read)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        process.wait(60)
+        whole = 0
+        for lines in texts:
+            with suppress(httpx.TransportError):
+                whole += "data: [DONE]" in list(lines)
+        assert whole < 8

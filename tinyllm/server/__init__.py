@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
             if (error.name or "").startswith("tinyllm"):
                 raise
             raise ArgumentError(
-                f"the server needs {error.name}: pip install 'tinyllm[server]'"
+                f"the server needs {error.name}; in a checkout of tinyllm: pip install '.[server]'"
             ) from error
         return create_app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,8 +19,9 @@ from .extras import with_model
 from .fields import Count, Loose, Number, Schema, Strict, Whole, start
 from .pool import Served
 from .reply import Reply, event
+from .shapes import AnthropicErrorShape, CountShape, MessageShape, errors, shaped
 
-router = APIRouter()
+router = APIRouter(responses=errors(AnthropicErrorShape))
 
 
 class TextBlock(Loose):
@@ -216,7 +217,14 @@ class MessagesBody(CountBody):
         return found
 
 
-@router.post("/v1/messages")
+@router.post(
+    "/v1/messages",
+    **shaped(
+        MessageShape,
+        stream=True,
+        example={"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 60},
+    ),
+)
 async def messages(body: MessagesBody, request: Request) -> Reply:
     """Answer a conversation, by Anthropic's protocol."""
     pool = request.app.state.pool
@@ -241,7 +249,10 @@ def conversation(body: MessagesBody) -> Conversation:
     )
 
 
-@router.post("/v1/messages/count_tokens")
+@router.post(
+    "/v1/messages/count_tokens",
+    **shaped(CountShape, example={"messages": [{"role": "user", "content": "Tell me a story."}]}),
+)
 async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
     """Count the tokens that a conversation would be read as."""
     template = request.app.state.pool.settings.template

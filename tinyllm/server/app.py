@@ -34,6 +34,7 @@ from .metrics import Metrics
 from .pool import Pool, Source
 from .reply import told
 from .settings import Settings
+from .shapes import ErrorShape, errors
 
 log = logging.getLogger("tinyllm.server")
 ROUTES = (
@@ -91,6 +92,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        responses=errors(ErrorShape),
     )
     app.pool = app.state.pool = Pool(named(models), settings or Settings())
     app.state.metrics = Metrics()

@@ -16,6 +16,7 @@ from .fields import Strict
 from .openai_chat import TextPart
 from .openai_responses import InputCall, InputMessage, InputOutput, messages_of
 from .pool import Served
+from .shapes import DecisionShape, SystemOneShape, shaped
 
 router = APIRouter()
 Text = Annotated[str, Field(min_length=1)]
@@ -105,7 +106,16 @@ class DecisionBody(Strict):
     safety_identifier: str | None = None
 
 
-@router.post("/v1/decisions")
+@router.post(
+    "/v1/decisions",
+    **shaped(
+        DecisionShape,
+        example={
+            "input": "I was charged twice.",
+            "questions": [{"type": "predicate", "instructions": "It is a complaint."}],
+        },
+    ),
+)
 async def decide(body: DecisionBody, request: Request) -> dict[str, Any]:
     """Answer questions about a text or a conversation with probabilities."""
     given = body.input if isinstance(body.input, str) else messages_of(body.input)
@@ -225,7 +235,16 @@ class SystemOneBody(Strict):
     ]
 
 
-@router.post("/v1/systemone")
+@router.post(
+    "/v1/systemone",
+    **shaped(
+        SystemOneShape,
+        example={
+            "state": "I was charged twice.",
+            "questions": {"angry": {"type": "noul", "instructions": "Is it a complaint?"}},
+        },
+    ),
+)
 async def systemone(body: SystemOneBody, request: Request) -> dict[str, Any]:
     """Answer questions about a state with probabilities, each by its name."""
     asked = [{**q.asked(), "instructions": plain(q.instructions)} for q in body.questions.values()]

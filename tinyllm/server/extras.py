@@ -7,13 +7,22 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from .errors import Refusal
 from .fields import Id, Strict
 from .openai_chat import FunctionTool, Message
 from .pool import Pool, Served
 from .reply import dumps
+from .shapes import (
+    HealthShape,
+    ModelShape,
+    ModelsShape,
+    PromptShape,
+    TextShape,
+    TokensShape,
+    shaped,
+)
 
 router = APIRouter()
 
@@ -24,20 +33,22 @@ def pool_of(request: Request) -> Pool:
     return pool
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **shaped(ModelsShape))
 @router.get("/models", include_in_schema=False)
 async def models(request: Request) -> dict[str, Any]:
     """List the models."""
     return {"object": "list", "data": [served.about() for served in pool_of(request)]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", **shaped(ModelShape))
 async def model(name: str, request: Request) -> dict[str, Any]:
     """Tell of one model."""
     return pool_of(request).find(name).about()
 
 
-@router.get("/health")
+@router.get(
+    "/health", response_model=None, responses={c: {"model": HealthShape} for c in (200, 503)}
+)
 @router.get("/v1/health", include_in_schema=False)
 async def health(request: Request) -> Response:
     """Say whether the default model is loaded: 200, or 503 while it is being loaded."""
@@ -50,7 +61,7 @@ async def health(request: Request) -> Response:
     return Response(dumps(body), 503, {"Retry-After": "1"}, "application/json")
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Tell Prometheus."""
     text = request.app.state.metrics.text(pool_of(request))
@@ -100,7 +111,7 @@ async def with_model(request: Request, name: str | None, work: Any) -> Any:
         pool.release(served)
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", **shaped(TokensShape, example={"content": "Once upon a time"}))
 async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     """Make tokens of a text or a conversation."""
     given = [v for v in (body.content, body.prompt, body.messages) if v is not None]
@@ -162,7 +173,7 @@ def conversation_ids(served: Served, body: TokenizeBody | TemplateBody) -> list[
     )  # fmt: skip
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", **shaped(TextShape, example={"tokens": [5, 6, 7]}))
 async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
     """Make text of tokens."""
 
@@ -173,7 +184,10 @@ async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
     return await with_model(request, body.model, work)  # type: ignore[no-any-return]
 
 
-@router.post("/apply-template")
+@router.post(
+    "/apply-template",
+    **shaped(PromptShape, example={"messages": [{"role": "user", "content": "Tell me a story."}]}),
+)
 async def apply_template(body: TemplateBody, request: Request) -> dict[str, Any]:
     """Put a conversation into the model's chat template."""
 

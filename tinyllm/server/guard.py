@@ -17,7 +17,7 @@ from .reply import send_whole
 from .settings import Settings
 
 log = logging.getLogger("tinyllm.server")
-PUBLIC = ("/", "/health", "/v1/health", "/favicon.ico")
+PUBLIC = ("/", "/docs", "/openapi.json", "/health", "/v1/health", "/favicon.ico")
 ALLOWED = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
 TOO_LARGE = "the body is larger than {} bytes"
 SAFE = [

@@ -27,6 +27,7 @@ from .fields import (
 )
 from .reply import Reply, dumps, quoted
 from .settings import Settings
+from .shapes import ChatShape, shaped
 
 router = APIRouter()
 
@@ -161,7 +162,14 @@ class ChatBody(Constrained, Ignored):
         return found
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    **shaped(
+        ChatShape,
+        stream=True,
+        example={"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 60},
+    ),
+)
 async def chat(body: ChatBody, request: Request) -> Reply:
     """Answer a conversation."""
     pool = request.app.state.pool

@@ -21,6 +21,7 @@ from .fields import Constrained, Count, Format, Id, constraint, schema_of
 from .openai_chat import Ignored, StreamOptions, timings
 from .pool import Served
 from .reply import Reply, dumps
+from .shapes import CompletionShape, shaped
 from .texts import Asked, ask
 
 router = APIRouter()
@@ -54,7 +55,12 @@ class CompletionBody(Constrained, Ignored):
         return [p] if isinstance(p, str) or isinstance(p[0], int) else p
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions",
+    **shaped(
+        CompletionShape, stream=True, example={"prompt": "Once upon a time", "max_tokens": 60}
+    ),
+)
 async def complete(body: CompletionBody, request: Request) -> Reply:
     """Continue one text or several."""
     pool = request.app.state.pool

@@ -14,6 +14,7 @@ from .extras import pool_of, with_model
 from .fields import Count, Strict
 from .openai_completions import Prompt
 from .pool import Served
+from .shapes import EmbeddingsShape, RerankShape, shaped
 
 router = APIRouter()
 
@@ -28,7 +29,9 @@ class EmbeddingBody(Strict):
     user: str | None = None
 
 
-@router.post("/v1/embeddings")
+@router.post(
+    "/v1/embeddings", **shaped(EmbeddingsShape, example={"input": ["One text", "Another"]})
+)
 @router.post("/embeddings", include_in_schema=False)
 async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
     """Turn texts, or their tokens, into vectors of length 1."""
@@ -97,7 +100,12 @@ class RerankBody(Strict):
     return_documents: bool = False
 
 
-@router.post("/v1/rerank")
+@router.post(
+    "/v1/rerank",
+    **shaped(
+        RerankShape, example={"query": "What is a cat?", "documents": ["An animal.", "A stone."]}
+    ),
+)
 @router.post("/rerank", include_in_schema=False)
 async def rerank(body: RerankBody, request: Request) -> dict[str, Any]:
     """Sort documents by how well they answer a query; a score is from 0 to 1."""

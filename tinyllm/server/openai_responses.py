@@ -17,6 +17,7 @@ from .errors import Refusal
 from .fields import Count, Loose, Number, Sampling, Schema, Strict, Whole, start
 from .openai_chat import TextPart, entries
 from .reply import Reply, event
+from .shapes import ResponseShape, shaped
 
 router = APIRouter()
 
@@ -247,7 +248,12 @@ class ResponseBody(Strict):
         return found
 
 
-@router.post("/v1/responses")
+@router.post(
+    "/v1/responses",
+    **shaped(
+        ResponseShape, stream=True, example={"input": "Tell me a story.", "max_output_tokens": 60}
+    ),
+)
 async def respond(body: ResponseBody, request: Request) -> Reply:
     """Answer a conversation, by OpenAI's newer protocol."""
     choice = body.tool_choice or "auto"

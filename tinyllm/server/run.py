@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import socket
 from types import FrameType
 
@@ -17,12 +16,14 @@ log = logging.getLogger("tinyllm.server")
 
 
 class Process(uvicorn.Server):
-    """Stops gracefully at the first signal, and at once at the second, whichever they are."""
+    """Stops gracefully at the first signal, and at once at the second, whichever they are.
+
+    uvicorn raises signals anew once all is closed; here that is the end of it, and the exit status is 0.
+    """
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
-        self._captured_signals.append(sig)
         self.should_exit = True
 
 
@@ -60,13 +61,9 @@ def serve(app: Server, sock: socket.socket, stop_s: float = 30.0) -> None:
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     process = Process(config)
-    ignored = signal.getsignal(signal.SIGINT)
     try:
         process.run(sockets=[sock])
-    except KeyboardInterrupt:  # uvicorn raises the signal again once all is closed
-        pass
     finally:
-        signal.signal(signal.SIGINT, ignored)
         sock.close()
 
 

@@ -68,6 +68,12 @@ async def index(request: Request) -> Response:
     return file_answer("index.html", request)
 
 
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """What the server answers, from its OpenAPI description."""
+    return file_answer("docs.html", request)
+
+
 @router.get("/page/{name:path}")
 async def file(name: str, request: Request) -> Response:
     """A file that the page names."""
