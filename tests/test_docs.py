@@ -121,6 +121,7 @@ APART = {
     STRUCTURED,
     ROOT / "docs" / "bfloat16.md",
     ROOT / "docs" / "one-token.md",
+    ROOT / "docs" / "server.md",  # in tests/server
 }  # they have tests of their own, above
 NEEDS = {"guide.md": "llguidance", "api/model.md": "llguidance", "api/plots.md": "matplotlib"}
 RUN = [p for p in PAGES if p not in APART and "```python" in p.read_text("utf-8")]

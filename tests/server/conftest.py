@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -87,3 +90,25 @@ def make_app(model: tinyllm.Model) -> Iterator[Callable[..., App]]:
     yield make
     for found in made:
         found.close()
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[[Any], str]]:
+    """serve(application): the address of a server of it, which ends with the module's tests."""
+    uvicorn = pytest.importorskip("uvicorn")
+    servers: list[tuple[Any, threading.Thread]] = []
+
+    def begin(app: Any) -> str:
+        sock = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        servers.append((server, thread))
+        while not server.started:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+    yield begin
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ import tinyllm
 pytest.importorskip("fastapi", reason="the server needs the extra [server]")
 openai = pytest.importorskip("openai", minversion="1.50")
 anthropic = pytest.importorskip("anthropic")
-uvicorn = pytest.importorskip("uvicorn")
 
 from tinyllm.server import Settings, create_app  # noqa: E402
 
@@ -40,24 +37,10 @@ WEATHER = {
 }
 
 
-class Server(uvicorn.Server):
-    def install_signal_handlers(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
-def url(model: tinyllm.Model) -> Iterator[str]:
+def url(model: tinyllm.Model, serve: Callable[[Any], str]) -> str:
     """The address of a server of the bundled model, which asks for a key and shows tools."""
-    app = create_app({"tales": model}, Settings(api_keys=("secret",), template=HERMES))
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = Server(uvicorn.Config(app, log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    return serve(create_app({"tales": model}, Settings(api_keys=("secret",), template=HERMES)))
 
 
 @pytest.fixture(scope="module")
