@@ -95,8 +95,8 @@ def test_a_replayed_step_reads_the_new_batch_and_its_caches() -> None:
     assert np.array_equal(plain, replayed)
 
 
-def test_a_step_has_room_for_its_own_context_only() -> None:
-    """Parts of attention are laid out for the context's length: another length is another recording."""
+def test_a_step_is_recorded_anew_when_its_past_has_outgrown_it() -> None:
+    """There is room for the parts of some blocks of the past, whatever the context's length."""
     calls = []
 
     def fn(batch: Batch) -> Any:
@@ -105,10 +105,16 @@ def test_a_step_has_room_for_its_own_context_only() -> None:
         ONE.cache_write(batch, 0, x, x)
         return ONE.attention(batch, 0, ONE.concat([x, x]), 4, scale=0.2)
 
-    for n_ctx in (16, 700, 16):
+    results = []
+    for n_ctx, past in ((16, 0), (700, 0), (4000, 700), (4000, 1100), (4000, 2000), (16, 0)):
         cache = ONE.new_cache(LAYERS, n_ctx, "f16")
-        ONE.step("room", fn, Batch.of([[0]], [0], [0], [cache]))
-    assert len(calls) == 2
+        if past:
+            x = np.random.default_rng(past).normal(size=(past, 128)).astype(F32)
+            attend(ONE, cache, 0, np.concatenate([x, x], 1))
+        batch = Batch.of([[0]], [past], [0], [cache])
+        results.append(np.array(ONE.numpy(ONE.step("room", fn, batch))))
+        assert np.array_equal(results[-1], ONE.numpy(ONE.step(None, fn, batch)))
+    assert len(calls) == len(results) + 2
 
 
 def test_a_step_that_asks_for_values_is_not_replayed() -> None:

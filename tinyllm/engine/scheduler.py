@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,7 @@ from ..models.memory import cache_bytes
 from ..models.step import hook_of
 from .completion import Prompt, begin, options_of, room_for, split_prompts, unread
 from .generate import Run, Work, check_fits, steps
-from .prefixes import SNAPSHOT, Prefixes, needs_snapshots
+from .prefixes import SNAPSHOT, Prefixes, n_same, needs_snapshots
 from .request import Request
 from .request import Usage as Usage
 from .speculate import drafting
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from ..models.state import State
 
 MOST_TEXTS = 64  # texts of a step, unless told otherwise
+WORTH_WAITING = (
+    32  # tokens that a request and one being read have in common, for it to wait for them
+)
 ROOM = 512  # tokens that a request has memory for when it joins, beyond those it has to read
 SLOWER = (
     2.0  # a step that also reads prompts may take so many times as long as one that only writes
@@ -340,8 +344,7 @@ class Engine:
                 self._waiting.remove(request)
         for request in gone:
             request.finish()
-        while self._waiting and len(self._running) < most:
-            request = self._waiting[0]  # only this thread takes requests from the queue
+        while len(self._running) < most and (request := self._next()) is not None:
             if self._running and self._held + self._needs(request) > self.max_bytes:
                 return
             try:
@@ -350,17 +353,37 @@ class Engine:
                 if self._running and isinstance(e, (DeviceError, MemoryError)):
                     return  # others hold the memory; it is tried again when they leave
                 with self._changed:
-                    self._waiting.popleft()
+                    self._waiting.remove(request)
                 request.finish(e)
                 continue
             with self._changed:
-                self._waiting.popleft()
+                self._waiting.remove(request)
                 assert request.job is not None
                 self._running.append(request)
             self._runs.append(request.job.run)
             if request.ended:  # no token was asked for
                 self._leave(request)
                 request.finish()
+
+    def _next(self) -> Request | None:
+        """The first waiting request that would not read what a running one is about to have read."""
+        with self._changed:
+            first = list(islice(self._waiting, MOST_TEXTS))
+        return next((request for request in first if not self._is_being_read(request)), None)
+
+    def _is_being_read(self, request: Request) -> bool:
+        """Whether a running request is reading a beginning of this prompt, and will leave it in the tree."""
+        if request.job is not None or not may_be_known(request) or not self._prefixes.max_bytes:
+            return False
+        for other in self._running:
+            assert other.job is not None
+            run = other.job.run
+            if run.reading and other.given_state is None and run.state.can_truncate:
+                n = n_same(other.prompt_ids, request.prompt_ids)
+                if run.state.n_past < n and n >= WORTH_WAITING:
+                    other.next_snapshot = min(other.next_snapshot, n)
+                    return True
+        return False
 
     def _begin(self, request: Request) -> None:
         """Give a request a state: a first one, or a new one after it was set aside."""
@@ -379,10 +402,7 @@ class Engine:
 
     def _known(self, request: Request) -> State | None:
         """A state that has read the beginning of what a request has to read, if it may be used."""
-        o, job = request.options, request.job
-        reported = job is not None and job.run.n_generated  # on every token of the prompt
-        reports = o.echo and o.logprobs is not None and not reported
-        if request.given_state is not None or reports or (o.overflow == "truncate" and not job):
+        if not may_be_known(request):
             return None
         return self._prefixes.find(request.set_aside_ids or request.prompt_ids, request.n_ctx)
 
@@ -396,7 +416,7 @@ class Engine:
         if request.ended or run.state.n_past >= request.next_snapshot:
             self._prefixes.add(run.state)
             step = SNAPSHOT if self._snapshots else n
-            more = request.next_snapshot < n
+            more = run.state.n_past < n
             request.next_snapshot = (
                 min(run.state.n_past // step * step + step, n) if more else sys.maxsize
             )
@@ -443,13 +463,29 @@ class Pace:
             self.usual += (seconds - self.usual) * (0.1 if self.usual else 1)
         elif self.usual and n_read >= FEWEST_ROWS and len(work) > 1:
             each = max(seconds - self.usual, 0) / n_read
-            self.per_row += (each - self.per_row) * (0.3 if self.per_row else 1)
+            # a step of a new shape is recorded, and the machine has other work: both only add
+            slowly = self.per_row + (each - self.per_row) * 0.1
+            self.per_row = min(each, slowly) if self.per_row else each
 
     def rows(self) -> int:
-        """Rows of prompts that make a step ``SLOWER`` times as long as usual."""
+        """Rows of prompts that make a step ``SLOWER`` times as long as usual.
+
+        They are few numbers, each by about a half larger than the one before: a step is recorded for each.
+        """
         if not self.usual or not self.per_row:
             return FIRST_ROWS
-        return max(FEWEST_ROWS, int((SLOWER - 1) * self.usual / self.per_row))
+        n = max(FEWEST_ROWS, int((SLOWER - 1) * self.usual / self.per_row))
+        unit = 1 << max(n.bit_length() - 2, 0)
+        return n // unit * unit
+
+
+def may_be_known(request: Request) -> bool:
+    """Whether a request may go on from what was read for others."""
+    o, job = request.options, request.job
+    reported = job is not None and job.run.n_generated > 0  # on every token of the prompt
+    reports = o.echo and o.logprobs is not None and not reported
+    truncates = o.overflow == "truncate" and job is None
+    return request.given_state is None and not reports and not truncates
 
 
 def is_conversation(prompt: object) -> bool:

@@ -405,12 +405,14 @@ class CPUBackend(Backend):
             self._tape.add(kernel, int(tiles.sum()), **args)
             return y
 
-        most = tiles * -(-np.array([c.n_ctx for c in batch.caches]) // attention.BLOCK)
-        args["parts"] = self._new((int(most.sum()), attention.part_bytes(m, dim_v)), "u1")
         blocks = attention.blocks_after(batch.n_past.view(), lengths)
-        row = self._tape.add(kernel, int((tiles * blocks).sum()), **args)
+        n = int((tiles * blocks).sum())
+        # a step is recorded again only when its past has doubled
+        room = n if self._steps.now is None else n + int((tiles * np.maximum(blocks, 3)).sum())
+        args["parts"] = self._new((room, attention.part_bytes(m, dim_v)), "u1")
+        row = self._tape.add(kernel, n, **args)
         if self._steps.now is not None:
-            self._steps.now.growing.append(Growing(row, tiles))
+            self._steps.now.growing.append(Growing(row, tiles, room))
         merge = attention.merge_kernel(m)
         merged = {name: args[name] for name in merge.parameters}
         self._tape.add(merge, int(tiles.sum()), **merged)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +23,7 @@ from .attention import BLOCK
 from .profile import TimedTape
 from .program import CPUArray, Tape, wrapped
 
-MOST_STEPS = 8  # recorded at a time
+MOST_STEPS = 24  # recorded at a time: texts come and go, and prompts are read beside them
 MOST_ROWS = 32  # longer steps take long enough to be recorded anew each time
 INPUTS = ("ids", "positions", "starts", "n_past", "outputs")  # arrays of a batch
 
@@ -34,6 +34,11 @@ class Growing:
 
     row: int
     tiles: np.ndarray  # [n_seq]: pieces for each block of a sequence's past
+    room: int  # pieces that it has memory for
+
+    def pieces(self, blocks: Sequence[int]) -> int:
+        """How many pieces it has when the sequences see so many blocks."""
+        return int((self.tiles * blocks).sum())
 
 
 @dataclass
@@ -51,21 +56,24 @@ class Recorded:
     result: Array = None
     replayable: bool = True
 
-    def replay(self, batch: Batch, n_workers: int) -> None:
-        """Put a batch in the place of the recorded one, and run."""
+    def replay(self, batch: Batch, n_workers: int) -> bool:
+        """Put a batch in the place of the recorded one, and run; False if its past has outgrown the step."""
+        seen = zip(batch.n_past.tolist(), self.lengths, strict=True)  # by the last of the new tokens
+        blocks = [(n + new - 1) // BLOCK + 1 for n, new in seen] if self.growing else None
+        if blocks != self.blocks and blocks is not None:
+            pieces = [g.pieces(blocks) for g in self.growing]
+            if any(n > g.room for n, g in zip(pieces, self.growing, strict=True)):
+                return False
+            for n, g in zip(pieces, self.growing, strict=True):
+                self.tape.set_pieces(g.row, n)
+            self.blocks = blocks
         for view, name in zip(self.inputs, INPUTS, strict=True):
             view[...] = getattr(batch, name)
         past = batch.n_past.tolist()
         make_room(batch, past, self.lengths)
         self.tables[:] = addresses(batch)
-        if self.growing:
-            seen = zip(past, self.lengths, strict=True)  # by the last of the new tokens
-            blocks = [(n + new - 1) // BLOCK + 1 for n, new in seen]
-            if blocks != self.blocks:
-                for g in self.growing:
-                    self.tape.set_pieces(g.row, int((g.tiles * blocks).sum()))
-                self.blocks = blocks
         self.tape.run(n_workers)
+        return True
 
 
 class Steps:
@@ -121,12 +129,10 @@ class Steps:
                 return self._record(fn, batch).result
             finally:
                 self.tape.clear()
-        key = (key, batch.starts.tobytes(), tuple((c.kv_type, c.n_ctx) for c in batch.caches))
+        key = (key, batch.starts.tobytes(), tuple([c.kv_type for c in batch.caches]))
         known = self._known.pop(key, None)
-        if known is None:
+        if known is None or not known.replay(batch, self._workers):
             known = self._first_time(fn, batch)
-        else:
-            known.replay(batch, self._workers)
         if known.replayable:
             self._known[key] = known
         return known.result
