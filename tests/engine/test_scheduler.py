@@ -17,7 +17,7 @@ import tinyllm
 from tinyllm import Completion, Engine, Model
 from tinyllm.engine.generate import Run
 from tinyllm.engine.request import Request
-from tinyllm.engine.scheduler import ROOM
+from tinyllm.engine.scheduler import FIRST_ROWS, MIXED, ROOM, Pace
 from tinyllm.errors import ArgumentError, ContextOverflow, QueueFull, StateError, TinyLLMError
 from tinyllm.models.memory import cache_bytes
 
@@ -416,6 +416,65 @@ def test_prompts_are_read_in_few_rows_beside_texts(
     mixed = [s for s in rows if any(w for w, _ in s) and any(n > 1 for _, n in s)]
     assert len(mixed) > 20
     assert max(n for s in mixed for w, n in s if not w) <= scheduler.FIRST_ROWS
+
+
+def test_rows_beside_texts_follow_what_they_cost() -> None:
+    pace, text, prompt = Pace(), Run.__new__(Run), Run.__new__(Run)
+    text.reading, prompt.reading = False, True
+    text.n_drafted = prompt.n_drafted = 0
+    assert pace.rows() == FIRST_ROWS
+    pace.note([(text, 1)], 0.010)
+    for n, seconds, rows in [
+        (16, 0.026, 8),  # a row costs a millisecond; sizes are 8, 12, 16, 24 ...
+        (8, 0.018, 8),
+        (8, 0.050, 6),  # a step that took longer is believed slowly
+        (8, 0.014, 16),  # a faster one at once
+        (16, 0.012, 64),
+    ]:
+        pace.note([(text, 1), (prompt, n)], seconds)
+        assert pace.rows() == rows, n
+    for _ in range(100):
+        pace.note([(text, 1), (prompt, 1)], 1.0)
+        if not pace.rows():
+            pace.note([(text, 1)], 0.010)
+    assert pace.rows() == 1
+
+
+def test_now_and_then_a_step_only_writes() -> None:
+    pace, text, prompt = Pace(), Run.__new__(Run), Run.__new__(Run)
+    text.reading, prompt.reading = False, True
+    text.n_drafted = prompt.n_drafted = 0
+    pace.note([(text, 1)], 0.010)
+    for i in range(MIXED):
+        assert pace.rows(), i
+        pace.note([(text, 1), (prompt, 8)], 0.02)
+    assert pace.rows() == 0
+    pace.note([(text, 1)], 0.010)
+    assert pace.rows()
+
+
+@pytest.mark.parametrize("prefix_bytes", [None, 0])
+def test_requests_that_share_a_beginning_wait_until_one_has_read_it(
+    m: Model, prefix_bytes: int | None
+) -> None:
+    r = random.Random(0)
+    shared = [r.randrange(3, 300) for _ in range(200)]
+    prompts = [shared + [r.randrange(3, 300) for _ in range(5)] for _ in range(6)]
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 0.9, "logprobs": 2, "seed": 3}
+    expected = [m.generate(p, **options) for p in prompts]
+    gate = threading.Event()
+
+    def waits(ids: list[int], logits: np.ndarray) -> None:
+        gate.wait(10)
+
+    with Engine(m, prefix_bytes=prefix_bytes) as e:
+        first = e.submit([5, 6, 7], max_tokens=1, logits_processor=waits)
+        rs = [e.submit(p, **options) for p in prompts]
+        gate.set()
+        assert [written(x.result(20)) for x in (*rs,)] == [written(c) for c in expected]
+        first.result(20)
+        cached = [x.usage.cached_tokens for x in rs]
+    assert cached == [0] + [200 if prefix_bytes is None else 0] * 5
 
 
 def test_an_engine_is_a_public_name() -> None:

@@ -39,10 +39,8 @@ ROOM = 512  # tokens that a request has memory for when it joins, beyond those i
 SLOWER = (
     2.0  # a step that also reads prompts may take so many times as long as one that only writes
 )
-FIRST_ROWS, FEWEST_ROWS = (
-    16,
-    4,
-)  # rows of prompts beside texts: before anything was timed, and at least
+MIXED = 16  # steps with rows of prompts, after which one has none
+FIRST_ROWS = 16  # rows of prompts beside texts, before anything was timed
 
 
 class Engine:
@@ -291,8 +289,8 @@ class Engine:
 
     def _rows_to_read(self) -> int:
         """How many rows of prompts the next step may compute beside texts."""
-        most = self.max_rows or self._net.n_batch
-        return max(1, min(self._pace.rows(), most - len(self._runs)))
+        most = (self.max_rows or self._net.n_batch) - len(self._runs)
+        return min(self._pace.rows(), max(most, 1))
 
     def _choice_failed(self, run: Run, error: Exception) -> None:
         """End the one request whose token could not be chosen, such as by an error in its processor."""
@@ -339,11 +337,11 @@ class Engine:
         usual = self.max_texts or MOST_TEXTS
         most = self._most or self.max_rows or min(usual, self._net.n_batch)
         with self._changed:
-            gone = [r for r in self._waiting if r.ended]
-            for request in gone:
-                self._waiting.remove(request)
-        for request in gone:
-            request.finish()
+            ended = [r for r in self._waiting if r.ended]
+            for r in ended:
+                self._waiting.remove(r)
+        for r in ended:
+            r.finish()
         while len(self._running) < most and (request := self._next()) is not None:
             if self._running and self._held + self._needs(request) > self.max_bytes:
                 return
@@ -455,13 +453,15 @@ class Pace:
     def __init__(self) -> None:
         self.usual = 0.0  # seconds of a step that only writes
         self.per_row = 0.0  # seconds that each row of a prompt adds
+        self.n_mixed = 0  # steps since one that only wrote
 
     def note(self, work: Work, seconds: float) -> None:
         """Learn from a step."""
-        n_read = sum([n for run, n in work if n > 1 + run.n_drafted])
+        n_read = sum([n for run, n in work if run.reading or n > 1 + run.n_drafted])
+        self.n_mixed = self.n_mixed + 1 if n_read else 0
         if not n_read:
-            self.usual += (seconds - self.usual) * (0.1 if self.usual else 1)
-        elif self.usual and n_read >= FEWEST_ROWS and len(work) > 1:
+            self.usual += (seconds - self.usual) * (0.2 if self.usual else 1)
+        elif self.usual and len(work) > 1:
             each = max(seconds - self.usual, 0) / n_read
             # a step of a new shape is recorded, and the machine has other work: both only add
             slowly = self.per_row + (each - self.per_row) * 0.1
@@ -471,10 +471,13 @@ class Pace:
         """Rows of prompts that make a step ``SLOWER`` times as long as usual.
 
         They are few numbers, each by about a half larger than the one before: a step is recorded for each.
+        Now and then it is 0, to see how long a step takes that only writes: texts become longer meanwhile.
         """
+        if self.n_mixed >= MIXED:
+            return 0
         if not self.usual or not self.per_row:
             return FIRST_ROWS
-        n = max(FEWEST_ROWS, int((SLOWER - 1) * self.usual / self.per_row))
+        n = max(1, int((SLOWER - 1) * self.usual / self.per_row))
         unit = 1 << max(n.bit_length() - 2, 0)
         return n // unit * unit
 

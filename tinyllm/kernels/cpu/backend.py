@@ -408,7 +408,7 @@ class CPUBackend(Backend):
         blocks = attention.blocks_after(batch.n_past.view(), lengths)
         n = int((tiles * blocks).sum())
         # a step is recorded again only when its past has doubled
-        room = n if self._steps.now is None else n + int((tiles * np.maximum(blocks, 3)).sum())
+        room = n if self._steps.now is None else n + int((tiles * np.maximum(blocks, 7)).sum())
         args["parts"] = self._new((room, attention.part_bytes(m, dim_v)), "u1")
         row = self._tape.add(kernel, n, **args)
         if self._steps.now is not None:
