@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tinyllm import Completion, Engine, Model
 from tinyllm.engine import speculate
 from tinyllm.engine.speculate import Costs, Lookup, best_length
 from tinyllm.errors import ArgumentError
+from tinyllm.kernels.pages import Page
 
 PROMPT = "Lily had a red ball. Tom had a red ball. Lily had a red ball. Tom had a"
 
@@ -133,6 +136,22 @@ def test_a_stream_shows_the_same_and_its_state_goes_on(m: Model) -> None:
         states.append(state.ids)
     assert texts[:2] == texts[2:]
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_stream_that_is_closed_gives_its_pages_back(m: Model, begun: bool) -> None:
+    def n_pages() -> int:
+        gc.collect()
+        return sum(isinstance(x, Page) for x in gc.get_objects())
+
+    before = n_pages()
+    stream = m.generate("Once upon a time", max_tokens=60, seed=1, stream=True, speculate=m)
+    text = "".join(islice(stream, 10 if begun else 0))
+    assert n_pages() > before or not begun
+    stream.close()
+    assert n_pages() == before
+    assert stream.completion.text.startswith(text)
+    assert stream.completion.finish_reason == "cancelled"
 
 
 def test_an_error_in_a_step_leaves_no_guess_in_the_state(

@@ -94,8 +94,10 @@ class Run:
         return self.finish_reason is None
 
     def close(self) -> None:
-        """End where it is, unless it has ended."""
+        """End where it is, unless it has ended, and let go of the memory."""
         self.finish_reason = self.finish_reason or "cancelled"
+        if hasattr(self, "state"):
+            self.give_up()
 
     @property
     def n_pending(self) -> int:
