@@ -31,7 +31,7 @@ def widen(e: Emit, p: Any, kind: str, offset: int, n: int) -> Any:
 class Reader:
     """What the float kernels are compiled for."""
 
-    name: str  # of kernels
+    name: str  # that kernels carry
     block: int  # columns that a kernel counts as one
     tile_bytes: int  # of a block of 16 rows
 

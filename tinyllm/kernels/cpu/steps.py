@@ -58,7 +58,8 @@ class Recorded:
 
     def replay(self, batch: Batch, n_workers: int) -> bool:
         """Put a batch in the place of the recorded one, and run; False if its past has outgrown the step."""
-        seen = zip(batch.n_past.tolist(), self.lengths, strict=True)  # by the last of the new tokens
+        # by the last of the new tokens
+        seen = zip(batch.n_past.tolist(), self.lengths, strict=True)
         blocks = [(n + new - 1) // BLOCK + 1 for n, new in seen] if self.growing else None
         if blocks != self.blocks and blocks is not None:
             pieces = [g.pieces(blocks) for g in self.growing]
