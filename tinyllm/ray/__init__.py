@@ -1,4 +1,4 @@
-"""Many machines, by Ray: classes for ``Dataset.map_batches``.
+"""Many machines, by Ray: classes for ``Dataset.map_batches``, and an application for Ray Serve.
 
 Needs the extra ``[ray]``; importing this package does not import Ray.
 """
@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data import Decide, Embed, Generate, Score, per_node
+    from .serve import application
 
-__all__ = ["Decide", "Embed", "Generate", "Score", "per_node"]
+__all__ = ["Decide", "Embed", "Generate", "Score", "application", "per_node"]
 
 
 def __getattr__(name: str) -> Any:
     """Import on use, so that what needs Ray is told apart from what does not."""
+    if name == "application":
+        from .data import ray
+
+        ray()  # else a package of the server's would be missed first
+        from .serve import application
+
+        return application
     if name in __all__:
         from . import data
 

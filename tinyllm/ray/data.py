@@ -135,8 +135,8 @@ def per_node(cpus: int | None = None) -> dict[str, Any]:
 
     Examples
     --------
-    >>> from tinyllm.ray import Embed, per_node
-    >>> call = "data.map_batches(Embed, fn_constructor_kwargs={'model': 'm.gguf'}, **per_node())"
+    >>> options = {"fn_constructor_kwargs": {"model": "m.gguf"}, **per_node()}  # doctest: +SKIP
+    >>> ray.data.read_parquet("in").map_batches(Embed, **options)  # doctest: +SKIP
     """
     nodes = [node["Resources"].get("CPU", 0) for node in ray().nodes() if node["Alive"]]
     counts = [int(n) for n in nodes if n >= 1]

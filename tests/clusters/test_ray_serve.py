@@ -1,0 +1,284 @@
+"""The server in replicas: how an answer is passed on, where requests go, and what a replica's end does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+import tinyllm
+from tinyllm.ray.prefixes import FIRST, prefix_of, ranked
+
+pytest.importorskip("fastapi", reason="the server needs tinyllm[server]")
+httpx = pytest.importorskip("httpx")
+
+from tinyllm.ray.serve import Passed, answers  # noqa: E402
+from tinyllm.server import create_app  # noqa: E402
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray[serve]")
+
+
+# ---- where requests go
+
+
+def digest(**fields: Any) -> bytes | None:
+    return prefix_of(json.dumps(fields).encode())
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def test_a_conversation_keeps_its_prefix_from_turn_to_turn() -> None:
+    first = digest(messages=said("Be brief.", "Hello!"))
+    assert digest(messages=said("Be brief.", "Hello!", "Yes?", "Why?"), temperature=1) == first
+    assert digest(messages=said("Be brief.", "Hi!")) != first
+    assert digest(messages=said("Be long.", "Hello!")) != first
+    assert digest(messages=said("Be brief.", "Hello!"), model="other") != first
+    assert digest(messages=said("Be brief.", "Hello!"), system="s") != first
+
+
+def test_texts_that_begin_alike_have_one_prefix() -> None:
+    beginning = "x" * FIRST
+    assert digest(prompt=beginning + "a") == digest(prompt=beginning + "b")
+    assert digest(prompt="a") != digest(prompt="b")
+    assert digest(input=["a"]) != digest(input=["b"])
+    assert digest(prompt=[1, 2, 3]) != digest(prompt=[1, 2, 4])
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"nonsense", b"[]", b"{}", b'{"prompt": 5}', b'{"messages": []}', b"\xff"]
+)
+def test_a_request_without_a_beginning_has_none(body: bytes) -> None:
+    assert prefix_of(body) is None
+
+
+def test_only_prefixes_of_a_replica_that_comes_or_goes_move() -> None:
+    prefixes = [str(i).encode() for i in range(2000)]
+    before = [ranked(p, ["a", "b", "c"])[0] for p in prefixes]
+    assert min(before.count(i) for i in range(3)) > 550
+    after = [ranked(p, ["a", "b", "c", "d"])[0] for p in prefixes]
+    assert {(b, a) for b, a in zip(before, after, strict=True) if b != a} == {
+        (0, 3),
+        (1, 3),
+        (2, 3),
+    }
+    assert sorted(ranked(b"x", ["a", "b", "c"])) == [0, 1, 2]
+
+
+# ---- how an answer is passed on
+
+
+class Died(Exception):
+    """What a dead replica raises."""
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[Any]:
+    with tinyllm.load() as model:
+        app = create_app({"tales": model})
+        yield app
+        app.close()
+
+
+def front(call: Any) -> Any:
+    """An ASGI application that passes requests to workers."""
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        await Passed(call, body, Died)(scope, receive, send)
+
+    return inside
+
+
+def ask(application: Any, **fields: Any) -> httpx.Response:
+    asked = {"model": "tales", "prompt": "Once", "max_tokens": 6, "seed": 1, **fields}
+
+    async def inside() -> httpx.Response:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(application), base_url="http://localhost"
+        ) as client:
+            return await client.post("/v1/completions", json=asked)
+
+    return asyncio.run(inside())
+
+
+def texts(answer: httpx.Response) -> str:
+    lines = [line[6:] for line in answer.text.split("\n") if line.startswith("data: {")]
+    return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+
+
+def test_an_answer_and_a_stream_are_the_applications(app: Any) -> None:
+    passed = front(lambda prefix, scope, body: answers(app, scope, body))
+    expected = ask(app).json()["choices"][0]["text"]
+    assert ask(passed).json()["choices"][0]["text"] == expected
+    stream = ask(passed, stream=True)
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert texts(stream) == expected
+    assert ask(passed, nonsense=1).status_code == 400
+
+
+class Dying:
+    """Workers of which the first few die after so many messages."""
+
+    def __init__(self, app: Any, deaths: int, after: int) -> None:
+        self.app, self.deaths, self.after, self.calls = app, deaths, after, 0
+
+    async def __call__(self, prefix: Any, scope: Any, body: bytes) -> AsyncIterator[Any]:
+        self.calls += 1
+        dies, n = self.calls <= self.deaths, 0
+        async for message in answers(self.app, scope, body):
+            if dies and n == self.after:
+                raise Died
+            n += 1
+            yield message
+
+
+def test_a_worker_that_dies_before_the_first_byte_is_followed_by_another(app: Any) -> None:
+    workers = Dying(app, deaths=2, after=0)
+    assert ask(front(workers)).json()["choices"][0]["text"] == ask(app).json()["choices"][0]["text"]
+    assert workers.calls == 3
+
+
+def test_when_all_die_the_client_is_told(app: Any) -> None:
+    answer = ask(front(Dying(app, deaths=9, after=0)))
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert "has ended; ask again" in answer.json()["error"]["message"]
+
+
+def test_a_stream_that_is_cut_ends_with_an_error(app: Any) -> None:
+    workers = Dying(app, deaths=9, after=3)
+    answer = ask(front(workers), stream=True)
+    assert workers.calls == 1
+    *_, event, end = answer.text.split("\n\n")
+    assert event.startswith("event: error\ndata: ")
+    assert "has ended" in json.loads(event.partition("data: ")[2])["error"]["message"]
+    assert end == ""
+
+
+def test_half_of_an_answer_closes_the_connection(app: Any) -> None:
+    with pytest.raises(Exception, match="has ended"):
+        ask(front(Dying(app, deaths=9, after=1)))
+
+
+def test_a_client_that_goes_ends_the_text(app: Any) -> None:
+    """The worker's iteration is left, and the application is told."""
+    served = app.pool.find(None)
+
+    async def inside() -> None:
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+            "scheme": "http", "path": "/v1/completions", "raw_path": b"/v1/completions",
+            "query_string": b"", "root_path": "", "client": None, "server": ("localhost", 80),
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+        }  # fmt: skip
+        asked = {"prompt": "Once", "max_tokens": 400, "stream": True, "logit_bias": {"2": -100}}
+        messages = answers(app, scope, json.dumps(asked).encode())
+        assert (await anext(messages))["status"] == 200
+        await anext(messages)
+        assert served.n_texts == 1
+        await messages.aclose()
+        for _ in range(200):
+            if served.n_texts == 0:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError("the text goes on")
+
+    asyncio.run(inside())
+
+
+# ---- on a cluster
+
+SERVE = """
+import sys, ray, time
+from ray import serve
+from tinyllm.ray import application
+from tinyllm.server import Settings
+ray.init("local", num_cpus=2, include_dashboard=False)
+serve.start(http_options={"port": int(sys.argv[1])})
+serve.run(application({"tales": sys.argv[2] or None}, Settings(slots=16), replicas=2,
+                      prefixes=sys.argv[3] == "prefixes"))
+print("ready", flush=True)
+time.sleep(10_000)
+"""
+
+
+class Served:
+    """Two replicas behind one port, in a process of their own."""
+
+    def __init__(self, port: int, model: str = "", prefixes: str = "prefixes") -> None:
+        command = [sys.executable, "-c", SERVE, str(port), model, prefixes]
+        self.url = f"http://127.0.0.1:{port}"
+        patient = {  # else a busy machine's proxy is taken for dead
+            "RAY_SERVE_PROXY_HEALTH_CHECK_UNHEALTHY_THRESHOLD": "100",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        }
+        environ = {**os.environ, **patient}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+        assert self.process.stdout is not None
+        assert any(line == "ready\n" for line in self.process.stdout)
+
+    def replicas(self) -> list[int]:
+        found = subprocess.run(
+            ["pgrep", "-f", "^ray::ServeReplica:default:tinyllm[^-]*$"],
+            capture_output=True,
+            text=True,
+        )
+        return [int(line) for line in found.stdout.split()]
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(120)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_replica_killed_under_load_loses_no_request_without_an_error() -> None:
+    openai = pytest.importorskip("openai")
+    served = Served(4987)
+    ended: list[str] = []
+    try:
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="-", max_retries=0) as client:
+
+            def ask(i: int) -> None:
+                messages = [{"role": "user", "content": f"Tell me story {i}."}]
+                try:
+                    stream = client.chat.completions.create(
+                        model="tales", messages=messages, max_tokens=150, seed=i, stream=True
+                    )
+                    reasons = [c.choices[0].finish_reason for c in stream if c.choices]
+                    ended.append(reasons[-1] or "cut")
+                except openai.APIError:
+                    ended.append("error")
+
+            for _ in range(2):  # both replicas are warm, then one is killed under load
+                threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+                for thread in threads:
+                    thread.start()
+                time.sleep(1.0)
+                if len(ended) >= 24:
+                    os.kill(served.replicas()[0], signal.SIGKILL)
+                for thread in threads:
+                    thread.join()
+    finally:
+        served.close()
+    assert len(ended) == 48
+    assert "cut" not in ended
+    assert set(ended[:24]) <= {"stop", "length"}
