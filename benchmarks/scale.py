@@ -111,7 +111,7 @@ class Replica:
     reading: Turn | None = None
     steps: int = 0
     began: float = 0.0
-    version: int = 0  # of the block's end, which an arrival brings forward
+    version: int = 0  # changes where an arrival brings the block's end forward
 
     @property
     def busy(self) -> bool:
