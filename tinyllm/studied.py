@@ -14,19 +14,30 @@ from .errors import ArgumentError
 
 if TYPE_CHECKING:
     from .engine.completion import Prompt
+    from .gguf import GGUFFile
     from .models.network import Network
+    from .research.attribution import Attribution, By
     from .research.cache import Cache
+    from .research.grids import Grid, Metric, Over
     from .research.patches import Patch, Positions
     from .research.points import Names, Point
+    from .tokenizers import Tokenizer
 
 
 class Studied(ABC):
     """The part of a ``Model`` that shows its inside."""
 
+    _file: GGUFFile
+
     @property
     @abstractmethod
     def network(self) -> Network:
         """The weights and their mathematics."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back."""
 
     @abstractmethod
     def prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -218,3 +229,158 @@ class Studied(ABC):
             raise ArgumentError(f"x has shape {rows.shape}; expected rows of {e} values")
         flat = rows.reshape(-1, e)
         return self.network.lens(flat).reshape(*rows.shape[:-1], -1)
+
+    def attribute(
+        self,
+        prompt: Prompt,
+        token: int | str,
+        against: int | str | None = None,
+        position: int = -1,
+        by: By = "layers",
+    ) -> Attribution:
+        """What layers, heads or neurons add to a token's logit, with the last norm's magnitude held fixed.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            What is read.
+        token, against : int or str
+            Whose logit; with ``against``, the difference of the two. A text must be one token.
+        position : int
+            The logits after this token of the prompt.
+        by : {"layers", "heads", "neurons"}
+            Into what the logit is taken apart.
+
+        Returns
+        -------
+        Attribution
+            Its ``values``, ``embd``, ``constant`` and ``rest`` sum to ``total``.
+
+        Raises
+        ------
+        UnsupportedModel
+            The layers do not simply add two halves to one residual stream.
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> found = m.attribute("Once upon a", " time", by="heads")
+        >>> found.values.shape == (m.config.n_layer, m.config.n_head[0])
+        True
+        """
+        from .research.attribution import attribute
+
+        tokens = self._token(token), None if against is None else self._token(against)
+        ids = self.prompt_ids(prompt)
+        return attribute(self.network, self._file.tensors, ids, *tokens, position, by)
+
+    def patch_grid(
+        self,
+        clean: Prompt,
+        corrupted: Prompt,
+        metric: Metric | tuple[str, str],
+        point: str = "out",
+        over: Over = "positions",
+        positions: Positions = None,
+    ) -> Grid:
+        """Put activations of a clean run into a corrupted one, one place at a time, and measure each run.
+
+        Parameters
+        ----------
+        clean, corrupted : str or sequence of int
+            Two prompts of equally many tokens.
+        metric : (token, token) or callable
+            The difference of two tokens' logits after the last token, or a function of all of them [n_vocab].
+        point : str
+            A kind of point that layers have ("out", "attn_out", "ffn_out", "attn_heads", "q", ...), or
+            "resid_pre".
+        over : {"positions", "heads", "layers"}
+            A run for each layer and position; for each layer and head; or for each layer.
+        positions : int, slice or sequence of int, optional
+            Which positions are patched, or are the columns. Default: all.
+
+        Returns
+        -------
+        Grid
+            Its ``values`` are [layers, positions], [layers, heads] or [layers, 1].
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> grid = m.patch_grid("Lily had a cat", "Lily had a dog", (5, 6))
+        >>> grid.values.shape[0] == m.config.n_layer
+        True
+        """
+        from .research.grids import patch_grid
+
+        if not callable(metric):
+            metric = (self._token(metric[0]), self._token(metric[1]))
+        ids = self.prompt_ids(clean), self.prompt_ids(corrupted)
+        return patch_grid(self.network, *ids, point, metric, over, positions)
+
+    def path_patch(
+        self,
+        clean: Prompt,
+        corrupted: Prompt,
+        senders: Sequence[Patch],
+        receivers: Sequence[str],
+        freeze: Sequence[str] = (),
+    ) -> np.ndarray:
+        """Let only the paths from senders to receivers carry what a clean run differs by.
+
+        Parameters
+        ----------
+        clean, corrupted : str or sequence of int
+            Two prompts of equally many tokens.
+        senders : sequence of Patch
+            Where the clean run's values go into the corrupted one; their own values are not used.
+        receivers : sequence of str
+            Points whose values, changed by the senders, go into a second corrupted run.
+        freeze : sequence of str
+            Points that stay as in the corrupted run while the receivers are computed, such as "attn_heads" for
+            the paths that pass no other head.
+
+        Returns
+        -------
+        float32 [len(corrupted), n_vocab]
+            The logits of the second run.
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> from tinyllm.research import Patch
+        >>> m = tinyllm.load()
+        >>> sender = Patch("blk.0.attn_heads", 0, heads=1)
+        >>> logits = m.path_patch("Lily had a cat", "Lily had a dog", [sender], ["blk.2.q"])
+        """
+        from .research.grids import path_patch
+
+        ids = self.prompt_ids(clean), self.prompt_ids(corrupted)
+        return path_patch(self.network, *ids, senders, receivers, freeze)
+
+    def means(self, prompts: Sequence[Prompt], names: Names) -> dict[str, np.ndarray]:
+        """The mean over all tokens of some prompts of each point's rows: what mean ablation puts in.
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> mean = m.means(["Tom ran home.", "Lily ate a cake."], "blk.1.attn_out")
+        >>> with m.patched("blk.1.attn_out", mean["blk.1.attn_out"]):
+        ...     logits = m.logits(m.prompt_ids("Once upon a time"))
+        """
+        caches = self.run_with_cache(list(prompts), names)
+        if not caches:
+            raise ArgumentError("prompts is empty; there is nothing to take the mean of")
+        return {n: np.concatenate([c[n] for c in caches]).mean(0) for n in caches[0]}
+
+    def _token(self, token: int | str) -> int:
+        """A token by its id, or by a text that is one."""
+        if not isinstance(token, str):
+            return int(token)
+        ids = self.tokenizer.encode(token, add_special=False)
+        if len(ids) != 1:
+            raise ArgumentError(f"{token!r:.40} is {len(ids)} tokens; give an id")
+        return ids[0]
