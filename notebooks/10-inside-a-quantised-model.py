@@ -34,7 +34,7 @@ import tinyllm
 from tinyllm import plots
 from tinyllm.course import check
 
-model = tinyllm.load(device="reference", kv_type="f32")
+model = tinyllm.load(kv_type="f32")
 config, tokenizer = model.config, model.tokenizer
 LAYERS, HEADS, D = config.n_layer, config.n_head[0], config.head_dim
 
@@ -51,13 +51,9 @@ def token(word):
 
 def read(ids):
     """(logits of the last position, activations by name)."""
-    acts = {}
-
-    def keep(name, x):
-        acts[name] = np.array(x)
-
-    keep.attn_probs = True
-    return model.logits(ids, tap=keep)[-1], acts
+    kept = ["embd", "out", "attn_heads", "attn_out", "attn_probs"]
+    cache = model.run_with_cache(ids, names=kept)
+    return cache.logits[-1], cache
 
 
 CLEAN, OTHER = ids_of(" Lily"), ids_of(" Sue")
@@ -85,25 +81,16 @@ plots.bars(
 #
 # ## Part 1. When does it know?
 #
-# First a look from outside. Behind each layer we read the last position's stream as if it were the end (norm, then the table of words). This
-# is the **logit lens**.
+# First a look from outside. Behind each layer we read the last position's stream as if it were the end: through the last norm and the table of
+# words. This is the **logit lens**, `model.lens`.
 
 # %%
-with tinyllm.gguf.open(model.path) as file:
-    W = {n.removesuffix(".weight"): t.dequantize() for n, t in file.tensors.items()}
-
-
-def lens(x):
-    """Logits [n_vocab] of a stream [n_embd] on its way."""
-    return x / np.sqrt((x**2).mean() + config.norm_eps) * W["output_norm"] @ W["token_embd"].T
-
-
 names = ["embd", *[f"blk.{i}.out" for i in range(LAYERS)]]
 plots.bars(
     names,
     {
-        "d": [difference(lens(clean[n][-1])) for n in names],
-        "the other text": [difference(lens(other[n][-1])) for n in names],
+        "d": [difference(model.lens(clean[n][-1])) for n in names],
+        "the other text": [difference(model.lens(other[n][-1])) for n in names],
     },
     xlabel="logit of Lily minus Sue, by the lens",
 )
@@ -135,30 +122,20 @@ with check("a share"):
     assert share_of(10.0, -2.0, 6.0) == 1.5, "it may go too far"
 
 
+# %% [markdown]
+# `model.patched(name, value, ...)` puts a value in the place of an activation as long as its `with` lasts, and `positions=` says where. (You could do
+# it with a tap, as in notebook 4.)
+
+
 # %%
-def patched(change, ids=None):
-    """The share that a run of the other text wins back when change(name, x) edits a copy x of each activation in place."""
-
-    def tap(name, x):
-        y = np.array(x)
-        change(name, y)
-        return y
-
-    d = difference(model.logits(OTHER if ids is None else ids, tap=tap)[-1])
+def won_back(name, **part):
+    """The share that a run of the other text wins back with (a part of) the clean activation of that name."""
+    with model.patched(name, clean[name], **part):
+        d = difference(model.logits(OTHER)[-1])
     return (d - difference(z_other)) / (difference(z_clean) - difference(z_other))
 
 
-def put(name, position):
-    """A change that puts the clean row of one activation at one position."""
-
-    def change(found, x):
-        if found == name:
-            x[position] = clean[name][position]
-
-    return change
-
-
-print("the embedding of the name:", round(patched(put("embd", PLACE)), 3))
+print("the embedding of the name:", round(won_back("embd", positions=PLACE), 3))
 
 # %% [markdown]
 # That had to be 1: the two texts differ there and nowhere else. Now the stream behind each layer, at each position.
@@ -167,20 +144,21 @@ print("the embedding of the name:", round(patched(put("embd", PLACE)), 3))
 # in the beginning, and where in the end?
 
 # %%
-grid = np.array([[patched(put(n, t)) for t in range(len(OTHER))] for n in names])
+grid = np.array([[won_back(n, positions=t) for t in range(len(OTHER))] for n in names])
 plots.heat(
     grid, rows=names, columns=WORDS, title="Share won back by patching the stream", numbers=True
 )
 
 # %% [markdown]
-# Read it from the top down. At first the name sits at its own position. In the end it is in the last one. In between it *moves*, and not only in one
-# step: look at the positions between the two.
+# Read it from the top down. At first all that matters sits at the name's own position, and in the end all of it is in the last one. In between it
+# hardly moves: a few hundredths arrive early, and the last layer fetches the rest, over four words, in one step.
 #
 # Only attention moves anything between positions. So let us ask the heads.
 #
 # ## Part 3. The heads
 #
 # `blk.I.attn_heads` holds the results of all heads of a layer, side by side, 64 columns for each. We patch one head, at all positions.
+# The package can do it (`heads=`), but first do it yourself.
 #
 # ### Exercise 2: patch a head
 #
@@ -207,22 +185,13 @@ with check("patching a head"):
     assert (x[:, 2 * D :] == 0).all(), "heads 2 and 3 must stay"
 
 
-# %%
-def one_head(layer, head):
-    """The change of exercise 2, for the rest of the notebook."""
-
-    def change(name, x):
-        if name == f"blk.{layer}.attn_heads":
-            x[:, head * D : (head + 1) * D] = clean[name][:, head * D : (head + 1) * D]
-
-    return change
-
-
 # %% [markdown]
 # **Predict.** Of sixteen heads, how many matter: one, a few, or all a little?
 
 # %%
-by_head = np.array([[patched(one_head(i, h)) for h in range(HEADS)] for i in range(LAYERS)])
+by_head = np.array(
+    [[won_back(f"blk.{i}.attn_heads", heads=h) for h in range(HEADS)] for i in range(LAYERS)]
+)
 plots.heat(
     by_head,
     rows=[f"layer {i}" for i in range(LAYERS)],
@@ -253,7 +222,12 @@ plots.heat(
 # ### Exercise 3: in words
 #
 # Compute what the head adds to the stream of the last position: `W[f"blk.{layer}.attn_output"]` is [256, 256], a row for each output; a head's 64
-# numbers meet the columns 64 h to 64 h + 63.
+# numbers meet the columns 64 h to 64 h + 63. (The model itself multiplies 8-bit weights with activations rounded to 8 bits; your floats will differ a little.)
+
+
+# %%
+with tinyllm.gguf.open(model.path) as file:
+    W = {n.removesuffix(".weight"): t.dequantize() for n, t in file.tensors.items()}
 
 
 # %% tags=["exercise"]
@@ -266,7 +240,7 @@ def written(acts, layer, head):
 with check("what a head writes"):
     parts = [written(clean, LAYER, h) for h in range(HEADS)]
     assert parts[0].shape == (config.n_embd,), f"the shape is {parts[0].shape}"
-    assert np.allclose(sum(parts), clean[f"blk.{LAYER}.attn_out"][-1], atol=1e-3), (
+    assert np.allclose(sum(parts), clean[f"blk.{LAYER}.attn_out"][-1], atol=0.05), (
         "the heads' parts sum to attn_out"
     )
 
@@ -313,17 +287,10 @@ print("names of one token:", GIRLS)
 
 def taken(layer, head, how):
     """d of the clean text with a head at zero, or at its mean over the names."""
-    key, cut = f"blk.{layer}.attn_heads", slice(head * D, (head + 1) * D)
-    mean = np.mean([a[key][:, cut] for a in many], axis=0)
-
-    def tap(name, x):
-        if name != key:
-            return None
-        y = np.array(x)
-        y[:, cut] = 0 if how == "zero" else mean
-        return y
-
-    return difference(model.logits(CLEAN, tap=tap)[-1])
+    key = f"blk.{layer}.attn_heads"
+    value = 0 if how == "zero" else np.mean([a[key] for a in many], axis=0)
+    with model.patched(key, value, heads=head):
+        return difference(model.logits(CLEAN)[-1])
 
 
 whole = difference(z_clean)
@@ -361,15 +328,8 @@ def effect(a, b):
     out = np.zeros((LAYERS, HEADS))
     for i in range(LAYERS):
         for h in range(HEADS):
-
-            def tap(name, x, i=i, h=h):
-                if name != f"blk.{i}.attn_heads":
-                    return None
-                y = np.array(x)
-                y[:, h * D : (h + 1) * D] = acts[name][:, h * D : (h + 1) * D]
-                return y
-
-            z = model.logits(ids_b, tap=tap)[-1]
+            with model.patched(f"blk.{i}.attn_heads", acts[f"blk.{i}.attn_heads"], heads=h):
+                z = model.logits(ids_b)[-1]
             out[i, h] = ((z[up] - z[down]) - (zb[up] - zb[down])) / span
     return out
 

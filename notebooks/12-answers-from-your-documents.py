@@ -225,8 +225,8 @@ plots.heat(
 print({k: f"{v:.0%}" for k, v in RESULTS.items()})
 
 # %% [markdown]
-# Look at the picture: *everything* is alike, 0.7 and more. And the result is far worse than counting words. Our model was trained to
-# find the next word; its last layer says what comes next, not what a text is about. Models for search are trained for that: on pairs of
+# Look at the picture: Tom's dog is near to Anna's cat, as it should be. But it is as near to Tim, who was sick: the vectors follow the names and
+# the form of the sentences as much as the matter. And the result is far worse than counting words. Our model was trained to find the next word; its last layer says what comes next, not what a text is about. Models for search are trained for that: on pairs of
 # questions and answers. The function is the same (`tinyllm.load("nomic-embed-text-v1.5.f16.gguf").embed(texts)`), the result is not. **A vector
 # search is as good as its model, and you only know by measuring.**
 #

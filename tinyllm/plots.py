@@ -308,6 +308,8 @@ def _write_numbers(ax: Any, panel: Any, low: float, high: float, signed: bool) -
         share = (value - low) / ((high - low) or 1)
         dark = abs(share - 0.5) > 0.35 if signed else share < 0.5
         text = f"{value:.2g}" if isinstance(value, np.floating | float) else str(value)
+        if abs(value) < (high - low) / 1000:
+            text = "0"
         ax.text(
             j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black"
         )
