@@ -457,6 +457,9 @@ def roofline(
         ylabel="GMAC/s",
         title=title,
     )
-    ax.text(low, 1.2 * low * limits["read GB/s"], f"{limits['read GB/s']:.0f} GB/s", color=INK)
+    slope = limits["read GB/s"]
+    x = (low * limits["float GMAC/s"] / slope) ** 0.5  # half way up, left of the line
+    beside = {"xytext": (-6, 3), "textcoords": "offset points", "ha": "right"}
+    ax.annotate(f"{slope:.0f} GB/s", (x, x * slope), color=INK, **beside)
     ax.legend(loc="lower right", frameon=False)
     return _saved(figure, path)
