@@ -459,7 +459,7 @@ if SERVED:
     address = re.search(r"https?://\S+", line)[0].rstrip("/")
     print(line.strip())
 else:
-    print("the server needs more packages: pip install ".[server]" in the folder of the sources")
+    print("the server needs packages: pip install '.[server]' in the folder of the sources")
 
 
 # %%
