@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .engine.completion import Completion
     from .engine.scheduler import Engine
     from .gguf.convert.folder import convert
+    from .gguf.merge import merge
     from .gguf.quantize import quantize
     from .kernels.devices import list_devices
     from .kernels.outside import kernel
@@ -28,6 +29,7 @@ __all__ = [
     "kernel",
     "list_devices",
     "load",
+    "merge",
     "quantize",
     "research",
     "tokenizers",
@@ -41,6 +43,7 @@ _HOMES = {
     "kernel": "kernels.outside",
     "list_devices": "kernels.devices",
     "load": "loading",
+    "merge": "gguf.merge",
     "quantize": "gguf.quantize",
 }
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from . import gguf, system, tokenizers
 from .engine.completion import check_n_ctx
@@ -22,6 +22,7 @@ from .kernels.backend import Compute, KVType
 from .kernels.devices import open_backend
 from .kernels.outside import Outside, read_kernels
 from .model import Model
+from .models.adapters import Adapters, checked_scale
 from .models.build import build
 from .models.memory import default_n_ctx
 from .models.stages import Place, Stage, divide
@@ -42,6 +43,7 @@ def load(
     check_weights: bool = False,
     compute: Compute = "f32",
     kernels: Sequence[str | Path] = (),
+    lora: Sequence[str | Path | tuple[str | Path, float]] = (),
 ) -> Model:
     """Load a GGUF file.
 
@@ -75,6 +77,9 @@ def load(
         F16 or BF16, with several tokens, in bfloat16, faster and less exactly, on a CPU with AVX512-BF16.
     kernels : sequence of str or Path
         Files with kernels of your own (docs/lab.md), which replace ours wherever they fit.
+    lora : sequence of str, Path or (str or Path, float)
+        Adapters, GGUF files or folders that PEFT has saved, each with its scale (1 unless said). Each is known
+        by the name of its file or folder; ``generate(lora={name: scale})`` chooses others for one text.
 
     Raises
     ------
@@ -100,6 +105,7 @@ def load(
     if isinstance(kernels, str | Path):
         kernels = [kernels]
     outside = read_kernels(kernels)
+    chosen = [scaled(item) for item in listed_adapters(lora)]
     file = gguf.open(locate(path))
     try:
         tokenizer = vocabulary(file, strict)
@@ -109,7 +115,8 @@ def load(
             check_floats(file)
         check_kinds(outside, file)
         place = placing(device, n_threads, n_gpu_layers, compute, outside)
-        network = build(file.metadata, file.tensors, place, kv_type, strict, loading)
+        adapters = read_adapters(file, chosen)
+        network = build(file.metadata, file.tensors, place, kv_type, strict, loading, adapters)
         file.check_unchanged()
     except GGUFError as e:
         file.close()
@@ -118,6 +125,33 @@ def load(
         file.close()
         raise
     return Model(file, network, wanted or default_n_ctx(network), tokenizer)
+
+
+def listed_adapters(lora: object) -> list[Any]:
+    """The adapters that ``load`` was given; a single one need not stand in a list."""
+    if isinstance(lora, str | Path):
+        return [lora]
+    if not isinstance(lora, list | tuple):
+        raise ArgumentError(f"lora={lora!r:.60}; expected a list of files, or of (file, scale)")
+    return list(lora)
+
+
+def scaled(item: Any) -> tuple[Path, float]:
+    """An adapter's place and its scale."""
+    path, scale = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
+    return system.expanded(checked(path)), checked_scale(scale)
+
+
+def read_adapters(file: gguf.GGUFFile, chosen: Sequence[tuple[Path, float]]) -> Adapters | None:
+    """The adapters for a file; None where there are none."""
+    if not chosen:
+        return None
+    from .gguf.adapter import read_adapter
+
+    shapes = {name: t.shape for name, t in file.tensors.items()}
+    shapes.setdefault("output.weight", shapes.get("token_embd.weight", ()))
+    found = [read_adapter(path, file.metadata, shapes) for path, _ in chosen]
+    return Adapters(found, [scale for _, scale in chosen])
 
 
 def check_kinds(kernels: Sequence[Outside], file: gguf.GGUFFile) -> None:

@@ -20,6 +20,7 @@ from .engine.completion import (
     begin,
     check_given,
     check_n_ctx,
+    chosen_scales,
     complete,
     ids_of,
     listed,
@@ -100,9 +101,19 @@ class Model(Chatting, Studied):
 
     # ---- numbers
 
-    def new_state(self, n_ctx: int | None = None) -> State:
-        """An empty conversation with room for ``n_ctx`` tokens (default: the model's)."""
-        return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx)
+    @property
+    def adapters(self) -> dict[str, float]:
+        """The scale of each adapter that was loaded, by name."""
+        adapters = self.network.adapters
+        return dict(zip(adapters.names, adapters.scales, strict=True))
+
+    def new_state(self, n_ctx: int | None = None, lora: Mapping[str, float] | None = None) -> State:
+        """An empty conversation with room for ``n_ctx`` tokens (default: the model's).
+
+        Its steps use the adapters that ``lora`` names, each with its scale; None: as the model was loaded.
+        """
+        scales = self.network.adapters.chosen(lora)
+        return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx, scales)
 
     def logits(
         self, ids: Sequence[int], state: State | None = None, tap: Tap | None = None
@@ -275,6 +286,7 @@ class Model(Chatting, Studied):
         regex: str | None = None,
         grammar: str | None = None,
         speculate: Literal["lookup"] | Model | None = None,
+        lora: Mapping[str, float] | None = None,
     ) -> Completion | list[Completion] | Pieces:
         """Continue a prompt.
 
@@ -316,6 +328,9 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             Compute several guessed tokens in a step where that pays: guessed from what stands in the prompt and
             text already, or by a smaller model of the same vocabulary. Text and log-probabilities stay as
             they are without.
+        lora : mapping of str to float, optional
+            The scale of each adapter of ``adapters``, by name; those not named are off. Default: as the model
+            was loaded. A ``state`` has its own, from ``new_state``.
 
         Returns
         -------
@@ -344,6 +359,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             overflow,
             self.grammar(json_schema, regex, grammar),
             drafting(speculate, self),
+            chosen_scales(self.network, lora, state),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -364,7 +380,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             raise ArgumentError("stream and state take a single prompt, not a list")
         jobs = []
         for ids in map(self.prompt_ids, prompts):
-            home = state or self.new_state(room_for(ids, options, self.n_ctx))
+            home = state or self.new_state(room_for(ids, options, self.n_ctx), lora)
             jobs.append(begin(self.tokenizer, self.network, home, ids, options))
         if stream:
             return Pieces(self.network, jobs[0], tap)

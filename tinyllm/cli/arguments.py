@@ -84,6 +84,8 @@ def load_options(p: Parser) -> None:
     p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
     numbers = "exact: floats for quantised weights, too; bf16: bfloat16 for those stored as floats"
     p.add_argument("--compute", default="f32", choices=("f32", "bf16", "exact"), help=numbers)
+    p.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]",
+                   help="an adapter: a .gguf file or a folder of PEFT's; may be repeated")  # fmt: skip
     p.add_argument("--no-strict", action="store_true", help="warn of what is not understood")
     p.add_argument("--check-weights", action="store_true", help="look for NaN and infinity first")
 
@@ -126,11 +128,21 @@ def load_model(args: Arguments) -> Model:
         strict=not args.no_strict,
         check_weights=args.check_weights,
         compute=args.compute,
+        lora=[adapter(text) for text in args.lora],
     )
     trained = model.config.n_ctx_train
     if args.n_ctx and args.n_ctx > trained:
         note(f"the model was trained for {trained} tokens; beyond them its text gets worse")
     return model
+
+
+def adapter(text: str) -> tuple[str, float]:
+    """A file and its scale out of ``FILE=SCALE``; without a number, the scale is 1."""
+    path, _, scale = text.rpartition("=")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def note(text: str) -> None:

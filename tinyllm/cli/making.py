@@ -1,4 +1,4 @@
-"""Commands that write model files: convert, quantize."""
+"""Commands that write model files: convert, quantize, merge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
-from .arguments import Arguments, Command, Parser, open_file
+from .arguments import Arguments, Command, Parser, adapter, open_file
 from .terminal import show
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -118,6 +118,30 @@ def quantize(args: Arguments) -> None:
     show_written(args.target, types)
 
 
+# ---- merge
+
+
+def merge_arguments(p: Parser) -> None:
+    p.add_argument("source", metavar="IN", help="a .gguf file; of a split one the first")
+    p.add_argument("target", metavar="OUT", help="the file to write")
+    p.add_argument("lora", metavar="ADAPTER[=SCALE]", nargs="+",
+                   help="a .gguf file or a folder of PEFT's, with its scale (1 unless said)")  # fmt: skip
+    writing_options(p)
+
+
+def merge(args: Arguments) -> None:
+    from ..gguf.merge import merge as merge_files
+
+    with open_file(args.source) as file:
+        source, n_tensors = file.path, len(file.tensors)
+    with progress("merging", n_tensors) as bar:
+        types = merge_files(
+            source, args.target, [adapter(text) for text in args.lora], n_threads=args.n_threads,
+            part_bytes=part_bytes(args), report=lambda *_: bar.update(),
+        )  # fmt: skip
+    show_written(args.target, types)
+
+
 COMMANDS = {
     "convert": Command(
         "Write a folder of safetensors as a GGUF file.",
@@ -128,5 +152,10 @@ COMMANDS = {
         "Write a model again in fewer bits.",
         "tinyllm quantize model-f16.gguf model-q4.gguf Q4_K_M",
         quantize_arguments, quantize,
+    ),
+    "merge": Command(
+        "Write a model again with adapters in its weights.",
+        "tinyllm merge model-f16.gguf merged-f16.gguf my-adapter=0.5",
+        merge_arguments, merge,
     ),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 import numpy as np
 
 from ..errors import ArgumentError
+from ..models.adapters import Scales
 from ..models.state import State
 from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
@@ -60,6 +61,7 @@ class GenerateOptions(TypedDict, total=False):
     regex: str | None
     grammar: str | None
     speculate: Literal["lookup"] | Model | None
+    lora: Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Options:
     overflow: Overflow
     grammar: Grammar | None = None
     drafter: Callable[[], Drafter] | None = None  # begins the speculation of a text
+    scales: Scales | None = None  # of the model's adapters; None: as it was loaded
 
     def __post_init__(self) -> None:
         if self.overflow not in get_args(Overflow):
@@ -117,11 +120,22 @@ def options_of(
     overflow: Overflow = "error",
     grammar: Grammar | None = None,
     drafter: Callable[[], Drafter] | None = None,
+    scales: Scales | None = None,
     **sampling: Any,
 ) -> Options:
     """The options of a call; ``sampling`` are those of SamplingParams."""
     params, limit = SamplingParams(**sampling), check_max_tokens(max_tokens)
-    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar, drafter)
+    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar, drafter, scales)
+
+
+def chosen_scales(net: Network, lora: Mapping[str, float] | None, state: State | None) -> Scales:
+    """Each adapter's scale for a text; ArgumentError unless the ``state`` that it continues has these."""
+    scales = net.adapters.chosen(lora)
+    if state is None or lora is None or state.scales == scales:
+        return scales
+    raise ArgumentError(
+        f"lora={lora!r:.60}, but the state has other scales: {state.scales}; give lora to new_state"
+    )
 
 
 class Job:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..models.adapters import Scales
     from ..models.network import Network
     from ..models.state import State
 
@@ -37,21 +38,21 @@ class Prefixes:
     def __init__(self, net: Network, max_bytes: int) -> None:
         self._net, self.max_bytes = net, max_bytes
         self.nbytes = 0  # pages of several states count once
-        # LongRoPE rotates long contexts otherwise: their keys are of no use to short ones
-        self._roots = {long: Node([], None) for long in (False, True)}
+        # LongRoPE rotates long contexts otherwise, and adapters make other keys
+        self._roots: dict[tuple[bool, Scales], Node] = {}
         self._used: OrderedDict[Node, None] = OrderedDict()  # nodes with a state, by their last use
         self._holders: Counter[int] = Counter()  # states that hold a page, by the page's number
 
     def __len__(self) -> int:
         return len(self._used)
 
-    def find(self, ids: Sequence[int], n_ctx: int) -> State | None:
+    def find(self, ids: Sequence[int], n_ctx: int, scales: Scales = ()) -> State | None:
         """A new state of ``n_ctx`` tokens' room that has read as many of the first ids as are known; or None.
 
-        At least the last id is left to read.
+        At least the last id is left to read. ``scales`` are those of the adapters.
         """
         best: tuple[int, Node] | None = None
-        for node, n in self._matches(self._roots[self._net.rope_class(n_ctx)], ids):
+        for node, n in self._matches(self._root(n_ctx, scales), ids):
             state = node.state
             assert state is not None
             if (best is None or n > best[0]) and state.can_go_on(n):
@@ -62,6 +63,10 @@ class Prefixes:
         self._used.move_to_end(node)
         assert node.state is not None
         return node.state.fork_first(n, n_ctx)
+
+    def _root(self, n_ctx: int, scales: Scales) -> Node:
+        """The tree of the states that have keys in common."""
+        return self._roots.setdefault((self._net.rope_class(n_ctx), scales), Node([], None))
 
     def _matches(self, node: Node, ids: Sequence[int]) -> Iterator[tuple[Node, int]]:
         """Nodes with a state, and how many ids they share: those on the way, and the nearest behind its end."""
@@ -91,7 +96,7 @@ class Prefixes:
         n = state.n_past
         if not n or state.spoilt or state.nbytes > self.max_bytes:  # it would only drive others out
             return
-        node = self._place(self._roots[self._net.rope_class(state.n_ctx)], state.ids[:n])
+        node = self._place(self._root(state.n_ctx, state.scales), state.ids[:n])
         if node.state is None:
             node.state = state.fork_first(n, state.n_ctx)
             self._count(node.state, 1)

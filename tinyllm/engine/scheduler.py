@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import ArgumentError, DeviceError, QueueFull, StateError, TinyLLMError
 from ..models.memory import cache_bytes
 from ..models.step import hook_of
-from .completion import Prompt, begin, options_of, room_for, split_prompts, unread
+from .completion import Prompt, begin, chosen_scales, options_of, room_for, split_prompts, unread
 from .generate import Run, Work, check_fits, steps
 from .prefixes import SNAPSHOT, Prefixes, n_same, needs_snapshots
 from .request import Request
@@ -164,8 +164,13 @@ class Engine:
             options |= self._model.held_to_calls(turn, options)
         source = {n: options.pop(n, None) for n in ("json_schema", "regex", "grammar")}
         drafter = drafting(options.pop("speculate", None), self._model)
+        scales = chosen_scales(self._net, options.pop("lora", None), state)
         chosen = options_of(
-            max_tokens, grammar=self._model.grammar(**source), drafter=drafter, **options
+            max_tokens,
+            grammar=self._model.grammar(**source),
+            drafter=drafter,
+            scales=scales,
+            **options,
         )
         ids = self._ids(prompt) if turn is None else unread(turn.ids, state)
         n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
@@ -376,7 +381,8 @@ class Engine:
         for other in self._running:
             assert other.job is not None
             run = other.job.run
-            if run.reading and other.given_state is None and run.state.can_truncate:
+            alike = self._scales(other) == self._scales(request)
+            if alike and run.reading and other.given_state is None and run.state.can_truncate:
                 n = n_same(other.prompt_ids, request.prompt_ids)
                 if run.state.n_past < n and n >= WORTH_WAITING:
                     other.next_snapshot = min(other.next_snapshot, n)
@@ -386,7 +392,8 @@ class Engine:
     def _begin(self, request: Request) -> None:
         """Give a request a state: a first one, or a new one after it was set aside."""
         known = self._known(request)
-        state = request.given_state or known or self._net.new_state(request.n_ctx)
+        scales = self._scales(request)
+        state = request.given_state or known or self._net.new_state(request.n_ctx, scales)
         if request.job is None:
             t, n_read = self._model.tokenizer, known.n_past if known is not None else 0
             request.job = begin(t, self._net, state, request.prompt_ids, request.options, n_read)
@@ -402,7 +409,13 @@ class Engine:
         """A state that has read the beginning of what a request has to read, if it may be used."""
         if not may_be_known(request):
             return None
-        return self._prefixes.find(request.set_aside_ids or request.prompt_ids, request.n_ctx)
+        ids = request.set_aside_ids or request.prompt_ids
+        return self._prefixes.find(ids, request.n_ctx, self._scales(request))
+
+    def _scales(self, request: Request) -> tuple[float, ...]:
+        """Each adapter's scale for a request."""
+        scales = request.options.scales
+        return self._net.adapters.scales if scales is None else scales
 
     def _remember(self, request: Request) -> None:
         """Keep what a request has read for others."""

@@ -22,6 +22,7 @@ from .writer import Deferred, write
 _CHUNK = 1 << 20  # weights that a thread converts at a time
 _AHEAD = 2 * (os.cpu_count() or 1)  # runs of them that wait to be written
 Report = Callable[[str, str, str], object]
+Added = Callable[[int, int], npt.NDArray[np.float32]]  # first and last row -> [stop - start, n_in]
 
 
 def quantize(
@@ -72,20 +73,31 @@ def quantize(
     >>> import tinyllm
     >>> types = tinyllm.quantize("model-f16.gguf", "model-q4.gguf", "Q4_K_M")  # doctest: +SKIP
     """
-    src, dst = os.path.expanduser(src), os.path.expanduser(dst)
-    if os.path.exists(dst) and os.path.samefile(src, dst):
-        raise ArgumentError(f"{os.fsdecode(dst)} is the source itself; give another name")
-    if n_threads is not None and n_threads < 1:
-        raise ArgumentError(f"n_threads={n_threads}; expected at least 1, or None for all cores")
+    src, dst = paths(src, dst)
+    check_threads(n_threads)
     with open_file(src) as file, ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         types = plan(file.metadata, shapes, mixture)
         types = {name: types.get(name, tensor.type) for name, tensor in file.tensors.items()}
         if not requantize:
             _check_sources(file, types)
-        blocks = {n: _deferred(t, types[n], pool, report) for n, t in file.tensors.items()}
+        blocks = {n: deferred(t, types[n], pool, report) for n, t in file.tensors.items()}
         write(dst, _metadata(file, mixture), blocks, part_bytes=part_bytes)
     return types
+
+
+def paths(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> tuple[str, str]:
+    """A source and a target that is another file; ArgumentError if they are one."""
+    a, b = os.path.expanduser(os.fspath(src)), os.path.expanduser(os.fspath(dst))
+    if os.path.exists(b) and os.path.samefile(a, b):
+        raise ArgumentError(f"{b} is the source itself; give another name")
+    return a, b
+
+
+def check_threads(n: int | None) -> None:
+    """ArgumentError unless a number of threads is one, or None."""
+    if n is not None and n < 1:
+        raise ArgumentError(f"n_threads={n}; expected at least 1, or None for all cores")
 
 
 def _check_sources(file: GGUFFile, types: dict[str, str]) -> None:
@@ -107,10 +119,17 @@ def _metadata(file: GGUFFile, mixture: str) -> dict[str, Any]:
     return kept
 
 
-def _deferred(
-    tensor: Tensor, kind: str, pool: ThreadPoolExecutor, report: Report | None
+def deferred(
+    tensor: Tensor,
+    kind: str,
+    pool: ThreadPoolExecutor,
+    report: Report | None,
+    added: Added | None = None,
 ) -> Deferred:
-    """A tensor of a file in a new type, converted on all threads of the pool when it is written."""
+    """A tensor of a file in a new type, converted on all threads of the pool when it is written.
+
+    ``added`` gives what is added to the values of some rows.
+    """
 
     def pieces() -> Iterator[npt.NDArray[np.uint8]]:
         if report is not None:
@@ -119,10 +138,12 @@ def _deferred(
 
     def convert(start: int, stop: int) -> npt.NDArray[np.uint8]:
         raw = tensor.read_rows(start, stop)
-        if tensor.type == kind:
+        if tensor.type == kind and added is None:
             return raw.reshape(-1)
         try:
-            return quants.quantize(kind, quants.dequantize(tensor.type, raw)).reshape(-1)
+            values = quants.dequantize(tensor.type, raw)
+            values = values if added is None else values + added(start, stop)
+            return quants.quantize(kind, values).reshape(-1)
         except NumericError as error:
             raise NumericError(f"{tensor.name}: {error}") from error
 

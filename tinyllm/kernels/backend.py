@@ -186,6 +186,7 @@ class Backend(ABC):
             batch.n_rows,
             batch.n_seq,
             batch.n_out,
+            scales=None if batch.scales is None else self.array(batch.scales),
         )
 
     def replace_kernels(self, kernels: Sequence[Outside]) -> list[Outside]:

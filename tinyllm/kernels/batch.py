@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
@@ -128,14 +128,35 @@ class Batch:
     n_rows: int
     n_seq: int
     n_out: int
+    # [T, n] float32: each row's scale of each adapter; None: no row has any
+    scales: Array | None = field(default=None, kw_only=True)
 
     @staticmethod
-    def next(ids: Sequence[int], n_past: Sequence[int], caches: Sequence[Cache]) -> Batch:
-        """Make the batch of a decoding step: one row for each sequence, all results wanted."""
+    def next(
+        ids: Sequence[int],
+        n_past: Sequence[int],
+        caches: Sequence[Cache],
+        scales: np.ndarray | None = None,
+    ) -> Batch:
+        """Make the batch of a decoding step: one row for each sequence, all results wanted.
+
+        ``scales`` [n_seq, n] are those of the adapters in each sequence.
+        """
         n = len(ids)
         count = counting(n + 1)
         past = np.array(n_past, np.int32)
-        return Batch(np.array(ids, np.int32), past, count, past, count[:n], tuple(caches), n, n, n)
+        return Batch(
+            np.array(ids, np.int32),
+            past,
+            count,
+            past,
+            count[:n],
+            tuple(caches),
+            n,
+            n,
+            n,
+            scales=scales,
+        )
 
     @staticmethod
     def of(
@@ -143,8 +164,9 @@ class Batch:
         n_past: Sequence[int],
         outputs: Sequence[int],
         caches: Sequence[Cache] = (),
+        scales: np.ndarray | None = None,
     ) -> Batch:
-        """Lay the sequences' new ids row by row."""
+        """Lay the sequences' new ids row by row; ``scales`` [n_seq, n] are those of the adapters."""
         lengths = [len(i) for i in ids]
         starts = np.array([0, *accumulate(lengths)], np.int32)
         runs = [np.arange(p, p + n, dtype=np.int32) for p, n in zip(n_past, lengths, strict=True)]
@@ -159,12 +181,13 @@ class Batch:
             int(starts[-1]),
             len(ids),
             len(outputs),
+            scales=None if scales is None else np.repeat(scales, lengths, axis=0),
         )
 
     @property
     def key(self) -> Hashable:
         """Steps of the same key differ only in array values and caches: a recorded one can be replayed."""
-        return (self.starts.tobytes(), self.n_out, bool(self.caches))
+        return (self.starts.tobytes(), self.n_out, bool(self.caches), self.scales is None)
 
 
 @cache

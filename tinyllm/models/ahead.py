@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from ..errors import DeviceError
 from ..kernels.backend import Batch, Best
-from .state import Segment, State
+from .state import Segment, State, scales_of
 
 if TYPE_CHECKING:
     from .network import Network
@@ -113,7 +113,8 @@ def start_next(net: Network, now: PendingStep, segments: Sequence[Segment]) -> P
     # after another step of the backend, the device no longer has the ids
     if full or net.be.n_steps != now.n_step:
         return None
-    batch = Batch.next([0] * len(past), past, [s.cache for s, _, _ in segments])
+    caches, scales = [s.cache for s, _, _ in segments], scales_of(segments)
+    batch = Batch.next([0] * len(past), past, caches, scales)
     try:
         then = begin(net, batch, n_ctx_of(segments), now.result)
     except DeviceError:  # too little memory: reported if the step is really needed

@@ -18,7 +18,7 @@ from .config import Config
 from .decoder import Block, normed
 from .ffn import FFN
 from .step import Step
-from .weights import Linear, Part, Row, Tensors
+from .weights import Linear, Part, Row, Tensors, products
 
 if TYPE_CHECKING:
     from .archs import Arch
@@ -95,7 +95,7 @@ class SparseFFN(FFN):
             return super().__call__(step, x)
         be = self.be
         both = self.gate, self.up
-        gate, up = be.matmuls([p.weight for p in both], x, [p.bias for p in both])
+        gate, up = products(both, x)
         unit = be.layer_norm(gate, None, 1e-30)
         deviation = be.matmul(self.mean, be.mul(gate, unit))
         gate = be.mul(be.act(be.add(unit, self.cutoff), "relu"), deviation)

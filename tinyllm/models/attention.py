@@ -16,7 +16,7 @@ from .mixer import Mixer, widened
 from .probe import Scoring
 from .rope import alibi_slopes, attention_scale, frequencies, magnitude
 from .step import Step
-from .weights import Linear, Norm, Row, Tensors
+from .weights import Linear, Norm, Row, Tensors, products
 
 if TYPE_CHECKING:
     from .archs import Arch
@@ -125,7 +125,7 @@ class Attention(Mixer):
             q = self.q(x)
             return q, q, q
         linears = [p for p in (self.q, self.k, self.v) if p is not None]
-        q, k, *rest = be.matmuls([p.weight for p in linears], x, [p.bias for p in linears])
+        q, k, *rest = products(linears, x)
         v = rest[0] if rest else k
         if self.clamp:
             q, k, v = (be.clamp(y, self.clamp) for y in (q, k, v))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import GGUFError, UnsupportedModel
 from ..kernels.backend import Backend, KVType
+from .adapters import Adapters
 from .archs import find
 from .config import CONTEXT, Config, Keys, architecture, read_config
 from .decoder import Decoder
@@ -27,6 +28,7 @@ def build(
     kv_type: KVType = "f16",
     strict: bool = True,
     progress: Progress = lambda layers, n: layers,
+    adapters: Adapters | None = None,
 ) -> Network:
     """Load the weights of a file to one backend, or to several stages, and check that all is understood.
 
@@ -54,13 +56,14 @@ def build(
     for stage, need in zip(stages, stage_bytes(tensors, stages), strict=True):
         advice = "Use a smaller model or format, or another n_gpu_layers"
         check_fits(stage.be, need, "the weights", advice)
-    root = Tensors(tensors, stages[0].be, config)
+    root = Tensors(tensors, stages[0].be, config, adapters=adapters)
     if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
         root.require("token_types.weight")
     layers = [root.below(f"blk.{i}.", s.be) for s in stages for i in s.layers]
     end = root.below("", stages[-1].be)
     decoder = Decoder(config, arch, root, progress(layers, config.n_layer), end)
     check_sources(decoder, stages)
+    root.adapters.check_used()
     refuse(root.leftovers(), "tensors that this architecture does not use", strict)
     return Network(config, arch, decoder, stages, kv_type)
 

@@ -31,6 +31,8 @@ class FFN:
     def __call__(self, step: Step, x: Array) -> Array:
         if self.norm is not None:
             return self.down(self.norm(step.tap(self.point, self.hidden(x))))
+        if not all(p.plain for p in (self.gate, self.up) if p is not None):
+            return self.down(step.tap(self.point, self.hidden(x)))
         if self.gate is None:
             hidden = self.be.matmul_act(self.up.weight, x, self.up.bias, self.act)
             return self.down(step.tap(self.point, hidden))
@@ -169,7 +171,11 @@ class MoE:
         else:
             both = self.gate, self.up
             ws, biases = [p.weight for p in both], [p.bias for p in both]
-            hidden = be.matmul_experts_gated(ws, x, experts, biases, self.act)
+            hidden = (
+                be.matmul_experts_gated(ws, x, experts, biases, self.act)
+                if all(p.plain for p in both)
+                else be.act_mul(self.gate(x, experts), self.up(x, experts), self.act)
+            )
         hidden = step.tap(f"{self.at}ffn_act_exps", hidden)
         return be.combine(self.down(hidden, experts), weights)
 
@@ -238,10 +244,20 @@ class Experts:
         self.be = w.be
         self.weight = w.stack(f"{name}.weight", n, n_out, n_in, half)
         self.bias = w.optional(f"{name}.bias", n, n_out)
+        rows = None if half is None else slice(half * n_out, (half + 1) * n_out)
+        self.low_rank = w.low_rank(f"{name}.weight", rows)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the products are the matrices' alone in the present step."""
+        return self.low_rank is None or self.low_rank.idle
 
     def __call__(self, x: Array, experts: Array) -> Array:
         """x [T, n_in] or [T, k, n_in] -> [T, k, n_out]."""
-        return self.be.matmul_experts(self.weight, x, experts, self.bias)
+        y = self.be.matmul_experts(self.weight, x, experts, self.bias)
+        if self.low_rank is None or self.low_rank.idle:
+            return y
+        return self.low_rank.added_to_experts(y, x, experts)
 
 
 def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:

@@ -15,13 +15,14 @@ import numpy as np
 from .. import system
 from ..errors import ArgumentError, DeviceError, StateError, TinyLLMError, UnsupportedModel
 from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
+from .adapters import Scales
 from .ahead import RunAhead
 from .archs import Arch
 from .config import Config
 from .decoder import Decoder
 from .memory import allocating, cache_bytes, check_fits
 from .stages import Stage, caches_of, new_cache
-from .state import Segment, State, fingerprint
+from .state import Segment, State, fingerprint, scales_of, stacked
 from .step import ACTIVE, Hook, Span, Step, Tap, hook_of
 
 End = Callable[[Step, Array], Array]  # makes a step's result of the last activations
@@ -51,6 +52,7 @@ class Network:
         NETWORKS.add(self)
         self.number = next(NUMBERS)  # several networks may share a backend and its recorded steps
         self.fingerprint = fingerprint(config, kv_type)
+        self.adapters = decoder.adapters
         self.closed = False
 
         whole = len(stages) == 1
@@ -69,8 +71,8 @@ class Network:
     def n_vocab(self) -> int:
         return int(self.decoder.n_vocab)
 
-    def new_state(self, n_ctx: int) -> State:
-        """An empty state with room for ``n_ctx`` tokens.
+    def new_state(self, n_ctx: int, scales: Scales | None = None) -> State:
+        """An empty state with room for ``n_ctx`` tokens, whose steps use these scales of the adapters.
 
         Raises
         ------
@@ -90,7 +92,9 @@ class Network:
             check_fits(stage.be, need, f"the keys and values of n_ctx={n_ctx}", advice)
         with self.lock, allocating(f"the keys and values of n_ctx={n_ctx}", advice):
             cache = new_cache(self.stages, layers, n_ctx, self.kv_type)
-        state = State(cache, layers, self.ropes(n_ctx), n_ctx, self.fingerprint, self.lock)
+        scales = self.adapters.scales if scales is None else scales
+        own = "-".join(filter(None, (self.fingerprint, self.adapters.digest(scales))))
+        state = State(cache, layers, self.ropes(n_ctx), n_ctx, own, self.lock, scales)
         state.can_shift = all(b.mixer.can_shift for b in self.decoder.blocks)
         return state
 
@@ -170,13 +174,14 @@ class Network:
     def make_batch(self, segments: Sequence[Segment]) -> Batch:
         """The rows of a step over these segments."""
         past, caches = [s.n_past for s, _, _ in segments], [s.cache for s, _, _ in segments]
+        scales = scales_of(segments)
         if all(n == 1 and want != "none" for _, n, want in segments):
             rows = [s.ids[s.n_past] for s, _, _ in segments]
             self.check_ids([rows])
-            return Batch.next(rows, past, caches)
+            return Batch.next(rows, past, caches, scales)
         ids = [s.ids[s.n_past : s.n_past + n] for s, n, _ in segments]
         self.check_ids(ids)
-        return Batch.of(ids, past, output_rows(segments), caches)
+        return Batch.of(ids, past, output_rows(segments), caches, scales)
 
     def compute(
         self,
@@ -214,7 +219,8 @@ class Network:
         caches = []
         if self.config.causal:
             caches = [self.new_state(n).cache for n in lengths]
-        batch = Batch.of(ids, [0] * len(ids), range(sum(lengths)), caches)
+        scales = stacked([self.adapters.scales] * len(ids))
+        batch = Batch.of(ids, [0] * len(ids), range(sum(lengths)), caches, scales)
         hook = hook_of(self.number, tap) if tap is not None or ACTIVE.get() else None
         with self.lock:
             start = time.perf_counter()
@@ -286,6 +292,7 @@ class Network:
 
         def compute(b: Batch) -> Any:
             now = replace(step, batch=b)
+            self.adapters.begin(stage.be, b.scales)
             x = d.embed(now) if i == 0 and first == 0 else b.ids
             if i == 0 and first > 0:
                 x = now.tap(f"blk.{first - 1}.out", x)

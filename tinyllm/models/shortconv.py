@@ -9,7 +9,7 @@ from . import probe
 from .config import Config
 from .mixer import Mixer
 from .step import Step
-from .weights import Tensors
+from .weights import Tensors, products
 
 if TYPE_CHECKING:
     from .archs import Arch
@@ -33,7 +33,7 @@ class ShortConv(Mixer):
     def __call__(self, step: Step, h: Array) -> Array:
         be = self.be
         parts = (self.b, self.c, self.x)
-        b, c, x = be.matmuls([p.weight for p in parts], h, [p.bias for p in parts])
+        b, c, x = products(parts, h)
         b, c = step.tap(f"blk.{self.i}.rate", b), step.tap(f"blk.{self.i}.gate", c)
         y = be.conv1d(step.batch, self.i, be.mul(b, x), self.conv, None)
         probe.state(step, self.i, "conv", y)

@@ -54,7 +54,9 @@ class State:
         n_ctx: int,
         fingerprint: str,
         lock: RLock,
+        scales: tuple[float, ...] = (),
     ) -> None:
+        self.scales = scales  # of the model's adapters, in every step of this sequence
         self.cache, self.layers, self.ropes, self.lock = cache, layers, ropes, lock
         self.n_ctx, self.fingerprint = n_ctx, fingerprint
         self.can_shift = True  # may stored keys be turned to other positions?
@@ -82,7 +84,9 @@ class State:
         self.check_whole()
         with self.lock:
             cache = self.cache.fork(n_ctx)
-            other = State(cache, self.layers, self.ropes, n_ctx, self.fingerprint, self.lock)
+            other = State(
+                cache, self.layers, self.ropes, n_ctx, self.fingerprint, self.lock, self.scales
+            )
             other.can_shift, other.ids, other.n_past = self.can_shift, list(self.ids), self.n_past
             other.truncate(n)
         return other
@@ -274,3 +278,13 @@ def fingerprint(c: Config, kv_type: KVType) -> str:
 Want = Literal["all", "last", "none"]
 Segment = tuple[State, int, Want]
 """A state's part in a step: how many of its next tokens to compute, and which rows' logits are wanted."""
+
+
+def scales_of(segments: Sequence[Segment]) -> np.ndarray | None:
+    """Each segment's scales of the adapters; None if all are 0."""
+    return stacked([s.scales for s, _, _ in segments])
+
+
+def stacked(scales: Sequence[tuple[float, ...]]) -> np.ndarray | None:
+    """The scales of some sequences, float32 [n_seq, n]; None if all are 0."""
+    return np.array(scales, np.float32) if any(map(any, scales)) else None

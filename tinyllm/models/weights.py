@@ -11,7 +11,9 @@ import numpy as np
 from ..errors import GGUFError, UnsupportedModel
 from ..gguf.types import TYPES
 from ..kernels.backend import Array, Backend, Source, Weight
+from .adapters import Adapters, LowRank
 from .config import Config
+from .row import Row as Row
 
 # Tensors that a file may carry although the model does not read them, each with its reason.
 MAY_BE_LEFT = {
@@ -53,15 +55,29 @@ NO_WEIGHTS = {"I8", "I16", "I32", "I64", "F64"}  # types of the format that hold
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix and its optional bias on the backend of its layer."""
+    """A matrix and its optional bias on the backend of its layer, with the adapters beside it, if any."""
 
     be: Backend
     weight: Weight
     bias: Array | None
+    low_rank: LowRank | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the product is the matrix's alone in the present step."""
+        return self.low_rank is None or self.low_rank.idle
 
     def __call__(self, x: Array) -> Array:
         """x [T, n_in] -> [T, n_out]."""
-        return self.be.matmul(self.weight, x, self.bias)
+        y = self.be.matmul(self.weight, x, self.bias)
+        return y if self.low_rank is None or self.low_rank.idle else self.low_rank.added(y, x)
+
+
+def products(linears: Sequence[Linear], x: Array) -> list[Array]:
+    """x [T, n_in] times several matrices."""
+    if not all(p.plain for p in linears):
+        return [p(x) for p in linears]
+    return linears[0].be.matmuls([p.weight for p in linears], x, [p.bias for p in linears])
 
 
 @dataclass(frozen=True)
@@ -95,23 +111,6 @@ class Stored(Source, Protocol):
     def dequantize(self) -> np.ndarray:
         """The values, float32 [*shape]."""
         ...
-
-
-class Row:
-    """Host values as a tensor that a backend can load like a file's, of type F32."""
-
-    type = "F32"
-
-    def __init__(self, name: str, values: np.ndarray) -> None:
-        self.name, self.shape = name, values.shape
-        self.values = np.ascontiguousarray(values, np.float32)
-
-    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        raw = self.values.reshape(-1, self.shape[-1])[start:stop].view(np.uint8)
-        if out is None:
-            return raw
-        out[...] = raw
-        return out
 
 
 class Part:
@@ -166,20 +165,28 @@ class Tensors:
         prefix: str = "",
         taken: set[str] | None = None,
         made: dict[tuple[int, str], Any] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.tensors, self.be, self.c, self.prefix = tensors, be, c, prefix
         self.taken: set[str] = set() if taken is None else taken
         self.made = {} if made is None else made
+        self.adapters = adapters or Adapters()
 
     @property
     def root(self) -> Tensors:
         """All tensors of the file, loaded to the same backend."""
-        return Tensors(self.tensors, self.be, self.c, "", self.taken, self.made)
+        return Tensors(self.tensors, self.be, self.c, "", self.taken, self.made, self.adapters)
 
     def below(self, prefix: str, be: Backend | None = None) -> Tensors:
         """The tensors under a longer prefix, loaded to another backend if one is given."""
         return Tensors(
-            self.tensors, be or self.be, self.c, self.prefix + prefix, self.taken, self.made
+            self.tensors,
+            be or self.be,
+            self.c,
+            self.prefix + prefix,
+            self.taken,
+            self.made,
+            self.adapters,
         )
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -247,7 +254,13 @@ class Tensors:
         if self.has(f"{name}.bias"):
             host = self.host(f"{name}.bias", n_out)
             bias = self.be.array(host if rows is None else host[rows])
-        return Linear(self.be, self.matrix(f"{name}.weight", n_out, n_in, rows=rows), bias)
+        weight = self.matrix(f"{name}.weight", n_out, n_in, rows=rows)
+        return Linear(self.be, weight, bias, self.low_rank(f"{name}.weight", rows))
+
+    def low_rank(self, name: str, rows: slice | np.ndarray | None = None) -> LowRank | None:
+        """The adapters of a tensor, or of some of its rows."""
+        factors = self.adapters.factors(self.prefix + name, rows)
+        return None if factors is None else LowRank(self.adapters.mix(self.be), *factors)
 
     def norm(self, name: str, size: int, kind: str | None = None) -> Norm:
         """``name.weight`` [size] and, if there, ``name.bias``."""

@@ -16,10 +16,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Change:
-    """A function of the configuration and all values of a tensor, and the shape that it gives."""
+    """A function of the configuration and all values of a tensor, and the shape that it gives.
+
+    ``by_rows``: it orders whole rows, and so the rows of a factor too; ``linear``: PEFT's factors of the tensor
+    have GGUF's order already.
+    """
 
     values: Callable[[Config, Floats], Floats]
     shape: Callable[[Config, Shape], Shape] = lambda c, s: s
+    by_rows: bool = False
+    linear: bool = False
 
 
 def permuted(heads: str) -> Change:
@@ -30,12 +36,12 @@ def permuted(heads: str) -> Change:
         paired: Floats = x.reshape(n, 2, -1, *x.shape[1:]).swapaxes(1, 2)
         return paired.reshape(x.shape)
 
-    return Change(values)
+    return Change(values, by_rows=True)
 
 
 increased = Change(lambda c, x: x + np.float32(1))  # Gemma stores a norm's weight less 1
 transposed = Change(
-    lambda c, x: np.ascontiguousarray(x.T) if x.ndim == 2 else x, lambda c, s: s[::-1]
+    lambda c, x: np.ascontiguousarray(x.T) if x.ndim == 2 else x, lambda c, s: s[::-1], linear=True
 )
 minus_exp = Change(lambda c, x: -np.exp(x.astype(np.float64)).astype(np.float32))
 squeezed = Change(
@@ -79,4 +85,4 @@ def falcon_heads(c: Config) -> tuple[int, int]:
     return n_head, old or c.get("num_kv_heads") or c.get("n_head_kv") or 1
 
 
-neox_qkv, falcon_qkv = Change(_neox), Change(_falcon)
+neox_qkv, falcon_qkv = Change(_neox, by_rows=True), Change(_falcon, by_rows=True)

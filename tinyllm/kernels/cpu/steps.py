@@ -25,7 +25,7 @@ from .program import CPUArray, Tape, wrapped
 
 MOST_STEPS = 24  # recorded at a time: texts come and go, and prompts are read beside them
 MOST_ROWS = 32  # longer steps take long enough to be recorded anew each time
-INPUTS = ("ids", "positions", "starts", "n_past", "outputs")  # arrays of a batch
+INPUTS = ("ids", "positions", "starts", "n_past", "outputs", "scales")  # arrays of a batch
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Recorded:
 
     tape: Tape
     batch: Batch
-    inputs: list[np.ndarray]  # views of the batch's arrays
+    inputs: dict[str, np.ndarray]  # views of the batch's arrays
     tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
     caches: CPUArray  # the memory of ``tables``
     lengths: list[int]  # [n_seq]: rows of each sequence
@@ -68,7 +68,7 @@ class Recorded:
             for n, g in zip(pieces, self.growing, strict=True):
                 self.tape.set_pieces(g.row, n)
             self.blocks = blocks
-        for view, name in zip(self.inputs, INPUTS, strict=True):
+        for name, view in self.inputs.items():
             view[...] = getattr(batch, name)
         past = batch.n_past.tolist()
         make_room(batch, past, self.lengths)
@@ -172,7 +172,8 @@ class Steps:
         upload = self._upload()
         assert upload is not None  # its backend owns these steps
         uploaded = upload(batch)
-        inputs = [getattr(uploaded, name).view() for name in INPUTS]
+        given = {name: getattr(uploaded, name) for name in INPUTS}
+        inputs = {name: x.view() for name, x in given.items() if x is not None}
         recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables), lengths)
         self._local.now = recorded
         try:

@@ -39,7 +39,13 @@ class DeviceBatch(Batch):
 
 ALIGNMENT = 512  # bytes; a part of an OpenCL buffer begins at a multiple of 128 to 512
 FEWEST_PAGES = 16  # columns of a page table: for each number of columns a step is recorded anew
-CHANGING = ("ids", "positions", "n_past", "outputs")  # what differs among batches of one key
+CHANGING = (
+    "ids",
+    "positions",
+    "n_past",
+    "outputs",
+    "scales",
+)  # what differs among batches of one key
 GIVEN = ("starts", *CHANGING)
 
 
@@ -50,7 +56,7 @@ class Resident:
     """
 
     def __init__(self, be: GPUBackend, batch: Batch, caches: list[GPUCache], n_pages: int) -> None:
-        arrays = {name: np.asarray(getattr(batch, name)) for name in GIVEN}
+        arrays = {n: np.asarray(x) for n in GIVEN if (x := getattr(batch, n)) is not None}
         numbers = np.arange(batch.n_seq, dtype=np.int32)
         arrays["seqs"] = np.repeat(numbers, np.diff(batch.starts))
         arrays["slots"] = np.zeros(batch.n_seq, np.int32)
@@ -77,7 +83,8 @@ class Resident:
     def _lay(self, batch: Batch, caches: list[GPUCache]) -> None:
         """Write what may differ to its place on the host."""
         for name in CHANGING:
-            self._views[name][...] = getattr(batch, name)
+            if name in self._views:
+                self._views[name][...] = getattr(batch, name)
         marks = [cache.mark for cache in caches]
         if marks == self._marks:
             return

@@ -1,0 +1,89 @@
+"""Writing a model again with adapters added to its matrices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+from . import quants
+from .adapter import Adapter, product, read_adapter
+from .quantize import Report, check_threads, deferred, paths
+from .reader import open_file
+from .writer import write
+
+Floats = npt.NDArray[np.float32]
+AdapterPath = str | os.PathLike[str]
+
+
+def merge(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    lora: Sequence[AdapterPath | tuple[AdapterPath, float]],
+    *,
+    n_threads: int | None = None,
+    part_bytes: int | None = None,
+    report: Report | None = None,
+) -> dict[str, str]:
+    """Write a model again with adapters in its weights, each tensor in the type that it has.
+
+    Parameters
+    ----------
+    src : path-like
+        A GGUF file, or the first part of a split one. Quantised matrices that an adapter changes are quantised
+        again, which rounds them a second time: F16 is the better source.
+    dst : path-like
+        The file to write; it appears only when it is complete.
+    lora : sequence of path-like or (path-like, float)
+        Adapters, GGUF files or folders that PEFT has saved, each with its scale (1 unless said).
+    n_threads : int, optional
+        All cores by default.
+    part_bytes : int, optional
+        Split the new file into parts with about so many bytes each.
+    report : callable, optional
+        Called with the name, the old and the new type of each tensor when its turn comes.
+
+    Returns
+    -------
+    dict
+        The type of each tensor by name.
+
+    Raises
+    ------
+    ArgumentError
+        There are no adapters, `dst` is `src`, or a changed tensor has a type that we do not write.
+    GGUFError, UnsupportedModel
+        A file is damaged, or an adapter does not fit the model.
+    """
+    src, dst = paths(src, dst)
+    check_threads(n_threads)
+    if not lora:
+        raise ArgumentError("lora names no adapter; expected at least one")
+    with open_file(src) as file, ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in lora]
+        adapters = [(read_adapter(p, file.metadata, shapes), float(scale)) for p, scale in pairs]
+        blocks = {}
+        for name, tensor in file.tensors.items():
+            mine = [(a, scale) for a, scale in adapters if name in a.pairs]
+            if mine and not quants.FORMATS[tensor.type].quantize:
+                raise ArgumentError(
+                    f"{name} is {tensor.type}, which we do not write; merge into an F16 file"
+                )
+            more = partial(changed, name, mine) if mine else None
+            blocks[name] = deferred(tensor, tensor.type, pool, report, more)
+        kept = {k: v for k, v in file.exact_metadata.items() if not k.startswith("split.")}
+        write(dst, kept, blocks, part_bytes=part_bytes)
+        return {name: tensor.type for name, tensor in file.tensors.items()}
+
+
+def changed(name: str, adapters: Sequence[tuple[Adapter, float]], start: int, stop: int) -> Floats:
+    """What adapters with these scales add to some rows of a tensor."""
+    parts = [np.float32(s) * product(name, a.pairs[name], start, stop) for a, s in adapters]
+    total: Floats = np.sum(parts, axis=0)
+    return total
