@@ -53,12 +53,13 @@ ALLOWED: dict[str, set[str]] = {
     "server": BELOW_MODEL | {"model", "loading", "localdocs"},
     "mapping": BELOW_MODEL | {"model"},
     "ray": BELOW_MODEL | {"model", "loading", "mapping", "server"},
+    "measuring": BELOW_MODEL | {"model", "loading"},
     "cli": BELOW_MODEL
-    | {"model", "loading", "localdocs", "plots", "sdk", "server"}
+    | {"model", "loading", "measuring", "localdocs", "plots", "sdk", "server"}
     | {"mapping", "ray"},
     "__main__": {"cli"},
     "_pyinstaller": set(),
-    "__init__": BELOW_MODEL | {"model", "loading", "research", "sdk"},
+    "__init__": BELOW_MODEL | {"model", "loading", "measuring", "research", "sdk"},
 }
 THIRD_PARTY = {
     "cupy",

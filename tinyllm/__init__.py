@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .kernels.devices import list_devices
     from .kernels.outside import kernel
     from .loading import load
+    from .measuring import imatrix
     from .model import Model
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "errors",
     "gguf",
+    "imatrix",
     "kernel",
     "list_devices",
     "load",
@@ -40,6 +42,7 @@ _HOMES = {
     "Engine": "engine.scheduler",
     "Model": "model",
     "convert": "gguf.convert.folder",
+    "imatrix": "measuring",
     "kernel": "kernels.outside",
     "list_devices": "kernels.devices",
     "load": "loading",

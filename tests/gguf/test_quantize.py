@@ -100,6 +100,8 @@ def test_quantize_writes_the_planned_types(source: Path, tmp_path: Path) -> None
 def test_every_mixture_keeps_the_weights(source: Path, tmp_path: Path, mixture: str) -> None:
     types = quantize(source, tmp_path / "q.gguf", mixture, n_threads=2)
     worst = {"Q1_0": 0.62, "TQ1_0": 0.45, "TQ2_0": 0.45, "Q2_0": 0.37, "Q2_K": 0.28, "Q3_K": 0.15}
+    worst |= {"IQ1_S": 0.46, "IQ1_M": 0.43, "IQ2_XXS": 0.34, "IQ2_XS": 0.3, "IQ2_S": 0.25}
+    worst |= {"IQ3_XXS": 0.185, "IQ3_S": 0.14}
     with gguf.open(source) as old, gguf.open(tmp_path / "q.gguf") as new:
         for name, kind in types.items():
             weights = old.tensors[name].dequantize()

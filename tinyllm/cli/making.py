@@ -1,4 +1,4 @@
-"""Commands that write model files: convert, quantize, merge."""
+"""Commands that write model files: convert, quantize, imatrix, merge."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
+from ..files import read_text
 from .arguments import Arguments, Command, Parser, adapter, open_file
 from .terminal import show
 
@@ -102,6 +103,11 @@ def quantize_arguments(p: Parser) -> None:
     p.add_argument(
         "--requantize", action="store_true", help="also from quantised types; adds their errors"
     )
+    p.add_argument("--imatrix", metavar="FILE", help="of `tinyllm imatrix`, or llama-imatrix")
+    p.add_argument("--keep", action="append", default=[], metavar="REGEX",
+                   help="tensors whose names match stay as they are; may be repeated")  # fmt: skip
+    p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE",
+                   help="another type for tensors whose names match; may be repeated")  # fmt: skip
     writing_options(p)
 
 
@@ -112,10 +118,46 @@ def quantize(args: Arguments) -> None:
         source, n_tensors = file.path, len(file.tensors)
     with progress("quantizing", n_tensors) as bar:
         types = quantize_file(
-            source, args.target, args.format, requantize=args.requantize, n_threads=args.n_threads,
+            source, args.target, args.format, requantize=args.requantize, imatrix=args.imatrix,
+            keep=args.keep, types=dict(map(chosen_type, args.tensor_type)), n_threads=args.n_threads,
             part_bytes=part_bytes(args), report=lambda *_: bar.update(),
         )  # fmt: skip
     show_written(args.target, types)
+
+
+def chosen_type(text: str) -> tuple[str, str]:
+    """A regular expression and a type out of ``REGEX=TYPE``."""
+    pattern, equals, kind = text.rpartition("=")
+    if not equals or not pattern:
+        raise ArgumentError(f"--tensor-type {text!r:.60}; expected REGEX=TYPE, as in ffn_down=Q6_K")
+    return pattern, kind
+
+
+# ---- imatrix
+
+
+def imatrix_arguments(p: Parser) -> None:
+    p.add_argument("model", metavar="MODEL", help="a .gguf file, as exact as you have it")
+    p.add_argument("text", metavar="TEXT", help="a file in UTF-8: what the model will be used for")
+    p.add_argument("-o", "--out", default="imatrix.gguf", metavar="FILE",
+                   help="default imatrix.gguf; a name in .dat gives llama.cpp's older format")  # fmt: skip
+    p.add_argument("-w", "--window", type=int, default=512, metavar="N", help="tokens of a piece")
+    p.add_argument("-n", "--windows", type=int, metavar="N", help="at most so many pieces")
+    p.add_argument("--device", help="cpu (default), cuda[:i], opencl[:i]")
+    p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: the physical cores")
+
+
+def imatrix(args: Arguments) -> None:
+    from tqdm import tqdm
+
+    from ..measuring import imatrix as measure
+
+    found = measure(
+        args.model, read_text(args.text), args.out, window=args.window, n_windows=args.windows,
+        device=args.device, n_threads=args.n_threads, dataset=Path(args.text).name,
+        progress=lambda pieces, n: tqdm(pieces, "measuring", n, leave=False, disable=None),
+    )  # fmt: skip
+    show(f"{args.out}: {len(found.sums)} matrices, {found.chunks} pieces of text\n")
 
 
 # ---- merge
@@ -152,6 +194,11 @@ COMMANDS = {
         "Write a model again in fewer bits.",
         "tinyllm quantize model-f16.gguf model-q4.gguf Q4_K_M",
         quantize_arguments, quantize,
+    ),
+    "imatrix": Command(
+        "Measure which inputs of a model's matrices are large, for quantize --imatrix.",
+        "tinyllm imatrix model-f16.gguf text.txt -o model.imatrix.gguf",
+        imatrix_arguments, imatrix,
     ),
     "merge": Command(
         "Write a model again with adapters in its weights.",

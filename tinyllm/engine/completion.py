@@ -99,7 +99,7 @@ class Options:
     overflow: Overflow
     grammar: Grammar | None = None
     drafter: Callable[[], Drafter] | None = None  # begins the speculation of a text
-    scales: Scales | None = None  # of the model's adapters; None: as it was loaded
+    scales: Scales | None = None  # for the model's adapters; None: as it was loaded
 
     def __post_init__(self) -> None:
         if self.overflow not in get_args(Overflow):

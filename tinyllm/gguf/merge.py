@@ -59,6 +59,11 @@ def merge(
         There are no adapters, `dst` is `src`, or a changed tensor has a type that we do not write.
     GGUFError, UnsupportedModel
         A file is damaged, or an adapter does not fit the model.
+
+    Examples
+    --------
+    >>> import tinyllm
+    >>> types = tinyllm.merge("model-f16.gguf", "merged.gguf", [("my-adapter", 0.5)])  # doctest: +SKIP
     """
     src, dst = paths(src, dst)
     check_threads(n_threads)

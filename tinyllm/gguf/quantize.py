@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, NumericError
 from . import quants
+from .imatrix import Importance, check_covers, per_row, read_imatrix
 from .mixtures import MIXTURES, plan
 from .reader import GGUFFile, open_file
 from .tensor import Tensor
@@ -22,7 +24,7 @@ from .writer import Deferred, write
 _CHUNK = 1 << 20  # weights that a thread converts at a time
 _AHEAD = 2 * (os.cpu_count() or 1)  # runs of them that wait to be written
 Report = Callable[[str, str, str], object]
-Added = Callable[[int, int], npt.NDArray[np.float32]]  # first and last row -> [stop - start, n_in]
+Rows = Callable[[int, int], npt.NDArray[np.float32]]  # first and last row -> [stop - start, n_in]
 
 
 def quantize(
@@ -31,6 +33,9 @@ def quantize(
     mixture: str = "Q4_K_M",
     *,
     requantize: bool = False,
+    imatrix: Importance | str | os.PathLike[str] | None = None,
+    keep: Sequence[str] = (),
+    types: Mapping[str, str] | None = None,
     n_threads: int | None = None,
     part_bytes: int | None = None,
     report: Report | None = None,
@@ -47,6 +52,13 @@ def quantize(
         A key of `tinyllm.gguf.mixtures.MIXTURES`, such as ``"Q4_K_M"`` or ``"Q8_0"``.
     requantize : bool
         Also convert from one quantised type to another, which adds the errors of both.
+    imatrix : path-like or Importance, optional
+        How large the inputs of each matrix are, from ``tinyllm.imatrix``: larger ones count more.
+    keep : sequence of str
+        Regular expressions; tensors whose names have a match stay as they are.
+    types : mapping of str to str, optional
+        Regular expression -> type of the tensors whose names have a match, whatever the mixture says; the first
+        that fits.
     n_threads : int, optional
         All cores by default.
     part_bytes : int, optional
@@ -77,13 +89,59 @@ def quantize(
     check_threads(n_threads)
     with open_file(src) as file, ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        types = plan(file.metadata, shapes, mixture)
-        types = {name: types.get(name, tensor.type) for name, tensor in file.tensors.items()}
+        known = read_imatrix(imatrix) if isinstance(imatrix, str | os.PathLike) else imatrix
+        if known is not None:
+            check_covers(known, shapes)
+        planned = plan(file.metadata, shapes, mixture, known is not None)
+        planned = {n: planned.get(n, tensor.type) for n, tensor in file.tensors.items()}
+        planned = _asked(file, planned, keep, types or {})
         if not requantize:
-            _check_sources(file, types)
-        blocks = {n: deferred(t, types[n], pool, report) for n, t in file.tensors.items()}
+            _check_sources(file, planned)
+        blocks = {
+            n: deferred(t, planned[n], pool, report, importance=importance_of(known, t))
+            for n, t in file.tensors.items()
+        }
         write(dst, _metadata(file, mixture), blocks, part_bytes=part_bytes)
-    return types
+    return planned
+
+
+def _asked(
+    file: GGUFFile, planned: Mapping[str, str], keep: Sequence[str], types: Mapping[str, str]
+) -> dict[str, str]:
+    """The types of a plan, less what the caller keeps and with what the caller chooses."""
+    rules: list[tuple[re.Pattern[str], str | None]] = [(compiled(p), None) for p in keep]
+    rules += [(compiled(pattern), kind.upper()) for pattern, kind in types.items()]
+    asked = dict(planned)
+    for pattern, kind in reversed(rules):
+        names = [n for n in planned if pattern.search(n)]
+        if not names:
+            raise ArgumentError(f"no tensor's name has a match of {pattern.pattern!r:.60}")
+        for name in names:
+            asked[name] = file.tensors[name].type if kind is None else kind
+            fmt, n = quants.FORMATS.get(asked[name]), file.tensors[name].shape[-1]
+            if fmt is None or (kind is not None and (not fmt.quantize or n % fmt.block_size)):
+                raise ArgumentError(f"{name}: rows of {n} values cannot be written as {kind!r:.20}")
+    return asked
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A regular expression; ArgumentError if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ArgumentError(f"{pattern!r:.60} is no regular expression: {e}") from None
+
+
+def importance_of(known: Importance | None, tensor: Tensor) -> Rows | None:
+    """How much the weights of some rows of a tensor count, [1 or stop - start, n_in]; None: all alike."""
+    means = None if known is None else known.means(tensor.name)
+    if means is None:
+        return None
+    each = per_row(means, tensor.shape)
+    assert each is not None  # check_covers has seen to it
+    if len(each) == 1:
+        return lambda start, stop: each
+    return lambda start, stop: each[np.arange(start, stop) // tensor.shape[-2]]
 
 
 def paths(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> tuple[str, str]:
@@ -124,11 +182,12 @@ def deferred(
     kind: str,
     pool: ThreadPoolExecutor,
     report: Report | None,
-    added: Added | None = None,
+    added: Rows | None = None,
+    importance: Rows | None = None,
 ) -> Deferred:
     """A tensor of a file in a new type, converted on all threads of the pool when it is written.
 
-    ``added`` gives what is added to the values of some rows.
+    ``added`` gives what is added to the values of some rows, ``importance`` how much their errors count.
     """
 
     def pieces() -> Iterator[npt.NDArray[np.uint8]]:
@@ -143,7 +202,8 @@ def deferred(
         try:
             values = quants.dequantize(tensor.type, raw)
             values = values if added is None else values + added(start, stop)
-            return quants.quantize(kind, values).reshape(-1)
+            weights = None if importance is None else importance(start, stop)
+            return quants.quantize(kind, values, weights).reshape(-1)
         except NumericError as error:
             raise NumericError(f"{tensor.name}: {error}") from error
 

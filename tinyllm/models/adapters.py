@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,6 +23,27 @@ if TYPE_CHECKING:
 Scales = tuple[float, ...]
 EMBEDDING = "token_embd.weight"
 MULTIPLE = 4  # values side by side, with zeros behind the last
+
+
+class Beside(Protocol):
+    """Something that reads what a product reads, and may add to it."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it does nothing in the present step."""
+        ...
+
+    def added(self, y: Array, x: Array) -> Array:
+        """y [T, n_out], the product of x [T, n_in], with what is added."""
+        ...
+
+    def added_to_embedding(self, y: Array, ids: Array, scale: float) -> Array:
+        """Embeddings y [T, E] of ids [T], with what is added."""
+        ...
+
+    def added_to_experts(self, y: Array, x: Array, experts: Array, n: int) -> Array:
+        """y [T, k, n_out], the products of the chosen of n experts, with what is added."""
+        ...
 
 
 class Adapters:
@@ -81,6 +102,13 @@ class Adapters:
         down = padded(down, across, padding)
         up = padded(up, -1, padding)
         return down, up if rows is None else np.ascontiguousarray(up[..., rows, :]), ranks
+
+    def beside(
+        self, be: Backend, name: str, rows: slice | np.ndarray | None = None
+    ) -> Beside | None:
+        """What stands beside a tensor's product, or beside that of some of its rows."""
+        factors = self.factors(name, rows)
+        return None if factors is None else LowRank(self.mix(be), *factors)
 
     def check_used(self) -> None:
         """Raise UnsupportedModel for a change of a tensor that no plain product reads."""
@@ -157,7 +185,7 @@ class LowRank:
         inner = self.be.mul(self.be.embed(self.down, ids, scale), self.mix.shares(self.ranks))
         return self.be.add(y, self.be.matmul(self.up, inner))
 
-    def added_to_experts(self, y: Array, x: Array, experts: Array) -> Array:
+    def added_to_experts(self, y: Array, x: Array, experts: Array, n: int) -> Array:
         """y [T, k, n_out] and what the adapters of the chosen experts make of x [T, n_in] or [T, k, n_in]."""
         be, (t, k, n_out) = self.be, y.shape
         inner = be.matmul_experts(self.down, x, experts)

@@ -163,7 +163,7 @@ class Decoder:
         w.require(*a.needs)
         self.n_vocab = w.source("token_embd.weight").shape[0]
         self.token_embd = w.matrix("token_embd.weight", self.n_vocab, c.n_embd)
-        self.adapters, self.embd_low_rank = w.adapters, w.low_rank("token_embd.weight")
+        self.adapters, self.embd_beside = w.adapters, w.beside("token_embd.weight")
         self.position_embd = None
         if a.position == "learned":
             self.position_embd = w.matrix("position_embd.weight", c.n_ctx_train, c.n_embd)
@@ -189,7 +189,7 @@ class Decoder:
         here = w.be is self.first
         rows = self.token_embd if here else w.matrix("token_embd.weight", *size)
         bias = w.optional("output.bias", self.n_vocab)
-        return Linear(w.be, rows, bias, w.low_rank("output.weight"))
+        return Linear(w.be, rows, bias, w.beside("output.weight"))
 
     @property
     def caches(self) -> list[LayerCache]:
@@ -200,8 +200,8 @@ class Decoder:
         """Activations before the first block -> [T, E]."""
         be, batch, c = self.first, step.batch, self.config
         x = be.embed(self.token_embd, batch.ids, c.embedding_scale)
-        if self.embd_low_rank is not None and not self.embd_low_rank.idle:
-            x = self.embd_low_rank.added_to_embedding(x, batch.ids, c.embedding_scale)
+        if self.embd_beside is not None and not self.embd_beside.idle:
+            x = self.embd_beside.added_to_embedding(x, batch.ids, c.embedding_scale)
         if c.n_embd_per_layer:
             step.carried.update(ids=batch.ids, embd=x)
         if self.position_embd is not None:

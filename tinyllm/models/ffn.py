@@ -241,23 +241,23 @@ class Experts:
     def __init__(
         self, w: Tensors, name: str, n: int, n_out: int, n_in: int, half: int | None = None
     ) -> None:
-        self.be = w.be
+        self.be, self.n = w.be, n
         self.weight = w.stack(f"{name}.weight", n, n_out, n_in, half)
         self.bias = w.optional(f"{name}.bias", n, n_out)
         rows = None if half is None else slice(half * n_out, (half + 1) * n_out)
-        self.low_rank = w.low_rank(f"{name}.weight", rows)
+        self.beside = w.beside(f"{name}.weight", rows)
 
     @property
     def plain(self) -> bool:
         """Whether the products are the matrices' alone in the present step."""
-        return self.low_rank is None or self.low_rank.idle
+        return self.beside is None or self.beside.idle
 
     def __call__(self, x: Array, experts: Array) -> Array:
         """x [T, n_in] or [T, k, n_in] -> [T, k, n_out]."""
         y = self.be.matmul_experts(self.weight, x, experts, self.bias)
-        if self.low_rank is None or self.low_rank.idle:
+        if self.beside is None or self.beside.idle:
             return y
-        return self.low_rank.added_to_experts(y, x, experts)
+        return self.beside.added_to_experts(y, x, experts, self.n)
 
 
 def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:

@@ -56,7 +56,7 @@ class State:
         lock: RLock,
         scales: tuple[float, ...] = (),
     ) -> None:
-        self.scales = scales  # of the model's adapters, in every step of this sequence
+        self.scales = scales  # for the model's adapters, in every step of this sequence
         self.cache, self.layers, self.ropes, self.lock = cache, layers, ropes, lock
         self.n_ctx, self.fingerprint = n_ctx, fingerprint
         self.can_shift = True  # may stored keys be turned to other positions?

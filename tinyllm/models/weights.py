@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import GGUFError, UnsupportedModel
 from ..gguf.types import TYPES
 from ..kernels.backend import Array, Backend, Source, Weight
-from .adapters import Adapters, LowRank
+from .adapters import Adapters, Beside
 from .config import Config
 from .row import Row as Row
 
@@ -60,17 +60,17 @@ class Linear:
     be: Backend
     weight: Weight
     bias: Array | None
-    low_rank: LowRank | None = None
+    beside: Beside | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the product is the matrix's alone in the present step."""
-        return self.low_rank is None or self.low_rank.idle
+        return self.beside is None or self.beside.idle
 
     def __call__(self, x: Array) -> Array:
         """x [T, n_in] -> [T, n_out]."""
         y = self.be.matmul(self.weight, x, self.bias)
-        return y if self.low_rank is None or self.low_rank.idle else self.low_rank.added(y, x)
+        return y if self.beside is None or self.beside.idle else self.beside.added(y, x)
 
 
 def products(linears: Sequence[Linear], x: Array) -> list[Array]:
@@ -170,7 +170,7 @@ class Tensors:
         self.tensors, self.be, self.c, self.prefix = tensors, be, c, prefix
         self.taken: set[str] = set() if taken is None else taken
         self.made = {} if made is None else made
-        self.adapters = adapters or Adapters()
+        self.adapters = Adapters() if adapters is None else adapters
 
     @property
     def root(self) -> Tensors:
@@ -255,12 +255,11 @@ class Tensors:
             host = self.host(f"{name}.bias", n_out)
             bias = self.be.array(host if rows is None else host[rows])
         weight = self.matrix(f"{name}.weight", n_out, n_in, rows=rows)
-        return Linear(self.be, weight, bias, self.low_rank(f"{name}.weight", rows))
+        return Linear(self.be, weight, bias, self.beside(f"{name}.weight", rows))
 
-    def low_rank(self, name: str, rows: slice | np.ndarray | None = None) -> LowRank | None:
-        """The adapters of a tensor, or of some of its rows."""
-        factors = self.adapters.factors(self.prefix + name, rows)
-        return None if factors is None else LowRank(self.adapters.mix(self.be), *factors)
+    def beside(self, name: str, rows: slice | np.ndarray | None = None) -> Beside | None:
+        """What stands beside a tensor's product, or beside that of some of its rows."""
+        return self.adapters.beside(self.be, self.prefix + name, rows)
 
     def norm(self, name: str, size: int, kind: str | None = None) -> Norm:
         """``name.weight`` [size] and, if there, ``name.bias``."""

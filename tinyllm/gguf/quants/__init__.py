@@ -42,6 +42,7 @@ times the codebook's -1, 0 or 1, plus or minus the 1 that stands for the format'
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ from numpy.typing import NDArray
 
 from ...errors import ArgumentError, NumericError
 from . import float as plain
-from . import fp4, iquants, kquants, legacy, lowbit, ternary
+from . import fp4, iq_search, iquants, kquants, legacy, lowbit, ternary
+from .fit import divide
 from .format import Array, Codes, Floats, Format
 
 __all__ = ["FORMATS", "Format", "dequantize", "int8_form", "quantize"]
@@ -59,6 +61,8 @@ FORMATS: dict[str, Format] = {
     for family in (plain, legacy, kquants, iquants, ternary, fp4, lowbit)
     for f in family.FORMATS
 }
+for _name, _writer in iq_search.WRITERS.items():
+    FORMATS[_name] = replace(FORMATS[_name], quantize=_writer)
 _CHUNK = 1 << 17  # weights decoded at a time: the temporaries stay within a few MB
 
 
@@ -133,7 +137,7 @@ def int8_form(type_name: str, raw: NDArray[np.uint8]) -> tuple[Codes, Floats, Fl
     return codes.reshape(*lead, n), scales.reshape(per_group), minima, group
 
 
-def quantize(type_name: str, x: Floats) -> NDArray[np.uint8]:
+def quantize(type_name: str, x: Floats, importance: Floats | None = None) -> NDArray[np.uint8]:
     """Encode weights: a least-squares choice of scales, not ggml's bits.
 
     Parameters
@@ -142,6 +146,9 @@ def quantize(type_name: str, x: Floats) -> NDArray[np.uint8]:
         A type of `FORMATS` whose `quantize` is not None.
     x : float32 array [..., n]
         n is a multiple of the block size.
+    importance : float32 array, optional
+        How much the squared error of each weight counts, [n] or [..., n]: mean squares of the inputs that it is
+        multiplied by.
 
     Returns
     -------
@@ -163,15 +170,26 @@ def quantize(type_name: str, x: Floats) -> NDArray[np.uint8]:
     if fmt.int8_form is not None and not np.isfinite(x).all():
         raise NumericError(f"cannot quantise NaN or infinity to {type_name}")
     blocks, groups = np.empty(x.size // fmt.block_size, fmt.dtype), x.reshape(-1, fmt.block_size)
+    weights = None if importance is None else _weights(importance, x).reshape(groups.shape)
     try:
         with np.errstate(over="raise"):
             for part in _chunks(fmt, blocks.size):
-                blocks[part] = fmt.quantize(groups[part])
+                blocks[part] = fmt.quantize(
+                    groups[part], None if weights is None else weights[part]
+                )
     except FloatingPointError as error:
         raise NumericError(f"a value is too large for {type_name}: {np.abs(x).max()}") from error
     return blocks.view(np.uint8).reshape(
         *x.shape[:-1], x.shape[-1] // fmt.block_size * fmt.type_size
     )
+
+
+def _weights(importance: Floats, x: Floats) -> Floats:
+    """The weight of each squared error, in the shape of x, about 1; a 0 would leave a scale open."""
+    w = np.broadcast_to(importance, x.shape).astype(np.float32)
+    mean = w.mean(-1, keepdims=True)
+    weights: Floats = np.where(mean > 0, divide(w, mean), 1) + np.float32(1e-6)
+    return weights.astype(np.float32)
 
 
 def _format(type_name: str) -> Format:

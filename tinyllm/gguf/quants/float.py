@@ -18,7 +18,7 @@ def _from_bf16(blocks: Array) -> Floats:
     return (blocks.astype(np.uint32) << 16).view(np.float32)[:, None]
 
 
-def _to_bf16(x: Floats) -> Array:
+def _to_bf16(x: Floats, w: Floats | None = None) -> Array:
     """Round to nearest, ties to even; a NaN stays a NaN even if only low bits were set."""
     bits = x.reshape(-1).view(np.uint32)
     rounded = bits + (0x7FFF + (bits >> 16 & 1))
@@ -28,7 +28,8 @@ def _to_bf16(x: Floats) -> Array:
 
 def _number(name: str, code: str, writable: bool = False) -> Format:
     dtype = np.dtype(code)
-    return Format(name, dtype, _widen, (lambda x: x[:, 0].astype(dtype)) if writable else None)
+    narrow = (lambda x, w=None: x[:, 0].astype(dtype)) if writable else None
+    return Format(name, dtype, _widen, narrow)
 
 
 FORMATS = (

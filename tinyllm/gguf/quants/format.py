@@ -14,6 +14,7 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Codes = NDArray[np.int8]
 Int8Form = tuple[Codes, Floats, Floats | None]
+Quantize = Callable[[Floats, Floats | None], Array]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Format:
     dequantize : callable
         Blocks [N] -> float32 [N, block_size].
     quantize : callable or None
-        Float32 [N, block_size] -> blocks [N]; None where only others write the format.
+        Float32 [N, block_size], and how much each value's squared error counts or None -> blocks [N]; None
+        where only others write the format.
     int8_form : callable or None
         Blocks [N] -> codes int8 [N, block_size], scales and (or None) minima float32
         [N, block_size / group_size], with ``weight = scale * code + minimum``.
@@ -41,7 +43,7 @@ class Format:
     name: str
     dtype: np.dtype[Any]
     dequantize: Callable[[Array], Floats]
-    quantize: Callable[[Floats], Array] | None = None
+    quantize: Quantize | None = None
     int8_form: Callable[[Array], Int8Form] | None = None
     block_size: int = 1
     group_size: int = 1
@@ -63,7 +65,7 @@ def quantised(
     int8_form: Callable[[Array], Int8Form],
     block_size: int,
     group_size: int,
-    quantize: Callable[[Floats], Array] | None = None,
+    quantize: Quantize | None = None,
 ) -> Format:
     """Make the format whose weights are ``scale * code + minimum``, as all quantised ones are."""
     weights = partial(_weights, int8_form)

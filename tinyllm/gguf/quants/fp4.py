@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .fit import divide, nearest_index
+from .fit import divide, grouped, nearest_index
 from .format import Array, Floats, Int8Form, look_up, nibble_pairs, pack_planes, quantised
 
 # weight = 2^(e - 128) * E2M1[q]; 4.25 bits per weight
@@ -52,30 +52,31 @@ def _nearest_e2m1(x: Floats) -> Array:
     return index
 
 
-def _better(x: Floats, tries: list[Array], scales: Floats) -> tuple[Array, Array]:
+def _better(x: Floats, tries: list[Array], scales: Floats, w: Floats | None) -> tuple[Array, Array]:
     """Choose, for each group x [..., n], the index into scales whose codes lose less.
 
     tries: two of int [...] -> that index [...], and the codes' indices [..., n].
     """
     units = [scales[index][..., None] for index in tries]
     codes = [_nearest_e2m1(divide(x, unit)) for unit in units]
-    first, second = (np.square(E2M1[q] * u - x).sum(-1) for q, u in zip(codes, units, strict=True))
+    losses = [np.square(E2M1[q] * u - x) for q, u in zip(codes, units, strict=True)]
+    first, second = ((loss if w is None else loss * w).sum(-1) for loss in losses)
     swap = second < first
     return np.where(swap, *tries[::-1]), np.where(swap[..., None], *codes[::-1])
 
 
-def _quantize_mxfp4(x: Floats) -> Array:
+def _quantize_mxfp4(x: Floats, w: Floats | None = None) -> Array:
     """The exponent that keeps the largest value below 8, or the next: the one that loses less."""
     top = np.frexp(np.abs(x).max(-1))[1]
     tries = [(top + 124 + k).clip(0, 254) for k in (0, 1)]
-    e, codes = _better(x, tries, _POWERS)
+    e, codes = _better(x, tries, _POWERS, w)
     blocks = np.zeros(len(x), MXFP4)
     blocks["e"] = e
     blocks["qs"] = pack_planes(codes.reshape(-1, 2, 16), 4)
     return blocks
 
 
-def _quantize_nvfp4(x: Floats) -> Array:
+def _quantize_nvfp4(x: Floats, w: Floats | None = None) -> Array:
     """Map the largest of 16 values to code 12, or to 8, whose neighbours are nearer: the better."""
     groups = x.reshape(-1, 4, 16)
     top = np.abs(groups).max(-1)
@@ -83,7 +84,7 @@ def _quantize_nvfp4(x: Floats) -> Array:
     if top.max(initial=0) > 12 * finite[-1]:
         raise FloatingPointError("beyond the largest E4M3 scale")
     tries = [nearest_index(finite, top / code) for code in (12, 8)]
-    d, codes = _better(groups, tries, _E4M3)
+    d, codes = _better(groups, tries, _E4M3, grouped(w, 4))
     blocks = np.zeros(len(x), NVFP4)
     blocks["d"] = d
     blocks["qs"] = pack_planes(codes.reshape(-1, 4, 2, 8), 4)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .fit import divide, fit_scale, nearest_index, peak
+from .fit import divide, fit_scale, grouped, nearest_index, peak
 from .format import (
     Array,
     Codes,
@@ -170,17 +170,17 @@ def _snap(x: Floats) -> Floats:
     return _STEPS[nearest_index(_STEPS, x)]
 
 
-def _quantize_iq4_nl(x: Floats) -> Array:
+def _quantize_iq4_nl(x: Floats, w: Floats | None = None) -> Array:
     blocks = np.zeros(len(x), IQ4_NL)
-    blocks["d"] = fit_scale(x, _LIMITS, _snap)[:, 0]
+    blocks["d"] = fit_scale(x, _LIMITS, _snap, w)[:, 0]
     codes = nearest_index(_STEPS, divide(x, _d(blocks)))
     blocks["qs"] = pack_planes(codes.reshape(-1, 2, 16), 4)
     return blocks
 
 
-def _quantize_iq4_xs(x: Floats) -> Array:
+def _quantize_iq4_xs(x: Floats, w: Floats | None = None) -> Array:
     groups = x.reshape(-1, 8, 32)
-    scale = fit_scale(groups, _LIMITS, _snap)[..., 0]
+    scale = fit_scale(groups, _LIMITS, _snap, grouped(w, 8))[..., 0]
     blocks = np.zeros(len(x), IQ4_XS)
     blocks["d"] = peak(scale)[:, 0] / -32
     s = np.rint(divide(scale, _d(blocks))).clip(-32, 31)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .fit import divide, fit_affine, fit_scale, peak, rounded
+from .fit import divide, fit_affine, fit_scale, grouped, peak, rounded
 from .format import Array, Floats, Format, Int8Form, pack_planes, planes, quantised
 
 # weight = d * (scales[g] & 15) * q - dmin * (scales[g] >> 4), 16 groups; 2.625 bits per weight
@@ -108,12 +108,12 @@ def _unit(values: Floats, code: int) -> Array:
 
 
 def _quantize_signed(
-    x: Floats, groups: int, low: int, scale_low: int
+    x: Floats, groups: int, low: int, scale_low: int, w: Floats | None
 ) -> tuple[Array, Array, Array]:
     """-> d [N], integer scales [N, groups], codes low..-low-1 [N, 256]."""
-    x = x.reshape(-1, groups, 256 // groups)
+    x, w = grouped(x, groups), grouped(w, groups)
     snap = rounded(low, -low - 1)
-    scale = fit_scale(x, low + np.linspace(-0.6, 1, 9), snap)[..., 0]
+    scale = fit_scale(x, low + np.linspace(-0.6, 1, 9), snap, w)[..., 0]
     d = _unit(scale, scale_low)
     integers = _ratio(scale, d, scale_low, -scale_low - 1)
     codes = snap(divide(x, _times(d, integers)[..., None]))
@@ -121,11 +121,11 @@ def _quantize_signed(
 
 
 def _quantize_affine(
-    x: Floats, groups: int, high: int, scale_high: int
+    x: Floats, groups: int, high: int, scale_high: int, w: Floats | None
 ) -> tuple[Array, Array, Array, Array, Array]:
     """-> d, dmin [N], integer scales and minima [N, groups], codes 0..high [N, 256]."""
-    x = x.reshape(-1, groups, 256 // groups)
-    scale, minimum = (v[..., 0] for v in fit_affine(x, high, negative_min=True))
+    x, w = grouped(x, groups), grouped(w, groups)
+    scale, minimum = (v[..., 0] for v in fit_affine(x, high, True, w))
     d, dmin = _unit(scale, scale_high), _unit(-minimum, scale_high)
     scales, minima = _ratio(scale, d, 0, scale_high), _ratio(-minimum, dmin, 0, scale_high)
     shifted = x + _times(dmin, minima)[..., None]
@@ -134,17 +134,17 @@ def _quantize_affine(
     return d, dmin, *integers, codes.astype(np.uint8).reshape(-1, 256)
 
 
-def _quantize_q2_k(x: Floats) -> Array:
+def _quantize_q2_k(x: Floats, w: Floats | None = None) -> Array:
     blocks = np.zeros(len(x), Q2_K)
-    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 16, 3, 15)
+    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 16, 3, 15, w)
     blocks["scales"] = scales | minima << 4
     blocks["qs"] = pack_planes(codes.reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
     return blocks
 
 
-def _quantize_q3_k(x: Floats) -> Array:
+def _quantize_q3_k(x: Floats, w: Floats | None = None) -> Array:
     blocks = np.zeros(len(x), Q3_K)
-    blocks["d"], scales, codes = _quantize_signed(x, 16, -4, -32)
+    blocks["d"], scales, codes = _quantize_signed(x, 16, -4, -32, w)
     q, s = (codes + 4).view(np.uint8), (scales + 32).view(np.uint8)
     blocks["qs"] = pack_planes((q & 3).reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
     blocks["hmask"] = pack_planes((q >> 2).reshape(-1, 8, 32), 1)
@@ -160,33 +160,33 @@ def _store_scales_q4_k(scales: Array, minima: Array) -> Array:
     return np.concatenate([first, pack_planes(both[..., 4:] & 15, 4)], axis=-1)
 
 
-def _quantize_q4_k(x: Floats) -> Array:
+def _quantize_q4_k(x: Floats, w: Floats | None = None) -> Array:
     blocks = np.zeros(len(x), Q4_K)
-    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 8, 15, 63)
+    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 8, 15, 63, w)
     blocks["scales"] = _store_scales_q4_k(scales, minima)
     blocks["qs"] = pack_planes(codes.reshape(-1, 4, 2, 32), 4).reshape(-1, 128)
     return blocks
 
 
-def _quantize_q5_k(x: Floats) -> Array:
+def _quantize_q5_k(x: Floats, w: Floats | None = None) -> Array:
     blocks = np.zeros(len(x), Q5_K)
-    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 8, 31, 63)
+    blocks["d"], blocks["dmin"], scales, minima, codes = _quantize_affine(x, 8, 31, 63, w)
     blocks["scales"] = _store_scales_q4_k(scales, minima)
     blocks["qs"] = pack_planes((codes & 15).reshape(-1, 4, 2, 32), 4).reshape(-1, 128)
     blocks["qh"] = pack_planes((codes >> 4).reshape(-1, 8, 32), 1)
     return blocks
 
 
-def _quantize_q6_k(x: Floats) -> Array:
+def _quantize_q6_k(x: Floats, w: Floats | None = None) -> Array:
     blocks = np.zeros(len(x), Q6_K)
-    blocks["d"], blocks["scales"], codes = _quantize_signed(x, 16, -32, -128)
+    blocks["d"], blocks["scales"], codes = _quantize_signed(x, 16, -32, -128, w)
     q = (codes + 32).view(np.uint8)
     blocks["ql"] = pack_planes((q & 15).reshape(-1, 2, 2, 64), 4).reshape(-1, 128)
     blocks["qh"] = pack_planes((q >> 4).reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
     return blocks
 
 
-def _quantize_q8_k(x: Floats) -> Array:
+def _quantize_q8_k(x: Floats, w: Floats | None = None) -> Array:
     blocks = np.zeros(len(x), Q8_K)
     blocks["d"] = np.abs(peak(x))[:, 0] / 127
     blocks["qs"] = np.rint(divide(x, blocks["d"][:, None])).clip(-127, 127)

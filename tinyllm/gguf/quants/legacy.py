@@ -7,6 +7,7 @@ Source: ggml, `ggml-common.h`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,25 +76,25 @@ def _store(blocks: Array, codes: Floats) -> Array:
     return blocks
 
 
-def _quantize_centred(dtype: np.dtype[Any], x: Floats) -> Array:
+def _quantize_centred(dtype: np.dtype[Any], x: Floats, w: Floats | None) -> Array:
     middle = 16 if _has(dtype, "qh") else 8
     snap = rounded(-middle, middle - 1)
     limits = -middle + np.linspace(-0.6, 1, 9)
     blocks = np.zeros(len(x), dtype)
-    blocks["d"] = fit_scale(x, limits, snap)[:, 0]
+    blocks["d"] = fit_scale(x, limits, snap, w)[:, 0]
     return _store(blocks, snap(divide(x, _column(blocks["d"]))) + middle)
 
 
-def _quantize_affine(dtype: np.dtype[Any], x: Floats) -> Array:
+def _quantize_affine(dtype: np.dtype[Any], x: Floats, w: Floats | None) -> Array:
     high = 31 if _has(dtype, "qh") else 15
-    scale, minimum = fit_affine(x, high, negative_min=False)
+    scale, minimum = fit_affine(x, high, False, w)
     blocks = np.zeros(len(x), dtype)
     blocks["d"], blocks["m"] = scale[:, 0], minimum[:, 0]
     codes = divide(x - _column(blocks["m"]), _column(blocks["d"]))
     return _store(blocks, np.rint(codes).clip(0, high))
 
 
-def _quantize_bytes(dtype: np.dtype[Any], x: Floats) -> Array:
+def _quantize_bytes(dtype: np.dtype[Any], x: Floats, w: Floats | None) -> Array:
     blocks = np.zeros(len(x), dtype)
     blocks["d"] = np.abs(peak(x))[:, 0] / 127
     blocks["qs"] = np.rint(divide(x, _column(blocks["d"]))).clip(-127, 127)
@@ -103,10 +104,10 @@ def _quantize_bytes(dtype: np.dtype[Any], x: Floats) -> Array:
 
 
 FORMATS = (
-    quantised("Q4_0", Q4_0, _centred, 32, 32, lambda x: _quantize_centred(Q4_0, x)),
-    quantised("Q4_1", Q4_1, _affine, 32, 32, lambda x: _quantize_affine(Q4_1, x)),
-    quantised("Q5_0", Q5_0, _centred, 32, 32, lambda x: _quantize_centred(Q5_0, x)),
-    quantised("Q5_1", Q5_1, _affine, 32, 32, lambda x: _quantize_affine(Q5_1, x)),
-    quantised("Q8_0", Q8_0, _bytes, 32, 32, lambda x: _quantize_bytes(Q8_0, x)),
-    quantised("Q8_1", Q8_1, _bytes, 32, 32, lambda x: _quantize_bytes(Q8_1, x)),
+    quantised("Q4_0", Q4_0, _centred, 32, 32, partial(_quantize_centred, Q4_0)),
+    quantised("Q4_1", Q4_1, _affine, 32, 32, partial(_quantize_affine, Q4_1)),
+    quantised("Q5_0", Q5_0, _centred, 32, 32, partial(_quantize_centred, Q5_0)),
+    quantised("Q5_1", Q5_1, _affine, 32, 32, partial(_quantize_affine, Q5_1)),
+    quantised("Q8_0", Q8_0, _bytes, 32, 32, partial(_quantize_bytes, Q8_0)),
+    quantised("Q8_1", Q8_1, _bytes, 32, 32, partial(_quantize_bytes, Q8_1)),
 )

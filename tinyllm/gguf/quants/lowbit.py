@@ -30,18 +30,19 @@ def _q2_0(blocks: Array) -> Int8Form:
     return codes - np.int8(1), _scale(blocks), None
 
 
-def _quantize_q1_0(x: Floats) -> Array:
+def _quantize_q1_0(x: Floats, w: Floats | None = None) -> Array:
     blocks = np.zeros(len(x), Q1_0)
-    blocks["d"] = np.abs(x).mean(-1)
+    size = np.abs(x)
+    blocks["d"] = size.mean(-1) if w is None else (size * w).sum(-1) / w.sum(-1)
     blocks["qs"] = pack_fields((x >= 0).reshape(-1, 16, 8), 1)
     return blocks
 
 
-def _quantize_q2_0(x: Floats) -> Array:
+def _quantize_q2_0(x: Floats, w: Floats | None = None) -> Array:
     snap = rounded(-1, 2)
     limits = [-1.2, -1, 1, 1.2, 1.5, 1.75, 2, 2.25]
     blocks = np.zeros(len(x), Q2_0)
-    blocks["d"] = fit_scale(x, limits, snap)[:, 0]
+    blocks["d"] = fit_scale(x, limits, snap, w)[:, 0]
     codes = snap(divide(x, _scale(blocks))) + 1
     blocks["qs"] = pack_fields(codes.reshape(-1, 16, 4), 2)
     return blocks

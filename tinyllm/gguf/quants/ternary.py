@@ -43,15 +43,15 @@ def _tq2_0(blocks: Array) -> Int8Form:
     return codes.view(np.int8) - np.int8(1), _scale(blocks), None
 
 
-def _fit(x: Floats) -> tuple[Floats, Array]:
+def _fit(x: Floats, w: Floats | None) -> tuple[Floats, Array]:
     """Scale [N, 1] and digits 0, 1, 2 [N, 256]; weights that are ternary stay exact."""
     snap = rounded(-1, 1)
-    scale = fit_scale(x, np.linspace(1, 2.4, 15), snap).astype(np.float16).astype(np.float32)
+    scale = fit_scale(x, np.linspace(1, 2.4, 15), snap, w).astype(np.float16).astype(np.float32)
     return scale, (snap(divide(x, scale)) + 1).astype(np.uint8)
 
 
-def _quantize_tq1_0(x: Floats) -> Array:
-    scale, digits = _fit(x)
+def _quantize_tq1_0(x: Floats, w: Floats | None = None) -> Array:
+    scale, digits = _fit(x, w)
     blocks = np.zeros(len(x), TQ1_0)
     blocks["d"] = scale[:, 0]
     packed, start = [], 0
@@ -64,8 +64,8 @@ def _quantize_tq1_0(x: Floats) -> Array:
     return blocks
 
 
-def _quantize_tq2_0(x: Floats) -> Array:
-    scale, digits = _fit(x)
+def _quantize_tq2_0(x: Floats, w: Floats | None = None) -> Array:
+    scale, digits = _fit(x, w)
     blocks = np.zeros(len(x), TQ2_0)
     blocks["d"] = scale[:, 0]
     blocks["qs"] = pack_planes(digits.reshape(-1, 2, 4, 32), 2).reshape(-1, 64)
