@@ -202,7 +202,17 @@ def test_the_command_writes_what_quantize_reads(
 
     (tmp_path / "text.txt").write_text(TEXT)
     out = str(tmp_path / "i.gguf")
-    words = ["imatrix", str(BUNDLED), str(tmp_path / "text.txt"), "-o", out, "-w", "64", "-n", "2"]
+    words = [
+        "imatrix",
+        str(BUNDLED),
+        str(tmp_path / "text.txt"),
+        "-o",
+        out,
+        "--window",
+        "64",
+        "--n-windows",
+        "2",
+    ]
     assert main(words) == 0
     assert "2 pieces of text" in capsys.readouterr().out
     more = [

@@ -141,8 +141,8 @@ def imatrix_arguments(p: Parser) -> None:
     p.add_argument("text", metavar="TEXT", help="a file in UTF-8: what the model will be used for")
     p.add_argument("-o", "--out", default="imatrix.gguf", metavar="FILE",
                    help="default imatrix.gguf; a name in .dat gives llama.cpp's older format")  # fmt: skip
-    p.add_argument("-w", "--window", type=int, default=512, metavar="N", help="tokens of a piece")
-    p.add_argument("-n", "--windows", type=int, metavar="N", help="at most so many pieces")
+    p.add_argument("--window", type=int, default=512, metavar="N", help="tokens of a piece")
+    p.add_argument("--n-windows", type=int, metavar="N", help="at most so many pieces")
     p.add_argument("--device", help="cpu (default), cuda[:i], opencl[:i]")
     p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: the physical cores")
 
@@ -153,7 +153,7 @@ def imatrix(args: Arguments) -> None:
     from ..measuring import imatrix as measure
 
     found = measure(
-        args.model, read_text(args.text), args.out, window=args.window, n_windows=args.windows,
+        args.model, read_text(args.text), args.out, window=args.window, n_windows=args.n_windows,
         device=args.device, n_threads=args.n_threads, dataset=Path(args.text).name,
         progress=lambda pieces, n: tqdm(pieces, "measuring", n, leave=False, disable=None),
     )  # fmt: skip

@@ -239,7 +239,9 @@ class Network:
                 f"{self.arch.name}'s residual stream is several: no row has a logit"
             )
         n, behind = len(x), range(self.config.n_layer, self.config.n_layer)
-        batch = replace(Batch.of([[0] * n], [0], range(n)), ids=np.asarray(x, np.float32))
+        scales = stacked([self.adapters.scales])
+        batch = Batch.of([[0] * n], [0], range(n), scales=scales)
+        batch = replace(batch, ids=np.asarray(x, np.float32))
         with self.lock:
             return np.array(self.compute(batch, n, None, 0, behind))
 
