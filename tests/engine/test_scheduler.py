@@ -284,6 +284,27 @@ def test_usage_counts_tokens(m: Model) -> None:
     assert (r.usage.prompt_tokens, r.usage.completion_tokens, r.usage.cached_tokens) == (3, 5, 0)
 
 
+def test_usage_counts_reasoning_and_the_time_to_the_first_token(m: Model) -> None:
+    asked: Any = [{"role": "user", "content": "Once"}]
+    options: Any = {"max_tokens": 40, "temperature": 0, "template": TEMPLATE + "<think>\n"}
+    with Engine(m) as e:
+        begun = time.monotonic()
+        r = e.submit(asked, regex="(no+t )sure\n</think>\n\nYes( yes)+", **options)
+        message = r.result().message
+        assert 0 < r.usage.first_token_s < time.monotonic() - begun  # type: ignore[operator]
+        assert message is not None
+        assert message["reasoning"].endswith("t sure")
+        assert message["content"].startswith("Yes")
+        n = len(m.tokenizer.encode(message["reasoning"], add_special=False))
+        assert n <= r.usage.reasoning_tokens < r.usage.completion_tokens
+        open_ended = e.submit(asked, **options)
+        open_ended.result()
+        assert open_ended.usage.reasoning_tokens == open_ended.usage.completion_tokens
+        plain = e.submit("Once", max_tokens=3)
+        plain.result()
+        assert plain.usage.reasoning_tokens == 0
+
+
 def test_a_state_serves_one_request_at_a_time(m: Model) -> None:
     state, gate = m.new_state(256), threading.Event()
     with Engine(m) as e:

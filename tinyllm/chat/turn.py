@@ -117,6 +117,14 @@ class Turn:
         reader.feed(self.said())
         return reader
 
+    def n_reasoning(self, tokenizer: ChatTokenizer, ids: Sequence[int]) -> int:
+        """How many tokens of an answer are reasoning, with the marks that open it."""
+        reader, n = self.reader(), 0
+        for i in ids:
+            reader.feed(tokenizer.decode([i]))
+            n += reader.thinks
+        return n
+
     def message(self, tokenizer: ChatTokenizer, ids: Sequence[int], text: str) -> dict[str, Any]:
         """The whole answer as a message; control tokens, which ``text`` lacks, may spell a call."""
         hidden = any(map(tokenizer.is_control, ids))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,11 +21,17 @@ AsyncWaiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request: ``cached_tokens`` of the prompt were found computed, and not read again."""
+    """Tokens of a request, so far.
+
+    ``cached_tokens`` of the prompt were found computed, and not read again; ``reasoning_tokens`` of a chat's
+    answer are reasoning. ``first_token_s`` is how many seconds after ``submit`` the first token was there.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0
+    first_token_s: float | None = None
 
 
 class Request:
@@ -50,7 +56,9 @@ class Request:
         self.set_aside_ids: list[int] = []  # prompt and text, while another request has its memory
         self.n_cached = 0
         self.next_snapshot = len(ids)  # once so many are read, they are kept for other requests
-        self._ends_at = None if deadline is None else time.monotonic() + deadline
+        self._begun = time.monotonic()
+        self._first_token_s: float | None = None
+        self._ends_at = None if deadline is None else self._begun + deadline
         self._asked: FinishReason | None = None  # why a caller, or the clock, ends it
         self._pieces: list[str] = []
         self._completion: Completion | None = None
@@ -59,6 +67,7 @@ class Request:
         self._waiters: list[AsyncWaiter] = []
         self._listener: Callable[[], object] | None = None
         self.finished: Callable[[Completion], Completion] = lambda done: done  # what a caller sees
+        self.n_reasoning: Callable[[Sequence[int]], int] = lambda ids: 0
 
     # ---- for the caller
 
@@ -70,8 +79,12 @@ class Request:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        n = 0 if self.job is None else self.job.run.n_generated
-        return Usage(len(self.prompt_ids), n, self.n_cached)
+        n_prompt, job = len(self.prompt_ids), self.job
+        if job is None:
+            return Usage(n_prompt, 0, 0)
+        n_reasoning = self.n_reasoning([t.id for t in job.tokens if t.id not in job.run.eog])
+        first = self._first_token_s
+        return Usage(n_prompt, job.run.n_generated, self.n_cached, n_reasoning, first)
 
     def cancel(self) -> None:
         """End the text where it is, before the next step; ``result`` then has what was written."""
@@ -178,6 +191,8 @@ class Request:
 
     def show(self) -> None:
         """Hand what was written since the last call to those who wait for it."""
+        if self._first_token_s is None and self.job is not None and self.job.tokens:
+            self._first_token_s = time.monotonic() - self._begun
         if self.job is not None and (taken := self.job.take()):
             self._notify([piece for _, piece in taken])
 

@@ -179,6 +179,7 @@ class Engine:
         request = Request(ids, chosen, n_ctx, state, deadline)
         if turn is not None:
             request.finished = partial(self._model.answered, turn)
+            request.n_reasoning = partial(turn.n_reasoning, self._model.tokenizer)
         with self._changed:
             if self._closed:
                 raise TinyLLMError("the engine is closed")
