@@ -228,7 +228,7 @@ def unchanged(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for i in range(100):
         (place / str(i)).mkdir(parents=True)
         for j in range(100):
-            (place / str(i) / f"{j}.txt").write_text(f"number {j % 10}")
+            (place / str(i) / f"{j}.md").write_text(f"# Numbers\n\n{j % 10}")
     with LocalDocs(folder / "store.sqlite", o.model) as docs:
         docs.add("all", place)
         time.sleep(2.5)  # a younger file is read again

@@ -251,7 +251,7 @@ def test_memory_is_known_before_a_search(
 ) -> None:
     docs.add("home", folder)
     width = bundled.config.n_embd
-    assert docs.search_bytes == 4 * (width // 32 * 34 + 16)
+    assert docs.search_bytes == 4 * (2 * (width // 32 * 34) + 16 + 256)
     monkeypatch.setattr(vectors, "nbytes", lambda n, width: n << 50)
     with pytest.raises(StateError, match=r"the vectors of 4 texts take 4,503,599,627 MB more"):
         docs.search("tea")

@@ -186,10 +186,9 @@ COLUMNS = (
     "c.id, c.text, c.heading, c.page, c.first_line, c.last_line, d.file, d.title, d.author, d.date, d.path,"
     " s.name AS collection, v.codes"
 )
-TABLES = (
-    "chunks c JOIN documents d ON d.id = c.document JOIN collections s ON s.id = d.collection"
-    " LEFT JOIN vectors v ON v.digest = c.digest"
-)
+ABOUT = "JOIN documents d ON d.id = c.document JOIN collections s ON s.id = d.collection"
+NEAR = f"vectors v JOIN chunks c ON c.digest = v.digest {ABOUT}"
+WORDED = f"chunks c {ABOUT} LEFT JOIN vectors v ON v.digest = c.digest"
 
 
 def candidates(
@@ -198,10 +197,11 @@ def candidates(
     """The rows of chunks by their numbers: those of near vectors, and those with the words."""
     condition = f" AND {where}" if where else ""
     found: dict[int, dict[str, Any]] = {}
-    for column, numbers in (("v.id", [int(i) for i in near]), ("c.id", worded)):
+    asked = ((NEAR, "v.id", [int(i) for i in near]), (WORDED, "c.id", worded))
+    for tables, column, numbers in asked:
         marks = ", ".join("?" * len(numbers))
         cursor = store.db.execute(
-            f"SELECT {COLUMNS} FROM {TABLES} WHERE {column} IN ({marks}){condition}",
+            f"SELECT {COLUMNS} FROM {tables} WHERE {column} IN ({marks}){condition}",
             [*numbers, *values],
         )
         names = [name for name, *_ in cursor.description]

@@ -137,5 +137,5 @@ class Vectors:
 
 
 def nbytes(n: int, width: int) -> int:
-    """Bytes that a search among n vectors keeps in memory: rows, numbers, products."""
-    return n * (row_bytes(width) + 8 + 8)
+    """Bytes that a search among n vectors takes: rows, numbers, products, and a segment as it is read."""
+    return n * (row_bytes(width) + 8 + 8) + min(n, SEGMENT) * (row_bytes(width) + 256)
