@@ -33,7 +33,7 @@ class Reader:
 
     name: str  # that kernels carry
     block: int  # columns that a kernel counts as one
-    tile_bytes: int  # of a block of 16 rows
+    tile_bytes: int  # those of 16 rows of a block
 
     @property
     def line(self) -> int:
