@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,13 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def url(model: tinyllm.Model, serve: Callable[[Any], str]) -> str:
-    """The address of a server of the bundled model, which asks for a key and shows tools."""
+    """The address of a server of the bundled model, which asks for a key and shows tools.
+
+    $TINYLLM_SERVER_URL names one that runs already, such as replicas behind one address.
+    """
+    if given := os.environ.get("TINYLLM_SERVER_URL"):
+        yield given
+        return
     return serve(create_app({"tales": model}, Settings(api_keys=("secret",), template=HERMES)))
 
 
