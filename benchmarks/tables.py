@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py model.gguf --rounds 3 --json benchmarks/results/tables.json
 
-The three take turns. A rate is that of the batches behind the first part of the rows, so that starting workers and
-loading models are left out. Nodes are processes of this machine.
+The three take turns. A rate is that of the batches behind the first part of the rows, so that starting workers
+and loading models are left out. Nodes are processes of this machine.
 """
 
 from __future__ import annotations
