@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from spelled import written
 
+from tinyllm.chat import tools
 from tinyllm.chat.forms import FORMS, THINK, Form
 from tinyllm.chat.known import WELL_KNOWN
 from tinyllm.chat.render import render
@@ -109,12 +110,18 @@ def rendered(template: str, said: dict[str, Any]) -> str:
 
 def read(kept: Habits, text: str, size: int = 0, **options: Any) -> Reader:
     """Read a text in pieces of a size; the deltas add up to the message."""
-    reader = Reader(kept, functions_of(TOOLS), **options)
+    reader = Reader(kept, functions_of(TOOLS), tells_parts=True, **options)
     pieces = [text[i : i + size] for i in range(0, len(text), size)] if size else [text]
     deltas = [d for piece in pieces for d in reader.feed(piece)] + reader.finish()
     assert "".join(d.content for d in deltas) == "".join(reader.content)
     assert "".join(d.reasoning for d in deltas) == "".join(reader.reasoning)
     assert [d.call for d in deltas if d.call] == reader.calls
+    for i, call in enumerate(reader.calls):
+        parts = [d.part for d in deltas if d.part and d.part.index == i]
+        if parts:
+            assert (parts[0].id, parts[0].name) == (call["id"], call["function"]["name"])
+            assert "".join(p.arguments for p in parts) == call["function"]["arguments"]
+            assert not any(p.id or p.name for p in parts[1:])
     return reader
 
 
@@ -198,6 +205,34 @@ def test_reasoning_that_the_prompt_opened_is_reasoning(size: int) -> None:
 def test_what_is_no_call_is_content(text: str, size: int) -> None:
     said = read(Habits(FORMS[0]), text, size).message
     assert said == {"role": "assistant", "content": text}
+
+
+def test_a_call_is_told_in_parts_and_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = json.dumps({"city": 'a "}] \\ b' * 50, "days": [{"n": 1}] * 20})
+    parsed: list[int] = []
+    parse = tools.parse_call
+
+    def counted(*args: Any) -> Any:
+        parsed.append(1)
+        return parse(*args)
+
+    monkeypatch.setattr(tools, "parse_call", counted)
+    for form in FORMS:
+        parsed.clear()
+        if form.pair or (form.is_object and "$id" in form.call):
+            continue
+        text = form.first + form.call + form.last
+        text = text.replace("$name", "get-news").replace("$id", "abcdefghi")
+        text = text.replace("$args", arguments)
+        reader, parts = Reader(Habits(form), tells_parts=True), []
+        for c in text:
+            parts += [d.part for d in reader.feed(c) if d.part]
+        reader.finish()
+        assert [p.name for p in parts if p.name] == ["get-news"], form.name
+        assert "".join(p.arguments for p in parts) == arguments
+        assert len(parts) > len(arguments) // 2
+        assert len(parsed) < 40, form.name
+        assert not any(d.part for d in Reader(Habits(form)).feed(text))
 
 
 def test_content_is_shown_at_once_and_marks_are_held() -> None:

@@ -52,6 +52,12 @@ class Form:
         return found[0], found[1]
 
     @cached_property
+    def object_head(self) -> regex.Pattern[str]:
+        """What stands in the object before the arguments, themselves an object."""
+        name, arguments = self.keys
+        return regex.compile(rf'\{{\s*"{name}"\s*:\s*"{NAME}"\s*,\s*"{arguments}"\s*:\s*(?=\{{)')
+
+    @cached_property
     def begin(self) -> regex.Pattern[str]:
         """What stands before the first call's object or arguments."""
         mark = r"^\s*(?:<\|python_tag\|>)?\s*" if self.alone else loose(self.first)

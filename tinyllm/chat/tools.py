@@ -16,6 +16,7 @@ from .forms import FORMS, THINK, THINKINGS, Form, Thinking
 from .render import Message, render
 
 _JSON = json.JSONDecoder()
+_BRACKET, _STRING = regex.compile(r'["{}\[\]]'), regex.compile(r'["\\]')
 _QUESTION = "which one is it?"
 
 
@@ -47,12 +48,27 @@ class AnswerMessage(_Said, total=False):
 
 
 @dataclass(frozen=True)
+class CallPart:
+    """A piece of a call that is being written: the first has its id and name, each a piece of the arguments."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
 class Delta:
-    """What a piece of text adds to a message: one of the three."""
+    """What a piece of text adds to a message: one of the four.
+
+    Where they are asked for, and a call's arguments are written as JSON, its parts come before the whole
+    ``call``, and make up its arguments. A call of which parts were told may be cut off: its text is content then.
+    """
 
     content: str = ""
     reasoning: str = ""
     call: ToolCall | None = None
+    part: CallPart | None = None
 
 
 @dataclass(frozen=True)
@@ -82,18 +98,22 @@ class Reader:
         The prompt has opened the reasoning.
     n_before : int
         Calls that the conversation had before: later ones are numbered from there.
+    tells_parts : bool
+        Calls are told in parts, too.
     """
 
     habits: Habits
     tools: Sequence[Mapping[str, Any]] = ()
     thinks: bool = False
     n_before: int = 0
+    tells_parts: bool = False
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     _held: str = ""
     _n_told: int = 0  # calls that a delta has told
     _calling: bool = False  # behind a call: another may follow, or the end of the calls
+    _open: _Open | None = None  # the call whose beginning is read
 
     def feed(self, text: str) -> list[Delta]:
         """Add a piece, with control tokens as they are spelled, and return what is known by it."""
@@ -123,10 +143,22 @@ class Reader:
         drops = [drop, form.is_aside] if form and form.aside else [drop]
         while self._held:
             if self._calling:
-                known = self._skip_between(ends)
-                yield from self._untold()
-                if not known:
+                if not self._skip_between(ends):
                     return
+                continue
+            if self._open is not None:
+                yield from self._parts(self._open)
+                if not ends and not self._open.whole:
+                    return
+                call = self._call(self._open.head, ends)
+                if call is None and not ends:
+                    return
+                self._open = None
+                if call is None:
+                    yield self._show(self._held)
+                    self._held = ""
+                else:
+                    yield from self._untold()
                 continue
             if self.thinks:
                 marks = [shut]
@@ -148,14 +180,27 @@ class Reader:
                 self._held = self._held[found.end() :]
                 self.thinks = mark is opens
                 continue
-            call = self._call(found, ends)
-            if call is None and not ends:
+            if not ends and found.end() == len(self._held):  # it may go on
                 return
-            if call is None:
-                yield self._show(self._held)
-                self._held = ""
-            else:
-                yield from self._untold()
+            self._open = _Open(self.habits.form, found)
+
+    def _parts(self, call: _Open) -> Iterator[Delta]:
+        """What is known of the arguments since the last time."""
+        told = call.told
+        text = call.read(self._held)
+        if not self.tells_parts:
+            return
+        if told is None and call.told is not None:
+            index, name = len(self.calls), call.name
+            yield Delta(part=CallPart(index, self._id(call.head), name, text))
+        elif text:
+            yield Delta(part=CallPart(len(self.calls), arguments=text))
+
+    def _id(self, head: regex.Match[str]) -> str:
+        """The call's own id, or a made one: nine letters and digits, as Mistral's templates ask for."""
+        given = head.groupdict().get("id")
+        made = f"call{self.n_before + len(self.calls):05d}"
+        return given if given and len(given) == 9 else made
 
     def _untold(self) -> Iterator[Delta]:
         new, self._n_told = self.calls[self._n_told :], len(self.calls)
@@ -182,11 +227,10 @@ class Reader:
             if pattern is form.ending:
                 self._held, self._calling = self._held[found.end() :], False
                 return True
-            call = self._call(found, ends)
-            if call is None and not ends:
-                return False
-            if call is not None:
-                return self._skip_between(ends) if self._held else False
+            if form.is_object and self._held[found.end() : found.end() + 1] != "{":
+                continue
+            self._open, self._calling = _Open(form, found), False
+            return True
         self._calling = False
         return True
 
@@ -201,21 +245,106 @@ class Reader:
         tail = form.tail.match(self._held, at, partial=not ends)
         if tail is not None and tail.partial and not ends:
             return None
+        assert self._open is not None
+        written = self._open.arguments(self._held) or json.dumps(arguments, ensure_ascii=False)
         self._held = self._held[tail.end() if tail else at :]
         self._calling = True
-        given = head.groupdict().get("id")
-        # nine letters and digits, as Mistral's templates ask for
-        made = f"call{self.n_before + len(self.calls):05d}"
         call: ToolCall = {
-            "id": given if given and len(given) == 9 else made,
+            "id": self._id(head),
             "type": "function",
-            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            "function": {"name": name, "arguments": written},
         }
         self.calls.append(call)
         return call
 
     def _schema(self, name: str) -> Mapping[str, Any]:
         return next((parameters_of(t) for t in self.tools if t["name"] == name), {})
+
+
+class _Brackets:
+    """Where the JSON object that begins at a place of a growing text ends; each character is read once."""
+
+    def __init__(self, start: int) -> None:
+        self.start = self.at = start
+        self.end: int | None = None
+        self._depth, self._quoted = 0, False
+
+    def read(self, text: str) -> None:
+        """Read what the text has gained."""
+        while self.end is None:
+            found = (_STRING if self._quoted else _BRACKET).search(text, self.at)
+            if found is None:
+                self.at = len(text)
+                return
+            mark = found[0]
+            if mark == "\\":  # what follows it is no mark
+                if found.end() == len(text):
+                    self.at = found.start()
+                    return
+                self.at = found.end() + 1
+                continue
+            self.at = found.end()
+            if mark == '"':
+                self._quoted = not self._quoted
+            else:
+                self._depth += 1 if mark in "{[" else -1
+                if self._depth <= 0:
+                    self.end = self.at
+
+
+class _Open:
+    """A call whose beginning ``head`` was found, in a text that grows behind it.
+
+    ``told`` is how far its arguments were told; None before the first part.
+    """
+
+    def __init__(self, form: Form | None, head: regex.Match[str]) -> None:
+        assert form is not None
+        self.head, self.name, self._form = head, "", form
+        self.told: int | None = None
+        is_json = not form.pair
+        self._whole: _Brackets | None = _Brackets(head.end()) if is_json else None
+        # an id behind the arguments is not known when they are told
+        self._tells = is_json and not (form.is_object and "$id" in form.call)
+        self._arguments: _Brackets | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it may be whole."""
+        return self._whole is None or self._whole.end is not None
+
+    def read(self, text: str) -> str:
+        """Read on; returns what the arguments have gained."""
+        if self._whole is not None and text[self.head.end() : self.head.end() + 1] not in ("{", ""):
+            self._whole, self._tells = None, False  # no object: the parser will say
+        if self._whole is None:
+            return ""
+        self._whole.read(text)
+        if self._tells and self._arguments is None:
+            self._begin(text)
+        if self._arguments is None:
+            return ""
+        self._arguments.read(text)
+        before, self.told = self.told or self._arguments.start, self._arguments.at
+        return text[before : self.told]
+
+    def _begin(self, text: str) -> None:
+        """Find where the arguments begin."""
+        if not self._form.is_object:
+            self.name, start = self.head["name"], self.head.end()
+            if start == len(text):
+                return
+        else:
+            found = self._form.object_head.match(text, self.head.end())
+            if found is None:
+                return
+            self.name, start = found["name"], found.end()
+        self._arguments = _Brackets(start)
+
+    def arguments(self, text: str) -> str:
+        """The arguments as they are written; "" where they are not told as such."""
+        a = self._arguments
+        return "" if a is None or a.end is None else text[a.start : a.end]
 
 
 def parse_call(

@@ -111,9 +111,9 @@ class Turn:
             thinks=self.thinks(), said=self.said(),
         )  # fmt: skip
 
-    def reader(self) -> Reader:
-        """What reads the answer."""
-        reader = Reader(self.habits, self.functions, self.thinks(), self.n_before)
+    def reader(self, tells_parts: bool = False) -> Reader:
+        """What reads the answer; ``tells_parts`` as `Reader` has it."""
+        reader = Reader(self.habits, self.functions, self.thinks(), self.n_before, tells_parts)
         reader.feed(self.said())
         return reader
 
