@@ -62,7 +62,8 @@ class Delta:
     """What a piece of text adds to a message: one of the four.
 
     Where they are asked for, and a call's arguments are written as JSON, its parts come before the whole
-    ``call``, and make up its arguments. A call of which parts were told may be cut off: its text is content then.
+    ``call``, and make up its arguments. A call of which parts were told may be cut off: its text is
+    content then.
     """
 
     content: str = ""
