@@ -246,6 +246,8 @@ class Served:
     def close(self) -> None:
         self.process.send_signal(signal.SIGINT)
         self.process.wait(120)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 @needs_ray
