@@ -58,14 +58,8 @@ def log_softmax(z):
 
 def read(ids, model=model):
     """(logits [T, n_vocab], the stream by name, [T, n_embd] each)."""
-    found = {name: [] for name in STREAM}
-
-    def keep(name, x):
-        if name in found:
-            found[name].append(np.array(x))  # a long text comes in several chunks
-
-    z = model.logits(ids, tap=keep)
-    return z, {name: np.concatenate(parts) for name, parts in found.items()}
+    cache = model.run_with_cache(ids, names=STREAM)
+    return cache.logits, cache
 
 
 # %%
@@ -192,19 +186,22 @@ with check("a push"):
     assert tap("blk.1.out", x).dtype == np.float32, "the stream is float32"
 
 
+# %% [markdown]
+# The package has this push as a context: `with model.steered({name: vector}, scale=factor)`. It also lasts while the model writes.
+
 # %%
-def pushed(where, v, factor):
-    """The tap of exercise 2, for the rest of the notebook."""
-    add = np.float32(factor) * v.astype(np.float32)
-    return lambda name, x: x + add if name == where else None
-
-
 PLAIN = tokenizer.encode("One day, Tim went to the park. Tim was very")
 FACTORS = [-4, -3, -2, -1, 0, 1, 2, 3, 4]
 
 
+def steered(ids, where, v, factor, model=model):
+    """Logits [T, n_vocab] of a text with factor * v added to the stream."""
+    with model.steered({where: v}, scale=factor):
+        return model.logits(ids)
+
+
 def moods(where, v):
-    return [mood(model.logits(PLAIN, tap=pushed(where, v, f))[-1]) for f in FACTORS]
+    return [mood(steered(PLAIN, where, v, f)[-1]) for f in FACTORS]
 
 
 # %% [markdown]
@@ -270,8 +267,8 @@ plots.lines(
 story = tokenizer.encode("One day, Tim went to the park. Tim was very")
 for factor in (-3, 0, 3):
     for seed in (1, 2):
-        tap = pushed(PLACE, V[PLACE], factor)
-        said = model.generate(story, max_tokens=24, seed=seed, temperature=0.5, tap=tap)
+        with model.steered({PLACE: V[PLACE]}, scale=factor):
+            said = model.generate(story, max_tokens=24, seed=seed, temperature=0.5)
         print(f"{factor:+d}  ... very{str(said)!r}")
 
 # %% [markdown]
@@ -293,7 +290,7 @@ def perplexity(z, ids):
 costs = {
     label: (
         FACTORS,
-        [perplexity(model.logits(ORDINARY, tap=pushed(PLACE, v, f)), ORDINARY) for f in FACTORS],
+        [perplexity(steered(ORDINARY, PLACE, v, f), ORDINARY) for f in FACTORS],
     )
     for label, v in (("the direction", V[PLACE]), ("random", at_random(V[PLACE], rng)))
 }
@@ -466,8 +463,7 @@ ways = {
 
 
 def closing(ids, v, factor):
-    z = model.logits(ids, tap=pushed(BEST, v, factor))[-1]
-    return float(np.exp(log_softmax(z)[CLOSE]).sum())
+    return float(np.exp(log_softmax(steered(ids, BEST, v, factor)[-1])[CLOSE]).sum())
 
 
 plots.lines(
@@ -642,7 +638,7 @@ def reads(runs):
 
 
 def steers(m):
-    up, down = (mood(m.logits(PLAIN, tap=pushed(PLACE, V[PLACE], f))[-1]) for f in (1, -1))
+    up, down = (mood(steered(PLAIN, PLACE, V[PLACE], f, m)[-1]) for f in (1, -1))
     return (up - down) / 2
 
 
@@ -670,16 +666,8 @@ def healed(m, name):
     """Mean KL of model m when the stream at `name` is the original's."""
     out = []
     for ids, (z, stream) in zip(SOME[:3], TRUTH, strict=False):
-        done = 0
-
-        def tap(found, x, stream=stream):
-            nonlocal done
-            if found != name:
-                return None
-            done += len(x)
-            return stream[name][done - len(x) : done]
-
-        out.append(kl(m.logits(ids, tap=tap), z).mean())
+        with m.patched(name, stream[name]):
+            out.append(kl(m.logits(ids), z).mean())
     return float(np.mean(out))
 
 

@@ -305,6 +305,8 @@ def heat(
 
 def _write_numbers(ax: Any, panel: Any, low: float, high: float, signed: bool) -> None:
     for (i, j), value in np.ndenumerate(panel):
+        if np.isnan(value):
+            continue
         share = (value - low) / ((high - low) or 1)
         dark = abs(share - 0.5) > 0.35 if signed else share < 0.5
         text = f"{value:.2g}" if isinstance(value, np.floating | float) else str(value)
