@@ -535,6 +535,9 @@ with check("importance"):
 # %% [markdown]
 # Here it gains a few hundredths of the error, for nothing: the file is no larger. In large models a few columns are a hundred times
 # as large as the others, and at two or three bits importance then decides between sense and nonsense.
+#
+# The package does it for a whole model: `tinyllm imatrix model-f16.gguf text.txt` reads a text and writes the importance of all columns into
+# `imatrix.gguf`, and `tinyllm quantize --imatrix imatrix.gguf model-f16.gguf out.gguf Q3_K_M` makes use of it.
 
 # %%
 original.close()
