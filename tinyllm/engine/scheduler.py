@@ -40,7 +40,7 @@ SLOWER = (
     2.0  # a step that also reads prompts may take so many times as long as one that only writes
 )
 MIXED = 16  # steps with rows of prompts, after which one has none
-FIRST_ROWS = 16  # rows of prompts beside texts, before anything was timed
+FIRST_ROWS = 8  # rows of prompts beside texts, before anything was timed
 
 
 class Engine:
