@@ -107,6 +107,35 @@ def test_what_cannot_be_answered_is_refused(app, fields, status, said):
     assert said in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (
+            URL,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.type: Input should be 'text'",
+        ),
+        (URL, {"messages": HELLO, "tool_choice": "x"}, "tool_choice: Input should be 'none'"),
+        (URL, {"messages": HELLO, "stop": 5}, "stop: "),
+        ("/v1/completions", {"prompt": [["a"]]}, "prompt.0.0: "),
+        (
+            "/v1/responses",
+            {"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]},
+            "input.0.call_id: Field required",
+        ),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1},
+            "messages.0.content.0",
+        ),
+    ],
+)
+def test_a_refusal_names_the_place(app, path, body, said):
+    answer = app.post(path, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(said)
+
+
 def test_a_body_that_is_no_json_is_refused(app):
     answer = app.call(
         "POST", URL, content=b'{"messages": [', headers={"content-type": "application/json"}

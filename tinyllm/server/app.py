@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -41,6 +42,10 @@ ROUTES = (
     openai_chat, openai_completions, openai_embeddings, openai_responses, decisions,
     anthropic_messages, extras, page,
 )  # fmt: skip
+
+
+BRANCH = re.compile(r"body|query|path|str|int|bool|float|[a-z]+-.*|[\w-]*\[.*\]|[A-Z]\w+", re.S)
+"""Parts of an error's place that a client did not write: which of several types was tried."""
 
 
 class Server(FastAPI):
@@ -161,11 +166,10 @@ async def on_wrong_field(request: Request, error: Exception) -> Response:
 
 
 def wrong_field(errors: Sequence[Any]) -> Refusal:
-    """Name the first wrong field; an unknown one before all others."""
+    """Name a wrong field: an unknown one before all others, else the innermost, which says most."""
     unknown = [e for e in errors if e["type"] == "extra_forbidden"]
-    found = (unknown or list(errors))[0]
-    where = [str(part) for part in found["loc"] if part not in ("body", "query", "path")]
-    name = ".".join(where)
+    found = max(unknown or errors, key=lambda e: len(e["loc"]))
+    name = ".".join(str(p) for p in found["loc"] if not BRANCH.fullmatch(str(p)))
     if found["type"] == "extra_forbidden":
         return Refusal(
             400, f"Unrecognized request argument supplied: {name}", param=name, code="unknown_field"
