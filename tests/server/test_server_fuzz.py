@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
 import socket
@@ -94,9 +95,11 @@ def mutated(body, draw):
         if kind < 0.15:
             del inside[key]
         elif kind < 0.25 and isinstance(inside, dict):
-            inside[draw.choice(["nonsense", "n", "type", "model", "stop"])] = draw.choice(ODD)
+            inside[draw.choice(["nonsense", "n", "type", "model", "stop"])] = copy.deepcopy(
+                draw.choice(ODD)
+            )
         else:
-            inside[key] = draw.choice(ODD)
+            inside[key] = copy.deepcopy(draw.choice(ODD))
     return body
 
 
