@@ -46,6 +46,22 @@ def test_a_model_has_several_names(app):
     assert app.get("/v1/models/gpt").status_code == 404
 
 
+def test_a_model_answers_to_the_name_that_gpt4all_shows(make_app, tmp_path):
+    file = tmp_path / "Meta-Llama-3-8B-Instruct.Q4_0.gguf"
+    shutil.copy(BUNDLED, file)
+    app = make_app([file])
+    for name in ("Llama 3 8B Instruct", file.name, file.stem):
+        assert app.get(f"/v1/models/{name}").json()["id"] == file.stem
+    body = {
+        "model": "Llama 3 8B Instruct",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 3, "seed": 1, "stop": ["x"], "logprobs": True, "frequency_penalty": 0.1,
+    }  # fmt: skip
+    answer = app.post("/v1/chat/completions", body).json()
+    assert answer["id"] != "placeholder"
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 def test_the_longest_unused_model_is_let_go(make_app, files):
     app = make_app(files, memory=int(2.5 * SIZE))
     assert loaded(app) == []

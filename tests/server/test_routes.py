@@ -105,6 +105,15 @@ def test_a_conversation_is_put_into_the_template(app, model):
     assert tokens["count"] == len(found["tokens"]) - 1
 
 
+def test_a_template_of_the_server_is_put_around_conversations(make_app):
+    app = make_app(template="chatml")
+    found = app.post("/apply-template", {"messages": HELLO}).json()
+    assert "<|im_start|>user\nTell me a story.<|im_end|>" in found["prompt"]
+    bare = {"messages": HELLO, "add_generation_prompt": False}
+    tokens = app.post("/tokenize", bare).json()["tokens"]
+    assert found["tokens"][: len(tokens)] == tokens
+
+
 THINKS = """
 {%- for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}

@@ -151,20 +151,20 @@ def piece(raw: bytes) -> str | list[int]:
 
 def conversation_ids(served: Served, body: TokenizeBody | TemplateBody) -> list[int]:
     """The tokens of a conversation in the model's template."""
-    from ..chat.render import chat_ids, pick_template
+    from ..chat.render import chat_ids, given_template, pick_template
     from ..errors import TemplateError
 
-    model, t = served.model, served.model.tokenizer
+    model, t, given = served.model, served.model.tokenizer, served.settings.template
     messages = [m.plain() for m in body.messages or ()]
     tools = [tool.model_dump() for tool in body.tools or ()]
     variables = getattr(body, "chat_template_kwargs", None)
     go_on = getattr(body, "continue_final_message", False)
     if body.add_generation_prompt or go_on:
         turn = model.turn(
-            messages, tools=tools, template_vars=variables, continue_final_message=go_on
+            messages, given, tools, template_vars=variables, continue_final_message=go_on
         )
         return turn.ids
-    template = pick_template(model.metadata)
+    template = pick_template(model.metadata) if given is None else given_template(given)
     if template is None:
         raise TemplateError("the file has no chat template")
     return chat_ids(

@@ -124,6 +124,7 @@ class ChatShape(Strict):
         message: Message
         logprobs: Logprobs | None
         finish_reason: Literal["stop", "length", "tool_calls"]
+        references: list[dict[str, Any]] | None = None  # GPT4All's, to documents that were quoted
 
     id: str
     object: Literal["chat.completion"]
