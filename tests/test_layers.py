@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "measuring": BELOW_MODEL | {"model", "loading"},
     "cli": BELOW_MODEL
     | {"model", "loading", "measuring", "localdocs", "plots", "sdk", "server"}
-    | {"mapping", "ray"},
+    | {"mapping", "ray", "research"},
     "__main__": {"cli"},
     "_pyinstaller": set(),
     "__init__": BELOW_MODEL | {"model", "loading", "measuring", "research", "sdk"},

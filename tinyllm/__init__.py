@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .loading import load
     from .measuring import imatrix
     from .model import Model
+    from .research.compare import compare
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Engine",
     "Model",
     "__version__",
+    "compare",
     "convert",
     "errors",
     "gguf",
@@ -41,6 +43,7 @@ _HOMES = {
     "Completion": "engine.completion",
     "Engine": "engine.scheduler",
     "Model": "model",
+    "compare": "research.compare",
     "convert": "gguf.convert.folder",
     "imatrix": "measuring",
     "kernel": "kernels.outside",

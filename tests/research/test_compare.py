@@ -1,0 +1,89 @@
+"""Two files on the same tokens, and what each tensor of one costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinyllm
+from tinyllm.cli.commands import main
+from tinyllm.errors import ArgumentError
+from tinyllm.research.compare import Comparison, with_tensors
+
+TEXT = "Once upon a time, there was a little girl named Lily. She had a red ball and a dog."
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, Path]:
+    """A float model, and its quantisation."""
+    place = tmp_path_factory.mktemp("compare")
+    whole, small = data / "models" / "stories260K.gguf", place / "small.gguf"
+    tinyllm.quantize(whole, small, "Q4_0", requantize=True)
+    return whole, small
+
+
+@pytest.fixture(scope="module")
+def pair(files: tuple[Path, Path]) -> Iterator[tuple[tinyllm.Model, tinyllm.Model]]:
+    with tinyllm.load(files[0]) as a, tinyllm.load(files[1]) as b:
+        yield a, b
+
+
+def test_a_model_is_itself(pair: tuple[tinyllm.Model, tinyllm.Model]) -> None:
+    found = tinyllm.compare(pair[0], pair[0], TEXT, tensors=True)
+    assert found.kl == (0, 0)
+    assert found.agreement == 1
+    assert found.parting is None
+    assert found.tensors == {}
+    assert not any(found.layers)
+
+
+def test_a_quantisation_costs_what_its_tensors_cost(pair: Any) -> None:
+    a, b = pair
+    found: Comparison = tinyllm.compare(a, b, TEXT, tensors=True)
+    ids = a.prompt_ids(TEXT)
+    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in
+            (m.logits(ids).astype(np.float64) for m in pair))  # fmt: skip
+    assert found.kl[0] == pytest.approx((np.exp(p) * (p - q)).sum(1).mean(), rel=1e-6)
+    chosen = -q[np.arange(len(ids) - 1), ids[1:]]
+    assert found.perplexity_b[0] == pytest.approx(np.exp(chosen.mean()), rel=1e-5)
+    assert found.n_tokens == len(ids)
+    changed = {n for n, t in b._file.tensors.items() if t.type != a._file.tensors[n].type}
+    assert set(found.tensors) == changed
+    by_layer = tinyllm.compare(a, b, TEXT, "layers", n_greedy=0)
+    assert set(by_layer.tensors) >= {f"blk.{i}" for i in range(a.config.n_layer)}
+
+
+def test_all_tensors_of_the_other_make_it_the_other(pair: Any) -> None:
+    a, b = pair
+    ids = a.prompt_ids(TEXT)
+    everything = dict(a._file.tensors)
+    layers = {n: t for n, t in everything.items() if n.startswith("blk.")}
+    for tensors in (everything, layers):
+        net = with_tensors(b, tensors)
+        state = net.new_state(64)
+        state.append(ids)
+        found = np.array(net.forward([(state, len(ids), "all")])[0])
+        if tensors is everything:
+            assert np.array_equal(found, a.logits(ids))
+        else:
+            assert not np.array_equal(found, b.logits(ids))
+
+
+def test_the_command(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["compare", *map(str, files), TEXT, "--layers", "-n", "8"]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert "perplexity" in text
+    assert "blk.0" in text
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kl"][0] > 0
+
+
+def test_other_vocabularies_are_told(pair: Any) -> None:
+    with tinyllm.load() as other, pytest.raises(ArgumentError, match="vocabularies"):
+        tinyllm.compare(pair[0], other, TEXT)
