@@ -159,7 +159,7 @@ def parting(a: Model, b: Model, opening: list[int], n: int) -> Parting | None:
     ours, theirs = (m.generate(opening, max_tokens=n, temperature=0).ids for m in (a, b))
     until = min(len(ours), len(theirs))
     at = next((i for i in range(until) if ours[i] != theirs[i]), until)
-    if at == until:  # the same, or one text ended
+    if at == until:  # one text may have ended
         return None
     pair = [ours[at], theirs[at]]
     probabilities = []
