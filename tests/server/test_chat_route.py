@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 URL = "/v1/chat/completions"
@@ -99,11 +101,15 @@ def test_ignore_eos_writes_on(app):
         ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "context"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "roles are"),
         ({"regex": "a", "grammar": "b"}, 400, "one of"),
+        ({"json_schema": {"properties": {"a": {"const": "\ud800"}}}}, 400, "json_schema: "),
+        ({"regex": "\ud800"}, 400, "regex: "),
+        ({"grammar": 'root ::= "\ud800"'}, 400, "grammar: "),
     ],
 )
 def test_what_cannot_be_answered_is_refused(app, fields, status, said):
-    answer = app.post(URL, asking(**fields))
-    assert answer.status_code == status
+    body = json.dumps(asking(**fields)).encode()  # httpx refuses half a surrogate pair
+    answer = app.call("POST", URL, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
 
 

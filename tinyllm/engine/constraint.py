@@ -136,15 +136,17 @@ def compile_grammar(
     except ImportError:
         raise ArgumentError(f"{name} needs llguidance: pip install 'tinyllm[json]'") from None
     matcher = llguidance.LLMatcher
-    if json_schema is not None:
-        source = matcher.grammar_from_json_schema(_schema(json_schema), defaults=JSON_STYLE)
-    elif regex is not None:
-        source = matcher.grammar_from_regex(_text(name, regex))
-    else:
-        try:
+    try:
+        if json_schema is not None:
+            source = matcher.grammar_from_json_schema(_schema(json_schema), defaults=JSON_STYLE)
+        elif regex is not None:
+            source = matcher.grammar_from_regex(_text(name, regex))
+        else:
             source = llguidance.grammar_from("gbnf", _text(name, grammar))
-        except ValueError as error:
-            raise ArgumentError(f"grammar: {_explained(str(error))}") from None
+    except ArgumentError:
+        raise
+    except (ValueError, TypeError) as error:  # half a surrogate pair, too
+        raise ArgumentError(f"{name}: {_explained(str(error))}") from None
     return Grammar(tokenizer, n_vocab, source, name)
 
 
