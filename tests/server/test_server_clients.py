@@ -45,8 +45,7 @@ def url(model: tinyllm.Model, serve: Callable[[Any], str]) -> str:
     $TINYLLM_SERVER_URL names one that runs already, such as replicas behind one address.
     """
     if given := os.environ.get("TINYLLM_SERVER_URL"):
-        yield given
-        return
+        return given
     return serve(create_app({"tales": model}, Settings(api_keys=("secret",), template=HERMES)))
 
 
