@@ -1,0 +1,74 @@
+"""What looking costs: a pass that keeps activations beside a plain one, and a grid of patched runs.
+
+    python benchmarks/inside.py model.gguf [--json FILE]
+
+Kept are the residual stream (also between the halves), what the heads read, and the neurons of every layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import common
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tinyllm
+
+NAMES = ["embd", "resid_mid", "out", "attn_heads", "ffn_act"]
+PROMPT = "It was a sunny day in the small town by the sea. When Mary and John went to the store, "
+CLEAN, CORRUPTED = PROMPT + "John gave a drink to", PROMPT + "Mary gave a drink to"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(m: tinyllm.Model, n_tokens: int = 512, rounds: int = 12) -> dict[str, float]:
+    """Medians of interleaved rounds: times the plain pass, and seconds of a grid."""
+    ids = np.random.default_rng(0).integers(0, m.network.n_vocab, n_tokens).tolist()
+    passes: dict[str, Callable[[], object]] = {
+        "plain": lambda: m.logits(ids),
+        "kept": lambda: m.run_with_cache(ids, NAMES),
+        "kept in float16": lambda: m.run_with_cache(ids, NAMES, dtype="float16"),
+        "one row kept": lambda: m.run_with_cache(ids, "embd", positions=0),
+    }
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for work in passes.values():
+        work()
+    for _ in range(rounds):
+        for name, work in passes.items():
+            times[name].append(seconds(work))
+    plain = float(np.median(times["plain"]))
+    found = {name: float(np.median(t)) / plain for name, t in times.items()}
+    pair = (" Mary", " John")
+    grid = m.patch_grid(CLEAN, CORRUPTED, pair)
+    found["runs of the grid"] = float(grid.values.size)
+    found["seconds of the grid"] = seconds(lambda: m.patch_grid(CLEAN, CORRUPTED, pair))
+    return found
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    p.add_argument("model")
+    p.add_argument("--json", type=Path)
+    args = p.parse_args()
+    with tinyllm.load(args.model) as m:
+        found = measure(m)
+    for name, value in found.items():
+        print(f"{value:9.2f}  {name}")
+    if args.json:
+        about = {"machine": common.machine(), "model": Path(args.model).name}
+        args.json.write_text(json.dumps({**about, "results": found}, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
