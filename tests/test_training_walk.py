@@ -22,7 +22,7 @@ from make_adapters import STORED, write_adapter  # noqa: E402
 from make_convert import write_safetensors  # noqa: E402
 
 PAGE = (ROOT / "docs" / "howto" / "training.md").read_text("utf-8")
-SCRIPT = ROOT / "docs" / "examples" / "train_tiny.py"
+SCRIPT = ROOT / "docs" / "howto" / "train_tiny.py"
 LINES = [line for block in re.findall(r"```\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
 COMMANDS = [line.removeprefix("tinyllm ") for line in LINES if line.startswith("tinyllm ")]
 TEXT = "Once upon a time there was a little cat. She had a red ball. " * 60
@@ -57,7 +57,7 @@ def test_each_command_of_the_walk_runs(
 def test_the_script_has_thirty_lines_and_its_page_names_it() -> None:
     code = [line for line in SCRIPT.read_text("utf-8").splitlines() if line.strip()]
     assert len(code) <= 31  # with its docstring
-    assert f"python docs/examples/{SCRIPT.name}" in PAGE
+    assert f"python docs/howto/{SCRIPT.name}" in PAGE
 
 
 @pytest.mark.skipif(
