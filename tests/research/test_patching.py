@@ -73,6 +73,11 @@ def test_positions_and_float16_keep_less(model: tinyllm.Model, ids: list[int]) -
     assert np.array_equal(some["blk.1.out"], want)
     assert some["blk.1.attn_probs"].shape == (model.config.n_head[0], 2, len(ids))
     assert some["blk.1.attn_probs"].dtype == np.float16
+    turned = list(range(len(ids)))[::-1]
+    some = model.run_with_cache(TEXT, "out", positions=turned)
+    assert np.array_equal(some["blk.1.out"], whole["blk.1.out"][turned])
+    none = model.run_with_cache(TEXT, "out", positions=slice(5, 5))
+    assert none["blk.1.out"].shape == (0, model.config.n_embd)
     with pytest.raises(ArgumentError, match="the sequence has"):
         model.run_with_cache(TEXT, positions=99)
     with pytest.raises(ArgumentError, match="float64"):

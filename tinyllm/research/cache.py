@@ -102,7 +102,10 @@ class Capture(Hook):
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(ids):
             raise ArgumentError(f"positions={positions!r:.60}; the sequence has {len(ids)} tokens")
         sizes: dict[int | str, int] = {"T": len(rows), "S": len(ids)}
-        shapes = [[sizes.get(n) or int(n) for n in self.known[name].shape] for name in self.order]
+        shapes = [
+            [sizes[n] if n in sizes else int(n) for n in self.known[name].shape]
+            for name in self.order
+        ]
         counts = [prod(shape) for shape in shapes]
         memory = np.empty(sum(counts), self.dtype)  # one piece: the system gives it large pages
         ends = np.cumsum(counts)
@@ -138,7 +141,7 @@ class Capture(Hook):
     def rows(self, i: int) -> tuple[Any, Any]:
         """Which rows of sequence i's cache this pass fills, and with which of its own rows."""
         span, wanted = self.spans[i], self.targets[i].positions
-        if len(wanted) == span.length:  # all: slices copy faster
+        if np.array_equal(wanted, np.arange(span.length)):  # slices copy faster
             return slice(span.start, span.start + span.n), slice(None)
         rows = np.flatnonzero((wanted >= span.start) & (wanted < span.start + span.n))
         return rows, wanted[rows] - span.start
