@@ -269,3 +269,26 @@ def test_the_lens_is_the_models_own_end(model: tinyllm.Model) -> None:
     assert np.array_equal(logits[-1], cache.logits)
     with pytest.raises(ArgumentError, match="rows of"):
         model.lens(layers[..., :-1])
+
+
+def test_behind_the_layers_patches_find_the_rows_that_are_left(
+    model: tinyllm.Model, ids: list[int]
+) -> None:
+    """A step of ``generate`` has rows of logits only where a token is chosen."""
+    texts, last = [TEXT, "The cat"], len(ids) - 1
+
+    def written() -> list[list[int]]:
+        return [c.ids for c in model.generate(texts, max_tokens=4, temperature=0)]
+
+    plain = written()
+    for name in ("output_norm", "logits", "output_norm_scale"):
+        with model.patched(name, lambda x: x * 2):  # no other token becomes the largest
+            assert written() == plain
+        with model.patched(name, 0.5, positions=0):  # no token is chosen behind the first one
+            assert written() == plain
+    ban = np.zeros(model.network.n_vocab, np.float32)
+    ban[plain[0][0]] = -1e9
+    with model.patched("logits", lambda x: x + ban, positions=last):
+        banned = written()
+    assert banned[0][0] != plain[0][0]
+    assert banned[1] == plain[1]

@@ -145,7 +145,8 @@ class Network:
             with self.lock:
                 start = time.perf_counter()
                 if hook is not None:
-                    hook.begin([Span(s.n_past, n, len(s.ids)) for s, n, _ in segments])
+                    wanted = zip(segments, n_wanted(segments), strict=True)
+                    hook.begin([Span(s.n_past, n, len(s.ids), m) for (s, n, _), m in wanted])
                 rows: Any = None
                 if self.ahead.enabled:
                     rows = self.ahead.step(self, segments, best == 1 and hook is None, ahead)
@@ -225,7 +226,7 @@ class Network:
         with self.lock:
             start = time.perf_counter()
             if hook is not None:
-                hook.begin([Span(0, n, n) for n in lengths])
+                hook.begin([Span(0, n, n, n) for n in lengths])
             y = self.run(batch, max(lengths), hook, self.decoder.hidden, self.token_types(types))
             y = np.array(self.be.numpy(y))
             self.pace(batch.n_rows, time.perf_counter() - start)

@@ -23,11 +23,20 @@ ON_REQUEST = frozenset(
 
 @dataclass(frozen=True)
 class Span:
-    """One sequence's rows in a pass: its first row's position, how many there are, how long it is in all."""
+    """One sequence's rows in a pass: its first row's position, how many there are, how long it is in all.
+
+    Behind the layers, the last ``n_out`` of the rows are left: those whose logits are wanted.
+    """
 
     start: int
     n: int
     length: int
+    n_out: int
+
+    @property
+    def behind(self) -> Span:
+        """The rows that are left behind the layers."""
+        return Span(self.start + self.n - self.n_out, self.n_out, self.length, self.n_out)
 
 
 class Hook:

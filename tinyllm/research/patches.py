@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..models.step import ACTIVE, Hook, Span
-from .points import SQUARE, heads_of, kind_of, name_of, points, positions_of
+from .points import BEHIND, SQUARE, heads_of, kind_of, name_of, points, positions_of
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -150,20 +150,21 @@ class Patches(Hook):
         if kind in SQUARE:
             turn = self.turns.get(name, 0)
             self.turns[name] = turn + 1
-            self.change(name, turn, x)
+            self.change(name, turn, x, self.spans[turn])
             return x
         start = 0
-        for i, span in enumerate(self.spans):
+        for i, whole in enumerate(self.spans):
+            span = whole.behind if kind in BEHIND else whole
             n = 1 if kind == "state" else span.n
-            self.change(name, i, x[start : start + n])
+            self.change(name, i, x[start : start + n], span)
             start += n
         return x
 
-    def change(self, name: str, i: int, x: np.ndarray) -> None:
+    def change(self, name: str, i: int, x: np.ndarray, span: Span) -> None:
         """Apply the patches of a point to the rows of sequence i."""
         for patch, number in self.by_name[name]:
             if number in (-1, i):
-                patch.apply(x, self.spans[i])
+                patch.apply(x, span)
 
 
 @contextmanager
