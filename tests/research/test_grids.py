@@ -50,6 +50,18 @@ def test_a_grid_has_the_bits_of_its_runs_one_by_one(model: tinyllm.Model, point:
         assert grid.restored[-1, 0] == pytest.approx(0)
 
 
+def test_a_grid_within_a_context_steers_once(model: tinyllm.Model) -> None:
+    clean, corrupted = ([0, *range(n, n + 5)] for n in (300, 600))
+    vector = np.linspace(-1, 1, model.config.n_embd)
+    with model.steered({1: vector}):
+        grid = model.patch_grid(clean, corrupted, (40, 41))
+        cache = model.run_with_cache(clean, "out")
+        for layer, line in zip(grid.layers, grid.values, strict=True):
+            name = f"blk.{layer}.out"
+            patches = [Patch(name, cache[name], p) for p in range(len(clean))]
+            assert np.array_equal(line, one_by_one(model, patches, corrupted, (40, 41)))
+
+
 def test_a_grid_over_heads(model: tinyllm.Model) -> None:
     clean, corrupted = ([0, *range(n, n + 9)] for n in (300, 600))
     grid = model.patch_grid(clean, corrupted, lambda x: x.max(), "attn_heads", "heads", [3, 8])
@@ -90,6 +102,8 @@ def test_a_path_to_the_end_is_the_whole_effect(model: tinyllm.Model) -> None:
     assert np.array_equal(found, want)
     frozen = model.path_patch(clean, corrupted, [sender], [last], ["attn_out", "ffn_out"])
     assert np.array_equal(frozen, model.logits(corrupted))  # every path passes a point that is held
+    other = Patch(("attn_heads", 0), 0, heads=1)
+    assert np.array_equal(model.path_patch(clean, corrupted, [other], [last]), want)
 
 
 @pytest.mark.parametrize("by", ["layers", "heads", "neurons"])

@@ -15,9 +15,10 @@ import numpy as np
 from ..engine.completion import SMALLEST_CONTEXT
 from ..engine.embedding import pack
 from ..errors import ArgumentError
+from ..models.step import hook_of
 from .cache import Cache, read, run_with_cache
 from .patches import Patch, Patches
-from .points import heads_of, positions_of, select
+from .points import heads_of, name_of, positions_of, select
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -154,8 +155,13 @@ def points_of(net: Network, kind: str) -> dict[int, str]:
 
 
 def resumes(net: Network) -> bool:
-    """Whether a pass may begin in the middle: layers hand on nothing but their rows, and states can be cut."""
+    """Whether a pass may begin in the middle: layers hand on nothing but their rows, and states can be cut.
+
+    Not within contexts that change activations: they would change once more what they have changed already.
+    """
     d = net.decoder
+    if hook_of(net.number, None) is not None:
+        return False
     if d.streams is not None or not net.config.causal:
         return False
     own = all(b.mixer.source in (-1, i) for i, b in enumerate(d.blocks))
@@ -195,9 +201,7 @@ def path_patch(
             f"clean has {len(clean)} tokens and corrupted {len(corrupted)}; patches need equally many"
         )
     held = select(net, list(freeze)) if freeze else []
-    named = [
-        name for p in senders for name in select(net, p.name if isinstance(p.name, str) else [])
-    ]
+    named = [name_of(net, p.name) for p in senders]
     source = run_with_cache(net, [clean], named, None, "float32", None)[0]
     still = run_with_cache(net, [corrupted], held or "embd", None, "float32", None)[0]
     first = [Patch(name, still[name]) for name in held]
