@@ -292,3 +292,14 @@ def test_behind_the_layers_patches_find_the_rows_that_are_left(
         banned = written()
     assert banned[0][0] != plain[0][0]
     assert banned[1] == plain[1]
+
+
+def test_speculation_waits_while_a_context_changes_activations(model: tinyllm.Model) -> None:
+    prompt = f"{TEXT} {TEXT} Once upon"
+    vector = 3 * np.random.default_rng(0).normal(size=model.config.n_embd)
+    with model.steered({2: vector}, positions=-1):
+        plain, guessed = (
+            model.generate(prompt, max_tokens=24, temperature=0, speculate=s).ids
+            for s in (None, "lookup")
+        )
+    assert guessed == plain
