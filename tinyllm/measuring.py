@@ -46,7 +46,7 @@ class Watch:
     def __init__(self, be: Backend, name: str, found: Importance) -> None:
         self.be, self.name, self.found = be, name, found
 
-    def added(self, y: Array, x: Array) -> Array:
+    def added(self, y: Array, x: Array, each: int = 1) -> Array:
         """y [T, n_out] as it is; x [T, n_in] is counted."""
         rows = np.asarray(self.be.numpy(x), np.float64)
         sums = np.einsum("ti,ti->i", rows, rows)[None]

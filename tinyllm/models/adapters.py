@@ -18,7 +18,7 @@ from ..kernels.backend import Array, Backend, Weight
 from .row import Row
 
 if TYPE_CHECKING:
-    from ..gguf.adapter import Adapter
+    from ..gguf.adapter import Adapter, Pair
 
 Scales = tuple[float, ...]
 EMBEDDING = "token_embd.weight"
@@ -33,8 +33,8 @@ class Beside(Protocol):
         """Whether it does nothing in the present step."""
         ...
 
-    def added(self, y: Array, x: Array) -> Array:
-        """y [T, n_out], the product of x [T, n_in], with what is added."""
+    def added(self, y: Array, x: Array, each: int = 1) -> Array:
+        """y [T, n_out], the product of x [T, n_in], with what is added; ``each`` rows for one of the step."""
         ...
 
     def added_to_embedding(self, y: Array, ids: Array, scale: float) -> Array:
@@ -102,6 +102,11 @@ class Adapters:
         down = padded(down, across, padding)
         up = padded(up, -1, padding)
         return down, up if rows is None else np.ascontiguousarray(up[..., rows, :]), ranks
+
+    def of(self, name: str) -> list[tuple[float, Pair]]:
+        """The factors that change a tensor, each pair with its scale, where they do anything."""
+        both = zip(self._adapters, self.scales, strict=True)
+        return [(scale, a.pairs[name]) for a, scale in both if scale and name in a.pairs]
 
     def beside(
         self, be: Backend, name: str, rows: slice | np.ndarray | None = None
@@ -175,10 +180,12 @@ class LowRank:
         """Whether no row of the present step has an adapter."""
         return self.mix.scales is None
 
-    def added(self, y: Array, x: Array) -> Array:
-        """y [T, n_out] and what the adapters make of x [T, n_in]."""
-        inner = self.be.mul(self.be.matmul(self.down, x), self.mix.shares(self.ranks))
-        return self.be.add(y, self.be.matmul(self.up, inner))
+    def added(self, y: Array, x: Array, each: int = 1) -> Array:
+        """y [T, n_out] and what the adapters make of x [T, n_in]; ``each`` rows for one of the step."""
+        inner, shares = self.be.matmul(self.down, x), self.mix.shares(self.ranks)
+        if each > 1:
+            shares = self.be.repeat(shares, each).reshape(*inner.shape)
+        return self.be.add(y, self.be.matmul(self.up, self.be.mul(inner, shares)))
 
     def added_to_embedding(self, y: Array, ids: Array, scale: float) -> Array:
         """Embeddings y [T, E] of ids [T] and what the adapters add to them."""

@@ -101,7 +101,7 @@ class Attention(Mixer):
         y, heads = self.o(y), y
         if not step.asks(at, "attn_result"):
             return y
-        return probe.by_head(step, f"{at}attn_result", self.o.weight, heads, self.n_head, y)
+        return probe.by_head(step, f"{at}attn_result", self.o, heads, self.n_head, y)
 
     def projections(
         self, c: Config, a: Arch, w: Tensors

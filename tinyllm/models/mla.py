@@ -98,7 +98,7 @@ class LatentAttention(Mixer):
         y, heads = self.o(y), y
         if not step.asks(f"blk.{self.i}.", "attn_result"):
             return y
-        return probe.by_head(step, f"blk.{self.i}.attn_result", self.o.weight, heads, h, y)
+        return probe.by_head(step, f"blk.{self.i}.attn_result", self.o, heads, h, y)
 
 
 def expansions(c: Config, w: Tensors, n_head: int, rank: int, plain: int):  # type: ignore[no-untyped-def]

@@ -15,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import ArgumentError
-from ..kernels.backend import Array, Weight
+from ..kernels.backend import Array
 from .step import Step
-from .weights import Norm
+from .weights import Linear, Norm
 
 F32 = np.float32
 INSIDE = "attn_scores", "attn_probs"  # points within attention, shown for each sequence in turn
@@ -114,16 +114,20 @@ def softmax(step: Step, s: Scoring, scores: np.ndarray) -> np.ndarray:
     return np.asarray(e / total, F32)
 
 
-def by_head(step: Step, name: str, w: Weight, y: Array, n_head: int, out: Array) -> Array:
+def by_head(step: Step, name: str, o: Linear, y: Array, n_head: int, out: Array) -> Array:
     """Attention's output ``out`` [T, E] of what the heads read, y, with each head's part shown as [T, H, E].
 
-    The parts are products of rows in which all other heads are 0, by the matrix as it is stored.
+    The parts are products of rows in which all other heads are 0, by the matrix as it is stored and the
+    adapters beside it.
     """
     be, rows = step.be, np.array(step.be.numpy(y))
     alone = np.zeros((len(rows), n_head, n_head, rows.shape[1] // n_head), F32)
     each = np.arange(n_head)
     alone[:, each, each] = rows.reshape(len(rows), n_head, -1)
-    parts = be.matmul(w, be.array(alone.reshape(len(rows) * n_head, -1)))
+    x = be.array(alone.reshape(len(rows) * n_head, -1))
+    parts = be.matmul(o.weight, x)
+    if o.beside is not None and not o.beside.idle:
+        parts = o.beside.added(parts, x, n_head)
     shown = np.array(be.numpy(parts)).reshape(len(rows), n_head, -1)
     changed = step.show(name, shown)
     return out if changed is None else be.add(out, be.array((changed - shown).sum(1)))

@@ -215,14 +215,16 @@ def with_tensors(m: Model, tensors: Mapping[str, Any]) -> Network:
     net, all_tensors = m.network, {**m._file.tensors, **tensors}
     layers = {layer_of(name) for name in tensors}
     if -1 in layers or len(net.stages) > 1:
-        return build(m.metadata, all_tensors, net.be, net.kv_type, strict=False)
+        return build(
+            m.metadata, all_tensors, net.be, net.kv_type, strict=False, adapters=net.adapters
+        )
     made = object.__new__(type(net))
     made.__dict__.update(net.__dict__)
     made.ahead = RunAhead(enabled=False)
     made.number = next(NUMBERS)  # steps recorded with the other weights are not its own
     decoder = object.__new__(type(net.decoder))
     decoder.__dict__.update(net.decoder.__dict__)
-    root = Tensors(all_tensors, net.be, net.config)
+    root = Tensors(all_tensors, net.be, net.config, adapters=net.adapters)
     make = net.arch.block or Block
     decoder.blocks = [
         make(net.config, net.arch, i, root.below(f"blk.{i}.")) if i in layers else block
