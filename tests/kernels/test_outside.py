@@ -245,3 +245,11 @@ def test_random_matrices_repeat_rows(kind: str) -> None:
     matrix = lab.RandomMatrix(kind, 40, 512, repeated=16)
     assert np.isfinite(matrix.values()).all()
     assert np.array_equal(matrix.read_rows(0, 8), matrix.read_rows(16, 24))
+
+
+def test_exact_products_have_no_records_for_a_kernel_from_outside(written: Any) -> None:
+    be, ours = CPUBackend(2, "exact"), CPUBackend(2, "exact")
+    be.replace_kernels(read_kernels([written(OURS)]))
+    matrix, x = lab.RandomMatrix("Q8_0", 40, 256, 0), np.ones((1, 256), np.float32)
+    y, want = (np.array(b.numpy(b.matmul(b.load(matrix), b.array(x)))) for b in (be, ours))
+    assert np.array_equal(y, want)

@@ -110,7 +110,8 @@ class CPUBackend(Backend):
     def load(self, source: Source, rows: np.ndarray | slice | None = None) -> CPUWeight:
         weight = load_weight(source, rows, self._workers, self.compute == "exact")
         for operation in ("matvec", "matmul"):
-            if found := self._outside.get((operation, weight.kind)):
+            found = self._outside.get((operation, weight.kind))
+            if found and not (weight.reader and found.wants_records):  # floats have no records
                 weight.outside[operation] = found
         if self.compute == "bf16" and weight.format is None:
             return bfloat.RoundedWeight(**vars(weight))
