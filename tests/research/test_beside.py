@@ -27,7 +27,7 @@ def adapter(tmp_path: Path) -> Callable[..., Path]:
             arch, shapes = m.arch, {n: t.shape for n, t in m._file.tensors.items()}
         tensors = {}
         for name in names:
-            n_out, n_in = shapes[name]
+            n_out, n_in = shapes.get(name, shapes["token_embd.weight"])  # the head is tied
             tensors[f"{name}.lora_a"] = rng.normal(size=(3, n_in)).astype(np.float32)
             tensors[f"{name}.lora_b"] = rng.normal(size=(n_out, 3)).astype(np.float32) / n_in
         keys: dict[str, Any] = {"general.type": "adapter", "general.architecture": arch}
@@ -54,6 +54,12 @@ def test_neurons_are_attributed_with_the_adapter(adapter: Any) -> None:
     with tinyllm.load(device="reference", kv_type="f32", lora=lora) as m:
         neurons, layers = (m.attribute(TEXT, 5, by=by) for by in ("neurons", "layers"))
         assert np.nansum(neurons.values[1]) == pytest.approx(layers.values[1, 1], abs=1e-3)
+
+
+def test_the_head_is_attributed_with_the_adapter(adapter: Any) -> None:
+    with tinyllm.load(device="reference", kv_type="f32", lora=adapter("output.weight")) as m:
+        want = m.logits(m.prompt_ids(TEXT))[-1, 5]
+        assert m.attribute(TEXT, 5).total == pytest.approx(want, abs=1e-3)
 
 
 def test_layers_with_other_tensors_keep_the_adapter(adapter: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import ArgumentError, UnsupportedModel
-from ..gguf.adapter import EMBEDDING, product
+from ..gguf.adapter import product
 from ..gguf.quants import dequantize
 from .cache import run_with_cache
 
@@ -92,7 +92,8 @@ def attribute(
             found.append(cache[f"blk.{i}.attn_result"][0] @ onto)
         elif by == "neurons" and f"blk.{i}.ffn_act" in cache:
             onto = through(net, block, block.ffn_post, cache[f"blk.{i}.ffn_out"][0], direction)
-            down = rows_of(net, tensors, f"blk.{i}.ffn_down.weight", slice(0, len(onto)))
+            name = f"blk.{i}.ffn_down.weight"
+            down = rows_of(net, tensors[name], name, 0, len(onto))
             found.append(cache[f"blk.{i}.ffn_act"][0] * (onto @ down))
         else:
             found.append(np.empty(0, np.float32))
@@ -118,18 +119,15 @@ def head_row(net: Network, tensors: Mapping[str, Tensor], token: int) -> np.ndar
     """The row of the output matrix that makes a token's logit, float32 [E]."""
     if not 0 <= token < net.n_vocab:
         raise ArgumentError(f"token {token}; expected 0 to {net.n_vocab - 1}")
-    name = "output.weight" if "output.weight" in tensors else "token_embd.weight"
-    return rows_of(net, tensors, name, slice(token, token + 1))[0]
+    tensor = tensors.get("output.weight") or tensors["token_embd.weight"]
+    return np.asarray(rows_of(net, tensor, "output.weight", token, token + 1)[0])
 
 
-def rows_of(net: Network, tensors: Mapping[str, Tensor], name: str, rows: slice) -> np.ndarray:
-    """Rows of a matrix that products read, float32 [rows, n_in], with the adapters beside it."""
-    tensor = tensors[name]
-    x = dequantize(tensor.type, tensor.read_rows(rows.start, rows.stop))
-    for scale, pair in (
-        net.adapters.of(name) if name != EMBEDDING else ()
-    ):  # the head has none of its
-        x = x + np.float32(scale) * product(name, pair, rows.start, rows.stop)
+def rows_of(net: Network, tensor: Tensor, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of a matrix, with what adapters add to the tensor of this name: float32 [stop - start, n_in]."""
+    x = dequantize(tensor.type, tensor.read_rows(start, stop))
+    for scale, pair in net.adapters.of(name):
+        x = x + np.float32(scale) * product(name, pair, start, stop)
     return np.asarray(x)
 
 
