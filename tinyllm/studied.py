@@ -228,7 +228,7 @@ class Studied(ABC):
         if rows.ndim == 0 or rows.shape[-1] != e:
             raise ArgumentError(f"x has shape {rows.shape}; expected rows of {e} values")
         flat = rows.reshape(-1, e)
-        return self.network.lens(flat).reshape(*rows.shape[:-1], -1)
+        return self.network.lens(flat).reshape(*rows.shape[:-1], self.network.n_vocab)
 
     def attribute(
         self,
@@ -371,9 +371,9 @@ class Studied(ABC):
         >>> with m.patched("blk.1.attn_out", mean["blk.1.attn_out"]):
         ...     logits = m.logits(m.prompt_ids("Once upon a time"))
         """
-        caches = self.run_with_cache(list(prompts), names)
-        if not caches:
+        if not len(prompts):
             raise ArgumentError("prompts is empty; there is nothing to take the mean of")
+        caches = self.run_with_cache(split_prompts(prompts)[0], names)
         return {n: np.concatenate([c[n] for c in caches]).mean(0) for n in caches[0]}
 
     def _token(self, token: int | str) -> int:

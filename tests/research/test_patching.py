@@ -303,3 +303,31 @@ def test_speculation_waits_while_a_context_changes_activations(model: tinyllm.Mo
             for s in (None, "lookup")
         )
     assert guessed == plain
+
+
+def test_of_one_row_for_all_positions_the_part_is_taken(
+    model: tinyllm.Model, ids: list[int]
+) -> None:
+    mean = model.means([TEXT, "The cat"], ["attn_heads", "ffn_act"])
+    row = model.run_with_cache(TEXT, "attn_heads", positions=-1)["blk.0.attn_heads"]
+    for value in (mean["blk.0.attn_heads"], row):
+        with model.patched("blk.0.attn_heads", value, heads=1):
+            found = model.run_with_cache(ids, "attn_heads").heads("blk.0.attn_heads")
+        assert (found[:, 1] == value.reshape(-1, 64)[1]).all()
+    value = mean["blk.1.ffn_act"]
+    with model.patched("blk.1.ffn_act", value, channels=[3, 5], positions=[1, 4]):
+        found = model.run_with_cache(ids, "ffn_act")["blk.1.ffn_act"]
+    assert (found[[1, 4]][:, [3, 5]] == value[[3, 5]]).all()
+    assert (found[2, [3, 5]] != value[[3, 5]]).any()
+
+
+def test_nothing_to_measure_is_said(model: tinyllm.Model) -> None:
+    with pytest.raises(ArgumentError, match="prompts is empty"):
+        model.means([], "out")
+    one = model.means("The cat", "out")
+    assert np.array_equal(one["blk.0.out"], model.means(["The cat"], "out")["blk.0.out"])
+    with pytest.raises(ArgumentError, match="positions"):
+        model.patch_grid([5, 7], [6, 7], (1, 2), "attn_heads", "heads", slice(0, 0))
+    with pytest.raises(ArgumentError, match="no point that layers have"):
+        model.patch_grid([5, 7], [6, 7], (1, 2), "logits")
+    assert model.lens(np.empty((0, model.config.n_embd))).shape == (0, model.network.n_vocab)

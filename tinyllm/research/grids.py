@@ -82,7 +82,7 @@ def patch_grid(
     assert stream.logits is not None
     length, whole = len(clean), not resumes(net)
     chosen = positions_of(positions, length)
-    if len(chosen) and not 0 <= chosen.min() <= chosen.max() < length:
+    if not len(chosen) or not 0 <= chosen.min() <= chosen.max() < length:
         raise ArgumentError(f"positions={positions!r:.60}; the prompts have {length} tokens")
     runs, widths = [], []
     for row, (layer, name) in enumerate(names.items()):
@@ -151,6 +151,8 @@ def points_of(net: Network, kind: str) -> dict[int, str]:
     if kind == "resid_pre":
         return {i: f"blk.{i - 1}.out" if i else "embd" for i in range(n)}
     names = [name for name in select(net, kind) if name.startswith("blk.")]
+    if not names:
+        raise ArgumentError(f"{kind} is no point that layers have")
     return {int(name.split(".")[1]): name for name in names}
 
 

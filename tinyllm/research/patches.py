@@ -102,10 +102,14 @@ class Resolved:
     ) -> np.ndarray:
         """The part of an array of the whole activation; other arrays as they are."""
         value = self.value
-        if self.kind in SQUARE or self.kind == "state" or value.ndim != x.ndim:
+        if self.kind in SQUARE or self.kind == "state":
             return np.asarray(value)
-        if value.shape[1:] != x.shape[1:] or len(value) == 1:
+        if value.shape == x.shape[1:]:  # one row, such as a mean, for all
+            value = value[None]
+        if value.ndim != x.ndim or value.shape[1:] != x.shape[1:]:
             return np.asarray(value)
+        if len(value) == 1:
+            rows = np.zeros_like(rows)
         if rows.max() >= len(value):
             raise ArgumentError(
                 f"a patch of {self.name} has {len(value)} rows; position {rows.max()} is asked for"
