@@ -120,6 +120,18 @@ def test_a_notebook_is_read_by_cells() -> None:
     assert "no notebook" in refused(b"[" * 100_000, ".ipynb")
 
 
+def test_half_a_surrogate_pair_in_a_heading_is_replaced(docs: LocalDocs, tmp_path: Path) -> None:
+    """The heading stands above a cell that is one line of ASCII."""
+    cells = [
+        {"cell_type": "markdown", "source": "# \ud800"},
+        {"cell_type": "code", "source": "x = 1"},
+    ]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert docs.add("in", tmp_path / "in").added == 1
+    assert docs.search("x")[0].heading == "?"
+
+
 def test_encodings() -> None:
     assert sections("\ufeffä\r\nb", ".txt")[0][1] == "ä\nb"
     assert sections("ä".encode("utf-16"), ".txt")[0][1] == "ä"

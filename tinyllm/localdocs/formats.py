@@ -336,9 +336,9 @@ def read(data: bytes, suffix: str) -> Content:
 
 def cleaned(section: Section) -> Section:
     """A section without lone surrogates and zero bytes, which no database keeps."""
-    if section.text.isprintable() and section.text.isascii():
-        return section
-    text = section.text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ")
+    text = section.text
+    if not (text.isprintable() and text.isascii()):
+        text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ")
     heads = tuple(one_line(h) for h in section.headings)
     return Section(text, heads, section.page, section.line)
 
