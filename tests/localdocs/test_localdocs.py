@@ -101,6 +101,17 @@ def test_a_change_within_the_clock_s_tick_is_seen(docs: LocalDocs, folder: Path)
     assert docs.update()["home"].changed == 1
 
 
+def test_a_file_of_a_far_future_is_read(docs: LocalDocs, folder: Path) -> None:
+    """An archive may give a file a time whose nanoseconds no 64 bits hold."""
+    try:
+        os.utime(folder / "tea.md", (10**10, 10**10))
+    except OSError:
+        pytest.skip("the file system has no such times")
+    assert docs.add("home", folder).added == 3
+    assert docs.search("tea", since="2200")[0].file == "tea.md"
+    assert docs.update()["home"].unchanged == 3
+
+
 def test_a_touched_or_moved_file_is_not_embedded_again(docs: LocalDocs, folder: Path) -> None:
     docs.add("home", folder)
     os.utime(folder / "tea.md", (1, 1))

@@ -23,6 +23,7 @@ AT_ONCE = 32  # files of a transaction
 EMBEDDED = 256  # texts of one; what a kill can cost
 # nanoseconds: a file this young when it was read may have changed since without a change of its times
 RACY = 2_000_000_000
+LATEST = (1 << 63) - 1  # nanoseconds: the year 2262; an archive may give a file a later time
 
 
 @dataclass
@@ -135,7 +136,12 @@ def described(path: bytes, name: str, status: os.stat_result) -> Found:
         reason = "it is no regular file"
     elif status.st_size > FILE:
         reason = f"it has {status.st_size / 1e6:.0f} MB; at most {FILE / 1e6:.0f} MB are read"
-    return Found(path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, reason)
+    return Found(path, name, status.st_size, *times(status), reason)
+
+
+def times(status: os.stat_result) -> tuple[int, int]:
+    """When a file and its entry were changed, in nanoseconds, as far as the store's whole numbers go."""
+    return min(status.st_mtime_ns, LATEST), min(status.st_ctime_ns, LATEST)
 
 
 def found_in(folders: Sequence[bytes], report: Report) -> tuple[dict[bytes, Found], list[bytes]]:
@@ -220,7 +226,7 @@ def read(reader: Reader, item: Found, old: Known | None) -> Read:
     digest = None
     try:
         data, status = bytes_of(item.path)
-        item = Found(item.path, item.file, len(data), status.st_mtime_ns, status.st_ctime_ns)
+        item = Found(item.path, item.file, len(data), *times(status))
         digest = hashlib.sha256(data).digest()
         if old is not None and old.digest == digest:
             return Read(item, seen, digest, reason=old.reason)
