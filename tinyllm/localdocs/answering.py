@@ -55,7 +55,7 @@ class Fence:
         text = LINE_ENDS.sub("\n", text)
         while self._special is not None and self._special.search(text):
             text = self._special.sub(lambda m: m[0][0] + JOINER + m[0][1:], text)
-        return PLAIN_MARKS.sub(lambda m: m[0][:1] + JOINER + m[0][1:], text)
+        return PLAIN_MARKS.sub(apart, text)
 
     def line(self, text: str) -> str:
         """A name, on one line."""
@@ -75,6 +75,14 @@ class Fence:
         """An excerpt as GPT4All's templates read it, in a message's ``sources``."""
         clean = {k: self.text(v) if isinstance(v, str) else v for k, v in hit.reference().items()}
         return {**clean, "collection": self.line(hit.collection), "path": self.line(hit.path)}
+
+
+def apart(found: re.Match[str]) -> str:
+    """A mark that is none: all of its signs taken apart where it is made of them, else its first letter."""
+    mark = found[0].lstrip(" \t")
+    if mark.startswith("#"):
+        return mark.replace("#", "#" + JOINER)
+    return found[0].removesuffix(mark) + mark[:1] + JOINER + mark[1:]
 
 
 def takes_sources(template: str | None) -> bool:
