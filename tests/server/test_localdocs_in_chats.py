@@ -12,7 +12,7 @@ import tinyllm
 from tinyllm.cli import commands as cli
 from tinyllm.loading import BUNDLED
 from tinyllm.localdocs import LocalDocs
-from tinyllm.localdocs.answering import Quoting
+from tinyllm.localdocs.answering import QUESTION, Quoting
 
 ROUTE = "/v1/chat/completions"
 KEYS = {"file", "title", "author", "date", "text", "page", "from", "to"}
@@ -63,6 +63,27 @@ def test_a_question_that_no_document_is_near_to_is_answered_without(
     assert found["choices"][0]["references"] == []
     assert "references" not in without["choices"][0]
     assert found["choices"][0]["message"] == without["choices"][0]["message"]
+
+
+def test_an_answer_longer_than_the_context_is_no_error(
+    docs: LocalDocs, make_app: Callable[..., Any], model: tinyllm.Model
+) -> None:
+    app = make_app(documents=Quoting(docs, nearest=-1))
+    asked = body("How hot for green tea?", max_tokens=model.n_ctx, stop=[" ", ".", "e"])
+    (choice,) = app.post(ROUTE, asked).json()["choices"]
+    assert [r["file"] for r in choice["references"]] == ["tea.md"]
+    long = body("tea " * (model.n_ctx * 3 // 8), max_tokens=model.n_ctx, stop=[" ", ".", "e"])
+    assert app.post(ROUTE, long).json()["choices"][0]["references"] == []
+
+
+def test_of_a_long_message_the_end_is_searched_for(
+    docs: LocalDocs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(docs, "search", lambda text, *_: asked.append(text) or [])
+    Quoting(docs).find("x" * 100_000 + " How hot?")
+    assert len(asked[0]) == QUESTION
+    assert asked[0].endswith("How hot?")
 
 
 def test_serve_takes_collections(

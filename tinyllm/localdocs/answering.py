@@ -21,6 +21,7 @@ NEAREST = (
     0.3  # cosine below which an excerpt has nothing to do with a question; measured with MiniLM
 )
 EXCERPTS = 4
+QUESTION = 4000  # characters of a message, its last ones, that are searched for: others wait meanwhile
 ROOM = 256  # tokens kept free for an answer, where max_tokens says nothing
 JOINER = "\u2060"  # has no width: it takes a mark apart and shows nothing
 
@@ -160,9 +161,9 @@ class Quoting:
 
     def find(self, question: str) -> list[Hit]:
         """The excerpts for a question; none where nothing is near."""
-        if not question.strip():
+        if not question[-QUESTION:].strip():
             return []
-        hits = self.docs.search(question, self.k, self.collections)
+        hits = self.docs.search(question[-QUESTION:], self.k, self.collections)
         return near(hits, self.nearest)
 
     def quote(
@@ -177,7 +178,11 @@ class Quoting:
         hits = self.find(str(last.get("content") or "")) if last["role"] == "user" else []
         if not hits:
             return list(messages), []
-        whole, chosen = with_excerpts(messages, hits, model, max_tokens, template)
+        most = min(max_tokens, model.n_ctx // 2)  # clients ask for more than there is
+        try:
+            whole, chosen = with_excerpts(messages, hits, model, most, template)
+        except ContextOverflow:
+            return list(messages), []  # whether it fits without any is for the engine to say
         return whole, [hit.reference() for hit in chosen]
 
 
