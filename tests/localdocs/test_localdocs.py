@@ -333,6 +333,24 @@ def test_another_embedding_model_is_refused_or_embeds_all_again(
         old.search("tea")
 
 
+def test_a_process_notices_that_another_has_embedded_all_again(
+    docs: LocalDocs, folder: Path, data: Path, bundled: tinyllm.Model
+) -> None:
+    """It neither compares vectors of two models nor stores them side by side."""
+    docs.add("home", folder)
+    docs.search("tea")
+    with LocalDocs(docs.path) as reader:
+        reader.search("tea")
+        with LocalDocs(docs.path, data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf") as changed:
+            changed.reembed()
+        assert reader.search("tea")[0].file == "tea.md"  # with the model that the store names
+    (folder / "new.md").write_text("# New")
+    for use in (lambda: docs.search("tea"), docs.update):
+        with pytest.raises(ArgumentError, match="reembed"):
+            use()
+    assert docs.check() == []
+
+
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.sqlite"
     text.write_text("no database, but long enough to be looked into" * 100)

@@ -119,9 +119,18 @@ class LocalDocs:
             It is another than the one that the store's vectors are from.
         """
         with self._lock:
+            self._forget_another()
             if self._embedder is None:
                 self._embedder = self._checked(self._load())
             return self._embedder
+
+    def _forget_another(self) -> None:
+        """Let a model go that the store's vectors are no longer from: a process has embedded all again."""
+        old = self._embedder
+        if old is not None and self._store.setting("model") not in (None, old.identity):
+            self._embedder = self._vectors = None
+            if not isinstance(self._given, Model):
+                old.model.close()
 
     def _load(self) -> Embedder:
         if isinstance(self._given, Model):
