@@ -18,7 +18,7 @@ def prefix_of(body: bytes) -> bytes | None:
     """
     try:
         asked = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(asked, dict):
         return None
