@@ -111,6 +111,8 @@ def test_other_columns_are_named(tmp_path: Path) -> None:
         ('{"id": true, "text": "a"}', "'id' is True; a row's key must be"),
         ('{"id": 9223372036854775808, "text": "a"}', "a row's key must be"),
         ('{"id": 1, "text": null}', "'text' is None; a row's text must be a text"),
+        ('{"id": 1, "text": "a\\ud800"}', "line 1: 'text' holds half a surrogate pair"),
+        ('{"id": "\\udfff", "text": "a"}', "line 1: 'id' holds half a surrogate pair"),
         ('{"id": 1, "text": "a"}\n\nnonsense', "line 3 is no JSON: Expecting value"),
         ("[1]", "line 1: expected an object, found [1]"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .tasks import Kind
 
 Key = str | int
 PARQUET, JSONL, TEXT = (".parquet",), (".jsonl", ".ndjson"), (".txt",)
+LONE = re.compile("[\ud800-\udfff]")  # what JSON can spell, and no tokenizer nor Parquet takes
 ROWS = 8192  # that a group of a Parquet file has
 
 
@@ -70,6 +72,11 @@ class Table:
         rows = self._parquet() if ending in PARQUET else self._lines(ending in JSONL)
         first: Key | None = None
         for place, key, text in rows:
+            for name, value in ((self.text, text), (self.key, key)):
+                if isinstance(value, str) and LONE.search(value):
+                    raise ArgumentError(
+                        f"{self.path}: {place}: {name!r} holds half a surrogate pair; remove it"
+                    )
             good = (
                 isinstance(text, str) and isinstance(key, str | int) and not isinstance(key, bool)
             )
