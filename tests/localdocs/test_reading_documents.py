@@ -132,6 +132,17 @@ def test_half_a_surrogate_pair_in_a_heading_is_replaced(docs: LocalDocs, tmp_pat
     assert docs.search("x")[0].heading == "?"
 
 
+@pytest.mark.parametrize("suffix", [".md", ".rst", ".py", ".csv", ".txt"])
+def test_a_text_too_long_is_refused_before_it_is_taken_to_parts(suffix: str) -> None:
+    """Each of its lines would be a heading, and take a hundred times its bytes."""
+    data = b"# b\n" * (formats.TEXT // 4 + 1)
+    tracemalloc.start()
+    assert "longer than 16 M characters" in refused(data, suffix)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * len(data)
+
+
 def test_encodings() -> None:
     assert sections("\ufeffä\r\nb", ".txt")[0][1] == "ä\nb"
     assert sections("ä".encode("utf-16"), ".txt")[0][1] == "ä"

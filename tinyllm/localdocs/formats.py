@@ -28,17 +28,19 @@ class Unreadable(Exception):
     """A file of which no text can be had; the message is the reason."""
 
 
-def text_of(data: bytes) -> str:
-    """The text of a file: UTF-8, or UTF-16 with its mark."""
+def text_of(data: bytes, most: int = TEXT) -> str:
+    """The text of a file, of at most so many characters: UTF-8, or UTF-16 with its mark."""
     encoding = "utf-8-sig"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     elif b"\0" in data[: 1 << 20]:
         raise Unreadable("it holds zero bytes: no text")
     try:
-        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise Unreadable(f"it is no text in UTF-8 (byte {error.start}); convert it") from None
+    check_length(len(text), most)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def plain(data: bytes) -> Content:
@@ -160,7 +162,7 @@ def json_text(data: bytes) -> Content:
 def notebook(data: bytes) -> Content:
     """A notebook's cells; a cell's number is its page. What cells printed is left out."""
     try:
-        found = json.loads(text_of(data))
+        found = json.loads(text_of(data, len(data)))  # pictures are left out
         cells = [(c["cell_type"], "".join(c["source"])) for c in found["cells"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Unreadable(f"it is no notebook ({type(error).__name__})") from None
@@ -300,10 +302,10 @@ def pdf(data: bytes) -> Content:
     return Content(sections, title, author, when.date().isoformat() if when else "")
 
 
-def check_length(n: int) -> None:
+def check_length(n: int, most: int = TEXT) -> None:
     """Refuse a document whose text is too long."""
-    if n > TEXT:
-        raise Unreadable(f"its text is longer than {TEXT >> 20} M characters")
+    if n > most:
+        raise Unreadable(f"its text is longer than {most >> 20} M characters")
 
 
 READERS: dict[str, Callable[[bytes], Content]] = {
