@@ -260,10 +260,18 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="exists; remove it"):
         job(source, tmp_path / "out.jsonl")
     (tmp_path / "out.jsonl").unlink()
-    (tmp_path / "out.jsonl.job").write_text("mine\n")
-    with pytest.raises(ArgumentError, match="is no journal of tinyllm"):
-        job(source, tmp_path / "out.jsonl").run(shout)
-    assert (tmp_path / "out.jsonl.job").read_text() == "mine\n"
+    for mine in ("mine\n", "mine"):
+        (tmp_path / "out.jsonl.job").write_text(mine)
+        with pytest.raises(ArgumentError, match="is no journal of tinyllm"):
+            job(source, tmp_path / "out.jsonl").run(shout)
+        assert (tmp_path / "out.jsonl.job").read_text() == mine
+
+
+def test_a_name_with_a_star_takes_no_part_of_another_table(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", ["a"])
+    (tmp_path / "out.jsonl.5-0.part").write_text("another's")
+    job(source, tmp_path / "o[su]*t.jsonl").run(shout)
+    assert (tmp_path / "out.jsonl.5-0.part").exists()
 
 
 def test_a_key_named_like_a_result_is_refused(tmp_path: Path) -> None:

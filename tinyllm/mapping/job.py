@@ -13,6 +13,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,9 +55,10 @@ class Journal:
         self.places = array("q", [-1]) * self.n_rows
         self.file.seek(0)
         header = self.file.readline()
-        if not header.endswith(b"\n"):  # a new journal, or one whose first line was cut
+        own = json.dumps(self.about).encode() + b"\n"
+        if not header.endswith(b"\n") and own.startswith(header):  # new, or its first line was cut
             self.file.truncate(0)
-            header = json.dumps(self.about).encode() + b"\n"
+            header = own
             self.file.write(header)
         self.start = len(header)
         self._check(header)
@@ -232,7 +234,7 @@ class Job:
             raise TinyLLMError(f"{missing} rows have no result; the same command goes on")
         n_errors = 0
         kind: Kind = "integer" if any(isinstance(key, int) for key in self._first()) else "text"
-        for part in Path(self.target).absolute().parent.glob(f"{Path(self.target).name}.*-*.part"):
+        for part in Path(self.target).absolute().parent.glob(f"{escape(Path(self.target).name)}.*-*.part"):
             part.unlink()  # what a kill has left of a table half written
         with replacing(self.target) as file:
             with writing(file, self.target, self.source.key, kind, self.columns) as add:
