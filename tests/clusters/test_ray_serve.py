@@ -58,7 +58,8 @@ def test_texts_that_begin_alike_have_one_prefix() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"nonsense", b"[]", b"{}", b'{"prompt": 5}', b'{"messages": []}', b"\xff", b"[" * 10**5]
+    "body",
+    [b"", b"nonsense", b"[]", b"{}", b'{"prompt": 5}', b'{"messages": []}', b"\xff", b"[" * 10**5],
 )
 def test_a_request_without_a_beginning_has_none(body: bytes) -> None:
     assert prefix_of(body) is None

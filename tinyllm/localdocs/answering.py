@@ -21,7 +21,9 @@ NEAREST = (
     0.3  # cosine below which an excerpt has nothing to do with a question; measured with MiniLM
 )
 EXCERPTS = 4
-QUESTION = 4000  # characters of a message, its last ones, that are searched for: others wait meanwhile
+QUESTION = (
+    4000  # characters of a message, its last ones, that are searched for: others wait meanwhile
+)
 ROOM = 256  # tokens kept free for an answer, where max_tokens says nothing
 JOINER = "\u2060"  # has no width: it takes a mark apart and shows nothing
 

@@ -234,7 +234,9 @@ class Job:
             raise TinyLLMError(f"{missing} rows have no result; the same command goes on")
         n_errors = 0
         kind: Kind = "integer" if any(isinstance(key, int) for key in self._first()) else "text"
-        for part in Path(self.target).absolute().parent.glob(f"{escape(Path(self.target).name)}.*-*.part"):
+        for part in (
+            Path(self.target).absolute().parent.glob(f"{escape(Path(self.target).name)}.*-*.part")
+        ):
             part.unlink()  # what a kill has left of a table half written
         with replacing(self.target) as file:
             with writing(file, self.target, self.source.key, kind, self.columns) as add:
