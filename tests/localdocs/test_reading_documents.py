@@ -151,7 +151,7 @@ def test_encodings() -> None:
     assert refused(b" \n ", ".md") == "it has no text"
 
 
-def test_every_kind_of_the_issue_is_known() -> None:
+def test_every_kind_is_known() -> None:
     kinds = ".txt .md .rst .html .pdf .docx .csv .json .ipynb .py .c .rs .go .js".split()
     assert set(kinds) <= set(formats.READERS)
 
