@@ -14,7 +14,7 @@ import pytest
 import tinyllm
 from tinyllm.errors import ArgumentError, StateError
 from tinyllm.localdocs import LocalDocs, embedding, store, updating, vectors
-from tinyllm.localdocs.search import Filter
+from tinyllm.localdocs.search import NEAREST, Filter
 
 
 def names(docs: LocalDocs, query: str, **options: object) -> list[str]:
@@ -236,6 +236,14 @@ def test_words_in_too_many_chunks_are_left_out(
     monkeypatch.setattr(search, "COMMON", 1)
     assert len(search.by_words(docs._store, "tea pole", "", [])) == 1
     assert search.by_words(docs._store, "tea", "", []) == []
+
+
+def test_a_text_that_is_repeated_for_ever_floods_no_search(docs: LocalDocs, folder: Path) -> None:
+    (folder / "flood.md").write_text("# b\n" * 3000)
+    docs.add("home", folder)
+    assert docs.search("tea", k=4000)[0].file == "tea.md"
+    assert len(docs.search("tea", k=4000)) == 4 + NEAREST
+    assert names(docs, "tea", k=4000, file="*.py") == ["rules.py"]
 
 
 def test_an_odd_query_is_no_syntax(docs: LocalDocs, folder: Path) -> None:

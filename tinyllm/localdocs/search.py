@@ -194,15 +194,17 @@ WORDED = f"chunks c {ABOUT} LEFT JOIN vectors v ON v.digest = c.digest"
 def candidates(
     store: Store, near: np.ndarray, worded: list[int], where: str, values: Sequence[Any]
 ) -> dict[int, dict[str, Any]]:
-    """The rows of chunks by their numbers: those of near vectors, and those with the words."""
+    """The rows of chunks by their numbers: those of near vectors, and those with the words.
+
+    Of chunks with one text, and so one vector, the first ``NEAREST`` count: some repeat a line for ever.
+    """
     condition = f" AND {where}" if where else ""
     found: dict[int, dict[str, Any]] = {}
-    asked = ((NEAR, "v.id", [int(i) for i in near]), (WORDED, "c.id", worded))
-    for tables, column, numbers in asked:
-        marks = ", ".join("?" * len(numbers))
+    asked = [(NEAR, "v.id", int(i)) for i in near] + [(WORDED, "c.id", i) for i in worded]
+    for tables, column, number in asked:
         cursor = store.db.execute(
-            f"SELECT {COLUMNS} FROM {tables} WHERE {column} IN ({marks}){condition}",
-            [*numbers, *values],
+            f"SELECT {COLUMNS} FROM {tables} WHERE {column} = ?{condition} ORDER BY c.id LIMIT {NEAREST}",
+            [number, *values],
         )
         names = [name for name, *_ in cursor.description]
         found |= {row[0]: dict(zip(names, row, strict=True)) for row in cursor}
