@@ -77,17 +77,17 @@ class Block:
             f = be.add(f, self.side(step, self.side_norm(start)))
         return tap(f"blk.{i}.out", self.finished(step, be.add(x, f, scale=self.scale)))
 
-    def finished(self, step: Step, x: Array) -> Array:
-        """What the block hands on: with the layer's own embedding added, and scaled, where it has these."""
-        if self.per_layer is not None:
-            x = self.be.add(x, self.per_layer(step, x))
-        return x if self.out_scale == 1 else self.be.scale_softcap(x, self.out_scale)
-
     def feed(self, step: Step, x: Array, start: Array | None = None) -> Array:
         """The feed-forward half, with its taps; some choose experts by the block's input ``start``."""
         x = step.tap(f"blk.{self.i}.ffn_norm", x)
         more = (start,) if self.routed_by_input else ()
         return step.tap(f"blk.{self.i}.ffn_out", self.ffn(step, x, *more))
+
+    def finished(self, step: Step, x: Array) -> Array:
+        """What the block hands on: with the layer's own embedding added, and scaled, where it has these."""
+        if self.per_layer is not None:
+            x = self.be.add(x, self.per_layer(step, x))
+        return x if self.out_scale == 1 else self.be.scale_softcap(x, self.out_scale)
 
     def alone(self, step: Step, x: Array) -> Array:
         """The feed-forward half of a block that has no other, if it has this one."""

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 Names: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
 
 SQUARE = frozenset({"attn_scores", "attn_probs"})  # [H, T, S], for each sequence in turn
-BEHIND = frozenset(
-    {"output_norm_scale", "output_norm", "logits"}
-)  # of rows whose logits are wanted
+# only rows whose logits are wanted
+BEHIND = frozenset({"output_norm_scale", "output_norm", "logits"})
 COSTLY = SQUARE | {"attn_result", "logits"}  # not kept unless named
 READ = 3  # tokens that are read to learn the points of a model
 
