@@ -231,8 +231,11 @@ class Page:
         if not AXE.exists():
             pytest.skip("axe-core: npm pack axe-core into .venv/axe")
         self.driver.execute_script(AXE.read_text("utf-8"))
-        found = self.driver.execute_async_script(
-            "const done = arguments[0]; axe.run({resultTypes: ['violations']}).then((r) => done(r.violations))"
+        found = self.driver.execute_async_script(  # colours that still change would be misread
+            "const done = arguments[0];"
+            "const changing = document.getAnimations().filter((a) => a instanceof CSSTransition);"
+            "Promise.allSettled(changing.map((a) => a.finished))"
+            ".then(() => axe.run({resultTypes: ['violations']})).then((r) => done(r.violations))"
         )
         return [
             f"{v['id']}: {v['nodes'][0]['html'][:200]}"

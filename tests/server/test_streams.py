@@ -98,7 +98,7 @@ def test_a_client_that_does_not_read_is_given_up(make_app):
 
 
 def test_a_silent_stream_says_that_it_is_alive(make_app):
-    app = make_app(ping_s=0.001)
+    app = make_app(ping_s=1e-5)  # sooner than any token
     text = app.post(URL, {**LONG, "max_tokens": 100}).text
     assert ": ping\n\n" in text
     events = [e for e in text.split("\n\n") if e and e != ": ping"]
