@@ -18,7 +18,14 @@ from tinyllm import Completion, Engine, Model
 from tinyllm.engine.generate import Run
 from tinyllm.engine.request import Request
 from tinyllm.engine.scheduler import FIRST_ROWS, MIXED, ROOM, Pace
-from tinyllm.errors import ArgumentError, ContextOverflow, QueueFull, StateError, TinyLLMError
+from tinyllm.errors import (
+    ArgumentError,
+    ContextOverflow,
+    DeviceError,
+    QueueFull,
+    StateError,
+    TinyLLMError,
+)
 from tinyllm.models.memory import cache_bytes
 
 WORDS = "Once upon a time there was a little dog and a big red ball in the park with Lily".split()
@@ -500,3 +507,58 @@ def test_requests_that_share_a_beginning_wait_until_one_has_read_it(
 
 def test_an_engine_is_a_public_name() -> None:
     assert tinyllm.Engine is Engine
+
+
+def test_a_refused_request_leaves_the_state_to_the_one_that_waits(m: Model) -> None:
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "template": TEMPLATE}
+
+    def written_with(other: bool) -> tuple[object, ...]:
+        state = m.new_state(256)
+        m.generate("Once upon a time", state=state, max_tokens=5, temperature=0)
+        told = [{"role": "user", "content": m.tokenizer.decode(state.ids) + " and"}]
+        with Engine(m, max_texts=1) as e:
+            e.submit("Lily", max_tokens=100, temperature=0)
+            r = e.submit(told, state=state, **options)
+            if other:
+                with pytest.raises(StateError, match="in use"):
+                    e.submit([{"role": "user", "content": "Lily"}], state=state, **options)
+            return written(r.result(20)), tuple(state.ids)
+
+    assert written_with(True) == written_with(False)
+
+
+def test_a_state_that_cannot_go_on_is_refused_and_ends_no_other_text(
+    m: Model, stories260k: Path
+) -> None:
+    with tinyllm.load(stories260k) as other, Engine(m) as e:
+        r = e.submit("Once upon a time", max_tokens=100, temperature=0)
+        with pytest.raises(StateError, match="another model"):
+            e.submit("Lily", max_tokens=3, state=other.new_state(64))
+        assert r.result(20).finish_reason == "length"
+
+
+def test_an_engine_that_is_closed_lets_go_of_states(m: Model) -> None:
+    state = m.new_state(512)
+    with Engine(m) as e:
+        r = e.submit("Once", max_tokens=400, state=state)
+        next(iter(r))
+    assert r.result().finish_reason == "cancelled"
+    assert m.generate(" Lily", state=state, max_tokens=2).ids
+
+
+def test_a_text_that_no_memory_keeps_is_set_aside_all_the_same(
+    m: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fork_first(state: Any, n: int, n_ctx: int) -> None:
+        raise DeviceError("no memory")
+
+    def fewer(ids: list[int], logits: np.ndarray) -> None:
+        e.max_bytes = 1 if 20 <= len(ids) < 25 else 1 << 40
+
+    options: Any = {"max_tokens": 40, "temperature": 0}
+    expected = [m.generate(w, **options) for w in WORDS[:3]]
+    monkeypatch.setattr(type(m.new_state(8)), "fork_first", fork_first)
+    with Engine(m) as e:
+        rs = [e.submit(WORDS[0], logits_processor=fewer, **options)]
+        rs += [e.submit(w, **options) for w in WORDS[1:3]]
+        assert [written(r.result(20)) for r in rs] == [written(c) for c in expected]

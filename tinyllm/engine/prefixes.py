@@ -10,6 +10,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import DeviceError
+
 if TYPE_CHECKING:
     from ..models.adapters import Scales
     from ..models.network import Network
@@ -98,7 +100,10 @@ class Prefixes:
             return
         node = self._place(self._root(state.n_ctx, state.scales), state.ids[:n])
         if node.state is None:
-            node.state = state.fork_first(n, state.n_ctx)
+            try:
+                node.state = state.fork_first(n, state.n_ctx)
+            except (DeviceError, MemoryError):  # recurrent arrays would be copied
+                return
             self._count(node.state, 1)
         self._used[node] = None
         self._used.move_to_end(node)

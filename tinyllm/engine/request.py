@@ -200,6 +200,9 @@ class Request:
         """End the request, with an error or with the text so far."""
         if self.done:
             return
+        if self.job is not None:  # a state that it was given is free again
+            run = self.job.run
+            run.finish_reason = run.finish_reason or self._asked or "cancelled"
         self.show()
         if error is not None:
             self._notify(error=error)
@@ -231,8 +234,8 @@ class Request:
         for loop, future in waiters:
             with suppress(RuntimeError):  # its event loop was closed
                 loop.call_soon_threadsafe(wake, future)
-        if self._listener is not None:
-            self._listener()
+        if (listener := self._listener) is not None:  # another thread may take it away at any time
+            listener()
 
 
 def wake(future: asyncio.Future[None]) -> None:

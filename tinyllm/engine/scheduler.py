@@ -172,7 +172,12 @@ class Engine:
             scales=scales,
             **options,
         )
+        if state is not None:
+            self._net.check_own(state)
+            self._check_free(state)  # before ``unread`` cuts it
         ids = self._ids(prompt) if turn is None else unread(turn.ids, state)
+        if state is not None:
+            state.check_whole()
         n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
         check_fits(len(ids) + (len(state.ids) if state else 0), n_ctx, chosen.overflow)
         self._net.check_ids([ids])
@@ -188,12 +193,17 @@ class Engine:
                     f"{len(self._waiting)} requests are waiting, as many as may; try again later"
                 )
             if state is not None:
-                state.check_free()
-                if any(r.given_state is state for r in (*self._waiting, *self._running)):
-                    raise StateError("the state is in use by a request; wait for its result")
+                self._check_free(state)
             self._waiting.append(request)
             self._changed.notify_all()
         return request
+
+    def _check_free(self, state: State) -> None:
+        """Raise StateError while a text or a call goes on with a state, or a request waits with it."""
+        state.check_free()
+        with self._changed:
+            if any(r.given_state is state for r in (*self._waiting, *self._running)):
+                raise StateError("the state is in use by a request; wait for its result")
 
     def _ids(self, prompt: Prompt | Sequence[Any]) -> list[int]:
         prompts, many = split_prompts(prompt)
