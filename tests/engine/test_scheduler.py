@@ -15,6 +15,7 @@ import pytest
 
 import tinyllm
 from tinyllm import Completion, Engine, Model
+from tinyllm.engine.deciding import shares
 from tinyllm.engine.generate import Run
 from tinyllm.engine.request import Request
 from tinyllm.engine.scheduler import FIRST_ROWS, MIXED, ROOM, Pace
@@ -562,3 +563,28 @@ def test_a_text_that_no_memory_keeps_is_set_aside_all_the_same(
         rs = [e.submit(WORDS[0], logits_processor=fewer, **options)]
         rs += [e.submit(w, **options) for w in WORDS[1:3]]
         assert [written(r.result(20)) for r in rs] == [written(c) for c in expected]
+
+
+def test_contexts_that_rotate_otherwise_change_no_text(data: Path) -> None:
+    """LongRoPE turns contexts beyond the original length, here 16, by another table."""
+    with tinyllm.load(data / "golden" / "models" / "phi3-longrope-long.gguf", "cpu") as m:
+        prompts = [[5, 9, 12, 3, 7, 20, 31], [4, 5, 6] * 10, [8, 9]]
+        options: Any = {"max_tokens": 8, "temperature": 0, "logprobs": 1}
+        expected = [m.generate(p, **options) for p in prompts]
+        together = m.generate(prompts, **options)
+        assert [written(c) for c in together] == [written(c) for c in expected]
+        with Engine(m) as e:
+            rs = [e.submit(p, **options) for p in prompts]
+            assert [written(r.result(20)) for r in rs] == [written(c) for c in expected]
+
+
+def test_decisions_rotate_what_is_read_once_as_what_follows(data: Path) -> None:
+    with tinyllm.load(data / "golden" / "models" / "phi3-longrope-long.gguf", "cpu") as m:
+        text = [4, 5, 6, 7] * 5
+        state = m.network.new_state(len(text))
+        p = np.exp(m.logits(text, state=state)[-1].astype(np.float64))
+        (found,), _, _ = shares(m.network, [text], [[[1], [2]]], 64)
+        np.testing.assert_allclose(found, p[[1, 2]] / p[[1, 2]].sum(), rtol=1e-5)
+        # the beginning has 10 tokens, and a context of its own would rotate by the other table
+        (found, _), _, _ = shares(m.network, [text, text[:10] + [9] * 9], [[[1], [2]]] * 2, 64)
+        np.testing.assert_allclose(found, p[[1, 2]] / p[[1, 2]].sum(), rtol=1e-4)

@@ -65,14 +65,16 @@ def shares(
     common = beginning_of([ids[:-1] for ids in texts])
     found: list[np.ndarray] = [np.empty(0)] * len(texts)
     mass = [0.0] * len(texts)
-    start = net.new_state(max(len(common), SMALLEST_CONTEXT))
+    # one number for all: some models rotate keys by it
+    room = max([SMALLEST_CONTEXT, *map(len, texts)])
+    start = net.new_state(room)
     start.append(common)
     read(net, start)
     rest = [ids[len(common) :] for ids in texts]
     for group in pack([len(ids) for ids in rest], net.n_batch):
         forks = []
         for i in group:
-            forks.append(start.fork_first(len(common), max(len(texts[i]), SMALLEST_CONTEXT)))
+            forks.append(start.fork_first(len(common), room))
             forks[-1].append(rest[i])
         with net.lock:
             rows = last_rows(net, forks)

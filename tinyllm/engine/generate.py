@@ -225,13 +225,41 @@ def step(
     """
     start = time.perf_counter()
     work = plan(net.n_batch, active, prompt_rows)
+    was_read: list[Run] = []
+    left = work
+    while left:  # LongRoPE rotates long contexts by another table: they have a pass of their own
+        here = net.rope_class(left[0][0].state.n_ctx)
+        part = [(run, n) for run, n in left if net.rope_class(run.state.n_ctx) == here]
+        left = [(run, n) for run, n in left if net.rope_class(run.state.n_ctx) != here]
+        try:
+            compute(net, part, len(active), tap, failed, was_read)
+        except BaseException:
+            for run, _ in left:
+                drop(run)
+            raise
     if not work:
         return work
+    seconds = time.perf_counter() - start
+    book(work, seconds)
+    time_step(net, work, seconds)
+    for run in was_read:
+        run.reading = False
+    return work
+
+
+def compute(
+    net: Network,
+    work: Work,
+    n_active: int,
+    tap: Tap | None,
+    failed: Failed | None,
+    was_read: list[Run],
+) -> None:
+    """Compute tokens of some runs in one pass, and choose the next ones; those just read join ``was_read``."""
     segments = [(run.state, n, wanted(run, n)) for run, n in work]
     best = n_best(net, [run for run, _ in work]) if tap is None else 0
-    ahead = best == 1 and len(work) == len(active) and all(goes_on(run, n) for run, n in work)
+    ahead = best == 1 and len(work) == n_active and all(goes_on(run, n) for run, n in work)
     choice = choose_best if best else choose
-    was_read: list[Run] = []
     try:
         rows = net.forward(segments, tap, best, ahead)
     except BaseException:
@@ -255,12 +283,6 @@ def step(
             if failed is None:
                 raise
             failed(run, e)
-    seconds = time.perf_counter() - start
-    book(work, seconds)
-    time_step(net, work, seconds)
-    for run in was_read:
-        run.reading = False
-    return work
 
 
 def force(run: Run) -> None:

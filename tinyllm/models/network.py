@@ -59,6 +59,8 @@ class Network:
         # a step that nobody wants cannot be undone in recurrent layers
         recurrent = any(c.arrays for c in decoder.caches)
         self.ahead = RunAhead(enabled=bool(self.be.picks) and whole and not recurrent)
+        ropes = [getattr(b.mixer, "rope", None) for b in decoder.blocks]
+        self.two_ropes = any(getattr(r, "long", None) is not None for r in ropes)
         # may steps be recorded and replayed?
         self.repeats = whole or not any(b.carries for b in decoder.blocks)
 
@@ -313,7 +315,7 @@ class Network:
 
     def rope_class(self, n_ctx: int) -> bool:
         """Whether the context is a long one: LongRoPE rotates those by another table, so that steps differ."""
-        return n_ctx > self.config.rope_scaling.n_ctx_original
+        return self.two_ropes and n_ctx > self.config.rope_scaling.n_ctx_original
 
     def check_ids(self, ids: Sequence[Sequence[int]]) -> None:
         """Raise ArgumentError for ids that are not rows of the embedding."""
