@@ -16,6 +16,7 @@ import pytest
 import tinyllm
 from tinyllm import Completion, Engine, Model
 from tinyllm.engine.deciding import shares
+from tinyllm.engine.embedding import embed
 from tinyllm.engine.generate import Run
 from tinyllm.engine.request import Request
 from tinyllm.engine.scheduler import FIRST_ROWS, MIXED, ROOM, Pace
@@ -588,3 +589,13 @@ def test_decisions_rotate_what_is_read_once_as_what_follows(data: Path) -> None:
         # the beginning has 10 tokens, and a context of its own would rotate by the other table
         (found, _), _, _ = shares(m.network, [text, text[:10] + [9] * 9], [[[1], [2]]] * 2, 64)
         np.testing.assert_allclose(found, p[[1, 2]] / p[[1, 2]].sum(), rtol=1e-4)
+
+
+def test_embeddings_and_activations_rotate_as_they_do_alone(data: Path) -> None:
+    texts = [[5, 9, 12, 3, 7, 20, 31], [4, 5, 6] * 10, [8, 9]]
+    with tinyllm.load(data / "golden" / "models" / "phi3-longrope-long.gguf", "cpu") as m:
+        for ids, x in zip(texts, embed(m.network, texts, "mean", True), strict=True):
+            assert np.array_equal(x, embed(m.network, [ids], "mean", True)[0])
+        for ids, kept in zip(texts, m.run_with_cache(texts, ["out"]), strict=True):
+            alone = m.run_with_cache(ids, ["out"])
+            assert np.array_equal(kept["blk.1.out"], alone["blk.1.out"])

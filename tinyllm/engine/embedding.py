@@ -22,7 +22,7 @@ def embed(
     lengths = [len(sequence) for sequence in ids]
     check_lengths(lengths, net.config.n_ctx_train)
     out: list[np.ndarray] = [np.empty(0)] * len(ids)
-    for group in pack(lengths, net.n_batch):
+    for group in pack(lengths, net.n_batch, net.rope_border):
         for i, rows in zip(group, net.hidden([ids[i] for i in group]), strict=True):
             x = net.decoder.pooled(pool(rows, kind))
             out[i] = unit(x) if normalize else x
@@ -58,15 +58,17 @@ def check_lengths(lengths: Iterable[int], n_ctx_train: int) -> None:
             raise ContextOverflow(f"a text has {n} tokens; the model takes 1 to {n_ctx_train}")
 
 
-def pack(lengths: Sequence[int], n_rows: int) -> Iterator[list[int]]:
+def pack(lengths: Sequence[int], n_rows: int, border: int = 0) -> Iterator[list[int]]:
     """Group the indices of sequences of similar lengths, at most ``n_rows`` rows together.
 
-    A sequence longer than ``n_rows`` is a group of its own.
+    A sequence longer than ``n_rows`` is a group of its own. Those longer than ``border``, if it is not 0, are
+    in other groups than the rest.
     """
     group: list[int] = []
     filled = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and filled + lengths[i] > n_rows:
+        crosses = bool(group) and lengths[group[-1]] <= border < lengths[i]
+        if group and (crosses or filled + lengths[i] > n_rows):
             yield group
             group, filled = [], 0
         group.append(i)

@@ -60,7 +60,9 @@ class Network:
         recurrent = any(c.arrays for c in decoder.caches)
         self.ahead = RunAhead(enabled=bool(self.be.picks) and whole and not recurrent)
         ropes = [getattr(b.mixer, "rope", None) for b in decoder.blocks]
-        self.two_ropes = any(getattr(r, "long", None) is not None for r in ropes)
+        two = any(getattr(r, "long", None) is not None for r in ropes)
+        # contexts longer than this rotate by another table (LongRoPE); 0: all by one
+        self.rope_border = config.rope_scaling.n_ctx_original if two else 0
         # may steps be recorded and replayed?
         self.repeats = whole or not any(b.carries for b in decoder.blocks)
 
@@ -315,7 +317,7 @@ class Network:
 
     def rope_class(self, n_ctx: int) -> bool:
         """Whether the context is a long one: LongRoPE rotates those by another table, so that steps differ."""
-        return self.two_ropes and n_ctx > self.config.rope_scaling.n_ctx_original
+        return 0 < self.rope_border < n_ctx
 
     def check_ids(self, ids: Sequence[Sequence[int]]) -> None:
         """Raise ArgumentError for ids that are not rows of the embedding."""

@@ -172,7 +172,7 @@ def run_with_cache(
             )
     capture = Capture(net, chosen, dtype)
     caches = [capture.new(net, ids, positions) for ids in sequences]
-    for group in pack([len(ids) for ids in sequences], net.n_batch):
+    for group in pack([len(ids) for ids in sequences], net.n_batch, net.rope_border):
         capture.targets = [caches[i] for i in group]
         here = [sequences[i] for i in group]
         if not net.config.causal:
