@@ -274,3 +274,36 @@ def test_the_commands_take_adapters(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(["run", *words, "Once", "--temperature", "0", "--max-tokens", "4"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+def test_a_head_that_shares_the_embedding_keeps_its_rows_in_a_merge(tmp_path: Path) -> None:
+    model, folder = base("llama", tmp_path), saved("llama-some", tmp_path)
+    types = tinyllm.merge(model, tmp_path / "merged.gguf", [folder])
+    with gguf.open(model) as file:
+        assert types.keys() - file.tensors.keys() == {"output.weight"}
+    with tinyllm.load(model, "reference", kv_type="f32", lora=folder) as m:
+        expected = m.logits(IDS)
+    with tinyllm.load(tmp_path / "merged.gguf", "reference", kv_type="f32") as m:
+        assert np.abs(m.logits(IDS) - expected).max() < EXACT * expected.std()
+
+
+@pytest.mark.parametrize("name", ["llama-all", "llama-mlp"])
+def test_heads_and_neurons_have_what_an_adapter_adds(name: str, tmp_path: Path) -> None:
+    model, folder = base("llama", tmp_path), saved(name, tmp_path)
+    tinyllm.merge(model, tmp_path / "merged.gguf", [folder])
+    found = []
+    for path, lora in ((model, folder), (tmp_path / "merged.gguf", ())):
+        with tinyllm.load(path, "reference", kv_type="f32", lora=lora) as m:
+            found.append([m.attribute(IDS, 5, by=by).values for by in ("heads", "neurons")])
+            kept = m.run_with_cache(IDS, ["attn_result", "attn_out"])
+            sums = kept["blk.0.attn_result"].sum(1)
+            np.testing.assert_allclose(sums, kept["blk.0.attn_out"], atol=1e-5)
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [10**400, 1e300, float("nan"), True, "1"])
+def test_scales_that_are_no_float32_are_refused(scale: Any, tmp_path: Path) -> None:
+    with tinyllm.load(base("llama", tmp_path), lora=saved("llama-ffn", tmp_path)) as m:
+        with pytest.raises(ArgumentError, match="finite"):
+            m.generate(IDS, lora={"llama-ffn": scale})

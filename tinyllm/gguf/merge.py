@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError
 from . import quants
-from .adapter import Adapter, product, read_adapter
+from .adapter import EMBEDDING, Adapter, product, read_adapter
 from .quantize import Report, check_threads, deferred, paths
 from .reader import open_file
 from .writer import write
 
 Floats = npt.NDArray[np.float32]
+HEAD = "output.weight"
 AdapterPath = str | os.PathLike[str]
 
 
@@ -36,7 +37,8 @@ def merge(
     ----------
     src : path-like
         A GGUF file, or the first part of a split one. Quantised matrices that an adapter changes are quantised
-        again, which rounds them a second time: F16 is the better source.
+        again, which rounds them a second time: F16 is the better source. Where an adapter changes an embedding
+        that is the head too, the head is written beside it as it was: the adapter is not for that.
     dst : path-like
         The file to write; it appears only when it is complete.
     lora : sequence of path-like or (path-like, float)
@@ -82,9 +84,11 @@ def merge(
                 )
             more = partial(changed, name, mine) if mine else None
             blocks[name] = deferred(tensor, tensor.type, pool, report, more)
+            if mine and name == EMBEDDING and HEAD not in file.tensors:
+                blocks[HEAD] = deferred(tensor, tensor.type, pool, None)
         kept = {k: v for k, v in file.exact_metadata.items() if not k.startswith("split.")}
         write(dst, kept, blocks, part_bytes=part_bytes)
-        return {name: tensor.type for name, tensor in file.tensors.items()}
+        return {name: block.type for name, block in blocks.items()}
 
 
 def changed(name: str, adapters: Sequence[tuple[Adapter, float]], start: int, stop: int) -> Floats:

@@ -7,9 +7,8 @@ y = W x + up (s * (down x)), where s [R] has the row's scale of an adapter for e
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 Scales = tuple[float, ...]
 EMBEDDING = "token_embd.weight"
 MULTIPLE = 4  # values side by side, with zeros behind the last
+MOST = float(np.finfo(np.float32).max)  # a scale, which kernels have as float32
 
 
 class Beside(Protocol):
@@ -210,8 +210,9 @@ def padded(x: np.ndarray, axis: int, n: int) -> np.ndarray:
     return np.pad(x, widths) if n else x
 
 
-def checked_scale(scale: object) -> float:
+def checked_scale(scale: Any) -> float:
     """A scale as a float; ArgumentError unless it is a finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or not -MOST <= scale <= MOST:
         raise ArgumentError(f"lora: scale {scale!r:.40}; expected a finite number")
     return float(scale)
