@@ -307,3 +307,25 @@ def test_scales_that_are_no_float32_are_refused(scale: Any, tmp_path: Path) -> N
     with tinyllm.load(base("llama", tmp_path), lora=saved("llama-ffn", tmp_path)) as m:
         with pytest.raises(ArgumentError, match="finite"):
             m.generate(IDS, lora={"llama-ffn": scale})
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[]", {"lora_alpha": "x"}, {"alpha_pattern": {"(": 3}}, {"alpha_pattern": [1]}]
+)
+def test_a_configuration_that_is_damaged_is_refused(config: Any, tmp_path: Path) -> None:
+    model = base("llama", tmp_path)
+    changed = {} if isinstance(config, str) else config
+    folder = saved("llama-ffn", tmp_path, **changed)
+    if isinstance(config, str):
+        (folder / "adapter_config.json").write_text(config)
+    with pytest.raises(ArgumentError, match=r"adapter_config\.json"):
+        tinyllm.load(model, lora=folder)
+
+
+def test_scales_that_are_gone_leave_no_tree(tmp_path: Path) -> None:
+    model, folder = base("llama", tmp_path), saved("llama-ffn", tmp_path)
+    with tinyllm.load(model, lora=folder) as m, tinyllm.Engine(m) as e:
+        for i in range(30):
+            e.prefix_bytes = 4 * e._prefixes.nbytes if i == 1 else e.prefix_bytes
+            e.submit(IDS, max_tokens=1, lora={"llama-ffn": i / 30}).result()
+        assert 0 < len(e._prefixes._roots) < 20

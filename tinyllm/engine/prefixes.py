@@ -54,7 +54,8 @@ class Prefixes:
         At least the last id is left to read. ``scales`` are those of the adapters.
         """
         best: tuple[int, Node] | None = None
-        for node, n in self._matches(self._root(n_ctx, scales), ids):
+        root = self._roots.get((self._net.rope_class(n_ctx), scales))
+        for node, n in () if root is None else self._matches(root, ids):
             state = node.state
             assert state is not None
             if (best is None or n > best[0]) and state.can_go_on(n):
@@ -111,9 +112,13 @@ class Prefixes:
 
     def trim(self, max_bytes: int) -> None:
         """Forget what was not used for longest until at most so many bytes are held."""
+        if self.nbytes <= max_bytes or not self._used:
+            return
         while self.nbytes > max_bytes and self._used:
             node, _ = self._used.popitem(last=False)
             self._drop(node)
+        # callers choose scales: trees of those that are gone would pile up
+        self._roots = {key: root for key, root in self._roots.items() if root.children}
 
     def _place(self, node: Node, ids: list[int]) -> Node:
         """The node at the end of ids below another, made where it is missing."""

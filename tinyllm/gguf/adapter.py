@@ -170,7 +170,12 @@ def _folder(path: Path, metadata: Mapping[str, Any], shapes: Shapes) -> dict[str
         raise ArgumentError(
             f"{path}: expected {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them"
         )
-    config = json.loads((path / CONFIG).read_text("utf-8"))
+    try:
+        config = json.loads((path / CONFIG).read_text("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ArgumentError(f"{path / CONFIG} is no JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise ArgumentError(f"{path / CONFIG} is no JSON object")
     if config.get("peft_type") != "LORA":
         raise UnsupportedModel(f"{path}: peft_type {config.get('peft_type')!r}; expected 'LORA'")
     for key, reason in NOT_PLAIN.items():
@@ -192,7 +197,10 @@ def _folder(path: Path, metadata: Mapping[str, Any], shapes: Shapes) -> dict[str
         if embedding and side == "A":
             rows = np.ascontiguousarray(rows.T)
         if side == "B":
-            rows = rows * np.float32(factor(config, module, rows.shape[-1]))
+            try:
+                rows = rows * np.float32(factor(config, module, rows.shape[-1]))
+            except (AttributeError, ArithmeticError, TypeError, ValueError, re.error) as e:
+                raise ArgumentError(f"{path / CONFIG}: no alpha for {module}: {e}") from None
         expert = EXPERT.search(stored)
         if expert is None:
             pair = halves.setdefault(name, [None, None])
