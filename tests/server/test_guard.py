@@ -129,6 +129,31 @@ def test_when_too_many_texts_wait_a_client_is_told_to_come_again(make_app):
     served.n_texts = 0
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "It rains."}),
+        ("/v1/rerank", {"query": "Rain?", "documents": ["It rains."]}),
+        (
+            "/v1/decisions",
+            {
+                "input": "It rains.",
+                "questions": [{"type": "predicate", "instructions": "It is wet."}],
+            },
+        ),
+    ],
+)
+def test_what_is_read_and_not_written_waits_like_texts(make_app, path, body):
+    app = make_app(slots=1, queue=0)
+    served = app.app.pool.find(None)
+    served.admit(1)
+    assert app.post(path, body).status_code == 429
+    assert app.post("/tokenize", {"content": "It rains."}).status_code == 200
+    served.n_texts = 0
+    assert app.post(path, body).status_code != 429
+    assert served.n_texts == 0
+
+
 def test_the_log_has_no_prompts_unless_asked(make_app, caplog):
     with caplog.at_level(logging.INFO, "tinyllm.server"):
         make_app().post(URL, BODY)

@@ -137,7 +137,7 @@ async def decide(body: DecisionBody, request: Request) -> dict[str, Any]:
         answers = [{**a, "mass": m} for a, m in zip(found.answers, found.mass, strict=True)]
         return {"model": served.name, "answers": answers, "usage": usage}
 
-    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_model(request, body.model, work, 1)  # type: ignore[no-any-return]
 
 
 def decided(
@@ -260,7 +260,7 @@ async def systemone(body: SystemOneBody, request: Request) -> dict[str, Any]:
         usage = {"input_tokens": found.usage.prompt_tokens, "output_tokens": 0}
         return {"model": served.name, "answers": answers, "usage": usage}
 
-    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_model(request, body.model, work, 1)  # type: ignore[no-any-return]
 
 
 def plain(given: str | dict[str, Any] | list[Any]) -> str:

@@ -101,12 +101,22 @@ class TemplateBody(Strict):
     continue_final_message: bool = False
 
 
-async def with_model(request: Request, name: str | None, work: Any) -> Any:
-    """What ``work`` makes of a loaded model, in a thread."""
+async def with_model(request: Request, name: str | None, work: Any, n_texts: int = 0) -> Any:
+    """What ``work`` makes of a loaded model, in a thread; it counts as so many texts for the limits.
+
+    Raises
+    ------
+    Refusal
+        429: as many texts as may are written and wait.
+    """
     pool = pool_of(request)
     served = await pool.hold(name)
     try:
-        return await asyncio.get_running_loop().run_in_executor(pool.workers, work, served)
+        served.admit(n_texts)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool.workers, work, served)
+        finally:
+            served.n_texts -= n_texts
     finally:
         pool.release(served)
 

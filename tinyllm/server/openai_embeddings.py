@@ -61,7 +61,7 @@ async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "data": data, "model": served.name, "usage": usage}
 
-    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_model(request, body.model, work, 1)  # type: ignore[no-any-return]
 
 
 def check_inputs(n: int, request: Request) -> None:
@@ -124,4 +124,4 @@ async def rerank(body: RerankBody, request: Request) -> dict[str, Any]:
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "model": served.name, "results": results, "usage": usage}
 
-    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_model(request, body.model, work, 1)  # type: ignore[no-any-return]
