@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,18 @@ def convert(args: Arguments) -> None:
     show_written(args.target, types)
 
 
+def rewrite(
+    args: Arguments, doing: str, write: Callable[..., dict[str, str]], *more: Any, **how: Any
+) -> None:
+    """Write a file's tensors to another one, with a bar that counts them."""
+    with open_file(args.source) as file:
+        source, n_tensors = file.path, len(file.tensors)
+    with progress(doing, n_tensors) as bar:
+        how |= {"n_threads": args.n_threads, "part_bytes": part_bytes(args)}
+        types = write(source, args.target, *more, report=lambda *_: bar.update(), **how)
+    show_written(args.target, types)
+
+
 # ---- quantize
 
 
@@ -114,15 +126,14 @@ def quantize_arguments(p: Parser) -> None:
 def quantize(args: Arguments) -> None:
     from ..gguf.quantize import quantize as quantize_file
 
-    with open_file(args.source) as file:
-        source, n_tensors = file.path, len(file.tensors)
-    with progress("quantizing", n_tensors) as bar:
-        types = quantize_file(
-            source, args.target, args.format, requantize=args.requantize, imatrix=args.imatrix,
-            keep=args.keep, types=dict(map(chosen_type, args.tensor_type)), n_threads=args.n_threads,
-            part_bytes=part_bytes(args), report=lambda *_: bar.update(),
-        )  # fmt: skip
-    show_written(args.target, types)
+    types = dict(map(chosen_type, args.tensor_type))
+    how = {
+        "requantize": args.requantize,
+        "imatrix": args.imatrix,
+        "keep": args.keep,
+        "types": types,
+    }
+    rewrite(args, "quantizing", quantize_file, args.format, **how)
 
 
 def chosen_type(text: str) -> tuple[str, str]:
@@ -174,14 +185,7 @@ def merge_arguments(p: Parser) -> None:
 def merge(args: Arguments) -> None:
     from ..gguf.merge import merge as merge_files
 
-    with open_file(args.source) as file:
-        source, n_tensors = file.path, len(file.tensors)
-    with progress("merging", n_tensors) as bar:
-        types = merge_files(
-            source, args.target, [adapter(text) for text in args.lora], n_threads=args.n_threads,
-            part_bytes=part_bytes(args), report=lambda *_: bar.update(),
-        )  # fmt: skip
-    show_written(args.target, types)
+    rewrite(args, "merging", merge_files, [adapter(text) for text in args.lora])
 
 
 COMMANDS = {
