@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from . import gguf, system, tokenizers
 from .engine.completion import check_n_ctx
 from .engine.progress import checking, loading
 from .errors import ArgumentError, GGUFError
 from .files import checked
+from .gguf.control import read_controls
 from .gguf.finite import check_finite
 from .kernels import devices
 from .kernels.backend import Compute, KVType
@@ -44,6 +47,8 @@ def load(
     compute: Compute = "f32",
     kernels: Sequence[str | Path] = (),
     lora: Sequence[str | Path | tuple[str | Path, float]] = (),
+    control: Sequence[str | Path | tuple[str | Path, float]] = (),
+    control_layers: tuple[int, int] | None = None,
 ) -> Model:
     """Load a GGUF file.
 
@@ -80,6 +85,11 @@ def load(
     lora : sequence of str, Path or (str or Path, float)
         Adapters, GGUF files or folders that PEFT has saved, each with its scale (1 unless said). Each is known
         by the name of its file or folder; ``generate(lora={name: scale})`` chooses others for one text.
+    control : sequence of str, Path or (str or Path, float)
+        Control vectors, GGUF files as ``Model.control_vector`` or llama.cpp makes them, each with its scale
+        (1 unless said): what is added to the residual stream behind layers, for every text.
+    control_layers : (int, int), optional
+        The first and the last layer behind which they are added; default: all that they have.
 
     Raises
     ------
@@ -105,7 +115,9 @@ def load(
     if isinstance(kernels, str | Path):
         kernels = [kernels]
     outside = read_kernels(kernels)
-    chosen = [scaled(item) for item in listed_adapters(lora)]
+    chosen = [scaled(item) for item in listed_files(lora, "lora")]
+    vectors = [scaled(item) for item in listed_files(control, "control")]
+    check_control_layers(control_layers, bool(vectors))
     file = gguf.open(locate(path))
     try:
         tokenizer = vocabulary(file, strict)
@@ -115,7 +127,7 @@ def load(
             check_floats(file)
         check_kinds(outside, file)
         place = placing(device, n_threads, n_gpu_layers, compute, outside)
-        adapters = read_adapters(file, chosen)
+        adapters = read_adapters(file, chosen, read_controls(vectors, control_layers))
         network = build(file.metadata, file.tensors, place, kv_type, strict, loading, adapters)
         file.check_unchanged()
     except GGUFError as e:
@@ -127,31 +139,44 @@ def load(
     return Model(file, network, wanted or default_n_ctx(network), tokenizer)
 
 
-def listed_adapters(lora: object) -> list[Any]:
-    """The adapters that ``load`` was given; a single one need not stand in a list."""
-    if isinstance(lora, str | Path):
-        return [lora]
-    if not isinstance(lora, list | tuple):
-        raise ArgumentError(f"lora={lora!r:.60}; expected a list of files, or of (file, scale)")
-    return list(lora)
+def listed_files(given: object, name: str) -> list[Any]:
+    """The files that ``load`` was given for ``name``; a single one need not stand in a list."""
+    if isinstance(given, str | Path):
+        return [given]
+    if not isinstance(given, list | tuple):
+        raise ArgumentError(f"{name}={given!r:.60}; expected a list of files, or of (file, scale)")
+    return list(given)
+
+
+def check_control_layers(layers: object, vectors: bool) -> None:
+    """ArgumentError unless ``control_layers`` is a first and a last layer for vectors that are there."""
+    if layers is None:
+        return
+    pair = isinstance(layers, list | tuple) and len(layers) == 2
+    if not pair or not all(type(i) is int for i in layers):  # type: ignore[attr-defined]
+        raise ArgumentError(f"control_layers={layers!r:.60}; expected (first, last)")
+    if not vectors:
+        raise ArgumentError("control_layers without control; give the vectors' files, too")
 
 
 def scaled(item: Any) -> tuple[Path, float]:
-    """An adapter's place and its scale."""
+    """A file's place and its scale."""
     path, scale = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
     return system.expanded(checked(path)), checked_scale(scale)
 
 
-def read_adapters(file: gguf.GGUFFile, chosen: Sequence[tuple[Path, float]]) -> Adapters | None:
-    """The adapters for a file; None where there are none."""
+def read_adapters(
+    file: gguf.GGUFFile, chosen: Sequence[tuple[Path, float]], control: Mapping[int, np.ndarray]
+) -> Adapters | None:
+    """The adapters and control vectors for a file; None where there are none."""
     if not chosen:
-        return None
+        return Adapters(control=control) if control else None
     from .gguf.adapter import read_adapter
 
     shapes = {name: t.shape for name, t in file.tensors.items()}
     shapes.setdefault("output.weight", shapes.get("token_embd.weight", ()))
     found = [read_adapter(path, file.metadata, shapes) for path, _ in chosen]
-    return Adapters(found, [scale for _, scale in chosen])
+    return Adapters(found, [scale for _, scale in chosen], control)
 
 
 def check_kinds(kernels: Sequence[Outside], file: gguf.GGUFFile) -> None:

@@ -15,12 +15,14 @@ from .errors import ArgumentError
 if TYPE_CHECKING:
     from .engine.completion import Prompt
     from .gguf import GGUFFile
+    from .gguf.control import ControlVector
     from .models.network import Network
     from .research.attribution import Attribution, By
     from .research.cache import Cache
     from .research.grids import Grid, Metric, Over
     from .research.patches import Patch, Positions
     from .research.points import Names, Point
+    from .research.vectors import Method
     from .tokenizers import Tokenizer
 
 
@@ -185,7 +187,7 @@ class Studied(ABC):
         Parameters
         ----------
         vectors : mapping of int or str to array
-            For a layer, what is added behind it, or for a point: [n_embd].
+            For a layer, what is added behind it, or for a point: [n_embd]. A ``ControlVector`` is one.
         positions : int, slice or sequence of int, optional
             Only there; -1 is the last token whenever one is read. Default: everywhere.
         scale : float
@@ -202,6 +204,53 @@ class Studied(ABC):
 
         patches = steering(self.network, vectors, positions, scale)
         return within(self.network, Patches(self.network, patches))
+
+    def control_vector(
+        self,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        method: Method = "mean",
+        positions: Positions = -1,
+    ) -> ControlVector:
+        """What distinguishes two kinds of prompts in the residual stream, layer by layer.
+
+        Parameters
+        ----------
+        positive, negative : sequence of prompts
+            Texts or ids of the two kinds. For "pca" they are pairs: the first of each, the second of each, ...
+        method : {"mean", "pca"}
+            The difference of the two kinds' means; or the first principal direction of the pairs' differences,
+            as long as the difference of the means is along it.
+        positions : int, slice or sequence of int, optional
+            Which tokens' rows stand for a prompt, by their mean: -1, the last one; None: all. The first token's
+            row is like no other in many models: ``slice(1, None)`` leaves it out.
+
+        Returns
+        -------
+        ControlVector
+            A direction for each layer from the second on, for ``steered``, or to ``write`` for
+            ``load(control=...)``. With the scale 1, a layer's direction leads as far as the kinds are apart.
+
+        Raises
+        ------
+        ArgumentError
+            One of the two has no prompts, or "pca" has no pairs.
+
+        Examples
+        --------
+        >>> import tinyllm
+        >>> m = tinyllm.load()
+        >>> vector = m.control_vector(["I am happy", "A nice day"], ["I am sad", "A bad day"])
+        >>> list(vector) == list(range(1, m.config.n_layer))
+        True
+        """
+        from .research.vectors import control_vector
+
+        kinds = [
+            [self.prompt_ids(p) for p in (split_prompts(prompts)[0] if len(prompts) else [])]
+            for prompts in (positive, negative)
+        ]
+        return control_vector(self.network, kinds[0], kinds[1], method, positions)
 
     def lens(self, x: np.ndarray) -> np.ndarray:
         """Logits of any rows of the residual stream, through the last norm and the head.

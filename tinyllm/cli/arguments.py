@@ -86,6 +86,10 @@ def load_options(p: Parser) -> None:
     p.add_argument("--compute", default="f32", choices=("f32", "bf16", "exact"), help=numbers)
     p.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]",
                    help="an adapter: a .gguf file or a folder of PEFT's; may be repeated")  # fmt: skip
+    p.add_argument("--control", action="append", default=[], metavar="FILE[=SCALE]",
+                   help="a control vector: a .gguf file, of `tinyllm control`; may be repeated")  # fmt: skip
+    p.add_argument("--control-layers", nargs=2, type=int, metavar=("FIRST", "LAST"),
+                   help="behind which layers it is added; default: all that it has")  # fmt: skip
     p.add_argument("--no-strict", action="store_true", help="warn of what is not understood")
     p.add_argument("--check-weights", action="store_true", help="look for NaN and infinity first")
 
@@ -129,6 +133,8 @@ def load_model(args: Arguments) -> Model:
         check_weights=args.check_weights,
         compute=args.compute,
         lora=[adapter(text) for text in args.lora],
+        control=[adapter(text) for text in args.control],
+        control_layers=tuple(args.control_layers) if args.control_layers else None,
     )
     trained = model.config.n_ctx_train
     if args.n_ctx and args.n_ctx > trained:

@@ -1,4 +1,4 @@
-"""Commands that write model files: convert, quantize, imatrix, merge."""
+"""Commands that write files for models: convert, quantize, imatrix, control, merge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..files import read_text
-from .arguments import Arguments, Command, Parser, adapter, open_file
+from .arguments import (
+    MODEL_HELP,
+    Arguments,
+    Command,
+    Parser,
+    adapter,
+    load_decoder,
+    load_options,
+    open_file,
+    unescaped,
+)
 from .terminal import show
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -188,6 +198,40 @@ def merge(args: Arguments) -> None:
     rewrite(args, "merging", merge_files, [adapter(text) for text in args.lora])
 
 
+# ---- control
+
+
+def control_arguments(p: Parser) -> None:
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("positive", metavar="POSITIVE", help="a file in UTF-8: a prompt in each line")
+    p.add_argument("negative", metavar="NEGATIVE", help="a file of prompts of the other kind")
+    p.add_argument(
+        "-o", "--out", default="control.gguf", metavar="FILE", help="default %(default)s"
+    )
+    p.add_argument("--method", default="mean", choices=("mean", "pca"),
+                   help="the difference of the means, or the main direction of pairs of lines")  # fmt: skip
+    p.add_argument("--all-tokens", action="store_true",
+                   help="a prompt is the mean of its tokens but the first, not its last one")  # fmt: skip
+    load_options(p)
+
+
+def control(args: Arguments) -> None:
+    kinds = [prompts_of(path) for path in (args.positive, args.negative)]
+    with load_decoder(args) as m:
+        vector = m.control_vector(*kinds, args.method, slice(1, None) if args.all_tokens else -1)
+    vector.write(args.out)
+    n = " and ".join(str(len(prompts)) for prompts in kinds)
+    show(f"{args.out}: directions of layers 1 to {max(map(int, vector))}, from {n} prompts\n")
+
+
+def prompts_of(path: str) -> list[str]:
+    r"""The lines of a file that are not empty; ``\n`` and the like are understood."""
+    found = [unescaped(line) for line in read_text(path).splitlines() if line.strip()]
+    if not found:
+        raise ArgumentError(f"{path} has no prompts; expected one in each line")
+    return found
+
+
 COMMANDS = {
     "convert": Command(
         "Write a folder of safetensors as a GGUF file.",
@@ -203,6 +247,11 @@ COMMANDS = {
         "Measure which inputs of a model's matrices are large, for quantize --imatrix.",
         "tinyllm imatrix model-f16.gguf text.txt -o model.imatrix.gguf",
         imatrix_arguments, imatrix,
+    ),
+    "control": Command(
+        "Make a control vector, for --control, from prompts of two kinds.",
+        "tinyllm control model.gguf formal.txt casual.txt -o formal.gguf",
+        control_arguments, control,
     ),
     "merge": Command(
         "Write a model again with adapters in its weights.",

@@ -47,9 +47,18 @@ class Beside(Protocol):
 
 
 class Adapters:
-    """The adapters of one model, in the order given, and their scales unless told otherwise."""
+    """The adapters of one model, in the order given, and their scales unless told otherwise.
 
-    def __init__(self, adapters: Sequence[Adapter] = (), scales: Sequence[float] = ()) -> None:
+    ``control`` is what is added to the residual stream behind layers: float32 [E] by layer.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[Adapter] = (),
+        scales: Sequence[float] = (),
+        control: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
+        self.control = dict(control or {})
         self.names = tuple(a.name for a in adapters)
         if len(set(self.names)) < len(self.names):
             raise ArgumentError(f"two adapters have one name: {', '.join(self.names)}")
@@ -125,15 +134,26 @@ class Adapters:
                     "`tinyllm merge` puts the adapter into the file"
                 )
 
+    def check_control(self, n_layer: int, n_embd: int) -> None:
+        """Raise ArgumentError unless the control vectors fit a model of this size."""
+        for layer, x in self.control.items():
+            if not 0 <= layer < n_layer or x.shape != (n_embd,):
+                raise ArgumentError(
+                    f"control: a direction of {len(x)} values behind layer {layer}; the model has layers 0 to "
+                    f"{n_layer - 1} of {n_embd} values"
+                )
+
     def digest(self, scales: Scales) -> str:
-        """A name for what adapters of these scales do, "" where they do nothing."""
-        if any(scales) and scales not in self._digests:
+        """A name for what adapters of these scales and the control vectors do, "" where they do nothing."""
+        if (any(scales) or self.control) and scales not in self._digests:
             found = hashlib.sha256(repr(scales).encode())
             for adapter, scale in zip(self._adapters, scales, strict=True):
                 for name, pair in adapter.pairs.items() if scale else ():
                     found.update(name.encode())
                     for x in pair:
                         found.update(x.tobytes())
+            for layer, x in sorted(self.control.items()):
+                found.update(f"control {layer}".encode() + x.tobytes())
             self._digests[scales] = found.hexdigest()[:16]
         return self._digests.get(scales, "")
 

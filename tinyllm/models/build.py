@@ -57,6 +57,9 @@ def build(
         advice = "Use a smaller model or format, or another n_gpu_layers"
         check_fits(stage.be, need, "the weights", advice)
     root = Tensors(tensors, stages[0].be, config, adapters=adapters)
+    root.adapters.check_control(config.n_layer, config.n_embd)
+    if root.adapters.control and arch.streams:
+        raise UnsupportedModel(f"{arch.name} has several residual streams; it takes no control=")
     if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
         root.require("token_types.weight")
     layers = [root.below(f"blk.{i}.", s.be) for s in stages for i in s.layers]

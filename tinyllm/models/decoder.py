@@ -40,6 +40,8 @@ class Block:
         self.attn_norm, self.ffn_norm = norms_before(c, a, i, w, self.ffn)
         self.attn_post, self.ffn_post = norms_after(c, a, w)
         self.per_layer = PerLayer(c, a, i, w) if c.n_embd_per_layer else None
+        added = w.adapters.control.get(i)
+        self.control = None if added is None else w.be.array(added)
         self.out_scale = 1.0
         if w.has("layer_output_scale.weight"):
             self.out_scale = float(w.host("layer_output_scale.weight", 1)[0])
@@ -53,7 +55,7 @@ class Block:
         be, tap, i = self.be, step.tap, self.i
         start = x
         if isinstance(self.mixer, NoMixer):
-            return tap(f"blk.{i}.out", self.alone(step, x))
+            return self.out(step, self.alone(step, x))
         h = x
         if self.attn_norm:
             h = tap(f"blk.{i}.attn_norm", normed(step, f"blk.{i}.attn_norm", self.attn_norm, x))
@@ -62,20 +64,25 @@ class Block:
             assert self.attn_post is not None
             assert self.ffn_post is not None
             x = tap(f"blk.{i}.resid_mid", self.attn_post.of_sum(x, y))
-            return tap(f"blk.{i}.out", self.ffn_post.of_sum(x, self.feed(step, x)))
+            return self.out(step, self.ffn_post.of_sum(x, self.feed(step, x)))
         y = tap(f"blk.{i}.attn_post", self.attn_post(y)) if self.attn_post else y
         if self.parallel:  # both halves read x; without a norm of its own, the second shares h
             f = self.feed(step, self.normed(step, x) if self.ffn_norm else h)
-            return tap(f"blk.{i}.out", be.add(x, y, f, scale=self.scale))
+            return self.out(step, be.add(x, y, f, scale=self.scale))
         x = be.add(x, y, scale=self.scale)
         if self.ffn is None:
-            return tap(f"blk.{i}.out", x)
+            return self.out(step, x)
         x = tap(f"blk.{i}.resid_mid", x)
         f = self.feed(step, self.normed(step, x), start)
         f = tap(f"blk.{i}.ffn_post", self.ffn_post(f)) if self.ffn_post else f
         if self.side is not None and self.side_norm is not None:
             f = be.add(f, self.side(step, self.side_norm(start)))
-        return tap(f"blk.{i}.out", self.finished(step, be.add(x, f, scale=self.scale)))
+        return self.out(step, self.finished(step, be.add(x, f, scale=self.scale)))
+
+    def out(self, step: Step, x: Array) -> Array:
+        """What the next layer reads: with the layer's control vector, where the model was loaded with one."""
+        x = x if self.control is None else self.be.add(x, self.control)
+        return step.tap(f"blk.{self.i}.out", x)
 
     def feed(self, step: Step, x: Array, start: Array | None = None) -> Array:
         """The feed-forward half, with its taps; some choose experts by the block's input ``start``."""

@@ -86,7 +86,9 @@ def attribute(
     for i, block in enumerate(net.decoder.blocks):
         if by == "layers":
             middle = cache[f"blk.{i}.resid_mid"][0]
-            found.append(np.array([middle - stream[i], stream[i + 1] - middle]) @ direction)
+            steered = np.float32(host(net, block.control, 0.0))  # the rest: no half made it
+            halves = middle - stream[i], stream[i + 1] - middle - steered
+            found.append(np.array(halves) @ direction)
         elif by == "heads" and f"blk.{i}.attn_result" in cache:
             onto = through(net, block, block.attn_post, cache[f"blk.{i}.attn_out"][0], direction)
             found.append(cache[f"blk.{i}.attn_result"][0] @ onto)
