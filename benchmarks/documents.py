@@ -26,54 +26,24 @@ from typing import Any
 
 import common
 import numpy as np
+from questions import (
+    HELD_OUT,
+    QUESTIONS,
+    REWORDED,
+    REWORDED_HELD_OUT,
+    UNRELATED,
+    UNRELATED_HELD_OUT,
+)
 
 import tinyllm
 from tinyllm.localdocs import LocalDocs
+from tinyllm.localdocs.answering import NEAREST
 from tinyllm.localdocs.chunking import Chunk, Content, Section, chunks, embedded_text
 from tinyllm.localdocs.embedding import pack, row_bytes
 from tinyllm.localdocs.vectors import Vectors
 
 WORDS = 40  # in each chunk of a million
 ROOT = Path(__file__).resolve().parent.parent
-QUESTIONS: list[tuple[str, str, str]] = [  # what is asked, the files that answer it, words of a right answer
-    ("Who wrote the play Herons, performed at the Royal Court Theatre in 2001?", "Robert Boulter", "Stephens"),
-    ("Which Chinese poet of the Tang dynasty wanted to be a civil servant?", "Du Fu", "Du Fu"),
-    ("Which navy launched Gloire, the first ironclad battleship?", "Ironclad warship", "French"),
-    ("Which is the last poem of T. S. Eliot's Four Quartets?", "Little Gidding", "Little Gidding"),
-    ("In which novella do Nazi hunters find Hitler alive in the Amazon jungle?", "The Portage", "Portage"),
-    ("How is the strength of tropical cyclones estimated from satellite images?", "Dvorak technique", "Dvorak"),
-    ("What is the largest industrial use of oxaziridines?", "Oxaziridine", "hydrazine"),
-    ("Which crater lies at the south pole of the Moon?", "Shackleton", "Shackleton"),
-    ("Who directed the film American Beauty?", "American Beauty", "Mendes"),
-    ("Which conquistador founded the city of Manila?", "Manila", "Legazpi|López"),
-    ("Who was the last Roman emperor of the Julio-Claudian dynasty?", "Nero", "Nero"),
-    ("How old was Nerva when he became emperor?", "Nerva", "sixty.?.?.?five|65"),
-    ("Which company built the Tetrarch light tank?", "Light Tank", "Vickers"),
-    ("What stone are the Olmec colossal heads made of?", "Olmec", "basalt"),
-    ("Which basketball team does Brad Stevens coach?", "Brad Stevens", "Celtics|Butler"),
-    ("Which portrait is Francis Bacon's Head VI modelled on?", "Head VI", "Innocent|Vel"),
-    ("Who drew the New Yorker cover with the view from 9th Avenue?", "View of the World", "Steinberg"),
-    ("For which console was Kirby's Block Ball made?", "Kirby", "Game ?Boy"),
-    ("Who maintains the graves of Commonwealth soldiers?", "Commonwealth War", "Commission|CWGC"),
-    ("On which island is the town of Bintulu?", "Bintulu", "Borneo"),
-    ("In which village does New York State Route 93 begin?", "New York State Route 93", "Youngstown"),
-    ("How do I make a model write JSON that keeps to a schema?", "structured|guide", "json_schema"),
-    ("What does computing in bfloat16 cost in exactness?", "bfloat16", "8|bits|digits|1\\.|percent|%"),
-    ("How do requests come and go in an Engine?", "engine", "submit|Engine"),
-    ("How do I check a kernel of my own and rank it beside yours?", "lab|kernels|cpu", "lab"),
-    ("Under which licence is the bundled model?", "model-card", "BY-SA"),
-    ("Which import do I change in a program that uses GPT4All?", "drop-in|differences|guide|sdk", "sdk"),
-    ("Is a GGUF file refused when a tensor reaches past its end?", "malformed", "refuse|error|yes|past"),
-    ("Have the CUDA kernels been run on a real GPU?", "gpu", "no|not|never"),
-    ("Which files does one token pass on its way through the code?", "one-token", "\\.py|files"),
-]  # fmt: skip
-UNRELATED = [
-    "What is the boiling point of tungsten hexafluoride?", "How do I bake sourdough bread at high altitude?",
-    "Which visa does a nurse need for Norway?", "What did my aunt say about the garden fence?",
-    "How often should a cello be restrung?", "Who won the curling world championship in 2019?",
-    "What is the dosage of ibuprofen for a cat?", "How do I descale an espresso machine?",
-    "Which knitting needles suit mohair?", "How tall is the tallest lighthouse of Estonia?",
-]  # fmt: skip
 
 
 def articles(raw: Path) -> dict[str, str]:
@@ -111,42 +81,65 @@ def texts_of(raw: Path, n: int) -> list[str]:
 
 
 def questions(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Hits and answers of the questions, and the search beside one in float32."""
+    """Hits and answers of the questions, how near they are, and the search beside one in float32."""
     wiki = folder / "wiki"
     wiki.mkdir()
     n_articles = write_articles(o.wiki, wiki)
     with LocalDocs(folder / "store.sqlite", o.model) as docs, tinyllm.load(o.chat) as chat:
         reports = [docs.add("docs", ROOT / "docs"), docs.add("wiki", wiki)]
-        rows, first3, first1, right = [], 0, 0, 0
-        for question, files, words in QUESTIONS:
-            hits = docs.search(question, 3)
-            ranks = [i for i, h in enumerate(hits) if re.match(f"(.*/)?({files})", h.file)]
-            first3, first1 = first3 + bool(ranks), first1 + (ranks[:1] == [0])
-            answer = docs.ask(question, chat, max_tokens=60, temperature=0)
-            good = bool(re.search(words, answer.text, re.IGNORECASE))
-            right += good
-            rows.append(
-                [question, [h.place for h in hits], round(hits[0].similarity, 3), answer.text, good]
-            )
-            print(
-                bool(ranks),
-                good,
-                question,
-                "|",
-                hits[0].place,
-                "|",
-                answer.text[:150].replace("\n", " "),
-                file=sys.stderr,
-            )
-        nearest = {
-            "asked": sorted(max(h.similarity for h in docs.search(q, 4)) for q, *_ in QUESTIONS),
-            "unrelated": sorted(max(h.similarity for h in docs.search(q, 4)) for q in UNRELATED),
-        }
         return {
-            "files": [r.added for r in reports], "articles": n_articles, "questions": len(QUESTIONS),
-            "right file first": first1, "right file among three": first3, "right answers": right,
-            "recall of 10": recall(docs), "similarity of the best": nearest, "rows": rows,
+            "files": [r.added for r in reports], "articles": n_articles, "recall of 10": recall(docs),
+            "questions": answered(docs, chat, QUESTIONS), "held out": answered(docs, chat, HELD_OUT),
+            "near": nearness(docs), "nearest": NEAREST,
         }  # fmt: skip
+
+
+def answered(
+    docs: LocalDocs, chat: tinyllm.Model, asked: list[tuple[str, str, str]]
+) -> dict[str, Any]:
+    """How many questions find their file, and how many get a right answer."""
+    rows, first3, first1, right = [], 0, 0, 0
+    for question, files, words in asked:
+        hits = docs.search(question, 3)
+        found = [bool(re.match(f"(.*/)?({files})", h.file)) for h in hits]
+        first3, first1 = first3 + any(found), first1 + found[0]
+        answer = docs.ask(question, chat, max_tokens=60, temperature=0)
+        good = bool(re.search(words, answer.text, re.IGNORECASE))
+        right += good
+        rows.append([question, [h.place for h in hits], answer.text, good])
+        said = answer.text[:150].replace("\n", " ")
+        print(any(found), good, question, "|", hits[0].place, "|", said, file=sys.stderr)
+    return {"n": len(asked), "right file first": first1, "right file among three": first3,
+            "right answers": right, "rows": rows}  # fmt: skip
+
+
+def nearness(docs: LocalDocs) -> dict[str, Any]:
+    """How many questions of each kind have a hit that is near, by nearness and by similarity alone.
+
+    "elsewhere" asks each collection what only the other one answers.
+    """
+    about_wiki = [q for q, *_ in [*QUESTIONS[:21], *HELD_OUT[:22]]]
+    about_docs = [q for q, *_ in [*QUESTIONS[21:], *HELD_OUT[22:]]]
+    kinds: dict[str, list[tuple[str, str | tuple[()]]]] = {
+        "asked": [(q, ()) for q, *_ in QUESTIONS],
+        "asked, held out": [(q, ()) for q, *_ in HELD_OUT],
+        "reworded": [(q, ()) for q, _ in REWORDED],
+        "reworded, held out": [(q, ()) for q, _ in REWORDED_HELD_OUT],
+        "unrelated": [(q, ()) for q in UNRELATED],
+        "unrelated, held out": [(q, ()) for q in UNRELATED_HELD_OUT],
+        "elsewhere": [(q, "docs") for q in about_wiki] + [(q, "wiki") for q in about_docs],
+    }
+    found = {}
+    for kind, asked in kinds.items():
+        hits = [docs.search(q, 4, where) for q, where in asked]
+        near = [max(h.nearness for h in some) for some in hits]
+        similar = [max(h.similarity for h in some) for some in hits]
+        found[kind] = {
+            "n": len(asked), "near": sum(x >= NEAREST for x in near),
+            "similarity of 0.3": sum(x >= 0.3 for x in similar),
+            "least": round(min(near), 3), "most": round(max(near), 3),
+        }  # fmt: skip
+    return found
 
 
 def recall(docs: LocalDocs) -> float:
@@ -315,6 +308,12 @@ def resident() -> int:
     return int(fields[1]) * 4096
 
 
+def without_rows(found: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of a result."""
+    inner = {k: without_rows(v) if isinstance(v, dict) else v for k, v in found.items()}
+    return {k: v for k, v in inner.items() if k != "rows"}
+
+
 PARTS = {"questions": questions, "speed": speed, "unchanged": unchanged, "million": million}
 
 
@@ -339,7 +338,7 @@ def main() -> None:
     o.texts = o.texts or (1_000_000 if o.part == "million" else 10_000)
     with tempfile.TemporaryDirectory(dir=o.folder) as folder:
         found = PARTS[o.part](o, Path(folder))
-    print(json.dumps({k: v for k, v in found.items() if k != "rows"}, indent=1, ensure_ascii=False))
+    print(json.dumps(without_rows(found), indent=1, ensure_ascii=False))
     kept = json.loads(o.json.read_text("utf-8")) if o.json.exists() else {}
     kept[o.part] = {"machine": common.machine(), **found}
     o.json.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -46,6 +46,7 @@ def hit(text: str, **more: object) -> Hit:
         "last_line": 2,
         "score": 1.0,
         "similarity": 0.9,
+        "words": 0.5,
         "path": "/d/a.txt",
     }
     return Hit(text=text, **{**given, **place, **more})  # type: ignore[arg-type]
@@ -94,7 +95,7 @@ def test_what_is_not_in_the_documents_is_said_so(
     docs: LocalDocs, folder: Path, bundled: tinyllm.Model
 ) -> None:
     docs.add("home", folder)
-    answer = docs.ask("pole", bundled, nearest=2.0)
+    answer = docs.ask("pole", bundled, nearest=3)
     assert (answer.text, answer.references, answer.found) == (NOT_THERE, [], False)
     assert answer.completion is None
     answer.close()

@@ -14,6 +14,7 @@ import pytest
 import tinyllm
 from tinyllm.errors import ArgumentError, StateError
 from tinyllm.localdocs import LocalDocs, embedding, store, updating, vectors
+from tinyllm.localdocs.answering import NEAREST as NEAR
 from tinyllm.localdocs.search import NEAREST, Filter
 
 
@@ -70,6 +71,43 @@ def test_meaning_finds_what_shares_no_word(data: Path, tmp_path: Path) -> None:
         best = docs.search("freight vessels crossing the ocean")[0]
         assert best.file == "sea.txt"
         assert 0.3 < best.similarity < 1
+        assert best.nearness == best.similarity >= NEAR
+        assert best.words == 0
+
+
+def test_a_question_of_something_else_has_nothing_near(data: Path, tmp_path: Path) -> None:
+    """Words alone are not enough, nor is a faint likeness; both together are."""
+    (tmp_path / "tea.txt").write_text("Green tea wants water of 70 degrees. Mint has no caffeine.")
+    (tmp_path / "fence.txt").write_text("The fence of the garden was painted by our aunt in May.")
+    model = data / "models" / "all-MiniLM-L6-v2.gguf2.f16.gguf"
+    with LocalDocs(tmp_path / "store.sqlite", model) as docs:
+        docs.add("all", tmp_path)
+        for query, near in [
+            ("Which herb is free of caffeine?", ["tea.txt"]),
+            ("How many degrees does the water need?", ["tea.txt"]),
+            ("Who painted the garden fence?", ["fence.txt"]),
+            ("Who painted the Mona Lisa?", []),
+            ("How often should a cello be restrung?", []),
+            ("Hello!", []),
+        ]:
+            hits = docs.search(query)
+            assert [h.file for h in hits if h.nearness >= NEAR] == near, query
+            assert all(h.nearness == h.similarity * (1 + h.words) for h in hits)
+
+
+def test_a_hit_says_which_share_of_the_words_it_has(docs: LocalDocs, folder: Path) -> None:
+    docs.add("home", folder)
+
+    def words(query: str) -> dict[str, float]:
+        return {h.file: h.words for h in docs.search(query)}
+
+    assert words("a pole")["garden/beans.txt"] == 1
+    assert words("poles and climbing")["garden/beans.txt"] == 1  # by their stems
+    a_word_that_is_nowhere_weighs_most = words("pole tungsten")["garden/beans.txt"]
+    assert 0 < a_word_that_is_nowhere_weighs_most < 0.5
+    assert words("tea water")["rules.py"] == pytest.approx(words("tea water")["garden/beans.txt"])
+    assert set(words("where are you?").values()) == {0}
+    assert docs.search("Black")[0].words == 1
 
 
 # ---- changes
@@ -231,11 +269,14 @@ def test_words_in_too_many_chunks_are_left_out(
 ) -> None:
     from tinyllm.localdocs import search
 
+    def by_words(query: str) -> list[int]:
+        return search.by_words(docs._store, search.counts(docs._store, query), "", [])
+
     docs.add("home", folder)
-    assert len(search.by_words(docs._store, "tea pole", "", [])) == 3
+    assert len(by_words("tea pole")) == 3
     monkeypatch.setattr(search, "COMMON", 1)
-    assert len(search.by_words(docs._store, "tea pole", "", [])) == 1
-    assert search.by_words(docs._store, "tea", "", []) == []
+    assert len(by_words("tea pole")) == 1
+    assert by_words("tea") == []
 
 
 def test_a_text_that_is_repeated_for_ever_floods_no_search(docs: LocalDocs, folder: Path) -> None:

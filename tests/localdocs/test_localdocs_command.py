@@ -43,7 +43,7 @@ def test_a_collection_from_its_beginning_to_its_end(
     assert said(capsys, "search", "home", "pole", "--file", "*.py").startswith("rules.py, ")
     out = said(capsys, "ask", "home", "pole?", "-n", "5", "--nearest", "-1", "-k", "1")
     assert out.endswith("\n\n[1] garden/beans.txt, lines 1 to 3\n")
-    found = json.loads(said(capsys, "ask", "home", "pole?", "--nearest", "2", "--json"))
+    found = json.loads(said(capsys, "ask", "home", "pole?", "--nearest", "3", "--json"))
     assert found == {"text": "Not in the documents.", "references": []}
     (folder / "bad.txt").unlink()
     assert "0 changed, 1 gone" in said(capsys, "update")

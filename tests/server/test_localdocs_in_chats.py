@@ -58,7 +58,7 @@ def test_choices_have_references(
 def test_a_question_that_no_document_is_near_to_is_answered_without(
     docs: LocalDocs, make_app: Callable[..., Any], app: Any
 ) -> None:
-    found = make_app(documents=Quoting(docs, nearest=2.0)).post(ROUTE, body("Hello!")).json()
+    found = make_app(documents=Quoting(docs, nearest=3)).post(ROUTE, body("Hello!")).json()
     without = app.post(ROUTE, body("Hello!")).json()
     assert found["choices"][0]["references"] == []
     assert "references" not in without["choices"][0]

@@ -55,7 +55,7 @@ def localdocs_arguments(p: Parser) -> None:
     p.add_argument("--until", metavar="DATE", help="only in documents until then")
     p.add_argument("--reranker", metavar="MODEL", help="a ranking model that orders the hits")
     p.add_argument("--nearest", type=float, metavar="X",
-                   help="ask: similarity that an excerpt must have; default 0.3")  # fmt: skip
+                   help="ask: nearness that an excerpt must have; default 0.45")  # fmt: skip
     p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="of an answer")
     p.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="default %(default)s"
@@ -133,7 +133,8 @@ def search(docs: LocalDocs, args: Arguments) -> None:
     hits = docs.search(args.words[1], **chosen(args))
     if args.json:
         print_json([{**h.reference(), "collection": h.collection, "path": h.path,
-                     "score": h.score, "similarity": h.similarity} for h in hits])  # fmt: skip
+                     "score": h.score, "similarity": h.similarity, "nearness": h.nearness}
+                    for h in hits])  # fmt: skip
         return
     show("\n".join(map(as_text, hits)))
 
@@ -144,8 +145,8 @@ def as_text(hit: Hit) -> str:
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in hit.text)
     lines = [line for line in text.split("\n") if line.strip()]  # an empty line parts two hits
     return (
-        f"{hit.place}{about}, score {hit.score:.4f}, similarity {hit.similarity:.2f}\n"
-        + "\n".join([*lines, ""])
+        f"{hit.place}{about}, score {hit.score:.4f}, similarity {hit.similarity:.2f},"
+        f" nearness {hit.nearness:.2f}\n" + "\n".join([*lines, ""])
     )
 
 

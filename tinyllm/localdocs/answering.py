@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from .collections import LocalDocs
 
 NOT_THERE = "Not in the documents."
-NEAREST = (
-    0.3  # cosine below which an excerpt has nothing to do with a question; measured with MiniLM
-)
+NEAREST = 0.45  # the nearness of a hit that has to do with a question; measured with MiniLM
 EXCERPTS = 4
 QUESTION = (
     4000  # characters of a message, its last ones, that are searched for: others wait meanwhile
@@ -242,7 +240,7 @@ class Answer(Iterator[str]):
 
 def near(hits: Sequence[Hit], nearest: float) -> list[Hit]:
     """The hits that have to do with what was asked: others lead a small model astray."""
-    return [h for h in hits if h.similarity >= nearest]
+    return [h for h in hits if h.nearness >= nearest]
 
 
 def ask(

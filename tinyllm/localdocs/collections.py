@@ -372,7 +372,7 @@ class LocalDocs:
             A model that chats.
         **options
             ``k``, ``collections``, ``file``, ``since``, ``until`` and ``reranker`` as ``search`` has them;
-            ``nearest``: the similarity that an excerpt must have (default 0.3); all else as ``Model.chat``.
+            ``nearest``: the nearness that an excerpt must have (default 0.45); all else as ``Model.chat``.
 
         Returns
         -------

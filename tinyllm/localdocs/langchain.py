@@ -39,7 +39,7 @@ class LocalDocsRetriever(BaseRetriever):
                 metadata={
                     **{k: v for k, v in hit.reference().items() if k != "text"},
                     "source": hit.path, "collection": hit.collection, "heading": hit.heading,
-                    "score": hit.score, "similarity": hit.similarity,
+                    "score": hit.score, "similarity": hit.similarity, "nearness": hit.nearness,
                 },
             )
             for hit in hits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -51,6 +52,9 @@ class Hit:
         Larger is better: a sum of reciprocal ranks, or what the reranker said.
     similarity : float
         The cosine between the question and the chunk.
+    words : float
+        The share of the question's words that stand in the chunk or the headings above it, from 0 to 1; rare
+        words weigh more, words such as "the" nothing.
     path : str
         The whole path.
     """
@@ -67,7 +71,13 @@ class Hit:
     last_line: int | None
     score: float
     similarity: float
+    words: float
     path: str
+
+    @property
+    def nearness(self) -> float:
+        """The similarity, up to twice as much where the chunk holds the question's words."""
+        return self.similarity * (1 + self.words)
 
     @property
     def place(self) -> str:
@@ -141,7 +151,8 @@ def search(
     vectors.refresh()
     allowed = vectors.allowed(where, values) if where else None
     near, _ = vectors.best(target, NEAREST, allowed)
-    worded = by_words(store, query, where, values)
+    counted = counts(store, query)
+    worded = by_words(store, counted, where, values)
     found = candidates(store, near, worded, where, values)
     similarity = similarities(found, target)
     scores = reciprocal_ranks(found, similarity, worded)
@@ -151,20 +162,24 @@ def search(
         said = reranker.rank(query, [found[c]["text"] for c in order])
         scores = {c: float(s) for c, s in zip(order, said, strict=True)}
         order.sort(key=lambda c: (-scores[c], c))
-    return [hit_of(found[c], scores[c], similarity[c]) for c in order[:k]]
+    order = order[:k]
+    shares = shares_of_words(store, counted, order, len(vectors))
+    return [hit_of(found[c], scores[c], similarity[c], shares[c]) for c in order]
 
 
-def by_words(store: Store, query: str, where: str, values: Sequence[Any]) -> list[int]:
-    """Chunks that hold words of the query, best first by BM25; headings count twice."""
+def counts(store: Store, query: str) -> dict[str, int]:
+    """The words of a query, and how many chunks hold each, up to one more than ``COMMON``."""
     words = dict.fromkeys(w.lower() for w in re.findall(r"\w+", query))
     told = [w for w in words if w not in LEFT_OUT] or list(words)
-    counted = []
-    for word in told[:MOST_WORDS]:
-        sql = "SELECT count(*) FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?)"
-        counted.append((store.one(sql, f'"{word}"', COMMON + 1), word))
+    sql = "SELECT count(*) FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?)"
+    return {word: store.one(sql, f'"{word}"', COMMON + 1) for word in told[:MOST_WORDS]}
+
+
+def by_words(store: Store, counted: dict[str, int], where: str, values: Sequence[Any]) -> list[int]:
+    """Chunks that hold counted words, best first by BM25; headings count twice."""
     rare: list[str] = []
     total = 0
-    for n, word in sorted(counted):
+    for word, n in sorted(counted.items(), key=lambda item: (item[1], item[0])):
         total += n
         if n and total <= COMMON:
             rare.append(f'"{word}"')
@@ -180,6 +195,24 @@ def by_words(store: Store, query: str, where: str, values: Sequence[Any]) -> lis
         " OR ".join(rare), *values, NEAREST,
     )  # fmt: skip
     return [i for (i,) in rows]
+
+
+def shares_of_words(
+    store: Store, counted: dict[str, int], chunks: Sequence[int], n: int
+) -> dict[int, float]:
+    """How much of a query's words each chunk holds, of 1; a word of few of the store's n texts weighs more."""
+    weights = {
+        word: math.log((max(n, found) + 1) / (found + 0.5))
+        for word, found in counted.items()
+        if found <= COMMON and word not in LEFT_OUT
+    }
+    whole = sum(weights.values())
+    held = dict.fromkeys(chunks, 0.0)
+    sql = "SELECT 1 FROM words WHERE words MATCH ? AND rowid = ?"
+    for word, weight in weights.items():
+        for chunk in chunks if counted[word] else ():
+            held[chunk] += weight * bool(store.one(sql, f'"{word}"', chunk))
+    return {chunk: min(1.0, h / whole) if whole else 0.0 for chunk, h in held.items()}
 
 
 COLUMNS = (
@@ -236,10 +269,10 @@ def reciprocal_ranks(
     return scores
 
 
-def hit_of(row: dict[str, Any], score: float, similarity: float) -> Hit:
+def hit_of(row: dict[str, Any], score: float, similarity: float, words: float) -> Hit:
     """A row as a hit."""
     return Hit(
         row["file"], row["collection"], row["text"], row["title"], row["heading"], row["author"],
-        row["date"], row["page"], row["first_line"], row["last_line"], score, similarity,
+        row["date"], row["page"], row["first_line"], row["last_line"], score, similarity, words,
         os.fsdecode(row["path"]),
     )  # fmt: skip

@@ -58,6 +58,9 @@ class Vectors:
         self._removals = ""
         self._allowed: tuple[Any, np.ndarray] = None, np.empty(0, np.int64)
 
+    def __len__(self) -> int:
+        return sum(len(s.ids) for s in self._segments)
+
     @property
     def backend(self) -> Backend:
         """What multiplies."""
