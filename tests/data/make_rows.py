@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import modelling
 from make_models import COMMON, HERE, THETA, V
+from written_rows import USUAL, WRITTEN, E, Settings, Written
 
 from tinyllm import gguf
 
-Settings = dict[str, Any]
 PLAIN = {"rope_type": "default", "rope_theta": THETA}
 BOTH = {"full_attention": {**PLAIN, "rope_theta": 1e5}, "sliding_attention": PLAIN}
 MIXED = ["sliding_attention", "full_attention"]
@@ -46,6 +46,12 @@ LATENT = {
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
     "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4,
     "rms_norm_eps": 1e-6,  # transformers' for the norms of the short vectors, whatever the others have
+}  # fmt: skip
+
+SWA_LATENT = {
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 24,
+    "swa_kv_lora_rank": 12, "swa_head_dim": 10, "swa_qk_nope_head_dim": 6, "swa_v_head_dim": 6,
+    "swa_qk_rope_head_dim": 4,
 }  # fmt: skip
 
 
@@ -67,6 +73,8 @@ class Row:
         ""  # a pattern of names whose last two axes the publisher stores the other way round
     )
     keys: Settings = field(default_factory=dict)  # what the converter leaves out of the file
+    flat: Settings | None = None  # the publisher's config.json is the text's, with these keys
+    whole: bool = True  # False: the publisher's layers that guess further tokens are not there
 
 
 ROWS: dict[str, Row] = {
@@ -255,20 +263,52 @@ ROWS: dict[str, Row] = {
         "MiMoV2FlashForCausalLM",
         {**EXPERTS, "num_hidden_layers": 3, "layer_types": ["full_attention", *MIXED],
          "mlp_layer_types": ["dense", "sparse", "sparse"], "head_dim": 12, "v_head_dim": 8,
-         "swa_head_dim": 12, "swa_v_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
          "sliding_window": 8, "n_group": 1, "topk_group": 1,
          "rope_parameters": {"full_attention": {**PLAIN, "rope_theta": 1e5, "partial_rotary_factor": 0.34},
                              "sliding_attention": {**PLAIN, "partial_rotary_factor": 0.34}}},
-        saved={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hybrid_layer_pattern": [0, 1, 0], "layernorm_epsilon": 5e-3,
-               "swa_head_dim": 12, "swa_v_head_dim": 8, "swa_num_attention_heads": 4,
-               "swa_num_key_value_heads": 4, "partial_rotary_factor": 0.34},
+        flat={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hybrid_layer_pattern": [0, 1, 0],
+               "layernorm_epsilon": 5e-3, "swa_head_dim": 12, "swa_v_head_dim": 8,
+               "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "rope_parameters": None,
+               "rope_theta": 1e5, "swa_rope_theta": THETA, "partial_rotary_factor": 0.34},
+        whole=False,
     ),
     "dots3note": Row(
         "Dots3NoteForCausalLM",
-        {**EXPERTS, **LATENT, **GROUPS},
+        {**EXPERTS, **LATENT, "num_hidden_layers": 4, "first_k_dense_replace": 1, "head_dim": 12,
+         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+         "sliding_window": 8, "shared_experts_intermediate_size": 16, "routed_scaling_factor": 1.5,
+         "index_topk": 2048, "index_head_dim": 8, "index_n_heads": 2, **SWA_LATENT,
+         "rope_parameters": None, "rope_theta": 1e5, "swa_rope_theta": THETA},
+        flat={**SWA_LATENT, "scoring_func": "sigmoid", "apply_mla_qkv_lora_rescale": True, "first_k_dense_replace": 1,
+               "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+               "sliding_window_size": 8, "per_layer_config": None, "rope_parameters": None,
+               "rope_theta": 1e5, "swa_rope_theta": THETA, "n_shared_experts": 1,
+               "moe_shared_expert_intermediate_size": 16},
     ),
-    "hrm_text": Row("HrmTextForCausalLM", {}),
-    "step35": Row("Step3p7ForConditionalGeneration", {}, text={}),
+    "hrm_text": Row(
+        "HrmTextForCausalLM",
+        {"num_key_value_heads": 4, "H_cycles": 2, "L_cycles": 2, "embedding_scale": 3.0},
+    ),
+    "step35": Row(
+        "Step3p7ForConditionalGeneration",
+        {"vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                           "intermediate_size": 16}},
+        text={"num_hidden_layers": 4, "layer_types": ["full_attention", *MIXED, "sliding_attention"],
+              "sliding_window": 8, "mlp_layer_types": ["dense"] + ["sparse"] * 3, "n_routed_experts": 4,
+              "num_experts_per_tok": 2, "moe_intermediate_size": 16, "share_expert_dim": 16,
+              "num_sliding_attention_heads": 6, "moe_router_scaling_factor": 1.5,
+              "swiglu_limits": [0.0, 0.5, 0.2, 0.0], "swiglu_limits_shared": [0.6, 0.25, 0.0, 0.0],
+              "rope_parameters": {
+                  "full_attention": {
+                      "rope_type": "llama3", "rope_theta": 1e5, "partial_rotary_factor": 0.5, "factor": 8.0,
+                      "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                      "original_max_position_embeddings": 16},
+                  "sliding_attention": PLAIN}},
+        as_class="Step3p5ForCausalLM",
+        flat={"partial_rotary_factors": [0.5, 1.0, 0.5, 1.0], "num_attention_groups": 2, "moe_num_experts": 4, "moe_top_k": 2,
+              "attention_other_setting": {"num_attention_heads": 6, "num_attention_groups": 2},
+              "moe_layers_enum": "1,2,3", "norm_expert_weight": True, "rope_theta": [1e5, THETA] * 2},
+    ),
     "eurobert": Row(
         "EuroBertModel", {"mask_token_id": 3}, kind="rows", saved={"classifier_pooling": None}),
     "jina-bert-v3": Row(
@@ -276,156 +316,15 @@ ROWS: dict[str, Row] = {
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Written:
-    """A file that we write: the model's keys, its tensors' shapes, and what modelling.py must know."""
-
-    arch: str
-    keys: Settings
-    layer: dict[str, tuple[int, ...]]  # in every layer
-    facts: modelling.Facts = field(default_factory=modelling.Facts)
-    some: dict[int, dict[str, tuple[int, ...]]] = field(
-        default_factory=dict
-    )  # in place of ``layer``
-    root: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    kind: str = "logits"
-
-
-E, F, H, K, D, L = 32, 48, 4, 2, 8, 2
-USUAL = {
-    "block_count": L, "context_length": 256, "embedding_length": E, "feed_forward_length": F,
-    "attention.head_count": H, "attention.head_count_kv": K, "attention.key_length": D,
-    "attention.value_length": D, "attention.layer_norm_rms_epsilon": 5e-3,
-    "rope.dimension_count": D, "rope.freq_base": THETA, "vocab_size": V,
-}  # fmt: skip
-NORMS = {"attn_norm.weight": (E,), "ffn_norm.weight": (E,)}
-ATTENTION = {
-    "attn_q.weight": (H * D, E), "attn_k.weight": (K * D, E), "attn_v.weight": (K * D, E),
-    "attn_output.weight": (E, H * D),
-}  # fmt: skip
-QKV_BIASES = {"attn_q.bias": (H * D,), "attn_k.bias": (K * D,), "attn_v.bias": (K * D,)}
-FUSED = {"attn_qkv.weight": ((H + 2 * K) * D, E), "attn_output.weight": (E, H * D)}
-HEAD_NORMS = {"attn_q_norm.weight": (D,), "attn_k_norm.weight": (D,)}
-GATED = {"ffn_gate.weight": (F, E), "ffn_up.weight": (F, E), "ffn_down.weight": (E, F)}
-ROUTED = {
-    "ffn_gate_inp.weight": (4, E), "ffn_gate_exps.weight": (4, 16, E), "ffn_up_exps.weight": (4, 16, E),
-    "ffn_down_exps.weight": (4, E, 16),
-}  # fmt: skip
-SHARED = {
-    "ffn_gate_shexp.weight": (16, E),
-    "ffn_up_shexp.weight": (16, E),
-    "ffn_down_shexp.weight": (E, 16),
-}
-MOE_KEYS = {
-    "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16, "expert_shared_count": 1,
-}  # fmt: skip
-TOPS = {"output_norm.weight": (E,), "output.weight": (V, E)}
-PLAIN_LAYER = {**NORMS, **ATTENTION, **GATED}
-Facts = modelling.Facts
-
-WRITTEN: dict[str, Written] = {
-    "deepseek": Written(
-        "deepseek",
-        {**MOE_KEYS, "block_count": 3, "leading_dense_block_count": 1, "expert_weights_scale": 1.5},
-        {**NORMS, **ATTENTION, **ROUTED, **SHARED}, Facts(adjacent=True, renormalise=False),
-        {0: PLAIN_LAYER}, TOPS),
-    "bailingmoe": Written(
-        "bailingmoe",
-        {**MOE_KEYS, "expert_weights_scale": 1.0, "expert_weights_norm": True, "leading_dense_block_count": 0},
-        {**NORMS, **ATTENTION, **ROUTED, **SHARED}, Facts(adjacent=True), root=TOPS),
-    "bailingmoe2": Written(
-        "bailingmoe2",
-        {**MOE_KEYS, "block_count": 3, "rope.dimension_count": 4, "leading_dense_block_count": 1,
-         "expert_weights_scale": 2.5, "expert_weights_norm": True, "expert_gating_func": 2,
-         "expert_group_count": 2, "expert_group_used_count": 1, "nextn_predict_layers": 0,
-         "expert_shared_feed_forward_length": 16},
-        {**NORMS, **FUSED, **HEAD_NORMS, **ROUTED, **SHARED, "exp_probs_b.bias": (4,)}, Facts(sigmoid=True),
-        {0: {**NORMS, **FUSED, **HEAD_NORMS, **GATED}}, TOPS),
-    "deci": Written(
-        "deci",
-        {"block_count": 5, "attention.head_count": [H, H, 0, H, H], "attention.head_count_kv": [K, 0, 0, 1, K],
-         "feed_forward_length": [F, 32, F, 0, 64]},
-        PLAIN_LAYER, Facts(adjacent=True),
-        {1: {**NORMS, "attn_output.weight": (E, E), "ffn_gate.weight": (32, E), "ffn_up.weight": (32, E),
-             "ffn_down.weight": (E, 32)},
-         2: {"ffn_norm.weight": (E,), **GATED},
-         3: {"attn_norm.weight": (E,), **ATTENTION, "attn_k.weight": (D, E), "attn_v.weight": (D, E)},
-         4: {**NORMS, **ATTENTION, "ffn_gate.weight": (64, E), "ffn_up.weight": (64, E),
-             "ffn_down.weight": (E, 64)}}, TOPS),
-    "smallthinker": Written(
-        "smallthinker",
-        {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16, "block_count": 4,
-         "expert_gating_func": 2, "attention.sliding_window": 8},
-        {**NORMS, **ATTENTION, **ROUTED},
-        Facts(act="relu", sigmoid=True, rotates="windowed", windows=(0, 8, 8, 8), routed_by_input=True),
-        root=TOPS),
-    "plamo": Written(
-        "plamo", {}, {"attn_norm.weight": (E,), **ATTENTION, **GATED}, Facts(parallel=True), root=TOPS),
-    "plamo3": Written(
-        "plamo3",
-        {"block_count": 8, "attention.sliding_window": 8, "attention.sliding_window_pattern": 8,
-         "rope.freq_base": 1e5, "rope.freq_base_swa": THETA, "vocab_size": V},
-        {**NORMS, **FUSED, **HEAD_NORMS, "ffn_up.weight": (2 * F, E), "ffn_down.weight": (E, F),
-         "post_attention_norm.weight": (E,), "post_ffw_norm.weight": (E,)},
-        Facts(windows=(8,) * 7 + (0,)), root=TOPS),
-    "maincoder": Written(
-        "maincoder", {}, {**PLAIN_LAYER, **HEAD_NORMS}, Facts(adjacent=True, norms_behind_rope=True),
-        root={"output_norm.weight": (E,)}),
-    "pangu-embedded": Written(
-        "pangu-embedded", {}, {**PLAIN_LAYER, **QKV_BIASES, "attn_output.bias": (E,)}, root=TOPS),
-    "plm": Written(
-        "plm",
-        {"attention.key_length": 12, "attention.value_length": 8, "attention.kv_lora_rank": 16,
-         "rope.dimension_count": 4, "attention.head_count_kv": H},
-        {**NORMS, "attn_q.weight": (H * 12, E), "attn_kv_a_mqa.weight": (20, E), "attn_kv_a_norm.weight": (16,),
-         "attn_kv_b.weight": (H * 16, 16), "attn_output.weight": (E, H * 8), "ffn_up.weight": (F, E),
-         "ffn_down.weight": (E, F)},
-        Facts(adjacent=True, latent=True, act="relu2"), root={"output_norm.weight": (E,)}),
-    "bitnet": Written(
-        "bitnet", {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
-        {**PLAIN_LAYER, "attn_sub_norm.weight": (E,), "ffn_sub_norm.weight": (F,)},
-        root={"output_norm.weight": (E,)}),
-    "grok": Written(
-        "grok",
-        {**MOE_KEYS, "expert_shared_count": None, "embedding_scale": 6.0, "logit_scale": 0.5,
-         "attention.output_scale": 0.2, "attn_logit_softcapping": 3.0, "router_logit_softcapping": 30.0},
-        {**NORMS, **ATTENTION, **GATED, **ROUTED, "attn_output_norm.weight": (E,), "post_ffw_norm.weight": (E,)},
-        Facts(act="gelu_tanh", scale=0.2, softcap=3.0, embedding=6.0, logits=0.5, beside=0.5**0.5,
-              post=("attn_output_norm", "post_ffw_norm")), root=TOPS),
-    "grok-1": Written(
-        "grok",
-        {**MOE_KEYS, "expert_shared_count": None},
-        {**NORMS, **ATTENTION, **ROUTED, "attn_output_norm.weight": (E,), "layer_output_norm.weight": (E,)},
-        Facts(act="gelu_tanh", scale=0.08838834764831845, softcap=30.0, embedding=78.38367176906169,
-              logits=0.5773502691896257, post=("attn_output_norm", "layer_output_norm")), root=TOPS),
-    "llama-embed": Written(
-        "llama-embed", {"attention.causal": False}, PLAIN_LAYER, Facts(adjacent=True, causal=False),
-        root={"output_norm.weight": (E,)}, kind="emb_tok"),
-    "neo-bert": Written(
-        "neo-bert", {"attention.causal": False, "attention.head_count_kv": H, "pooling_type": 2},
-        {**NORMS, "attn_qkv.weight": (3 * H * D, E), "attn_output.weight": (E, H * D),
-         "ffn_up.weight": (2 * F, E), "ffn_down.weight": (E, F)},
-        Facts(adjacent=True, causal=False, last_norm="enc.output_norm"),
-        root={"enc.output_norm.weight": (E,)}, kind="emb_tok"),
-    "jina-bert-v3": Written(
-        "jina-bert-v3",
-        {"attention.causal": False, "attention.head_count_kv": H, "pooling_type": 1,
-         "attention.layer_norm_epsilon": 5e-3, "attention.layer_norm_rms_epsilon": None},
-        {"attn_qkv.weight": (3 * H * D, E), "attn_qkv.bias": (3 * H * D,), "attn_output.weight": (E, H * D),
-         "attn_output.bias": (E,), "attn_output_norm.weight": (E,), "attn_output_norm.bias": (E,),
-         "ffn_up.weight": (F, E), "ffn_up.bias": (F,), "ffn_down.weight": (E, F), "ffn_down.bias": (E,),
-         "layer_output_norm.weight": (E,), "layer_output_norm.bias": (E,)},
-        Facts(causal=False, after=True, act="gelu"),
-        root={"token_types.weight": (1, E), "token_embd_norm.weight": (E,), "token_embd_norm.bias": (E,)},
-        kind="emb_tok"),
-}  # fmt: skip
-
-
 def draw(name: str, p: Any) -> None:
     """Few distinct weights: of about unit gain, norms near 1, small biases; decays stay as the class made them."""
     if name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
         return
-    if p.ndim >= 2:
+    if name.endswith("ssm_a"):
+        p.copy_(-1 - torch.randint(0, 8, p.shape) / 8)
+    elif name.endswith("time_mix_decay.weight"):
+        p.copy_(torch.randint(-7, 8, p.shape) / 8 - 1)
+    elif p.ndim >= 2:
         fan_in = p[0].numel() if "conv" in name else p.shape[-1]
         gain = fan_in**0.5 if "embed" in name else 1.5
         step = 2.0 ** round(np.log2(gain / fan_in**0.5 / 4.3))
@@ -490,8 +389,11 @@ def convert(row: Row, folder: Path, out: Path) -> None:
     for c in cls.__mro__:
         if "set_vocab" in vars(c):
             c.set_vocab = no_vocabulary
+    cls.no_mtp = not row.whole
     absent = [k for k, v in row.saved.items() if v is None]  # transformers would fill in a default
     more = {"hparams": {k: v for k, v in hparams.items() if k not in absent}} if absent else {}
+    if row.flat is not None:
+        more = {"hparams": json.loads((folder / "config.json").read_text())}
     made = cls(folder, gguf_py.LlamaFileType.ALL_F32, out, eager=True, **more)
     for inner in vars(made).values():  # Mistral 3's picks another class inside
         if isinstance(inner, ModelBase):
@@ -525,6 +427,8 @@ def make(name: str, row: Row) -> None:
         model.save_pretrained(folder)
         publish(row, folder)
         config = json.loads((folder / "config.json").read_text())
+        if row.flat is not None:
+            config = {**config, **config.pop("text_config", {}), **row.flat}
         config = {k: v for k, v in {**config, **row.saved}.items() if v is not None}
         if row.as_class:
             config["architectures"] = [row.as_class]

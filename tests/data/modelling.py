@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import recurrent
 
 Weights = dict[str, np.ndarray]
 
@@ -95,6 +96,9 @@ class Model:
     def __init__(self, keys: dict[str, Any], w: Weights, f: Facts) -> None:
         self.k, self.f = keys, f
         self.w = {n: x.astype(np.float64) for n, x in w.items()}
+        bare = [n for n in w if not n.endswith((".weight", ".bias"))]
+        self.w |= {f"{n}.weight": self.w[n] for n in bare}
+        self.first_values = np.zeros(0)  # RWKV 7's later layers read them
         self.eps = keys.get(
             "attention.layer_norm_rms_epsilon", keys.get("attention.layer_norm_epsilon")
         )
@@ -120,8 +124,11 @@ class Model:
             x = x + w["token_types.weight"][0]
         if "token_embd_norm.weight" in w:
             x = self.norm("token_embd_norm", x)
-        for i in range(self.k["block_count"]):
-            x = self.block(i, x)
+        for run in range(self.k.get("num_loops", 1)):
+            if run and not self.k["skip_loop_final_norm"]:
+                x = self.norm(f.last_norm, x)
+            for i in range(self.k["block_count"]):
+                x = self.block(i, x)
         if f.after:
             return x
         x = self.norm(f.last_norm, x)
@@ -135,11 +142,13 @@ class Model:
         if f.after:
             x = self.norm(b + "attn_output_norm", x + self.attention(i, x))
             return self.norm(b + "layer_output_norm", x + self.plain(i, x))
-        n_head = self.per_layer("attention.head_count", i)
+        mixer = self.recurrent(b) or (
+            self.attention if self.per_layer("attention.head_count", i) else None
+        )
         y = np.zeros_like(x)
-        h = self.norm(b + "attn_norm", x) if n_head else x
-        if n_head:
-            y = self.attention(i, h)
+        h = self.norm(b + "attn_norm", x) if mixer else x
+        if mixer:
+            y = mixer(i, h)
         if f.parallel:
             return x + y + self.plain(i, h)
         if b + f.post[0] + ".weight" in self.w:
@@ -152,6 +161,16 @@ class Model:
         if b + f.post[1] + ".weight" in self.w:
             y = self.norm(b + f.post[1], y)
         return x + y
+
+    def recurrent(self, b: str) -> Any:
+        """The layer's recurrence, by its tensors; None without one."""
+        kinds = {
+            "ssm_in": recurrent.mamba_by_head,
+            "time_mix_decay": recurrent.time_mix_6,
+            "time_mix_k_k": recurrent.time_mix_7,
+        }
+        found = [run for name, run in kinds.items() if f"{b}{name}.weight" in self.w]
+        return (lambda i, x: found[0](self, b, x)) if found else None
 
     # ---- attention
 
@@ -171,7 +190,7 @@ class Model:
         window = f.windows[i] if f.windows else 0
         base = k.get("rope.freq_base_swa", 0) if window else 0
         base = base or k.get("rope.freq_base", 10000.0)
-        turn = k["rope.dimension_count"] if f.rotates == "all" or window else 0
+        turn = k.get("rope.dimension_count", d) if f.rotates == "all" or window else 0
 
         def normed(z: np.ndarray, name: str) -> np.ndarray:
             return (

@@ -11,19 +11,21 @@ from dataclasses import dataclass, field, replace
 from math import log, sqrt
 from typing import Any, Literal
 
-from ..errors import UnsupportedModel
+from ..errors import GGUFError, UnsupportedModel
 from ..kernels.backend import Activation, Pairing
 from .altup import AltUpBlock, SparseFFN, Streams
 from .attention import Attention, BareNormsBehindRope, NormsBehindRope
-from .config import Config, Temperature
+from .config import Config, Temperature, repeated
 from .deltanet import delta_or_attention
 from .ffn import XIELU, FeedForwardAlone
 from .kda import delta_or_latent
+from .loops import LoopBlock, Rounds, RoundsBlock
 from .mamba import Mamba
-from .mamba2 import AttentionBesideMamba2, Mamba2
+from .mamba2 import AttentionBesideMamba2, Mamba2, MambaByHead
 from .mixer import LinearMixer, Mixer, NoMixer
 from .mla import LatentAttention
-from .rwkv import ChannelMix, TimeMix6, TimeMix7
+from .refused import NOT_RUN as NOT_RUN
+from .rwkv import ChannelMix, GatedTimeMix6, OptionalTimeMix7, TimeMix6, TimeMix7
 from .shortconv import ShortConv
 from .weights import Tensors
 
@@ -239,6 +241,30 @@ def plamo3(c: Config) -> Config:
     return every(c.window_pattern or 8, replace(c, window=size))
 
 
+def looped(c: Config) -> Config:
+    """The file's layers run as often as it says, each time over a past of their own."""
+    return repeated(c, tuple(range(c.n_layer)) * c.n_loop)
+
+
+def rounds(c: Config) -> Config:
+    """Two stacks: the first so many times, then the second; and that over again."""
+    n, (high, low) = c.n_stack, c.n_cycles
+    first, second = tuple(range(n)), tuple(range(n, 2 * n))
+    order = (first * low + second) * high
+    if not n or len(order) != c.n_layer:
+        raise GGUFError(
+            f"is {c.n_layer}; expected {len(order)}, by {c.arch}.hrm.layers_per_stack, "
+            f"{c.arch}.hrm.h_cycles and {c.arch}.hrm.l_cycles",
+            name=f"{c.arch}.block_count",
+        )
+    return replace(c, blocks=order)
+
+
+def step35(c: Config) -> Config:
+    """Half as many values of a head turn in layers that see everything; factors are theirs alone."""
+    return replace(c, rope_dim=c.rope_dim // 2, rope_scaling_swa=False)
+
+
 CHUNK = 8192  # positions that layers of Llama 4 see of their own chunk, in all its files
 FFN_NORM = {"ffn_norm": "post_attention_norm"}
 LFM2_NORM = {"output_norm": "token_embd_norm"}
@@ -261,6 +287,16 @@ def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
 def mamba_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
     """Make the mixer of a layer: without key heads it is recurrent."""
     return (Attention if c.n_head_kv[i] else Mamba)(c, a, i, w)
+
+
+def heads_of_mamba_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
+    """Make the mixer of a layer: without key heads it is recurrent; both have norms behind their halves."""
+    for name in ("post_attention_norm", "post_ffw_norm"):
+        w.norm(name, c.n_embd)
+    if not c.n_head_kv[i]:
+        return MambaByHead(c, a, i, w)
+    w.require("attn_qkv.weight")
+    return Attention(c, a, i, w)
 
 
 def mixer_alone(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
@@ -438,6 +474,21 @@ ROWS = (
         adjust=both_ways,
     ),
     Arch("eurobert", "arXiv:2503.05500"),
+    Arch("nanbeige", "hf.co/Nanbeige", pairing="adjacent", block=LoopBlock, adjust=looped),
+    Arch(
+        "hrm_text", "arXiv:2506.21734", norm_affine=False, block=RoundsBlock, streams=Rounds,
+        adjust=rounds,
+    ),
+    Arch(
+        "mimo2", "hf.co/XiaomiMiMo/MiMo-V2-Flash", needs=HEAD, gating="sigmoid", sinks="windowed",
+    ),
+    Arch(
+        "step35", "hf.co/stepfun-ai/Step-3.5-Flash", needs=HEAD, gating="sigmoid", adjust=step35,
+    ),
+    Arch(
+        "dots3note", "hf.co/dots-studio/dots3-note-prev", needs=HEAD, pairing="adjacent",
+        gating="sigmoid", renormalise=False, mixer=LatentAttention,
+    ),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
     Arch(
         "gptj", "github.com/kingoflolz/mesh-transformer-jax", needs=BIASED_HEAD, pairing="adjacent",
@@ -479,6 +530,14 @@ ROWS = (
         roles={"ffn_norm": "attn_norm_2"}, mixer=TimeMix7, ffn=ChannelMix,
     ),
     Arch(
+        "rwkv6qwen2", "hf.co/recursal/QRWKV6-32B-Instruct-Preview-v0.1", needs=HEAD, position="none",
+        mixer=GatedTimeMix6,
+    ),
+    Arch(
+        "arwkv7", "arXiv:2501.15570", needs=HEAD, position="none", mixer=OptionalTimeMix7,
+    ),
+    Arch("plamo2", "hf.co/pfnet/plamo-2-8b", mixer=heads_of_mamba_or_attention),
+    Arch(
         "bert", "arXiv:1810.04805", needs=EMBD_NORM, position="learned", act="gelu", gated=False,
         norm_at="after",
     ),
@@ -494,48 +553,6 @@ ROWS = (
     Arch("modern-bert", "arXiv:2412.13663", needs=EMBD_NORM, norm="layer", act="gelu"),
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}
-
-IMAGES = "it reads images; we run text only"
-SOUND = "it writes sound; we run text only"
-DIFFUSION = "it fills in text by diffusion, not word by word: needs a loop over masked tokens"
-DRAFTER = "it guesses ahead for another model; we run whole models: needs that model's activations"
-
-# Architectures that are known and not run, each with its reason and what would be needed.
-NOT_RUN = {
-    **dict.fromkeys("chameleon cogvlm paddleocr hunyuan_vl deepseek2-ocr clip".split(), IMAGES),
-    **dict.fromkeys("wavtokenizer-dec qwen3tts pockettts".split(), SOUND),
-    **dict.fromkeys("llada llada-moe dream rnd1".split(), DIFFUSION),
-    **dict.fromkeys("eagle3 dflash gemma4-assistant".split(), DRAFTER),
-    "clef": "it decides between candidates instead of writing: needs a head of its own",
-    **dict.fromkeys(
-        "t5 t5encoder".split(),
-        "its attention adds a learned bias per distance: needs that of every backend's attention",
-    ),
-    "grovemoe": "llama.cpp and its publisher differ in what its small experts read: needs a reference",
-    **dict.fromkeys(
-        "arwkv7 rwkv6qwen2".split(),
-        "its recurrence has gates and groups of its own: needs a mixer beside rwkv7's",
-    ),
-    "plamo2": "its Mamba has norms of its own and other sizes per head: needs a mixer beside mamba2's",
-    "mimo2": "some heads' values are narrower in layers with a window: needs a proven row",
-    "step35": "it caps its experts' activations layer by layer: needs an activation with a limit",
-    "dots3note": "latent attention with another size in layers with a window: needs sizes per layer",
-    "hrm_text": "two stacks of layers run in turns: needs layers that run several times",
-    "nanbeige": "its layers run several times: needs layers that do",
-    "graniteswitch": "it switches adapters by token: needs adapters within a layer",
-    **dict.fromkeys(
-        "bailingmoe3 kimi-k3 glm5-next minimax-01".split(),
-        "linear attention of another make beside plain: needs a mixer of its own",
-    ),
-    **dict.fromkeys(
-        "deepseek4 minimax-m3 qwen4exp hy_v4".split(),
-        "sparse attention and other parts of its own: needs choosing positions on every backend",
-    ),
-    **dict.fromkeys(
-        "hy_v3 maple muse-glimmer spark2_5 talkie".split(),
-        "it has no row of our table yet: needs one, with a reference to prove it",
-    ),
-}
 
 
 def find(name: str) -> Arch:

@@ -356,7 +356,8 @@ def make_rope(c: Config, a: Arch, i: int, w: Tensors, first: int = 0) -> Rope:
 
     def spec(table: str) -> RopeSpec:
         table = "" if c.window[i] and not c.rope_scaling_swa else table
-        factors = factors_of(root, table, c.rope_dim // 2)
+        widest = max(c.rope_dim, c.rope_dim_swa) // 2  # one table for layers of both kinds
+        factors = factors_of(root, table, widest, c.rope_dim // 2)
         freqs = frequencies(c.rope_dim, base, scaling, factors)
         return RopeSpec(w.be.array(freqs), a.pairing, first, magnitude(scaling))
 
@@ -369,11 +370,11 @@ def make_rope(c: Config, a: Arch, i: int, w: Tensors, first: int = 0) -> Rope:
     return Rope(spec("rope_freqs.weight" if root.has("rope_freqs.weight") else ""), None, 0)
 
 
-def factors_of(root: Tensors, table: str, n: int) -> np.ndarray | None:
-    """A table of divisors of the frequencies; they must be positive."""
+def factors_of(root: Tensors, table: str, n: int, used: int) -> np.ndarray | None:
+    """The first ``used`` of a table of n divisors of the frequencies; they must be positive."""
     if not table:
         return None
-    factors = root.host(table, n)
+    factors = root.host(table, n)[:used]
     if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise GGUFError("holds a factor that is not positive", name=table)
     return factors

@@ -28,6 +28,7 @@ HARMLESS = {
     "moe_every_n_layers",  # which layers have experts is seen from the tensors
     "time_mix_extra_dim",
     "time_decay_extra_dim",
+    "token_shift_count",  # whether the feed-forward half shifts rows too, its tensors say
     "attention.decay_lora_rank",
     "attention.iclr_lora_rank",
     "attention.value_residual_mix_lora_rank",
@@ -47,6 +48,7 @@ HARMLESS = {
     "router_logit_softcapping",  # no implementation of Grok caps them
     "n_deepstack_layers",  # a picture's activations are added after these layers
     "moe_latent_size",  # the width inside is the experts' tensors'
+    "hrm.prefix_lm",  # a prompt is read causally where nobody says how far its prefix goes
 }
 T = TypeVar("T")
 
@@ -230,16 +232,27 @@ class Config:
     window_pattern: int  # the file's, where it is one number for all layers
     window_listed: bool  # does the file say of each layer whether it has a window?
     n_skipped: int  # layers behind the others, which guess more than one token ahead
+    blocks: tuple[int, ...]  # the file's ``blk.N`` of each layer; layers may share one
+    n_loop: int  # how often the file's layers run
+    loop_norm: bool  # is the last norm also between two runs?
+    n_stack: int  # layers of each of two stacks that run in turns; 0: there is but one
+    n_cycles: tuple[int, int]  # how often all is done, and the first stack in each
+    kv_lora_rank_swa: int
+    expert_limits: tuple[float, ...]  # bounds of experts' activations; 0: none
+    ffn_limits: tuple[float, ...]  # those of the plain halves and the shared expert
 
     def at(self, i: int) -> Config:
         """The configuration as layer i sees it: layers with a window may have heads of their own size."""
         if not self.window[i]:
             return self
+        usual = self.head_dim and self.head_dim_swa and self.attn_scale == self.head_dim**-0.5
         return replace(
             self,
+            attn_scale=self.head_dim_swa**-0.5 if usual else self.attn_scale,
             head_dim=self.head_dim_swa,
             head_dim_v=self.head_dim_v_swa,
             rope_dim=self.rope_dim_swa,
+            kv_lora_rank=self.kv_lora_rank_swa,
         )
 
 
@@ -269,6 +282,12 @@ def read_config(keys: Keys) -> Config:
     kv_lora_rank = k.whole("attention.kv_lora_rank", 0)
     norm, norm_eps = read_norm(k)
     head_dim_mla = k.whole("attention.key_length_mla", head_dim)
+    head_dim_v_mla = k.whole("attention.value_length_mla", head_dim_v)
+    mla_swa = k.whole("attention.key_length_mla_swa", 0)
+    if not mla_swa:
+        mla_swa = head_dim_swa if k.has("attention.key_length_swa") else head_dim_mla
+    head_dim_v_swa = k.whole("attention.value_length_swa", head_dim_v_mla)
+    v_mla_swa = k.whole("attention.value_length_mla_swa", head_dim_v_swa)
     n_ctx_train = k.whole("context_length", low=1, high=CONTEXT)
     n_ctx_most = k.whole("attention.indexer.top_k", 0, high=CONTEXT)
     pattern = k.get("attention.sliding_window_pattern", 0)
@@ -282,11 +301,9 @@ def read_config(keys: Keys) -> Config:
         n_head_kv=n_head_kv,
         n_ff=k.per_layer("feed_forward_length", n_layer, 0, 0),
         head_dim=head_dim_mla,
-        head_dim_v=k.whole("attention.value_length_mla", head_dim_v),
-        head_dim_swa=head_dim_swa if k.has("attention.key_length_swa") else head_dim_mla,
-        head_dim_v_swa=k.whole(
-            "attention.value_length_swa", k.whole("attention.value_length_mla", head_dim_v)
-        ),
+        head_dim_v=head_dim_v_mla,
+        head_dim_swa=mla_swa,
+        head_dim_v_swa=v_mla_swa,
         norm=norm,
         norm_eps=norm_eps,
         rope_dim=rope_dim,
@@ -336,7 +353,7 @@ def read_config(keys: Keys) -> Config:
         ssm_inner=k.whole("ssm.inner_size", 0),
         ssm_state=k.whole("ssm.state_size", 0, high=1 << 16),
         ssm_dt_rank=k.whole("ssm.time_step_rank", 0),
-        ssm_group=k.whole("ssm.group_count", 1, 1),
+        ssm_group=k.whole("ssm.group_count", 1),
         ssm_norm=k.flag("ssm.dt_b_c_rms", False),
         wkv_head_dim=k.whole("wkv.head_size", 0, high=4096),
         kda_head_dim=k.whole("kda.head_dim", 0, high=4096),
@@ -350,7 +367,42 @@ def read_config(keys: Keys) -> Config:
         window_pattern=pattern if isinstance(pattern, int) else 0,
         window_listed=not isinstance(pattern, int),
         n_skipped=n_skipped,
+        blocks=tuple(range(n_layer)),
+        n_loop=k.whole("num_loops", 1, 1, LAYERS),
+        loop_norm=not k.flag("skip_loop_final_norm", False),
+        n_stack=k.whole("hrm.layers_per_stack", 0, high=LAYERS),
+        n_cycles=(k.whole("hrm.h_cycles", 1, 1, LAYERS), k.whole("hrm.l_cycles", 1, 1, LAYERS)),
+        kv_lora_rank_swa=k.whole("attention.kv_lora_rank_swa", kv_lora_rank),
+        expert_limits=read_limits(k, "swiglu_clamp_exp", n_layer),
+        ffn_limits=read_limits(k, "swiglu_clamp_shexp", n_layer),
     )
+
+
+def repeated(c: Config, blocks: tuple[int, ...]) -> Config:
+    """The configuration of layers that are, one after another, these blocks of the file."""
+    if len(blocks) > LAYERS:
+        raise GGUFError(f"{len(blocks)} layers run; expected at most {LAYERS}", name=c.arch)
+    per_layer = "n_head n_head_kv n_ff rope_on heated window expert_limits ffn_limits".split()
+    return replace(
+        c,
+        n_layer=len(blocks),
+        blocks=blocks,
+        **{name: tuple(getattr(c, name)[b] for b in blocks) for name in per_layer},
+    )
+
+
+def read_limits(k: Keys, key: str, n_layer: int) -> tuple[float, ...]:
+    """Each layer's bound of what goes through an activation; 0 where there is none."""
+    if not k.has(key):
+        return (0.0,) * n_layer
+    values = np.asarray(k.get(key), float).ravel()
+    if values.size == n_layer + k.n_skipped:
+        values = values[:n_layer]
+    if values.size not in (1, n_layer) or not (np.isfinite(values).all() and (values >= 0).all()):
+        raise GGUFError(
+            f"is {k.get(key)!r:.60}; expected {n_layer} numbers of at least 0", name=k.prefix + key
+        )
+    return tuple(np.broadcast_to(values, n_layer).tolist())
 
 
 def read_experts_used(k: Keys, n_expert: int) -> int:

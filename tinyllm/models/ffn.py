@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import GGUFError
-from ..kernels.backend import Array, LayerCache, Routing
+from ..kernels.backend import Array, Backend, LayerCache, Routing
 from . import probe
 from .config import Config
 from .mixer import Mixer
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from .archs import Arch
 
 
+LEAST_SILU = 0.2785
+
+
 class FFN:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate. [T, E] -> [T, E]."""
 
-    def __init__(self, c: Config, a: Arch, w: Tensors, n_ff: int, suffix: str = "") -> None:
-        self.be, self.act = w.be, a.act
+    def __init__(
+        self, c: Config, a: Arch, w: Tensors, n_ff: int, suffix: str = "", limit: float = 0.0
+    ) -> None:
+        self.be, self.act, self.limit = w.be, a.act, Limit(w.be, limit, n_ff) if limit else None
         self.gate, self.up = halves(a, w, n_ff, c.n_embd, suffix)
         self.down = w.linear(f"ffn_down{suffix}", c.n_embd, n_ff)
         self.norm = w.norm_if("ffn_sub_norm", n_ff)  # BitNet's, of what goes into down
@@ -31,7 +36,8 @@ class FFN:
     def __call__(self, step: Step, x: Array) -> Array:
         if self.norm is not None:
             return self.down(self.norm(step.tap(self.point, self.hidden(x))))
-        if not all(p.plain for p in (self.gate, self.up) if p is not None):
+        plain = all(p.plain for p in (self.gate, self.up) if p is not None)
+        if self.limit is not None or not plain:
             return self.down(step.tap(self.point, self.hidden(x)))
         if self.gate is None:
             hidden = self.be.matmul_act(self.up.weight, x, self.up.bias, self.act)
@@ -43,11 +49,31 @@ class FFN:
     def hidden(self, x: Array) -> Array:
         """What goes into down."""
         up = self.up(x)
+        if self.limit is not None and self.gate is not None:
+            return self.limit(self.be.act(self.gate(x), self.act), up)
         return (
             self.be.act(up, self.act)
             if self.gate is None
             else self.be.act_mul(self.gate(x), up, self.act)
         )
+
+
+class Limit:
+    """Keep an activated gate below a bound and what it multiplies within it: [.., n] twice -> [.., n]."""
+
+    def __init__(self, be: Backend, bound: float, n: int) -> None:
+        self.be, self.bound = be, bound
+        # silu is never below -0.28, so that a wider bound may count both ways
+        self.top = None if bound > LEAST_SILU else be.array(np.full(n, bound, np.float32))
+
+    def __call__(self, gate: Array, up: Array) -> Array:
+        be = self.be
+        if self.top is None:
+            gate = be.clamp(gate, self.bound)
+        else:
+            above = be.act(be.add(gate, self.top, scale=-1.0), "relu")
+            gate = be.add(gate, above, scale=-1.0)
+        return be.mul(gate, be.clamp(up, self.bound))
 
 
 class FeedForwardAlone(Mixer):
@@ -111,7 +137,9 @@ class MoE:
     Mixtral arXiv:2401.04088; DeepSeekMoE arXiv:2401.06066.
     """
 
-    def __init__(self, c: Config, a: Arch, w: Tensors) -> None:
+    def __init__(
+        self, c: Config, a: Arch, w: Tensors, limit: float = 0.0, shared_limit: float = 0.0
+    ) -> None:
         n, e = c.n_expert, c.n_embd
         if not n:
             raise GGUFError("is 0, yet the file has experts", name=f"{c.arch}.expert_count")
@@ -125,6 +153,7 @@ class MoE:
             e = narrow
         self.gate, self.up, n_ff = stacks(a, w, n, e)
         self.down = Experts(w, "ffn_down_exps", n, e, n_ff)
+        self.limit = Limit(w.be, limit, n_ff) if limit else None
         self.down_scale = None  # a number for each expert
         if w.has("ffn_down_exps.scale"):
             row = Row("ffn_down_exps.scale", w.host("ffn_down_exps.scale", n).reshape(n, 1))
@@ -135,7 +164,8 @@ class MoE:
         )
         self.shared = self.shared_gate = None
         if w.has(*(f"ffn_{n}_shexp.weight" for n in ("up", "gate", "down"))):
-            self.shared = FFN(c, a, w, w.source("ffn_down_shexp.weight").shape[1], "_shexp")
+            n_shared = w.source("ffn_down_shexp.weight").shape[1]
+            self.shared = FFN(c, a, w, n_shared, "_shexp", shared_limit)
         if w.has("ffn_gate_inp_shexp.weight"):
             self.shared_gate = shared_gate(w, c.n_embd)
         self.routing, self.at = routing(c, a), w.prefix
@@ -168,6 +198,9 @@ class MoE:
             weights = be.act(be.scale_softcap(weights, 0.0), "exp")  # ones
         if self.gate is None:
             hidden = be.act(self.up(x, experts), self.act)
+        elif self.limit is not None:
+            gate = be.act(self.gate(x, experts), self.act)
+            hidden = self.limit(gate, self.up(x, experts))
         else:
             both = self.gate, self.up
             ws, biases = [p.weight for p in both], [p.bias for p in both]
@@ -270,11 +303,13 @@ def make_ffn(c: Config, a: Arch, i: int, w: Tensors) -> Any:
         return FFN(c, a, w, w.source("ffn_up.weight").shape[0])
     names = "ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps", "ffn_gate_inp"
     if not w.has(*(f"{n}.weight" for n in names)):
-        return FFN(c, a, w, c.n_ff[i])
+        return FFN(c, a, w, c.n_ff[i], limit=c.ffn_limits[i])
     beside = w.has("ffn_up.weight", "ffn_gate.weight", "ffn_down.weight")
     if beside and a.experts_beside != 1:
         return BesideMoE(c, a, w, c.n_ff[i])
-    return NormedBesideMoE(c, a, w, c.n_ff[i]) if beside else MoE(c, a, w)
+    if beside:
+        return NormedBesideMoE(c, a, w, c.n_ff[i])
+    return MoE(c, a, w, c.expert_limits[i], c.ffn_limits[i])
 
 
 def shared_gate(w: Tensors, n_embd: int) -> Linear:

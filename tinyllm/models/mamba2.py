@@ -1,6 +1,6 @@
 """Mamba 2's mixer: heads that decay as one, with inputs and outputs shared in groups. arXiv:2405.21060.
 
-Also both kinds of mixer side by side (Falcon-H1, arXiv:2507.22448).
+Also both kinds of mixer side by side (Falcon-H1, arXiv:2507.22448), and Mamba's with such heads (PLaMo 2).
 """
 
 from __future__ import annotations
@@ -68,14 +68,59 @@ class Mamba2(Mixer):
         return self.out(self.norm(y) if self.norm else y)
 
 
+class MambaByHead(Mixer):
+    """Mamba whose rates and decays are heads', and whose gates lie head by head beside the inputs (PLaMo 2).
+
+    What the rates are made of, and what goes into and out of the states, is normalised. [T, E] -> [T, E].
+    """
+
+    def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        n, s, h = c.ssm_inner, c.ssm_state, c.ssm_dt_rank
+        check_divides(c, "time_step_rank", h, n)
+        self.be, self.i, self.width, self.n, self.s = w.be, i, c.ssm_conv, n, s
+        self.n_head, d = h, n // h
+        gates = (np.arange(h)[:, None] * 2 * d + np.arange(d)).ravel()
+        self.gate, self.x_in = (w.linear("ssm_in", 2 * n, c.n_embd, r) for r in (gates, gates + d))
+        self.conv = w.array("ssm_conv1d.weight", n, c.ssm_conv)
+        self.conv_bias = w.optional("ssm_conv1d.bias", n)
+        n_all = w.source("ssm_x.weight").shape[0]
+        sizes = {"b": s, "c": s, "dt": n_all - 2 * s}
+        bounds = np.cumsum([0, *sizes.values()])
+        self.low = [w.linear("ssm_x", n_all, n, slice(lo, hi)) for lo, hi in pairwise(bounds)]
+        self.norms = [w.norm(f"ssm_{name}_norm", size) for name, size in sizes.items()]
+        self.dt = w.linear("ssm_dt", h, sizes["dt"])
+        w.require("ssm_dt.bias")
+        self.a = w.be.array(np.repeat(w.host("ssm_a").reshape(h, 1), d, 0).repeat(s, 1))
+        self.d = w.be.array(np.repeat(w.host("ssm_d").reshape(h), d))
+        self.out = w.linear("ssm_out", c.n_embd, n)
+
+    @property
+    def cache(self) -> LayerCache:
+        """The last inputs of the convolution, and the states."""
+        return LayerCache(arrays=(("conv", (self.width - 1, self.n)), ("ssm", (self.n, self.s))))
+
+    def __call__(self, step: Step, h: Array) -> Array:
+        be, batch = self.be, step.batch
+        x = be.act(be.conv1d(batch, self.i, self.x_in(h), self.conv, self.conv_bias), "silu")
+        b, c, low = (norm(part(x)) for norm, part in zip(self.norms, self.low, strict=True))
+        dt = step.tap(f"blk.{self.i}.rate", be.act(self.dt(low), "softplus"))
+        dt = widened(be, dt, self.n_head, self.n // self.n_head)
+        y = be.scan(batch, self.i, x, dt, self.a, b, c, self.d)
+        probe.state(step, self.i, "ssm", y)
+        gate = step.tap(f"blk.{self.i}.gate", self.gate(h))
+        return self.out(be.act_mul(gate, y, "silu"))
+
+
 def check_groups(c: Config) -> None:
     """Raise GGUFError unless channels divide into heads, and heads into groups."""
-    for key, n, whole in (
-        ("time_step_rank", c.ssm_dt_rank, c.ssm_inner),
-        ("group_count", c.ssm_group, c.ssm_dt_rank),
-    ):
-        if not n or not whole or whole % n:
-            raise GGUFError(f"is {n}; expected a divisor of {whole}", name=f"{c.arch}.ssm.{key}")
+    check_divides(c, "time_step_rank", c.ssm_dt_rank, c.ssm_inner)
+    check_divides(c, "group_count", c.ssm_group, c.ssm_dt_rank)
+
+
+def check_divides(c: Config, key: str, n: int, whole: int) -> None:
+    """Raise GGUFError unless what a key says divides something into parts."""
+    if not n or not whole or whole % n:
+        raise GGUFError(f"is {n}; expected a divisor of {whole}", name=f"{c.arch}.ssm.{key}")
 
 
 def convolutions(w: Tensors, c: Config, cuts: list[slice]) -> list[tuple[Array, Array | None]]:

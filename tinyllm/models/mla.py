@@ -15,7 +15,7 @@ from ..kernels.backend import Array, LayerCache
 from . import probe
 from .attention import Heating, check_has_heads, make_rope
 from .config import Config
-from .mixer import Mixer
+from .mixer import Mixer, widened
 from .rope import attention_scale
 from .step import Step
 from .weights import Tensors
@@ -32,8 +32,10 @@ class LatentAttention(Mixer):
     """[T, E] -> [T, E]; R = kv_lora_rank, P = rope_dim, N = head_dim - P."""
 
     def __init__(self, c: Config, a: Arch, i: int, w: Tensors) -> None:
+        c = c.at(i)
         self.be, self.i, self.n_head = w.be, i, c.n_head[i]
         check_has_heads(c, i)
+        self.window = c.window[i]
         self.rank, self.head_dim, self.head_dim_v = c.kv_lora_rank, c.head_dim, c.head_dim_v
         plain, turned = c.head_dim - c.rope_dim, c.rope_dim
         self.scale = attention_scale(c)
@@ -61,6 +63,10 @@ class LatentAttention(Mixer):
         self.o = w.linear("attn_output", c.n_embd, self.n_head * c.head_dim_v)
         self.temperature = Heating(c, w) if c.temperature else None
         self.turned = turned
+        self.gate = self.k_norm = None
+        if w.has("attn_gate.weight", "attn_k_norm.weight"):  # dots 3 note's
+            self.gate = w.linear("attn_gate", self.n_head, c.n_embd)
+            self.k_norm = w.norm("attn_k_norm", turned)
         w.pass_over(*(f"indexer.{n}" for n in INDEXER))
         if a.position == "rope":
             self.rope = make_rope(c, a, i, w, first=self.rank if self.absorbed else plain)
@@ -69,8 +75,8 @@ class LatentAttention(Mixer):
     def cache(self) -> LayerCache:
         """The latent vector and one rotated key per position, or full keys and values."""
         if self.absorbed:
-            return LayerCache(1, self.rank + self.turned, self.rank)
-        return LayerCache(self.n_head, self.head_dim, self.head_dim_v)
+            return LayerCache(1, self.rank + self.turned, self.rank, window=self.window)
+        return LayerCache(self.n_head, self.head_dim, self.head_dim_v, window=self.window)
 
     def __call__(self, step: Step, x: Array) -> Array:
         be, h = self.be, self.n_head
@@ -80,6 +86,7 @@ class LatentAttention(Mixer):
             q_in = x
         q_plain, q_turned = self.q_plain(q_in), self.q_turned(q_in)
         latent, k_turned = self.latent_norm(self.latent(x)), self.k_turned(x)
+        k_turned = self.k_norm(k_turned) if self.k_norm else k_turned
         if self.absorbed:
             q = be.concat([be.matmul_heads(self.k_b, q_plain), q_turned], h)
             k, v = be.concat([latent, k_turned]), latent
@@ -92,8 +99,11 @@ class LatentAttention(Mixer):
         q = q if self.temperature is None else self.temperature(step, q)
         q, k = step.tap(f"blk.{self.i}.q", q), step.tap(f"blk.{self.i}.k", k)
         be.cache_write(step.batch, self.i, k, step.tap(f"blk.{self.i}.v", v))
-        y = be.attention(step.batch, self.i, q, h, scale=self.scale)
+        y = be.attention(step.batch, self.i, q, h, scale=self.scale, window=self.window)
         y = be.matmul_heads(self.v_b, y) if self.absorbed else y
+        if self.gate is not None:
+            gate = widened(be, be.act(self.gate(x), "sigmoid"), h, self.head_dim_v)
+            y = be.mul(y, gate)
         y = step.tap(f"blk.{self.i}.attn_heads", y)
         y, heads = self.o(y), y
         if not step.asks(f"blk.{self.i}.", "attn_result"):

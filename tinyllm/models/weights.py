@@ -236,7 +236,11 @@ class Tensors:
 
     def matrix(self, name: str, *shape: int, rows: slice | np.ndarray | None = None) -> Weight:
         """A matrix or a stack of them, [n_out, n_in] or [n, n_out, n_in], as the file stores it."""
-        return self.be.load(self.source(name, *shape), rows)
+        source = self.source(name, *shape)
+        if len(set(self.c.blocks)) == self.c.n_layer:
+            return self.be.load(source, rows)
+        part = rows.tobytes().hex() if isinstance(rows, np.ndarray) else rows
+        return self.once(f"{source.name} {part}", lambda: self.be.load(source, rows))
 
     def stack(self, name: str, n: int, n_out: int, n_in: int, half: int | None = None) -> Weight:
         """A stack of matrices [n, n_out, n_in]; ``half`` 0 or 1 of one whose matrices are twice as tall."""
@@ -290,10 +294,11 @@ def check_layers(tensors: Mapping[str, Stored], c: Config, gated: bool) -> None:
     GGUFError
         A tensor is missing; the message names it.
     """
-    layers = by_layer(tensors, c.n_layer)
+    layers = by_layer(tensors, max(c.blocks) + 1)
     check_uniform(layers)
     check_biases(tensors)
-    for i, names in enumerate(layers[: c.n_layer - c.n_kv_shared]):
+    pairs = [] if c.kv_lora_rank else layers[: c.n_layer - c.n_kv_shared]
+    for i, names in enumerate(pairs):
         check_pair(f"blk.{i}.", names, "attn_q_norm.weight", "attn_k_norm.weight")
     if not gated:
         for i, names in enumerate(layers):
@@ -337,7 +342,7 @@ def parts(names: set[str]) -> dict[tuple[bool, ...], set[str]]:
     ffn = {n for n in names if n.startswith(("ffn_", "exp_probs_b"))}
     mixer = tuple(
         any(n.startswith(p) for n in names)
-        for p in ("attn_q.", "attn_output.", "ssm_", "shortconv.", "attn_kv_a_mqa.")
+        for p in ("attn_q.", "attn_output.", "ssm_", "shortconv.", "attn_kv_a_mqa.", "indexer.")
     )
     return {(has_experts(names), bool(ffn)): ffn, mixer: names - ffn}
 
