@@ -12,6 +12,7 @@ from typing import overload
 
 import numpy as np
 
+from .fit_kernels import lines, rays, run, units
 from .format import Array, Floats
 
 
@@ -77,46 +78,48 @@ def fit_scale(
     return scale[..., None]
 
 
-def fit_affine(
+STRETCHES = np.linspace(-0.9, 0.9, 13, dtype=np.float32)  # added to the largest code, one try each
+
+
+def fit_line(
     x: Floats, high: int, negative_min: bool, weights: Floats | None = None
 ) -> tuple[Floats, Floats]:
-    """Find scale s and minimum m of x = s * q + m, q in 0..high: [..., n] -> two of [..., 1].
+    """Find scale s and minimum m of x = s * q + m, q in 0..high: [..., n] -> two of [...].
 
     negative_min: the format stores -m unsigned, so m must not exceed 0; weights: how much each value's squared
     error counts.
     """
-    x, snap = _group_first(x), rounded(0, high)
-    w = None if weights is None else _group_first(weights)
-    low = np.minimum(x.min(0), 0) if negative_min else x.min(0)
-    above, span = x - low, x.max(0) - low
-    scale, minimum, best = span / np.float32(high), low, np.full_like(low, -1)
-    for stretch in np.linspace(-0.5, 1, 7):
-        codes = snap(above * divide(np.full_like(span, high + stretch), span))
-        s, m, gain = _line(x, codes, negative_min, w)
-        better = gain > best
-        best = np.where(better, gain, best)
-        scale, minimum = np.where(better, s, scale), np.where(better, m, minimum)
-    return scale[..., None], minimum[..., None]
+    flat, w = _rows(x), _rows(np.ones_like(x) if weights is None else weights)
+    scale, minimum = np.empty(len(flat), np.float32), np.empty(len(flat), np.float32)
+    run(lines, flat, w, float(high), negative_min, STRETCHES, scale, minimum)
+    return scale.reshape(x.shape[:-1]), minimum.reshape(x.shape[:-1])
 
 
-def _line(
-    x: Floats, q: Floats, negative_min: bool, w: Floats | None = None
-) -> tuple[Floats, Floats, Floats]:
-    """Least-squares line s * q + m through points [n, ...]; and by how much it lowers sum(x * x)."""
-    if w is None:
-        n: Floats = np.float32(len(x))
-        mean_x, mean_q, xq, qq = x.mean(0), q.mean(0), _dot(x, q), _dot(q, q)
-    else:
-        n, wq = w.sum(0), w * q
-        mean_x, mean_q, xq, qq = _dot(w, x) / n, wq.sum(0) / n, _dot(x, wq), _dot(q, wq)
-    covariance = xq - n * mean_x * mean_q
-    s = divide(covariance, qq - n * mean_q * mean_q)
-    m = mean_x - s * mean_q
-    gain = s * covariance + n * mean_x * mean_x
-    if not negative_min:
-        return s, m, gain
-    ray = divide(xq, qq)  # where m would be positive, the best line through the origin
-    return np.where(m > 0, ray, s), np.minimum(m, 0), np.where(m > 0, ray * xq, gain)
+def fit_ray(x: Floats, low: int, weights: Floats | None = None) -> Floats:
+    """Find scale s of x = s * q, q in low..-low-1: [..., n] -> [...].
+
+    The value farthest from zero becomes about low; weights: how much each value's squared error counts.
+    """
+    flat, w = _rows(x), _rows(np.ones_like(x) if weights is None else weights)
+    scale = np.empty(len(flat), np.float32)
+    starts = np.float32(low) + np.linspace(-0.9, 1, 13, dtype=np.float32)
+    run(rays, flat, w, float(low), float(-low - 1), starts, scale)
+    return scale.reshape(x.shape[:-1])
+
+
+def fit_unit(values: Floats, weights: Floats, top: int) -> Floats:
+    """The unit of which values [N, groups] are about whole multiples, at most ``top`` -> [N].
+
+    weights: how much each value's squared error counts; a negative top is what the value farthest from zero is
+    mapped to.
+    """
+    unit = np.empty(len(values), np.float32)
+    run(units, np.ascontiguousarray(values), weights, float(top), unit)
+    return unit
+
+
+def _rows(x: Floats) -> Floats:
+    return np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
 
 
 def _group_first(x: Floats) -> Floats:

@@ -7,21 +7,20 @@ weights share d, of which the scales are odd multiples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from threading import Lock
 
 import numpy as np
 
 from .fit import divide
+from .fit_kernels import run
 from .format import Array, Floats, pack_fields
 from .iq_tables import codebook
 from .iquants import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 
-STRETCHES = np.array(
-    [0.7, 0.8, 0.9, 1.0, 1.1, 1.25], np.float32
-)  # a scale is tried as this many of the first guess
+# A scale is tried as this many of the first guess; then rows and scales are fitted to each other.
+STRETCHES = np.array([0.5, 0.65, 0.8, 0.95, 1.1, 1.3], np.float32)
+ROUNDS = 2
 SIGNS = np.left_shift(1, np.arange(8)).astype(np.uint8)
 
 
@@ -52,7 +51,6 @@ KINDS = {
     "IQ3_XXS": Kind("IQ3_XXS", 32, 1 / 4, 15, even=True),
     "IQ3_S": Kind("IQ3_S", 32, 1.0, 15),
 }
-COMPILING = Lock()  # numba compiles in one thread at a time
 TOPS = {8: 43.0, 4: 62.0}  # the largest code of a row, by its length; of IQ3_S below
 
 
@@ -70,48 +68,36 @@ def columns(table: str, shift: int) -> Floats:
     return turned
 
 
-@cache
-def searcher() -> Callable[[Floats, Floats, Floats, Floats, Array, Floats], None]:
-    """The search, compiled when it is first needed."""
-    from numba import njit
-
-    @njit(nogil=True, fastmath={"contract", "nsz", "nnan", "reassoc"})  # type: ignore[untyped-decorator]
-    def search(
-        x: Floats, w: Floats, scale: Floats, table: Floats, index: Array, least: Floats
-    ) -> None:
-        run, n = table.shape
-        errors = np.empty(n, np.float32)
-        for r in range(len(x)):
-            inverse = np.float32(1) / scale[r] if scale[r] > 0 else np.float32(0)
-            for i in range(run):
-                target, weight = x[r, i] * inverse, w[r, i]
-                if i == 0:
-                    for j in range(n):
-                        away = table[i, j] - target
-                        errors[j] = weight * away * away
-                else:
-                    for j in range(n):
-                        away = table[i, j] - target
-                        errors[j] += weight * away * away
-            smallest = errors[0]
-            for j in range(1, n):
-                smallest = min(smallest, errors[j])
-            for j in range(n):
-                if errors[j] == smallest:
-                    index[r] = j
-                    break
-            least[r] = smallest
-
-    return search  # type: ignore[no-any-return]
+def search(x: Floats, w: Floats, scale: Floats, table: Floats, index: Array, least: Floats) -> None:
+    """The kernel of `nearest`: all rows of a table [run, n] are looked at."""
+    run, n = table.shape
+    errors = np.empty(n, np.float32)
+    for r in range(len(x)):
+        inverse = np.float32(1) / scale[r] if scale[r] > 0 else np.float32(0)
+        for i in range(run):
+            target, weight = x[r, i] * inverse, w[r, i]
+            if i == 0:
+                for j in range(n):
+                    away = table[i, j] - target
+                    errors[j] = weight * away * away
+            else:
+                for j in range(n):
+                    away = table[i, j] - target
+                    errors[j] += weight * away * away
+        smallest = errors[0]
+        for j in range(1, n):
+            smallest = min(smallest, errors[j])
+        for j in range(n):
+            if errors[j] == smallest:
+                index[r] = j
+                break
+        least[r] = smallest
 
 
 def nearest(x: Floats, w: Floats, scale: Floats, table: str, shift: int) -> tuple[Array, Floats]:
     """The nearest row for each run: x, w [R, run], scale [R] -> indices [R], and errors / scale^2."""
     index, least = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
-    with COMPILING:
-        search = searcher()
-        search(x[:0], w[:0], scale[:0], columns(table, shift), index[:0], least[:0])
-    search(x, w, scale, columns(table, shift), index, least)
+    run(search, x, w, scale, columns(table, shift), index, least)
     return index, least
 
 
@@ -138,8 +124,9 @@ def fitted(x: Floats, w: Floats, kind: Kind) -> Floats:
     first = np.abs(x).max((1, 2)) / np.float32(top)
     best: Floats = np.zeros_like(first)
     scale: Floats = first.copy()
-    for stretch in STRETCHES:
-        _, _, codes = chosen(x, w, first * stretch, kind)
+    for stretch in (*STRETCHES, *[None] * ROUNDS):
+        tried = scale if stretch is None else first * stretch
+        _, _, codes = chosen(x, w, tried, kind)
         xq, qq = (w * x * codes).sum((1, 2)), (w * codes * codes).sum((1, 2))
         s = divide(xq, qq)
         gain = s * xq

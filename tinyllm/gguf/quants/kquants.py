@@ -8,9 +8,12 @@ Source: ggml, `ggml-common.h` (ikawrakow, llama.cpp pull request 1684).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from .fit import divide, fit_affine, fit_scale, grouped, peak, rounded
+from .fit import divide, fit_line, fit_ray, fit_unit, grouped, peak
+from .fit_kernels import place, run
 from .format import Array, Floats, Format, Int8Form, pack_planes, planes, quantised
 
 # weight = d * (scales[g] & 15) * q - dmin * (scales[g] >> 4), 16 groups; 2.625 bits per weight
@@ -97,41 +100,61 @@ def _scales_q4_k(packed: Array) -> tuple[Array, Array]:
 # --- encoding: float32 [N, 256] -> blocks [N] ---
 
 
-def _ratio(values: Floats, unit: Array, low: int, high: int) -> Floats:
-    """Group scales [N, groups] as integers times the block's unit [N]."""
-    return np.rint(divide(values, unit.astype(np.float32)[:, None])).clip(low, high)
+def _placed(
+    x: Floats, w: Floats, codes: tuple[int, int], bounds: tuple[int, int, int], units: Floats,
+    s: Floats, m: Floats,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Whole scales, minima and codes for x, w [N, groups, n] that fit the units of their blocks [N, 2].
 
-
-def _unit(values: Floats, code: int) -> Array:
-    """The half float that maps the value farthest from zero to code: [N, groups] -> [N]."""
-    return (peak(values)[:, 0] / code).astype(np.float16)
+    -> units as halves [N, 2], s, m [N, groups], codes [N, 256]. Given the codes, better units have a closed
+    form; they are kept where they lower a block's error.
+    """
+    best: list[Any] = []
+    limits = np.array(bounds, np.float32)
+    for _ in range(2):
+        half = units.astype(np.float16)
+        d = half.astype(np.float32)
+        if not best:  # the first integers; later ones begin where these ended
+            s = np.rint(divide(s, d[:, :1])).clip(bounds[0], bounds[1])
+            m = np.rint(divide(m, d[:, 1:])).clip(0, bounds[2])
+        s, m = s.astype(np.float32), m.astype(np.float32)
+        q, error, fresh = np.empty_like(x), np.empty(len(x), np.float32), np.empty_like(d)
+        run(place, x, w, float(codes[0]), float(codes[1]), limits, d, s, m, q, error, fresh)
+        now = [half, s, m, q.reshape(-1, 256), error]
+        if best:
+            better = (error < best[-1])[:, None]
+            now[:4] = [np.where(better, a, b) for a, b in zip(now[:4], best[:4], strict=True)]
+        best = [*now[:4], error]
+        units, s, m = fresh, s.copy(), m.copy()
+    half, s, m, q, _ = best
+    return half, s, m, q
 
 
 def _quantize_signed(
     x: Floats, groups: int, low: int, scale_low: int, w: Floats | None
 ) -> tuple[Array, Array, Array]:
     """-> d [N], integer scales [N, groups], codes low..-low-1 [N, 256]."""
-    x, w = grouped(x, groups), grouped(w, groups)
-    snap = rounded(low, -low - 1)
-    scale = fit_scale(x, low + np.linspace(-0.6, 1, 9), snap, w)[..., 0]
-    d = _unit(scale, scale_low)
-    integers = _ratio(scale, d, scale_low, -scale_low - 1)
-    codes = snap(divide(x, _times(d, integers)[..., None]))
-    return d, integers.astype(np.int8), codes.astype(np.int8).reshape(-1, 256)
+    x, w = grouped(x, groups), grouped(np.ones_like(x) if w is None else w, groups)
+    scale = fit_ray(x, low, w)
+    units = np.zeros((len(x), 2), np.float32)
+    units[:, 0] = fit_unit(scale, w.sum(-1), scale_low)
+    bounds = scale_low, -scale_low - 1, 0
+    half, s, _, q = _placed(x, w, (low, -low - 1), bounds, units, scale, np.zeros_like(scale))
+    return half[:, 0], s.astype(np.int8), q.astype(np.int8)
 
 
 def _quantize_affine(
     x: Floats, groups: int, high: int, scale_high: int, w: Floats | None
 ) -> tuple[Array, Array, Array, Array, Array]:
     """-> d, dmin [N], integer scales and minima [N, groups], codes 0..high [N, 256]."""
-    x, w = grouped(x, groups), grouped(w, groups)
-    scale, minimum = (v[..., 0] for v in fit_affine(x, high, True, w))
-    d, dmin = _unit(scale, scale_high), _unit(-minimum, scale_high)
-    scales, minima = _ratio(scale, d, 0, scale_high), _ratio(-minimum, dmin, 0, scale_high)
-    shifted = x + _times(dmin, minima)[..., None]
-    codes = np.rint(divide(shifted, _times(d, scales)[..., None])).clip(0, high)
-    integers = scales.astype(np.uint8), minima.astype(np.uint8)
-    return d, dmin, *integers, codes.astype(np.uint8).reshape(-1, 256)
+    x, w = grouped(x, groups), grouped(np.ones_like(x) if w is None else w, groups)
+    scale, minimum = fit_line(x, high, True, w)
+    heavy = w.sum(-1)
+    units = np.stack([fit_unit(v, heavy, scale_high) for v in (scale, -minimum)], -1)
+    bounds = 0, scale_high, scale_high
+    half, s, m, q = _placed(x, w, (0, high), bounds, units, scale, -minimum)
+    integers = s.astype(np.uint8), m.astype(np.uint8)
+    return half[:, 0], half[:, 1], *integers, q.astype(np.uint8)
 
 
 def _quantize_q2_k(x: Floats, w: Floats | None = None) -> Array:

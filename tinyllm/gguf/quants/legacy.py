@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .fit import divide, fit_affine, fit_scale, peak, rounded
+from .fit import divide, fit_line, fit_ray, peak, rounded
 from .format import (
     Array,
     Floats,
@@ -79,17 +79,15 @@ def _store(blocks: Array, codes: Floats) -> Array:
 def _quantize_centred(dtype: np.dtype[Any], x: Floats, w: Floats | None) -> Array:
     middle = 16 if _has(dtype, "qh") else 8
     snap = rounded(-middle, middle - 1)
-    limits = -middle + np.linspace(-0.6, 1, 9)
     blocks = np.zeros(len(x), dtype)
-    blocks["d"] = fit_scale(x, limits, snap, w)[:, 0]
+    blocks["d"] = fit_ray(x, -middle, w)
     return _store(blocks, snap(divide(x, _column(blocks["d"]))) + middle)
 
 
 def _quantize_affine(dtype: np.dtype[Any], x: Floats, w: Floats | None) -> Array:
     high = 31 if _has(dtype, "qh") else 15
-    scale, minimum = fit_affine(x, high, False, w)
     blocks = np.zeros(len(x), dtype)
-    blocks["d"], blocks["m"] = scale[:, 0], minimum[:, 0]
+    blocks["d"], blocks["m"] = fit_line(x, high, False, w)
     codes = divide(x - _column(blocks["m"]), _column(blocks["d"]))
     return _store(blocks, np.rint(codes).clip(0, high))
 
