@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .measuring import imatrix
     from .model import Model
     from .research.compare import compare
+    from .research.recording import record, replay
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "load",
     "merge",
     "quantize",
+    "record",
+    "replay",
     "research",
     "tokenizers",
 ]
@@ -51,6 +54,8 @@ _HOMES = {
     "load": "loading",
     "merge": "gguf.merge",
     "quantize": "gguf.quantize",
+    "record": "research.recording",
+    "replay": "research.recording",
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from .. import __version__, plots
 from ..errors import ArgumentError, TinyLLMError
 from ..files import lines_of, read_text
-from . import comparing, localdocs, making, mapping
+from . import comparing, localdocs, making, mapping, recording
 from .arguments import (
     MODEL_HELP,
     USAGE_ERROR,
@@ -463,6 +463,7 @@ COMMANDS = {
     **making.COMMANDS,
     **mapping.COMMANDS,
     **comparing.COMMANDS,
+    **recording.COMMANDS,
     **localdocs.COMMANDS,
     "chat": Command(
         "Talk with a model.",

@@ -78,6 +78,11 @@ class GGUFFile:
         offset = self.key_offsets.get(name) if tensor is None else tensor.offset
         return GGUFError(message, path=path, offset=offset, name=name)
 
+    @property
+    def paths(self) -> list[str]:
+        """The names of the file's parts; one, unless it is split."""
+        return [part.file.path for part in self._parts]
+
     def check_unchanged(self) -> None:
         """Raise GGUFError if a part was written to since it was opened.
 

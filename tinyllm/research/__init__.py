@@ -7,6 +7,23 @@ from .grids import Grid as Grid
 from .patches import Patch as Patch
 from .points import Point as Point
 from .probes import Probe as Probe
+from .recording import Parted as Parted
+from .recording import Recorded as Recorded
+from .recording import Recording as Recording
+from .recording import Replay as Replay
 from .sae import SAE as SAE
 
-__all__ = ["SAE", "Attribution", "Cache", "ControlVector", "Grid", "Patch", "Point", "Probe"]
+__all__ = [
+    "SAE",
+    "Attribution",
+    "Cache",
+    "ControlVector",
+    "Grid",
+    "Parted",
+    "Patch",
+    "Point",
+    "Probe",
+    "Recorded",
+    "Recording",
+    "Replay",
+]
