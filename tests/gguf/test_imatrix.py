@@ -165,6 +165,24 @@ def test_tensors_are_kept_or_given_types_by_pattern(tmp_path: Path) -> None:
             tinyllm.quantize(tmp_path / "wide.gguf", out, "Q4_0", **more)  # type: ignore[arg-type]
 
 
+def test_norms_get_no_type_by_pattern(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"blk.0.attn_norm.weight": (256,), "blk.0.ffn_gate_inp.weight": (4, 256),
+              "blk.0.ffn_up.weight": (8, 256), "token_embd.weight": (8, 256)}  # fmt: skip
+    tensors = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    gguf.write(tmp_path / "a.gguf", {"general.architecture": "llama"}, tensors)
+    for pattern in ("norm", "gate_inp"):
+        with pytest.raises(ArgumentError, match="is no matrix that is quantised"):
+            tinyllm.quantize(
+                tmp_path / "a.gguf", tmp_path / "b.gguf", "Q8_0", types={pattern: "Q4_K"}
+            )
+    types = tinyllm.quantize(
+        tmp_path / "a.gguf", tmp_path / "b.gguf", "Q8_0", types={"blk": "q4_k"}
+    )
+    assert types == {"blk.0.attn_norm.weight": "F32", "blk.0.ffn_gate_inp.weight": "F32",
+                     "blk.0.ffn_up.weight": "Q4_K", "token_embd.weight": "Q8_0"}  # fmt: skip
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other, wrong = Importance(), Importance()
     other.add("x", np.ones((1, 4)), np.ones(1))

@@ -287,6 +287,34 @@ def test_a_head_that_shares_the_embedding_keeps_its_rows_in_a_merge(tmp_path: Pa
         assert np.abs(m.logits(IDS) - expected).max() < EXACT * expected.std()
 
 
+def test_an_adapter_of_a_head_that_shares_the_embedding_is_merged_as_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    model, rng = base("llama", tmp_path), np.random.default_rng(0)
+    with gguf.open(model) as file:
+        assert "output.weight" not in file.tensors
+        n_vocab, n_embd = file.tensors["token_embd.weight"].shape
+        arch = file.metadata["general.architecture"]
+    keys = {
+        "general.type": "adapter", "general.architecture": arch, "adapter.type": "lora",
+        "adapter.lora.alpha": np.float32(4),
+    }  # fmt: skip
+    factors = {"a": (2, n_embd), "b": (n_vocab, 2)}
+    tensors = {
+        f"output.weight.lora_{x}": rng.standard_normal(shape).astype(np.float32)
+        for x, shape in factors.items()
+    }
+    gguf.write(tmp_path / "head.gguf", keys, tensors)
+    tinyllm.merge(model, tmp_path / "merged.gguf", [(tmp_path / "head.gguf", 0.5)])
+    found = []
+    for path, lora in ((model, [(tmp_path / "head.gguf", 0.5)]), (tmp_path / "merged.gguf", ())):
+        with tinyllm.load(path, "reference", kv_type="f32", lora=lora) as m:
+            found.append(m.logits(IDS))
+    with tinyllm.load(model, "reference", kv_type="f32") as m:
+        assert np.abs(m.logits(IDS) - found[0]).max() > 0.1 * found[0].std()
+    assert np.abs(found[0] - found[1]).max() < EXACT * found[0].std()
+
+
 @pytest.mark.parametrize("name", ["llama-all", "llama-mlp"])
 def test_heads_and_neurons_have_what_an_adapter_adds(name: str, tmp_path: Path) -> None:
     model, folder = base("llama", tmp_path), saved(name, tmp_path)

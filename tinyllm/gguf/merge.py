@@ -37,8 +37,9 @@ def merge(
     ----------
     src : path-like
         A GGUF file, or the first part of a split one. Quantised matrices that an adapter changes are quantised
-        again, which rounds them a second time: F16 is the better source. Where an adapter changes an embedding
-        that is the head too, the head is written beside it as it was: the adapter is not for that.
+        again, which rounds them a second time: F16 is the better source. Where an adapter changes an
+        embedding that is the head too, or that head, the head is written beside it: what is for one is not
+        for the other.
     dst : path-like
         The file to write; it appears only when it is complete.
     lora : sequence of path-like or (path-like, float)
@@ -73,22 +74,32 @@ def merge(
         raise ArgumentError("lora names no adapter; expected at least one")
     with open_file(src) as file, ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        tied = HEAD not in shapes and EMBEDDING in shapes
+        if tied:  # an adapter of the head then stands beside the embedding's product
+            shapes[HEAD] = shapes[EMBEDDING]
         pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in lora]
         adapters = [(read_adapter(p, file.metadata, shapes), float(scale)) for p, scale in pairs]
         blocks = {}
         for name, tensor in file.tensors.items():
-            mine = [(a, scale) for a, scale in adapters if name in a.pairs]
-            if mine and not quants.FORMATS[tensor.type].quantize:
+            mine = changing(name, adapters)
+            head = changing(HEAD, adapters) if tied and name == EMBEDDING else []
+            if (mine or head) and not quants.FORMATS[tensor.type].quantize:
                 raise ArgumentError(
                     f"{name} is {tensor.type}, which we do not write; merge into an F16 file"
                 )
             more = partial(changed, name, mine) if mine else None
             blocks[name] = deferred(tensor, tensor.type, pool, report, more)
-            if mine and name == EMBEDDING and HEAD not in file.tensors:
-                blocks[HEAD] = deferred(tensor, tensor.type, pool, None)
+            if head or (mine and tied and name == EMBEDDING):
+                more = partial(changed, HEAD, head) if head else None
+                blocks[HEAD] = deferred(tensor, tensor.type, pool, None, more)
         kept = {k: v for k, v in file.exact_metadata.items() if not k.startswith("split.")}
         write(dst, kept, blocks, part_bytes=part_bytes)
         return {name: block.type for name, block in blocks.items()}
+
+
+def changing(name: str, adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
+    """Those of the adapters, with their scales, that change a tensor."""
+    return [(a, scale) for a, scale in adapters if name in a.pairs]
 
 
 def changed(name: str, adapters: Sequence[tuple[Adapter, float]], start: int, stop: int) -> Floats:

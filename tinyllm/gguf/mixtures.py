@@ -267,7 +267,7 @@ def plan(
     if mixture not in MIXTURES:
         raise ArgumentError(f"no mixture {mixture!r}; there are {', '.join(MIXTURES)}")
     recipe = MIXTURES[mixture]
-    matrices = {name: shape for name, shape in shapes.items() if _is_matrix(name, shape)}
+    matrices = {name: shape for name, shape in shapes.items() if is_matrix(name, shape)}
     if FORMATS[recipe.base].int8_form is None:
         return dict.fromkeys(matrices, recipe.base)
     values = sorted((n for n in matrices if _role(n, shapes) == "attn_v"), key=_layer)
@@ -281,7 +281,7 @@ def plan(
     return types
 
 
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is quantised at all."""
     kept = any(part in name for part in _KEPT)
     return math.prod(shape[:-1]) > 1 and name.endswith("weight") and not kept

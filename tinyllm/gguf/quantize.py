@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..errors import ArgumentError, NumericError
 from . import quants
 from .imatrix import Importance, check_covers, per_row, read_imatrix
-from .mixtures import MIXTURES, plan
+from .mixtures import MIXTURES, is_matrix, plan
 from .reader import GGUFFile, open_file
 from .tensor import Tensor
 from .writer import Deferred, write
@@ -57,8 +57,8 @@ def quantize(
     keep : sequence of str
         Regular expressions; tensors whose names have a match stay as they are.
     types : mapping of str to str, optional
-        Regular expression -> type of the tensors whose names have a match, whatever the mixture says; the first
-        that fits.
+        Regular expression -> type of the matrices whose names have a match, whatever the mixture says; the
+        first that fits. Norms, routers and the like stay as they are.
     n_threads : int, optional
         All cores by default.
     part_bytes : int, optional
@@ -76,7 +76,8 @@ def quantize(
     GGUFError
         If `src` is damaged.
     ArgumentError
-        If the mixture is unknown, `n_threads` is below 1, `dst` is `src`, or a tensor is quantised already.
+        If the mixture is unknown, `n_threads` is below 1, `dst` is `src`, a tensor is quantised already, or an
+        expression has no match.
     NumericError
         If a weight is NaN, infinite, or too large for its new type.
 
@@ -116,6 +117,13 @@ def _asked(
         names = [n for n in planned if pattern.search(n)]
         if not names:
             raise ArgumentError(f"no tensor's name has a match of {pattern.pattern!r:.60}")
+        if kind is not None:  # norms, routers and the like have no other type in any mixture
+            first = names[0]
+            names = [n for n in names if is_matrix(n, file.tensors[n].shape)]
+            if not names:
+                raise ArgumentError(
+                    f"{first} is no matrix that is quantised; {pattern.pattern!r:.60} has a match in no other"
+                )
         for name in names:
             asked[name] = file.tensors[name].type if kind is None else kind
             fmt, n = quants.FORMATS.get(asked[name]), file.tensors[name].shape[-1]
