@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tinyllm import plots
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 FIRST = ["Q4_0", "Q8_0", "F16"]  # measured before the other formats
@@ -127,33 +129,24 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(flush=True)
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Bandwidth of each format with one row, and operations with many, beside the device's limits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def plot(report: dict[str, Any], folder: Path, name: str) -> None:
+    """Bandwidth of each format with few rows, and operations with many, under the device's limits."""
     limits = report["parts"]["limits"][0]
-    products = [row for name, rows in report["parts"].items() if "product" in name for row in rows]
-    if not products:
-        return
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
-    for axis, pick, key, limit in (
-        (axes[0], min, "gb_s", limits["copy_gb_s"]),
-        (axes[1], max, "tflop_s", limits.get("half_tflop_s")),
-    ):
-        rows = pick(p["rows"] for p in products)
-        chosen = sorted((p for p in products if p["rows"] == rows), key=lambda p: p[key])
-        axis.barh([p["format"] for p in chosen], [p[key] for p in chosen])
-        if limit:
-            axis.axvline(limit, color="black", linestyle="--", label="measured limit")
-            axis.legend()
-        axis.set_xlabel(key.replace("_s", "/s").replace("_", " "))
-        axis.set_title(f"{rows} rows of activations")
-    figure.suptitle(limits["device"])
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    products = [row for part, rows in report["parts"].items() if "product" in part for row in rows]
+    for pick, key, limit in ((min, "gb_s", "copy_gb_s"), (max, "tflop_s", "half_tflop_s")):
+        rows = pick((product["rows"] for product in products), default=0)
+        chosen = sorted((p for p in products if p["rows"] == rows), key=lambda p: -p[key])
+        names, values = [p["format"] for p in chosen], [p[key] for p in chosen]
+        if limit in limits and chosen:
+            names, values = ["measured limit", *names], [limits[limit], *values]
+        if chosen:
+            plots.bars(
+                names,
+                {"": values},
+                xlabel=key.replace("_s", "/s").replace("_", " "),
+                title=f"{limits['device']}, {rows} rows of activations",
+                path=folder / f"{name}-{rows}.png",
+            )
 
 
 def listed(text: str) -> list[str]:
@@ -178,7 +171,7 @@ def main() -> None:
     options.name = options.name or f"gpu-{said}"
     options.out.mkdir(parents=True, exist_ok=True)
     report = run(options)
-    plot(report, options.out / f"{options.name}.png")
+    plot(report, options.out, options.name)
     wrong = [f"{r['format']} x {r['rows']}" for rows in report["parts"].values() for r in rows
              if r.get("right") is False]  # fmt: skip
     for what, found in (("failed", list(report["failed"])), ("gave wrong numbers", wrong)):

@@ -18,7 +18,7 @@
 # You will cut text yourself, with the very merges that stand in a model's file; see where the cuts fall badly;
 # train a small tokenizer; and keep a user from speaking as the assistant.
 #
-# You need plain Python. **Time: 40 minutes.** Notebook 1 is useful, but not needed.
+# You need plain Python. **Time: 55 minutes.** Notebook 1 is useful, but not needed.
 
 # %%
 import importlib.util

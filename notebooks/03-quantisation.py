@@ -16,7 +16,7 @@
 # and how does one find out what was lost?
 #
 # You will pack a matrix into Q4_0 yourself, then take apart every other idea in use (two-level scales, uneven steps,
-# tiny floats), and in the end measure what each does to a whole model. **Time: 60 minutes.** You need NumPy, and to
+# tiny floats), and in the end measure what each does to a whole model. **Time: 50 minutes.** You need NumPy, and to
 # have seen a block of Q8_0 (notebook 1, part 4).
 
 # %%

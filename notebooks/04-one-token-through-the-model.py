@@ -16,7 +16,7 @@
 # its real quantised weights.
 #
 # You can do so because every activation in `tinyllm` has a name, and a *tap* sees it as it is made, and may even put
-# another in its place. **Time: 60 minutes.** You need matrices and vectors; notebook 1 has the same model as forty
+# another in its place. **Time: 50 minutes.** You need matrices and vectors; notebook 1 has the same model as forty
 # lines of code.
 
 # %%

@@ -16,7 +16,7 @@
 # why long conversations need gigabytes, why servers run out of memory, and why the first word of an answer takes so long.
 #
 # You will measure what the cache saves, compute how large it gets, build its pages, and squeeze it to a quarter.
-# **Time: 50 minutes.** You should know what queries, keys and values are (notebook 4, part 3).
+# **Time: 55 minutes.** You should know what queries, keys and values are (notebook 4, part 3).
 
 # %%
 import importlib.util

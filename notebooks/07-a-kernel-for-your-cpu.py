@@ -16,7 +16,7 @@
 # way: loops, NumPy, numba, vector instructions, and the instruction that was made for it. You read the machine's own
 # assembly, and end near the limit.
 #
-# **Time: 75 minutes.** You should have packed a block of Q4_0 (notebook 3, part 1). Everything is compiled for the
+# **Time: 60 minutes.** You should have packed a block of Q4_0 (notebook 3, part 1). Everything is compiled for the
 # processor that you have; the pictures and numbers are your machine's. (Numbers in the text are those of one core of a cloud
 # machine with AVX-512.)
 

@@ -15,7 +15,7 @@
 # notebook you measure the few numbers that describe your machine, predict the speed of models that you have never run,
 # then run them, and see how near you were; and when you were not near, you find out why.
 #
-# **Time: 50 minutes.** The only prerequisite is a feeling for "bytes" and "per second". All numbers are printed and none is
+# **Time: 40 minutes.** The only prerequisite is a feeling for "bytes" and "per second". All numbers are printed and none is
 # asserted: they are your machine's, and a neighbour on a shared machine can halve them.
 
 # %%

@@ -16,7 +16,7 @@
 # to NVIDIA's own code, and let an interpreter carry that out, instruction by instruction. What only hardware can show, the speed,
 # we reckon in the end.
 #
-# **Time: 60 minutes.** Parts 1 and 2 need NumPy alone. Part 3 needs an OpenCL driver (`pip install pyopencl intel-opencl-rt`, or a
+# **Time: 50 minutes.** Parts 1 and 2 need NumPy alone. Part 3 needs an OpenCL driver (`pip install pyopencl intel-opencl-rt`, or a
 # GPU's), part 4 a checkout of the repository and `pip install cupy-cuda13x nvidia-cuda-nvrtc pytest`. Each says so and goes on
 # where something is missing.
 

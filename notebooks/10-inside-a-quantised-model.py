@@ -16,7 +16,7 @@
 # those that do it, by the method that researchers use: **activation patching**. You do it on the quantised file itself, weights of 8 bits
 # and all, which is what people really run.
 #
-# **Time: 50 minutes.** You should know the residual stream and taps (notebook 4).
+# **Time: 35 minutes.** You should know the residual stream and taps (notebook 4).
 
 # %%
 import importlib.util

@@ -15,7 +15,7 @@
 # this notebook you find it, push it until the model says what you want, read other things out of the stream that no word shows, and see which of all
 # this is still there when the weights have two bits.
 #
-# **Time: 55 minutes.** You should know the residual stream and taps (notebook 4), and what the formats are (notebook 3).
+# **Time: 50 minutes.** You should know the residual stream and taps (notebook 4), and what the formats are (notebook 3).
 
 # %%
 import importlib.util
@@ -39,10 +39,7 @@ from tinyllm.gguf import quants
 
 model = tinyllm.load(kv_type="f32")
 tokenizer, LAYERS, E = model.tokenizer, model.config.n_layer, model.config.n_embd
-STREAM = [
-    "embd",
-    *[f"blk.{i}.out" for i in range(LAYERS)],
-]  # the stream before and behind each layer
+STREAM = ["embd", *[f"blk.{i}.out" for i in range(LAYERS)]]  # before and behind each layer
 
 
 def token(word):
@@ -509,30 +506,29 @@ def squeezed(kind):
 KINDS = ["Q6_K", "Q4_K", "Q3_K", "Q2_K"]
 MODELS = {k: squeezed(k) for k in KINDS}
 SOME = STORIES[:6]
-TRUTH = [read(ids) for ids in SOME]
-RUNS = {k: [read(ids, m) for ids in SOME] for k, m in MODELS.items()}
+LONG = [i for ids in SOME for i in ids]
 
 # %% [markdown]
-# **Along the layers.** How far is the stream from the original's, relative to its size? **Predict:** does the error grow from layer to layer, or does the
-# model pull itself together?
+# `tinyllm.compare` lets two models read the same text and says how far they are apart (from a shell: `tinyllm compare a.gguf b.gguf`). **Predict:**
+# at two bits, how often do both still choose the same next token? And how many words do they write alike, both always taking the likeliest token?
 
 # %%
-drift = {
-    k: [
-        float(
-            np.mean(
-                [
-                    np.linalg.norm(r[1][n] - t[1][n]) / np.linalg.norm(t[1][n])
-                    for r, t in zip(RUNS[k], TRUTH, strict=True)
-                ]
-            )
-        )
-        for n in STREAM
-    ]
-    for k in KINDS
-}
+FOUND = {k: tinyllm.compare(model, m, LONG, n_greedy=40) for k, m in MODELS.items()}
+for k, found in FOUND.items():
+    begins = found.parting.position - 16 if found.parting else "over 40"  # both go on from 16
+    print(
+        f"{k}: KL {found.kl[0]:.4f}, perplexity {found.perplexity_b[0]:.2f}"
+        f" after {found.perplexity_a[0]:.2f}, the same next token {found.agreement:.0%},"
+        f" written alike: {begins} tokens"
+    )
+
+# %% [markdown]
+# **Along the layers.** It also says how far the stream is from the original's behind each layer, relative to its size. **Predict:** does the error grow
+# from layer to layer, or does the model pull itself together?
+
+# %%
 plots.lines(
-    {k: (range(len(STREAM)), ys) for k, ys in drift.items()},
+    {k: (range(1, LAYERS + 1), found.layers) for k, found in FOUND.items()},
     xlabel="layers so far",
     ylabel="relative error of the stream",
     log="y",
@@ -562,28 +558,7 @@ with check("by kind"):
     assert got == {"name": 3.5, "mark": 2.0, "word": 5.0}
 
 # %%
-SMALL = {
-    "a",
-    "an",
-    "the",
-    "to",
-    "and",
-    "in",
-    "on",
-    "of",
-    "was",
-    "it",
-    "he",
-    "she",
-    "her",
-    "his",
-    "that",
-    "with",
-    "for",
-    "is",
-    "had",
-    "they",
-}
+SMALL = "a an the to and in on of was it he she her his that with for is had they".split()
 
 
 def kind_of(i):
@@ -608,6 +583,8 @@ def kl(z, truth):
     return (np.exp(p) * (p - q)).sum(-1)
 
 
+TRUTH = [read(ids) for ids in SOME]
+RUNS = {k: [read(ids, m) for ids in SOME] for k, m in MODELS.items()}
 KL = {
     k: np.concatenate([kl(r[0], t[0]) for r, t in zip(RUNS[k], TRUTH, strict=True)]) for k in KINDS
 }
@@ -657,31 +634,19 @@ plots.bars(
 #
 # ### Where it enters
 #
-# One more experiment, and you know it from notebook 10: **patch**. Run the broken model, but give it the original's stream behind one layer. What stays
-# of the KL divergence comes from the layers *behind*.
-
+# One more experiment: `compare` with `tensors="layers"` gives the broken model the original's weights back, those of one layer at a time, or the
+# table of words, and says by how much the KL divergence falls. **Predict:** which of them costs most?
 
 # %%
-def healed(m, name):
-    """Mean KL of model m when the stream at `name` is the original's."""
-    out = []
-    for ids, (z, stream) in zip(SOME[:3], TRUTH, strict=False):
-        with m.patched(name, stream[name]):
-            out.append(kl(m.logits(ids), z).mean())
-    return float(np.mean(out))
-
-
 BROKEN = "Q2_K"
-nothing = float(np.mean([kl(RUNS[BROKEN][k][0], TRUTH[k][0]).mean() for k in range(3)]))
+cost = tinyllm.compare(model, MODELS[BROKEN], LONG, tensors="layers", n_greedy=0).tensors
 plots.bars(
-    ["nothing healed", *STREAM],
-    {"KL": [nothing, *[healed(MODELS[BROKEN], n) for n in STREAM]]},
-    xlabel=f"KL divergence of {BROKEN} that is left when the stream is healed there",
+    list(cost), {"KL": list(cost.values())}, xlabel=f"by how much the KL of {BROKEN} falls with it"
 )
 
 # %% [markdown]
-# What is left at the last bar is the output table alone. Each step between two bars is what one layer costs. Somebody who has a few bits to
-# spare gives them where the steps are largest.
+# The bars add up to nearly the whole: here the errors of one part hardly hide or feed those of another. Somebody who has a few bits to spare gives them
+# where a bar is long for the bytes behind it. That is why so many files keep the table of words, which is the head, too, in more bits than the rest.
 
 # %%
 for m in (model, *MODELS.values()):

@@ -15,7 +15,7 @@
 # pieces that matter, put them in order, and answer from them, saying where it stands. You build each step by hand, *measure*
 # whether it works (most demonstrations forget that), and in the end put a model behind a web address and write a client for it.
 #
-# **Time: 55 minutes.** You need plain Python and a little NumPy. The last part needs the server's packages
+# **Time: 50 minutes.** You need plain Python and a little NumPy. The last part needs the server's packages
 # (`pip install fastapi uvicorn prometheus-client`); the notebook goes on without.
 
 # %%

@@ -11,6 +11,8 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, create_autospec
 
 import numpy as np
 import pytest
@@ -116,7 +118,9 @@ def test_the_page_of_structured_output_runs(capsys: pytest.CaptureFixture[str]) 
 # ---- all pages
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+RAY = [ROOT / "docs" / "api" / "ray.md", ROOT / "docs" / "scale.md"]
 APART = {
+    *RAY,
     PAGE,
     STRUCTURED,
     ROOT / "docs" / "bfloat16.md",
@@ -171,6 +175,36 @@ def test_a_command_of_a_page_parses(path: Path, line: str) -> None:
     name, *args = shlex.split(line.partition(" | ")[0], comments=True)
     if name != "chat":
         cli.COMMANDS[name].parser(name).parse_intermixed_args(args)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_the_scripts_that_a_page_calls_are_there(path: Path) -> None:
+    blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text("utf-8"), re.S | re.M)
+    called = re.findall(
+        r"^(?:python )?((?:benchmarks|scripts|training|docs)/\S+)", "\n".join(blocks), re.M
+    )
+    assert [name for name in called if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_python_on_a_page_is_marked_as_such(path: Path) -> None:
+    bare = re.findall(r"^```\n(.*?)^```", path.read_text("utf-8"), re.S | re.M)
+    assert [code for code in bare if re.match(r"(import|from) \w+", code)] == []
+
+
+@pytest.mark.parametrize("path", RAY, ids=name_of)
+def test_the_code_of_a_page_of_ray_runs_up_to_ray(path: Path) -> None:
+    """What it takes from tinyllm is there, and takes such arguments; jobs have tests in tests/clusters."""
+    pytest.importorskip("ray", reason="these pages need ray")
+    for code in re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.S):
+        lines = code.splitlines(keepends=True)
+        ours = [line for line in lines if line.startswith("from tinyllm")]
+        names: dict[str, Any] = {}
+        exec("".join(ours), names)
+        called = {name: names[name] for name in ("application", "per_node") if name in names}
+        stand_ins = {name: create_autospec(f, return_value={}) for name, f in called.items()}
+        names |= stand_ins | {"ray": MagicMock(), "serve": MagicMock()}
+        exec("".join(line for line in lines if not re.match(r"(import|from) ", line)), names)
 
 
 MODULES = [

@@ -120,6 +120,32 @@ def test_a_notebook_has_the_size_of_a_lesson(path):
     assert words >= 900
 
 
+def minutes(path: Path) -> float:
+    """What notebooks/README.md says that a notebook takes: words, lines of code, guesses and exercises."""
+    cells = jupytext.read(path).cells
+    texts = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    shown = [c.source for c in cells if c.cell_type == "code" and not tags(c)]
+    lines = sum(bool(line.strip()) for code in shown for line in code.splitlines())
+    answers = [code.splitlines() for code in solutions(path).values()]
+    written = [sum(bool(a.strip()) and '"""' not in a for a in lines) for lines in answers]
+    exercises = sum(2 + n / 2 for n in written)
+    return len(texts.split()) / 150 + lines / 20 + texts.count("**Predict") + exercises
+
+
+@each
+def test_a_notebook_takes_the_minutes_it_says(path):
+    (said,) = re.findall(r"\*\*Time: (\d+) minutes", path.read_text("utf-8"))
+    row = rf"^\| {int(path.stem[:2])} \| \[.+\]\(.+\) \| {said} \|"
+    assert len(re.findall(row, (FOLDER / "README.md").read_text("utf-8"), re.M)) == 1
+    assert abs(int(said) - minutes(path)) <= 5
+
+
+@each
+def test_a_notebook_has_at_most_400_lines_of_code(path):
+    codes = [c.source for c in jupytext.read(path).cells if c.cell_type == "code"]
+    assert sum(bool(line.strip()) for code in codes for line in code.splitlines()) <= 400
+
+
 @pytest.mark.slow
 @each
 def test_a_notebook_runs_as_it_is(path, monkeypatch):

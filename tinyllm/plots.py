@@ -74,7 +74,11 @@ def _tidy(ax: Any, **labels: Any) -> None:
 
 def _saved(figure: Any, path: str | Path | None) -> Any:
     if path is not None:
-        figure.savefig(path)
+        from matplotlib import rc_context
+
+        vector = Path(path).suffix.lower() == ".svg"  # whose dates and names would differ each time
+        with rc_context({"svg.hashsalt": "tinyllm"}):
+            figure.savefig(path, metadata={"Date": None} if vector else None)
     return figure
 
 
@@ -127,6 +131,7 @@ def bars(
     title: str = "",
     log: bool = False,
     path: str | Path | None = None,
+    ranges: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Any:
     """Draw horizontal bars, the first name on top; the groups of a name stand one below the other.
 
@@ -135,37 +140,45 @@ def bars(
     names
         One for each bar of a group.
     groups
-        By the group's name, a value for each of ``names``.
+        By the group's name, a value for each of ``names``; NaN where there is none, and then no room for it.
     log
         Whether the axis is logarithmic.
     xlabel, title, path
         What stands below and above; a file to write, too.
+    ranges
+        By the group's name, the smallest and the largest measured value of each bar: a thin line on it.
     """
-    height = 0.8 / len(groups)
-    figure, ax = _axes(8, 1 + 0.3 * len(names) * max(1.0, 0.65 * len(groups)))
-    at = np.arange(len(names))
-    for i, (group, values) in enumerate(groups.items()):
-        places = at + (i - (len(groups) - 1) / 2) * height
-        look = {
-            "color": LIGHT[i % len(LIGHT)],
-            "hatch": HATCHES[i % len(HATCHES)],
-            "edgecolor": INK,
-        }
-        ax.barh(places, values, height, label=group, linewidth=0.6, **look)
-        for y, value in zip(places, values, strict=True):
-            ax.annotate(
-                f" {_short(value)}",
-                (value if value > 0 or log else 0, y),
-                va="center",
-                fontsize=8,
-            )
+    values = np.array(list(groups.values()), dtype=float).reshape(len(groups), len(names))
+    at, middles, end = _rows_of_bars(~np.isnan(values))
+    figure, ax = _axes(8, 1 + 0.2 * end)
+    for i, (group, own, places) in enumerate(zip(groups, values, at, strict=True)):
+        look = {"color": LIGHT[i % 7], "hatch": HATCHES[i % 7], "edgecolor": INK}
+        known = ~np.isnan(own)
+        ax.barh(places[known], own[known], 1.0, label=group, linewidth=0.6, **look)
+        spread = np.array((ranges or {}).get(group, [(v, v) for v in own]), dtype=float)
+        for y, value, (low, high) in zip(places[known], own[known], spread[known], strict=True):
+            if ranges:
+                ax.plot([low, high], [y, y], color=INK, linewidth=1)
+            right = max(value, high) if value > 0 or log else 0
+            ax.annotate(f" {_short(value)}", (right, y), va="center", fontsize=8)
     _tidy(ax, xlabel=xlabel, title=title, xscale="log" if log else "linear")
-    ax.set_yticks(at, names, fontsize=9)
+    ax.set_yticks(middles, names, fontsize=9)
     ax.margins(x=0.12)
-    ax.invert_yaxis()
+    ax.set_ylim(end - 0.2, -0.9)
     if len(groups) > 1:
-        figure.legend(frameon=False, loc="outside upper right", ncols=len(groups))
+        figure.legend(frameon=False, loc="outside upper right", ncols=min(4, len(groups)))
     return _saved(figure, path)
+
+
+def _rows_of_bars(there: Any) -> tuple[Any, list[float], float]:
+    """Where bars [groups, names] stand, the middle of each name's, and the end of the last."""
+    at, middles, y = np.zeros(there.shape), [], 0.0
+    for name in range(there.shape[1]):
+        at[:, name] = y + np.cumsum(there[:, name]) - 1
+        n = int(there[:, name].sum())
+        middles.append(y + (n - 1) / 2)
+        y += n + 0.5
+    return at, middles, y
 
 
 def _short(value: float) -> str:
@@ -229,10 +242,12 @@ def _write_labels(ax: Any, labels: Sequence[str], at: Any) -> None:
     corners = ax.transData.transform(at) * 72 / ax.figure.dpi  # in points of print, as fonts are
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in corners]
     for label, place, (x, y) in zip(labels, at, corners, strict=True):
+        if not label:
+            continue
         wide = 5.2 * len(label)
         offsets = [
             (dx, dy)
-            for far in (4, 12, 20)
+            for far in (4, 12, 20, 28, 36)
             for dx in (6, -6 - wide)
             for dy in (far, -far - 7, 0 if far == 4 else far)
         ]
@@ -449,8 +464,6 @@ def roofline(
         own = [point for point in points if point[1] == maker]
         look = {"color": COLOURS[1:][i % 6], "marker": MARKERS[i % 7], "linestyle": ""}
         ax.plot([p[2] for p in own], [p[3] for p in own], label=maker, **look)
-    for label, _, x, y in points:
-        ax.annotate(label, (x, y), xytext=(5, -10), textcoords="offset points", fontsize=8)
     _tidy(
         ax,
         xscale="log",
@@ -464,4 +477,5 @@ def roofline(
     beside = {"xytext": (-6, 3), "textcoords": "offset points", "ha": "right"}
     ax.annotate(f"{slope:.0f} GB/s", (x, x * slope), color=INK, **beside)
     ax.legend(loc="lower right", frameon=False)
+    _write_labels(ax, [point[0] for point in points], np.array([point[2:] for point in points]))
     return _saved(figure, path)
