@@ -125,6 +125,11 @@ def lanes() -> int:
     return {"avx512vnni": 16, "avx2": 8, "avxvnni": 8}.get(instruction_set(), 4)
 
 
+def in_a_register(ty) -> bool:
+    """Whether a vector of integers takes one register; otherwise it takes two."""
+    return bool(ty.element.width * ty.count <= 32 * lanes())
+
+
 @lru_cache(1024)  # an operand of every other instruction, and slow to write out
 def _constant(value, sign, element, count):
     """The value in all lanes; by its sign too, as -0.0 equals 0.0."""
@@ -175,6 +180,26 @@ class Emit:
 
     def call(self, name, ret, *args):
         return self.b.call(self.function(name, ir.FunctionType(ret, [a.type for a in args])), args)
+
+    def call_each(self, name, ret, *args):
+        """``call`` of an instruction for each register that its vectors take: one, or two."""
+        if in_a_register(ret):
+            return self.call(name, ret, *args)
+        half = V(ret.element, ret.count // 2)
+        some = [[self.half_of(a, i) for a in args] for i in range(2)]
+        return self.joined(*(self.call(name, half, *one) for one in some))
+
+    def half_of(self, v, i):
+        """The lower or the upper lanes of a vector; whatever is none stays whole."""
+        if not isinstance(v.type, ir.VectorType):
+            return v
+        n = v.type.count // 2
+        return self.b.shuffle_vector(v, v, ir.Constant(V(I32, n), list(range(i * n, i * n + n))))
+
+    def joined(self, low, high):
+        """The lanes of two vectors, one behind the other."""
+        n = 2 * low.type.count
+        return self.b.shuffle_vector(low, high, ir.Constant(V(I32, n), list(range(n))))
 
     def function(self, name, ty):
         """A function of LLVM's or the C library's, declared when first used."""
@@ -300,9 +325,9 @@ class Emit:
         b.position_at_end(after)
         return new
 
-    def each_run(self, body: Callable) -> None:
-        """body(first) for each run of rows of a tile that vectors hold: a loop, not copies of the body."""
-        n = lanes()
+    def each_run(self, body: Callable, n: int = 0) -> None:
+        """body(first) for each run of n rows of a tile, of those in a register if 0: a loop, not copies."""
+        n = n or lanes()
         if n == LANES:
             body(I64(0))
         else:
@@ -331,8 +356,9 @@ class Emit:
         """
         isa, n = instruction_set(), total.type.count
         if isa in ("avx512vnni", "avxvnni"):
-            name = f"llvm.x86.avx512.vpdpbusd.{32 * n}"  # AVX-VNNI's, too: LLVM picks the encoding
-            return self.call(name, total.type, total, codes, x4)
+            # AVX-VNNI's, too: LLVM picks the encoding
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes()}"
+            return self.call_each(name, total.type, total, codes, x4)
         if isa == "neon":
             v16b = V(I8, 16)
             a, c = self.b.bitcast(codes, v16b), self.b.bitcast(x4, v16b)
@@ -374,9 +400,9 @@ class Emit:
             return b.add(b.mul(u[0], s[0]), b.mul(u[1], s[1]))
         u, s = b.bitcast(codes, bytes_), b.bitcast(x4, bytes_)
         if signed:  # |w| * (x with w's sign)
-            s = self.call("llvm.x86.avx2.psign.b", bytes_, s, u)
-            u = self.call("llvm.abs.v32i8", bytes_, u, I1(0))
-        return self.call("llvm.x86.avx2.pmadd.ub.sw", pairs, u, s)
+            s = self.call_each("llvm.x86.avx2.psign.b", bytes_, s, u)
+            u = self.call(f"llvm.abs.v{4 * n}i8", bytes_, u, I1(0))
+        return self.call_each("llvm.x86.avx2.pmadd.ub.sw", pairs, u, s)
 
     def add_pairs(self, total, pairs, factors=None):
         """The other half: total + the sums of 2 neighbouring 16-bit lanes, on AVX2 times factors if given."""
@@ -385,7 +411,7 @@ class Emit:
             ty16 = V(I16, 2 * ty.count)
             factors = b.bitcast(factors, ty16) if factors else self.const(1, ty16)
             pairs = b.bitcast(pairs, ty16)
-            return b.add(total, self.call("llvm.x86.avx2.pmadd.wd", ty, pairs, factors))
+            return b.add(total, self.call_each("llvm.x86.avx2.pmadd.wd", ty, pairs, factors))
         both, half = b.bitcast(pairs, ty), self.const(16, ty)
         return b.add(b.add(total, b.ashr(b.shl(both, half), half)), b.ashr(both, half))
 
@@ -394,6 +420,9 @@ class Emit:
         kind = {"x86_64": "v", "aarch6": "w"}.get(target()[0][:6])
         if kind is None or len(values) == 1:
             return values
+        if not in_a_register(values[0].type):
+            halves = self.finish([self.half_of(v, i) for v in values for i in range(2)])
+            return [self.joined(*pair) for pair in zip(halves[::2], halves[1::2], strict=True)]
         kinds = [v.type for v in values]
         ty = ir.FunctionType(ir.LiteralStructType(kinds), kinds)
         places = [*[f"={kind}"] * len(values), *map(str, range(len(values))), "~{memory}"]

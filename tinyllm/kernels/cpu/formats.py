@@ -16,15 +16,14 @@ from .layout import NIBBLES, Code, Format, Part, Tile, byte_of, lookup_nibbles, 
 __all__ = ["FORMATS", "Format", "Part", "Tile", "int8_format", "whole_format"]
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-NVFP4_VALUES = tuple(16 + v for v in MXFP4_VALUES)
+FP4_VALUES = tuple(16 + v for v in (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
 
 
 def _nibbles(e: Emit, tile: Tile, start: int) -> list[Code]:
     """Codes in 16 bytes: the low halves are columns 0..15, the high halves 16..31."""
-    words = [tile.word(start + 4 * c) for c in range(4)]
-    low = [lambda w=w: e.mask(w, NIBBLES) for w in words]
-    return low + [lambda w=w: e.mask(e.shr(w, 4), NIBBLES) for w in words]
+    words = [tile.held(start + 4 * c) for c in range(4)]
+    low = [lambda w=w: e.mask(w(), NIBBLES) for w in words]
+    return low + [lambda w=w: e.mask(e.shr(w(), 4), NIBBLES) for w in words]
 
 
 def _take_q4_0(e: Emit, t: Tile) -> Iterator[Part]:
@@ -70,8 +69,8 @@ def _bytes(t: Tile, start: int) -> list[Code]:
 
 def _looked_up(e: Emit, t: Tile, start: int, values: tuple[int, ...]) -> list[Code]:
     """The values that 16 bytes select, nibble by nibble: the low halves are columns 0..15."""
-    words = [t.word(start + 4 * c) for c in range(4)]
-    return [lambda w=w, h=h: lookup_nibbles(e, w, h, values) for h in range(2) for w in words]
+    words = [t.held(start + 4 * c) for c in range(4)]
+    return [lambda w=w, h=h: lookup_nibbles(e, w(), h, values) for h in range(2) for w in words]
 
 
 def _take_iq4_nl(e: Emit, t: Tile) -> Iterator[Part]:
@@ -85,7 +84,7 @@ def _take_mxfp4(e: Emit, t: Tile) -> Iterator[Part]:
     tiny = e.b.shl(e.const(0x00200000, x.type), x)
     bits = e.b.select(e.b.icmp_unsigned("<", x, e.const(2, x.type)), tiny, normal)
     scale = e.b.bitcast(bits, V(F32, t.n))
-    yield Part(_looked_up(e, t, 1, MXFP4_VALUES), [scale], [])
+    yield Part(_looked_up(e, t, 1, FP4_VALUES), [scale], [])
 
 
 def _half_of_e4m3(e: Emit, x: Any) -> Any:
@@ -104,10 +103,10 @@ def _take_nvfp4(e: Emit, t: Tile) -> Iterator[Part]:
     scales = [_half_of_e4m3(e, byte_of(e, [t.word(0)], g)) for g in range(4)]
 
     for i in range(2):
-        pairs = [[t.word(4 + 8 * g + 4 * c) for c in range(2)] for g in (2 * i, 2 * i + 1)]
+        pairs = [[t.held(4 + 8 * g + 4 * c) for c in range(2)] for g in (2 * i, 2 * i + 1)]
         places = [(w, h) for pair in pairs for h in range(2) for w in pair]
         codes: list[Code] = [
-            lambda w=w, h=h: lookup_nibbles(e, w, h, NVFP4_VALUES) for w, h in places
+            lambda w=w, h=h: lookup_nibbles(e, w(), h, FP4_VALUES) for w, h in places
         ]
         yield Part(codes, scales[2 * i : 2 * i + 2], [])
 
@@ -327,7 +326,7 @@ FORMATS = {
         Format("Q8_1", 32, (_D, _M, *words(4, 36)), _take_q8_1, signed=True),
         Format("Q8_K", 256, _Q8_K, _take_q8_k, signed=True),
         Format("IQ4_NL", 32, (_D, *words(2, 18)), _take_iq4_nl, signed=True),
-        Format("MXFP4", 32, ((0, 1), *words(1, 17)), _take_mxfp4, signed=True, bits=4),
+        Format("MXFP4", 32, ((0, 1), *words(1, 17)), _take_mxfp4, offset=16, bits=5),
         Format("NVFP4", 64, words(0, 36), _take_nvfp4, offset=16, group=16, bits=5),
         Format(
             "Q2_K", 256, _Q2_K, _take_q2_k, group=16, minima=True, span=256, bits=2, narrow=True

@@ -68,7 +68,7 @@ def gather(e: Emit, name: str, index: Any) -> Any:
         return e.call("llvm.x86.avx512.mask.gather.dpi.512", ty, *args)
     if instruction_set() in ("avx2", "avxvnni"):
         args = e.const(0, ty), p, index, e.const(-1, ty), I8(4)
-        return e.call("llvm.x86.avx2.gather.d.d.256", ty, *args)
+        return e.call_each("llvm.x86.avx2.gather.d.d.256", ty, *args)
     found = ir.Constant(ty, ir.Undefined)
     for i in range(n):
         at = e.b.shl(e.b.zext(e.b.extract_element(index, I32(i)), I64), I64(2))

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from llvmlite import ir
 
-from .emit import I8, I16, I32, I64, LANES, Emit, V, instruction_set, target
+from .emit import I8, I16, I32, I64, LANES, Emit, V, instruction_set, lanes, target
 
 NIBBLES = 0x0F0F0F0F
 Code: TypeAlias = Callable[..., Any]  # called without arguments: 4 columns as i32 lanes
@@ -101,6 +101,13 @@ class Tile:
         """The 4 bytes at ``start`` of the block."""
         return self._load(I32, 4, start)
 
+    def held(self, start: int) -> Callable[[], Any]:
+        """The word for several uses: loaded once, or each time where vectors take two registers."""
+        if self.n > lanes():
+            return lambda: self.word(start)
+        word = self.word(start)
+        return lambda: word
+
     def half(self, start: int) -> Any:
         """A half-precision number, as float."""
         return self.e.half(self._load(I16, 2, start))
@@ -120,6 +127,8 @@ def words(start: int, stop: int) -> tuple[tuple[int, int], ...]:
 
 def byte_of(e: Emit, words: list[Any], i: int) -> Any:
     """Byte i of consecutive words, unsigned."""
+    if instruction_set() == "avx2":  # one shuffle, which the next may be joined with
+        return shuffle(e, words[i // 4], (i % 4, None, None, None))
     return e.mask(e.shr(words[i // 4], 8 * (i % 4)), 255)
 
 
@@ -130,8 +139,8 @@ def lookup(e: Emit, codes: Any, values: tuple[int, ...]) -> Any:
     index = e.b.bitcast(codes, ty)
     if isa in ("avx512vnni", "avxvnni", "avx2"):
         table = ir.Constant(ty, [v & 255 for v in values] * (n // 16))
-        name = {64: "llvm.x86.avx512.pshuf.b.512", 32: "llvm.x86.avx2.pshuf.b"}[n]
-        return e.b.bitcast(e.call(name, ty, table, index), codes.type)
+        name = "llvm.x86.avx512.pshuf.b.512" if isa == "avx512vnni" else "llvm.x86.avx2.pshuf.b"
+        return e.b.bitcast(e.call_each(name, ty, table, index), codes.type)
     if isa == "neon":
         table = ir.Constant(ty, [v & 255 for v in values])
         return e.b.bitcast(e.call("llvm.aarch64.neon.tbl1.v16i8", ty, table, index), codes.type)

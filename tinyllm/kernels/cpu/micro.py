@@ -31,6 +31,7 @@ from llvmlite import ir
 
 from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, has_i8mm, instruction_set, lanes
 from .formats import Format, Part, Tile, int8_format, whole_format
+from .layout import shuffle
 from .simd import emitter, i64, types
 
 INVERSE_127 = float(np.float32(1 / 127))
@@ -148,6 +149,8 @@ class Columns:
         for first in run[::fit]:
             sums: list = []
             for c in range(first, min(first + fit, run.stop)):
+                if self.x.n > lanes():
+                    e.in_order()  # two registers of rows leave no room for more columns
                 w = self.code(c)
                 more = [e.pairs(w, self.x.codes(t, c), self.fmt.signed) for t in self.tokens]
                 sums = [e.b.add(s, m) for s, m in zip(sums, more, strict=True)] if sums else more
@@ -158,6 +161,8 @@ class Columns:
         for pairs in self.pairs(half):
             totals = totals or self.start(half)  # not before it is needed: registers are few
             totals = [self.e.add_pairs(t, p) for t, p in zip(totals, pairs, strict=True)]
+            if self.fmt.signed and len(totals) <= 4:  # beside sizes and signs registers run out
+                totals = self.e.finish(totals)
         return totals
 
     def add_scaled(self, whole: list) -> list:
@@ -167,7 +172,7 @@ class Columns:
             whole = self._less_offset(whole)
         for half, scale in enumerate(scales):
             if instruction_set() == "avx2":
-                both = e.b.or_(e.mask(scale, 0xFFFF), e.shl(scale, 16))
+                both = shuffle(e, scale, (0, 1, 0, 1))
                 for pairs in self.pairs(half):
                     whole = [e.add_pairs(w, p, both) for w, p in zip(whole, pairs, strict=True)]
             else:
@@ -193,8 +198,7 @@ def add_products(e: Emit, total, x, y):
     """total + the products of the lower and of the upper 16 bits of each lane; where ``multiplies_pairs``."""
     if instruction_set() == "avx2":
         return e.add_pairs(total, x, y)
-    bits = 32 * total.type.count
-    return e.call(f"llvm.x86.avx512.vpdpwssd.{bits}", total.type, total, x, y)
+    return e.call_each(f"llvm.x86.avx512.vpdpwssd.{32 * lanes()}", total.type, total, x, y)
 
 
 def scaled(e: Emit, part: Part, totals: list, x: Activations, token: int, acc):
@@ -227,9 +231,17 @@ def _add_parts(
     return acc
 
 
-def once(e: Emit, ahead, first):
-    """``ahead`` for the first rows of a tile; for others, whose lines are the same, 0."""
-    if lanes() == LANES:
+def rows_at_once(n_tokens: int) -> int:
+    """Rows that a micro-kernel treats at once: one token's, two registers of 8 where registers are so short.
+
+    So a tile streams by once, and what is read of activations serves both.
+    """
+    return LANES if lanes() == LANES // 2 and n_tokens == 1 else lanes()
+
+
+def once(e: Emit, ahead, first, n: int):
+    """``ahead`` for the first n rows of a tile; for others, whose lines are the same, 0."""
+    if n == LANES:
         return ahead
     return e.b.select(e.b.icmp_signed("==", first, I64(0)), ahead, I64(0))
 
@@ -271,10 +283,10 @@ def multiplier(
     that is read is asked for; 0 asks for nothing new. With ``resume`` y is added to, and there is no ``ahead``:
     the blocks are in a cache. ``order``: see ``ORDERS``.
     """
-    n, span = lanes(), fmt.span
+    n, span = rows_at_once(n_tokens), fmt.span
 
     def rows(e: Emit, w, x, slot, n_blocks, y, first, ahead) -> None:
-        ahead = None if ahead is None else once(e, ahead, first)
+        ahead = None if ahead is None else once(e, ahead, first, n)
         x = e.ptr(x)
         codes = e.at(x, e.b.mul(slot, I64(span)))
         planes = e.at(x, e.b.add(I64(span * slots), e.b.mul(slot, I64(4))))
@@ -312,7 +324,7 @@ def multiplier(
     @emitter(types.void, *[i64] * (5 if resume else 6))
     def multiply(e, w, x, slot, n_blocks, y, ahead=None):
         """Multiply a tile by tokens, and write the sums to y."""
-        e.each_run(lambda first: rows(e, w, x, slot, n_blocks, y, first, ahead))
+        e.each_run(lambda first: rows(e, w, x, slot, n_blocks, y, first, ahead), n)
 
     return multiply
 
@@ -362,7 +374,7 @@ def unpacker(fmt: Format, form: Format) -> Callable:
 
     def put(e: Emit, p, to, first, ahead) -> None:
         to = e.at(to, e.b.mul(first, I64(4)))
-        for j, part in enumerate(fmt.take(e, Tile(e, p, fmt, first, n, once(e, ahead, first)))):
+        for j, part in enumerate(fmt.take(e, Tile(e, p, fmt, first, n, once(e, ahead, first, n)))):
             e.in_order()
             for i, v in enumerate(vectors(e, part)):
                 e.store(v, to, j * part_bytes + 4 * LANES * i)
