@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .engine.completion import Completion, GenerateOptions, Pieces, check_given, unread, without_end
+from .engine.embedding import BeforeStep, no_matter
 from .errors import ArgumentError, TemplateError
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ class Chatting(ABC):
         questions: Sequence[Mapping[str, Any]],
         template: str | None = None,
         template_vars: Mapping[str, Any] | None = None,
+        before_step: BeforeStep = no_matter,
     ) -> Decisions:
         """Answer questions about a text or a conversation with probabilities, without writing a word.
 
@@ -219,6 +221,8 @@ class Chatting(ABC):
         template, template_vars
             As ``chat`` has them; ``enable_thinking`` is off unless given. A model without a template reads
             the text and the question one after the other.
+        before_step : callable
+            Called before each step; what it raises ends the work.
 
         Returns
         -------
@@ -252,7 +256,7 @@ class Chatting(ABC):
         labels, spelled = labels_of(self.tokenizer, max(len(q.options) for q in asked))
         texts = [self._question_ids(given, q.text(labels), template, template_vars) for q in asked]
         options = [spelled[: len(q.options)] for q in asked]
-        found, mass, n_read = shares(self.network, texts, options, self.n_ctx)
+        found, mass, n_read = shares(self.network, texts, options, self.n_ctx, before_step)
         answers = [q.answer(p) for q, p in zip(asked, found, strict=True)]
         return Decisions(answers, mass, Usage(n_read, 0, 0))
 

@@ -31,7 +31,7 @@ from .engine.completion import (
     without_end,
 )
 from .engine.constraint import Grammar, Schema, compile_grammar
-from .engine.embedding import check_ranks, embed, rank
+from .engine.embedding import BeforeStep, check_ranks, embed, no_matter, rank
 from .engine.generate import Overflow
 from .engine.speculate import drafting
 from .errors import ArgumentError, ContextOverflow, TinyLLMError, UnsupportedModel
@@ -141,7 +141,7 @@ class Model(Chatting, Studied):
             raise ContextOverflow(f"{len(ids)} ids after {len(state.ids)}; room for {state.n_ctx}")
         with state.taken():
             start = len(state.ids)
-            state.append(ids)
+            state.ids.extend(ids)
             return self._pending_logits(state, tap)[-(len(state.ids) - start) :]
 
     def _pending_logits(self, state: State, tap: Tap | None) -> np.ndarray:
@@ -188,7 +188,9 @@ class Model(Chatting, Studied):
             return np.empty((0, self.config.n_embd), np.float32)
         return np.stack(self.embed_batch(ids, pooling, normalize))
 
-    def rank(self, query: str, documents: Sequence[str]) -> np.ndarray:
+    def rank(
+        self, query: str, documents: Sequence[str], before_step: BeforeStep = no_matter
+    ) -> np.ndarray:
         """How well each document answers the query, by a reranker -> float32 [n]; more is better.
 
         Parameters
@@ -197,6 +199,8 @@ class Model(Chatting, Studied):
             What is asked.
         documents : sequence of str
             Each is read together with the query, as the vocabulary joins a pair.
+        before_step : callable
+            Called before each step; what it raises ends the work.
 
         Raises
         ------
@@ -207,19 +211,21 @@ class Model(Chatting, Studied):
         """
         check_ranks(self.network)
         pairs = [self.tokenizer.encode_pair(query, d) for d in listed(documents, "documents")]
-        return rank(self.network, pairs)
+        return rank(self.network, pairs, before_step)
 
     def embed_batch(
         self,
         ids: Sequence[Sequence[int]],
         pooling: str | None = None,
         normalize: bool = True,
+        before_step: BeforeStep = no_matter,
     ) -> list[np.ndarray]:
         """Embed many sequences of ids; each embedding is as ``embed_ids`` returns it.
 
-        Sequences of similar lengths are computed together, so that nothing is padded.
+        Sequences of similar lengths are computed together, so that nothing is padded. ``before_step`` is called
+        before each step; what it raises ends the work.
         """
-        return embed(self.network, ids, pooling, normalize)
+        return embed(self.network, ids, pooling, normalize, before_step)
 
     # ---- text
 

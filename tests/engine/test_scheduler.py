@@ -204,6 +204,33 @@ def test_a_request_takes_memory_as_it_writes(m: Model) -> None:
     assert max(together) == 4
 
 
+def test_memory_is_asked_for_what_guesses_take_and_what_a_state_will(m: Model) -> None:
+    caches, kv, gate = m.network.decoder.caches, m.network.kv_type, threading.Event()
+    state, room = m.new_state(1024), cache_bytes(caches, min(1 + ROOM, m.n_ctx), kv)
+    together: list[int] = []
+
+    def counted(ids: list[int], logits: np.ndarray) -> None:
+        gate.wait(300)
+        together.append(len(e._running))
+
+    for options, most in (({}, 4), ({"speculate": "lookup"}, 4), ({"speculate": m}, 1)):
+        gate.clear()
+        together.clear()
+        with Engine(m, max_bytes=room * 7 // 4, prefix_bytes=0) as e:
+            fields: Any = {"logits_processor": counted, "temperature": 0, "overflow": "shift"}
+            rs = [e.submit([5], max_tokens=5, **fields, **options) for _ in range(4)]
+            gate.set()
+            for r in rs:
+                r.result(300)
+        assert max(together) == most
+    with Engine(m) as e:
+        e.submit("Once", state=state, max_tokens=3).result()
+        held = e.submit([5], state=state, max_tokens=3)
+        held.result()
+        expected = cache_bytes(caches, len(state.ids) + 1 + ROOM, kv)
+        assert e._needs(held) == max(expected, state.nbytes)
+
+
 def less_nothing(ids: list[int], logits: np.ndarray) -> None:
     """A processor that changes nothing."""
 
@@ -314,7 +341,7 @@ def test_usage_counts_reasoning_and_the_time_to_the_first_token(m: Model) -> Non
         assert plain.usage.reasoning_tokens == 0
 
 
-def test_a_state_serves_one_request_at_a_time(m: Model) -> None:
+def test_a_state_serves_one_request_at_a_time(m: Model, tmp_path: Path) -> None:
     state, gate = m.new_state(256), threading.Event()
     with Engine(m) as e:
         r = e.submit(
@@ -322,18 +349,42 @@ def test_a_state_serves_one_request_at_a_time(m: Model) -> None:
         )
         with pytest.raises(StateError, match="in use"):
             e.submit("x", state=state)
-        while r.job is None:
-            time.sleep(0.001)
-        for use in (
-            lambda: m.generate("x", state=state),
-            lambda: m.logits([5], state),
-            lambda: state.reuse([5, 6]),
-        ):
-            with pytest.raises(StateError, match="in use"):
-                use()
+        for _ in range(2):  # while it may be waiting, and while it is written
+            for use in (
+                lambda: m.generate("x", state=state),
+                lambda: m.logits([5], state),
+                lambda: state.reuse([5, 6]),
+                lambda: state.truncate(0),
+                lambda: state.append([5]),
+                lambda: state.shift(0, 1),
+                lambda: state.restore(tmp_path / "saved.npz"),
+            ):
+                with pytest.raises(StateError, match="in use"):
+                    use()
+            while r.job is None:
+                time.sleep(0.001)
         gate.set()
         r.result()
+    state.truncate(1)
+    state.append([5])
     assert m.generate("x", state=state, max_tokens=2).ids
+
+
+def test_a_request_that_no_queue_takes_leaves_its_state_free(m: Model) -> None:
+    state, gate = m.new_state(256), threading.Event()
+    with Engine(m, max_queue=1, max_texts=1) as e:
+        first = e.submit("x", max_tokens=2, logits_processor=lambda i, x: gate.wait(300) and None)
+        while e._waiting or first.job is None:
+            time.sleep(0.001)
+        e.submit("y", max_tokens=1)
+        with pytest.raises(QueueFull) as told:
+            e.submit("z", state=state)
+        state.append([5])
+        gate.set()
+    with pytest.raises(TinyLLMError, match="closed"):
+        e.submit("z", state=state)
+    state.append([5])
+    assert told
 
 
 def test_a_text_that_has_a_state_keeps_it_until_it_ends(m: Model) -> None:

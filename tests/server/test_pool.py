@@ -46,6 +46,14 @@ def test_a_model_has_several_names(app):
     assert app.get("/v1/models/gpt").status_code == 404
 
 
+def test_a_path_is_a_name_that_is_not_told(make_app, files):
+    app = make_app([str(files[0]), files[1]])
+    for name in (str(files[0]), "a.gguf", "a"):
+        assert app.app.pool.find(name).name == "a"
+    told = app.get("/v1/models").json()["data"]
+    assert [m["meta"]["aliases"] for m in told] == [["a.gguf"], ["b.gguf"]]
+
+
 def test_a_model_answers_to_the_name_that_gpt4all_shows(make_app, tmp_path):
     file = tmp_path / "Meta-Llama-3-8B-Instruct.Q4_0.gguf"
     shutil.copy(BUNDLED, file)
@@ -126,10 +134,14 @@ def test_a_model_that_cannot_be_loaded_says_why(make_app, tmp_path, files):
     assert "broken cannot be loaded" in answer.json()["error"]["message"]
     told = app.get("/v1/models/broken").json()["meta"]
     assert told["state"] == "failed"
-    assert told["error"]
-    assert app.get("/health").json()["status"] == "failed"
+    assert "broken.gguf" in told["error"]
+    assert str(tmp_path) not in answer.text + told["error"]
+    assert app.get("/health").json() == {"status": "failed"}  # anyone may ask
     vanished.unlink()
-    assert ask(app, "a").status_code == 503
+    answer = ask(app, "a")
+    assert answer.status_code == 503
+    assert "a.gguf" in answer.text
+    assert str(tmp_path) not in answer.text
     shutil.copy(BUNDLED, vanished)
     assert ask(app, "a").status_code == 200
     assert app.get("/health").json() == {"status": "ok"}

@@ -70,13 +70,14 @@ def test_documents_are_sorted_by_relevance(make_app):
     first = app.post("/rerank", {**body, "top_n": 1, "return_documents": False}).json()["results"]
     assert first == [{"index": order[0], "relevance_score": found[0]}]
     chat = app.post("/v1/chat/completions", {"messages": HELLO})
-    assert chat.status_code == 400
+    assert chat.status_code == 404
     assert "writes none" in chat.json()["error"]["message"]
 
 
 def test_a_model_that_writes_ranks_nothing(app):
     answer = app.post("/v1/rerank", {"query": "a", "documents": ["b"]})
-    assert answer.status_code == 400
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_supported"
 
 
 def test_texts_become_tokens_and_texts_again(app, model):
@@ -94,6 +95,15 @@ def test_texts_become_tokens_and_texts_again(app, model):
     assert app.post("/detokenize", {"tokens": ids}).json()["content"] == "Once upon"
     both = app.post("/tokenize", {"content": "a", "prompt": "b"})
     assert both.status_code == 400
+
+
+def test_a_vocabulary_is_told_to_who_reads_texts_token_by_token(app, model):
+    told, t = app.get("/tokenizer_info").json(), model.tokenizer
+    for name in ("bos", "eos"):
+        spelled = {"prompt": told[f"{name}_token"], "add_special_tokens": False}
+        assert app.post("/tokenize", spelled).json()["tokens"] == [getattr(t, name)]
+    assert told["chat_template"] == model.metadata["tokenizer.chat_template"]
+    assert told["model_max_length"] == 512
 
 
 def test_a_conversation_is_put_into_the_template(app, model):

@@ -282,3 +282,75 @@ def test_anthropics_stops_and_errors(claude):
         claude.messages.create(**{**fields, "model": "claude"}, max_tokens=5)
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
         claude.messages.create(**fields, max_tokens=0)
+
+
+def calling(client, url, protocol, **fields):
+    """The parts of a first call's arguments in a stream; what else was said; why it ended; and the whole call.
+
+    The whole one is that of the answer without a stream.
+    """
+    tool = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    if protocol == "chat":
+        asked = {**asking(tools=[tool], tool_choice="required", max_tokens=100), **fields}
+        whole = client.chat.completions.create(**asked).choices[0].message.tool_calls
+        chunks = [c.choices[0] for c in client.chat.completions.create(**asked, stream=True)]
+        parts = [c for chunk in chunks for c in chunk.delta.tool_calls or () if c.index == 0]
+        assert all(p.id is None and p.function.name is None for p in parts[1:])
+        assert (parts[0].type, parts[0].function.name) == ("function", "weather")
+        said = "".join(chunk.delta.content or "" for chunk in chunks)
+        if whole:
+            assert parts[0].id == whole[0].id
+        found = whole[0].function.arguments if whole else None
+        return [p.function.arguments for p in parts], said, chunks[-1].finish_reason, found
+    if protocol == "responses":
+        asked = {
+            "model": "tales", "input": "Tell me a story.", "extra_body": {"seed": 3},
+            "tools": [{"type": "function", "name": "weather", "parameters": WEATHER}],
+            "tool_choice": "required", "max_output_tokens": fields.get("max_tokens", 100),
+        }  # fmt: skip
+        whole = [o for o in client.responses.create(**asked).output if o.type == "function_call"]
+        events = list(client.responses.create(**asked, stream=True))
+        parts = [
+            e.delta for e in events
+            if e.type == "response.function_call_arguments.delta" and e.output_index == 0
+        ]  # fmt: skip
+        said = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+        item = next(e.item for e in events if e.type == "response.output_item.done")
+        assert item.arguments == "".join(parts)
+        assert events[-1].response.output[0] == item
+        return parts, said, item.status, whole[0].arguments if whole else None
+    tool = {"name": "weather", "input_schema": WEATHER}
+    with anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as claude:
+        asked = {
+            "model": "tales", "messages": HELLO, "tools": [tool], "tool_choice": {"type": "any"},
+            "max_tokens": fields.get("max_tokens", 100), "extra_body": {"seed": 3},
+        }  # fmt: skip
+        whole = [b for b in claude.messages.create(**asked).content if b.type == "tool_use"]
+        events = list(claude.messages.create(**asked, stream=True))
+    begun = next(e.content_block for e in events if e.type == "content_block_start")
+    assert begun.name == "weather"
+    deltas = [e.delta for e in events if e.type == "content_block_delta" and e.index == 0]
+    changes = [e.delta for e in events if e.type == "content_block_delta"]
+    said = "".join(d.text for d in changes if d.type == "text_delta")
+    stop = next(e.delta.stop_reason for e in events if e.type == "message_delta")
+    found = json.dumps(whole[0].input) if whole else None
+    return [d.partial_json for d in deltas], said, stop, found
+
+
+@pytest.mark.parametrize("protocol", ["chat", "responses", "messages"])
+def test_a_stream_tells_a_call_as_it_is_written(client, url, protocol):
+    parts, said, ended, whole = calling(client, url, protocol)
+    assert json.loads("".join(parts)) == json.loads(whole)
+    assert not said.strip()
+    assert ended in ("tool_calls", "completed", "tool_use")
+
+
+@pytest.mark.parametrize("protocol", ["chat", "responses", "messages"])
+def test_a_stream_tells_a_call_that_is_cut_off_once(client, url, protocol):
+    parts, said, ended, whole = calling(client, url, protocol, max_tokens=34)
+    told, full = "".join(parts), "".join(calling(client, url, protocol)[0])
+    assert full.startswith(told)
+    assert 0 < len(told) < len(full)
+    assert whole is None
+    assert not said.strip()  # not as a text besides
+    assert ended in ("length", "incomplete", "max_tokens")

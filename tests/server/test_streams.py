@@ -8,13 +8,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from email.utils import parsedate_to_datetime
+from pathlib import Path
 
 import httpx
 import pytest
 
 URL = "/v1/chat/completions"
+RERANKER = Path(__file__).resolve().parent.parent / "data/models/rank-bert.gguf"
 LONG = {
     "messages": [{"role": "user", "content": "Tell me a story."}],
     "max_tokens": 400, "seed": 1, "ignore_eos": True, "stream": True,
@@ -86,6 +91,86 @@ def test_all_texts_of_a_request_end(app):
     assert asked.served.n_texts == 0
 
 
+LONG_WORK = [
+    ("/v1/embeddings", {"input": ["One two " * 40] * 100}, "hidden"),
+    ("/v1/rerank", {"query": "a", "documents": ["word " * 20] * 200}, "hidden"),
+    ("/v1/decisions", {"input": "A text.", "questions": [
+        {"type": "predicate", "instructions": f"It has {i}."} for i in range(400)]}, "forward"),
+    ("/v1/systemone", {"state": "A text.", "questions": {
+        str(i): {"type": "noul", "instructions": f"It has {i}."} for i in range(400)}}, "forward"),
+]  # fmt: skip
+
+
+def leave(app, path, body, goes):
+    """Call a route as a client that goes when ``goes(go)`` calls what it is given; returns the status.
+
+    ``go`` may be called in any thread, and returns once the server knows.
+    """
+    statuses = []
+
+    async def inside():
+        loop, gone, noticed = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+        messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            loop.call_soon(noticed.set)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        def go():
+            loop.call_soon_threadsafe(gone.set)
+            assert noticed.wait(60)
+
+        goes(go)
+        await app.app(scope(path), receive, send)
+
+    app.loop.run_until_complete(inside())
+    served = app.app.pool.find(None)
+    assert (served.n_texts, served.in_use) == (0, 0)
+    return statuses[0]
+
+
+@pytest.mark.parametrize(("path", "body", "step"), LONG_WORK)
+def test_a_client_that_goes_ends_what_writes_no_text(make_app, monkeypatch, path, body, step):
+    app = make_app([RERANKER] if path == "/v1/rerank" else None)
+    assert app.post("/tokenize", {"content": "One"}).status_code == 200
+    net = app.app.pool.find(None).model.network
+    whole, steps = getattr(net, step), []
+
+    def goes(go):
+        def first(*args, **how):
+            steps.append(step)
+            if len(steps) == 1:
+                go()
+            return whole(*args, **how)
+
+        monkeypatch.setattr(net, step, first)
+
+    assert leave(app, path, body, goes) == 499
+    assert len(steps) == 1
+    assert app.post(path, body).status_code == 200
+    assert len(steps) > 2  # it would have gone on
+
+
+def test_a_client_that_goes_while_its_work_waits_frees_its_slot(make_app):
+    app, end = make_app(), threading.Event()
+    workers = app.app.pool.workers
+    busy = [workers.submit(end.wait, 60) for _ in range(workers._max_workers)]
+
+    def goes(go):
+        asyncio.get_running_loop().run_in_executor(None, go)
+
+    assert leave(app, "/v1/embeddings", {"input": "One"}, goes) == 499
+    assert not any(job.done() for job in busy)
+    end.set()
+
+
 def test_a_client_that_does_not_read_is_given_up(make_app):
     app = make_app(ping_s=0.01, send_s=0.02)
 
@@ -140,6 +225,32 @@ def test_a_server_that_is_told_to_stop_finishes_its_texts():
         assert process.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
             begin(stack, url)
+
+
+def test_an_idle_server_sleeps():
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("how often a process wakes is read from /proc")
+
+    def n_wakes(process: subprocess.Popen) -> int:
+        found = Path(f"/proc/{process.pid}/task").glob("*/status")
+        return sum(
+            int(re.search(r"\nvoluntary_ctxt_switches:\s+(\d+)", p.read_text())[1]) for p in found
+        )
+
+    with ExitStack() as stack:
+        process, url = start(stack)
+        client = stack.enter_context(httpx.Client(trust_env=False))
+        body = {**LONG, "stream": False, "max_tokens": 3}
+        answer = client.post(url + URL, json=body, timeout=300)
+        assert answer.status_code == 200
+        assert parsedate_to_datetime(answer.headers["date"]).year >= 2025
+        time.sleep(1)  # what the request left is done
+        before = n_wakes(process)
+        time.sleep(2)
+        assert n_wakes(process) - before < 5  # uvicorn by itself wakes 20 times
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def test_a_second_signal_ends_the_texts():

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..models.adapters import Scales
-from ..models.state import State
+from ..models.state import State, User
 from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
 from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, force, steps
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
     from .constraint import Grammar, Schema
-    from .speculate import Drafter
+    from .speculate import Drafting
 
 SMALLEST_CONTEXT = 8
 Prompt: TypeAlias = str | Sequence[int]  # a text, or the ids of its tokens
@@ -98,7 +98,7 @@ class Options:
     echo: bool
     overflow: Overflow
     grammar: Grammar | None = None
-    drafter: Callable[[], Drafter] | None = None  # begins the speculation of a text
+    drafting: Drafting | None = None  # how tokens are guessed ahead
     scales: Scales | None = None  # for the model's adapters; None: as it was loaded
 
     def __post_init__(self) -> None:
@@ -119,13 +119,15 @@ def options_of(
     echo: bool = False,
     overflow: Overflow = "error",
     grammar: Grammar | None = None,
-    drafter: Callable[[], Drafter] | None = None,
+    drafting: Drafting | None = None,
     scales: Scales | None = None,
     **sampling: Any,
 ) -> Options:
     """The options of a call; ``sampling`` are those of SamplingParams."""
     params, limit = SamplingParams(**sampling), check_max_tokens(max_tokens)
-    return Options(params, limit, strings(stop), logprobs, echo, overflow, grammar, drafter, scales)
+    return Options(
+        params, limit, strings(stop), logprobs, echo, overflow, grammar, drafting, scales
+    )
 
 
 def chosen_scales(net: Network, lora: Mapping[str, float] | None, state: State | None) -> Scales:
@@ -192,11 +194,17 @@ class Job:
 
 
 def begin(
-    tokenizer: Tokenizer, net: Network, state: State, ids: list[int], o: Options, n_read: int = 0
+    tokenizer: Tokenizer,
+    net: Network,
+    state: State,
+    ids: list[int],
+    o: Options,
+    n_read: int = 0,
+    giver: User | None = None,
 ) -> Job:
     """Add a prompt to a state, which has its first ``n_read`` ids already, and make it a job.
 
-    Nothing is computed yet.
+    Nothing is computed yet. ``giver`` has the state until now.
     """
     keep = 1 if tokenizer.add_bos else 0
     rest = state.n_ctx - len(state.ids)
@@ -207,11 +215,11 @@ def begin(
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
         o.echo and o.logprobs is not None, None if o.grammar is None else o.grammar.begin(),
         finish_reason="length" if limit == 0 else None,
-        drafter=None if o.drafter is None else o.drafter(),
+        drafter=None if o.drafting is None else o.drafting.begin(),
     )  # fmt: skip
-    state.take(run)
+    state.take(run, giver)
     new = truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids[n_read:]
-    state.append(new)
+    state.ids.extend(new)
     job = Job(tokenizer, run, o.stop, ids)
     force(run)
     return job

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import NumericError
 from .completion import SMALLEST_CONTEXT
-from .embedding import pack
+from .embedding import BeforeStep, no_matter, pack
 from .generate import DAMAGED, check_fits
 from .request import Usage
 
@@ -40,6 +40,7 @@ def shares(
     texts: Sequence[Sequence[int]],
     options: Sequence[Sequence[Sequence[int]]],
     n_ctx: int,
+    before_step: BeforeStep = no_matter,
 ) -> tuple[list[np.ndarray], list[float], int]:
     """How likely each text goes on with each of its options.
 
@@ -53,6 +54,8 @@ def shares(
         For each text its options, each the tokens that spell it.
     n_ctx : int
         Tokens that a text may have.
+    before_step : callable
+        Called before each step; what it raises ends the work.
 
     Returns
     -------
@@ -69,13 +72,14 @@ def shares(
     room = max([SMALLEST_CONTEXT, *map(len, texts)])
     start = net.new_state(room)
     start.append(common)
-    read(net, start)
+    read(net, start, before_step)
     rest = [ids[len(common) :] for ids in texts]
     for group in pack([len(ids) for ids in rest], net.n_batch):
         forks = []
         for i in group:
             forks.append(start.fork_first(len(common), room))
             forks[-1].append(rest[i])
+        before_step()
         with net.lock:
             rows = last_rows(net, forks)
             for i, logits in zip(group, rows, strict=True):
@@ -89,9 +93,10 @@ def beginning_of(texts: Sequence[Sequence[int]]) -> list[int]:
     return [ids[0] for ids in same]
 
 
-def read(net: Network, state: State) -> None:
+def read(net: Network, state: State, before_step: BeforeStep) -> None:
     """Compute what a state has not read yet."""
     while n := min(net.n_batch, len(state.ids) - state.n_past):
+        before_step()
         with net.lock:
             net.forward([(state, n, "none")])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from ..models.network import Network
 
 
+BeforeStep = Callable[[], object]  # called before each step of a long work; what it raises ends it
+
+
+def no_matter() -> None:
+    """A work that nothing ends before its time."""
+
+
 def embed(
-    net: Network, ids: Sequence[Sequence[int]], pooling: str | None, normalize: bool
+    net: Network,
+    ids: Sequence[Sequence[int]],
+    pooling: str | None,
+    normalize: bool,
+    before_step: BeforeStep = no_matter,
 ) -> list[np.ndarray]:
     """One embedding for each sequence of ids -> float32 [n_embd], or [len(ids), n_embd] with pooling "none"."""
     kind = (net.config.pooling or "mean") if pooling is None else pooling
@@ -23,6 +34,7 @@ def embed(
     check_lengths(lengths, net.config.n_ctx_train)
     out: list[np.ndarray] = [np.empty(0)] * len(ids)
     for group in pack(lengths, net.n_batch, net.rope_border):
+        before_step()
         for i, rows in zip(group, net.hidden([ids[i] for i in group]), strict=True):
             x = net.decoder.pooled(pool(rows, kind))
             out[i] = unit(x) if normalize else x
@@ -37,7 +49,11 @@ def check_ranks(net: Network) -> None:
         raise UnsupportedModel(f"the model has {what}; load a reranker, or compare embeddings")
 
 
-def rank(net: Network, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
+def rank(
+    net: Network,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    before_step: BeforeStep = no_matter,
+) -> np.ndarray:
     """The score of each pair of texts, given as (ids, token types) -> float32 [n]."""
     head = net.decoder.rank
     assert head is not None
@@ -45,6 +61,7 @@ def rank(net: Network, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     check_lengths(lengths, net.config.n_ctx_train)
     scores = np.empty(len(pairs), np.float32)
     for group in pack(lengths, net.n_batch):
+        before_step()
         ids, types = zip(*(pairs[i] for i in group), strict=True)
         for i, rows in zip(group, net.hidden(ids, types=types), strict=True):
             scores[i] = head(rows)[0]

@@ -122,7 +122,7 @@ class Run:
             return min(n, state.n_ctx - state.n_past)
         if self.overflow == "shift":
             discard = min(state.n_past - self.keep, max(1, int(state.n_ctx * ERASED)))
-            state.shift(self.keep, discard)
+            state.drop(self.keep, discard)
             self.shifted = True
             return min(n, state.n_ctx - state.n_past)
         return 0
@@ -142,7 +142,7 @@ class Run:
 
     def resume(self, state: State, ids: list[int]) -> None:
         """Go on in another state, which reads these tokens anew: to the same keys unless some were shifted."""
-        state.append(ids)
+        state.ids.extend(ids)
         self.state = state
         if self.n_generated == 0:
             self.prompt.clear()
@@ -328,7 +328,7 @@ def plan(n_batch: int, active: Sequence[Run], prompt_rows: Callable[[], int] | N
             break
         if run.draft:
             del run.draft[room - 1 :]
-            run.state.append(run.draft)
+            run.state.ids.extend(run.draft)
         n = run.make_room(min(run.n_pending, most))
         if n:
             work.append((run, n))
@@ -402,7 +402,7 @@ def join(run: Run, chosen: int) -> None:
     if chosen in run.eog:
         run.finish_reason = "stop"
     else:
-        run.state.append([chosen])
+        run.state.ids.append(chosen)
         if run.constraint is not None:
             run.constraint.take(chosen)
         if run.n_generated >= run.max_tokens:

@@ -77,6 +77,11 @@ class Request:
         return self._completion is not None or self._error is not None
 
     @property
+    def going_on(self) -> bool:
+        """Whether it may still use the state that it was given."""
+        return not self.done
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far."""
         n_prompt, job = len(self.prompt_ids), self.job

@@ -16,7 +16,7 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import ArgumentError, DeviceError, QueueFull, StateError, TinyLLMError
+from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
 from ..models.memory import cache_bytes
 from ..models.step import hook_of
 from .completion import Prompt, begin, chosen_scales, options_of, room_for, split_prompts, unread
@@ -163,18 +163,18 @@ class Engine:
             turn = self._model.turn(cast("Sequence[Message]", prompt), *chat)
             options |= self._model.held_to_calls(turn, options)
         source = {n: options.pop(n, None) for n in ("json_schema", "regex", "grammar")}
-        drafter = drafting(options.pop("speculate", None), self._model)
+        guesses = drafting(options.pop("speculate", None), self._model)
         scales = chosen_scales(self._net, options.pop("lora", None), state)
         chosen = options_of(
             max_tokens,
             grammar=self._model.grammar(**source),
-            drafter=drafter,
+            drafting=guesses,
             scales=scales,
             **options,
         )
         if state is not None:
             self._net.check_own(state)
-            self._check_free(state)  # before ``unread`` cuts it
+            state.check_free()  # before ``unread`` cuts it
         ids = self._ids(prompt) if turn is None else unread(turn.ids, state)
         if state is not None:
             state.check_whole()
@@ -185,6 +185,16 @@ class Engine:
         if turn is not None:
             request.finished = partial(self._model.answered, turn)
             request.n_reasoning = partial(turn.n_reasoning, self._model.tokenizer)
+        if state is not None:
+            state.take(request)
+        try:
+            self._enqueue(request)
+        except TinyLLMError as e:
+            request.finish(e)  # the state is free again
+            raise
+        return request
+
+    def _enqueue(self, request: Request) -> None:
         with self._changed:
             if self._closed:
                 raise TinyLLMError("the engine is closed")
@@ -192,18 +202,8 @@ class Engine:
                 raise QueueFull(
                     f"{len(self._waiting)} requests are waiting, as many as may; try again later"
                 )
-            if state is not None:
-                self._check_free(state)
             self._waiting.append(request)
             self._changed.notify_all()
-        return request
-
-    def _check_free(self, state: State) -> None:
-        """Raise StateError while a text or a call goes on with a state, or a request waits with it."""
-        state.check_free()
-        with self._changed:
-            if any(r.given_state is state for r in (*self._waiting, *self._running)):
-                raise StateError("the state is in use by a request; wait for its result")
 
     def _ids(self, prompt: Prompt | Sequence[Any]) -> list[int]:
         prompts, many = split_prompts(prompt)
@@ -342,11 +342,13 @@ class Engine:
 
         What it goes on to write may take more: then the last requests are set aside.
         """
-        if request.given_state is not None:
-            return request.given_state.nbytes
-        n_read = len(request.set_aside_ids or request.prompt_ids)
-        n = min(n_read + ROOM, request.n_ctx)
-        return cache_bytes(self._net.decoder.caches, n, self._net.kv_type)
+        given, drafting = request.given_state, request.options.drafting
+        n = len(request.set_aside_ids or request.prompt_ids) + ROOM
+        n = min(n + (0 if given is None else len(given.ids)), request.n_ctx)
+        needed = cache_bytes(self._net.decoder.caches, n, self._net.kv_type)
+        if given is not None:
+            needed = max(needed, given.nbytes)
+        return needed + (0 if drafting is None else drafting.nbytes(n))
 
     def _admit(self) -> None:
         """Let waiting requests join, in their order, while there is room for them."""
@@ -407,7 +409,9 @@ class Engine:
         state = request.given_state or known or self._net.new_state(request.n_ctx, scales)
         if request.job is None:
             t, n_read = self._model.tokenizer, known.n_past if known is not None else 0
-            request.job = begin(t, self._net, state, request.prompt_ids, request.options, n_read)
+            request.job = begin(
+                t, self._net, state, request.prompt_ids, request.options, n_read, request
+            )
             if self._snapshots:
                 request.next_snapshot = min(SNAPSHOT, request.next_snapshot)
             if request.given_state is None:  # what the new state holds already was read for others

@@ -15,12 +15,14 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..errors import ArgumentError
+from ..models.memory import cache_bytes
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -241,7 +243,24 @@ class DraftModel(Drafter):
         self._state = None
 
 
-def drafting(speculate: str | Model | None, model: Model) -> Callable[[], Drafter] | None:
+@dataclass(frozen=True)
+class Drafting:
+    """How the guesses of a text are made: by a network, or without one from the text itself."""
+
+    net: Network | None = None
+    eog: frozenset[int] = frozenset()
+
+    def begin(self) -> Drafter:
+        """What guesses for one text."""
+        return Lookup() if self.net is None else DraftModel(self.net, self.eog)
+
+    def nbytes(self, n: int) -> int:
+        """Bytes of keys and values that guessing takes, once a text has ``n`` tokens."""
+        net = self.net
+        return 0 if net is None else cache_bytes(net.decoder.caches, n, net.kv_type)
+
+
+def drafting(speculate: str | Model | None, model: Model) -> Drafting | None:
     """What makes the guesses that the argument ``speculate`` of ``Model.generate`` asks for.
 
     Raises
@@ -257,7 +276,7 @@ def drafting(speculate: str | Model | None, model: Model) -> Callable[[], Drafte
         )
     if isinstance(speculate, str):
         if speculate == "lookup":
-            return Lookup
+            return Drafting()
     elif hasattr(speculate, "network"):
         net, key = speculate.network, "tokenizer.ggml.tokens"
         if net.n_vocab != model.network.n_vocab or list(speculate.metadata.get(key, ())) != list(
@@ -269,8 +288,7 @@ def drafting(speculate: str | Model | None, model: Model) -> Callable[[], Drafte
             )
         if any(layer.arrays for layer in net.decoder.caches):
             raise ArgumentError(f"speculate: {speculate.arch} has recurrent layers; give another")
-        eog = model.tokenizer.eog
-        return lambda: DraftModel(net, eog)
+        return Drafting(net, model.tokenizer.eog)
     raise ArgumentError(f"speculate={speculate!r:.40}; expected 'lookup', a model, or None")
 
 
@@ -310,8 +328,8 @@ def verify(run: Run, rows: Sequence[Any], choice: Callable[[Run, Any], Token]) -
             right += 1
     finally:
         rest = state.ids[start + right :]
-        state.truncate(start + right)
-        state.append(rest)
+        state.cut_back(start + right)
+        state.ids.extend(rest)
         run.drafter.learn(len(draft), right)
         run.n_right += right
 

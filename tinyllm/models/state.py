@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from .config import Config
 
 HEADER = 4096  # bytes before the numbers of an array in a saved state, at most
+
+
+TAKING = threading.Lock()  # held for the moment in which a state changes hands
 
 
 class User(Protocol):
@@ -97,19 +101,18 @@ class State:
             return n == self.n_past and not self.spoilt
         return n <= self.n_past and self.cache.holds(n)
 
-    def check_free(self) -> None:
-        """Raise StateError while a text or a call goes on with this state."""
+    def check_free(self, but: User | None = None) -> None:
+        """Raise StateError while a text or a call, ``but`` one, goes on with this state."""
         user = None if self._user is None else self._user()
-        if user is not None and user.going_on:
+        if user is not None and user is not but and user.going_on:
             raise StateError(
                 "the state is in use: another text goes on with it; let that end, close it, or use a fork"
             )
 
-    def take(self, user: User) -> None:
-        """Give the state to one user, until it goes on no longer; StateError while another one has it."""
-        self.check_free()  # at once: the lock may be held for a whole step
-        with self.lock:
-            self.check_free()
+    def take(self, user: User, giver: User | None = None) -> None:
+        """Give the state to one user, until it goes on no longer; StateError while any but ``giver`` has it."""
+        with TAKING:  # not the model's lock, which may be held for a whole step
+            self.check_free(giver)
             self._user = weakref.ref(user)
 
     @contextmanager
@@ -123,7 +126,11 @@ class State:
             call.going_on = False
 
     def append(self, ids: Sequence[int]) -> None:
-        """Add tokens to the sequence; they are computed by the next step."""
+        """Add tokens to the sequence; they are computed by the next step.
+
+        StateError while a text goes on with the state, as by all methods that change it.
+        """
+        self.check_free()
         self.ids.extend(ids)
 
     def truncate(self, n: int) -> None:
@@ -135,10 +142,16 @@ class State:
         Raises
         ------
         StateError
-            The state is recurrent and some of the dropped tokens are already part of it.
+            The state is recurrent and some of the dropped tokens are already part of it; or a text goes on
+            with the state.
         ArgumentError
             There are not so many tokens.
         """
+        self.check_free()
+        self.cut_back(n)
+
+    def cut_back(self, n: int) -> None:
+        """``truncate``, for the text that goes on with the state."""
         if not _whole(n) or not 0 <= n <= len(self.ids):
             raise ArgumentError(f"cannot keep {n!r:.40} tokens of {len(self.ids)}")
         if n < self.n_past and n > 0 and not self.can_truncate:
@@ -177,6 +190,11 @@ class State:
 
         Where layers have dropped the tokens behind their window, the next step computes all that are left anew.
         """
+        self.check_free()
+        self.drop(keep, discard)
+
+    def drop(self, keep: int, discard: int) -> None:
+        """``shift``, for the text that goes on with the state."""
         if not self.can_truncate:
             raise StateError("a recurrent state has no context to shift")
         if not self.can_shift:
@@ -226,8 +244,10 @@ class State:
         Raises
         ------
         StateError
-            The file is damaged, of another model, or longer than this state has room for.
+            The file is damaged, of another model, or longer than this state has room for; or a text goes on
+            with the state.
         """
+        self.check_free()
         file = system.expanded(checked(path))
         try:
             with file.open("rb") as raw, np.load(raw, allow_pickle=False) as f:

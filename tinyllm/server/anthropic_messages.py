@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from ..chat.tools import Delta
+from ..chat.tools import CallPart, Delta
 from ..engine.completion import Completion
 from ..tokenizers import Tokenizer
 from .conversation import Answers, Conversation, answer
@@ -244,6 +244,7 @@ def conversation(body: MessagesBody) -> Conversation:
         parallel=choice is None or not choice.disable_parallel_tool_use,
         variables=body.variables(),
         go_on=go_on,
+        streams=bool(body.stream),
         max_tokens=body.max_tokens,
         options=body.options,
     )
@@ -324,14 +325,14 @@ class MessageWriter:
         yield event({"type": "message_stop"}, "message_stop")
 
     def _delta(self, delta: Delta) -> list[bytes]:
+        if delta.part is not None:
+            return self._part(delta.part)
         if delta.call is not None:
+            if self.open == "tool_use":  # its parts have told it
+                return self._close()
             f = delta.call["function"]
-            block = {"type": "tool_use", "id": delta.call["id"], "name": f["name"], "input": {}}
-            change = {"type": "input_json_delta", "partial_json": f["arguments"]}
             return [
-                *self._close(),
-                *self._begin("tool_use", block),
-                self._change(change),
+                *self._part(CallPart(0, delta.call["id"], f["name"], f["arguments"])),
                 *self._close(),
             ]
         if delta.reasoning:
@@ -342,6 +343,11 @@ class MessageWriter:
             return []  # blank lines between reasoning, calls and text
         begun = self._begin("text", {"type": "text", "text": ""})
         return [*begun, self._change({"type": "text_delta", "text": delta.content})]
+
+    def _part(self, part: CallPart) -> list[bytes]:
+        block = {"type": "tool_use", "id": part.id, "name": part.name, "input": {}}
+        begun = self._begin("tool_use", block)
+        return [*begun, self._change({"type": "input_json_delta", "partial_json": part.arguments})]
 
     def _begin(self, kind: str, block: dict[str, Any]) -> list[bytes]:
         if self.open == kind:

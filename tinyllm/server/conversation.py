@@ -34,6 +34,7 @@ class Conversation:
     prefix_ids: Sequence[int] = ()
     max_tokens: int = -1
     n: int = 1
+    streams: bool = False  # calls are told in parts, too
     documents: Quoting | None = None  # what may be quoted before the last message
     references: list[dict[str, Any]] | None = None  # to what was quoted, once `turn` has looked
     options: Callable[[Tokenizer], dict[str, Any]]
@@ -121,7 +122,8 @@ async def answer(pool: Pool, name: str | None, c: Conversation) -> Answers:
         options |= model.held_to_calls(turn, options)
         spells = bool(turn.functions) and not options.get("stop")
         for i in range(c.n):
-            voices.append(Voice(turn.reader(), model.tokenizer, spells, c.parallel))
+            reader = turn.reader(tells_parts=c.streams)
+            voices.append(Voice(reader, model.tokenizer, spells, c.parallel))
             yield served.engine.submit(
                 [*turn.ids, *c.prefix_ids], c.max_tokens, **seeded(options, i)
             )
@@ -163,6 +165,7 @@ class Voice:
         self.reader, self.tokenizer, self.spells = reader, tokenizer, spells
         self.parallel = parallel
         self.n_reasoning = 0
+        self._n_begun = 0  # calls of which parts were told
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def hear(self, news: News) -> list[Delta]:
@@ -174,11 +177,24 @@ class Voice:
             self.n_reasoning += len(news.tokens)
         elif thought:
             self.n_reasoning += self._n_before(news.tokens, "".join(d.content for d in deltas))
+        self._n_begun = max([self._n_begun, *(d.part.index + 1 for d in deltas if d.part)])
         if news.whole is not None:
-            deltas += self.reader.finish()
+            deltas += self._last()
         if self.parallel:
             return deltas
-        return [d for d in deltas if d.call is None or d.call is self.reader.calls[0]]
+        return [d for d in deltas if not self._is_further(d)]
+
+    def _last(self) -> list[Delta]:
+        """What the end adds; a call that was told in parts and is cut off is not told again as a text."""
+        found = self.reader.finish()
+        cut_off = self._n_begun > len(self.reader.calls)
+        return [d for d in found if not (cut_off and d.content)]
+
+    def _is_further(self, delta: Delta) -> bool:
+        """Whether it belongs to a call behind the first."""
+        if delta.part is not None:
+            return delta.part.index > 0
+        return delta.call is not None and delta.call is not self.reader.calls[0]
 
     def _n_before(self, tokens: Sequence[Token], content: str) -> int:
         """How many tokens there are before the last ones, which spell a text."""

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from ..chat.questions import MOST_CHOICES, MOST_LEVELS, MOST_QUESTIONS
 from ..engine.deciding import Decisions
-from .extras import with_model
+from ..engine.embedding import BeforeStep
+from .extras import with_texts
 from .fields import Strict
 from .openai_chat import TextPart
 from .openai_responses import InputCall, InputMessage, InputOutput, messages_of
@@ -124,8 +125,8 @@ async def decide(body: DecisionBody, request: Request) -> dict[str, Any]:
         for q in body.questions
     ]
 
-    def work(served: Served) -> dict[str, Any]:
-        found = decided(served, given, questions)
+    def work(served: Served, before_step: BeforeStep) -> dict[str, Any]:
+        found = decided(served, given, questions, before_step)
         n_read = found.usage.prompt_tokens
         usage = {
             "input_tokens": n_read,
@@ -137,11 +138,14 @@ async def decide(body: DecisionBody, request: Request) -> dict[str, Any]:
         answers = [{**a, "mass": m} for a, m in zip(found.answers, found.mass, strict=True)]
         return {"model": served.name, "answers": answers, "usage": usage}
 
-    return await with_model(request, body.model, work, 1)  # type: ignore[no-any-return]
+    return await with_texts(request, body.model, work)  # type: ignore[no-any-return]
 
 
 def decided(
-    served: Served, given: str | list[dict[str, Any]], questions: Sequence[Mapping[str, Any]]
+    served: Served,
+    given: str | list[dict[str, Any]],
+    questions: Sequence[Mapping[str, Any]],
+    before_step: BeforeStep,
 ) -> Decisions:
     """What a model makes of questions.
 
@@ -151,7 +155,7 @@ def decided(
         The model writes no texts.
     """
     served.engine  # noqa: B018 (an encoder is refused)
-    return served.model.decide(given, questions, served.settings.template)
+    return served.model.decide(given, questions, served.settings.template, before_step=before_step)
 
 
 # ---- System One
@@ -249,8 +253,8 @@ async def systemone(body: SystemOneBody, request: Request) -> dict[str, Any]:
     """Answer questions about a state with probabilities, each by its name."""
     asked = [{**q.asked(), "instructions": plain(q.instructions)} for q in body.questions.values()]
 
-    def work(served: Served) -> dict[str, Any]:
-        found = decided(served, plain(body.state), asked)
+    def work(served: Served, before_step: BeforeStep) -> dict[str, Any]:
+        found = decided(served, plain(body.state), asked, before_step)
         answers = {
             name: {"type": q.type, **q.answer(a), "mass": m}
             for (name, q), a, m in zip(
@@ -260,7 +264,7 @@ async def systemone(body: SystemOneBody, request: Request) -> dict[str, Any]:
         usage = {"input_tokens": found.usage.prompt_tokens, "output_tokens": 0}
         return {"model": served.name, "answers": answers, "usage": usage}
 
-    return await with_model(request, body.model, work, 1)  # type: ignore[no-any-return]
+    return await with_texts(request, body.model, work)  # type: ignore[no-any-return]
 
 
 def plain(given: str | dict[str, Any] | list[Any]) -> str:

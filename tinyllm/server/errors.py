@@ -72,7 +72,9 @@ def refusal_of(error: BaseException) -> Refusal:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ContextOverflow):
         return Refusal(400, message, code="context_length_exceeded")
-    if isinstance(error, (ArgumentError, TemplateError, UnsupportedModel)):
+    if isinstance(error, UnsupportedModel):  # as OpenAI answers for a model of another kind
+        return Refusal(404, message, code="model_not_supported")
+    if isinstance(error, (ArgumentError, TemplateError)):
         return Refusal(400, message)
     if isinstance(error, QueueFull):
         return busy(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,7 @@ from .shapes import (
     ModelsShape,
     PromptShape,
     TextShape,
+    TokenizerShape,
     TokensShape,
     shaped,
 )
@@ -56,8 +58,8 @@ async def health(request: Request) -> Response:
     if pool.ready:
         return Response(b'{"status":"ok"}', 200, None, "application/json")
     pool.begin()
-    failed = [served for served in pool if served.state == "failed"]
-    body = {"status": "failed", "error": failed[0].error} if failed else {"status": "loading"}
+    failed = any(served.state == "failed" for served in pool)  # why is told to who has a key
+    body = {"status": "failed" if failed else "loading"}
     return Response(dumps(body), 503, {"Retry-After": "1"}, "application/json")
 
 
@@ -101,22 +103,54 @@ class TemplateBody(Strict):
     continue_final_message: bool = False
 
 
-async def with_model(request: Request, name: str | None, work: Any, n_texts: int = 0) -> Any:
-    """What ``work`` makes of a loaded model, in a thread; it counts as so many texts for the limits.
+async def with_model(request: Request, name: str | None, work: Any) -> Any:
+    """What ``work`` makes of a loaded model, in a thread."""
+    pool = pool_of(request)
+    served = await pool.hold(name)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool.workers, work, served)
+    finally:
+        pool.release(served)
+
+
+async def with_texts(request: Request, name: str | None, work: Any) -> Any:
+    """What ``work(served, before_step)`` makes of texts, as one text that is written.
+
+    ``before_step`` raises once the client has gone, and work that has not begun then never begins.
 
     Raises
     ------
     Refusal
-        429: as many texts as may are written and wait.
+        429: as many texts as may are written and wait. 499: the client has gone.
     """
+    gone = threading.Event()
+
+    def before_step() -> None:
+        if gone.is_set():
+            raise Refusal(499, "the client has gone")
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+        job.cancel()
+
     pool = pool_of(request)
     served = await pool.hold(name)
     try:
-        served.admit(n_texts)
+        served.admit(1)
+        job = pool.workers.submit(work, served, before_step)
+        watching = asyncio.ensure_future(watch())
         try:
-            return await asyncio.get_running_loop().run_in_executor(pool.workers, work, served)
+            return await asyncio.shield(asyncio.wrap_future(job))
+        except asyncio.CancelledError:
+            if not gone.is_set():
+                raise
+            before_step()
         finally:
-            served.n_texts -= n_texts
+            gone.set()  # work whose request was given up ends too
+            watching.cancel()
+            served.n_texts -= 1
     finally:
         pool.release(served)
 
@@ -181,6 +215,27 @@ def conversation_ids(served: Served, body: TokenizeBody | TemplateBody) -> list[
         t, template, messages, bos_id=t.bos, eos_id=t.eos, tools=tools or None,
         **{**(variables or {}), "add_generation_prompt": False},
     )  # fmt: skip
+
+
+@router.get("/tokenizer_info", **shaped(TokenizerShape))
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """Tell of the default model's vocabulary, as vLLM does; evaluations ask for it."""
+
+    def work(served: Served) -> dict[str, Any]:
+        from ..chat.render import given_template, pick_template
+
+        t, model, given = served.model.tokenizer, served.model, served.settings.template
+        spelled = {
+            f"{name}_token": None if i is None else t.token_text(i)
+            for name, i in (("bos", t.bos), ("eos", t.eos), ("unk", t.unk), ("pad", t.pad))
+        }
+        template = pick_template(model.metadata) if given is None else given_template(given)
+        return {
+            "tokenizer_class": type(t).__name__, **spelled, "add_bos_token": t.add_bos,
+            "model_max_length": model.n_ctx, "chat_template": template,
+        }  # fmt: skip
+
+    return await with_model(request, None, work)  # type: ignore[no-any-return]
 
 
 @router.post("/detokenize", **shaped(TextShape, example={"tokens": [5, 6, 7]}))

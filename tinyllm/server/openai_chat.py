@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import Field
 
+from ..chat.tools import Delta
 from ..engine.completion import Completion
 from ..engine.generate import Token
 from ..tokenizers import Tokenizer
@@ -210,6 +211,7 @@ def conversation(body: ChatBody, settings: Settings) -> Conversation:
         prefix_ids=body.prefix_ids or (),
         max_tokens=body.limit(),
         n=body.n or 1,
+        streams=bool(body.stream),
         documents=settings.documents,
         options=options,
     )
@@ -248,15 +250,20 @@ class ChatWriter:
             yield chunk(i, b'"role":"assistant","content":""')
         ends: list[Completion] = []
         n_calls = [0] * self.answers.asked.n_texts
+        in_parts = [False] * len(n_calls)  # whether a call is being told
         async for told in self.answers.follow():
             i = told.index
             told_tokens = self._logprobs(told.tokens)
             for delta in told.deltas:
-                if delta.call is not None:
-                    shown = {"tool_calls": [{"index": n_calls[i], **delta.call}]}
-                    n_calls[i] += 1
-                    yield chunk(i, dumps(shown)[1:-1], told_tokens)
-                elif delta.reasoning:
+                if delta.part is not None or delta.call is not None:
+                    if not (in_parts[i] and delta.call):
+                        shown = {"tool_calls": [{"index": n_calls[i], **shown_call(delta)}]}
+                        yield chunk(i, dumps(shown)[1:-1], told_tokens)
+                        told_tokens = b"null"
+                    in_parts[i] = delta.call is None
+                    n_calls[i] += delta.call is not None
+                    continue
+                if delta.reasoning:
                     yield chunk(i, b'"reasoning_content":' + quoted(delta.reasoning), told_tokens)
                 else:
                     yield chunk(i, b'"content":' + quoted(delta.content), told_tokens)
@@ -305,6 +312,17 @@ class ChatWriter:
 
     def failed(self, refusal: Refusal) -> bytes:
         return b"data: " + refusal.body("") + b"\n\n"
+
+
+def shown_call(delta: Delta) -> dict[str, Any]:
+    """A call, or a part of one, as streams tell it."""
+    part = delta.part
+    if part is None:
+        return {**(delta.call or {})}
+    if not part.name:
+        return {"function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"id": part.id, "type": "function", "function": function}
 
 
 def entries(tokenizer: Tokenizer, tokens: Sequence[Any]) -> list[dict[str, Any]]:

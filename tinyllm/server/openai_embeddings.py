@@ -9,8 +9,9 @@ import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import Field
 
+from ..engine.embedding import BeforeStep
 from .errors import Refusal
-from .extras import pool_of, with_model
+from .extras import pool_of, with_texts
 from .fields import Count, Strict
 from .openai_completions import Prompt
 from .pool import Served
@@ -39,7 +40,7 @@ async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
     texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     check_inputs(len(texts), request)
 
-    def work(served: Served) -> dict[str, Any]:
+    def work(served: Served, before_step: BeforeStep) -> dict[str, Any]:
         model, size = served.model, body.dimensions
         if size is not None and size > model.config.n_embd:
             raise Refusal(
@@ -51,7 +52,7 @@ async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
         n_vocab = model.network.n_vocab
         if any(i >= n_vocab for sequence in ids for i in sequence):
             raise Refusal(400, f"input has a token of {n_vocab} or more", param="input")
-        vectors = [cut(v, size) for v in model.embed_batch(ids)]
+        vectors = [cut(v, size) for v in model.embed_batch(ids, before_step=before_step)]
         plain = body.encoding_format != "base64"
         data = [
             {"object": "embedding", "index": i, "embedding": v.tolist() if plain else packed(v)}
@@ -61,7 +62,7 @@ async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "data": data, "model": served.name, "usage": usage}
 
-    return await with_model(request, body.model, work, 1)  # type: ignore[no-any-return]
+    return await with_texts(request, body.model, work)  # type: ignore[no-any-return]
 
 
 def check_inputs(n: int, request: Request) -> None:
@@ -112,9 +113,10 @@ async def rerank(body: RerankBody, request: Request) -> dict[str, Any]:
     check_inputs(len(body.documents), request)
     texts = [d if isinstance(d, str) else d.text for d in body.documents]
 
-    def work(served: Served) -> dict[str, Any]:
+    def work(served: Served, before_step: BeforeStep) -> dict[str, Any]:
         model = served.model
-        scores = 1 / (1 + np.exp(-model.rank(body.query, texts).astype(np.float64)))
+        found = model.rank(body.query, texts, before_step).astype(np.float64)
+        scores = 1 / (1 + np.exp(-found))
         results: list[dict[str, Any]] = []
         for i in np.argsort(-scores, kind="stable")[: body.top_n].tolist():
             results.append({"index": i, "relevance_score": float(scores[i])})
@@ -124,4 +126,4 @@ async def rerank(body: RerankBody, request: Request) -> dict[str, Any]:
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "model": served.name, "results": results, "usage": usage}
 
-    return await with_model(request, body.model, work, 1)  # type: ignore[no-any-return]
+    return await with_texts(request, body.model, work)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from ..chat.tools import Delta
+from ..chat.tools import CallPart, Delta
 from ..tokenizers import Tokenizer
 from .conversation import Answers, Conversation, Told, answer
 from .errors import Refusal
@@ -269,6 +269,7 @@ async def respond(body: ResponseBody, request: Request) -> Reply:
         parallel=body.parallel_tool_calls is not False,
         variables=body.variables(),
         max_tokens=-1 if body.max_output_tokens is None else body.max_output_tokens,
+        streams=bool(body.stream),
         options=body.options,
     )
     if not c.messages:
@@ -355,7 +356,7 @@ class ResponseWriter:
                     yield e
                 scores = []
             if told.whole is not None:
-                for e in self._close():
+                for e in self._close(cut_off=True):
                     yield e
                 response = self._response("completed", told)
                 yield self._event(f"response.{response['status']}", response=response)
@@ -375,8 +376,14 @@ class ResponseWriter:
 
     def _hear(self, delta: Delta, scores: list[Any] | None = None) -> list[bytes]:
         """Add to the items, and return the events that say so."""
+        if delta.part is not None:
+            return self._part(delta.part)
         if delta.call is not None:
-            return self._call(delta.call)
+            if self.open is not None and self.open["type"] == "function_call":
+                return self._close()  # its parts have told it
+            f = delta.call["function"]
+            whole = CallPart(0, delta.call["id"], f["name"], f["arguments"])
+            return [*self._part(whole), *self._close()]
         kind, text = (
             ("reasoning", delta.reasoning) if delta.reasoning else ("message", delta.content)
         )
@@ -421,17 +428,47 @@ class ResponseWriter:
         item |= {"status": "in_progress", "content": []}
         self.open = item
         self.output.append(item)
-        events.append(
-            self._event("response.output_item.added", output_index=len(self.output) - 1, item=item)
-        )
+        events.append(self._added())
         item["content"] = [part]
         return [*events, self._event("response.content_part.added", **self._place(), part=part)]
 
-    def _close(self) -> list[bytes]:
-        """End the item that is being written."""
+    def _part(self, part: CallPart) -> list[bytes]:
+        """A call, or what it has gained."""
+        events: list[bytes] = []
+        if self.open is None or self.open["type"] != "function_call":
+            events = self._close()
+            self.open = {
+                "id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": part.id,
+                "name": part.name, "arguments": "", "status": "in_progress",
+            }  # fmt: skip
+            self.output.append(self.open)
+            events.append(self._added())
+        self.open["arguments"] += part.arguments
+        place = {"item_id": self.open["id"], "output_index": len(self.output) - 1}
+        kind = "response.function_call_arguments.delta"
+        return [*events, self._event(kind, **place, delta=part.arguments)]
+
+    def _added(self) -> bytes:
+        """The event of the item that is begun."""
+        index = len(self.output) - 1
+        return self._event("response.output_item.added", output_index=index, item=self.open)
+
+    def _close(self, cut_off: bool = False) -> list[bytes]:
+        """End the item that is being written; a call may be ``cut_off``."""
         item = self.open
         if item is None:
             return []
+        index = len(self.output) - 1
+        if item["type"] == "function_call":
+            self.open = None
+            item["status"] = "incomplete" if cut_off else "completed"
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            kind, place = "response.function_call_arguments.done", {"item_id": item["id"]}
+            events = [] if cut_off else [self._event(kind, **place, output_index=index, **told)]
+            return [
+                *events,
+                self._event("response.output_item.done", output_index=index, item=item),
+            ]
         part, place = item["content"][0], self._place()
         if item["type"] == "message":
             part["logprobs"] = self.logprobs
@@ -442,25 +479,6 @@ class ResponseWriter:
         events.append(self._event("response.content_part.done", **place, part=part))
         item["status"] = "completed"
         self.open = None
-        index = len(self.output) - 1
-        return [*events, self._event("response.output_item.done", output_index=index, item=item)]
-
-    def _call(self, call: Mapping[str, Any]) -> list[bytes]:
-        events, f = self._close(), call["function"]
-        item = {
-            "id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call["id"],
-            "name": f["name"], "arguments": "", "status": "in_progress",
-        }  # fmt: skip
-        self.output.append(item)
-        index = len(self.output) - 1
-        place = {"item_id": item["id"], "output_index": index}
-        events.append(self._event("response.output_item.added", output_index=index, item=item))
-        item |= {"arguments": f["arguments"], "status": "completed"}
-        kind = "response.function_call_arguments"
-        events.append(self._event(f"{kind}.delta", **place, delta=f["arguments"]))
-        events.append(
-            self._event(f"{kind}.done", **place, name=f["name"], arguments=f["arguments"])
-        )
         return [*events, self._event("response.output_item.done", output_index=index, item=item)]
 
     def failed(self, refusal: Refusal) -> bytes:

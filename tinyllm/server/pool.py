@@ -59,7 +59,10 @@ class Served:
             The model writes none.
         """
         if self._engine is None:
-            raise Refusal(400, f"{self.name} reads texts and writes none; ask for embeddings")
+            raise Refusal(
+                404, f"{self.name} reads texts and writes none; ask for embeddings",
+                code="model_not_supported",
+            )  # fmt: skip
         return self._engine
 
     @property
@@ -183,7 +186,7 @@ class Pool:
             for name in names_of(served):
                 self._names.setdefault(name, served)
             for name, owner in self._names.items():
-                if owner is served and name != served.name:
+                if owner is served and name not in (served.name, place_of(served.source)):
                     served.aliases.append(name)
         self.workers = ThreadPoolExecutor(8, "tinyllm-server")
         self._share()
@@ -279,10 +282,13 @@ class Pool:
                 await loop.run_in_executor(self.workers, served.load)
                 log.info("%s is loaded on %s", served.name, served.model.device)
             except (TinyLLMError, OSError, ValueError, RuntimeError, MemoryError) as error:
-                served.state, served.error = "failed", " ".join(str(error).split())
-                text = f"{served.name} cannot be loaded: {served.error}"
-                log.error("%s", text)
-                raise Refusal(503, text, headers={"Retry-After": "30"}) from error
+                text = " ".join(str(error).split())
+                log.error("%s cannot be loaded: %s", served.name, text)
+                served.state, served.error = "failed", without_folder(text, served.source)
+                raise Refusal(
+                    503, f"{served.name} cannot be loaded: {served.error}",
+                    headers={"Retry-After": "30"},
+                ) from error  # fmt: skip
             except Refusal:
                 served.state = "unloaded"
                 raise
@@ -334,6 +340,23 @@ class Pool:
         for served in self:
             served.let_go()()
         self.workers.shutdown(wait=False, cancel_futures=True)
+
+
+def without_folder(text: str, source: Source) -> str:
+    """A text without the folder of a model's file, which is nobody's matter."""
+    place = place_of(source)
+    if place is not None:
+        for path in (Path(place).resolve(), Path(place).absolute(), Path(place)):
+            if path.parent not in (Path(), Path(path.anchor)):
+                text = text.replace(os.path.join(path.parent, ""), "")
+    return text
+
+
+def place_of(source: Source) -> str | None:
+    """The path that names a file of this machine by its folder; None for any other source."""
+    if source is None or isinstance(source, Model) or str(source).startswith("hf:"):
+        return None
+    return None if Path(source).parent == Path() else str(source)
 
 
 def names_of(served: Served) -> Iterable[str]:

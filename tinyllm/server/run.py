@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
+from collections.abc import Callable
+from contextlib import suppress
+from email.utils import formatdate
+from functools import partial
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import system
 from ..errors import TinyLLMError
@@ -19,12 +25,40 @@ class Process(uvicorn.Server):
     """Stops gracefully at the first signal, and at once at the second, whichever they are.
 
     uvicorn raises signals anew once all is closed; here that is the end of it, and the exit status is 0.
+    uvicorn wakes ten times a second to see whether a signal has come; here an idle server sleeps until then.
     """
+
+    _wake: Callable[[], object] | None = None
+
+    async def main_loop(self) -> None:
+        told = asyncio.Event()
+        self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, told.set)
+        await self.on_tick(0)
+        if not self.should_exit:
+            await told.wait()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
+        if self._wake is not None:
+            with suppress(RuntimeError):  # the event loop was closed
+                self._wake()
+
+
+def dated(app: ASGIApp) -> ASGIApp:
+    """An application whose answers have their date, which uvicorn renews only while it wakes."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                date = (b"date", formatdate(usegmt=True).encode())
+                message = {**message, "headers": [date, *message.get("headers", ())]}
+            await send(message)
+
+        await app(scope, receive, tell if scope["type"] == "http" else send)
+
+    return call
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -52,7 +86,8 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(app: Server, sock: socket.socket, stop_s: float = 30.0) -> None:
     """Answer requests until a signal comes; then finish those that run, within ``stop_s`` seconds."""
     config = uvicorn.Config(
-        app,
+        dated(app),
+        date_header=False,
         log_config=None,
         access_log=False,
         server_header=False,

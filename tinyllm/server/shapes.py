@@ -230,7 +230,6 @@ class HealthShape(Strict):
     """Whether the server is ready."""
 
     status: Literal["ok", "loading", "failed"]
-    error: str | None = None
 
 
 class TokensShape(Strict):
@@ -245,6 +244,19 @@ class TokensShape(Strict):
     tokens: list[int] | list[Piece]
     count: int | None = None
     max_model_len: int | None = None
+
+
+class TokenizerShape(Strict):
+    """What ``/tokenizer_info`` tells: special tokens as they are spelled, and the chat template."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    add_bos_token: bool
+    model_max_length: int
+    chat_template: str | None
 
 
 class TextShape(Strict):
