@@ -51,7 +51,7 @@ def pairs(recipe: PreTokenizer, text: str) -> str:
 
 
 def test_all_names_are_known(cases: Any) -> None:
-    assert len(TABLE) == 91
+    assert len(TABLE) == 92  # as many as llama.cpp b11434 names
     assert set(cases["names"]) == set(BYTE_LEVEL)
 
 
@@ -108,6 +108,41 @@ def test_characters_newer_than_unicode_15_count_as_unassigned() -> None:
     assert hide_new(f"a{new_letter}b") == "a\uffffb"
     assert hide_new(text := "plain é 中") is text
     assert TABLE["llama-bpe"].split(f"ab{new_letter}") == ["ab", new_letter]
+
+
+def marked_vocabulary() -> dict[str, Any]:
+    """A vocabulary of mmbert's kind: ``▁`` alone, before letters, and two merges across it."""
+    tokens = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "\n",
+        "\n\n",
+        "▁",
+        "a",
+        "b",
+        "▁a",
+        "▁ab",
+        "ab",
+        "▁▁",
+    ]
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "mmbert", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, 3, 2, *[1] * 9],
+        "tokenizer.ggml.merges": ["▁ a", "▁a b", "a b", "▁ ▁"], "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    # llama.cpp b11434's of the same vocabulary
+    [("ab", [10]), ("a b", [9, 6, 8]), ("  ab", [6, 10]), ("a\n\nb ab", [9, 5, 6, 8, 10])],
+)
+def test_marks_begin_words_and_lines(text: str, ids: list[int]) -> None:
+    assert list(tokenizers.load(marked_vocabulary()).encode(text)) == ids
 
 
 def test_flags_follow_the_recipe() -> None:

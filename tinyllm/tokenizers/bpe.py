@@ -73,6 +73,8 @@ class BPE(Tokenizer):
         if not self._recipe.escape_spaces:
             return self._recipe.split(text)
         lines = self._recipe.split(text.replace(" ", SPACE))
+        if self._recipe.marked_words:
+            lines = [w for line in lines for w in marked(line)]
         return [w for line in lines for w in self._words_of.findall(line)]
 
     def _encode_word(self, word: str) -> list[int]:
@@ -118,6 +120,14 @@ class BPE(Tokenizer):
 def _character(c: str) -> bytes:
     byte = FROM_ALPHABET.get(ord(c), ord(c))
     return bytes((byte,)) if byte < 256 else to_bytes(c)
+
+
+def marked(line: str) -> list[str]:
+    """The words of a line, each of which begins with the mark of a space; newlines are one word."""
+    if not line.strip("\n"):
+        return [line]
+    line = line if line.startswith(SPACE) else SPACE + line
+    return [SPACE + word for word in line[1:].split(SPACE)]
 
 
 def lower(text: str) -> str:

@@ -112,6 +112,9 @@ class PreTokenizer:
         Spaces are spelled ``▁``.
     newline_runs : bool
         A word of newlines that is a token becomes that token.
+    marked_words : bool
+        Every ``▁`` begins a word, and so does the text between newlines, which gets one before it if it has
+        none.
     add_bos, force_bos, add_sep : bool
         What surrounds the text when the file does not say, and (force) even if it denies it.
     has_default_bos : bool
@@ -127,6 +130,7 @@ class PreTokenizer:
     byte_level: bool = True
     escape_spaces: bool = False
     newline_runs: bool = False
+    marked_words: bool = False
     add_bos: bool = False
     force_bos: bool = False
     add_sep: bool = False
@@ -361,6 +365,7 @@ TABLE: dict[str, PreTokenizer] = {
     **dict.fromkeys(["bloom", "gpt3-finnish", "poro-chat"], _BLOOM_LIKE),
     "viking": _VIKING,
     **dict.fromkeys(["gemma4", "granite-embed-multi-311m"], _GEMMA4),
+    "mmbert": replace(_GEMMA4, force_bos=False, marked_words=True),
     "sarvam-moe": PreTokenizer((_LINES,), byte_level=False, escape_spaces=True),
     "whitespace": PreTokenizer((r"\S+",), byte_level=False, drop_spaces=True),
 }

@@ -69,7 +69,7 @@ def _stripping(vocab: Vocab) -> tuple[set[int], set[int]]:
     pre, name = vocab.text("pre"), vocab.general("name").lower()
     arch = vocab.general("architecture")
     ids = vocab.ids
-    if any(s in pre for s in ("jina-v2-de", "jina-v2-es", "jina-v2-code")) or any(
+    if any(s in pre for s in ("jina-v2-de", "jina-v2-es", "jina-v2-code", "mmbert")) or any(
         s in arch for s in ("nomic-bert-moe", "jina-bert-v3")
     ):
         return _these(ids, "<mask>"), set()

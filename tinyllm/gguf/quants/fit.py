@@ -12,7 +12,7 @@ from typing import overload
 
 import numpy as np
 
-from .fit_kernels import lines, rays, run, units
+from .fit_kernels import ROUNDS, lines, rays, run, units
 from .format import Array, Floats
 
 
@@ -61,15 +61,18 @@ def fit_scale(
 ) -> Floats:
     """Find the scale s of x = s * snap(x / s) with a small squared error: [..., n] -> [..., 1].
 
-    limits: the codes that the value farthest from zero is mapped to, one try each; weights: how much each
-    value's squared error counts.
+    limits: the codes that the value farthest from zero is mapped to, one try each, before codes and scale are
+    fitted to each other; weights: how much each value's squared error counts.
     """
     top, x = peak(x)[..., 0], _group_first(x)
     weighed = x if weights is None else x * _group_first(weights)
     w = None if weights is None else _group_first(weights)
     best = scale = np.zeros_like(top)
-    for limit in limits:
-        codes = snap(x * divide(np.full_like(top, limit), top))
+    for limit in (*limits, *[None] * ROUNDS):
+        inverse = divide(
+            np.full_like(top, 1 if limit is None else limit), scale if limit is None else top
+        )
+        codes = snap(x * inverse)
         xq, qq = _dot(weighed, codes), _dot(codes, codes if w is None else codes * w)
         s = divide(xq, qq)
         gain = s * xq  # the squared error is sum(x * x) - gain

@@ -53,13 +53,17 @@ def lines(
             low, most = min(low, x[g, i]), max(most, x[g, i])
             sum_w += w[g, i]
             sum_x += w[g, i] * x[g, i]
+        mean_x = sum_x / sum_w
         if below:
             low = min(low, f(0))
         scale[g], minimum[g] = f(0), low
         span = most - low
         if span <= f(0):
             continue
-        best = f(3.4e38)
+        best, scale[g] = f(0), span / top  # as they are, without a fit
+        for i in range(n):
+            away = scale[g] * np.rint((x[g, i] - low) * (top / span)) + low - x[g, i]
+            best += w[g, i] * away * away
         for k in range(len(starts) + ROUNDS):
             if k < len(starts):
                 inverse, base = (top + starts[k]) / span, low
@@ -67,21 +71,24 @@ def lines(
                 inverse, base = f(1) / scale[g], minimum[g]
             else:
                 break
-            sum_q, sum_qq, sum_xq = f(0), f(0), f(0)
+            sum_q = f(0)
             for i in range(n):
                 q = min(max(np.rint((x[g, i] - base) * inverse), f(0)), top)
                 codes[i] = q
-                wq = w[g, i] * q
-                sum_q += wq
-                sum_qq += wq * q
-                sum_xq += wq * x[g, i]
-            d = sum_w * sum_qq - sum_q * sum_q
+                sum_q += w[g, i] * q
+            mean_q = sum_q / sum_w
+            qq, xq = f(0), f(0)  # about the means: one weight may outweigh all others
+            for i in range(n):
+                away = w[g, i] * (codes[i] - mean_q)
+                qq += away * (codes[i] - mean_q)
+                xq += away * (x[g, i] - mean_x)
             s, m = f(1) / inverse, base
-            if d > f(0):
-                s = (sum_w * sum_xq - sum_x * sum_q) / d
-                m = (sum_qq * sum_x - sum_q * sum_xq) / d
-            if below and sum_qq > f(0) and (m > f(0) or not d > f(0)):
-                s, m = sum_xq / sum_qq, f(0)
+            if qq > f(0):
+                s = xq / qq
+                m = mean_x - s * mean_q
+            if below and sum_q > f(0) and (m > f(0) or not qq > f(0)):
+                s = (xq + sum_q * mean_x) / (qq + sum_q * mean_q)
+                m = f(0)
             error = f(0)
             for i in range(n):
                 away = s * codes[i] + m - x[g, i]

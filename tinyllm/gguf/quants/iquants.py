@@ -162,7 +162,7 @@ def _iq4_xs(blocks: Array) -> Int8Form:
     return codes, _d(blocks) * scales, None
 
 
-_LIMITS = (-140, -132, -127, -122, -116, -110, -104, 105, 113, 120)
+_LIMITS = (-200, -165, -145, -136, -130, -127, -123, -118, -112, -104, 104, 112, 120, 140)
 _STEPS = IQ4_STEPS.astype(np.float32)
 
 
