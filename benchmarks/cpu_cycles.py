@@ -5,7 +5,7 @@
 
 llvm-mca simulates the block again and again with every load from the first-level cache: it knows nothing of
 memory. A pass is of 16 rows with AVX-512; with AVX2 and AVX-VNNI of 16 for one token of a quantised format,
-else of 8; with NEON of 4. The numbers say what a change does to a processor's arithmetic, not how fast a model is.
+else of 8; with NEON of 4. The numbers say what a change does to a processor's arithmetic, not to a model.
 The report holds a hash of each kernel's LLVM IR, so that only kernels that have changed are simulated again,
 and the tests notice a report that is out of date.
 """
