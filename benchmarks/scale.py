@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import heapq
 import itertools
+import json
 import random
 import statistics
 import time
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, write_json
+from nodes import Namespaces, Nodes
 
 from tinyllm.ray.prefixes import ranked
 
@@ -168,15 +170,21 @@ class Router:
 
     def __init__(self, n: int, prefixes: bool, seed: int) -> None:
         self.names, self.prefixes = [f"replica-{i}" for i in range(n)], prefixes
-        self.there, self.chance = set(range(n)), random.Random(seed)
+        self.there, self.seed = set(range(n)), seed
         self._ranks: dict[int, list[int]] = {}
 
-    def choose(self, talk: Talk) -> int | None:
-        """A replica for a conversation's turn; None while there is none."""
+    def choose(self, turn: Turn) -> int | None:
+        """A replica for a conversation's turn; None while there is none.
+
+        By chance, but by each turn's own, so that two plays whose turns come in another order choose alike.
+        """
         if not self.there:
             return None
+        talk = turn.talk
         if not self.prefixes:
-            return self.chance.choice(sorted(self.there))
+            draw = random.Random(f"{self.seed} {talk.number} {turn.index}").random()
+            i = int(draw * len(self.there))
+            return i if len(self.there) == len(self.names) else sorted(self.there)[i]
         if talk.number not in self._ranks:
             self._ranks[talk.number] = ranked(str(talk.number).encode(), self.names)
         return next(i for i in self._ranks[talk.number] if i in self.there)
@@ -233,7 +241,7 @@ def simulate(load: Load, costs: Costs, n: int, prefixes: bool, seed: int = 0) ->
     while left:
         now, _, kind, what = heapq.heappop(events)
         if kind == "turn":
-            i = router.choose(what.talk)
+            i = router.choose(what)
             if i is None:
                 parked.append(what)
                 continue
@@ -320,7 +328,7 @@ async def beside(load: Load, actors: list[Any], prefixes: bool, seed: int) -> Fo
         await asyncio.sleep(talk.start)
         for index, think in enumerate(talk.thinks):
             turn = Turn(talk, index, time.monotonic() - zero)
-            turn.cached = await actors[router.choose(talk) or 0].ask.remote(turn)
+            turn.cached = await actors[router.choose(turn) or 0].ask.remote(turn)
             found.note(turn, time.monotonic() - zero)
             await asyncio.sleep(think)
 
@@ -328,30 +336,20 @@ async def beside(load: Load, actors: list[Any], prefixes: bool, seed: int) -> Fo
     return found
 
 
-def check(counts: list[int], load: Load, costs: Costs, prefixes: bool) -> Iterator[dict[str, Any]]:
+def check(counts: list[int], load: Load, costs: Costs, nodes: Nodes) -> Iterator[dict[str, Any]]:
     """Each count of nodes, played and on Ray: nodes of one CPU on this machine, one replica on each."""
     import ray
-    from ray.cluster_utils import Cluster
 
-    size = {"num_cpus": 1, "object_store_memory": 100_000_000}
-    cluster = Cluster(True, head_node_args={**size, "include_dashboard": False})
-    ray.init(cluster.address, log_to_driver=False, logging_level="warning")
-    try:
-        for n in sorted(counts):
-            while len(cluster.list_all_nodes()) < n:
-                cluster.add_node(**size)
-            cluster.wait_for_nodes(600)
-            maker = ray.remote(num_cpus=1, max_concurrency=1000)(Sleeper)
-            actors = [maker.options(scheduling_strategy="SPREAD").remote(costs) for _ in range(n)]
-            ray.get([a.__ray_ready__.remote() for a in actors], timeout=600)
-            real = asyncio.run(beside(load, actors, prefixes, 0)).summary()
-            for actor in actors:
-                ray.kill(actor)
-            played = simulate(load, costs, n, prefixes).summary()
-            yield {"nodes": n, "prefixes": prefixes, "ray": real, "played": played}
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    for n, prefixes in itertools.product(sorted(counts), (True, False)):
+        nodes.grow(n)
+        maker = ray.remote(num_cpus=1, max_concurrency=1000)(Sleeper)
+        actors = [maker.options(scheduling_strategy="SPREAD").remote(costs) for _ in range(n)]
+        ray.get([a.__ray_ready__.remote() for a in actors], timeout=600)
+        real = asyncio.run(beside(load, actors, prefixes, 0)).summary()
+        for actor in actors:
+            ray.kill(actor)
+        played = simulate(load, costs, n, prefixes).summary()
+        yield {"nodes": n, "prefixes": prefixes, "ray": real, "played": played}
 
 
 # ---- measuring
@@ -392,14 +390,19 @@ def main() -> None:
     """Measure, play, and check."""
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--measure", metavar="MODEL", help="take the costs of this model; else made up")
+    p.add_argument("--costs", type=Path, metavar="FILE", help="take those of this report")
     p.add_argument("-t", "--n-threads", type=int, metavar="N")
     p.add_argument("--nodes", type=int, nargs="*", default=[1, 2, 4, 8, 16, 64, 256, 1000])
     p.add_argument("--check", type=int, nargs="*", default=[], metavar="N", help="on Ray, too")
+    p.add_argument("--namespaces", action="store_true",
+                   help="each of Ray's nodes in a network namespace; needs root")  # fmt: skip
     p.add_argument("--failures", type=float, default=0.5, metavar="X", help="of a node an hour")
     p.add_argument("--seconds", type=float, default=60, help="within which conversations begin")
     p.add_argument("--json", type=Path, metavar="FILE")
     args = p.parse_args()
     costs = measure(args.measure, args.n_threads) if args.measure else Costs()
+    if args.costs:
+        costs = Costs(**json.loads(args.costs.read_text("utf-8"))["costs"])
     load = Load(over_s=args.seconds)
     report: dict[str, Any] = {"machine": machine(), "costs": asdict(costs), "load": asdict(load)}
     print(f"read {1e3 * costs.read_s:.2f} ms a token, steps {1e3 * costs.step(1):.2f} ms for 1 text, "
@@ -413,11 +416,12 @@ def main() -> None:
             report["played"].append({"nodes": n, "prefixes": prefixes, **found})
             print(line(n, "prefixes" if prefixes else "random", found))
     report["checked"] = []
-    for prefixes in (True, False) if args.check else ():
-        for one in check(args.check, load, costs, prefixes):
-            report["checked"].append(one)
-            print(line(one["nodes"], "on Ray", one["ray"]))
-            print(line(one["nodes"], "played", one["played"]))
+    if args.check:
+        with Namespaces() if args.namespaces else Nodes() as nodes:
+            for one in check(args.check, load, costs, nodes):
+                report["checked"].append(one)
+                print(line(one["nodes"], "on Ray", one["ray"]))
+                print(line(one["nodes"], "played", one["played"]), flush=True)
     if args.json:
         write_json(args.json, report)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, ratios, show, spread, write_json
+from nodes import Nodes
 
 import tinyllm
 from tinyllm.mapping import Embed
@@ -39,27 +40,16 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3, metavar="N")
     p.add_argument("--json", type=Path, metavar="FILE")
     args = p.parse_args()
-    import ray
-    from ray.cluster_utils import Cluster
-
     rows = [(i, f"Once upon a time there were {i} cats in a garden.") for i in range(args.rows)]
-    size = {"num_cpus": 1, "object_store_memory": 100_000_000}
     found: dict[str, list[float]] = {"plain": [], "1 node": [], "2 nodes": []}
     with tinyllm.load(args.model, n_threads=1) as model:
         for _ in range(args.rounds):
             found["plain"].append(rate(Embed(model).run(rows), args.rows))
-            cluster = Cluster(True, head_node_args={**size, "include_dashboard": False})
-            ray.init(cluster.address, log_to_driver=False, logging_level="warning")
-            try:
-                for nodes in ("1 node", "2 nodes"):
-                    if nodes == "2 nodes":
-                        cluster.add_node(**size)
-                        cluster.wait_for_nodes(600)
+            with Nodes() as cluster:
+                for n, nodes in enumerate(("1 node", "2 nodes"), 1):
+                    cluster.grow(n)
                     results = map_rows("auto", "embed", rows, args.model, {}, {})
                     found[nodes].append(rate(results, args.rows))
-            finally:
-                ray.shutdown()
-                cluster.shutdown()
             print({name: round(rates[-1], 1) for name, rates in found.items()}, flush=True)
     one, two = ratios(found["1 node"], found["plain"]), ratios(found["2 nodes"], found["1 node"])
     print(f"one node beside none: {show(one, 2)} x; two beside one: {show(two, 2)} x")
