@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -202,6 +203,58 @@ def test_a_client_that_goes_ends_the_text(app: Any) -> None:
         raise AssertionError("the text goes on")
 
     asyncio.run(inside())
+
+
+# ---- what the routing finds
+
+
+def cached_tokens(apps: list[Any], choose: Callable[[dict[str, Any]], int]) -> tuple[int, int]:
+    """Tokens of prompts of 50 conversations of four turns, and how many of them a replica had computed."""
+
+    async def inside() -> tuple[int, int]:
+        clients = [
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
+            for app in apps
+        ]
+        talks = [said("You tell stories.", f"Tell me of animal {i}.") for i in range(50)]
+        whole = cached = 0
+        for turn in range(4):
+            for talk in talks:
+                asked = {"model": "tales", "messages": talk, "max_tokens": 8, "seed": turn}
+                answer = await clients[choose(asked)].post("/v1/chat/completions", json=asked)
+                found = answer.json()
+                whole += found["usage"]["prompt_tokens"]
+                cached += found["usage"]["prompt_tokens_details"]["cached_tokens"]
+                text = found["choices"][0]["message"]["content"]
+                talk += [
+                    {"role": "assistant", "content": text},
+                    {"role": "user", "content": "What happened then?"},
+                ]
+        for client in clients:
+            await client.aclose()
+        return whole, cached
+
+    return asyncio.run(inside())
+
+
+@pytest.mark.slow
+def test_equal_beginnings_find_more_computed_than_chance() -> None:
+    """Two replicas, each with a model of its own."""
+    chance = random.Random(0)
+
+    def by_beginning(asked: dict[str, Any]) -> int:
+        prefix = prefix_of(json.dumps(asked).encode())
+        assert prefix is not None
+        return ranked(prefix, ["a", "b"])[0]
+
+    found = []
+    for choose in (by_beginning, lambda _: chance.randrange(2)):
+        with tinyllm.load() as one, tinyllm.load() as two:
+            apps = [create_app({"tales": model}) for model in (one, two)]
+            found.append(cached_tokens(apps, choose))
+            for app in apps:
+                app.close()
+    assert found[0][1] >= 1.3 * found[1][1], found
 
 
 # ---- on a cluster
