@@ -59,10 +59,11 @@ def measure(m: tinyllm.Model, n_tokens: int = 512, rounds: int = 12) -> dict[str
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     p.add_argument("model")
+    p.add_argument("--rounds", type=int, default=12, help="default %(default)s")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
     with tinyllm.load(args.model) as m:
-        found = measure(m)
+        found = measure(m, rounds=args.rounds)
     for name, value in found.items():
         print(f"{value:9.2f}  {name}")
     if args.json:

@@ -13,6 +13,8 @@ import pytest
 import tinyllm
 from tinyllm.cli.commands import main
 from tinyllm.errors import ArgumentError
+from tinyllm.models.build import build
+from tinyllm.research.cache import read
 from tinyllm.research.compare import Comparison, with_tensors
 
 TEXT = "Once upon a time, there was a little girl named Lily. She had a red ball and a dog."
@@ -87,3 +89,15 @@ def test_the_command(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str
 def test_other_vocabularies_are_told(pair: Any) -> None:
     with tinyllm.load() as other, pytest.raises(ArgumentError, match="vocabularies"):
         tinyllm.compare(pair[0], other, TEXT)
+
+
+def test_what_no_tensor_replaces_is_not_loaded_again(pair: Any) -> None:
+    a, b = pair
+    ids = a.prompt_ids(TEXT)
+    for name in ("token_embd.weight", "output_norm.weight", "blk.1.ffn_down.weight"):
+        net = with_tensors(b, {name: a._file.tensors[name]})
+        shared = [x is y for x, y in zip(net.decoder.blocks, b.network.decoder.blocks, strict=True)]
+        assert shared == [not name.startswith(f"blk.{i}.") for i in range(len(shared))]
+        assert (net.decoder.token_embd is b.network.decoder.token_embd) == name.startswith("blk.")
+        whole = build(b.metadata, {**b._file.tensors, name: a._file.tensors[name]}, net.be)
+        assert np.array_equal(read(net, [ids], None)[0], read(whole, [ids], None)[0])

@@ -168,6 +168,11 @@ class Decoder:
     ) -> None:
         self.first, self.last, self.config = w.be, end.be, c
         w.require(*a.needs)
+        self.read_beside_blocks(c, a, w, end)
+        self.blocks = [(a.block or Block)(c, a, i, layer) for i, layer in enumerate(layers)]
+
+    def read_beside_blocks(self, c: Config, a: Arch, w: Tensors, end: Tensors) -> None:
+        """Load what stands before the blocks and behind them."""
         self.n_vocab = w.source("token_embd.weight").shape[0]
         self.token_embd = w.matrix("token_embd.weight", self.n_vocab, c.n_embd)
         self.adapters, self.embd_beside = w.adapters, w.beside("token_embd.weight")
@@ -181,7 +186,6 @@ class Decoder:
             self.token_type = w.be.array(w.host("token_types.weight")[0])
         taken = a.roles.get("output_norm") == "token_embd_norm"  # LFM2's last norm has that name
         self.embd_norm = None if taken else w.norm_if("token_embd_norm", c.n_embd)
-        self.blocks = [(a.block or Block)(c, a, i, layer) for i, layer in enumerate(layers)]
         self.streams = a.streams(c, w, end) if a.streams else None
         self.output_norm = output_norm(c, a, end)
         self.output = self.head(end) if c.causal else None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[Iterable[str], int], Iterable[str]]
 WINDOW = 512  # tokens that are read together
+# tensors that no block reads
+BESIDE_BLOCKS = {"token_embd", "token_embd_norm", "position_embd", "output_norm", "output"}
 OPENING = 16  # tokens of the text that both models go on from
 
 
@@ -211,10 +213,14 @@ def differs(x: Any, y: Any) -> bool:
 
 
 def with_tensors(m: Model, tensors: Mapping[str, Any]) -> Network:
-    """The model's network with other tensors in the place of its own; layers without any are shared."""
+    """The model's network with other tensors in the place of its own; layers without any are shared.
+
+    So are the embedding, the last norm and the head, unless a tensor is one of theirs.
+    """
     net, all_tensors = m.network, {**m._file.tensors, **tensors}
     layers = {layer_of(name) for name in tensors}
-    if -1 in layers or len(net.stages) > 1:
+    ends = {name.split(".")[0] for name in tensors if layer_of(name) < 0}
+    if ends - BESIDE_BLOCKS or len(net.stages) > 1:
         return build(
             m.metadata, all_tensors, net.be, net.kv_type, strict=False, adapters=net.adapters
         )
@@ -230,5 +236,7 @@ def with_tensors(m: Model, tensors: Mapping[str, Any]) -> Network:
         make(net.config, net.arch, i, root.below(f"blk.{i}.")) if i in layers else block
         for i, block in enumerate(net.decoder.blocks)
     ]
+    if ends:
+        decoder.read_beside_blocks(net.config, net.arch, root, root.below("", net.be))
     made.decoder = decoder
     return made
