@@ -24,7 +24,11 @@ MOVES = 4  # how often a group's integers move by one
 def _jitted(body: Callable[..., None]) -> Any:
     from numba import njit
 
-    return njit(nogil=True, cache=True, fastmath={"contract", "nsz", "nnan", "reassoc"})(body)
+    how: Any = {"nogil": True, "fastmath": {"contract", "nsz", "nnan", "reassoc"}}
+    try:
+        return njit(cache=True, **how)(body)
+    except RuntimeError:  # no folder can be written: compiled anew in each process
+        return njit(**how)(body)
 
 
 def run(body: Callable[..., None], *args: Any) -> None:
