@@ -116,7 +116,12 @@ def batches(
 ) -> Iterator[np.ndarray]:
     """Endless [n_batch, n] batches whose rows are drawn from the kinds by their shares."""
     rng = random.Random(seed)
-    streams = {kind: rows(documents[kind], n, rng) for kind in KINDS}
-    shares = [mixture[kind] for kind in KINDS]
+    streams = {kind: rows(documents[kind], n, rng) for kind in mixture}
+    kinds, shares = list(mixture), list(mixture.values())
     while True:
-        yield np.stack([next(streams[k]) for k in rng.choices(KINDS, shares, k=n_batch)])
+        yield np.stack([next(streams[k]) for k in rng.choices(kinds, shares, k=n_batch)])
+
+
+def one_of(kind: str) -> dict[str, float]:
+    """The mixture of one kind alone."""
+    return {kind: 1.0}

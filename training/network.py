@@ -19,6 +19,7 @@ class Config:
     rope_freq_base: float
     norm_eps: float
     dropout: float
+    tied: bool = True  # whether the head is the embedding table
 
     @property
     def head_dim(self) -> int:
@@ -82,7 +83,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Ids [B, T] to logits [B, T, V]; the head is the embedding table."""
+    """Ids [B, T] to logits [B, T, V]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -90,6 +91,8 @@ class Llama(nn.Module):
         self.token_embd = nn.Embedding(config.n_vocab, config.n_embd)
         self.blk = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.output_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        if not config.tied:
+            self.output = nn.Linear(config.n_embd, config.n_vocab, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         cos, sin = rope_angles(config)
         self.register_buffer("cos", cos, persistent=False)
@@ -105,10 +108,15 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / depth if output else 0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
+        head = self.token_embd if self.config.tied else self.output
+        return F.linear(self.output_norm(self.residual(ids)), head.weight)
+
+    def residual(self, ids: Tensor) -> Tensor:
+        """What the last block leaves, [B, T, E]."""
         x = self.dropout(self.token_embd(ids))
         for block in self.blk:
             x = block(x, self.cos, self.sin)
-        return F.linear(self.output_norm(x), self.token_embd.weight)
+        return x
 
     def loss(self, ids: Tensor) -> Tensor:
         """Mean nats per id of predicting ids[:, 1:]."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import KINDS, batches, encode, read_documents, split
+from corpus import KINDS, batches, encode, one_of, read_documents, split
 from network import Config, Llama
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -21,11 +21,11 @@ HELD_OUT_BATCHES = 3
 
 
 class MixedPrecision:
-    """Float32 weights that are updated, and their bfloat16 copy that computes."""
+    """Float32 weights that are updated, and a copy of less precision (or the same) that computes."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, precision: str) -> None:
         self.master = Llama(config)
-        self.working = copy.deepcopy(self.master).bfloat16()
+        self.working = copy.deepcopy(self.master).to(getattr(torch, precision))
         self.loss = torch.compile(self.working.loss, dynamic=False)
 
     def backward(self, ids: Tensor) -> float:
@@ -54,20 +54,27 @@ class MixedPrecision:
 
 
 class Optimizer:
-    """Muon for the matrices of the blocks, AdamW for the embedding table and the norms."""
+    """AdamW; with ``muon``, Muon for the matrices of the blocks."""
 
-    def __init__(self, network: Llama, learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self, network: Llama, learning_rate: float, weight_decay: float, muon: bool
+    ) -> None:
         named = list(network.named_parameters())
-        matrices = [p for name, p in named if p.dim() == 2 and name.startswith("blk.")]
-        table = [p for name, p in named if name == "token_embd.weight"]
+        matrices = [p for name, p in named if p.dim() == 2 and name.startswith("blk.") and muon]
+        tables = [p for name, p in named if p.dim() == 2 and not (name.startswith("blk.") and muon)]
         norms = [p for _, p in named if p.dim() == 1]
-        groups = [{"params": table}, {"params": norms, "weight_decay": 0.0}]
+        groups = [{"params": tables}, {"params": norms, "weight_decay": 0.0}]
         self.parameters = [p for _, p in named]
         self.learning_rate = learning_rate
-        self.parts = (
-            torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(groups, weight_decay=weight_decay, betas=(0.9, 0.99)),
-        )
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, weight_decay=weight_decay, betas=(0.9, 0.99))
+        ]
+        if muon:
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
 
     def step(self, scale: float, gradient_norm: float) -> None:
         torch.nn.utils.clip_grad_norm_(self.parameters, gradient_norm)
@@ -102,10 +109,13 @@ class Run:
         self.options = settings["training"]
         torch.manual_seed(self.options["seed"])
         config = load_config(settings)
-        self.load_data(texts, settings["mixture"], config.n_ctx + 1)
-        self.net = MixedPrecision(config)
+        self.load_data(texts, settings["mixture"], self.options["n_row"] + 1)
+        self.net = MixedPrecision(config, self.options["precision"])
         self.optimizer = Optimizer(
-            self.net.master, self.options["learning_rate"], self.options["weight_decay"]
+            self.net.master,
+            self.options["learning_rate"],
+            self.options["weight_decay"],
+            self.options["muon"],
         )
         self.best = math.inf
 
@@ -160,10 +170,6 @@ class Run:
             torch.save(self.net.master.state_dict(), self.out / "best.pt")
 
 
-def one_of(kind: str) -> dict[str, float]:
-    return {k: float(k == kind) for k in KINDS}
-
-
 def write_line(path: Path, line: dict[str, float], fresh: bool) -> None:
     text = {k: v if isinstance(v, int) else f"{v:.4f}" for k, v in line.items()}
     print(text, flush=True)
@@ -181,10 +187,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=68, help="length of the run")
     parser.add_argument("--steps", type=int, default=0, help="length in steps instead")
     parser.add_argument("--start", type=Path, help="a checkpoint to continue from")
+    parser.add_argument("--settings", type=Path, default=HERE / "settings.json")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = json.loads((HERE / "settings.json").read_text())
+    settings = json.loads(args.settings.read_text())
     run = Run(args.texts, args.out, settings, args.minutes, args.steps)
     if args.start:
         run.start_from(args.start)
