@@ -72,7 +72,7 @@ class SAE:
             raise ArgumentError(
                 f"a {self.kind} autoencoder needs {', '.join(sorted(need))}; found {', '.join(sorted(self._w))}"
             )
-        self.check_shapes()
+        self._check_shapes()
         metadata = config.get("metadata") or {}
         self.point = str(metadata.get("hook_name") or config.get("hook_name") or "")
         self.k = int(config.get("k") or 0)
@@ -81,7 +81,7 @@ class SAE:
         self._centred = bool(config.get("apply_b_dec_to_input", True))
         self._by_norm = bool(config.get("rescale_acts_by_decoder_norm", False))
 
-    def check_shapes(self) -> None:
+    def _check_shapes(self) -> None:
         """Raise ArgumentError unless the weights fit each other and are finite."""
         w = self._w
         if w["W_enc"].ndim != 2 or w["W_dec"].shape != w["W_enc"].shape[::-1]:
@@ -136,7 +136,7 @@ class SAE:
 
     def encode(self, x: npt.ArrayLike) -> Floats:
         """Features [.., n_features] of rows x [.., n_in]."""
-        w, (rows, _, _) = self._w, self.normal(x)
+        w, (rows, _, _) = self._w, self._normal(x)
         rows = rows - w["b_dec"] if self._centred else rows
         inner = rows @ w["W_enc"]
         if self.kind == "gated":
@@ -173,10 +173,10 @@ class SAE:
             raise ArgumentError(
                 f"normalize_activations is {self.normalised!r}; give the rows that were encoded as like="
             )
-        _, scale, centre = self.normal(like)
+        _, scale, centre = self._normal(like)
         return np.asarray(rows * scale + centre)
 
-    def normal(self, x: npt.ArrayLike) -> tuple[Floats, Any, Any]:
+    def _normal(self, x: npt.ArrayLike) -> tuple[Floats, Any, Any]:
         """Rows as the encoder reads them, with the scale and the centre that lead back."""
         rows = np.asarray(x, np.float32)
         if rows.ndim == 0 or rows.shape[-1] != self.n_in:
