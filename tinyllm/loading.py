@@ -27,6 +27,7 @@ from .kernels.outside import Outside, read_kernels
 from .model import Model
 from .models.adapters import Adapters, checked_scale
 from .models.build import build
+from .models.config import Keys, architecture, read_config
 from .models.memory import default_n_ctx
 from .models.stages import Place, Stage, divide
 from .tokenizers import Tokenizer
@@ -115,9 +116,7 @@ def load(
     if isinstance(kernels, str | Path):
         kernels = [kernels]
     outside = read_kernels(kernels)
-    chosen = [scaled(item) for item in listed_files(lora, "lora")]
-    vectors = [scaled(item) for item in listed_files(control, "control")]
-    check_control_layers(control_layers, bool(vectors))
+    chosen, vectors = beside_files(lora, control, control_layers)
     file = gguf.open(locate(path))
     try:
         tokenizer = vocabulary(file, strict)
@@ -137,6 +136,27 @@ def load(
         file.close()
         raise
     return Model(file, network, wanted or default_n_ctx(network), tokenizer)
+
+
+def beside_files(
+    lora: object, control: object, control_layers: object
+) -> tuple[list[tuple[Path, float]], list[tuple[Path, float]]]:
+    """The files and scales of adapters and of control vectors, as ``load`` was given them."""
+    chosen = [scaled(item, "lora") for item in listed_files(lora, "lora")]
+    vectors = [scaled(item, "control") for item in listed_files(control, "control")]
+    check_control_layers(control_layers, bool(vectors))
+    return chosen, vectors
+
+
+def beside_file(
+    file: gguf.GGUFFile, lora: object, control: object, control_layers: tuple[int, int] | None
+) -> None:
+    """Read what stands beside a model without loading it; an error where it does not fit the model."""
+    chosen, vectors = beside_files(lora, control, control_layers)
+    found = read_adapters(file, chosen, read_controls(vectors, control_layers))
+    if found is not None:
+        config = read_config(Keys(file.metadata, architecture(file.metadata)))
+        found.check_control(config.n_layer, config.n_embd)
 
 
 def listed_files(given: object, name: str) -> list[Any]:
@@ -159,10 +179,10 @@ def check_control_layers(layers: object, vectors: bool) -> None:
         raise ArgumentError("control_layers without control; give the vectors' files, too")
 
 
-def scaled(item: Any) -> tuple[Path, float]:
+def scaled(item: Any, name: str) -> tuple[Path, float]:
     """A file's place and its scale."""
     path, scale = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
-    return system.expanded(checked(path)), checked_scale(scale)
+    return system.expanded(checked(path)), checked_scale(scale, name)
 
 
 def read_adapters(

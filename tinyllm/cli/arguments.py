@@ -84,6 +84,12 @@ def load_options(p: Parser) -> None:
     p.add_argument("--kv-type", default="f16", choices=("f16", "f32", "q8_0"), help="of the cache")
     numbers = "exact: floats for quantised weights, too; bf16: bfloat16 for those stored as floats"
     p.add_argument("--compute", default="f32", choices=("f32", "bf16", "exact"), help=numbers)
+    beside_options(p)
+    p.add_argument("--check-weights", action="store_true", help="look for NaN and infinity first")
+
+
+def beside_options(p: Parser) -> None:
+    """What a model is loaded with beside its file, and whether all of the file must be understood."""
     p.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]",
                    help="an adapter: a .gguf file or a folder of PEFT's; may be repeated")  # fmt: skip
     p.add_argument("--control", action="append", default=[], metavar="FILE[=SCALE]",
@@ -91,7 +97,6 @@ def load_options(p: Parser) -> None:
     p.add_argument("--control-layers", nargs=2, type=int, metavar=("FIRST", "LAST"),
                    help="behind which layers it is added; default: all that it has")  # fmt: skip
     p.add_argument("--no-strict", action="store_true", help="warn of what is not understood")
-    p.add_argument("--check-weights", action="store_true", help="look for NaN and infinity first")
 
 
 def sampling_defaults() -> dict[str, float]:
@@ -119,23 +124,28 @@ def sampling_of(args: Arguments) -> dict[str, Any]:
     return found
 
 
+def beside_of(args: Arguments) -> dict[str, Any]:
+    """What ``beside_options`` says, as ``tinyllm.load`` takes it."""
+    return {
+        "strict": not args.no_strict,
+        "lora": [adapter(text) for text in args.lora],
+        "control": [adapter(text) for text in args.control],
+        "control_layers": tuple(args.control_layers) if args.control_layers else None,
+    }
+
+
+def loading_of(args: Arguments) -> dict[str, Any]:
+    """What ``load_options`` says, as ``tinyllm.load`` takes it."""
+    names = (
+        "device", "n_ctx", "n_threads", "n_gpu_layers", "kv_type", "check_weights", "compute",
+    )  # fmt: skip
+    return {**{name: getattr(args, name) for name in names}, **beside_of(args)}
+
+
 def load_model(args: Arguments) -> Model:
     import tinyllm
 
-    model = tinyllm.load(
-        locate(args.model),
-        device=args.device,
-        n_ctx=args.n_ctx,
-        n_threads=args.n_threads,
-        n_gpu_layers=args.n_gpu_layers,
-        kv_type=args.kv_type,
-        strict=not args.no_strict,
-        check_weights=args.check_weights,
-        compute=args.compute,
-        lora=[adapter(text) for text in args.lora],
-        control=[adapter(text) for text in args.control],
-        control_layers=tuple(args.control_layers) if args.control_layers else None,
-    )
+    model = tinyllm.load(locate(args.model), **loading_of(args))
     trained = model.config.n_ctx_train
     if args.n_ctx and args.n_ctx > trained:
         note(f"the model was trained for {trained} tokens; beyond them its text gets worse")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
@@ -14,6 +16,7 @@ from .arguments import (
     Command,
     Parser,
     load_options,
+    loading_of,
     locate,
     note,
     sampling_of,
@@ -59,9 +62,11 @@ def map_(args: Arguments) -> None:
     task = tasks[args.task]
     options = options_of(args)
     settings = {n: getattr(args, n) for n in ("device", "n_ctx", "kv_type", "compute")}
-    more = {"n_gpu_layers": args.n_gpu_layers, "strict": not args.no_strict}
-    loading = {**settings, **more, "check_weights": args.check_weights}
-    about = {"task": args.task, "model": file_identity(path), "load": settings, "options": options}
+    loading = loading_of(args)
+    about = {
+        "task": args.task, "model": file_identity(path), "load": settings, "options": options,
+        **identity_of_beside(loading),
+    }  # fmt: skip
     if args.ray is not None:
         from ..ray.data import map_rows, ray
 
@@ -72,7 +77,8 @@ def map_(args: Arguments) -> None:
     def work(rows: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
         if args.ray is not None:
             name, cpus = None if args.model is None else str(args.model), args.n_threads
-            yield from map_rows(args.ray, args.task, rows, name, loading, options, cpus)
+            there = {n: x for n, x in loading.items() if n != "n_threads"}  # a node has its own
+            yield from map_rows(args.ray, args.task, rows, name, there, options, cpus)
             return
         with load(args) as model:
             yield from task(model, **options).run(rows)
@@ -87,6 +93,33 @@ def map_(args: Arguments) -> None:
         note(f"{args.output} is whole already; remove it to make it again")
     elif n_errors:
         note(f"{n_errors} rows could not be worked on: the column 'error' says why")
+
+
+def identity_of_beside(load: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapters and control vectors of a job, by what they hold; nothing where it has none."""
+    from ..loading import beside_files
+
+    chosen, vectors = beside_files(load["lora"], load["control"], load["control_layers"])
+    if not (chosen or vectors):
+        return {}
+    return {
+        "beside": {
+            "lora": [[hash_of(path), scale] for path, scale in chosen],
+            "control": [[hash_of(path), scale] for path, scale in vectors],
+            "control_layers": load["control_layers"] and list(load["control_layers"]),
+        }
+    }
+
+
+def hash_of(path: Path) -> str:
+    """A hash of a file, or of a folder's files with their names."""
+    from ..research.recording import hash_of_files
+
+    if not path.is_dir():
+        return hash_of_files([str(path)])
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    whole = [(file.relative_to(path).as_posix(), hash_of_files([str(file)])) for file in files]
+    return hashlib.sha256(repr(whole).encode()).hexdigest()
 
 
 def options_of(args: Arguments) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from .arguments import (
     Arguments,
     Command,
     Parser,
+    beside_of,
+    beside_options,
     json_option,
     load_decoder,
     load_options,
@@ -49,12 +51,15 @@ def record(args: Arguments) -> None:
         raise ArgumentError(f"{args.prompts} has no prompts; expected one in each line")
     with load_decoder(args) as m:
         recording = begin(m)
-        for prompt in tqdm(prompts, "recording", leave=False, disable=None):
-            if args.chat:
-                recording.chat([{"role": "user", "content": prompt}], **options)
-            else:
-                recording.generate(prompt, **options)
-    recording.write(args.out)
+        try:
+            for prompt in tqdm(prompts, "recording", leave=False, disable=None):
+                if args.chat:
+                    recording.chat([{"role": "user", "content": prompt}], **options)
+                else:
+                    recording.generate(prompt, **options)
+        finally:  # an error, or a key, does not take the texts before it
+            if recording.runs:
+                recording.write(args.out)
     show(f"{args.out}: {len(prompts)} texts\n")
 
 
@@ -65,11 +70,14 @@ def replay_arguments(p: Parser) -> None:
                    help="go on from this token of a text, and show what comes of it")  # fmt: skip
     p.add_argument("--put", metavar="TEXT", type=unescaped, help="put this text there first")
     p.add_argument("--seed", type=int, metavar="N", help="draw by another seed behind the branch")
+    p.add_argument("-n", "--max-tokens", type=int, metavar="N",
+                   help="of the branch, with what it keeps; default: as recorded")  # fmt: skip
     p.add_argument("-o", "--out", metavar="FILE", help="write the recording with the branch")
     p.add_argument("--device", help="default: as recorded")
     p.add_argument("--kv-type", choices=("f16", "f32", "q8_0"), help="default: as recorded")
     p.add_argument("--compute", choices=("f32", "bf16", "exact"), help="default: as recorded")
     p.add_argument("-t", "--n-threads", type=int, metavar="N", help="default: the physical cores")
+    beside_options(p)
     json_option(p)
 
 
@@ -79,9 +87,12 @@ def replay(args: Arguments) -> None:
     from ..research import Recording
     from .arguments import locate
 
+    check_branch(args)
     recording = Recording.read(args.recording)
     wanted = {n: v for n in ("device", "kv_type", "compute") if (v := getattr(args, n)) is not None}
-    settings: dict[str, Any] = {**recording.settings, **wanted, "n_threads": args.n_threads}
+    settings: dict[str, Any] = {
+        **recording.settings, **wanted, "n_threads": args.n_threads, **beside_of(args),
+    }  # fmt: skip
     with tinyllm.load(locate(args.model), **settings) as m:
         if args.branch is not None:
             branch(args, Recording.read(args.recording, m))
@@ -99,12 +110,24 @@ def replay(args: Arguments) -> None:
         show(f"{n} texts: every bit is as recorded\n")
 
 
+def check_branch(args: Arguments) -> None:
+    """ArgumentError for an option that has no meaning with a branch, or without one."""
+    if args.branch is not None:
+        if args.json:
+            raise ArgumentError("--json has no meaning with --branch; -o writes the recording")
+        return
+    given = {"--put": args.put, "--seed": args.seed, "-n": args.max_tokens, "-o": args.out}
+    for name, value in given.items():
+        if value is not None:
+            raise ArgumentError(f"{name} has no meaning without --branch")
+
+
 def branch(args: Arguments, recording: Recording) -> None:
     """Go on from a recorded token, show the text, and write it where asked."""
     run, _, at = args.branch.partition(":")
     if not (run.isdecimal() and at.isdecimal()):
         raise ArgumentError(f"--branch {args.branch!r:.40}; expected RUN:TOKEN, such as 0:12")
-    options = {} if args.seed is None else {"seed": args.seed}
+    options = {n: v for n in ("seed", "max_tokens") if (v := getattr(args, n)) is not None}
     done = recording.branch(int(run), int(at), args.put, **options)
     show(done.text + "\n")
     if args.out:

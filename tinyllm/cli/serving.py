@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, GGUFError, UnsupportedModel
 from ..files import read_text
-from .arguments import MODEL_HELP, Arguments, Parser, load_options, locate, note
+from .arguments import MODEL_HELP, Arguments, Parser, load_options, loading_of, locate, note
 from .terminal import show
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def serve(args: Arguments) -> None:
     from ..server import create_app
 
     models = models_of(args.models, args.alias)
-    app = create_app(models, settings_of(args))
+    settings = settings_of(args)
+    check_beside(models, settings.load)
+    app = create_app(models, settings)
     from ..server.run import address_of, listen
     from ..server.run import serve as answer
 
@@ -95,19 +97,30 @@ def settings_of(args: Arguments) -> Settings:
     keys = [*args.api_key, *filter(None, [os.environ.get("TINYLLM_API_KEY")])]
     if not all(keys):
         raise ArgumentError("--api-key is empty; expected a key, or leave it out")
-    load: dict[str, Any] = {
-        "device": args.device, "n_ctx": args.n_ctx, "n_threads": args.n_threads,
-        "n_gpu_layers": args.n_gpu_layers, "kv_type": args.kv_type, "strict": not args.no_strict,
-        "check_weights": args.check_weights, "compute": args.compute,
-    }  # fmt: skip
     names = ("localhost", "127.0.0.1", "[::1]", *args.allow_host) if args.host in LOOPBACK else ()
     return Settings(
         api_keys=tuple(keys), origins=tuple(args.cors), hosts=names, slots=args.slots,
         queue=args.queue, template=template_of(args.chat_template),
         memory=None if args.memory is None else int(args.memory * 1e9),
         documents=documents_of(args.localdocs), max_body=int(args.max_body * 1e6),
-        log_prompts=args.log_prompts, load=load,
+        log_prompts=args.log_prompts, load=loading_of(args),
     )  # fmt: skip
+
+
+def check_beside(models: Mapping[str, str | Path | None], load: Mapping[str, Any]) -> None:
+    """ArgumentError, before anything is loaded, unless adapters and control vectors fit each model."""
+    from .. import gguf, loading
+
+    if not (load["lora"] or load["control"] or load["control_layers"]):
+        return
+    for name, path in models.items():
+        with gguf.open(loading.locate(path)) as file:
+            try:
+                loading.beside_file(file, load["lora"], load["control"], load["control_layers"])
+            except (ArgumentError, GGUFError, UnsupportedModel) as e:
+                raise ArgumentError(
+                    f"{name}: {e}; --lora and --control go to every model that is served"
+                ) from e
 
 
 def documents_of(names: Sequence[str] | None) -> Quoting | None:

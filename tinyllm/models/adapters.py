@@ -230,9 +230,9 @@ def padded(x: np.ndarray, axis: int, n: int) -> np.ndarray:
     return np.pad(x, widths) if n else x
 
 
-def checked_scale(scale: Any) -> float:
-    """A scale as a float; ArgumentError unless it is a finite number."""
+def checked_scale(scale: Any, name: str = "lora") -> float:
+    """The scale of what ``load`` takes by this name as a float; ArgumentError unless it is a finite number."""
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if not number or not -MOST <= scale <= MOST:
-        raise ArgumentError(f"lora: scale {scale!r:.40}; expected a finite number")
+        raise ArgumentError(f"{name}: scale {scale!r:.40}; expected a finite number")
     return float(scale)

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import import_module, resources
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ArgumentError
+from ..engine.generate import DAMAGED
+from ..errors import ArgumentError, NumericError
 from ..files import read_text, replacing
-from ..sampling import SamplingParams
+from ..models.step import hook_of
+from .stored import FORM, options_of, parse, stored_options
 
 if TYPE_CHECKING:
     from ..engine.completion import Completion, Prompt
     from ..model import Model
 
-FORM = 1  # of the file
+MAX_TOKENS = 256  # what ``generate`` takes where nothing is said
+GRAMMARS = {"json_schema", "regex", "grammar"}
 PIECE = 1 << 22  # bytes of a file that are hashed at a time
 DECIDES = (
     "kernels",
@@ -34,8 +39,6 @@ DECIDES = (
     "sampling.py",
 )  # the parts of the package whose code makes bits
 SOURCES = (".py", ".h", ".cl", ".cu", ".c")
-SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processor")
-OPTIONS = (*SAMPLING, "max_tokens", "stop", "json_schema", "regex", "grammar", "lora")
 
 
 @dataclass(frozen=True)
@@ -99,26 +102,55 @@ class Replay:
         return not self.parted
 
 
-class Watch:
-    """Hashes the logits of each choice, and forces the first tokens of a branch. A processor of logits."""
+class NotAllowed(ArgumentError):
+    """A token that is to be put at a place, ``at``, which the grammar does not allow there."""
 
-    def __init__(self, n_prompt: int, forced: Sequence[int]) -> None:
-        self.n_prompt, self.forced = n_prompt, forced
-        self.rows: dict[int, tuple[str, np.ndarray]] = {}
+    def __init__(self, at: int) -> None:
+        super().__init__(f"the grammar does not allow the tokens that are put there, at token {at}")
+        self.at = at
+
+
+class Watch:
+    """Hashes the logits of each choice, and forces the first tokens of a branch. A processor of logits.
+
+    ``logits`` has by place the logit of the token of ``told``, without it that of the token that was chosen.
+    """
+
+    def __init__(
+        self, n_prompt: int, forced: Sequence[int], told: Sequence[int] | None = None
+    ) -> None:
+        self.n_prompt, self.forced, self.told = n_prompt, forced, told
+        self.hashes: dict[int, str] = {}
+        self.logits: dict[int, float | None] = {}
+        self._last: tuple[int, np.ndarray] | None = None
 
     def __call__(self, ids: list[int], logits: np.ndarray) -> np.ndarray | None:
+        self.note(ids[self.n_prompt :])
         at = len(ids) - self.n_prompt
         row = np.array(logits, np.float32)
-        self.rows[at] = hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest(), row
+        self.hashes[at] = hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest()
+        self._last = at, row
         if at >= len(self.forced):
             return None
         only = np.full_like(row, -np.inf)
         only[self.forced[at]] = 0
         return only
 
-    def logit(self, at: int, token: int) -> float | None:
-        """A token's logit at a place, None where there was no choice."""
-        return float(self.rows[at][1][token]) if at in self.rows else None
+    def note(self, ids: Sequence[int]) -> None:
+        """Keep one logit of the last row, now that the text is known up to its place."""
+        if self._last is None:
+            return
+        at, row = self._last
+        tokens = ids if self.told is None else self.told
+        if at < len(tokens):
+            x = float(row[tokens[at]])
+            self.logits[at] = x if math.isfinite(x) else None  # a bias may forbid what is put there
+        self._last = None
+
+    @property
+    def is_put(self) -> bool:
+        """Whether the last choice was of a token that is forced."""
+        return self._last is not None and self._last[0] < len(self.forced)
 
 
 class Recording:
@@ -138,6 +170,8 @@ class Recording:
         Options are those that a file can hold: sampling, ``max_tokens``, ``stop``, ``json_schema``, ``regex``,
         ``grammar`` and ``lora``. Without a ``seed`` one is drawn and recorded.
         """
+        if not isinstance(prompt, str) and any(not isinstance(i, Integral) for i in prompt):
+            raise ArgumentError(f"a prompt of {prompt!r:.40}; expected one text, or a list of ids")
         return self._run(self._need().prompt_ids(prompt), options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
@@ -163,7 +197,7 @@ class Recording:
         Raises
         ------
         ArgumentError
-            There is no such run or token.
+            There is no such run or token, max_tokens leaves no room, or a grammar does not allow the tokens.
         """
         if not 0 <= run < len(self.runs):
             raise ArgumentError(
@@ -175,9 +209,18 @@ class Recording:
         m = self._need()
         if isinstance(token, str):
             token = m.tokenizer.encode(token, add_special=False)
-        put = [] if token is None else [token] if isinstance(token, int) else list(token)
-        given = {**base.options, **options}
-        return self._run(base.prompt_ids, given, (run, at), [*base.ids[:at], *put])
+        put = [] if token is None else token if isinstance(token, Iterable) else [token]
+        put = list(put)
+        if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in put):
+            raise ArgumentError(f"token={token!r:.40}; expected a token's id, a text or ids")
+        given = {**options_of(base.options), **options}
+        forced = [*base.ids[:at], *map(int, put)]
+        most = given.get("max_tokens", MAX_TOKENS)
+        if isinstance(most, Integral) and 0 <= most <= len(forced):
+            raise ArgumentError(
+                f"max_tokens={most}, but {len(forced)} tokens are kept and put there; give more, or -1"
+            )
+        return self._run(base.prompt_ids, given, (run, at), forced)
 
     def _need(self) -> Model:
         if self._model is None:
@@ -191,11 +234,15 @@ class Recording:
         parent: tuple[int, int] | None = None,
         forced: Sequence[int] = (),
     ) -> Completion:
-        options = checked_options(options)
-        done, watch = run(self._need(), ids, options, forced)
-        at = range(max(watch.rows, default=-1) + 1)
-        chosen = [watch.logit(i, done.ids[i]) if i < len(done.ids) else None for i in at]
-        hashes = [watch.rows[i][0] if i in watch.rows else "" for i in at]
+        options = stored_options(options)
+        options.setdefault("seed", secrets.randbits(48))
+        m = self._need()
+        check_plain(m)
+        done, watch = run(m, ids, options, forced)
+        check_put(done, forced, options)
+        at = range(max(watch.hashes, default=-1) + 1)
+        chosen = [watch.logits.get(i) if i < len(done.ids) else None for i in at]
+        hashes = [watch.hashes.get(i, "") for i in at]
         self.runs.append(
             Recorded(
                 ids, options, done.ids, done.text, done.finish_reason, hashes, chosen, parent,
@@ -208,7 +255,9 @@ class Recording:
         """Write the recording as JSON."""
         whole = {"tinyllm_recording": FORM, **self.about, "runs": [asdict(r) for r in self.runs]}
         with replacing(path) as file:
-            file.write((json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
+            file.write(
+                (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            )
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], model: Model | None = None) -> Recording:
@@ -219,17 +268,12 @@ class Recording:
         ArgumentError
             The file is no recording, or the model differs from the recorded one.
         """
+        text = read_text(path)
         try:
-            whole = json.loads(read_text(path))
-            if whole.pop("tinyllm_recording") != FORM:
-                raise ValueError("it has another form")
-            runs = []
-            for r in whole.pop("runs"):
-                parent = None if r["parent"] is None else (int(r["parent"][0]), int(r["parent"][1]))
-                runs.append(Recorded(**{**r, "parent": parent}))
-            _ = whole["model"]["sha256"], whole["settings"]["kv_type"], whole["code"]
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-            raise ArgumentError(f"{path} is no recording of ours: {e!r:.80}") from None
+            whole, found = parse(text)
+        except ArgumentError as e:
+            raise ArgumentError(f"{path} is no recording of ours: {e}") from None
+        runs = [Recorded(**{**r, "parent": r["parent"] and tuple(r["parent"])}) for r in found]
         if model is not None and (changed := changes(whole, about(model))):
             raise ArgumentError(f"{path} was recorded with something else: {'; '.join(changed)}")
         return cls(model, whole, runs)
@@ -282,46 +326,66 @@ def replay(recording: Recording | str | os.PathLike[str], model: Model) -> Repla
     if not isinstance(recording, Recording):
         recording = Recording.read(recording)
     parted = []
+    changed = changes(recording.about, about(model))
     for i, was in enumerate(recording.runs):
-        done, watch = run(model, was.prompt_ids, was.options, was.forced)
+        check_ids(model, was.ids)
+        try:
+            done, watch = run(model, was.prompt_ids, was.options, was.forced, was.ids)
+        except NotAllowed as e:
+            word = model.tokenizer.decode([was.forced[e.at]])
+            parted.append(Parted(i, None, None, e.at, (word, "none that the grammar allows")))
+            continue
         found = parting(i, was, done, watch, model)
         if found is not None:
             parted.append(found)
-    return Replay(changes(recording.about, about(model)), parted)
+    return Replay(changed, parted)
 
 
 def run(
-    m: Model, ids: list[int], options: Mapping[str, Any], forced: Sequence[int]
+    m: Model,
+    ids: list[int],
+    options: Mapping[str, Any],
+    forced: Sequence[int],
+    told: Sequence[int] | None = None,
 ) -> tuple[Completion, Watch]:
     """Generate a text, and watch its logits."""
-    watch = Watch(len(ids), forced)
-    return m.generate(ids, logits_processor=watch, **options_of(options)), watch
-
-
-def options_of(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as ``generate`` takes them: JSON has no numbers for keys."""
-    bias = stored.get("logit_bias")
-    if bias is None:
-        return dict(stored)
-    return {**stored, "logit_bias": {int(i): float(x) for i, x in bias.items()}}
-
-
-def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a file can hold, with a seed; ArgumentError for others."""
-    for name in options:
-        if name not in OPTIONS:
-            raise ArgumentError(
-                f"{name}= cannot be recorded; a recording takes {', '.join(sorted(OPTIONS))}"
-            )
-    found = {k: v for k, v in options.items() if v is not None}
-    found.setdefault("seed", secrets.randbits(48))
-    if "logit_bias" in found:
-        found["logit_bias"] = {str(i): float(x) for i, x in found["logit_bias"].items()}
+    check_ids(m, forced)
+    watch = Watch(len(ids), forced, told)
     try:
-        again: dict[str, Any] = json.loads(json.dumps(found))
-    except (TypeError, ValueError) as e:
-        raise ArgumentError(f"an option is none that JSON holds: {e}") from None
-    return again
+        done = m.generate(ids, logits_processor=watch, **options_of(options))
+    except NumericError as e:
+        if watch.is_put and str(e) != DAMAGED:
+            raise NotAllowed(len(watch.hashes) and max(watch.hashes)) from None
+        raise
+    watch.note(done.ids)
+    return done, watch
+
+
+def check_ids(m: Model, ids: Sequence[int]) -> None:
+    """Raise ArgumentError unless a model has all these tokens."""
+    n = m.network.n_vocab
+    for i in ids:
+        if not 0 <= i < n:
+            raise ArgumentError(f"token {i!r:.40}; the model has tokens 0 to {n - 1}")
+
+
+def check_put(done: Completion, forced: Sequence[int], options: Mapping[str, Any]) -> None:
+    """Raise NotAllowed unless a text begins with what was put there, or ended within it."""
+    pairs = enumerate(zip(done.ids, forced, strict=False))
+    other = next((at for at, (a, b) in pairs if a != b), None)
+    if other is None and len(done.ids) < len(forced) and GRAMMARS & set(options):
+        other = len(done.ids)
+    if other is not None:
+        raise NotAllowed(other)
+
+
+def check_plain(m: Model) -> None:
+    """Raise ArgumentError while a context changes a model's activations, which no file records."""
+    if hook_of(m.network.number, None) is not None:
+        raise ArgumentError(
+            "a context such as steered() or patched() is around the call, which no recording holds; "
+            "a control vector's file can be given to load(control=...)"
+        )
 
 
 def parting(i: int, was: Recorded, done: Completion, watch: Watch, m: Model) -> Parted | None:
@@ -330,16 +394,16 @@ def parting(i: int, was: Recorded, done: Completion, watch: Watch, m: Model) -> 
     pairs = [(was.ids[t : t + 1], done.ids[t : t + 1]) for t in range(most)]
     token = next((t for t, (a, b) in enumerate(pairs) if a != b), None)
     until = len(was.logits) if token is None else min(token + 1, len(was.logits))
-    now = [watch.rows[t][0] if t in watch.rows else "" for t in range(until)]
+    now = [watch.hashes.get(t, "") for t in range(until)]
     bits = next((t for t in range(until) if now[t] != was.logits[t]), None)
     if token is None and bits is None and was.finish_reason == done.finish_reason:
         return None
     difference = None
     if bits is not None and bits < len(was.ids):
-        ours, theirs = watch.logit(bits, was.ids[bits]), was.chosen[bits]
+        ours, theirs = watch.logits.get(bits), was.chosen[bits]
         difference = None if ours is None or theirs is None else abs(ours - theirs)
     words = None
-    if token is None and bits is None:  # the same tokens, ended otherwise
+    if token is None and bits is None:  # all tokens agree, but the text ended otherwise
         token, words = len(was.ids), (was.finish_reason, done.finish_reason)
     elif token is not None:
         first, second = (m.tokenizer.decode(x) if x else "the end" for x in pairs[token])
@@ -352,6 +416,7 @@ def parting(i: int, was: Recorded, done: Completion, watch: Watch, m: Model) -> 
 
 def about(m: Model) -> dict[str, Any]:
     """All that decides a model's bits, but for the options of a call."""
+    check_plain(m)
     net = m.network
     path = Path(m.path)
     on_gpu = [s for s in net.stages if s.be.where.is_gpu] or list(net.stages)
