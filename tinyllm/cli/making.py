@@ -216,11 +216,13 @@ def control_arguments(p: Parser) -> None:
 
 
 def control(args: Arguments) -> None:
-    kinds = [prompts_of(path) for path in (args.positive, args.negative)]
+    positive, negative = prompts_of(args.positive), prompts_of(args.negative)
     with load_decoder(args) as m:
-        vector = m.control_vector(*kinds, args.method, slice(1, None) if args.all_tokens else -1)
+        vector = m.control_vector(
+            positive, negative, args.method, slice(1, None) if args.all_tokens else -1
+        )
     vector.write(args.out)
-    n = " and ".join(str(len(prompts)) for prompts in kinds)
+    n = f"{len(positive)} and {len(negative)}"
     show(f"{args.out}: directions of layers 1 to {max(map(int, vector))}, from {n} prompts\n")
 
 

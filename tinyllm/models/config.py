@@ -383,12 +383,8 @@ def repeated(c: Config, blocks: tuple[int, ...]) -> Config:
     if len(blocks) > LAYERS:
         raise GGUFError(f"{len(blocks)} layers run; expected at most {LAYERS}", name=c.arch)
     per_layer = "n_head n_head_kv n_ff rope_on heated window expert_limits ffn_limits".split()
-    return replace(
-        c,
-        n_layer=len(blocks),
-        blocks=blocks,
-        **{name: tuple(getattr(c, name)[b] for b in blocks) for name in per_layer},
-    )
+    found: dict[str, Any] = {name: tuple(getattr(c, name)[b] for b in blocks) for name in per_layer}
+    return replace(c, n_layer=len(blocks), blocks=blocks, **found)
 
 
 def read_limits(k: Keys, key: str, n_layer: int) -> tuple[float, ...]:

@@ -240,7 +240,8 @@ class Tensors:
         if len(set(self.c.blocks)) == self.c.n_layer:
             return self.be.load(source, rows)
         part = rows.tobytes().hex() if isinstance(rows, np.ndarray) else rows
-        return self.once(f"{source.name} {part}", lambda: self.be.load(source, rows))
+        shared: Weight = self.once(f"{source.name} {part}", lambda: self.be.load(source, rows))
+        return shared
 
     def stack(self, name: str, n: int, n_out: int, n_in: int, half: int | None = None) -> Weight:
         """A stack of matrices [n, n_out, n_in]; ``half`` 0 or 1 of one whose matrices are twice as tall."""

@@ -9,7 +9,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from .prefixes import ranked
 
 
-class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
+class PrefixRouter(RequestRouter):  # type: ignore[misc, unused-ignore]  # Any where Ray is missing
     """Prefers the replica that a request's first argument, a digest of its beginning, ranks first.
 
     A replica that has as many requests as it may have is passed over.

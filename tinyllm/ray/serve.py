@@ -81,9 +81,10 @@ def application(
         "graceful_shutdown_timeout_s": DRAIN_S,
     }
     if prefixes:
-        how["request_router_config"] = RequestRouterConfig(
-            request_router_class="tinyllm.ray.routing:PrefixRouter"
+        router: Any = (
+            "tinyllm.ray.routing:PrefixRouter"  # Ray takes a name, though its types deny it
         )
+        how["request_router_config"] = RequestRouterConfig(request_router_class=router)
     if fewest == most:
         how["num_replicas"] = most
     else:

@@ -44,7 +44,7 @@ class Adapter(ArchitectureAdapter):  # type: ignore[misc]  # where TransformerLe
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.component_mapping = {}
+        self.component_mapping: dict[str, Any] = {}
 
 
 class Driver(DriverBase):  # type: ignore[misc]
@@ -199,7 +199,8 @@ class Bridge(RemoteBridge):  # type: ignore[misc]
     def __init__(self, model: Model) -> None:
         if not model.config.causal:
             raise ArgumentError(f"{model.arch} is an encoder; the bridge is for decoders")
-        self.model, self._stop = model, None
+        self.model = model
+        self._stop: int | None = None
         config = config_of(model)
         super().__init__(Adapter(config), None, Driver(model, config))
         self.cfg.device = "cpu"

@@ -141,7 +141,10 @@ class SAE:
         inner = rows @ w["W_enc"]
         if self.kind == "gated":
             size = inner * np.exp(w["r_mag"]) + w["b_mag"]
-            return np.where(inner + w["b_gate"] > 0, np.maximum(size, 0), np.float32(0))
+            gated: np.ndarray = np.where(
+                inner + w["b_gate"] > 0, np.maximum(size, 0), np.float32(0)
+            )
+            return gated
         inner = inner + w["b_enc"]
         if self.kind == "topk":
             inner = inner * np.linalg.norm(w["W_dec"], axis=1) if self._by_norm else inner

@@ -120,7 +120,7 @@ def _placed(
         s, m = s.astype(np.float32), m.astype(np.float32)
         q, error, fresh = np.empty_like(x), np.empty(len(x), np.float32), np.empty_like(d)
         run(place, x, w, float(codes[0]), float(codes[1]), limits, d, s, m, q, error, fresh)
-        now = [half, s, m, q.reshape(-1, 256), error]
+        now: list[Any] = [half, s, m, q.reshape(-1, 256), error]
         if best:
             better = (error < best[-1])[:, None]
             now[:4] = [np.where(better, a, b) for a, b in zip(now[:4], best[:4], strict=True)]
