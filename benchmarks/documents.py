@@ -42,7 +42,6 @@ from tinyllm.localdocs.chunking import Chunk, Content, Section, chunks, embedded
 from tinyllm.localdocs.embedding import pack, row_bytes
 from tinyllm.localdocs.vectors import Vectors
 
-WORDS = 40  # in each chunk of a million
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -245,7 +244,7 @@ def million(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
     is_there = path.exists()
     with LocalDocs(path, o.model) as docs:
         if not is_there:
-            fill(docs, o.texts, " ".join(articles(o.wiki).values()).split())
+            fill(docs, o.texts, o.words, " ".join(articles(o.wiki).values()).split())
         docs.embedder.query("loaded before memory is looked at")
         said, before = docs.search_bytes, resident()
         begin = time.perf_counter()
@@ -260,7 +259,7 @@ def million(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
         width = docs.embedder.width
     seconds.sort()
     return {
-        "chunks": o.texts, "words of a chunk": WORDS, "width": width,
+        "chunks": o.texts, "words of a chunk": o.words, "width": width,
         "store MB": round(path.stat().st_size / 1e6),
         "memory said MB": round(said / 1e6), "memory taken MB": round(grew / 1e6),
         "first search s": round(first, 2), "median ms": round(1e3 * statistics.median(seconds), 1),
@@ -269,8 +268,8 @@ def million(o: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fill(docs: LocalDocs, n: int, words: list[str]) -> None:
-    """n chunks of WORDS neighbouring words each, with random vectors, in documents of 10,000."""
+def fill(docs: LocalDocs, n: int, share: int, words: list[str]) -> None:
+    """n chunks of ``share`` neighbouring words each, with random vectors, in documents of 10,000."""
     rng = np.random.default_rng(0)
     width, store = docs.embedder.width, docs._store
     with store.writing() as db:
@@ -280,7 +279,7 @@ def fill(docs: LocalDocs, n: int, words: list[str]) -> None:
     for start in range(0, n, 10_000):
         rows = rng.standard_normal((10_000, width), np.float32)
         codes = pack(rows / np.linalg.norm(rows, axis=1, keepdims=True))
-        starts = rng.integers(len(words) - WORDS, size=10_000)
+        starts = rng.integers(len(words) - share, size=10_000)
         with store.writing() as db:
             document = db.execute(
                 "INSERT INTO documents (collection, path, file, size, mtime, ctime, seen)"
@@ -290,7 +289,7 @@ def fill(docs: LocalDocs, n: int, words: list[str]) -> None:
             db.executemany(
                 "INSERT INTO chunks (document, number, heading, text, digest) VALUES (?, ?, '', ?, ?)",
                 (
-                    (document, i, " ".join(words[at : at + WORDS]), str(start + i).encode())
+                    (document, i, " ".join(words[at : at + share]), str(start + i).encode())
                     for i, at in enumerate(starts)
                 ),
             )
@@ -328,6 +327,7 @@ def main() -> None:
     add("--wiki", type=common.existing, help="WikiText-2, raw")
     add("--gpt4all", default=sys.executable, help="a Python with gpt4all")
     add("--texts", type=int, default=0, help="how many; default: 10,000, or a million")
+    add("--words", type=int, default=40, help="million: of a chunk")
     add("--few", type=int, default=50, help="texts of a round for GPT4All")
     add("--rounds", type=int, default=5)
     add("-t", "--threads", type=int, default=2)
