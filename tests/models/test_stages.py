@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed import unpacked
 from test_golden import GOLDEN, NEWER, OURS, logits, references
 
 import tinyllm
@@ -271,7 +272,7 @@ def test_gpu_layers_without_a_gpu_are_an_error() -> None:
 def test_memory_is_asked_for_on_each_device(stories260k: Path) -> None:
     with gguf.open(stories260k) as f:
         stages = [Stage(Sized("first", 1), range(2)), Stage(Sized("last", 1), range(2, 5))]
-        first, last = stage_bytes(f.tensors, stages)
+        first, last = stage_bytes(f.tensors, stages, range(5))
         total = sum(t.nbytes for t in f.tensors.values())
         tied = f.tensors["token_embd.weight"].nbytes
         assert first + last == total + tied
@@ -283,3 +284,16 @@ def test_memory_is_asked_for_on_each_device(stories260k: Path) -> None:
     stages[0].be.free = 10
     with pytest.raises(DeviceError, match="first: the keys and values of n_ctx=64 need"):
         net.new_state(64)
+
+
+def test_a_block_that_runs_on_two_devices_counts_on_both() -> None:
+    with gguf.open(unpacked("nanbeige")) as f:
+        net = network(unpacked("nanbeige"), "reference,reference")
+        blocks = net.config.blocks
+        assert blocks == (0, 1, 0, 1)
+        first, last = stage_bytes(f.tensors, net.stages, blocks)
+        layers = sum(t.nbytes for n, t in f.tensors.items() if n.startswith("blk."))
+        rest = sum(t.nbytes for n, t in f.tensors.items() if not n.startswith("blk."))
+        tied = 0 if "output.weight" in f.tensors else f.tensors["token_embd.weight"].nbytes
+    assert min(first, last) >= layers
+    assert first + last == 2 * layers + rest + tied

@@ -32,6 +32,10 @@ class Sketch(Outlines):
         return x
 
 
+def path_of(name: str, data: Path) -> Path:
+    return unpacked(name) if name in PACKED else data / "golden" / "models" / f"{name}.gguf"
+
+
 def golden(data: Path) -> list[Path]:
     files = [*(data / "golden" / "models").glob("*.gguf"), *OURS.glob("*.gguf")]
     files += map(unpacked, PACKED)
@@ -165,6 +169,49 @@ def test_an_output_matrix_may_not_be_missing_where_the_row_says_so(data: Path) -
         assert "output.weight" in find("gptneox").needs
         del tensors["output.weight"]
         assert refusal(metadata, tensors).startswith("output.weight: tensor is missing")
+
+
+@pytest.mark.parametrize("name", ["deepseek32", "glm-dsa", "dots3note", "deepseek", "mistral4"])
+def test_a_head_that_is_the_embedding_is_taken(name: str) -> None:
+    with opened(unpacked(name)) as (metadata, tensors, _):
+        assert refusal(metadata, {n: t for n, t in tensors.items() if n != "output.weight"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("step35", "swiglu_clamp_exp"), ("gemma3n", "activation_sparsity_scale")]
+)
+@pytest.mark.parametrize("value", ["abc", ["a", "b"], [[1.0], [1.0, 2.0]], True, [1.0] * 99])
+def test_what_is_no_number_for_each_layer_is_refused(
+    name: str, key: str, value: Any, data: Path
+) -> None:
+    with opened(path_of(name, data)) as (metadata, tensors, prefix):
+        said = refusal({**metadata, prefix + key: value}, tensors)
+    assert said.startswith(f"{prefix}{key}: is ")
+
+
+@pytest.mark.parametrize("name", ["mimo2", "step35", "plamo3", "modern-bert"])
+def test_layers_with_a_window_rotate_plainly_where_the_file_says_nothing_else(
+    name: str, data: Path
+) -> None:
+    with opened(path_of(name, data)) as (metadata, tensors, prefix):
+        base = {k: v for k, v in metadata.items() if k != f"{prefix}rope.freq_base_swa"}
+        scaled = {f"{prefix}rope.scaling.type": "linear", f"{prefix}rope.scaling.factor": 4.0}
+        c = build({**base, **scaled}, tensors, Sketch(), "f32").config
+    assert (c.rope_freq_base_swa, c.rope_scaling_swa) == (10000.0, False)
+
+
+def test_a_base_that_layers_with_a_window_need_is_asked_for() -> None:
+    with opened(unpacked("dots3note")) as (metadata, tensors, prefix):
+        del metadata[f"{prefix}rope.freq_base_swa"]
+        assert refusal(metadata, tensors).startswith(f"{prefix}rope.freq_base_swa: required key")
+
+
+def test_sinks_are_taken_from_layers_without_a_window_too() -> None:
+    with opened(unpacked("mimo2")) as (metadata, tensors, _):
+        more = {**tensors, "blk.0.attn_sinks.weight": tensors["blk.1.attn_sinks.weight"]}
+        net = build(metadata, more, Sketch(), "f32")
+    assert net.config.window[0] == 0
+    assert net.decoder.blocks[0].mixer.sinks is not None
 
 
 def test_a_vocabulary_has_as_many_tokens_as_the_embedding_has_rows(data: Path) -> None:

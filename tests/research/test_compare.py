@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from packed import unpacked
 
 import tinyllm
+from tinyllm import gguf
 from tinyllm.cli.commands import main
 from tinyllm.errors import ArgumentError
+from tinyllm.kernels.devices import open_backend
 from tinyllm.models.build import build
+from tinyllm.models.network import Network
 from tinyllm.research.cache import read
 from tinyllm.research.compare import Comparison, with_tensors
 
@@ -74,6 +79,45 @@ def test_all_tensors_of_the_other_make_it_the_other(pair: Any) -> None:
             assert np.array_equal(found, a.logits(ids))
         else:
             assert not np.array_equal(found, b.logits(ids))
+
+
+def test_a_block_that_several_layers_share_changes_in_all_of_them() -> None:
+    with gguf.open(unpacked("nanbeige")) as f:
+        ids = np.load(unpacked("nanbeige").with_suffix(".npz"))["tokens_0"][:8].tolist()
+        name = "blk.0.ffn_down.weight"
+        changed = {**f.tensors, name: Negated(f.tensors[name])}
+        be = open_backend("reference")
+        net, other = (build(f.metadata, t, be, "f32") for t in (f.tensors, changed))
+        whole = SimpleNamespace(network=net, metadata=f.metadata, _file=f)
+        made = with_tensors(cast(Any, whole), {name: changed[name]})
+    old, found, expected = (last_logits(n, ids) for n in (net, made, other))
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, old)
+
+
+class Negated:
+    """A float tensor of a file with every sign turned."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.name, self.shape, self.type = tensor.name, tensor.shape, "F32"
+        self.values = -tensor.dequantize().astype(np.float32)
+        self.nbytes = self.values.nbytes
+
+    def dequantize(self) -> np.ndarray:
+        return self.values
+
+    def read_rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        rows = self.values.reshape(-1, self.shape[-1])[start:stop].view(np.uint8)
+        if out is None:
+            return rows
+        out[...] = rows
+        return out
+
+
+def last_logits(net: Network, ids: list[int]) -> np.ndarray:
+    state = net.new_state(32)
+    state.append(ids)
+    return np.array(net.forward([(state, len(ids), "all")])[0])
 
 
 def test_the_command(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,15 @@ def test_every_kind_of_point_is_met(data: Path) -> None:
     assert met == set(MEANINGS)
 
 
+@pytest.mark.parametrize("name", ["nanbeige", "hrm_text"])
+def test_layers_that_share_a_block_have_points_of_their_own(name: str) -> None:
+    net, _ = network(name, "reference")
+    found = points(net)
+    assert len(set(net.config.blocks)) < net.config.n_layer
+    for i in range(net.config.n_layer):
+        assert {f"blk.{i}.ffn_act", f"blk.{i}.out"} <= found.keys()
+
+
 @pytest.fixture(scope="module")
 def model() -> tinyllm.Model:
     return tinyllm.load(device="cpu")

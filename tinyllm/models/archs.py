@@ -56,7 +56,8 @@ class Arch:
     )
     weigh_inputs: bool = False  # experts' weights multiply what goes in, not what comes out
     experts_scale: float = 1.0  # multiplies the sum of all experts, the shared one included
-    sinks: Literal["", "all", "windowed"] = ""  # layers whose softmax has a sink
+    sinks: Literal["", "all", "windowed"] = ""  # layers whose softmax has a sink;
+    # "windowed": those with a window, and of the others those for which the file has one
     v_norm: bool = False  # values are normalised, without weights
     values_from_keys: bool = False  # layers without a matrix for values take what makes their keys
     gate_act: Activation = (
@@ -101,7 +102,11 @@ def gemma2(c: Config) -> Config:
 
 
 def gemma3(c: Config) -> Config:
-    c = scale_by_width(every(6, scaled_embedding(c)), 62)
+    return plain_where_windowed(scale_by_width(every(6, scaled_embedding(c)), 62))
+
+
+def plain_where_windowed(c: Config) -> Config:
+    """Layers with a window rotate unscaled, by a base of 10000 where the file gives them none."""
     return replace(c, rope_freq_base_swa=c.rope_freq_base_swa or 10000.0, rope_scaling_swa=False)
 
 
@@ -169,9 +174,7 @@ def mistral3(c: Config) -> Config:
 
 def gemma3n(c: Config) -> Config:
     """Scores are not scaled; windows as the file says."""
-    c = every(5, scaled_embedding(c))
-    base = c.rope_freq_base_swa or 10000.0
-    return replace(c, attn_scale=1.0, rope_freq_base_swa=base, rope_scaling_swa=False)
+    return plain_where_windowed(replace(every(5, scaled_embedding(c)), attn_scale=1.0))
 
 
 def llama4(c: Config) -> Config:
@@ -235,6 +238,7 @@ def both_ways(c: Config) -> Config:
 
 def plamo3(c: Config) -> Config:
     """The last layer of as many as the file's number says, or of eight, sees everything."""
+    c = plain_where_windowed(c)
     if c.window_listed:
         return c
     size = (c.window_size,) * c.n_layer
@@ -262,7 +266,14 @@ def rounds(c: Config) -> Config:
 
 def step35(c: Config) -> Config:
     """Half as many values of a head turn in layers that see everything; factors are theirs alone."""
-    return replace(c, rope_dim=c.rope_dim // 2, rope_scaling_swa=False)
+    return plain_where_windowed(replace(c, rope_dim=c.rope_dim // 2))
+
+
+def dots3note(c: Config) -> Config:
+    """The file must give layers with a window their base; they share the scaling."""
+    if not c.rope_freq_base_swa:
+        raise GGUFError("required key is missing", name=f"{c.arch}.rope.freq_base_swa")
+    return c
 
 
 CHUNK = 8192  # positions that layers of Llama 4 see of their own chunk, in all its files
@@ -392,7 +403,7 @@ ROWS = (
     Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
     Arch("mistral3", "hf.co/mistralai/Ministral-3-8B-Instruct-2512", pairing="adjacent", adjust=mistral3),
     Arch(
-        "mistral4", "hf.co/mistralai/Mistral-Small-4-119B-2603", needs=HEAD, pairing="adjacent",
+        "mistral4", "hf.co/mistralai/Mistral-Small-4-119B-2603", pairing="adjacent",
         mixer=LatentAttention,
     ),
     Arch(
@@ -430,14 +441,14 @@ ROWS = (
         "kimi-linear", "arXiv:2510.26692", needs=HEAD, position="none", mixer=delta_or_latent,
     ),
     Arch(
-        "deepseek32", "arXiv:2512.02556", needs=HEAD, pairing="adjacent", gating="sigmoid",
+        "deepseek32", "arXiv:2512.02556", pairing="adjacent", gating="sigmoid",
         renormalise=False, mixer=LatentAttention,
     ),
     Arch(
-        "glm-dsa", "hf.co/zai-org/GLM-5", needs=HEAD, pairing="adjacent", gating="sigmoid",
+        "glm-dsa", "hf.co/zai-org/GLM-5", pairing="adjacent", gating="sigmoid",
         renormalise=False, mixer=LatentAttention,
     ),
-    Arch("deepseek", "arXiv:2401.06066", needs=HEAD, pairing="adjacent", renormalise=False),
+    Arch("deepseek", "arXiv:2401.06066", pairing="adjacent", renormalise=False),
     Arch(
         "bailingmoe", "arXiv:2503.05139", needs=HEAD, pairing="adjacent", renormalise=False,
         adjust=bailingmoe,
@@ -481,13 +492,14 @@ ROWS = (
     ),
     Arch(
         "mimo2", "hf.co/XiaomiMiMo/MiMo-V2-Flash", needs=HEAD, gating="sigmoid", sinks="windowed",
+        adjust=plain_where_windowed,
     ),
     Arch(
         "step35", "hf.co/stepfun-ai/Step-3.5-Flash", needs=HEAD, gating="sigmoid", adjust=step35,
     ),
     Arch(
-        "dots3note", "hf.co/dots-studio/dots3-note-prev", needs=HEAD, pairing="adjacent",
-        gating="sigmoid", renormalise=False, mixer=LatentAttention,
+        "dots3note", "hf.co/dots-studio/dots3-note-prev", pairing="adjacent", gating="sigmoid",
+        renormalise=False, mixer=LatentAttention, adjust=dots3note,
     ),
     Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
     Arch(
@@ -550,7 +562,10 @@ ROWS = (
         "jina-bert-v2", "arXiv:2310.19923", needs=EMBD_NORM, position="alibi", act="gelu_tanh",
         norm_at="after", adjust=alibi,
     ),
-    Arch("modern-bert", "arXiv:2412.13663", needs=EMBD_NORM, norm="layer", act="gelu"),
+    Arch(
+        "modern-bert", "arXiv:2412.13663", needs=EMBD_NORM, norm="layer", act="gelu",
+        adjust=plain_where_windowed,
+    ),
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}
 

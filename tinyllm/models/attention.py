@@ -52,7 +52,9 @@ class Attention(Mixer):
         self.v_norm = Norm(w.be, c.norm, c.norm_eps, None, None, c.head_dim_v) if a.v_norm else None
         self.o_norm = w.norm_if("attn_sub_norm", self.n_head * c.head_dim_v)
         self.gate, self.gate_act = output_gate(c, i, w), a.gate_act
-        needs_sinks = a.sinks == "all" or (a.sinks == "windowed" and c.window[i])
+        needs_sinks = a.sinks == "all" or (
+            a.sinks == "windowed" and (c.window[i] or w.has("attn_sinks.weight"))
+        )
         self.sinks = w.array("attn_sinks.weight", self.n_head) if needs_sinks else None
         self.scale, self.clamp = attention_scale(c), c.attn_clamp
         self.softcap, self.window = c.attn_softcap, c.window[i]

@@ -53,7 +53,7 @@ def build(
         if isinstance(where, Backend)
         else where(config.n_layer)
     )
-    for stage, need in zip(stages, stage_bytes(tensors, stages), strict=True):
+    for stage, need in zip(stages, stage_bytes(tensors, stages, config.blocks), strict=True):
         advice = "Use a smaller model or format, or another n_gpu_layers"
         check_fits(stage.be, need, "the weights", advice)
     root = Tensors(tensors, stages[0].be, config, adapters=adapters)
@@ -62,7 +62,7 @@ def build(
         raise UnsupportedModel(f"{arch.name} has several residual streams; it takes no control=")
     if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
         root.require("token_types.weight")
-    layers = [root.below(f"blk.{config.blocks[i]}.", s.be) for s in stages for i in s.layers]
+    layers = [root.layer(i, s.be) for s in stages for i in s.layers]
     end = root.below("", stages[-1].be)
     decoder = Decoder(config, arch, root, progress(layers, config.n_layer), end)
     check_sources(decoder, stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -391,14 +392,8 @@ def read_limits(k: Keys, key: str, n_layer: int) -> tuple[float, ...]:
     """Each layer's bound of what goes through an activation; 0 where there is none."""
     if not k.has(key):
         return (0.0,) * n_layer
-    values = np.asarray(k.get(key), float).ravel()
-    if values.size == n_layer + k.n_skipped:
-        values = values[:n_layer]
-    if values.size not in (1, n_layer) or not (np.isfinite(values).all() and (values >= 0).all()):
-        raise GGUFError(
-            f"is {k.get(key)!r:.60}; expected {n_layer} numbers of at least 0", name=k.prefix + key
-        )
-    return tuple(np.broadcast_to(values, n_layer).tolist())
+    k.read.add(key)
+    return numbers(k.metadata, k.prefix + key, n_layer, k.n_skipped, lowest=0.0)
 
 
 def read_experts_used(k: Keys, n_expert: int) -> int:
@@ -552,15 +547,29 @@ def read_sparsity(k: Keys, n_layer: int) -> tuple[float, ...]:
     key = "activation_sparsity_scale"
     if not k.has(key):
         return ()
-    return tuple(np.asarray(k.get(key), float).ravel()[:n_layer].tolist())
+    k.read.add(key)
+    return numbers(k.metadata, k.prefix + key, n_layer, k.n_skipped, lowest=-math.inf)
 
 
-def numbers(metadata: Mapping[str, Any], key: str, n: int) -> tuple[float, ...]:
-    """An array of n finite numbers, or one for all."""
+def numbers(
+    metadata: Mapping[str, Any],
+    key: str,
+    n: int,
+    more: int = 0,
+    lowest: float = -sys.float_info.max,
+) -> tuple[float, ...]:
+    """The first n of an array of n or n + ``more`` numbers of at least ``lowest``, or one for all."""
     value = metadata.get(key)
-    values = np.atleast_1d(np.asarray(value))
-    if values.dtype.kind not in "fiu" or values.shape not in ((n,), (1,)):
-        raise GGUFError(f"is {value!r:.60}; expected {n} numbers", name=key)
+    try:
+        values = np.atleast_1d(np.asarray(value))
+    except ValueError:  # lists of several lengths
+        values = np.empty(0)
+    if values.shape == (n + more,):
+        values = values[:n]
+    fine = values.dtype.kind in "fiu" and values.shape in ((n,), (1,))
+    if not fine or not all(lowest <= v < math.inf for v in values.tolist()):
+        of = " of at least 0" if lowest == 0 else ""
+        raise GGUFError(f"is {value!r:.60}; expected {n} numbers{of}", name=key)
     return tuple(np.broadcast_to(values, n).astype(float).tolist())
 
 

@@ -31,7 +31,7 @@ class FFN:
         self.gate, self.up = halves(a, w, n_ff, c.n_embd, suffix)
         self.down = w.linear(f"ffn_down{suffix}", c.n_embd, n_ff)
         self.norm = w.norm_if("ffn_sub_norm", n_ff)  # BitNet's, of what goes into down
-        self.point = f"{w.prefix}ffn_act{suffix}"
+        self.point = f"{w.at}ffn_act{suffix}"
 
     def __call__(self, step: Step, x: Array) -> Array:
         if self.norm is not None:
@@ -103,7 +103,7 @@ class XIELU:
         self.up = w.linear("ffn_up", c.n_ff[i], c.n_embd)
         self.down = w.linear("ffn_down", c.n_embd, c.n_ff[i])
         self.minus_one = w.be.array(np.full(c.n_ff[i], -1, np.float32))
-        self.point = f"{w.prefix}ffn_act"
+        self.point = f"{w.at}ffn_act"
 
     def __call__(self, step: Step, x: Array) -> Array:
         return self.down(step.tap(self.point, self.activated(self.up(x))))
@@ -168,7 +168,7 @@ class MoE:
             self.shared = FFN(c, a, w, n_shared, "_shexp", shared_limit)
         if w.has("ffn_gate_inp_shexp.weight"):
             self.shared_gate = shared_gate(w, c.n_embd)
-        self.routing, self.at = routing(c, a), w.prefix
+        self.routing, self.at = routing(c, a), w.at
 
     def __call__(self, step: Step, x: Array, routed_by: Array | None = None) -> Array:
         """x through its experts, which the router chooses by ``routed_by``, or by x itself."""

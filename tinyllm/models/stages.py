@@ -53,23 +53,30 @@ def gpus_first(stages: Sequence[Stage]) -> list[Stage]:
     return sorted(stages, key=lambda s: not s.be.where.is_gpu)
 
 
-def stage_bytes(tensors: Mapping[str, Stored], stages: Sequence[Stage]) -> list[int]:
-    """Bytes of each stage's weights; a tied embedding counts where it is read and where it is the head."""
+def stage_bytes(
+    tensors: Mapping[str, Stored], stages: Sequence[Stage], blocks: Sequence[int]
+) -> list[int]:
+    """Bytes of each stage's weights; a tied embedding counts where it is read and where it is the head.
+
+    blocks: which of the file's each layer is. One that several layers are counts once in each of their stages.
+    """
     total = [0] * len(stages)
     for name, tensor in tensors.items():
-        total[stage_of(name, stages)] += tensor.nbytes
+        for i in stages_of(name, stages, blocks):
+            total[i] += tensor.nbytes
     tied = tensors.get("token_embd.weight") if "output.weight" not in tensors else None
     if len(stages) > 1 and tied is not None:
         total[-1] += tied.nbytes
     return total
 
 
-def stage_of(name: str, stages: Sequence[Stage]) -> int:
-    """The number of the stage that a tensor belongs to."""
-    layer = LAYER.match(name)
-    if layer is None:
-        return len(stages) - 1 if name.startswith(("output", "cls", "dense")) else 0
-    return next((i for i, s in enumerate(stages) if int(layer[1]) in s.layers), 0)
+def stages_of(name: str, stages: Sequence[Stage], blocks: Sequence[int]) -> list[int]:
+    """The numbers of the stages that a tensor belongs to."""
+    block = LAYER.match(name)
+    if block is None:
+        return [len(stages) - 1 if name.startswith(("output", "cls", "dense")) else 0]
+    number = int(block[1])
+    return [i for i, s in enumerate(stages) if number in {blocks[j] for j in s.layers}] or [0]
 
 
 class StagedCache(Cache):

@@ -166,8 +166,10 @@ class Tensors:
         taken: set[str] | None = None,
         made: dict[tuple[int, str], Any] | None = None,
         adapters: Adapters | None = None,
+        at: str = "",
     ) -> None:
         self.tensors, self.be, self.c, self.prefix = tensors, be, c, prefix
+        self.at = at  # what the layer's points are named by: layers that share a block differ in it
         self.taken: set[str] = set() if taken is None else taken
         self.made = {} if made is None else made
         self.adapters = Adapters() if adapters is None else adapters
@@ -177,7 +179,11 @@ class Tensors:
         """All tensors of the file, loaded to the same backend."""
         return Tensors(self.tensors, self.be, self.c, "", self.taken, self.made, self.adapters)
 
-    def below(self, prefix: str, be: Backend | None = None) -> Tensors:
+    def layer(self, i: int, be: Backend | None = None) -> Tensors:
+        """The tensors of layer i: those of its block, which other layers may have too."""
+        return self.below(f"blk.{self.c.blocks[i]}.", be, f"blk.{i}.")
+
+    def below(self, prefix: str, be: Backend | None = None, at: str = "") -> Tensors:
         """The tensors under a longer prefix, loaded to another backend if one is given."""
         return Tensors(
             self.tensors,
@@ -187,6 +193,7 @@ class Tensors:
             self.taken,
             self.made,
             self.adapters,
+            at or self.at,
         )
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:

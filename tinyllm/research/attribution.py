@@ -94,7 +94,7 @@ def attribute(
             found.append(cache[f"blk.{i}.attn_result"][0] @ onto)
         elif by == "neurons" and f"blk.{i}.ffn_act" in cache:
             onto = through(net, block, block.ffn_post, cache[f"blk.{i}.ffn_out"][0], direction)
-            name = f"blk.{i}.ffn_down.weight"
+            name = f"blk.{net.config.blocks[i]}.ffn_down.weight"
             down = rows_of(net, tensors[name], name, 0, len(onto))
             found.append(cache[f"blk.{i}.ffn_act"][0] * (onto @ down))
         else:

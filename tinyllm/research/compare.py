@@ -233,7 +233,7 @@ def with_tensors(m: Model, tensors: Mapping[str, Any]) -> Network:
     root = Tensors(all_tensors, net.be, net.config, adapters=net.adapters)
     make = net.arch.block or Block
     decoder.blocks = [
-        make(net.config, net.arch, i, root.below(f"blk.{i}.")) if i in layers else block
+        make(net.config, net.arch, i, root.layer(i)) if net.config.blocks[i] in layers else block
         for i, block in enumerate(net.decoder.blocks)
     ]
     if ends:
