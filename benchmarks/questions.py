@@ -1,7 +1,7 @@
 """Questions to the documentation of this project and to articles of Wikipedia, for ``documents.py``.
 
-Search, prompts and the nearness that counts were chosen with those that are not held out; the others were
-written before, and only counted.
+Search, prompts and the nearness that counts were chosen with those that are not held out. The others were seen
+between two tries of the criterion; only the 12 held out in other words were counted once.
 """
 
 from __future__ import annotations

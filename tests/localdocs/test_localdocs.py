@@ -15,7 +15,7 @@ import tinyllm
 from tinyllm.errors import ArgumentError, StateError
 from tinyllm.localdocs import LocalDocs, embedding, store, updating, vectors
 from tinyllm.localdocs.answering import NEAREST as NEAR
-from tinyllm.localdocs.search import NEAREST, Filter
+from tinyllm.localdocs.search import NEAREST, Filter, Hit
 
 
 def names(docs: LocalDocs, query: str, **options: object) -> list[str]:
@@ -92,7 +92,24 @@ def test_a_question_of_something_else_has_nothing_near(data: Path, tmp_path: Pat
         ]:
             hits = docs.search(query)
             assert [h.file for h in hits if h.nearness >= NEAR] == near, query
-            assert all(h.nearness == h.similarity * (1 + h.words) for h in hits)
+            assert all(h.nearness == h.similarity + max(h.similarity, 0) * h.words for h in hits)
+
+
+def test_words_of_a_script_without_spaces_count_by_pairs(docs: LocalDocs, folder: Path) -> None:
+    (folder / "山.txt").write_text("富士山是日本最高的山。", "utf-8")
+    docs.add("notes", folder)
+    found = {h.file: h for h in docs.search("日本最高的山是什么")}
+    assert 0.4 < found["山.txt"].words < 1
+    assert all(h.words == 0 for name, h in found.items() if name != "山.txt")
+
+
+def test_nearness_does_not_fall_as_words_match() -> None:
+    for similarity in (-0.2, 0.0, 0.3):
+        near = [
+            Hit("f", "c", "", "", "", "", "", None, None, None, 0.0, similarity, w, "").nearness
+            for w in (0.0, 0.5, 1.0)
+        ]
+        assert near == sorted(near)
 
 
 def test_a_hit_says_which_share_of_the_words_it_has(docs: LocalDocs, folder: Path) -> None:

@@ -25,6 +25,12 @@ RERANKED = 30  # candidates that a reranker reads
 COMMON = 20_000  # a word in more chunks tells too little for what reading its list takes
 MOST_WORDS = 32
 
+UNSPACED = (
+    re.compile(  # Thai to Burmese, Khmer, kana and Chinese characters: no spaces between words
+        "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+        "\U00020000-\U0003ffff]"
+    )
+)
 LEFT_OUT = frozenset(
     "a about after all also am an and any are as at be been before being but by can could did do"
     " does doing for from had has have having he her here hers him his how i if in into is it its"
@@ -54,7 +60,8 @@ class Hit:
         The cosine between the question and the chunk.
     words : float
         The share of the question's words that stand in the chunk or the headings above it, from 0 to 1; rare
-        words weigh more, words such as "the" nothing.
+        words weigh more, words such as "the" nothing. Of Chinese, Japanese and other scripts without spaces,
+        pairs of characters count instead.
     path : str
         The whole path.
     """
@@ -77,7 +84,7 @@ class Hit:
     @property
     def nearness(self) -> float:
         """The similarity, up to twice as much where the chunk holds the question's words."""
-        return self.similarity * (1 + self.words)
+        return self.similarity + max(self.similarity, 0.0) * self.words
 
     @property
     def place(self) -> str:
@@ -200,7 +207,10 @@ def by_words(store: Store, counted: dict[str, int], where: str, values: Sequence
 def shares_of_words(
     store: Store, counted: dict[str, int], chunks: Sequence[int], n: int
 ) -> dict[int, float]:
-    """How much of a query's words each chunk holds, of 1; a word of few of the store's n texts weighs more."""
+    """How much of a query's words each chunk holds, of 1; a word of few of the store's n texts weighs more.
+
+    Where a script has no spaces, a run of it counts by its pairs of characters.
+    """
     weights = {
         word: math.log((max(n, found) + 1) / (found + 0.5))
         for word, found in counted.items()
@@ -209,6 +219,13 @@ def shares_of_words(
     whole = sum(weights.values())
     held = dict.fromkeys(chunks, 0.0)
     sql = "SELECT 1 FROM words WHERE words MATCH ? AND rowid = ?"
+    for word in [w for w in weights if UNSPACED.search(w)]:
+        weight, pairs = weights.pop(word), {word[i : i + 2] for i in range(max(1, len(word) - 1))}
+        for chunk in chunks:
+            text = store.one(
+                "SELECT heading || ' ' || text FROM chunks WHERE id = ?", chunk
+            ).lower()
+            held[chunk] += weight * sum(pair in text for pair in pairs) / len(pairs)
     for word, weight in weights.items():
         for chunk in chunks if counted[word] else ():
             held[chunk] += weight * bool(store.one(sql, f'"{word}"', chunk))

@@ -1,11 +1,12 @@
 """The loops of `fit.py` and `place.py` as numba compiles them: groups of weights, one after another.
 
-Each is compiled when it is first needed, and kept where numba keeps what it compiles. Arrays are float32 and
-filled in place; they release the GIL.
+Each is compiled when it is first needed, and kept in TINYLLM_CACHE, or else where numba keeps what it compiles.
+Arrays are float32 and filled in place; they release the GIL.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from threading import Lock
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...system import cache_folder
 from .format import Floats
 
 COMPILING = Lock()  # numba compiles in one thread at a time
@@ -22,13 +24,18 @@ MOVES = 4  # how often a group's integers move by one
 
 @cache
 def _jitted(body: Callable[..., None]) -> Any:
-    from numba import njit
+    from numba import config, njit
 
+    before = config.CACHE_DIR
+    if os.environ.get("TINYLLM_CACHE"):
+        config.CACHE_DIR = str(cache_folder() / "quantisers")
     how: Any = {"nogil": True, "fastmath": {"contract", "nsz", "nnan", "reassoc"}}
     try:
         return njit(cache=True, **how)(body)
     except RuntimeError:  # no folder can be written: compiled anew in each process
         return njit(**how)(body)
+    finally:
+        config.CACHE_DIR = before
 
 
 def run(body: Callable[..., None], *args: Any) -> None:
