@@ -128,6 +128,7 @@ def load(
         place = placing(device, n_threads, n_gpu_layers, compute, outside)
         adapters = read_adapters(file, chosen, read_controls(vectors, control_layers))
         network = build(file.metadata, file.tensors, place, kv_type, strict, loading, adapters)
+        network.kernels = tuple(k.mark for k in outside)
         file.check_unchanged()
     except GGUFError as e:
         file.close()

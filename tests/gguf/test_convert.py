@@ -301,6 +301,12 @@ def test_tensors_without_a_place_and_missing_experts_are_told(tmp_path: Path) ->
         (lambda head: head.replace(b'"F32"', b'"Q77"'), "type 'Q77'"),
         (lambda head: head.replace(b"[0, 16]", b"[0, 20]"), "takes 16 bytes"),
         (lambda head: head.replace(b"[0, 16]", b"[9, 25]"), "takes 16 bytes"),
+        (lambda head: head.replace(b'"F32"', b"[]"), "the header says"),
+        (lambda head: head.replace(b"[4]", b'"4"'), "the header says"),
+        (lambda head: head.replace(b"[4]", b"[true]"), "the header says"),
+        (lambda head: head.replace(b"[4]", b"[0, %d]" % (1 << 61)), "the header says"),
+        (lambda head: head.replace(b"[4]", b"[%s]" % b",".join([b"1"] * 99)), "the header says"),
+        (lambda head: b"[" * 100_000, "no JSON"),
     ],
 )
 def test_damaged_files(data: Any, message: str, tmp_path: Path) -> None:

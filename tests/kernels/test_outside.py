@@ -129,6 +129,8 @@ def test_a_model_runs_with_kernels_from_outside(written: Any) -> None:
         assert np.array_equal(m.logits(IDS), want)
         assert m.generate(IDS, 8, temperature=0).ids == tokens
     with tinyllm.load(kernels=[EXAMPLES / "simd_words.py"], n_threads=2) as m:
+        assert all(len(mark.rpartition("_")[2]) == 12 for mark in m.network.kernels)
+        assert m.network.kernels
         found = np.concatenate([m.logits(IDS[:5]), np.zeros((0, want.shape[1]))])
         state = m.new_state(32)
         single = np.concatenate([m.logits([i], state) for i in IDS])

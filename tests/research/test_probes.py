@@ -208,3 +208,38 @@ def test_what_is_no_autoencoder_is_told(tmp_path: Path) -> None:
     (folder / "cfg.json").write_text("[", "utf-8")
     with pytest.raises(GGUFError):
         SAE.read(folder)
+
+
+def test_penalties_may_be_an_array_and_must_be_numbers() -> None:
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    given = Probe.fit(x, x[:, 0] > 0, np.array([1.0, 2.0]))
+    assert given.penalties == (1.0, 2.0)
+    for penalties in ([float("nan"), 1.0], [np.inf], [], 1.0, ["a"], [[1.0]]):
+        with pytest.raises(ArgumentError, match="penalties="):
+            Probe.fit(x, x[:, 0], penalties)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="every y is 1"):
+        Probe.fit(x, np.ones(20))
+
+
+def test_weights_and_settings_that_an_autoencoder_does_not_know_are_told() -> None:
+    eye, zero = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
+    w = {"W_enc": eye, "W_dec": eye, "b_enc": zero, "b_dec": zero}
+    for name in ("scaling_factor", "W_skip"):
+        with pytest.raises(UnsupportedModel, match=name):
+            SAE({**w, name: np.full(4, 3.0)})
+    SAE({**w, "scaling_factor": np.ones(4)})  # it changes nothing
+    for k in ("x", [1], True, 1.5, 5):
+        with pytest.raises(ArgumentError, match="k="):
+            SAE(w, {"architecture": "topk", "k": k})
+    for feature in (99, -1, 4, 1.0, True):
+        with pytest.raises(ArgumentError, match="feature"):
+            SAE(w).direction(feature)  # type: ignore[arg-type]
+    assert SAE(w).direction(np.int64(3)).tolist() == [0, 0, 0, 1]  # type: ignore[arg-type]
+
+
+def test_a_feature_that_adds_nothing_makes_no_nan() -> None:
+    eye, zero = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
+    dead = np.diag([1.0, 1.0, 1.0, 0.0])
+    how = {"architecture": "topk", "k": 2, "rescale_acts_by_decoder_norm": True}
+    sae = SAE({"W_enc": eye, "W_dec": dead, "b_enc": zero, "b_dec": zero}, how)
+    assert sae.decode(sae.encode([1, 2, 3, 4.0])).tolist() == [0, 0, 3, 0]

@@ -109,7 +109,8 @@ def test_adapters_and_vectors_are_told(file: Path, tmp_path: Path) -> None:
         m.control_vector(["I am happy"], ["I am sad"]).write(tmp_path / "v.gguf")
     with tinyllm.load(control=tmp_path / "v.gguf") as m:
         found = tinyllm.replay(file, m)
-        assert [line.split(":")[0] for line in found.changed] == ["beside digest"]
+        told = [line.split(":")[0] for line in found.changed]
+        assert told == ["beside digest", "beside weights"]
         assert len(found.parted) == 3
 
 
@@ -209,3 +210,16 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(Recording.read(branched).runs) == 3
     assert main(["replay", model, branched]) == 0
     assert main(["replay", model, out, "--branch", "x"]) == 2
+
+
+def test_kernels_and_what_adapters_hold_are_told(file: Path, model: tinyllm.Model) -> None:
+    kept = model.network.kernels
+    model.network.kernels = ("mine_matvec_Q4_K_0123",)
+    try:
+        found = tinyllm.replay(file, model)
+    finally:
+        model.network.kernels = kept
+    assert [line.split(":")[0] for line in found.changed] == ["beside kernels"]
+    assert "weights" in recording.about(model)["beside"]
+    assert "llguidance" in recording.about(model)["code"]
+    assert "tokenizers" in recording.DECIDES

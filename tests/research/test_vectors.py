@@ -14,6 +14,8 @@ import tinyllm
 from tinyllm import gguf
 from tinyllm.cli.commands import main
 from tinyllm.errors import ArgumentError, GGUFError, UnsupportedModel
+from tinyllm.gguf.control import summed
+from tinyllm.localdocs.embedding import Embedder
 from tinyllm.research import ControlVector
 
 HAPPY = ["I am so happy today", "What a nice day it was", "Lily smiled and laughed"]
@@ -238,3 +240,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out != steered
     (tmp_path / "none.txt").write_text("\n", "utf-8")
     assert main(["control", model, str(tmp_path / "none.txt"), out]) == 2
+
+
+def test_a_scale_that_makes_a_vector_infinite_is_told() -> None:
+    with pytest.raises(ArgumentError, match="scale 1e\\+38"):
+        summed([(ControlVector({1: [1e3, 1.0]}), 1e38)])
+    big = ControlVector({1: [3e38]})
+    with pytest.raises(ArgumentError, match="layer 1"):
+        summed([(big, 1.0), (big, 1.0)])
+    with pytest.raises(ArgumentError, match="control: scale nan"):
+        tinyllm.load(control=[("v.gguf", float("nan"))])
+
+
+def test_an_embedder_with_a_vector_is_another(vector: ControlVector, tmp_path: Path) -> None:
+    vector.write(tmp_path / "v.gguf")
+    with tinyllm.load() as m, tinyllm.load(control=tmp_path / "v.gguf") as other:
+        plain, changed = Embedder(m).identity, Embedder(other).identity
+    assert len(plain) == 64  # as stores that exist know it
+    assert changed.startswith(plain + "-")

@@ -138,13 +138,19 @@ def summed(parts: Iterable[tuple[ControlVector, float]]) -> dict[int, Floats]:
     found: dict[int, Floats] = {}
     for vector, scale in parts:
         for layer, x in vector._directions.items():
-            added = x * np.float32(scale)
+            with np.errstate(over="ignore"):
+                added = x * np.float32(scale)
             have = found.get(layer)
             if have is not None and have.shape != added.shape:
                 raise ArgumentError(
                     f"control vectors of {len(have)} and {len(added)} values for one model"
                 )
-            found[layer] = added if have is None else have + added
+            with np.errstate(over="ignore", invalid="ignore"):
+                found[layer] = added if have is None else have + added
+            if not np.isfinite(found[layer]).all():
+                raise ArgumentError(
+                    f"control: scale {scale:g} makes the direction of layer {layer} infinite"
+                )
     return found
 
 

@@ -25,7 +25,11 @@ class Embedder:
         spec = SPEC_OF.get(self.name)
         self._document, self._query = (spec.document, spec.query) if spec else ("", "")
         self.width = int(model.config.n_embd)
-        self.identity = file_digest(Path(model.path))
+        adapters = model.network.adapters
+        beside = adapters.digest(
+            adapters.scales
+        )  # they make other vectors; "" where there are none
+        self.identity = "-".join(filter(None, (file_digest(Path(model.path)), beside)))
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of length 1 for texts that are to be found -> float32 [n, width]."""

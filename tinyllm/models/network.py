@@ -50,6 +50,7 @@ class Network:
         self.kv_type: KVType = kv_type
         self.lock = threading.RLock()
         NETWORKS.add(self)
+        self.kernels: tuple[str, ...] = ()  # the marks of those that replace ours
         self.number = next(NUMBERS)  # several networks may share a backend and its recorded steps
         self.fingerprint = fingerprint(config, kv_type)
         self.adapters = decoder.adapters

@@ -86,7 +86,8 @@ def attribute(
     for i, block in enumerate(net.decoder.blocks):
         if by == "layers":
             middle = cache[f"blk.{i}.resid_mid"][0]
-            steered = np.float32(host(net, block.control, 0.0))  # the rest: no half made it
+            added = 0.0 if block.control is None else block.be.numpy(block.control)
+            steered = np.float32(added)  # the rest: no half made it
             halves = middle - stream[i], stream[i + 1] - middle - steered
             found.append(np.array(halves) @ direction)
         elif by == "heads" and f"blk.{i}.attn_result" in cache:

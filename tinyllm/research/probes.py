@@ -66,7 +66,7 @@ class Probe:
         Raises
         ------
         ArgumentError
-            The arrays do not fit, hold NaN, or are too few for the folds.
+            The arrays do not fit, hold NaN, or are too few for the folds; all numbers of y are one.
         """
         rows, answers = np.asarray(x, np.float64), np.asarray(y)
         truth = answers.dtype == bool
@@ -77,8 +77,13 @@ class Probe:
             )
         if not (np.isfinite(rows).all() and np.isfinite(target).all()):
             raise ArgumentError("x or y has a NaN or an infinity")
-        if not penalties or min(penalties) <= 0:
+        if not truth and (target == target[0]).all():
+            raise ArgumentError(f"every y is {target[0]:g}; expected numbers that differ")
+        factors = np.asarray(penalties)
+        fine = factors.ndim == 1 and factors.size > 0 and factors.dtype.kind in "iuf"
+        if not fine or not (np.isfinite(factors).all() and factors.min() > 0):
             raise ArgumentError(f"penalties={penalties!r:.60}; expected numbers above 0")
+        penalties = list(map(float, factors))
         own = np.arange(len(rows)) if groups is None else np.asarray(groups)
         if own.shape != target.shape:
             raise ArgumentError(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from importlib import import_module, resources
+from importlib import import_module, metadata, resources
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,9 @@ DECIDES = (
     "models",
     "gguf",
     "engine",
+    "tokenizers",
     "sampling.py",
+    "text.py",
 )  # the parts of the package whose code makes bits
 SOURCES = (".py", ".h", ".cl", ".cu", ".c")
 
@@ -216,7 +218,7 @@ class Recording:
         given = {**options_of(base.options), **options}
         forced = [*base.ids[:at], *map(int, put)]
         most = given.get("max_tokens", MAX_TOKENS)
-        if isinstance(most, Integral) and 0 <= most <= len(forced):
+        if isinstance(most, Integral) and 0 <= int(most) <= len(forced):
             raise ArgumentError(
                 f"max_tokens={most}, but {len(forced)} tokens are kept and put there; give more, or -1"
             )
@@ -402,7 +404,7 @@ def parting(i: int, was: Recorded, done: Completion, watch: Watch, m: Model) -> 
     if bits is not None and bits < len(was.ids):
         ours, theirs = watch.logits.get(bits), was.chosen[bits]
         difference = None if ours is None or theirs is None else abs(ours - theirs)
-    words = None
+    words: tuple[str, str] | None = None
     if token is None and bits is None:  # all tokens agree, but the text ended otherwise
         token, words = len(was.ids), (was.finish_reason, done.finish_reason)
     elif token is not None:
@@ -428,6 +430,7 @@ def about(m: Model) -> dict[str, Any]:
             "sources": hash_of_sources(),
             "numpy": np.__version__,
             "llvmlite": import_module("llvmlite").__version__,
+            "llguidance": _version_of("llguidance"),
             "python": ".".join(map(str, sys.version_info[:3])),
         },
         "settings": {
@@ -438,7 +441,13 @@ def about(m: Model) -> dict[str, Any]:
             "n_ctx": m.n_ctx,
         },
         "hardware": {"name of each device": m.device},
-        "beside": {"adapters": m.adapters, "digest": net.adapters.digest(net.adapters.scales)},
+        "beside": {
+            "adapters": m.adapters,
+            "digest": net.adapters.digest(net.adapters.scales),
+            # a call may give an adapter a scale that is 0 otherwise
+            "weights": net.adapters.digest((1.0,) * len(net.adapters)),
+            "kernels": ", ".join(net.kernels),
+        },
     }
 
 
@@ -446,6 +455,14 @@ def _version() -> str:
     from .. import __version__
 
     return __version__
+
+
+def _version_of(package: str) -> str | None:
+    """The version of a package that need not be there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ TENSORS = {
     "jumprelu": ("b_enc", "threshold"),
     "gated": ("b_gate", "b_mag", "r_mag"),
 }
+KNOWN = {"W_enc", "W_dec", "b_dec"}.union(*TENSORS.values())
 NORMALISED = ("none", "layer_norm", "constant_norm_rescale")
 LN_EPS = 1e-5
 
@@ -72,12 +74,16 @@ class SAE:
             raise ArgumentError(
                 f"a {self.kind} autoencoder needs {', '.join(sorted(need))}; found {', '.join(sorted(self._w))}"
             )
+        for name in sorted(set(self._w) - KNOWN):
+            if name != "scaling_factor" or (self._w[name] != 1).any():
+                raise UnsupportedModel(f"{name:.40}: weights that we do not compute with")
         self._check_shapes()
         metadata = config.get("metadata") or {}
         self.point = str(metadata.get("hook_name") or config.get("hook_name") or "")
-        self.k = int(config.get("k") or 0)
-        if self.kind == "topk" and not 0 < self.k <= self.n_features:
-            raise ArgumentError(f"k={self.k}; expected 1 to {self.n_features} for topk")
+        k = config.get("k") or 0
+        if self.kind == "topk" and not (type(k) is int and 0 < k <= self.n_features):
+            raise ArgumentError(f"k={k!r:.40}; expected 1 to {self.n_features} for topk")
+        self.k = k if type(k) is int else 0
         self._centred = bool(config.get("apply_b_dec_to_input", True))
         self._by_norm = bool(config.get("rescale_acts_by_decoder_norm", False))
 
@@ -131,8 +137,20 @@ class SAE:
         return int(self._w["W_enc"].shape[1])
 
     def direction(self, feature: int) -> Floats:
-        """What one feature adds to a row [n_in], such as for ``Model.steered``."""
+        """What one feature adds to a row [n_in], such as for ``Model.steered``.
+
+        Raises ArgumentError if there is no such feature.
+        """
+        whole = isinstance(feature, Integral) and not isinstance(feature, bool)
+        if not whole or not 0 <= feature < self.n_features:
+            raise ArgumentError(f"feature {feature!r:.40}; expected 0 to {self.n_features - 1}")
         return np.asarray(self._w["W_dec"][feature])
+
+    @property
+    def _norms(self) -> Floats:
+        """The lengths of the decoder's rows [n_features]; 1 for a feature that adds nothing."""
+        found = np.linalg.norm(self._w["W_dec"], axis=1)
+        return np.where(found == 0, np.float32(1), found)
 
     def encode(self, x: npt.ArrayLike) -> Floats:
         """Features [.., n_features] of rows x [.., n_in]."""
@@ -147,7 +165,7 @@ class SAE:
             return gated
         inner = inner + w["b_enc"]
         if self.kind == "topk":
-            inner = inner * np.linalg.norm(w["W_dec"], axis=1) if self._by_norm else inner
+            inner = inner * self._norms if self._by_norm else inner
             kept = np.argpartition(-inner, self.k - 1, axis=-1)[..., : self.k]
             found = np.zeros_like(inner)
             best = np.maximum(np.take_along_axis(inner, kept, -1), 0)
@@ -168,7 +186,7 @@ class SAE:
                 f"features of shape {found.shape}; expected rows of {self.n_features}"
             )
         if self._by_norm and self.kind == "topk":
-            found = found / np.linalg.norm(w["W_dec"], axis=1)
+            found = found / self._norms
         rows = found @ w["W_dec"] + w["b_dec"]
         if self.normalised == "none":
             return np.asarray(rows)

@@ -34,7 +34,7 @@ def is_words(x: object) -> bool:
 
 
 def is_number(x: object) -> bool:
-    return type(x) in (int, float) and abs(x) < LARGEST  # type: ignore[operator]
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < LARGEST
 
 
 def is_plain(x: object) -> bool:

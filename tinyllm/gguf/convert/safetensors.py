@@ -20,6 +20,7 @@ from ...errors import ArgumentError, GGUFError
 
 Floats = npt.NDArray[np.float32]
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_SIDES = 32  # as many as any NumPy has
 INDEX = "model.safetensors.index.json"
 
 
@@ -118,7 +119,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         try:
             header = json.loads(file.read(n))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise GGUFError(f"the header is no JSON: {e}", path=str(path), offset=8) from None
     if not isinstance(header, dict):
         raise GGUFError("the header is no object of JSON", path=str(path), offset=8)
@@ -129,9 +130,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _tensor(path: Path, name: str, info: Any, base: int, size: int) -> StoredTensor:
     """A tensor as the header describes it, checked against the size of the file."""
     try:
-        kind, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        kind, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
         numbers = [start, stop, *shape]
-        fine = all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers)
+        fine = all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+        # NumPy counts an empty array's bytes as if no side were 0
+        fine = fine and len(shape) <= MAX_SIDES and math.prod(max(n, 1) for n in shape) < 1 << 59
+        fine = fine and isinstance(kind, str) and isinstance(shape, list)
+        shape = tuple(shape)
     except (KeyError, TypeError, ValueError):
         fine = False
     if not fine:
