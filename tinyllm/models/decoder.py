@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..kernels.backend import Array, LayerCache
 from . import probe
 from .config import Config
 from .ffn import MoE, make_ffn
 from .mixer import NoMixer
+from .norms import norms_after, norms_before, output_norm
 from .perlayer import PerLayer
 from .rank import Projections, RankHead
 from .step import Step
@@ -79,16 +80,16 @@ class Block:
             f = be.add(f, self.side(step, self.side_norm(start)))
         return self.out(step, self.finished(step, be.add(x, f, scale=self.scale)))
 
-    def out(self, step: Step, x: Array) -> Array:
-        """What the next layer reads: with the layer's control vector, where the model was loaded with one."""
-        x = x if self.control is None else self.be.add(x, self.control)
-        return step.tap(f"blk.{self.i}.out", x)
-
     def feed(self, step: Step, x: Array, start: Array | None = None) -> Array:
         """The feed-forward half, with its taps; some choose experts by the block's input ``start``."""
         x = step.tap(f"blk.{self.i}.ffn_norm", x)
         more = (start,) if self.routed_by_input else ()
         return step.tap(f"blk.{self.i}.ffn_out", self.ffn(step, x, *more))
+
+    def out(self, step: Step, x: Array) -> Array:
+        """What the next layer reads: with the layer's control vector, where the model was loaded with one."""
+        x = x if self.control is None else self.be.add(x, self.control)
+        return step.tap(f"blk.{self.i}.out", x)
 
     def finished(self, step: Step, x: Array) -> Array:
         """What the block hands on: with the layer's own embedding added, and scaled, where it has these."""
@@ -116,45 +117,6 @@ def is_parallel(c: Config, a: Arch, w: Tensors) -> bool:
     if a.residual == "norms":
         return not w.has("ffn_norm.weight")
     return a.residual == "parallel"
-
-
-def norms_before(
-    c: Config, a: Arch, i: int, w: Tensors, ffn: Any
-) -> tuple[Norm | None, Norm | None]:
-    """The norms that the mixer and the feed-forward half read through."""
-    e = c.n_embd
-    if a.norm_at != "before":
-        return None, None
-    if not a.norm_affine:
-        bare = Norm(w.be, c.norm, c.norm_eps, None, None)
-        return bare, bare
-    name = a.roles.get("ffn_norm", "ffn_norm")
-    if name == "ffn_norm" and w.has("attn_norm_2.weight"):
-        # Falcon 40B: attn_norm is the feed-forward half's
-        return w.norm("attn_norm_2", e), w.norm("attn_norm", e)
-    # ModernBERT's first layer has no norm: the embeddings are normalised already
-    first_of_encoder = i == 0 and not c.causal and c.norm == "layer"
-    without = first_of_encoder or not (c.n_head[i] or a.halves == "both")
-    attn_norm = w.norm_if("attn_norm", e) if without else w.norm("attn_norm", e)
-    if ffn is None or getattr(ffn, "norms_itself", False):
-        return attn_norm, None
-    optional = a.residual in ("parallel", "norms")
-    return attn_norm, (w.norm_if(name, e) if optional else w.norm(name, e))
-
-
-def norms_after(c: Config, a: Arch, w: Tensors) -> tuple[Norm | None, Norm | None]:
-    """The norms of the halves' outputs."""
-    e = c.n_embd
-    if a.norm_at == "after":
-        return w.norm("attn_output_norm", e), w.norm("layer_output_norm", e)
-    if a.norm_at == "post":
-        return w.norm("post_attention_norm", e), w.norm("post_ffw_norm", e)
-    taken = a.roles.get("ffn_norm") == "post_attention_norm"
-    attn = (
-        None if taken else w.norm_if(a.roles.get("post_attention_norm", "post_attention_norm"), e)
-    )
-    ffn = a.roles.get("post_ffw_norm", "post_ffw_norm")
-    return attn, w.norm_if(ffn, e) or w.norm_if("post_ffw_norm", e)
 
 
 class Decoder:
@@ -250,12 +212,3 @@ class Decoder:
         if c.logit_scale != 1 or c.logit_softcap:
             y = self.last.scale_softcap(y, c.logit_scale, c.logit_softcap)
         return step.tap("logits", y)
-
-
-def output_norm(c: Config, a: Arch, w: Tensors) -> Norm | None:
-    """The last norm; post-norm encoders have none, OLMo's has no weights."""
-    if a.norm_at == "after":
-        return None
-    if not a.norm_affine:
-        return Norm(w.be, c.norm, c.norm_eps, None, None)
-    return w.norm(a.roles.get("output_norm", "output_norm"), c.n_embd)
