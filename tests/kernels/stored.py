@@ -36,11 +36,14 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def stored(type_name: str, *shape: int, seed: int = 1) -> Stored:
-    """Random weights of about unit size in any format; random bytes with sane scales where none is written."""
+def stored(type_name: str, *shape: int, seed: int = 1, written: bool = True) -> Stored:
+    """Random weights of about unit size in any format; random bytes with sane scales where none is written.
+
+    Those are the same bytes on every processor, as what quantisers write need not be.
+    """
     rows, n = int(np.prod(shape[:-1])), shape[-1]
     f = quants.FORMATS[type_name]
-    if f.quantize is not None:
+    if written and f.quantize is not None:
         raw = quants.quantize(type_name, normal(rows, n, seed=seed))
     else:
         rng = np.random.default_rng(seed)

@@ -202,7 +202,7 @@ from test_cpu import normal, product, stored
 from tinyllm.kernels.cpu import emit, jit
 from tinyllm.kernels.cpu.backend import CPUBackend
 be = CPUBackend(1)
-y = product(be, be.load(stored("Q4_K", 80, 512)), normal(1, 512))
+y = product(be, be.load(stored("Q4_K", 80, 512, written=False)), normal(1, 512))
 print(emit.instruction_set(), *jit.compiled)
 print("zmm" in jit.assembly("matvec_Q4_K_parts") if {asm} else "numba" in sys.modules)
 print(y.tobytes().hex())
@@ -231,7 +231,7 @@ def test_avx2_alone_gives_the_same_bits_and_no_wide_registers(tmp_path: Path) ->
     lines = elsewhere(tmp_path, asm=True, **avx2)
     assert lines[0].startswith("avx2 ")
     assert lines[1] == "False"
-    here = product(ONE, ONE.load(stored("Q4_K", 80, 512)), normal(1, 512))
+    here = product(ONE, ONE.load(stored("Q4_K", 80, 512, written=False)), normal(1, 512))
     assert lines[2] == here.tobytes().hex()
 
 
@@ -286,7 +286,7 @@ def products_of_extremes() -> list[np.ndarray]:
     """With the largest and the smallest codes of several sizes, and activations that all are 127 or -127."""
     found = []
     for type_name in ("Q4_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "Q8_0"):
-        source = stored(type_name, 48, 512)
+        source = stored(type_name, 48, 512, written=False)
         blocks = source.raw.view(quants.FORMATS[type_name].dtype).reshape(48, -1)
         for name in {"qs", "ql", "qh", "hmask", "scales"} & set(blocks.dtype.names):
             kind = np.iinfo(blocks.dtype[name].base)
