@@ -150,7 +150,7 @@ class SAE:
     def _norms(self) -> Floats:
         """The lengths of the decoder's rows [n_features]; 1 for a feature that adds nothing."""
         found = np.linalg.norm(self._w["W_dec"], axis=1)
-        return np.where(found == 0, np.float32(1), found)
+        return np.asarray(np.where(found == 0, np.float32(1), found))
 
     def encode(self, x: npt.ArrayLike) -> Floats:
         """Features [.., n_features] of rows x [.., n_in]."""
