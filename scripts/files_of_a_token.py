@@ -101,16 +101,21 @@ def to_the_backend() -> list[str]:
 def to_the_arithmetic() -> list[str]:
     """Files on the stack between the backend and the first dot product that is emitted."""
     found: list[str] = []
-    dot = emit.Emit.dot
 
-    def noted(*args: object) -> object:
-        if not found:
-            found.extend(n for n in stack(sys._getframe()) if n.startswith("kernels/"))
-        return dot(*args)
+    def noting(operation: Callable[..., object]) -> Callable[..., object]:
+        def noted(*args: object, **more: object) -> object:
+            if not found:
+                found.extend(n for n in stack(sys._getframe()) if n.startswith("kernels/"))
+            return operation(*args, **more)
+
+        return noted
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TINYLLM_CACHE=folder):
         jit.cache_folder.cache_clear()
-        with mock.patch.object(emit.Emit, "dot", noted):
+        with contextlib.ExitStack() as watched:
+            for name in ("dot", "pairs"):  # without VNNI kernels add the pairs up themselves
+                operation = noting(getattr(emit.Emit, name))
+                watched.enter_context(mock.patch.object(emit.Emit, name, operation))
             quietly("run", "Once", "-n", "1")
     jit.cache_folder.cache_clear()
     return [n for n in dict.fromkeys(found) if n not in COMPILER]
