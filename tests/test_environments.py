@@ -22,7 +22,8 @@ AS_SOMEBODY = f"""
 import importlib, os, pkgutil, sys
 import tinyllm
 for module in pkgutil.walk_packages(tinyllm.__path__, "tinyllm."):
-    if not any(word in module.name for word in ("cuda", "opencl", "__main__", "_pyinstaller")):
+    apart = ("bridge", "cuda", "opencl", "__main__", "_pyinstaller")
+    if not any(word in module.name for word in apart):
         importlib.import_module(module.name)
 os.setgroups([])
 os.setgid({SOMEBODY})
