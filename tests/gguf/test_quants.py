@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -296,3 +299,30 @@ def test_only_finite_weights_are_quantised(bad: float) -> None:
 def test_a_value_beyond_the_format_is_refused(name: str, value: float) -> None:
     with pytest.raises(NumericError, match=f"too large for {name}"):
         quants.quantize(name, np.full(256, value, np.float32))
+
+
+WRITTEN = """
+import hashlib
+import numpy as np
+from tinyllm.gguf import quants
+
+x = np.random.default_rng(1).standard_normal((16, 512), dtype=np.float32)
+w = np.abs(np.random.default_rng(2).standard_normal(512, dtype=np.float32))
+for name in ("Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"):
+    for importance in (None, w):
+        print(name, hashlib.sha256(quants.quantize(name, x, importance).tobytes()).hexdigest())
+"""
+
+
+def test_another_processor_writes_the_same_bytes(tmp_path: Path) -> None:
+    """Wide registers would add up a group in another order, were the compiler free to."""
+    found = []
+    for more in ({}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}):
+        env = {**os.environ, "TINYLLM_CACHE": str(tmp_path / str(len(found))), **more}
+        run = subprocess.run(
+            [sys.executable, "-c", WRITTEN], env=env, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        found.append(run.stdout)
+    assert found[0].count("\n") == 16
+    assert found[0] == found[1]

@@ -1,7 +1,8 @@
 """The loops of `fit.py` and `place.py` as numba compiles them: groups of weights, one after another.
 
 Each is compiled when it is first needed, and kept in TINYLLM_CACHE, or else where numba keeps what it compiles.
-Arrays are float32 and filled in place; they release the GIL.
+Arrays are float32 and filled in place; they release the GIL. No sum changes its order for speed: what they
+write is the same on every processor.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ def _jitted(body: Callable[..., None]) -> Any:
     before = config.CACHE_DIR
     if os.environ.get("TINYLLM_CACHE"):
         config.CACHE_DIR = str(cache_folder() / "quantisers")
-    how: Any = {"nogil": True, "fastmath": {"contract", "nsz", "nnan", "reassoc"}}
-    try:
-        return njit(cache=True, **how)(body)
+    try:  # sums stay in their order, so that every processor writes the same file
+        return njit(cache=True, nogil=True)(body)
     except RuntimeError:  # no folder can be written: compiled anew in each process
-        return njit(**how)(body)
+        return njit(nogil=True)(body)
     finally:
         config.CACHE_DIR = before
 
