@@ -99,10 +99,10 @@ def outline(paths: list[Path]) -> dict[str, Any]:
         name = f.metadata["general.architecture"]
         keys = {k: plain(v) for k, v in f.metadata.items() if k.startswith((f"{name}.", "xielu."))}
         groups: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+        at = f"{ARCHS[name].blocks_at}."
         for tensor in f.tensors.values():
-            head, _, rest = tensor.name.partition(".")
-            number, _, suffix = rest.partition(".")
-            layered = head == "blk"
+            number, _, suffix = tensor.name.removeprefix(at).partition(".")
+            layered = tensor.name.startswith(at)
             groups[suffix if layered else tensor.name, tensor.shape].append(
                 number if layered else ""
             )

@@ -32,7 +32,9 @@ class Watching(Adapters):
     def beside(
         self, be: Backend, name: str, rows: slice | np.ndarray | None = None
     ) -> Beside | None:
-        if not name.startswith("blk.") or name in self._seen:  # other rows read what the first do
+        if (
+            not name.startswith(("blk.", "enc.blk.")) or name in self._seen
+        ):  # other rows read what the first do
             return None
         self._seen.add(name)
         return Watch(be, name, self.found)

@@ -54,6 +54,11 @@ SWA_LATENT = {
     "swa_qk_rope_head_dim": 4,
 }  # fmt: skip
 
+T5 = {
+    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
+    "relative_attention_num_buckets": 32, "layer_norm_epsilon": 5e-3,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Row:
@@ -261,12 +266,12 @@ ROWS: dict[str, Row] = {
     ),
     "mimo2": Row(
         "MiMoV2FlashForCausalLM",
-        {**EXPERTS, "num_hidden_layers": 3, "layer_types": ["full_attention", *MIXED],
-         "mlp_layer_types": ["dense", "sparse", "sparse"], "head_dim": 12, "v_head_dim": 8,
+        {**EXPERTS, "num_hidden_layers": 4, "layer_types": MIXED[::-1] * 2,
+         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "head_dim": 12, "v_head_dim": 8,
          "sliding_window": 8, "n_group": 1, "topk_group": 1,
          "rope_parameters": {"full_attention": {**PLAIN, "rope_theta": 1e5, "partial_rotary_factor": 0.34},
                              "sliding_attention": {**PLAIN, "partial_rotary_factor": 0.34}}},
-        flat={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hybrid_layer_pattern": [0, 1, 0],
+        flat={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "hybrid_layer_pattern": [0, 1, 0, 1],
                "layernorm_epsilon": 5e-3, "swa_head_dim": 12, "swa_v_head_dim": 8,
                "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "rope_parameters": None,
                "rope_theta": 1e5, "swa_rope_theta": THETA, "partial_rotary_factor": 0.34},
@@ -311,6 +316,10 @@ ROWS: dict[str, Row] = {
     ),
     "eurobert": Row(
         "EuroBertModel", {"mask_token_id": 3}, kind="rows", saved={"classifier_pooling": None}),
+    "t5encoder": Row("T5EncoderModel", {**T5, "feed_forward_proj": "gated-gelu"}, kind="rows", long=140),
+    "t5encoder-plain": Row(
+        "T5EncoderModel", {**T5, "feed_forward_proj": "relu", "d_kv": 6,
+                           "relative_attention_num_buckets": 12}, kind="rows", long=30),
     "jina-bert-v3": Row(
         "JinaEmbeddingsV3Model", {"layer_norm_eps": 5e-3, "type_vocab_size": 1}, kind="rows"),
     }  # fmt: skip

@@ -384,11 +384,25 @@ def test_attention(
     assert error <= CACHE_ERROR[kv], f"relative error {error:.2e}"
 
 
+def by_distance() -> np.ndarray:
+    """A bias for each head and distance up to 24; the outermost 16 are alike."""
+    bias = normal(4, 2 * 24 + 1, seed=3)
+    bias[:, :16], bias[:, -16:] = bias[:, :1], bias[:, -1:]
+    return bias
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 6}, {"slopes": np.array([0.5, 0.25, 0.1, 0.01], F32)}]
+    "options",
+    [
+        {},
+        {"window": 6},
+        {"slopes": np.array([0.5, 0.25, 0.1, 0.01], F32)},
+        {"bias": by_distance()},
+        {"bias": by_distance(), "window": 20},
+    ],
 )
 def test_attention_full(be: Backend, options: dict[str, Any]) -> None:
-    lengths, dim = [1, 17, 40], 12
+    lengths, dim = [1, 17, 300 if "bias" in options else 40], 12
     t = sum(lengths)
     q, k, v = normal(t, 4 * dim), normal(t, 2 * dim, seed=1), normal(t, 2 * dim, seed=2)
 

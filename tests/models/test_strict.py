@@ -206,12 +206,62 @@ def test_a_base_that_layers_with_a_window_need_is_asked_for() -> None:
         assert refusal(metadata, tensors).startswith(f"{prefix}rope.freq_base_swa: required key")
 
 
-def test_sinks_are_taken_from_layers_without_a_window_too() -> None:
+def test_layers_with_a_window_have_sinks_all_or_none_and_so_have_the_others() -> None:
+    first, second, third = (f"blk.{i}.attn_sinks.weight" for i in range(3))
+
+    def sinks(tensors: dict[str, Any]) -> list[bool]:
+        blocks = build(metadata, tensors, Sketch(), "f32").decoder.blocks
+        return [b.mixer.sinks is not None for b in blocks]
+
     with opened(unpacked("mimo2")) as (metadata, tensors, _):
-        more = {**tensors, "blk.0.attn_sinks.weight": tensors["blk.1.attn_sinks.weight"]}
-        net = build(metadata, more, Sketch(), "f32")
-    assert net.config.window[0] == 0
-    assert net.decoder.blocks[0].mixer.sinks is not None
+        full = tensors | {first: tensors[second], third: tensors[second]}
+        assert sinks(tensors) == [False, True, False, True]
+        assert sinks(full) == [True] * 4
+        assert sinks({n: t for n, t in tensors.items() if "sinks" not in n}) == [False] * 4
+        assert third in refusal(metadata, {n: t for n, t in full.items() if n != third})
+
+
+WINDOWS = [  # a golden file, its key for the pattern, and each layer's window; llama.cpp b11434 reads them so
+    ("gemma3", None, [8, 8, 8, 8, 8, 0]),
+    ("gemma3", 2, [8, 0] * 3),
+    ("gemma3", 1, [0] * 6),
+    ("gemma3", 0, [8] * 6),
+    ("gemma3", [False, True] * 3, [0, 8] * 3),
+    ("gemma3", [True] * 6, [8] * 6),
+    ("modern-bert", None, [0, 8, 8, 0]),
+    ("modern-bert", 2, [0, 8, 0, 8]),
+    ("cohere2", 2, [8, 0, 8, 0]),
+]
+
+
+@pytest.mark.parametrize(("file", "pattern", "windows"), WINDOWS)
+def test_which_layers_have_a_window(
+    file: str, pattern: Any, windows: list[int], data: Path
+) -> None:
+    with opened(data / "golden" / "models" / f"{file}.gguf") as (metadata, tensors, prefix):
+        key = f"{prefix}attention.sliding_window_pattern"
+        metadata.pop(key, None)
+        if pattern is not None:
+            metadata[key] = pattern
+        net = build(metadata, tensors, Sketch(), "f32")
+    assert list(net.config.window) == windows
+
+
+def test_a_number_says_which_layers_have_a_window_only_where_a_row_reads_it() -> None:
+    with opened(unpacked("granite_swa")) as (metadata, tensors, prefix):
+        metadata[f"{prefix}attention.sliding_window_pattern"] = 2
+        said = refusal(metadata, tensors)
+    assert said.endswith(
+        "sliding_window_pattern: is 2; expected for each layer whether it has a window"
+    )
+
+
+def test_the_file_names_the_activation(data: Path) -> None:
+    with opened(data / "golden" / "models" / "modern-bert.gguf") as (metadata, tensors, prefix):
+        metadata[f"{prefix}hidden_activation"] = "silu"
+        assert build(metadata, tensors, Sketch(), "f32").decoder.blocks[0].ffn.act == "silu"
+        metadata[f"{prefix}hidden_activation"] = "nonsense"
+        assert "hidden_activation is 'nonsense'" in refusal(metadata, tensors)
 
 
 def test_a_vocabulary_has_as_many_tokens_as_the_embedding_has_rows(data: Path) -> None:
@@ -227,7 +277,7 @@ def test_architectures_are_named_in_the_table_only() -> None:
             assert not spelt.search(path.read_text("utf-8")), path.name
 
 
-@pytest.mark.parametrize("name", ["t5encoder", "wavtokenizer-dec", "dream", "nonsense"])
+@pytest.mark.parametrize("name", ["t5", "wavtokenizer-dec", "dream", "nonsense"])
 def test_architectures_that_are_not_run_are_named(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=f"'{name}' is not supported") as e:
         find(name)

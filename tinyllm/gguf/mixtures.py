@@ -289,7 +289,7 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 def _layer(name: str) -> int:
     """The number in ``blk.3.attn_v.weight``; 0 for tensors outside of layers."""
-    parts = name.split(".")
+    parts = name.removeprefix("enc.").split(".")
     return int(parts[1]) if len(parts) > 2 and parts[1].isdecimal() else 0
 
 

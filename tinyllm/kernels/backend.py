@@ -407,12 +407,15 @@ class Backend(ABC):
         scale: float,
         window: int = 0,
         slopes: Array | None = None,
+        bias: Array | None = None,
     ) -> Array:
         """Attention of each row over all rows of its sequence, before and after it; for encoders.
 
         Nothing is stored.
 
-        With a window, |i - j| <= window // 2; slopes[h] * -|i - j| is added to the scores.
+        With a window, |i - j| <= window // 2; slopes[h] * -|i - j| is added to the scores, and of bias
+        [H, 2 M + 1] the value bias[h, M + j - i], or beyond M the outermost one; at each end the outermost 16
+        are alike. T5: arXiv:1910.10683.
         """
 
     # ---- mixtures of experts

@@ -363,6 +363,7 @@ class ReferenceBackend(Backend):
         scale: float,
         window: int = 0,
         slopes: Array | None = None,
+        bias: Array | None = None,
     ) -> np.ndarray:
         out = []
         for start, stop in zip(batch.starts[:-1], batch.starts[1:], strict=True):
@@ -370,9 +371,10 @@ class ReferenceBackend(Backend):
             here = q[start:stop].reshape(t, n_head, -1)
             keys = repeat_heads(k[start:stop].reshape(t, n_head_kv, -1), n_head)
             values = repeat_heads(v[start:stop].reshape(t, n_head_kv, -1), n_head)
-            distance = np.abs(np.arange(t)[:, None] - np.arange(t))
+            back = np.arange(t)[:, None] - np.arange(t)
+            distance, more = np.abs(back), None if bias is None else by_distance(bias, -back)
             hidden = distance > window // 2 if window else np.zeros((t, t), bool)
-            out.append(attend(here, keys, values, distance, hidden, scale, 0.0, slopes, None))
+            out.append(attend(here, keys, values, distance, hidden, scale, 0.0, slopes, None, more))
         return np.concatenate(out)
 
     # ---- mixtures of experts
@@ -499,19 +501,31 @@ def attend(
     softcap: float,
     slopes: np.ndarray | None,
     sinks: np.ndarray | None,
+    more: np.ndarray | None = None,
 ) -> np.ndarray:
-    """softmax(scores) v for q [T, H, D], k and v [S, H, .]; distance, hidden [T, S] -> [T, H * Dv]."""
+    """softmax(scores) v for q [T, H, D], k and v [S, H, .]; distance, hidden [T, S] -> [T, H * Dv].
+
+    ``more`` [H, T, S] is added to the scores.
+    """
     scores = np.einsum("thd,shd->hts", q, k) * F32(scale)
     if softcap:
         scores = F32(softcap) * np.tanh(scores / F32(softcap))
     if slopes is not None:
         scores = scores - slopes[:, None, None] * distance.astype(F32)
+    if more is not None:
+        scores = scores + more
     scores = np.where(hidden, F32(-np.inf), scores)
     if sinks is not None:
         column = np.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))
         scores = np.concatenate([scores, column], -1)
     p = softmax(scores)[..., : len(k)]
     return np.einsum("hts,shd->thd", p, v).reshape(len(q), -1)
+
+
+def by_distance(bias: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """The values of bias [H, 2 M + 1] for distances j - i [T, S], beyond M the outermost -> [H, T, S]."""
+    most = bias.shape[1] // 2
+    return bias[:, np.clip(distance, -most, most) + most]
 
 
 def mask_groups(choice: np.ndarray, routing: Routing) -> np.ndarray:

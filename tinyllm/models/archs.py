@@ -17,7 +17,7 @@ from .altup import AltUpBlock, SparseFFN, Streams
 from .attention import Attention, BareNormsBehindRope, NormsBehindRope
 from .config import Config, Temperature, repeated
 from .deltanet import delta_or_attention
-from .ffn import XIELU, FeedForwardAlone
+from .ffn import FFN, XIELU, FeedForwardAlone
 from .kda import delta_or_latent
 from .loops import LoopBlock, Rounds, RoundsBlock
 from .mamba import Mamba
@@ -37,7 +37,7 @@ class Arch:
     name: str
     source: str  # paper or reference implementation
     pairing: Pairing = "half"  # which two values of a head turn together
-    position: Literal["rope", "learned", "alibi", "none"] = "rope"
+    position: Literal["rope", "learned", "alibi", "relative", "none"] = "rope"
     act: Activation = "silu"
     gated: bool = True  # the feed-forward part has a gate
     # "norms": parallel in layers without ffn_norm
@@ -56,8 +56,8 @@ class Arch:
     )
     weigh_inputs: bool = False  # experts' weights multiply what goes in, not what comes out
     experts_scale: float = 1.0  # multiplies the sum of all experts, the shared one included
-    sinks: Literal["", "all", "windowed"] = ""  # layers whose softmax has a sink;
-    # "windowed": those with a window, and of the others those for which the file has one
+    # layers whose softmax has a sink; "file": of those with a window and of the others, all or none
+    sinks: Literal["", "all", "file"] = ""
     v_norm: bool = False  # values are normalised, without weights
     values_from_keys: bool = False  # layers without a matrix for values take what makes their keys
     gate_act: Activation = (
@@ -71,6 +71,7 @@ class Arch:
     block: Any = None  # a layer of another make than decoder.Block
     streams: Any = None  # how several streams of activations begin and end
     adjust: Callable[[Config], Config] = lambda c: c
+    blocks_at: str = "blk"  # what the names of the layers' tensors begin with
 
 
 def scaled_embedding(c: Config) -> Config:
@@ -78,18 +79,21 @@ def scaled_embedding(c: Config) -> Config:
     return replace(c, embedding_scale=sqrt(c.n_embd))
 
 
-def every(n: int, c: Config) -> Config:
-    """Layers see a window, but every n-th sees everything; a pattern in the file comes first."""
-    if len(set(c.window)) > 1:
+def every(n: int, c: Config, first: bool = False) -> Config:
+    """Layers see a window, but the last (or ``first``) of n sees everything; the file's number comes first.
+
+    Where the file says it of each layer, that stands; a number of 0 says that all see a window.
+    """
+    if c.window_listed:
         return c
-    return replace(c, window=tuple(0 if i % n == n - 1 else s for i, s in enumerate(c.window)))
+    n = n if c.window_pattern < 0 else c.window_pattern
+    full = {0 if first else n - 1} if n else set()
+    window = tuple(0 if n and i % n in full else s for i, s in enumerate(c.window))
+    return replace(c, window=window, window_listed=True)
 
 
 def every_dense_first(n: int, c: Config) -> Config:
-    """The first of n layers sees everything, the others a window; a pattern in the file comes first."""
-    if len(set(c.window)) > 1:
-        return c
-    return replace(c, window=tuple(s if i % n else 0 for i, s in enumerate(c.window)))
+    return every(n, c, first=True)
 
 
 def scale_by_width(c: Config, n_layer: int) -> Config:
@@ -98,6 +102,9 @@ def scale_by_width(c: Config, n_layer: int) -> Config:
 
 
 def gemma2(c: Config) -> Config:
+    """A file without a key for it means a window of 4096."""
+    if not any(c.window) and not c.has_no_window:
+        c = replace(c, window=(4096,) * c.n_layer)
     return scale_by_width(every(2, scaled_embedding(c)), 46)
 
 
@@ -236,13 +243,15 @@ def both_ways(c: Config) -> Config:
     return replace(c, causal=False)
 
 
-def plamo3(c: Config) -> Config:
-    """The last layer of as many as the file's number says, or of eight, sees everything."""
-    c = plain_where_windowed(c)
-    if c.window_listed:
-        return c
-    size = (c.window_size,) * c.n_layer
-    return every(c.window_pattern or 8, replace(c, window=size))
+def t5_encoder(c: Config) -> Config:
+    """Scores are not scaled."""
+    return replace(c, causal=False, attn_scale=1.0)
+
+
+def modern_bert(c: Config) -> Config:
+    """Where the file does not say it, rerankers read the mean of the rows."""
+    c = plain_where_windowed(every_dense_first(3, c))
+    return replace(c, rank_pooling=c.rank_pooling or "mean")
 
 
 def looped(c: Config) -> Config:
@@ -288,6 +297,12 @@ def granitehybrid(c: Config) -> Config:
 
 def gemma_embedding(c: Config) -> Config:
     return replace(gemma3(c), causal=False)
+
+
+def relu_or_gated(c: Config, a: Arch, i: int, w: Tensors) -> FFN:
+    """Make the feed-forward half: the first T5 has a plain one, with another activation."""
+    plain = replace(a, gated=False, act="relu")
+    return FFN(c, a if w.has("ffn_gate.weight") else plain, w, c.n_ff[i])
 
 
 def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
@@ -422,8 +437,7 @@ ROWS = (
         "cohere2moe", "hf.co/CohereLabs", pairing="adjacent", residual="parallel", gating="sigmoid",
         choice_bias=False, experts_scale=0.5, adjust=cohere2moe,
     ),
-    Arch(
-        "mellum", "hf.co/JetBrains", adjust=lambda c: unscaled_where_windowed(4, c)),
+    Arch("mellum", "hf.co/JetBrains", adjust=lambda c: unscaled_where_windowed(4, c)),
     Arch("jais2", "hf.co/inceptionai/Jais-2-8B-Chat", act="relu2", gated=False),
     Arch("laguna", "hf.co/poolside", gating="sigmoid", gate_act="softplus", adjust=laguna),
     Arch(
@@ -462,7 +476,7 @@ ROWS = (
         adjust=smallthinker,
     ),
     Arch("plamo", "hf.co/pfnet/plamo-13b", needs=HEAD, residual="parallel"),
-    Arch("plamo3", "hf.co/pfnet/plamo-3-nict-8b-base", adjust=plamo3),
+    Arch("plamo3", "hf.co/pfnet/plamo-3-nict-8b-base", adjust=lambda c: plain_where_windowed(every(8, c))),
     Arch("maincoder", "hf.co/Maincode/Maincoder-1B", pairing="adjacent", mixer=NormsBehindRope),
     Arch("pangu-embedded", "arXiv:2505.22375"),
     Arch(
@@ -485,13 +499,18 @@ ROWS = (
         adjust=both_ways,
     ),
     Arch("eurobert", "arXiv:2503.05500"),
+    Arch(
+        "t5encoder", "arXiv:1910.10683", position="relative", act="gelu_tanh", ffn=relu_or_gated,
+        roles={"output_norm": "enc.output_norm", "attn_output": "attn_o"}, blocks_at="enc.blk",
+        adjust=t5_encoder,
+    ),
     Arch("nanbeige", "hf.co/Nanbeige", pairing="adjacent", block=LoopBlock, adjust=looped),
     Arch(
         "hrm_text", "arXiv:2506.21734", norm_affine=False, block=RoundsBlock, streams=Rounds,
         adjust=rounds,
     ),
     Arch(
-        "mimo2", "hf.co/XiaomiMiMo/MiMo-V2-Flash", needs=HEAD, gating="sigmoid", sinks="windowed",
+        "mimo2", "hf.co/XiaomiMiMo/MiMo-V2-Flash", needs=HEAD, gating="sigmoid", sinks="file",
         adjust=plain_where_windowed,
     ),
     Arch(
@@ -563,8 +582,7 @@ ROWS = (
         norm_at="after", adjust=alibi,
     ),
     Arch(
-        "modern-bert", "arXiv:2412.13663", needs=EMBD_NORM, norm="layer", act="gelu",
-        adjust=plain_where_windowed,
+        "modern-bert", "arXiv:2412.13663", needs=EMBD_NORM, norm="layer", act="gelu", adjust=modern_bert,
     ),
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}

@@ -14,7 +14,7 @@ from . import probe
 from .config import Config, RopeScaling
 from .mixer import Mixer, widened
 from .probe import Scoring
-from .rope import alibi_slopes, attention_scale, frequencies, magnitude
+from .rope import FARTHEST, alibi_slopes, attention_scale, buckets, frequencies, magnitude
 from .step import Step
 from .weights import Linear, Norm, Row, Tensors, products
 
@@ -46,21 +46,21 @@ class Attention(Mixer):
         self.head_dim, self.head_dim_v = c.head_dim, c.head_dim_v
         self.source = source_of(c, i)
         self.q, self.k, self.v = self.projections(c, a, w)
-        self.o = w.linear("attn_output", c.n_embd, self.n_head * c.head_dim_v)
+        name = a.roles.get("attn_output", "attn_output")
+        self.o = w.linear(name, c.n_embd, self.n_head * c.head_dim_v)
         self.q_norm = head_norm(w, "attn_q_norm", self.n_head, c.head_dim)
         self.k_norm = head_norm(w, "attn_k_norm", self.n_head_kv, c.head_dim)
         self.v_norm = Norm(w.be, c.norm, c.norm_eps, None, None, c.head_dim_v) if a.v_norm else None
         self.o_norm = w.norm_if("attn_sub_norm", self.n_head * c.head_dim_v)
         self.gate, self.gate_act = output_gate(c, i, w), a.gate_act
-        needs_sinks = a.sinks == "all" or (
-            a.sinks == "windowed" and (c.window[i] or w.has("attn_sinks.weight"))
-        )
+        needs_sinks = a.sinks == "all" or (a.sinks == "file" and any_like_it(c, i, w))
         self.sinks = w.array("attn_sinks.weight", self.n_head) if needs_sinks else None
         self.scale, self.clamp = attention_scale(c), c.attn_clamp
         self.softcap, self.window = c.attn_softcap, c.window[i]
         self.value_scale = c.attn_value_scale
         self.rope = make_rope(c, a, i, w) if a.position == "rope" and c.rope_on[i] else None
         self.temperature = Heating(c, w) if c.temperature and c.heated[i] else None
+        self.bias = relative_bias(c, w, self.n_head) if a.position == "relative" else None
         self.slopes = None
         if c.max_alibi_bias:
             self.slopes = w.be.array(alibi_slopes(self.n_head, c.max_alibi_bias))
@@ -70,7 +70,7 @@ class Attention(Mixer):
         """How the layer makes scores, for a tap that asks for probabilities."""
         return Scoring(
             self.i, self.source, self.n_head, self.n_head_kv, self.causal, self.scale, self.window,
-            self.softcap, self.slopes, self.sinks,
+            self.softcap, self.slopes, self.sinks, self.bias,
         )  # fmt: skip
 
     @property
@@ -188,6 +188,7 @@ class Attention(Mixer):
             y = self.be.attention_full(
                 step.batch, q, k, v, self.n_head, self.n_head_kv,
                 scale=self.scale, window=self.window, slopes=self.slopes,
+                bias=self.bias,
             )  # fmt: skip
         if not step.asks(f"blk.{self.i}.", *probe.INSIDE):
             return y
@@ -253,6 +254,22 @@ class Heating:
         return self.be.mul(q, self.be.embed(self.table, step.batch.positions))
 
 
+def relative_bias(c: Config, w: Tensors, n_head: int) -> Array:
+    """The bias of each distance [H, 2 M + 1], by the layer's own table of buckets or by the first layer's."""
+    if c.n_bucket < 4:
+        raise GGUFError(
+            f"is {c.n_bucket or 'missing'}; expected a number from 4 to {2 * FARTHEST}",
+            name=f"{c.arch}.attention.relative_buckets_count",
+        )
+    tables = w if w.has("attn_rel_b.weight") else w.root.below(f"{c.blocks_at}.0.")
+
+    def spread() -> Array:
+        rows = tables.host("attn_rel_b.weight", c.n_bucket, n_head)
+        return w.be.array(np.ascontiguousarray(rows[buckets(c.n_bucket)].T))
+
+    return w.once(f"{tables.prefix}attn_rel_b", spread)
+
+
 def source_of(c: Config, i: int) -> int:
     """The layer whose keys and values layer i reads: its own, or the last one of its kind that has some."""
     first = c.n_layer - c.n_kv_shared
@@ -265,6 +282,12 @@ def source_of(c: Config, i: int) -> int:
             name=f"{c.arch}.attention.shared_kv_layers",
         )
     return alike[-1]
+
+
+def any_like_it(c: Config, i: int, w: Tensors) -> bool:
+    """Whether a layer that has a window, or none, as layer i does, has a sink."""
+    alike = (j for j in range(c.n_layer) if bool(c.window[j]) == bool(c.window[i]))
+    return w.root.has(*(f"blk.{j}.attn_sinks.weight" for j in alike))
 
 
 def any_values(c: Config, w: Tensors) -> bool:

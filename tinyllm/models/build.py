@@ -44,6 +44,14 @@ def build(
     config = arch.adjust(read_config(keys))
     if arch.norm:
         config = replace(config, norm=arch.norm)
+    config = replace(config, blocks_at=arch.blocks_at)
+    if config.act is not None:
+        arch = replace(arch, act=config.act)
+    if config.window_pattern >= 0 and not config.window_listed:
+        raise GGUFError(
+            f"is {config.window_pattern}; expected for each layer whether it has a window",
+            name=f"{arch.name}.attention.sliding_window_pattern",
+        )
     check_vocabulary(metadata, keys, tensors)
     refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
     tensors = without_skipped(tensors, config)

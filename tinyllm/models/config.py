@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import GGUFError, UnsupportedModel
+from ..kernels.backend import Activation
 
 POOLING = ("none", "mean", "cls", "last", "rank")
 GATING = ("", "softmax", "sigmoid", "softmax_selected")  # "": the row says
@@ -23,7 +24,6 @@ HARMLESS = {
     "expert_shared_count",  # the shared expert's width is its tensors'
     "expert_shared_feed_forward_length",
     "expert_feed_forward_length",  # the experts' width is their tensors'
-    "hidden_activation",
     "classifier.output_labels",  # names of the scores; how many there are, the tensors say
     "interleave_moe_layer_step",
     "moe_every_n_layers",  # which layers have experts is seen from the tensors
@@ -51,6 +51,10 @@ HARMLESS = {
     "moe_latent_size",  # the width inside is the experts' tensors'
     "hrm.prefix_lm",  # a prompt is read causally where nobody says how far its prefix goes
 }
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu", "relu": "relu",
+    "reglu": "relu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
 T = TypeVar("T")
 
 
@@ -205,7 +209,9 @@ class Config:
     max_alibi_bias: float
     causal: bool
     pooling: str
-    rank_pooling: str  # the row that a reranker's head reads: "cls" or "mean"
+    rank_pooling: (
+        str  # the row that a reranker's head reads: "cls" or "mean"; "": the file does not say
+    )
     parallel_residual: bool
     n_expert: int
     n_expert_used: int
@@ -230,8 +236,8 @@ class Config:
     has_no_window: bool  # the file says that nothing is hidden
     n_ctx_most: int  # positions up to which sparse attention is the plain one; 0: it is not sparse
     window_size: int
-    window_pattern: int  # the file's, where it is one number for all layers
-    window_listed: bool  # does the file say of each layer whether it has a window?
+    window_pattern: int  # the file's, where it is one number for all layers; -1: there is none
+    window_listed: bool  # is it said of each layer whether it has a window?
     n_skipped: int  # layers behind the others, which guess more than one token ahead
     blocks: tuple[int, ...]  # the file's ``blk.N`` of each layer; layers may share one
     n_loop: int  # how often the file's layers run
@@ -241,6 +247,9 @@ class Config:
     kv_lora_rank_swa: int
     expert_limits: tuple[float, ...]  # bounds of experts' activations; 0: none
     ffn_limits: tuple[float, ...]  # those of the plain halves and the shared expert
+    act: Activation | None  # of feed-forward halves; None: the row says
+    n_bucket: int  # ranges of distances that have a learned bias of their own
+    blocks_at: str = "blk"  # what the names of the layers' tensors begin with
 
     def at(self, i: int) -> Config:
         """The configuration as layer i sees it: layers with a window may have heads of their own size."""
@@ -291,7 +300,7 @@ def read_config(keys: Keys) -> Config:
     v_mla_swa = k.whole("attention.value_length_mla_swa", head_dim_v_swa)
     n_ctx_train = k.whole("context_length", low=1, high=CONTEXT)
     n_ctx_most = k.whole("attention.indexer.top_k", 0, high=CONTEXT)
-    pattern = k.get("attention.sliding_window_pattern", 0)
+    pattern = k.get("attention.sliding_window_pattern", -1)
     n_expert = k.whole("expert_count", 0, high=4096)
     return Config(
         arch=k.arch,
@@ -337,7 +346,7 @@ def read_config(keys: Keys) -> Config:
         max_alibi_bias=k.number("attention.max_alibi_bias", 0.0, low=0.0),
         causal=k.flag("attention.causal", True),
         pooling=read_pooling(k, "pooling_type"),
-        rank_pooling=read_pooling(k, "classifier.pooling_type") or "cls",
+        rank_pooling=read_pooling(k, "classifier.pooling_type"),
         parallel_residual=k.flag("use_parallel_residual", False),
         n_expert=n_expert,
         n_expert_used=read_experts_used(k, n_expert),
@@ -365,7 +374,9 @@ def read_config(keys: Keys) -> Config:
         and not k.whole("attention.sliding_window", 0, high=CONTEXT),
         n_ctx_most=n_ctx_most,
         window_size=k.whole("attention.sliding_window", 0, high=CONTEXT),
-        window_pattern=pattern if isinstance(pattern, int) else 0,
+        window_pattern=k.whole("attention.sliding_window_pattern", -1, -1, LAYERS)
+        if isinstance(pattern, int)
+        else -1,
         window_listed=not isinstance(pattern, int),
         n_skipped=n_skipped,
         blocks=tuple(range(n_layer)),
@@ -376,6 +387,8 @@ def read_config(keys: Keys) -> Config:
         kv_lora_rank_swa=k.whole("attention.kv_lora_rank_swa", kv_lora_rank),
         expert_limits=read_limits(k, "swiglu_clamp_exp", n_layer),
         ffn_limits=read_limits(k, "swiglu_clamp_shexp", n_layer),
+        act=read_activation(k),
+        n_bucket=k.whole("attention.relative_buckets_count", 0, high=256),
     )
 
 
@@ -510,20 +523,22 @@ def read_scaling(k: Keys) -> RopeScaling:
 
 
 def read_windows(k: Keys, n_layer: int) -> tuple[int, ...]:
-    """The sliding window of each layer; without a pattern in the file, of none or (by its row) of some."""
+    """The sliding window of each layer; unless the file says which have one, a row may take it from some."""
     size = k.whole("attention.sliding_window", 0, high=CONTEXT)
-    if not k.has("attention.sliding_window_pattern"):
+    if isinstance(k.get("attention.sliding_window_pattern", -1), int):
         return (size,) * n_layer
-    pattern = k.get("attention.sliding_window_pattern")
-    if isinstance(pattern, int) and not isinstance(pattern, bool):
-        if not 1 <= pattern <= n_layer:
-            raise GGUFError(
-                f"is {pattern}; expected 1 to {n_layer}",
-                name=k.prefix + "attention.sliding_window_pattern",
-            )
-        return tuple(0 if i % pattern == 0 else size for i in range(n_layer))
     flags = k.per_layer("attention.sliding_window_pattern", n_layer, None, 0, 1)
     return tuple(size if flag else 0 for flag in flags)
+
+
+def read_activation(k: Keys) -> Activation | None:
+    """The activation that the file names, if it names one."""
+    name = k.text("hidden_activation", "")
+    if name and name not in ACTIVATIONS:
+        raise UnsupportedModel(
+            f"{k.prefix}hidden_activation is {name!r:.40}; we know {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name] if name else None
 
 
 def read_xielu(k: Keys, n_layer: int) -> tuple[tuple[float, float, float], ...]:

@@ -26,6 +26,7 @@ from ..kernels.backend import (
     Routing,
     Source,
 )
+from .archs import find
 from .build import build
 from .network import Network
 from .step import Step
@@ -84,7 +85,7 @@ class Outlined:
 
 def short(name: str) -> str:
     """``blk.3.attn_q.weight`` -> ``attn_q``; other endings stay."""
-    parts = name.split(".")
+    parts = name.removeprefix("enc.").split(".")
     if parts[0] == "blk":
         parts = parts[2:]
     return ".".join(parts).removesuffix(".weight")
@@ -283,6 +284,7 @@ def said(n_head: int, how: Mapping[str, Any]) -> str:
     words += [f"window {window}" if window > 0 else f"chunks of {-window}"] if window else []
     words += [f"soft cap {how['softcap']:g}"] if how.get("softcap") else []
     words += ["ALiBi"] if how.get("slopes") is not None else []
+    words += ["a bias for each distance"] if how.get("bias") is not None else []
     words += ["sinks"] if how.get("sinks") is not None else []
     return ", ".join(words)
 
@@ -361,8 +363,9 @@ def example(name: str) -> tuple[dict[str, Any], dict[str, Outlined]]:
     """The keys and tensors of a small model of an architecture."""
     entry = json.loads(OUTLINES.read_text("utf-8"))[name]
     tensors = {}
+    at = find(name).blocks_at
     for group, shape in entry["tensors"].items():
         layers, _, suffix = group.partition(" ")
-        names = [f"blk.{i}.{suffix}" for i in json.loads(f"[{layers}]")] if suffix else [group]
+        names = [f"{at}.{i}.{suffix}" for i in json.loads(f"[{layers}]")] if suffix else [group]
         tensors.update({n: Outlined(n, tuple(shape)) for n in names})
     return entry["metadata"], tensors

@@ -37,6 +37,7 @@ class Scoring:
     softcap: float
     slopes: Array | None
     sinks: Array | None
+    bias: Array | None
 
 
 def attend(step: Step, s: Scoring, q: Array, k: Array, v: Array, y: Array) -> Array:
@@ -101,6 +102,10 @@ def scores_of(step: Step, s: Scoring, q: np.ndarray, k: np.ndarray, past: int) -
     if s.slopes is not None:
         slopes = np.array(step.be.numpy(s.slopes))
         scores = scores - slopes[:, None, None] * np.abs(distance).astype(F32)
+    if s.bias is not None:
+        bias = np.array(step.be.numpy(s.bias))
+        most = bias.shape[1] // 2
+        scores = scores + bias[:, np.clip(-distance, -most, most) + most]
     return np.asarray(np.where(hidden, F32(-np.inf), scores))
 
 

@@ -19,7 +19,7 @@ class RankHead:
     """Rows of one sequence [T, E] -> scores [n_label]."""
 
     def __init__(self, c: Config, w: Tensors) -> None:
-        self.rows, self.eps = c.rank_pooling, c.norm_eps
+        self.rows, self.eps = c.rank_pooling or "cls", c.norm_eps
         first = ("cls.weight", "cls.bias", "cls.norm.weight")
         self.dense = matrix(w, "cls") if w.has(*first) else None
         self.norm = w.host("cls.norm.weight", c.n_embd) if w.has("cls.norm.weight") else None

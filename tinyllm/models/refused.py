@@ -11,10 +11,7 @@ NOT_RUN = {
     **dict.fromkeys("llada llada-moe dream rnd1".split(), DIFFUSION),
     **dict.fromkeys("eagle3 dflash gemma4-assistant".split(), DRAFTER),
     "clef": "it decides between candidates instead of writing: needs a head of its own",
-    **dict.fromkeys(
-        "t5 t5encoder".split(),
-        "its attention adds a learned bias per distance: needs that of every backend's attention",
-    ),
+    "t5": "it reads with one stack and writes with another: needs attention from one to the other",
     "grovemoe": "llama.cpp and its publisher differ in what its small experts read: needs a reference",
     "graniteswitch": "it switches adapters by token: needs adapters within a layer",
     **dict.fromkeys(

@@ -58,6 +58,22 @@ def attention_scale(c: Config) -> float:
     return c.attn_scale
 
 
+FARTHEST = 128  # from here on all distances are alike, in all of T5's models
+
+
+def buckets(n: int) -> np.ndarray:
+    """The bucket, of n, of each distance j - i from -M to M, both ways -> int [2 M + 1]. arXiv:1910.10683.
+
+    Half of them are for positions behind i. Of each half, half are for one distance each, and the others for
+    ranges that widen up to 128; what is outermost is the same for 16 distances.
+    """
+    distance, half = np.arange(-FARTHEST - 16, FARTHEST + 17), n // 2
+    far, exact = np.abs(distance), half // 2
+    ratio = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact))
+    wide = exact + (ratio / np.float32(math.log(FARTHEST / exact)) * (half - exact)).astype(int)
+    return np.where(far < exact, far, np.minimum(wide, half - 1)) + half * (distance > 0)
+
+
 def alibi_slopes(n_head: int, max_bias: float) -> np.ndarray:
     """One slope per head; counts that are no power of two interleave the next power's -> float32 [H]."""
     n = 1 << (n_head.bit_length() - 1)

@@ -38,6 +38,7 @@ MAY_DIFFER = {
     "attn_v.weight",
     "attn_k_norm.weight",
     "attn_sinks.weight",  # layers with a window only
+    "attn_rel_b.weight",  # the first layer's, which all use
 }
 BIAS_ALONE = ("exp_probs_b", "ssm_dt")  # names that have a bias and may have no weight
 STREAM_NORMS = tuple(  # norms of the residual stream
@@ -181,7 +182,7 @@ class Tensors:
 
     def layer(self, i: int, be: Backend | None = None) -> Tensors:
         """The tensors of layer i: those of its block, which other layers may have too."""
-        return self.below(f"blk.{self.c.blocks[i]}.", be, f"blk.{i}.")
+        return self.below(f"{self.c.blocks_at}.{self.c.blocks[i]}.", be, f"blk.{i}.")
 
     def below(self, prefix: str, be: Backend | None = None, at: str = "") -> Tensors:
         """The tensors under a longer prefix, loaded to another backend if one is given."""
@@ -302,33 +303,32 @@ def check_layers(tensors: Mapping[str, Stored], c: Config, gated: bool) -> None:
     GGUFError
         A tensor is missing; the message names it.
     """
-    layers = by_layer(tensors, max(c.blocks) + 1)
-    check_uniform(layers)
+    at, layers = c.blocks_at, by_layer(tensors, max(c.blocks) + 1, c.blocks_at)
+    check_uniform(layers, at)
     check_biases(tensors)
     pairs = [] if c.kv_lora_rank else layers[: c.n_layer - c.n_kv_shared]
     for i, names in enumerate(pairs):
-        check_pair(f"blk.{i}.", names, "attn_q_norm.weight", "attn_k_norm.weight")
+        check_pair(f"{at}.{i}.", names, "attn_q_norm.weight", "attn_k_norm.weight")
     if not gated:
         for i, names in enumerate(layers):
             for group in BIASED_TOGETHER:
-                check_together(f"blk.{i}.", names, group)
+                check_together(f"{at}.{i}.", names, group)
 
 
-def by_layer(tensors: Mapping[str, Stored], n_layer: int) -> list[set[str]]:
-    """The names below ``blk.i.`` of each layer."""
+def by_layer(tensors: Mapping[str, Stored], n_layer: int, at: str) -> list[set[str]]:
+    """The names of each layer's tensors below ``at`` and its number."""
     layers: list[set[str]] = [set() for _ in range(n_layer)]
     for name in tensors:
-        head, _, rest = name.partition(".")
-        number, _, suffix = rest.partition(".")
-        if head != "blk":
+        if not name.startswith(f"{at}."):
             continue
+        number, _, suffix = name.removeprefix(f"{at}.").partition(".")
         if not number.isdecimal() or len(number) > 4 or int(number) >= n_layer:
             raise UnsupportedModel(f"tensor {name!r:.80} belongs to no layer; there are {n_layer}")
         layers[int(number)].add(suffix)
     return layers
 
 
-def check_uniform(layers: list[set[str]]) -> None:
+def check_uniform(layers: list[set[str]], at: str) -> None:
     """Raise GGUFError unless layers of one kind have the same tensors.
 
     All layers with experts have the same feed-forward tensors, all with attention the same others, and so on.
@@ -340,8 +340,8 @@ def check_uniform(layers: list[set[str]]) -> None:
             for suffix in sorted((expected ^ part) - MAY_DIFFER):
                 there, absent = (j, i) if suffix not in names else (i, j)
                 raise GGUFError(
-                    f"tensor is missing; blk.{there}.{suffix} is there, in a layer of the same kind",
-                    name=f"blk.{absent}.{suffix}",
+                    f"tensor is missing; {at}.{there}.{suffix} is there, in a layer of the same kind",
+                    name=f"{at}.{absent}.{suffix}",
                 )
 
 

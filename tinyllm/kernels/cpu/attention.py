@@ -191,10 +191,11 @@ def score(keys, tiles, dim, queries, scores, expanded):
         t += at_once
 
 
-def mask(scores, first, n, i, cap, slope, biased, window, causal):
+def mask(scores, first, n, i, cap, slope, biased, bias, most, window, causal):
     """The scores of one row from tile ``first`` on: capped, biased by distance, hidden where it sees nothing.
 
-    n positions are stored; the query's place i is counted from the first of them.
+    n positions are stored; the query's place i is counted from the first of them. ``bias`` is 0, or the
+    address of a value for each distance j - i from -most to most.
     """
     nearest, farthest = np.float32(0), FAR  # bounds of the distance i - j
     if causal == 0:
@@ -211,6 +212,8 @@ def mask(scores, first, n, i, cap, slope, biased, window, causal):
         if biased:
             d = vabs(distance) if causal == 0 else distance
             v = v - splat(slope) * d
+        if bias != 0:  # the outermost 16 values are alike, so that all lanes may lie beyond
+            v = v + load(bias + 4 * (most + max(min(16 * t - i, most - 15), -most)))
         v = where_within(v, distance, nearest, farthest, splat(HIDDEN))
         if 16 * t + 16 > n:  # positions behind the last one
             v = where_within(v, ramp(16 * t), np.float32(0), as_float(n - 1), splat(HIDDEN))
@@ -256,7 +259,7 @@ def emit_rows(part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sink
 
 def attend(
     q, y, caches, starts, n_past, n_seq, layer, n_head, n_head_kv, dim, dim_v, scale: f32,
-    window, cap: f32, slopes, sinks, causal, parts, scratch, scratch_bytes,
+    window, cap: f32, slopes, bias, n_bias, sinks, causal, parts, scratch, scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
     """Rows of queries over one block each, which leaves ``parts``, or, without these, over all blocks."""
@@ -300,16 +303,31 @@ def attend(
                 values = values_out
             score(keys, tiles, dim, queries, scores, keys_out)
             plain = n // 16 if causal == 0 else max(min(here + 1 - block * BLOCK, n), 0) // 16
-            if (cap != np.float32(0)) or (slopes != 0) or (window != 0):
+            if (cap != np.float32(0)) or (slopes != 0) or (window != 0) or (bias != 0):
                 plain = i64(0)  # tiles whose scores stand as they are
             for m in range(M):
                 r = min(row0 + m, n_rows - 1)
                 slope = np.float32(0)
                 if slopes != 0:
                     slope = get_f32(slopes + 4 * (head * group + r % group))
+                more = bias
+                if bias != 0:
+                    more = bias + 4 * n_bias * (head * group + r % group)
                 i = past + r // group
                 seen, i = reach(i, window), i - block * BLOCK
-                mask(scores + 64 * m, plain, n, i, cap, slope, slopes != 0, seen, causal)
+                mask(
+                    scores + 64 * m,
+                    plain,
+                    n,
+                    i,
+                    cap,
+                    slope,
+                    slopes != 0,
+                    more,
+                    n_bias // 2,
+                    seen,
+                    causal,
+                )
             exponentiate(scores, tiles, chances, fresh)
             weigh(values, n, dim_vp, chances, fresh)
             merge(sum_part, fresh, M, dim_vp // 16)

@@ -335,6 +335,7 @@ class CPUBackend(Backend):
         dims = {"n_head_kv": c.n_head_kv, "dim": c.head_dim, "dim_v": c.head_dim_v}
         past = {**self._sequences(batch), "n_past": batch.n_past, "layer": layer}
         how = {"scale": scale, "window": window, "cap": softcap, "slopes": slopes, "sinks": sinks}
+        how |= {"bias": None, "n_bias": 0}
         return self._attend(batch, q, n_head, cache.kv_type, causal=True, **dims, **past, **how)
 
     def attention_full(
@@ -349,10 +350,12 @@ class CPUBackend(Backend):
         scale: float,
         window: int = 0,
         slopes: Array | None = None,
+        bias: Array | None = None,
     ) -> CPUArray:
         dims = {"dim": k.shape[1] // n_head_kv, "dim_v": v.shape[1] // n_head_kv}
         past, _places = self._stored_once(batch, k, v, n_head_kv, **dims)  # held until recorded
         how = {"scale": scale, "window": window, "cap": 0.0, "slopes": slopes, "sinks": None}
+        how |= {"bias": bias, "n_bias": 0 if bias is None else bias.shape[1]}
         dims["n_head_kv"] = n_head_kv
         return self._attend(batch, q, n_head, "f32", causal=False, **dims, **past, **how)
 

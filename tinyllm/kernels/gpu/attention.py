@@ -33,6 +33,7 @@ class Query:
     softcap: float = 0.0
     slopes: GPUArray | None = None
     sinks: GPUArray | None = None
+    bias: GPUArray | None = None
 
     @property
     def numbers(self) -> tuple[object, ...]:
@@ -55,7 +56,8 @@ class PlainAttention:
 
     def attend_rows(self, b: DeviceBatch, query: Query, k: GPUArray, v: GPUArray) -> GPUArray:
         """Attention within each sequence's rows, in both directions -> [T, n_head * v.dim]."""
-        return self._launch(b, query, (k, v), 0)
+        n_bias = 0 if query.bias is None else query.bias.shape[1]
+        return self._launch(b, query, (k, v, query.bias, i32(n_bias)), 0)
 
     def _launch(
         self, b: DeviceBatch, query: Query, past: tuple[object, ...], n_pages: int

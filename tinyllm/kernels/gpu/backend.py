@@ -510,10 +510,11 @@ class GPUBackend(Backend):
         scale: float,
         window: int = 0,
         slopes: GPUArray | None = None,
+        bias: GPUArray | None = None,
     ) -> GPUArray:
         b = batches.on_device(self, batch)
         k_side, v_side = (Side(0, n_head_kv, x.shape[-1] // n_head_kv, 0, "f32") for x in (k, v))
-        query = Query(q, n_head, k_side, v_side, scale, window, slopes=slopes)
+        query = Query(q, n_head, k_side, v_side, scale, window, slopes=slopes, bias=bias)
         return self.plain_attention.attend_rows(b, query, k, v)
 
     # ---- mixtures of experts

@@ -18,7 +18,7 @@
 #define LOWEST (-1.0e30f)
 
 #ifdef DENSE
-#define KV_ARGS GLOBAL const float *ks, GLOBAL const float *vs
+#define KV_ARGS GLOBAL const float *ks, GLOBAL const float *vs, GLOBAL const float *bias, const int n_bias
 #else
 #define KV_ARGS                                                                                                    \
     GLOBAL uchar *store, GLOBAL const int *pages, const ulong page_bytes, const ulong k_offset, const ulong v_offset, \
@@ -137,6 +137,13 @@ KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL 
                                         ? score(dots[i], past + row_of[s] - start, j, scale, window, softcap,
                                                 slopes ? slopes[head_of[s]] : 0.0f)
                                         : LOWEST;
+#ifdef DENSE
+            if (bias && s < QUERIES && row_of[s] >= 0) {
+                const int most = n_bias / 2, away = j - (row_of[s] - start);
+                const int at = most + (away < -most ? -most : away > most ? most : away);
+                p[s * TILE + key] += bias[head_of[s] * n_bias + at];
+            }
+#endif
         }
         BARRIER();
         const int mine = tid / SHARES, at = mine * TILE + tid % SHARES; /* a query, and my first of its scores */
