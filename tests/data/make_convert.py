@@ -138,6 +138,36 @@ def pieces(folder: Path, **options: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def plain_bpe(folder: Path) -> None:
+    """Gemma 4's kind: characters and marks of spaces are merged, the rest falls back to bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    named = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>", "mask": "<mask>"}
+    turns, visible = ["<|turn>", "<turn|>"], ["<|channel>", "<channel|>", "<|tool_call>"]
+    special = [*named.values(), *turns, *visible, *(f"<0x{b:02X}>" for b in range(256))]
+    tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tok.normalizer = normalizers.Replace(" ", "▁")
+    tok.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, limit_alphabet=90, show_progress=False
+    )
+    tok.train_from_iterator(corpus(), trainer)
+    tok.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    written = json.loads(tok.to_str())
+    written["added_tokens"] = [
+        t for t in written["added_tokens"] if not t["content"].startswith("<0x")
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(written, ensure_ascii=False), "utf-8")
+    config = {f"{k}_token": v for k, v in named.items()} | {
+        "tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": turns + visible,
+        "chat_template": TEMPLATE,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 VOCABULARIES = {  # name -> what writes its files, the name llama.cpp has for its splitting
     "gpt2": (lambda f: byte_level(f, None, False), "gpt-2"),
     "modernbert": (lambda f: byte_level(f, None, False), "modern-bert"),
@@ -146,6 +176,7 @@ VOCABULARIES = {  # name -> what writes its files, the name llama.cpp has for it
     "llama3": (lambda f: byte_level(f, LLAMA3, True), "llama-bpe"),
     "bert": (wordpiece, "default"),
     "spm": (pieces, "default"),
+    "plain": (plain_bpe, "default"),
     "spm2": (lambda f: pieces(f, add_dummy_prefix=False), "default"),
 }
 
@@ -157,6 +188,14 @@ SMALL = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXED = ["sliding_attention", "full_attention"]
+GEMMA4 = {
+    "head_dim": 16, "global_head_dim": 32, "sliding_window": 64, "vocab_size": 500,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "llama": ("LlamaForCausalLM", {"rope_theta": 5e5, "tie_word_embeddings": True}, "llama3", "BF16"),
     "llama31": (
@@ -185,6 +224,22 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gemma3": (
         "Gemma3ForCausalLM", {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}, "spm2",
         "BF16",
+    ),
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        GEMMA4 | {
+            "num_hidden_layers": 4, "layer_types": MIXED * 2, "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 500,
+            "use_double_wide_mlp": True, "final_logit_softcapping": 5.0},
+        "plain", "BF16",
+    ),
+    "gemma4moe": (
+        "Gemma4ForCausalLM",
+        GEMMA4 | {
+            "layer_types": MIXED, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4,
+            "top_k_experts": 2, "moe_intermediate_size": 32},
+        "plain", "BF16",
     ),
     "phi3": ("Phi3ForCausalLM", {"pad_token_id": 0, "original_max_position_embeddings": 256}, "spm", "BF16"),
     "phi3long": (

@@ -115,7 +115,7 @@ def test_a_converted_model_computes_what_transformers_does(name: str, tmp_path: 
             found = model.logits(IDS)
         else:
             found = model.embed_ids(IDS, pooling="none", normalize=False)
-        assert np.abs(found[-1, :32] - expected).max() < 1e-5 * expected.std()
+        assert np.abs(found[-1, :32] - expected).max() < 2e-5 * expected.std()
 
 
 @pytest.mark.parametrize("name", STORED["encoded"])

@@ -30,6 +30,7 @@ from .keys import (
     falcon_keys,
     gemma2_keys,
     gemma3_keys,
+    gemma4_keys,
     gemma_embedding_keys,
     gemma_keys,
     gpt2_keys,
@@ -75,6 +76,8 @@ class Family:
         Roles of tokens that stand around a text, unless the tokenizer's files say otherwise.
     skip : tuple of str
         Beginnings of names, prefix included, that are left out.
+    vocabulary : str
+        ``tokenizer.ggml.model``, where the tokenizer's files do not tell it.
     """
 
     arch: str
@@ -86,6 +89,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     surround: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    vocabulary: str = ""
 
 
 HEAD = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
@@ -239,6 +243,28 @@ GEMMA3 = Family(
     GEMMA_NORMS,
     defaults=GEMMA_DEFAULTS, skip=("lm_head.", "language_model.lm_head."),
 )  # fmt: skip
+GEMMA4 = Family(
+    "gemma4",
+    LLAMA | OWN_POST_NORMS | {
+        "embed_tokens_per_layer": "per_layer_token_embd",
+        "per_layer_model_projection": "per_layer_model_proj",
+        "per_layer_projection_norm": "per_layer_proj_norm",
+        "per_layer_input_gate": "inp_gate",
+        "per_layer_projection": "proj",
+        "post_per_layer_input_norm": "post_norm",
+        "layer_scalar": "layer_output_scale",
+        "router.proj": "ffn_gate_inp",
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+        "experts.gate_up_proj": "ffn_gate_up_exps",
+        "experts.down_proj": "ffn_down_exps",
+        "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+        "post_feedforward_layernorm_1": "post_ffw_norm_1",
+        "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    },
+    gemma4_keys, defaults=GEMMA_DEFAULTS, surround=("bos",),
+    skip=("lm_head.", "language_model.lm_head."), vocabulary="gemma4",
+)  # fmt: skip
 QWEN2 = Family("qwen2", LLAMA, pooled_keys, prefer=("qwen2",))
 BERT_FAMILY = Family(
     "bert", BERT, bert_keys, prefixes=("bert.", "model."),
@@ -283,6 +309,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3,
+    "Gemma4ForCausalLM": GEMMA4,
+    "Gemma4ForConditionalGeneration": GEMMA4,
     "Gemma3TextModel": Family(
         "gemma-embedding", LLAMA | OWN_POST_NORMS, gemma_embedding_keys,
         GEMMA_NORMS, defaults=GEMMA_DEFAULTS,
@@ -340,4 +368,5 @@ FAMILIES["MambaLMHeadModel"] = FAMILIES["MambaForCausalLM"]
 NOT_TEXT = (
     "vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector.",
     "vision_model.", "model.vision_model.", "visual.", "model.visual.", "audio_tower.", "model.audio_tower.",
+    "model.embed_vision.", "model.embed_audio.",
 )  # fmt: skip

@@ -23,7 +23,7 @@ from ..quantize import in_order, row_runs
 from ..writer import Deferred, write
 from .changes import Change, Floats
 from .families import FAMILIES, NOT_TEXT, Family
-from .keys import n_layer, rope
+from .keys import head_size, n_layer, of_full_layers, rope
 from .safetensors import StoredTensor, read_folder
 from .vocabulary import read_json, read_vocabulary
 
@@ -32,6 +32,8 @@ LAYER = re.compile(r"(?:encoder\.)?(?:layers?|h|blocks)\.(\d+)\.(.*)\Z")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 ENDINGS = {"gamma": "weight", "beta": "bias"}
 BARE = {"ssm_a", "ssm_d"}  # names without an ending
+HALVES = ("per_layer_model_proj.weight",)  # kept by quantisers as it is, and yet no float32
+STILL = 1e30  # divides the frequencies of what does not turn
 
 
 def convert(
@@ -92,12 +94,13 @@ def convert(
     config = {**family.defaults, **config}
     stored = read_folder(path, config)
     n_rows = _n_rows(family, config, stored)
-    vocabulary = read_vocabulary(path, n_rows, family.prefer, family.surround)
+    vocabulary = read_vocabulary(path, n_rows, family.prefer, family.surround, family.vocabulary)
     tensors = targets(family, config, stored)
     metadata = _metadata(path, family, config, vocabulary, kind)
     shapes = {name: t.shape for name, t in tensors.items()}
     chosen = plan(metadata, shapes, kind)
-    types = {name: chosen.get(name, "F32") for name in tensors}
+    wide = dict.fromkeys(HALVES, kind if kind in ("F32", "BF16") else "F16")
+    types = {name: chosen.get(name, wide.get(name, "F32")) for name in tensors}
     with ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
         blocks = {name: t.stored_as(types[name], pool, report) for name, t in tensors.items()}
         write(out, metadata, blocks, part_bytes=part_bytes)
@@ -253,7 +256,8 @@ def placed(family: Family, name: str) -> tuple[str, ...] | None:
             if not ours:
                 return ()
             return tuple(
-                prefix + o + ("" if o in BARE else end or ".weight") for o in ours.split("+")
+                prefix + o + ("" if o in BARE or "." in o else end or ".weight")
+                for o in ours.split("+")
             )
     return None
 
@@ -268,6 +272,9 @@ def _in_layer(family: Family, base: str) -> bool:
         "position_embd",
         "token_types",
         "token_embd_norm",
+        "per_layer_token_embd",
+        "per_layer_model_proj",
+        "per_layer_proj_norm",
     )
     if ours in outside:
         return False
@@ -292,12 +299,16 @@ def _without_tied_head(
 
 
 def rotations(family: Family, config: Mapping[str, Any]) -> dict[str, Floats]:
-    """Factors that stretch the rotation: Llama 3's, and LongRoPE's two tables."""
+    """Factors that stretch the rotation: Llama 3's, Gemma 4's, and LongRoPE's two tables."""
     given = rope(config)
     kind = str(given.get("rope_type")).lower()
     if kind == "llama3":
-        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        return {"rope_freqs.weight": llama3_factors(given, int(head))}
+        return {"rope_freqs.weight": llama3_factors(given, head_size(config))}
+    if kind == "proportional":
+        head = of_full_layers(config, "global_head_dim", "head_dim") or head_size(config)
+        turning = int(head * given.get("partial_rotary_factor", 1.0) / 2)
+        factors = np.where(np.arange(head // 2) < turning, 1.0, STILL)
+        return {"rope_freqs.weight": factors.astype(np.float32)}
     if given.get("long_factor") and family.arch == "phi3":
         return {
             f"rope_factors_{name}.weight": np.array(given[f"{name}_factor"], np.float32)

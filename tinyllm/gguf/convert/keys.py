@@ -114,9 +114,9 @@ def rotation(c: Config) -> Found:
                 found[f"rope.scaling.{key}"] = float(value)
     elif kind in ("su", "longrope"):
         found["rope.scaling.type"] = "longrope"
-    elif kind not in ("default", "none", "linear", "llama3"):
+    elif kind not in ("default", "none", "linear", "llama3", "proportional"):
         raise ArgumentError(
-            f"the rotation is scaled by {kind!r:.40}; we know linear, yarn, longrope and llama3"
+            f"the rotation is scaled by {kind!r:.40}; we know linear, yarn, longrope, llama3 and proportional"
         )
     if given.get("rope_theta") is not None:
         found["rope.freq_base"] = float(given["rope_theta"])
@@ -235,6 +235,49 @@ def gemma3_keys(c: Config) -> Found:
     if c.get("sliding_window_pattern") != 1 and c.get("sliding_window"):
         found["attention.sliding_window"] = int(c["sliding_window"])
     return found | scores_scale(c, 62)
+
+
+def gemma4_keys(c: Config) -> Found:
+    """Layers that see everything have heads of another size, and may have another number of them."""
+    windowed, n_shared = windows(c, otherwise=lambda i: (i + 1) % 6 != 0), c["num_kv_shared_layers"]
+    d, full = int(c["head_dim"]), of_full_layers(c, "global_head_dim", "head_dim")
+    given = rope(c)
+    if given.get("rope_type") != "proportional":
+        raise ArgumentError(
+            f"the rotation of layers that see everything is {given.get('rope_type')!r:.40}; "
+            "Gemma 4's is 'proportional'"
+        )
+    local = (c.get("rope_parameters") or {}).get("sliding_attention") or {}
+    found = gemma3_keys({**c, "query_pre_attn_scalar": None}) | {
+        "attention.shared_kv_layers": int(n_shared),
+        "embedding_length_per_layer_input": int(c.get("hidden_size_per_layer_input") or 0),
+        "attention.sliding_window_pattern": windowed,
+        "attention.key_length": full or d,
+        "attention.value_length": full or d,
+        "attention.key_length_swa": d,
+        "attention.value_length_swa": d,
+        "rope.dimension_count": full or d,
+        "rope.dimension_count_swa": int(d * local.get("partial_rotary_factor", 1.0)),
+    }
+    if (n := first(c, "expert_intermediate_size", "moe_intermediate_size")) is not None:
+        found["expert_feed_forward_length"] = int(n)
+    if c.get("use_double_wide_mlp"):
+        own = np.arange(len(windowed)) < len(windowed) - n_shared
+        found["feed_forward_length"] = c["intermediate_size"] * np.where(own, 1, 2).astype(np.int32)
+    if n := of_full_layers(c, "num_global_key_value_heads", "num_key_value_heads"):
+        heads = np.where(windowed, c["num_key_value_heads"], n)
+        found["attention.head_count_kv"] = heads.astype(np.int32)
+    return found
+
+
+def of_full_layers(c: Config, everywhere: str, name: str) -> int | None:
+    """A number of the layers that see everything, where it is another: by its own name, or layer by layer."""
+    if c.get(everywhere) is not None:
+        return int(c[everywhere])
+    layers = {int(i): layer for i, layer in (c.get("per_layer_config") or {}).items()}
+    kinds = enumerate(c.get("layer_types") or ())
+    own = (layers.get(i, {}).get(name) for i, kind in kinds if kind == "full_attention")
+    return next((int(n) for n in own if n is not None), None)
 
 
 def gemma_embedding_keys(c: Config) -> Found:

@@ -26,6 +26,9 @@ Token = tuple[str, float, int]  # text, score, type
 PREFIX = "tokenizer.ggml."
 PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
 SPACE = "\u2581"
+PARSED = {
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+}  # fmt: skip
 ADDED = -1000.0  # the score of tokens that were added to a SentencePiece model
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -48,6 +51,7 @@ def read_vocabulary(
     n_vocab: int | None,
     prefer: tuple[str, ...] = (),
     surround: tuple[str, ...] = (),
+    model: str = "",
 ) -> Json:
     """All ``tokenizer.*`` keys that a folder's files tell; {} with a warning if it has no vocabulary.
 
@@ -61,11 +65,19 @@ def read_vocabulary(
         Pre-tokenizers that models of this architecture are known with.
     surround : tuple of str
         Roles of tokens that stand around a text, unless the files say otherwise.
+    model : str
+        ``tokenizer.ggml.model``, where the files do not tell it.
     """
     tokenizer = read_json(folder / "tokenizer.json")
     config = read_json(folder / "tokenizer_config.json")
     pieces = next((folder / name for name in PIECES if (folder / name).is_file()), None)
-    if pieces is not None:
+    if model and tokenizer:
+        keys = _plain_bpe(model, tokenizer, n_vocab)
+    elif model and pieces is not None:
+        raise ArgumentError(
+            f"{folder} has {pieces.name} and no tokenizer.json, from which {model}'s vocabulary is read"
+        )
+    elif pieces is not None:
         keys = _from_pieces(read_pieces(pieces), folder, tokenizer, config, n_vocab)
     elif tokenizer:
         keys = _from_json(tokenizer, config, n_vocab, prefer)
@@ -197,6 +209,21 @@ def _ranked(tokenizer: Json, n_vocab: int | None) -> Json:
     keys = _keys("llama", "default", tokens, scores=True)
     keys[PREFIX + "add_space_prefix"] = _adds_prefix(tokenizer)
     return keys
+
+
+def _plain_bpe(model: str, tokenizer: Json, n_vocab: int | None) -> Json:
+    """Byte-pair encoding of plain text; tokens that a chat's parser reads are kept in the text."""
+    if tokenizer["model"].get("type", "BPE") != "BPE" or "merges" not in tokenizer["model"]:
+        raise ArgumentError(
+            f"tokenizer.json: a model of type {tokenizer['model'].get('type')!r:.40}; {model} has BPE"
+        )
+    tokens = []
+    for text, _, kind in _tokens(tokenizer, n_vocab):
+        kind = BYTE if _BYTE.fullmatch(text) else USER_DEFINED if text in PARSED else kind
+        tokens.append((text, ADDED, kind))
+    keys = _keys(model, "", tokens, scores=True)
+    del keys[PREFIX + "pre"]
+    return {**keys, PREFIX + "merges": _merges(tokenizer), PREFIX + "add_space_prefix": False}
 
 
 def _adds_prefix(tokenizer: Json) -> bool:
