@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterable
 from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .fit_kernels import ROUNDS, lines, rays, run, units
+from .fit_kernels import ROUNDS, among, lines, rays, run, units
 from .format import Array, Floats
+
+Halves = NDArray[np.float16]
+INF = np.float16(np.inf)
 
 
 def peak(x: Floats) -> Floats:
@@ -81,21 +85,32 @@ def fit_scale(
     return scale[..., None]
 
 
-STRETCHES = np.linspace(-0.9, 0.9, 13, dtype=np.float32)  # added to the largest code, one try each
-
-
 def fit_line(
-    x: Floats, high: int, negative_min: bool, weights: Floats | None = None
+    x: Floats, high: int, negative_min: bool, weights: Floats | None = None, tries: int = 13
 ) -> tuple[Floats, Floats]:
     """Find scale s and minimum m of x = s * q + m, q in 0..high: [..., n] -> two of [...].
 
     negative_min: the format stores -m unsigned, so m must not exceed 0; weights: how much each value's squared
-    error counts.
+    error counts; tries: how many stretches of the largest code are begun with.
     """
+    starts = np.linspace(-0.9, 0.9, tries, dtype=np.float32)
     flat, w = _rows(x), _rows(np.ones_like(x) if weights is None else weights)
     scale, minimum = np.empty(len(flat), np.float32), np.empty(len(flat), np.float32)
-    run(lines, flat, w, float(high), negative_min, STRETCHES, scale, minimum)
+    run(lines, flat, w, float(high), negative_min, starts, scale, minimum)
     return scale.reshape(x.shape[:-1]), minimum.reshape(x.shape[:-1])
+
+
+def settle(x: Floats, high: int, weights: Floats, d: Halves, m: Halves) -> tuple[Halves, Halves]:
+    """Move scales and minima [N] of x [N, n] to neighbouring halves as long as that lessens the error.
+
+    Where one weight outweighs all others, it is their rounding that decides how near it comes.
+    """
+    found = np.zeros((len(x), 2), np.float32)
+    for _ in range(ROUNDS):
+        tried = [np.stack([np.nextafter(h, -INF), h, np.nextafter(h, INF)], 1) for h in (d, m)]
+        run(among, x, weights, float(high), *(t.astype(np.float32) for t in tried), found)
+        d, m = (found[:, i].astype(np.float16) for i in (0, 1))
+    return d, m
 
 
 def fit_ray(x: Floats, low: int, weights: Floats | None = None) -> Floats:

@@ -108,6 +108,29 @@ def lines(
                 best, scale[g], minimum[g] = error, s, m
 
 
+def among(x: Floats, w: Floats, high: float, scales: Floats, minima: Floats, found: Floats) -> None:
+    """Which of the scales and which of the minima [G, k] of x, w [G, n], codes 0..high, together err least.
+
+    -> found [G, 2]
+    """
+    f = np.float32
+    n, k = x.shape[1], scales.shape[1]
+    top = f(high)
+    for g in range(len(x)):
+        best = f(3.4e38)
+        for a in range(k):
+            s = scales[g, a]
+            inverse = f(1) / s if s != f(0) else f(0)
+            for b in range(k):
+                m, error = minima[g, b], f(0)
+                for i in range(n):
+                    q = min(max(np.rint((x[g, i] - m) * inverse), f(0)), top)
+                    away = s * q + m - x[g, i]
+                    error += w[g, i] * away * away
+                if error < best:
+                    best, found[g, 0], found[g, 1] = error, s, m
+
+
 def rays(x: Floats, w: Floats, low: float, high: float, starts: Floats, scale: Floats) -> None:
     """Scales of x, w [G, n], codes low..high, with small weighed squared errors -> [G].
 

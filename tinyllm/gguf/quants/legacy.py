@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .fit import divide, fit_line, fit_ray, peak, rounded
+from .fit import divide, fit_line, fit_ray, peak, rounded, settle
 from .format import (
     Array,
     Floats,
@@ -87,7 +87,9 @@ def _quantize_centred(dtype: np.dtype[Any], x: Floats, w: Floats | None) -> Arra
 def _quantize_affine(dtype: np.dtype[Any], x: Floats, w: Floats | None) -> Array:
     high = 31 if _has(dtype, "qh") else 15
     blocks = np.zeros(len(x), dtype)
-    blocks["d"], blocks["m"] = fit_line(x, high, False, w)
+    blocks["d"], blocks["m"] = fit_line(x, high, False, w, 13 if w is None else 37)
+    if w is not None:
+        blocks["d"], blocks["m"] = settle(x, high, w, blocks["d"], blocks["m"])
     codes = divide(x - _column(blocks["m"]), _column(blocks["d"]))
     return _store(blocks, np.rint(codes).clip(0, high))
 
