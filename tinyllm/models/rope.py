@@ -71,7 +71,8 @@ def buckets(n: int) -> np.ndarray:
     far, exact = np.abs(distance), half // 2
     ratio = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact))
     wide = exact + (ratio / np.float32(math.log(FARTHEST / exact)) * (half - exact)).astype(int)
-    return np.where(far < exact, far, np.minimum(wide, half - 1)) + half * (distance > 0)
+    bucket = np.where(far < exact, far, np.minimum(wide, half - 1))
+    return np.asarray(bucket + half * (distance > 0))
 
 
 def alibi_slopes(n_head: int, max_bias: float) -> np.ndarray:
