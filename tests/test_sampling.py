@@ -50,6 +50,8 @@ def drawn(logits: np.ndarray, n: int = 300, history: list[int] = (), **params) -
         ("typical_p", -1),
         ("repeat_penalty", 0),
         ("repeat_penalty", math.nan),
+        ("repeat_penalty", 5e-324),  # a logit divided by it is no number
+        ("repeat_penalty", 1e31),
         ("repeat_last_n", -2),
         ("presence_penalty", math.inf),
         ("frequency_penalty", None),
@@ -390,7 +392,6 @@ def test_the_largest_logits_are_enough(temperature: float, k: int, penalties: di
     "how",
     [
         {"repeat_penalty": 0.9},
-        {"repeat_penalty": 1e31},
         {"presence_penalty": -0.1},
         {"frequency_penalty": -0.1},
         {"logit_bias": {3: 1.0}},

@@ -30,6 +30,7 @@ LogitsProcessor: TypeAlias = Callable[[list[int], Floats], "Floats | None"]
 
 FIRST_SORTED = 64  # tokens, of a draw from all
 LARGEST_PENALTY = 1e30  # beyond, a float32 product may be 0 x infinity
+LEAST_REPEAT = 1e-6  # the largest bias divided by it is still a float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,10 @@ _CHECKS: dict[str, _Check] = {
     "top_p": _BETWEEN,
     "min_p": _BETWEEN,
     "typical_p": _BETWEEN,
-    "repeat_penalty": (lambda x: _finite(x) and x > 0, "a number > 0 (1 changes nothing)"),
+    "repeat_penalty": (
+        lambda x: _finite(x) and LEAST_REPEAT <= x <= LARGEST_PENALTY,
+        f"a number from {LEAST_REPEAT:g} to {LARGEST_PENALTY:g} (1 changes nothing)",
+    ),
     "repeat_last_n": (lambda x: _integer(x) and x >= -1, "an integer >= -1 (-1 all, 0 off)"),
     "presence_penalty": _NUMBER,
     "frequency_penalty": _NUMBER,
@@ -308,7 +312,7 @@ class Sampler:
         if p.logits_processor is not None or len(self._bias):
             return False
         lowest = min(p.presence_penalty, p.frequency_penalty)
-        return not p.penalises or (1 <= p.repeat_penalty < LARGEST_PENALTY and lowest >= 0)
+        return not p.penalises or (p.repeat_penalty >= 1 and lowest >= 0)
 
     def needs(self, n_history: int) -> int:
         """How many of the largest logits ``choose_best`` needs to pick the same token as ``choose``.

@@ -92,6 +92,24 @@ def test_the_longest_beginning_is_found_down_to_the_token(stories260k: Path) -> 
             assert found is None or found.ids == ids[:n]
 
 
+def test_a_text_that_grows_is_kept_once(stories260k: Path) -> None:
+    with tinyllm.load(stories260k) as m:
+        tree = Prefixes(m.network, 1 << 30)
+        state = m.new_state(512)
+        for i in range(4):
+            m.logits([5 + i] * 20, state)
+            tree.add(state)
+        assert len(tree) == 1
+        assert tree.nbytes == sum(state.cache.held().values())
+        other = tree.find([5] * 20 + [9], 512)  # that begins like it, and goes on otherwise
+        assert other is not None
+        m.logits([9], other)
+        tree.add(other)
+        m.logits([9], other)
+        tree.add(other)
+        assert len(tree) == 2
+
+
 @pytest.mark.parametrize("room", [None, 0, 4])
 def test_an_engine_writes_the_same_with_and_without(m: Model, room: int | None) -> None:
     state = m.new_state(512)

@@ -113,6 +113,35 @@ def test_the_page_of_endpoints_needs_no_network(app):
             assert b"://" not in data, name
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"ignore_eos": 1}),
+        ("/v1/chat/completions", {"stream": "yes"}),
+        ("/v1/chat/completions", {"temperature": "1"}),
+        ("/v1/chat/completions", {"n": 0}),
+        ("/v1/chat/completions", {"repeat_penalty": 5e-324}),
+        ("/v1/chat/completions", {"tools": [{"type": "function", "function": {}}]}),
+        ("/v1/messages", {"max_tokens": 0}),
+    ],
+    ids=str,
+)
+def test_what_the_description_forbids_is_refused(app, api, path, fields):
+    body = {**MESSAGE, **fields}
+    schema = api["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    whole = {**schema, "components": api["components"]}
+    assert not jsonschema.Draft202012Validator(whole).is_valid(body)
+    answer = app.post(path, body)
+    assert answer.status_code == 400
+    assert next(iter(fields)) in answer.text
+
+
+def test_a_choice_of_a_tool_where_there_is_none_is_named(app):
+    choice = {"type": "function", "function": {"name": "weather"}}
+    answer = app.post("/v1/chat/completions", {**MESSAGE, "tool_choice": choice})
+    assert "tool_choice='weather', but there are no tools" in answer.json()["error"]["message"]
+
+
 def test_who_has_no_key_may_read_what_is_answered(make_app):
     app = make_app(api_keys=("secret",))
     assert app.get("/docs").status_code == 200

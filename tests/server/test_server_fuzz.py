@@ -6,7 +6,9 @@ import asyncio
 import copy
 import json
 import random
+import shutil
 import socket
+import subprocess
 
 import pytest
 
@@ -161,6 +163,21 @@ def test_mutated_bodies_are_answered_or_refused(make_app):
 def test_many_mutated_bodies_are_answered_or_refused(make_app):
     counts = throw(make_app(), 5000, 2)
     assert set(counts) <= {200, 400, 404, 413}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("schemathesis") is None, reason="schemathesis is not on the path")
+def test_schemathesis_finds_answers_as_they_are_described(running, tmp_path):
+    """It knows only the description: no 500, wrong bodies refused, answers of their shapes."""
+    _, (host, port) = running
+    where = f"http://{host}:{port}/openapi.json"
+    # a body of the right shape may still be refused, such as one that names a tool and has none
+    how = ("--exclude-checks", "positive_data_acceptance", "--continue-on-failure", "-n", "30")
+    done = subprocess.run(
+        ["schemathesis", "run", where, "--no-color", "--request-timeout", "300", *how],
+        cwd=tmp_path, capture_output=True, text=True, timeout=3600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20000:]
 
 
 REQUEST = (

@@ -135,12 +135,13 @@ class Turn:
 
 
 def _name_of(choice: Any, names: Sequence[str]) -> str:
+    known: Sequence[str] = (*CHOICES, *names)
     if isinstance(choice, Mapping):
-        function = choice.get("function")
+        function, known = choice.get("function"), names
         choice = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(choice, str) or choice not in (*CHOICES, *names):
-        expected = ", ".join(map(repr, (*CHOICES, *names)))
+    if not names and (choice == "required" or known is names):
+        raise ArgumentError(f"tool_choice={choice!r:.40}, but there are no tools")
+    if not isinstance(choice, str) or choice not in known:
+        expected = ", ".join(map(repr, known))
         raise ArgumentError(f"tool_choice={choice!r:.40}; expected one of {expected}")
-    if choice == "required" and not names:
-        raise ArgumentError("tool_choice='required', but there are no tools")
     return choice

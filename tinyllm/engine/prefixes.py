@@ -106,6 +106,7 @@ class Prefixes:
             except (DeviceError, MemoryError):  # recurrent arrays would be copied
                 return
             self._count(node.state, 1)
+            self._absorb(node)
         self._used[node] = None
         self._used.move_to_end(node)
         self.trim(self.max_bytes)
@@ -133,6 +134,19 @@ class Prefixes:
                 child = split(child, same)
             node, n = child, n + same
         return node
+
+    def _absorb(self, node: Node) -> None:
+        """Let go of states that only this one goes on from, where it can be cut back to them.
+
+        Each has a page of its own, the last, which the longer state copied before it wrote there.
+        """
+        assert node.state is not None
+        n, above = node.state.n_past, node
+        while above.parent is not None and len(above.parent.children) == 1:
+            n, above = n - len(above.ids), above.parent
+            if above.state is not None and node.state.can_go_on(n):
+                del self._used[above]
+                self._drop(above)
 
     def _drop(self, node: Node) -> None:
         """Let go of a node's state, and of the nodes that are needed no more."""

@@ -16,7 +16,20 @@ from ..tokenizers import Tokenizer
 from .conversation import Answers, Conversation, answer
 from .errors import Refusal
 from .extras import with_model
-from .fields import Count, Loose, Number, Schema, Strict, Whole, start
+from .fields import (
+    Count,
+    Flag,
+    Loose,
+    Name,
+    OrAll,
+    Positive,
+    Schema,
+    Share,
+    Strict,
+    Temperature,
+    Whole,
+    start,
+)
 from .pool import Served
 from .reply import Reply, event
 from .shapes import AnthropicErrorShape, CountShape, MessageShape, errors, shaped
@@ -53,7 +66,7 @@ class ToolResultBlock(Loose):
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | list[TextBlock] | None = None
-    is_error: bool | None = None
+    is_error: Flag | None = None
 
 
 Block = Annotated[
@@ -106,7 +119,7 @@ def text_of(content: str | Sequence[TextBlock] | None) -> str:
 class AnthropicTool(Loose):
     """A function that the model may call."""
 
-    name: str
+    name: Name
     description: str | None = None
     input_schema: Schema
     type: Literal["custom"] | None = None
@@ -124,7 +137,7 @@ class ToolChoice(Strict):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool | None = None
+    disable_parallel_tool_use: Flag | None = None
 
     def plain(self) -> str | dict[str, Any]:
         """The choice as OpenAI says it."""
@@ -188,12 +201,12 @@ class CountBody(Strict):
 class MessagesBody(CountBody):
     """A request of ``/v1/messages``; the last six fields are ours."""
 
-    max_tokens: Annotated[Count, Field(ge=1)]
+    max_tokens: Positive
     stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
-    stream: bool | None = None
-    temperature: Annotated[Number, Field(ge=0)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
+    stream: Flag | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: OrAll | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     inference_geo: str | None = None
@@ -201,8 +214,8 @@ class MessagesBody(CountBody):
     container: None = None
     diagnostics: dict[str, Any] | None = None
     seed: Whole | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    ignore_eos: bool | None = None
+    min_p: Share | None = None
+    ignore_eos: Flag | None = None
 
     def options(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """What the engine takes."""

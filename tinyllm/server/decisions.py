@@ -13,7 +13,7 @@ from ..chat.questions import MOST_CHOICES, MOST_LEVELS, MOST_QUESTIONS
 from ..engine.deciding import Decisions
 from ..engine.embedding import BeforeStep
 from .extras import with_texts
-from .fields import Strict
+from .fields import Flag, Strict
 from .openai_chat import TextPart
 from .openai_responses import InputCall, InputMessage, InputOutput, messages_of
 from .pool import Served
@@ -64,7 +64,7 @@ class Predicate(Strict):
 class ChoiceValue(Strict):
     """One of the values to choose from."""
 
-    value: bool | Text
+    value: Flag | Text
     description: str | None = None
 
 

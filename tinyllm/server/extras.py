@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from typing import Any
 
@@ -11,7 +12,7 @@ from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
 from .errors import Refusal
-from .fields import Id, Strict
+from .fields import Flag, Id, Strict
 from .openai_chat import FunctionTool, Message
 from .pool import Pool, Served
 from .reply import dumps
@@ -78,11 +79,11 @@ class TokenizeBody(Strict):
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     tools: list[FunctionTool] | None = None
-    add_special: bool | None = None
-    add_special_tokens: bool | None = None
-    parse_special: bool = True
-    with_pieces: bool = False
-    add_generation_prompt: bool = True
+    add_special: Flag | None = None
+    add_special_tokens: Flag | None = None
+    parse_special: Flag = True
+    with_pieces: Flag = False
+    add_generation_prompt: Flag = True
 
 
 class DetokenizeBody(Strict):
@@ -99,8 +100,8 @@ class TemplateBody(Strict):
     messages: list[Message] = Field(min_length=1)
     tools: list[FunctionTool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
 
 
 async def with_model(request: Request, name: str | None, work: Any) -> Any:
@@ -230,6 +231,10 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
             for name, i in (("bos", t.bos), ("eos", t.eos), ("unk", t.unk), ("pad", t.pad))
         }
         template = pick_template(model.metadata) if given is None else given_template(given)
+        if template is not None:  # lm-eval renders it without them
+            names = [name for name, text in spelled.items() if text is not None]
+            set_all = "".join(f"{{%- set {n} = {json.dumps(spelled[n])} -%}}" for n in names)
+            template = set_all + template
         return {
             "tokenizer_class": type(t).__name__, **spelled, "add_bos_token": t.add_bos,
             "model_max_length": model.n_ctx, "chat_template": template,

@@ -24,40 +24,49 @@ class Loose(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
-def _whole(value: object) -> object:
-    """JSON has one kind of numbers; true and false are none."""
-    if isinstance(value, bool):
+def _number(value: object) -> object:
+    """JSON has one kind of numbers; true and "1" are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("a number is expected")
     return value
 
 
-Number = Annotated[float, BeforeValidator(_whole), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_whole)]
-Id = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=1 << 31)]
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=1 << 31)]
+NUMBER = BeforeValidator(_number)  # stands behind limits, which are not in OpenAPI otherwise
+Flag = Annotated[bool, Field(strict=True)]  # 1 and "yes" are none
+Number = Annotated[float, Field(allow_inf_nan=False), NUMBER]
+Share = Annotated[float, Field(ge=0, le=1), NUMBER]
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER]
+Penalty = Annotated[float, Field(ge=-1e6, le=1e6), NUMBER]
+Whole = Annotated[int, NUMBER]
+Id = Annotated[int, Field(ge=0, lt=1 << 31), NUMBER]
+Count = Annotated[int, Field(ge=0, lt=1 << 31), NUMBER]
+Positive = Annotated[int, Field(ge=1, lt=1 << 31), NUMBER]
+OrAll = Annotated[int, Field(ge=-1, lt=1 << 31), NUMBER]  # -1: no limit
+Likeliest = Annotated[int, Field(ge=0, le=100), NUMBER]
+Name = Annotated[str, Field(min_length=1)]
 Schema = dict[str, Any]
 
 
 class Sampling(Strict):
     """How tokens are chosen, by the names of OpenAI and llama-server."""
 
-    temperature: Annotated[Number, Field(ge=0)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    typical_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    repeat_penalty: Annotated[Number, Field(gt=0, le=1e6)] | None = None
-    repeat_last_n: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-1e6, le=1e6)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-1e6, le=1e6)] | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: OrAll | None = None
+    min_p: Share | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1), NUMBER] | None = None
+    repeat_penalty: Annotated[float, Field(ge=1e-6, le=1e6), NUMBER] | None = None
+    repeat_last_n: OrAll | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Number] | None = None
-    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64), NUMBER] | None = None
     stop: (
         Annotated[str, Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
         | None
     ) = None
-    ignore_eos: bool | None = None
+    ignore_eos: Flag | None = None
 
     def sampling(self, eog: frozenset[int]) -> dict[str, Any]:
         """What the engine takes: OpenAI's defaults where a request is silent."""
@@ -136,7 +145,7 @@ class NamedSchema(Strict):
     name: str = "schema"
     description: str | None = None
     schema_: Schema = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
+    strict: Flag | None = None
 
 
 class SchemaFormat(Strict):

@@ -19,9 +19,13 @@ from .errors import Refusal
 from .fields import (
     Constrained,
     Count,
+    Flag,
     Format,
     Id,
+    Likeliest,
     Loose,
+    Name,
+    Positive,
     Strict,
     constraint,
     schema_of,
@@ -83,17 +87,23 @@ class Message(Strict):
         return found
 
 
+class Described(Loose):
+    """A function's name, description and parameters."""
+
+    name: Name
+
+
 class FunctionTool(Loose):
     """A function that the model may call."""
 
     type: Literal["function"]
-    function: dict[str, Any]
+    function: Described
 
 
 class NamedFunction(Strict):
     """A function's name."""
 
-    name: str
+    name: Name
 
 
 class NamedChoice(Strict):
@@ -106,20 +116,20 @@ class NamedChoice(Strict):
 class StreamOptions(Strict):
     """What a stream tells beside the text."""
 
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_usage: Flag | None = None
+    include_obfuscation: Flag | None = None
 
 
 class Ignored(Strict):
     """Fields that change nothing here: who asks, where it is kept, what it costs."""
 
     user: str | None = None
-    store: bool | None = None
+    store: Flag | None = None
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    cache_prompt: bool | None = None
+    cache_prompt: Flag | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
 
@@ -131,19 +141,19 @@ class ChatBody(Constrained, Ignored):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    n: Annotated[Count, Field(ge=1)] | None = None
-    stream: bool | None = None
+    n: Positive | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[Count, Field(le=100)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Likeliest | None = None
     response_format: Format | None = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-    continue_final_message: bool | None = None
+    continue_final_message: Flag | None = None
     prefix_ids: list[Id] | None = None
 
     def limit(self) -> int:

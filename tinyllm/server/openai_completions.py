@@ -17,7 +17,7 @@ from ..engine.request import Request as EngineRequest
 from ..model import Model
 from .conversation import finish_of, seeded
 from .errors import Refusal
-from .fields import Constrained, Count, Format, Id, constraint, schema_of
+from .fields import Constrained, Count, Flag, Format, Id, Likeliest, Positive, constraint, schema_of
 from .openai_chat import Ignored, StreamOptions, timings
 from .pool import Served
 from .reply import Reply, dumps
@@ -40,12 +40,12 @@ class CompletionBody(Constrained, Ignored):
     model: str | None = None
     prompt: Prompt = ""
     max_tokens: Count | None = None
-    n: Annotated[Count, Field(ge=1)] | None = None
-    best_of: Annotated[Count, Field(ge=1)] | None = None
-    echo: bool | None = None
-    logprobs: Annotated[Count, Field(le=100)] | None = None
+    n: Positive | None = None
+    best_of: Positive | None = None
+    echo: Flag | None = None
+    logprobs: Likeliest | None = None
     suffix: str | None = None
-    stream: bool | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from ..engine.embedding import BeforeStep
 from .errors import Refusal
 from .extras import pool_of, with_texts
-from .fields import Count, Strict
+from .fields import Flag, Positive, Strict
 from .openai_completions import Prompt
 from .pool import Served
 from .shapes import EmbeddingsShape, RerankShape, shaped
@@ -26,7 +26,7 @@ class EmbeddingBody(Strict):
     model: str | None = None
     input: Prompt
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[Count, Field(ge=1)] | None = None
+    dimensions: Positive | None = None
     user: str | None = None
 
 
@@ -97,8 +97,8 @@ class RerankBody(Strict):
     model: str | None = None
     query: str
     documents: Annotated[list[str | Document], Field(min_length=1)]
-    top_n: Annotated[Count, Field(ge=1)] | None = None
-    return_documents: bool = False
+    top_n: Positive | None = None
+    return_documents: Flag = False
 
 
 @router.post(

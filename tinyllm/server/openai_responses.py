@@ -14,7 +14,21 @@ from ..chat.tools import CallPart, Delta
 from ..tokenizers import Tokenizer
 from .conversation import Answers, Conversation, Told, answer
 from .errors import Refusal
-from .fields import Count, Loose, Number, Sampling, Schema, Strict, Whole, start
+from .fields import (
+    Flag,
+    Likeliest,
+    Loose,
+    Name,
+    OrAll,
+    Positive,
+    Sampling,
+    Schema,
+    Share,
+    Strict,
+    Temperature,
+    Whole,
+    start,
+)
 from .openai_chat import TextPart, entries
 from .reply import Reply, event
 from .shapes import ResponseShape, shaped
@@ -105,10 +119,10 @@ class ResponseTool(Loose):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: str
+    name: Name
     description: str | None = None
     parameters: Schema | None = None
-    strict: bool | None = None
+    strict: Flag | None = None
 
     def plain(self) -> dict[str, Any]:
         """The tool as chat completions describe it."""
@@ -124,7 +138,7 @@ class ResponseChoice(Strict):
     """The function that must be called."""
 
     type: Literal["function"]
-    name: str
+    name: Name
 
 
 class AnyText(Strict):
@@ -146,7 +160,7 @@ class SchemaText(Strict):
     name: str = "schema"
     description: str | None = None
     schema_: Schema = Field(alias="schema")
-    strict: bool | None = None
+    strict: Flag | None = None
 
 
 class TextConfig(Strict):
@@ -167,7 +181,7 @@ class Reasoning(Strict):
 class ResponseStreamOptions(Strict):
     """Options of a stream; they change nothing here."""
 
-    include_obfuscation: bool | None = None
+    include_obfuscation: Flag | None = None
 
 
 class ResponseBody(Strict):
@@ -176,23 +190,23 @@ class ResponseBody(Strict):
     model: str | None = None
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
-    temperature: Annotated[Number, Field(ge=0)] | None = None
-    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    top_logprobs: Annotated[Count, Field(le=100)] | None = None
+    max_output_tokens: Positive | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_logprobs: Likeliest | None = None
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
         None
     )
     tools: list[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    stream: bool | None = None
+    stream: Flag | None = None
     stream_options: ResponseStreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    background: Literal[False] | None = None
-    store: bool | None = None
+    background: Flag | None = None
+    store: Flag | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
@@ -202,10 +216,10 @@ class ResponseBody(Strict):
     service_tier: str | None = None
     previous_response_id: None = None
     conversation: None = None
-    top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_k: OrAll | None = None
+    min_p: Share | None = None
     seed: Whole | None = None
-    ignore_eos: bool | None = None
+    ignore_eos: Flag | None = None
 
     def plain(self) -> list[dict[str, Any]]:
         """The conversation as templates read it."""
@@ -256,6 +270,12 @@ class ResponseBody(Strict):
 )
 async def respond(body: ResponseBody, request: Request) -> Reply:
     """Answer a conversation, by OpenAI's newer protocol."""
+    if body.background:
+        raise Refusal(
+            400,
+            "background: an answer is written while its client waits for it",
+            param="background",
+        )
     choice = body.tool_choice or "auto"
     wanted: str | Mapping[str, Any] = (
         choice

@@ -404,13 +404,20 @@ class SystemOneShape(Strict):
     usage: Usage
 
 
+EVENT = {  # as OpenAPI 3.2 tells streams
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
+
 def shaped(
     shape: type[Strict], stream: bool = False, example: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """What a route's decorator takes: the answer's shape, also as a stream of events, and a request to try."""
     told: dict[str, Any] = {"model": shape}
     if stream:
-        told["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        told["content"] = {"text/event-stream": {"itemSchema": EVENT}}
     found: dict[str, Any] = {"response_model": None, "responses": {200: told}}
     if example is not None:
         body = {"content": {"application/json": {"example": example}}}
