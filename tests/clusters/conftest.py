@@ -1,4 +1,4 @@
-"""Ray's processes of these tests run at the priority of the tests."""
+"""Ray's processes of these tests run at the priority of the tests, and may take their time to start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def niceness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers would else give way to whatever runs beside them: on a busy machine, for minutes."""
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers would else give way to whatever runs beside them, and a node end whose agents start late."""
     monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "600000")

@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any
 
@@ -260,81 +260,144 @@ def test_equal_beginnings_find_more_computed_than_chance() -> None:
 # ---- on a cluster
 
 SERVE = """
-import sys, ray, time
+import ast, sys, ray
 from ray import serve
 from tinyllm.ray import application
 from tinyllm.server import Settings
+port, slots = map(int, sys.argv[1:])
 ray.init("local", num_cpus=2, include_dashboard=False)
-serve.start(http_options={"port": int(sys.argv[1])})
-serve.run(application({"tales": sys.argv[2] or None}, Settings(slots=16), replicas=2,
-                      prefixes=sys.argv[3] == "prefixes"))
-print("ready", flush=True)
-time.sleep(10_000)
+serve.start(http_options={"port": port})
+for line in sys.stdin:
+    serve.run(application({"tales": None}, Settings(slots=slots), ast.literal_eval(line)))
+    print("ready", flush=True)
+serve.shutdown()
 """
 
 
 class Served:
-    """Two replicas behind one port, in a process of their own."""
+    """Replicas behind one port, in a process of their own."""
 
-    def __init__(self, port: int, model: str = "", prefixes: str = "prefixes") -> None:
-        command = [sys.executable, "-c", SERVE, str(port), model, prefixes]
+    def __init__(self, port: int, replicas: int | tuple[int, int], slots: int = 16) -> None:
+        command = [sys.executable, "-c", SERVE, str(port), str(slots)]
         self.url = f"http://127.0.0.1:{port}"
         patient = {  # else a busy machine's proxy is taken for dead
             "RAY_SERVE_PROXY_HEALTH_CHECK_UNHEALTHY_THRESHOLD": "100",
             "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         }
-        environ = {**os.environ, **patient}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env={**os.environ, **patient}, **pipes)
+        self.deploy(replicas)
+
+    def deploy(self, replicas: int | tuple[int, int]) -> None:
+        """Let Serve have so many; those that are there are replaced."""
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.process.stdin.write(f"{replicas}\n")
+        self.process.stdin.flush()
         assert any(line == "ready\n" for line in self.process.stdout)
 
     def replicas(self) -> list[int]:
         found = subprocess.run(
-            ["pgrep", "-f", "^ray::ServeReplica:default:tinyllm[^-]*$"],
+            ["pgrep", "-f", r"^ray::(SERVE_REPLICA::.*:)?ServeReplica:default:tinyllm(\.|$)"],
             capture_output=True,
             text=True,
         )
         return [int(line) for line in found.stdout.split()]
 
     def close(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(120)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self.process.communicate(timeout=300)
+
+
+@pytest.fixture
+def serving_replicas() -> Iterator[Callable[..., Served]]:
+    """``Served``, which is closed when the test ends."""
+    with ExitStack() as stack:
+
+        def start(*args: Any) -> Served:
+            served = Served(*args)
+            stack.callback(served.close)
+            return served
+
+        yield start
+
+
+WHOLE = {"stop", "length"}
+
+
+def streams(url: str, n: int, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
+    """How n streams end that begin together; ``meanwhile`` is called once nearly all have begun."""
+    openai = pytest.importorskip("openai")
+    ended: list[str] = []
+    begun = threading.Semaphore(0)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+
+        def ask(i: int) -> None:
+            messages = [{"role": "user", "content": f"Tell me story {i}."}]
+            reason, n_chunks = None, 0
+            try:
+                for chunk in client.chat.completions.create(
+                    model="tales", messages=messages, max_tokens=400, seed=i, stream=True
+                ):
+                    n_chunks += 1
+                    if n_chunks == 3:
+                        begun.release()
+                    reason = chunk.choices[0].finish_reason if chunk.choices else reason
+                ended.append(reason or "cut")
+            except openai.APIError:
+                ended.append("error")
+            finally:
+                if n_chunks < 3:
+                    begun.release()
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(n)]
+        for thread in threads:
+            thread.start()
+        for _ in range(n - n // 8):
+            begun.acquire()
+        meanwhile()
+        for thread in threads:
+            thread.join()
+    return ended
 
 
 @needs_ray
 @pytest.mark.slow
-def test_a_replica_killed_under_load_loses_no_request_without_an_error() -> None:
-    openai = pytest.importorskip("openai")
-    served = Served(4987)
-    ended: list[str] = []
-    try:
-        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="-", max_retries=0) as client:
+def test_a_replica_killed_under_load_loses_no_request_without_an_error(
+    serving_replicas: Callable[..., Served],
+) -> None:
+    served = serving_replicas(4987, 2)
+    assert set(streams(served.url, 24)) <= WHOLE
+    ended = streams(served.url, 24, lambda: os.kill(served.replicas()[0], signal.SIGKILL))
+    assert len(ended) == 24
+    assert set(ended) <= {*WHOLE, "error"}
+    assert "error" in ended  # it had begun some
 
-            def ask(i: int) -> None:
-                messages = [{"role": "user", "content": f"Tell me story {i}."}]
-                try:
-                    stream = client.chat.completions.create(
-                        model="tales", messages=messages, max_tokens=150, seed=i, stream=True
-                    )
-                    reasons = [c.choices[0].finish_reason for c in stream if c.choices]
-                    ended.append(reasons[-1] or "cut")
-                except openai.APIError:
-                    ended.append("error")
 
-            for _ in range(2):  # both replicas are warm, then one is killed under load
-                threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
-                for thread in threads:
-                    thread.start()
-                time.sleep(1.0)
-                if len(ended) >= 24:
-                    os.kill(served.replicas()[0], signal.SIGKILL)
-                for thread in threads:
-                    thread.join()
-    finally:
-        served.close()
-    assert len(ended) == 48
-    assert "cut" not in ended
-    assert set(ended[:24]) <= {"stop", "length"}
+@needs_ray
+@pytest.mark.slow
+def test_replicas_that_go_finish_what_they_have_begun(
+    serving_replicas: Callable[..., Served],
+) -> None:
+    served = serving_replicas(4988, 2)
+    before = served.replicas()
+    assert len(before) == 2
+    ended = streams(served.url, 24, lambda: served.deploy(1))
+    assert len(ended) == 24
+    assert set(ended) <= WHOLE
+    assert len(served.replicas()) == 1
+    assert not {*before} & {*served.replicas()}
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_replica_comes_where_requests_are_many(
+    serving_replicas: Callable[..., Served],
+) -> None:
+    served = serving_replicas(4989, (1, 2), 2)
+    assert len(served.replicas()) == 1
+    rounds = 0
+    while len(served.replicas()) < 2:
+        assert set(streams(served.url, 8)) <= WHOLE
+        rounds += 1
+        assert rounds < 1000
