@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -11,9 +12,13 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-os.environ.setdefault(
-    "RAY_worker_niceness", "0"
-)  # else workers give way to all that runs beside them
+for name, value in {
+    "RAY_worker_niceness": "0",  # else workers give way to all that runs beside them
+    "RAY_agent_register_timeout_ms": "600000",  # else a node ends whose agents start late
+    "RAY_AUTH_MODE": "token",  # else `ray start` takes the token of the user's, and a driver none
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}.items():
+    os.environ.setdefault(name, value)
 
 MEMORY = 100_000_000  # bytes that a node's store of objects has
 NET = "10.213.0"  # what the namespaces' addresses begin with
@@ -52,6 +57,7 @@ class Nodes:
         end = time.monotonic() + 600
         while ray.cluster_resources().get("CPU", 0) < n:
             assert time.monotonic() < end, f"no {n} nodes within ten minutes"
+            self._revive()
             time.sleep(0.1)
 
     def _count(self) -> int:
@@ -59,6 +65,9 @@ class Nodes:
 
     def _add(self) -> None:
         self._cluster.add_node(**self._size)
+
+    def _revive(self) -> None:
+        """Start nodes again that ended: on a busy machine Ray gives one up after 30 seconds."""
 
     def _close(self) -> None:
         self._cluster.shutdown()
@@ -111,9 +120,16 @@ class Namespaces(Nodes):
         ip(*inside, "link", "set", "lo", "up")
         ip(*inside, "addr", "add", f"{NET}.{i + 2}/24", "dev", "eth0")
         ip(*inside, "link", "set", "eth0", "up")
-        self._processes.append(
-            start(f"--address={NET}.1:{PORT}", "--num-cpus=1", number=i + 2, namespace=name)
-        )
+        self._processes.append(self._start(i))
+
+    def _start(self, i: int) -> subprocess.Popen[Any]:
+        options = f"--address={NET}.1:{PORT}", "--num-cpus=1"
+        return start(*options, number=i + 2, namespace=f"tinyllm{i}")
+
+    def _revive(self) -> None:
+        for i, process in enumerate(self._processes):
+            if process.poll() is not None:
+                self._processes[i] = self._start(i)
 
     def _close(self) -> None:
         n = self._count()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,24 @@ def test_a_cluster_finds_what_one_machine_finds(tmp_path: Path) -> None:
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TinyLLMError, match="no Ray cluster at auto: Could not find any running"):
         next(data.map_rows("auto", "embed", [(0, "a")], None, {}, {}))
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("127.0.0.1:{closed}", "Connection refused"),
+        ("here", "expected auto, local or host:port"),
+        ("127.0.0.1:65536", "expected auto, local or host:port"),
+        ("", "expected auto, local or host:port"),
+    ],
+)
+def test_an_address_where_nobody_listens_is_one_line_at_once(address: str, why: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = address.format(closed=taken.getsockname()[1])
+        with pytest.raises(TinyLLMError, match=f"no Ray cluster at {address}: .*({why})"):
+            next(data.map_rows(address, "embed", [(0, "a")], None, {}, {}))
 
 
 class Nodes:

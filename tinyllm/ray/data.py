@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from ..mapping.tables import arrow_types
 
 ROWS = 256  # that a batch has at most
 CHARACTERS = 1 << 16  # that a batch's texts have, about
+LISTENING_S = 10.0  # that a cluster may take to answer a first connection
 BATCHES = 8  # that an actor gets at least, where there are rows enough: a lost one costs little
 
 
@@ -211,6 +213,8 @@ def connected(address: str) -> Iterator[None]:
     if ray_.is_initialized():
         yield
         return
+    if address not in ("auto", "local"):
+        answers(address)
     local = {"include_dashboard": False} if address == "local" else {}
     try:
         ray_.init(address, log_to_driver=False, logging_level="warning", **local)
@@ -220,6 +224,17 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray_.shutdown()
+
+
+def answers(address: str) -> None:
+    """TinyLLMError where nobody listens at "host:port": Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise TinyLLMError(f"no Ray cluster at {address}: expected auto, local or host:port")
+    try:
+        socket.create_connection((host, int(port)), LISTENING_S).close()
+    except OSError as error:
+        raise TinyLLMError(f"no Ray cluster at {address}: {error}") from error
 
 
 def parts(rows: list[tuple[int, str]], least: int) -> Iterator[list[tuple[int, str]]]:
