@@ -462,6 +462,9 @@ def test_names_and_folders_are_checked(docs: LocalDocs, tmp_path: Path) -> None:
             docs.add(name, tmp_path)
     with pytest.raises(ArgumentError, match="there is no folder"):
         docs.add("x", tmp_path / "no")
+    (tmp_path / "one.txt").write_text("A text.")
+    with pytest.raises(ArgumentError, match="it is a file: give the folder that it is in"):
+        docs.add("x", tmp_path / "one.txt")
     assert docs.list() == []
 
 

@@ -41,6 +41,13 @@ def test_a_collection_from_its_beginning_to_its_end(
     (found,) = json.loads(said(capsys, "search", "-", "pole", "-k", "1", "--json"))
     assert (found["file"], found["from"], found["to"]) == ("garden/beans.txt", 1, 3)
     assert said(capsys, "search", "home", "pole", "--file", "*.py").startswith("rules.py, ")
+    out = said(capsys, "quote", "home", "which plants climb a pole?", "--nearest", "-1", "-k", "1")
+    assert out == "Beans climb a pole.\nWater them at night.\n[1] garden/beans.txt, lines 1 to 3\n"
+    (found,) = json.loads(
+        said(capsys, "quote", "home", "pole", "--nearest", "0", "-k", "1", "--json")
+    )
+    assert (found["file"], found["from"], found["to"]) == ("garden/beans.txt", 1, 3)
+    assert said(capsys, "quote", "home", "pole", "--nearest", "3") == "Not in the documents.\n"
     out = said(capsys, "ask", "home", "pole?", "-n", "5", "--nearest", "-1", "-k", "1")
     assert out.endswith("\n\n[1] garden/beans.txt, lines 1 to 3\n")
     found = json.loads(said(capsys, "ask", "home", "pole?", "--nearest", "3", "--json"))

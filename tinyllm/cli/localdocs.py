@@ -29,6 +29,7 @@ WORDS = {  # what an action takes: at least so many words, at most so many
     "update": ("[NAME ...]", 0, None),
     "watch": ("[NAME ...]", 0, None),
     "search": ("NAME QUERY", 2, 2),
+    "quote": ("NAME QUESTION", 2, 2),
     "ask": ("NAME QUESTION", 2, 2),
     "list": ("", 0, 0),
     "unreadable": ("NAME", 1, 1),
@@ -48,14 +49,17 @@ def localdocs_arguments(p: Parser) -> None:
                    help=f"ask: what answers, {MODEL_HELP}; else: what embeds, default"
                    " the store's own, at first all-MiniLM-L6-v2 of GPT4All's list")  # fmt: skip
     p.add_argument(
-        "-k", type=int, metavar="N", help="hits (default 5), or excerpts of an answer (4)"
+        "-k",
+        type=int,
+        metavar="N",
+        help="hits (default 5), sentences (3), excerpts of an answer (4)",
     )
     p.add_argument("--file", metavar="PATTERN", help="only in files of such names; *, ?")
     p.add_argument("--since", metavar="DATE", help="only in documents since 2026-01-31, or 2026")
     p.add_argument("--until", metavar="DATE", help="only in documents until then")
     p.add_argument("--reranker", metavar="MODEL", help="a ranking model that orders the hits")
     p.add_argument("--nearest", type=float, metavar="X",
-                   help="ask: nearness that an excerpt must have; default 0.45")  # fmt: skip
+                   help="ask, quote: nearness that an excerpt must have; default 0.45")  # fmt: skip
     p.add_argument("-n", "--max-tokens", type=int, default=256, metavar="N", help="of an answer")
     p.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="default %(default)s"
@@ -132,22 +136,43 @@ def chosen(args: Arguments) -> dict[str, Any]:
 def search(docs: LocalDocs, args: Arguments) -> None:
     hits = docs.search(args.words[1], **chosen(args))
     if args.json:
-        print_json([{**h.reference(), "collection": h.collection, "path": h.path,
-                     "score": h.score, "similarity": h.similarity, "nearness": h.nearness}
-                    for h in hits])  # fmt: skip
+        print_json([*map(as_json, hits)])
         return
     show("\n".join(map(as_text, hits)))
+
+
+def as_json(hit: Hit) -> dict[str, Any]:
+    """A hit for a program."""
+    more = ("collection", "path", "score", "similarity", "nearness")
+    return hit.reference() | {name: getattr(hit, name) for name in more}
 
 
 def as_text(hit: Hit) -> str:
     """A hit in lines; the first begins with its file."""
     about = f" ({hit.heading or hit.title})" if hit.heading or hit.title else ""
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in hit.text)
-    lines = [line for line in text.split("\n") if line.strip()]  # an empty line parts two hits
     return (
         f"{hit.place}{about}, score {hit.score:.4f}, similarity {hit.similarity:.2f},"
-        f" nearness {hit.nearness:.2f}\n" + "\n".join([*lines, ""])
+        f" nearness {hit.nearness:.2f}\n{lines_of(hit)}"
     )
+
+
+def lines_of(hit: Hit) -> str:
+    """The lines of a text without those that are empty, since an empty line parts two hits."""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in hit.text)
+    return "".join(f"{line}\n" for line in text.split("\n") if line.strip())
+
+
+def quote(docs: LocalDocs, args: Arguments) -> None:
+    nearest = {} if args.nearest is None else {"nearest": args.nearest}
+    hits = docs.quote(args.words[1], **chosen(args), **nearest)
+    if args.json:
+        print_json([*map(as_json, hits)])
+        return
+    show("\n".join(f"{lines_of(hit)}[{i}] {hit.place}\n" for i, hit in enumerate(hits, 1)))
+    if not hits:
+        from ..localdocs.answering import NOT_THERE
+
+        show(f"{NOT_THERE}\n")
 
 
 def ask(docs: LocalDocs, args: Arguments) -> None:
@@ -158,6 +183,8 @@ def ask(docs: LocalDocs, args: Arguments) -> None:
     }
     if args.nearest is not None:
         options["nearest"] = args.nearest
+    if args.model is None:
+        note("the bundled model tells stories; give one that chats with --model, or take `quote`")
     docs.embedder  # noqa: B018 (an error comes before a large model is read)
     with load_decoder(args) as model:
         answered(docs, args, model, options)
@@ -227,7 +254,7 @@ def print_json(found: object) -> None:
 
 
 ACTIONS: dict[str, Callable[[LocalDocs, Arguments], None]] = {
-    "add": add, "update": update, "watch": watch, "search": search, "ask": ask, "list": listing,
+    "add": add, "update": update, "watch": watch, "search": search, "quote": quote, "ask": ask, "list": listing,
     "unreadable": unreadable, "rm": remove, "check": check, "reembed": reembed,
 }  # fmt: skip
 COMMANDS = {

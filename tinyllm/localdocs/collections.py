@@ -19,6 +19,7 @@ from ..hub.locks import locked
 from ..loading import load
 from ..model import Model
 from .embedding import Embedder
+from .quoting import nearest_sentences
 from .reading import Reader
 from .search import Filter, Hit, search
 from .store import Store
@@ -352,6 +353,38 @@ class LocalDocs:
             self._vectors = self._vectors or Vectors(self._store, embedder.width, self._n_threads)
             return search(self._store, self._vectors, embedder, query, k, chosen, reranker)
 
+    def quote(
+        self, question: str, k: int = 3, nearest: float | None = None, **where: Any
+    ) -> Sequence[Hit]:
+        """The sentences of the documents that are nearest to a question: an answer without a model that chats.
+
+        Parameters
+        ----------
+        question : str
+            What is asked.
+        k : int
+            How many sentences.
+        nearest : float, optional
+            The nearness that a chunk must have whose sentences count; default: that of ``ask``, 0.45.
+        **where
+            ``collections``, ``file``, ``since``, ``until`` and ``reranker``, as ``search`` has them.
+
+        Returns
+        -------
+        list of Hit
+            Nearest first: ``text`` is a sentence, the lines are its own, ``score`` is ``similarity + words``.
+            None where no chunk is near enough.
+        """
+        from .answering import EXCERPTS, NEAREST, near
+
+        if not isinstance(k, int) or k < 1:
+            raise ArgumentError(f"k={k!r:.40}; expected a whole number of at least 1")
+        hits = near(
+            self.search(question, EXCERPTS, **where), NEAREST if nearest is None else nearest
+        )
+        with self._lock, self._reading():
+            return nearest_sentences(self._store, self.embedder, question, hits, k)
+
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """One view of the store, whatever others write meanwhile."""
@@ -388,5 +421,6 @@ def absolute(folder: str | os.PathLike[str]) -> bytes:
     """A folder's whole path."""
     path = os.path.realpath(system.expanded(folder))
     if not os.path.isdir(path):
-        raise ArgumentError(f"there is no folder {os.fspath(folder)!r:.200}")
+        is_file = "; it is a file: give the folder that it is in" * os.path.exists(path)
+        raise ArgumentError(f"there is no folder {os.fspath(folder)!r:.200}{is_file}")
     return os.fsencode(path)

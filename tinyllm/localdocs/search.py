@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from ..errors import ArgumentError
 from ..model import Model
 from .embedding import Embedder, unpack
-from .store import Store
+from .store import TOKENIZER, Store
 from .vectors import Vectors
 
 NEAREST = 60  # candidates of each kind
@@ -170,7 +172,8 @@ def search(
         scores = {c: float(s) for c, s in zip(order, said, strict=True)}
         order.sort(key=lambda c: (-scores[c], c))
     order = order[:k]
-    shares = shares_of_words(store, counted, order, len(vectors))
+    texts = {c: (found[c]["heading"], found[c]["text"]) for c in order}
+    shares = shares_of_words(counted, texts, len(vectors))
     return [hit_of(found[c], scores[c], similarity[c], shares[c]) for c in order]
 
 
@@ -205,11 +208,11 @@ def by_words(store: Store, counted: dict[str, int], where: str, values: Sequence
 
 
 def shares_of_words(
-    store: Store, counted: dict[str, int], chunks: Sequence[int], n: int
+    counted: dict[str, int], texts: dict[int, tuple[str, str]], n: int
 ) -> dict[int, float]:
-    """How much of a query's words each chunk holds, of 1; a word of few of the store's n texts weighs more.
+    """How much of a query's words each text holds, of 1; a word of few of the store's n texts weighs more.
 
-    Where a script has no spaces, a run of it counts by its pairs of characters.
+    A text is (heading, text). Where a script has no spaces, a run of it counts by its pairs of characters.
     """
     weights = {
         word: math.log((max(n, found) + 1) / (found + 0.5))
@@ -217,19 +220,22 @@ def shares_of_words(
         if found <= COMMON and word not in LEFT_OUT
     }
     whole = sum(weights.values())
-    held = dict.fromkeys(chunks, 0.0)
-    sql = "SELECT 1 FROM words WHERE words MATCH ? AND rowid = ?"
-    for word in [w for w in weights if UNSPACED.search(w)]:
-        weight, pairs = weights.pop(word), {word[i : i + 2] for i in range(max(1, len(word) - 1))}
-        for chunk in chunks:
-            text = store.one(
-                "SELECT heading || ' ' || text FROM chunks WHERE id = ?", chunk
-            ).lower()
-            held[chunk] += weight * sum(pair in text for pair in pairs) / len(pairs)
-    for word, weight in weights.items():
-        for chunk in chunks if counted[word] else ():
-            held[chunk] += weight * bool(store.one(sql, f'"{word}"', chunk))
-    return {chunk: min(1.0, h / whole) if whole else 0.0 for chunk, h in held.items()}
+    held = dict.fromkeys(texts, 0.0)
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.execute(f"CREATE VIRTUAL TABLE words USING fts5(heading, text, tokenize='{TOKENIZER}')")
+        db.executemany("INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)",
+                       ((i, *text) for i, text in texts.items()))  # fmt: skip
+        for word, weight in weights.items():
+            if UNSPACED.search(word):
+                pairs = {word[i : i + 2] for i in range(max(1, len(word) - 1))}
+                for i, text in texts.items():
+                    lower = " ".join(text).lower()
+                    held[i] += weight * sum(pair in lower for pair in pairs) / len(pairs)
+            elif counted[word]:
+                sql = "SELECT rowid FROM words WHERE words MATCH ?"
+                for (i,) in db.execute(sql, (f'"{word}"',)):
+                    held[i] += weight
+    return {i: min(1.0, h / whole) if whole else 0.0 for i, h in held.items()}
 
 
 COLUMNS = (

@@ -17,6 +17,7 @@ from ..errors import ArgumentError, DeviceError, StateError
 
 FORMAT = 1  # the file's; a later one is refused
 APPLICATION = 0x746C6C64  # what SQLite's header names the file: "tlld"
+TOKENIZER = "porter unicode61 remove_diacritics 2"  # how FTS5 finds words
 WAIT = 60.0  # seconds for another process's transaction
 
 SCHEMA = f"""
@@ -56,7 +57,7 @@ CREATE TABLE vectors (
     codes BLOB NOT NULL
 );
 CREATE VIRTUAL TABLE words USING fts5(
-    heading, text, content='chunks', content_rowid='id', tokenize='porter unicode61 remove_diacritics 2'
+    heading, text, content='chunks', content_rowid='id', tokenize='{TOKENIZER}'
 );
 CREATE TRIGGER chunk_comes AFTER INSERT ON chunks BEGIN
     INSERT INTO words (rowid, heading, text) VALUES (new.id, new.heading, new.text);
