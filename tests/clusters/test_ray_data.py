@@ -164,7 +164,10 @@ def test_a_cluster_finds_what_one_machine_finds(tmp_path: Path) -> None:
 
 
 @needs_ray
-def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a cluster of this machine is looked for
     with pytest.raises(TinyLLMError, match="no Ray cluster at auto: Could not find any running"):
         next(data.map_rows("auto", "embed", [(0, "a")], None, {}, {}))
 
