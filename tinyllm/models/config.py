@@ -247,7 +247,7 @@ class Config:
     kv_lora_rank_swa: int
     expert_limits: tuple[float, ...]  # bounds of experts' activations; 0: none
     ffn_limits: tuple[float, ...]  # those of the plain halves and the shared expert
-    act: Activation | None  # of feed-forward halves; None: the row says
+    act: Activation | None  # the activation of feed-forward halves; None: the row says
     n_bucket: int  # ranges of distances that have a learned bias of their own
     blocks_at: str = "blk"  # what the names of the layers' tensors begin with
 
