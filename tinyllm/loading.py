@@ -19,13 +19,13 @@ from .engine.progress import checking, loading
 from .errors import ArgumentError, GGUFError
 from .files import checked
 from .gguf.control import read_controls
-from .gguf.finite import check_finite
+from .gguf.finite import check_finite, checked_scale
 from .kernels import devices
 from .kernels.backend import Compute, KVType
 from .kernels.devices import open_backend
 from .kernels.outside import Outside, read_kernels
 from .model import Model
-from .models.adapters import Adapters, checked_scale
+from .models.adapters import Adapters
 from .models.build import build
 from .models.config import Keys, architecture, read_config
 from .models.memory import default_n_ctx

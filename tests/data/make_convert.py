@@ -32,14 +32,14 @@ TEMPLATE = (
 
 
 def weights(name: str, shape: list[int], kind: str) -> np.ndarray:
-    """The bytes of a tensor, made from its name: BF16, F16 or F32."""
+    """The bytes of a tensor, made from its name: BF16, F16, F32 or I8."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     x = (rng.standard_normal(shape) * 0.1).astype(np.float32)
     if name.endswith(("norm.weight", "LayerNorm.weight")):
         x += 1
     if kind == "BF16":
         return (x.view(np.uint32) >> 16).astype(np.uint16)
-    return x.astype({"F16": np.float16, "F32": np.float32}[kind])
+    return x.astype({"F16": np.float16, "F32": np.float32, "I8": np.int8}[kind])
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:

@@ -262,6 +262,10 @@ def test_the_files_of_older_tokenizers(tmp_path: Path) -> None:
         ({"architectures": ["ParrotForCausalLM"]}, UnsupportedModel, "'ParrotForCausalLM' is none"),
         ({"num_hidden_layers": None}, ArgumentError, "config.json lacks"),
         ({"rope_scaling": {"rope_type": "dynamic"}, "rope_parameters": None}, ArgumentError, "'dynamic'"),
+        ({"vocab_size": None}, ArgumentError, "config.json lacks vocab_size"),
+        ({"num_attention_heads": 5}, ArgumentError, "does not fit config.json's heads"),
+        ({"num_hidden_layers": 1}, ArgumentError, "says 1 layers; the files have one more, number 1"),
+        ({"num_hidden_layers": 3}, GGUFError, r"blk\.2\..* is missing; config.json says 3 layers"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_is_not_understood(
@@ -289,6 +293,45 @@ def test_tensors_without_a_place_and_missing_experts_are_told(tmp_path: Path) ->
     more = shapes | {"model.layers.0.self_attn.parrot": ("F32", [4])}
     write_safetensors(folder / "model.safetensors", more)
     with pytest.raises(UnsupportedModel, match=r"llama has no place for the tensors .*parrot"):
+        tinyllm.convert(folder, tmp_path / "out.gguf")
+
+
+LAST = "model.layers.1.mlp.down_proj.weight"
+WHOLE = {LAST: "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "files", "message"),
+    [
+        ({LAST: None}, {}, r"blk\.1\.ffn_down\.weight: is missing"),
+        ({"model.embed_tokens.weight": None}, {}, r"token_embd\.weight: no stored tensor becomes it"),
+        ({LAST: ("I8", [64, 96])}, {}, "is of type I8, which holds no weights"),
+        ({}, {"model.safetensors.index.json": "{"}, "is damaged; expected JSON with the file of each"),
+        ({}, {"model.safetensors.index.json": {"weight_map": [1]}}, "is damaged; expected JSON"),
+        ({LAST: None}, {"model.safetensors.index.json": {"weight_map": WHOLE}}, "says that it is there"),
+        ({}, {"tokenizer.json": {"version": "1.0"}}, "tokenizer.json has no model"),
+    ],
+)  # fmt: skip
+def test_what_a_folder_lacks_is_told(
+    shapes: dict[str, Any], files: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = folder_of("llama", tmp_path)
+    stored = {n: s for n, s in (MODELS["llama"]["shapes"] | shapes).items() if s}
+    write_safetensors(folder / "model.safetensors", stored)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text)
+    with pytest.raises((ArgumentError, GGUFError), match=message):
+        tinyllm.convert(folder, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_parts_without_an_index_are_all_there_or_refused(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        GGUFError, match=r"one of 2 parts; model-00002-of-00002\.safetensors is missing"
+    ):
         tinyllm.convert(folder, tmp_path / "out.gguf")
 
 

@@ -335,6 +335,16 @@ def test_scales_that_are_no_float32_are_refused(scale: Any, tmp_path: Path) -> N
     with tinyllm.load(base("llama", tmp_path), lora=saved("llama-ffn", tmp_path)) as m:
         with pytest.raises(ArgumentError, match="finite"):
             m.generate(IDS, lora={"llama-ffn": scale})
+    with pytest.raises(ArgumentError, match="finite"):
+        tinyllm.merge(
+            base("llama", tmp_path), tmp_path / "merged.gguf", [(tmp_path / "llama-ffn", scale)]
+        )
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    file = as_gguf(saved("llama-ffn", tmp_path), base("llama", tmp_path), tmp_path / "a.gguf")
+    with pytest.raises(GGUFError, match=r"general\.type: is 'adapter': an adapter for lora="):
+        tinyllm.load(file)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import GGUFError
+from ..errors import ArgumentError, GGUFError
 from . import quants
 from .reader import GGUFFile
 from .tensor import Tensor
 
+MOST = float(np.finfo(np.float32).max)  # a scale, which kernels have as float32
 PIECE = 16 << 20  # bytes read at a time
 HALVES = np.dtype("<f2")
 
@@ -86,3 +87,11 @@ def _bad_blocks(fmt: quants.Format, raw: NDArray[np.uint8]) -> NDArray[Any]:
 def _halves(fmt: quants.Format) -> list[str]:
     """The fields of a block that are its scales, where these are halves."""
     return [name for name, (kind, *_) in (fmt.dtype.fields or {}).items() if kind == HALVES]
+
+
+def checked_scale(scale: Any, name: str = "lora") -> float:
+    """The scale of what ``load`` takes by this name as a float; ArgumentError unless it is a finite number."""
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or not -MOST <= scale <= MOST:
+        raise ArgumentError(f"{name}: scale {scale!r:.40}; expected a finite number")
+    return float(scale)

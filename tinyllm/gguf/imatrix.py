@@ -125,7 +125,11 @@ def _read_dat(path: Path) -> Importance:
     def number(most: int) -> int:
         value: int = struct.unpack("<i", take(4))[0]
         if not 0 <= value <= most:
-            raise GGUFError(f"a count is {value}", path=str(path), offset=at - 4)
+            raise GGUFError(
+                f"a count is {value}: the file is damaged, or no imatrix",
+                path=str(path),
+                offset=at - 4,
+            )
         return value
 
     found = Importance()

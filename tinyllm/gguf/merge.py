@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..errors import ArgumentError
 from . import quants
 from .adapter import EMBEDDING, Adapter, product, read_adapter
+from .finite import checked_scale
 from .quantize import Report, check_threads, deferred, paths
 from .reader import open_file
 from .writer import write
@@ -78,7 +79,9 @@ def merge(
         if tied:  # an adapter of the head then stands beside the embedding's product
             shapes[HEAD] = shapes[EMBEDDING]
         pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in lora]
-        adapters = [(read_adapter(p, file.metadata, shapes), float(scale)) for p, scale in pairs]
+        adapters = [
+            (read_adapter(p, file.metadata, shapes), checked_scale(scale)) for p, scale in pairs
+        ]
         blocks = {}
         for name, tensor in file.tensors.items():
             mine = changing(name, adapters)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..errors import ArgumentError, UnsupportedModel
+from ..gguf.finite import checked_scale
 from ..kernels.backend import Array, Backend, Weight
 from .row import Row
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 Scales = tuple[float, ...]
 EMBEDDING = "token_embd.weight"
 MULTIPLE = 4  # values side by side, with zeros behind the last
-MOST = float(np.finfo(np.float32).max)  # a scale, which kernels have as float32
 
 
 class Beside(Protocol):
@@ -228,11 +228,3 @@ def padded(x: np.ndarray, axis: int, n: int) -> np.ndarray:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, n)
     return np.pad(x, widths) if n else x
-
-
-def checked_scale(scale: Any, name: str = "lora") -> float:
-    """The scale of what ``load`` takes by this name as a float; ArgumentError unless it is a finite number."""
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if not number or not -MOST <= scale <= MOST:
-        raise ArgumentError(f"{name}: scale {scale!r:.40}; expected a finite number")
-    return float(scale)

@@ -51,6 +51,11 @@ HARMLESS = {
     "moe_latent_size",  # the width inside is the experts' tensors'
     "hrm.prefix_lm",  # a prompt is read causally where nobody says how far its prefix goes
 }
+OTHER_FILES = {  # what general.type says of files that are no models
+    "adapter": "an adapter for lora=, --lora or merge",
+    "imatrix": "an importance matrix for quantize",
+    "mmproj": "the part of a model that sees or hears",
+}
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu", "relu": "relu",
     "reglu": "relu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -268,7 +273,9 @@ class Config:
 
 def architecture(metadata: Mapping[str, Any]) -> str:
     """The name in ``general.architecture``."""
-    name = metadata.get("general.architecture")
+    name, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    if kind in OTHER_FILES:
+        raise GGUFError(f"is {kind!r}: {OTHER_FILES[kind]}, no model", name="general.type")
     if not isinstance(name, str) or not 0 < len(name) <= 64:
         raise GGUFError(f"is {name!r:.60}; expected a short name", name="general.architecture")
     return name

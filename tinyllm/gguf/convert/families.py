@@ -78,6 +78,8 @@ class Family:
         Beginnings of names, prefix included, that are left out.
     vocabulary : str
         ``tokenizer.ggml.model``, where the tokenizer's files do not tell it.
+    uneven : tuple of str
+        Our names of tensors that some layers may lack.
     """
 
     arch: str
@@ -90,6 +92,7 @@ class Family:
     surround: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     vocabulary: str = ""
+    uneven: tuple[str, ...] = ()
 
 
 HEAD = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
@@ -264,6 +267,7 @@ GEMMA4 = Family(
     },
     gemma4_keys, defaults=GEMMA_DEFAULTS, surround=("bos",),
     skip=("lm_head.", "language_model.lm_head."), vocabulary="gemma4",
+    uneven=("attn_k.weight", "attn_k_norm.weight", "attn_v.weight"),  # they read those of earlier layers
 )  # fmt: skip
 QWEN2 = Family("qwen2", LLAMA, pooled_keys, prefer=("qwen2",))
 BERT_FAMILY = Family(
@@ -273,7 +277,7 @@ BERT_FAMILY = Family(
 MODERN = Family(
     "modern-bert", MODERN_BERT, modern_bert_keys, prefer=("modern-bert",),
     surround=("bos", "eos", "sep"),
-    skip=("head.", "decoder."),
+    skip=("head.", "decoder."), uneven=("attn_norm.weight",),
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {

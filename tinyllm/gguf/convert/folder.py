@@ -33,6 +33,7 @@ EXPERT = re.compile(r"\.experts\.(\d+)\.")
 ENDINGS = {"gamma": "weight", "beta": "bias"}
 BARE = {"ssm_a", "ssm_d"}  # names without an ending
 HALVES = ("per_layer_model_proj.weight",)  # kept by quantisers as it is, and yet no float32
+WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # types of whole numbers
 STILL = 1e30  # divides the frequencies of what does not turn
 
 
@@ -96,6 +97,7 @@ def convert(
     n_rows = _n_rows(family, config, stored)
     vocabulary = read_vocabulary(path, n_rows, family.prefer, family.surround, family.vocabulary)
     tensors = targets(family, config, stored)
+    check_layers(tensors, family, n_layer(config))
     metadata = _metadata(path, family, config, vocabulary, kind)
     shapes = {name: t.shape for name, t in tensors.items()}
     chosen = plan(metadata, shapes, kind)
@@ -130,6 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The row of the table for a configuration; UnsupportedModel if there is none."""
     names = config.get("architectures") or [None]
+    names = [names] if isinstance(names, str) else names
     if names[0] not in FAMILIES:
         raise UnsupportedModel(
             f"config.json: architecture {names[0]!r:.60} is none that we convert; we know "
@@ -164,7 +167,12 @@ class Target:
             if self.change is None:
                 yield part.shape, part.rows
             else:
-                rows = self.change.values(self.config, part.read())
+                try:
+                    rows = self.change.values(self.config, part.read())
+                except ValueError:
+                    raise ArgumentError(
+                        f"{part.name} has shape {part.shape}, which does not fit config.json's heads"
+                    ) from None
                 yield rows.shape, partial(_rows, rows.reshape(-1, rows.shape[-1]))
 
     def stored_as(self, kind: str, pool: ThreadPoolExecutor, report: Report | None) -> Deferred:
@@ -225,6 +233,11 @@ def targets(
         places = placed(family, name)
         if places is None:
             unknown.append(name)
+        if places and tensor.kind in WHOLE:
+            raise GGUFError(
+                f"is of type {tensor.kind}, which holds no weights by itself; expected floats",
+                path=str(tensor.path), name=name,
+            )  # fmt: skip
         for place in places or ():
             expert = EXPERT.search(name)
             if expert:
@@ -240,6 +253,35 @@ def targets(
             raise GGUFError(f"is missing for expert {min(missing)}", name=place)
         found[place] = Target(place, tuple(parts[i] for i in sorted(parts)), None, config, True)
     return _without_tied_head(found, family)
+
+
+def check_layers(tensors: Mapping[str, Any], family: Family, n: int) -> None:
+    """Check that there are as many layers as config.json says, those of one kind with the same tensors.
+
+    Raises
+    ------
+    ArgumentError
+        There are more or fewer.
+    GGUFError
+        A tensor is missing.
+    """
+    if "token_embd.weight" not in tensors:
+        raise GGUFError("no stored tensor becomes it", name="token_embd.weight")
+    layers: dict[int, set[str]] = {i: set() for i in range(n)}
+    for name in tensors:
+        if name.startswith("blk."):
+            _, i, rest = name.split(".", 2)
+            layers.setdefault(int(i), set()).add(rest)
+    if len(layers) > n:
+        raise ArgumentError(f"config.json says {n} layers; the files have one more, number {n}")
+    kinds: dict[bool, set[str]] = {}
+    for names in layers.values():
+        kinds.setdefault(any("_exps." in name for name in names), set()).update(names)
+    for i, names in layers.items():
+        needed = kinds[any("_exps." in name for name in names)]
+        for name in sorted(needed - names if names else {"*"}):
+            if name not in family.uneven:
+                raise GGUFError(f"is missing; config.json says {n} layers", name=f"blk.{i}.{name}")
 
 
 def placed(family: Family, name: str) -> tuple[str, ...] | None:

@@ -154,7 +154,7 @@ def head_size(c: Config) -> int:
 
 
 def llama_keys(c: Config) -> Found:
-    return common(c) | {"vocab_size": c["vocab_size"], "rope.dimension_count": head_size(c)}
+    return common(c) | {"vocab_size": needed(c, "vocab_size"), "rope.dimension_count": head_size(c)}
 
 
 def pooled_keys(c: Config) -> Found:

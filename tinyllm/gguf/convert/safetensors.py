@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ Floats = npt.NDArray[np.float32]
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_SIDES = 32  # as many as any NumPy has
 INDEX = "model.safetensors.index.json"
+PART = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 
 
 def _e4m3() -> Floats:
@@ -173,6 +175,13 @@ def read_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTens
                     f"stands in {tensors[name].path.name} too", path=str(path), name=name
                 )
             tensors[name] = tensor
+    index = folder / INDEX
+    if index.is_file():
+        for name, file in _named(index).items():
+            if name not in tensors:
+                raise GGUFError(
+                    f"{INDEX} says that it is there", path=str(folder / file), name=name
+                )
     return _scaled(tensors, config)
 
 
@@ -180,8 +189,7 @@ def _files(folder: Path) -> list[Path]:
     """The files with weights that a folder names in its index, or has."""
     index = folder / INDEX
     if index.is_file():
-        named = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(named.values()))]
+        files = [folder / name for name in sorted(set(_named(index).values()))]
         for path in files:
             if path.parent != folder or not path.is_file():
                 raise GGUFError(f"names {path.name}, which is missing", path=os.fspath(index))
@@ -191,7 +199,29 @@ def _files(folder: Path) -> list[Path]:
         other = sorted(p.name for p in folder.glob("*.bin"))
         hint = f"; {other[0]} is pickled: save it with save_pretrained again" if other else ""
         raise ArgumentError(f"{folder}: there is no *.safetensors file{hint}")
+    for path in files:
+        part = PART.fullmatch(path.name)
+        for i in range(1, int(part[3]) + 1) if part else ():
+            name = f"{part[1]}{i:0{len(part[2])}}-of-{part[3]}.safetensors"
+            if not (folder / name).is_file():
+                raise GGUFError(
+                    f"is one of {int(part[3])} parts; {name} is missing", path=str(path)
+                )
     return files
+
+
+def _named(index: Path) -> dict[str, str]:
+    """The file of each tensor, as the index says."""
+    try:
+        named = json.loads(index.read_text("utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in named.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise GGUFError(
+            "is damaged; expected JSON with the file of each tensor under weight_map",
+            path=str(index),
+        ) from None
+    return dict(named)
 
 
 def _scaled(tensors: dict[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:

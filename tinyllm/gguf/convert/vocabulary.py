@@ -70,6 +70,8 @@ def read_vocabulary(
     """
     tokenizer = read_json(folder / "tokenizer.json")
     config = read_json(folder / "tokenizer_config.json")
+    if tokenizer and not isinstance(tokenizer.get("model"), dict):
+        raise ArgumentError(f"{folder / 'tokenizer.json'} has no model")
     pieces = next((folder / name for name in PIECES if (folder / name).is_file()), None)
     if model and tokenizer:
         keys = _plain_bpe(model, tokenizer, n_vocab)
