@@ -150,6 +150,15 @@ class Emit:
     def at(self, p, offset):
         return self.b.gep(p, [I64(offset) if isinstance(offset, int) else offset])
 
+    def alone(self, p):
+        """An address in a register of its own, where AVX-512 multiplies by what lies there.
+
+        LLVM would add two registers in each of these instructions, and Intel's processors split such ones.
+        """
+        if lanes() < LANES:
+            return p
+        return self.b.asm(ir.FunctionType(p.type, [p.type]), "", "=r,0", [p], False)
+
     def load(self, p, ty, offset=0, align=1):
         return self.b.load(self.b.bitcast(self.at(p, offset), ty.as_pointer()), align=align)
 

@@ -40,7 +40,7 @@ def accumulate(
     """
 
     def columns(first, n_columns, acc):
-        at, xi = e.b.mul(first, column_bytes), e.at(x, e.b.mul(first, I64(x_step)))
+        at, xi = e.b.mul(first, column_bytes), e.alone(e.at(x, e.b.mul(first, I64(x_step))))
         heads = [e.at(base, at) for base in bases]
         for c in range(n_columns):
             w = [widen(e, head, kind, 0, n) for head in heads]
@@ -107,7 +107,8 @@ def multiplier(reader: Reader, tiles: int) -> Callable:
             bases = [e.at(w, b.mul(tile_bytes, b.add(tile, I64(r)))) for r in range(at_once)]
 
             def blocks(i, n_blocks, acc, ahead=None):
-                at, xi = b.mul(i, I64(reader.tile_bytes)), e.at(x, b.mul(i, I64(4 * reader.block)))
+                at = b.mul(i, I64(reader.tile_bytes))
+                xi = e.alone(e.at(x, b.mul(i, I64(4 * reader.block))))
                 heads = [(e.at(base, at), first) for base in bases]
                 for c, ws in enumerate(columns(e, reader, heads, n, n_blocks, ahead)):
                     value = e.broadcast(xi, F32, n, 4 * c)

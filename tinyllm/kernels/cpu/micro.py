@@ -299,12 +299,14 @@ def multiplier(
             spread = None if order == "block" else ahead
             tile = Tile(e, p, fmt, first, n, spread, in_order=order == "loads")
             step = e.b.mul(i, I64(fmt.block // 32 * record_bytes(slots)))
+            x, f = e.alone(e.at(codes, step)), e.alone(e.at(planes, step))
 
             def at(j):
                 record, part = divmod(32 * j, span)
-                here = e.b.add(step, I64(record * span // 32 * record_bytes(slots)))
-                x, f = e.at(codes, here), e.at(planes, here)
-                return Activations(e, e.at(x, part), e.at(f, part * slots), slots, n, span)
+                here = record * span // 32 * record_bytes(slots)
+                return Activations(
+                    e, e.at(x, here + part), e.at(f, here + part * slots), slots, n, span
+                )
 
             add = _add_parts if span == 32 else _add_whole
             return add(e, fmt, lambda: fmt.take(e, tile), at, range(n_tokens), acc, order)
