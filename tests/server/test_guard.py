@@ -172,3 +172,21 @@ def test_metrics_count_what_was_done(make_app):
     assert 'tinyllm_requests_total{route="other",status="404"} 1.0' in text
     assert 'tinyllm_generated_tokens_total{model="tales"} 2.0' in text
     assert 'tinyllm_texts{model="tales"} 0.0' in text
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"data": {"a": "b"}}, "Content-Type is 'application/x-www-form-urlencoded'; expected"),
+        ({"content": b'{"input": "a"}'}, "Content-Type is None; expected 'application/json'"),
+        ({}, "the body is missing, or no object"),
+        ({"json": []}, "the body is missing, or no object"),
+        ({"json": {"input": []}}, "input: List should have at least 1 item"),
+        ({"json": {"input": 5}}, "input: Input should be a valid string"),
+    ],
+    ids=str,
+)
+def test_a_body_that_is_none_is_told_what_it_lacks(app, how, said):
+    answer = app.call("POST", "/v1/embeddings", **how)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]

@@ -162,13 +162,22 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_wrong_field(request: Request, error: Exception) -> Response:
     """A body that is no JSON, or has a field that is unknown or wrong."""
     assert isinstance(error, RequestValidationError)
-    return answer(wrong_field(error.errors()), request)
+    kind = request.headers.get("content-type")
+    read = error.body is not None and "json" not in (kind or "").lower()
+    if read:
+        refusal = Refusal(400, f"Content-Type is {kind!r:.60}; expected 'application/json'")
+    else:
+        refusal = wrong_field(error.errors())
+    return answer(refusal, request)
 
 
 def wrong_field(errors: Sequence[Any]) -> Refusal:
-    """Name a wrong field: an unknown one before all others, else the innermost, which says most."""
+    """Name a wrong field: an unknown one before all others, else the innermost, which says most.
+
+    Of the types that a field may have, the one that was meant knows more than that it is another.
+    """
     unknown = [e for e in errors if e["type"] == "extra_forbidden"]
-    found = max(unknown or errors, key=lambda e: len(e["loc"]))
+    found = max(unknown or errors, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     name = ".".join(str(p) for p in found["loc"] if not BRANCH.fullmatch(str(p)))
     if found["type"] == "extra_forbidden":
         return Refusal(
@@ -176,4 +185,6 @@ def wrong_field(errors: Sequence[Any]) -> Refusal:
         )
     if found["type"] == "json_invalid":
         return Refusal(400, f"the body is no JSON: {found.get('ctx', {}).get('error', '')}")
-    return Refusal(400, f"{name or 'the body'}: {found['msg']}", param=name or None)
+    if not name:
+        return Refusal(400, "the body is missing, or no object; expected a JSON object")
+    return Refusal(400, f"{name}: {found['msg']}", param=name)
