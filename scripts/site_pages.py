@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 CELL = re.compile(r"^# %%(.*)\n", re.M)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+ROW, CODE = re.compile(r"^\|.*$", re.M), re.compile(r"`[^`]+`")
+UNEXPLAINED = re.compile(r'\s*–\s*<div class="doc-md-description">\s*</div>')
 MORE = "Pages"
 
 
@@ -119,4 +121,14 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
             return f"{text} (`{outside}` of the sources)"
         return match[0]  # mkdocs reports it
 
-    return LINK.sub(named, markdown)
+    return ROW.sub(bars, LINK.sub(named, markdown))
+
+
+def bars(row: re.Match[str]) -> str:
+    """GitHub wants a bar in a table's code escaped; here the backslash would be shown."""
+    return CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0])
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """What is returned or raised without a word of explanation has no dash after it."""
+    return UNEXPLAINED.sub("", html)

@@ -1,15 +1,17 @@
 """Every exception tinyllm raises on purpose.
 
-TinyLLMError
-├── GGUFError          (also ValueError)  the file is malformed, truncated or hostile
-├── UnsupportedModel                      the file is well formed, but we do not run what it holds
-├── ArgumentError      (also ValueError)  a caller's argument is out of range or of the wrong kind
-├── ContextOverflow    (also ValueError)  the tokens do not fit into the context
-├── StateError                            a conversation state cannot do what was asked
-├── DeviceError                           a device, driver or optional package is missing or too small
-├── QueueFull                             an engine has as many waiting requests as it may have
-├── TemplateError      (also ValueError)  a chat template failed, or was stopped
-└── NumericError                          NaN or infinity in weights or logits
+One ``except`` catches a kind with all below it:
+
+    TinyLLMError
+    ├── GGUFError          (also ValueError)  the file is malformed, truncated or hostile
+    ├── UnsupportedModel                      the file is well formed, but we do not run what it holds
+    ├── ArgumentError      (also ValueError)  a caller's argument is out of range or of the wrong kind
+    ├── ContextOverflow    (also ValueError)  the tokens do not fit into the context
+    ├── StateError                            a conversation state cannot do what was asked
+    ├── DeviceError                           a device, driver or optional package is missing or too small
+    ├── QueueFull                             an engine has as many waiting requests as it may have
+    ├── TemplateError      (also ValueError)  a chat template failed, or was stopped
+    └── NumericError                          NaN or infinity in weights or logits
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
 
         Returns
         -------
-        str, or iterator of str, or ``tinyllm.Completion``; a list for a list
+        str, or iterator of str, or tinyllm.Completion; a list for a list
 
         Raises
         ------
