@@ -87,7 +87,7 @@ plots.spans(
 # There is no program in the file. What the numbers *mean* is not said: whoever reads it must know the architecture,
 # whose name, here `llama`, is one of the values.
 #
-# **Predict.** The model has 4.2 million weights and the file 4.5 million bytes. How many bytes does a weight take,
+# **Predict.** The model has 4.2 million weights, in 4.5 million bytes of the file. How many bytes does a weight take,
 # and can it be a Python float (8 bytes), a float32 (4) or a half-precision float (2)?
 
 # %%
@@ -586,10 +586,10 @@ with check("the second path"):
 # ## How many lines was that?
 #
 # The reader of metadata, the table, the blocks, the alphabet and the model: count the cells without pictures and
-# prints, and you come to about a hundred. What do the other 37,000 lines of the package do?
+# prints, and you come to about a hundred. What do the other 40,000 lines of the package do?
 #
-# * **Other files.** 35 packings of weights (notebook 3), more than 60 architectures, five kinds of tokenizers
-#   (notebook 2), damaged files.
+# * **Other files.** 35 packings of weights (notebook 3), more than a hundred architectures, five kinds of
+#   tokenizers (notebook 2), damaged files.
 # * **Speed.** Our `logits_of` reads the whole text anew for each token (notebook 5 ends that), turns 8.5 bits into
 #   32 before it multiplies (notebook 7), and uses none of your processor's special instructions (notebook 7, again).
 # * **Use.** Sampling (notebook 6), conversations, servers (notebook 12), looking inside (notebooks 10 and 11).

@@ -397,7 +397,8 @@ with check("windows"):
 # %% [markdown]
 # ## Part 6. A smaller cache
 #
-# Keys and values can be quantised like weights: `kv_type="q8_0"` keeps 32 numbers in 34 bytes.
+# Keys and values can be quantised like weights: `kv_type="q8_0"` keeps 32 numbers in 34 bytes, a byte for each and
+# two for the scale that they share.
 #
 # **Predict.** Which loses more, halves instead of floats, or 8 bits instead of halves? By what factor?
 
@@ -426,8 +427,9 @@ for k in ("f16", "q8_0"):
     )
 
 # %% [markdown]
-# Eight bits lose some twenty times as much as halves, and still far less than the weights' own quantisation lost (compare
-# the KL of Q6_K in notebook 3). It is nearly free. Four bits are not: keys have a few large columns.
+# KL, the Kullback-Leibler divergence, is what a token costs more, in nats, if you believe the rounded probabilities. Eight
+# bits lose some twenty times as much as halves, and still far less than weights do: in six bits (Q6_K) this model's come
+# to 3e-4. It is nearly free. Four bits are not: keys have a few large columns.
 #
 # ## Part 7. Why decoding is still slow
 #

@@ -34,10 +34,10 @@ def cells(text: str) -> Iterator[tuple[bool, str]]:
 def page(path: Path) -> tuple[str, dict[str, bytes]]:
     """A notebook's page, and the figures on it by name."""
     parts, figures = [], {}
-    shown = outputs(path) if os.environ.get("TINYLLM_SITE_EXECUTE") else {}
+    results = outputs(path) if os.environ.get("TINYLLM_SITE_EXECUTE") else {}
     for i, (prose, body) in enumerate(cells(path.read_text("utf-8"))):
         parts.append(body if prose else f"```python\n{body}\n```")
-        for j, (kind, value) in enumerate(shown.get(i, [])):
+        for j, (kind, value) in enumerate(results.get(i, [])):
             if kind == "text":
                 parts.append(f'```{{.text .no-copy title="prints"}}\n{value.rstrip()}\n```')
             else:
@@ -56,15 +56,24 @@ def outputs(path: Path) -> dict[int, list[tuple[str, str]]]:
 
     book = jupytext.read(path)
     nbclient.NotebookClient(book, timeout=600, kernel_name="python3").execute(cwd=str(path.parent))
-    found: dict[int, list[tuple[str, str]]] = {}
-    for i, cell in enumerate(book.cells):
-        for out in cell.get("outputs", []):
-            if out.output_type == "stream" and out.name == "stdout":
-                found.setdefault(i, []).append(("text", out.text))
-            elif "image/png" in out.get("data", {}):
-                found.setdefault(i, []).append(("png", out.data["image/png"]))
-            elif "text/plain" in out.get("data", {}):
-                found.setdefault(i, []).append(("text", out.data["text/plain"]))
+    return {i: shown(cell.get("outputs", [])) for i, cell in enumerate(book.cells)}
+
+
+def shown(outs: list[Any]) -> list[tuple[str, str]]:
+    """What one cell's outputs show; a text that was printed in several pieces is one."""
+    found: list[tuple[str, str]] = []
+    for out in outs:
+        kind, value = "text", ""
+        if out["output_type"] == "stream" and out["name"] == "stdout":
+            value = out["text"]
+        elif "image/png" in out.get("data", {}):
+            kind, value = "png", out["data"]["image/png"]
+        elif "text/plain" in out.get("data", {}):
+            value = out["data"]["text/plain"]
+        if kind == "text" and found and found[-1][0] == "text":
+            value = found.pop()[1] + value
+        if value.strip():
+            found.append((kind, value))
     return found
 
 

@@ -123,6 +123,28 @@ def test_every_page_and_notebook_is_there(site: Path) -> None:
     ] == []
 
 
+def test_pages_show_what_their_sources_mean(site: Path) -> None:
+    card, errors, model = (
+        (site / name).read_text("utf-8")
+        for name in ("model-card.html", "api/errors.html", "api/model.html")
+    )
+    assert "<code>&lt;|begin|&gt;</code>" in card  # a bar in a table's code, escaped for GitHub
+    assert re.search(r"<pre>(<span></span>)?<code>TinyLLMError\n├── GGUFError ", errors)
+    assert not re.search(r"–\s*<div[^>]*>\s*</div>", model)  # a dash, and no word after it
+
+
+def test_what_a_cell_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs-material")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    pages = import_module("site_pages")
+    printed = [{"output_type": "stream", "name": "stdout", "text": t} for t in ("a", "b\n", "\n")]
+    figure = {"output_type": "display_data", "data": {"image/png": "AAAA", "text/plain": "<F>"}}
+    warning = {"output_type": "stream", "name": "stderr", "text": "w"}
+    assert pages.shown([*printed, warning, figure, printed[2]]) == [
+        ("text", "ab\n\n"), ("png", "AAAA"),
+    ]  # fmt: skip
+
+
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
         '<p id="x"><a href="b.html">b</a><a href="#y">y</a><a href="#x">x</a><a href="https://x.org">e</a>'
