@@ -159,7 +159,8 @@ def test_tensors_are_kept_or_given_types_by_pattern(tmp_path: Path) -> None:
     for more, message in (
         ({"keep": ["nothing"]}, "no tensor's name has a match of 'nothing'"),
         ({"keep": ["("]}, "is no regular expression"),
-        ({"types": {"ffn_up": "Q9"}}, "cannot be written as 'Q9'"),
+        ({"types": {"ffn_up": "Q9"}}, "no type 'Q9'; we write"),
+        ({"types": {"ffn_up": "I8"}}, "cannot be written as 'I8'"),
     ):
         with pytest.raises(ArgumentError, match=message):
             tinyllm.quantize(tmp_path / "wide.gguf", out, "Q4_0", **more)  # type: ignore[arg-type]

@@ -127,7 +127,8 @@ def _asked(
         for name in names:
             asked[name] = file.tensors[name].type if kind is None else kind
             if kind is not None and kind not in quants.FORMATS:
-                raise ArgumentError(f"no type {kind!r:.20}; there are {', '.join(quants.FORMATS)}")
+                written = ", ".join(k for k, f in quants.FORMATS.items() if f.quantize)
+                raise ArgumentError(f"no type {kind!r:.20}; we write {written}")
             fmt, n = quants.FORMATS.get(asked[name]), file.tensors[name].shape[-1]
             if fmt is None or (kind is not None and (not fmt.quantize or n % fmt.block_size)):
                 raise ArgumentError(f"{name}: rows of {n} values cannot be written as {kind!r:.20}")
