@@ -270,8 +270,8 @@ def check_layers(tensors: Mapping[str, Any], family: Family, n: int) -> None:
     layers: dict[int, set[str]] = {i: set() for i in range(n)}
     for name in tensors:
         if name.startswith("blk."):
-            _, i, rest = name.split(".", 2)
-            layers.setdefault(int(i), set()).add(rest)
+            _, number, rest = name.split(".", 2)
+            layers.setdefault(int(number), set()).add(rest)
     if len(layers) > n:
         raise ArgumentError(f"config.json says {n} layers; the files have one more, number {n}")
     kinds: dict[bool, set[str]] = {}

@@ -201,7 +201,9 @@ def _files(folder: Path) -> list[Path]:
         raise ArgumentError(f"{folder}: there is no *.safetensors file{hint}")
     for path in files:
         part = PART.fullmatch(path.name)
-        for i in range(1, int(part[3]) + 1) if part else ():
+        if part is None:
+            continue
+        for i in range(1, int(part[3]) + 1):
             name = f"{part[1]}{i:0{len(part[2])}}-of-{part[3]}.safetensors"
             if not (folder / name).is_file():
                 raise GGUFError(
