@@ -142,6 +142,25 @@ def test_parquet_without_the_columns_is_named(tmp_path: Path) -> None:
         list(Table(str(tmp_path / "bad.parquet")))
 
 
+@pytest.mark.parametrize("byte", [0, 7, 255])
+def test_parquet_whose_pages_are_damaged_is_named(byte: int, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet", ["Once upon a time", "The cat"])
+    data = bytearray(Path(source).read_bytes())
+    end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")  # where the description begins
+    data[4:end] = bytes([byte]) * (end - 4)
+    Path(source).write_bytes(data)
+    with pytest.raises(ArgumentError, match=r"in\.parquet is damaged behind row 0: "):
+        list(Table(source))
+
+
+def test_parquet_whose_text_is_no_utf8_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet", ["Zebra", "The cat"])
+    data = Path(source).read_bytes().replace(b"Zebra", b"Zeb\xff\xfe")
+    Path(source).write_bytes(data)
+    with pytest.raises(ArgumentError, match=r"in\.parquet is damaged behind row 0: .*utf-8"):
+        list(Table(source))
+
+
 def test_parquet_without_pyarrow_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

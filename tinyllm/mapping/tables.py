@@ -127,11 +127,16 @@ class Table:
                 raise ArgumentError(f"{self.path} is no Parquet file: {error}") from None
             self._check_names(file.schema_arrow.names, "its schema")
             number = 0
-            for batch in file.iter_batches(ROWS, columns=[self.key, self.text]):
-                keys, texts = (batch.column(n).to_pylist() for n in (self.key, self.text))
-                for key, text in zip(keys, texts, strict=True):
-                    number += 1
-                    yield f"row {number}", key, text
+            try:
+                for batch in file.iter_batches(ROWS, columns=[self.key, self.text]):
+                    keys, texts = (batch.column(n).to_pylist() for n in (self.key, self.text))
+                    for key, text in zip(keys, texts, strict=True):
+                        number += 1
+                        yield f"row {number}", key, text
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise ArgumentError(
+                    f"{self.path} is damaged behind row {number}: {' '.join(str(error).split())}"
+                ) from None
 
     def _check_names(self, names: Iterable[str], place: str) -> None:
         """ArgumentError unless both columns are there."""
