@@ -163,6 +163,7 @@ class AltUpBlock(Block):
         )
         assert self.per_layer is not None
         extra = self.per_layer(step, be.mul(first, self.correct_scale))
+        extra = step.tap(f"blk.{self.i}.per_layer", extra)
         for name, other in zip(self.names, others, strict=True):
             step.carried[name] = be.add(other, extra)
         return first

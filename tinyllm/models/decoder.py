@@ -94,7 +94,7 @@ class Block:
     def finished(self, step: Step, x: Array) -> Array:
         """What the block hands on: with the layer's own embedding added, and scaled, where it has these."""
         if self.per_layer is not None:
-            x = self.be.add(x, self.per_layer(step, x))
+            x = self.be.add(x, step.tap(f"blk.{self.i}.per_layer", self.per_layer(step, x)))
         return x if self.out_scale == 1 else self.be.scale_softcap(x, self.out_scale)
 
     def alone(self, step: Step, x: Array) -> Array:

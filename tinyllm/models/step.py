@@ -17,7 +17,7 @@ Tap = Callable[[str, np.ndarray], "np.ndarray | None"]
 ON_REQUEST = frozenset(
     """attn_probs attn_scores attn_result attn_norm_scale ffn_norm_scale output_norm_scale q_proj k_proj
     resid_mid attn_post ffn_post ffn_act ffn_act_exps ffn_act_shexp router_logits router_probs
-    gate rate decay state""".split()
+    gate rate decay state per_layer""".split()
 )
 
 

@@ -54,6 +54,7 @@ MEANINGS = {
     "decay": "what share of the recurrent state stays from row to row",
     "state": "the recurrent state after the last row",
     "gate": "what the recurrence's output is multiplied by, before its activation function",
+    "per_layer": "what the layer's own embedding of each token adds, or adds to the other streams",
     "out": "the residual stream after the layer",
     "output_norm": "what the head reads",
     "output_norm_scale": "the magnitude that the last norm divides each row by",

@@ -1,0 +1,157 @@
+"""What heads, neurons and biases add is the residual stream, in every architecture, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_points import NAMES, file_of, network
+
+from tinyllm import gguf
+from tinyllm.models.altup import AltUpBlock
+from tinyllm.models.ffn import FFN, XIELU, BesideMoE, FeedForwardAlone, MoE, NormedBesideMoE
+from tinyllm.models.loops import LoopBlock, RoundsBlock
+from tinyllm.models.mixer import NoMixer
+from tinyllm.models.network import Network
+from tinyllm.research.cache import run_with_cache
+
+BOUND = 1e-5  # x the largest value of the residual stream
+
+
+def host(x: Any) -> Any:
+    """A small array, or 0 where there is none."""
+    return 0 if x is None else np.array(x, np.float64)
+
+
+def normed(norm: Any, x: np.ndarray) -> np.ndarray:
+    """A norm: linear in parts of x once its magnitude is known."""
+    if norm is None:
+        return x
+    centred = x if norm.kind == "rms" else x - x.mean(-1, keepdims=True)
+    rows = centred.reshape(len(x), -1, norm.group or x.shape[-1])
+    scale = np.sqrt((rows * rows).mean(-1, keepdims=True) + norm.eps)
+    weight = 1 if norm.weight is None else host(norm.weight)
+    return (rows / scale).reshape(x.shape) * weight + host(norm.bias)
+
+
+class Parts:
+    """The parts of one layer's halves, of the points that a pass has shown and the file's matrices."""
+
+    def __init__(self, net: Network, tensors: Mapping[str, Any], cache: Any, i: int) -> None:
+        self.block, self.cache, self.i = net.decoder.blocks[i], cache, i
+        self.at, self.of = f"blk.{i}.", f"blk.{net.config.blocks[i]}."
+        self.tensors = tensors
+
+    def point(self, kind: str) -> np.ndarray:
+        return np.asarray(self.cache[self.at + kind], np.float64)
+
+    def weight(self, name: str) -> np.ndarray:
+        return np.asarray(self.tensors[self.of + name].dequantize(), np.float64)
+
+    def bias(self, name: str) -> Any:
+        return self.weight(name) if self.of + name in self.tensors else 0
+
+    def heads(self) -> np.ndarray:
+        """What heads and the bias add; what the mixer adds where it is no attention alone."""
+        mixer: Any = self.block.mixer
+        if isinstance(mixer, FeedForwardAlone):
+            return self.half(mixer.half)
+        if self.at + "attn_result" not in self.cache or not hasattr(mixer, "o"):
+            return self.point("attn_out")
+        return self.point("attn_result").sum(1) + host(mixer.o.bias)
+
+    def half(self, ffn: Any) -> np.ndarray:
+        """What the neurons and biases of a feed-forward half add; its output where it has no plain ones."""
+        if isinstance(ffn, FFN | XIELU):
+            return self.neurons(ffn)
+        if isinstance(ffn, MoE):
+            return self.experts(ffn)
+        if isinstance(ffn, BesideMoE):
+            return (self.neurons(ffn.plain) + self.experts(ffn.experts)) * ffn.scale
+        if isinstance(ffn, NormedBesideMoE):
+            plain = normed(ffn.plain_post, self.neurons(ffn.plain))
+            return plain + normed(ffn.experts_post, self.experts(ffn.experts))
+        return self.point("ffn_out")
+
+    def neurons(self, ffn: FFN | XIELU, suffix: str = "") -> np.ndarray:
+        """What the neurons of a plain half, or of the expert that all tokens share, and the bias add."""
+        act = normed(getattr(ffn, "norm", None), self.point(f"ffn_act{suffix}"))
+        down = f"ffn_down{suffix}"
+        return act @ self.weight(f"{down}.weight").T + self.bias(f"{down}.bias")
+
+    def experts(self, moe: MoE) -> np.ndarray:
+        """What the neurons of the chosen experts add, each as much as the router says."""
+        logits = moe.be.array(self.cache[self.at + "router_logits"])
+        chosen = np.array(moe.be.route(logits, moe.routing, moe.bias)[0])
+        weights = np.take_along_axis(self.point("router_probs"), chosen, 1)
+        if moe.inputs:  # the weights are in the neurons
+            weights = np.ones_like(weights)
+        down = self.weight("ffn_down_exps.weight")
+        each = np.einsum("tkef,tkf->tke", down[chosen], self.point("ffn_act_exps"))
+        if moe.down.bias is not None:
+            each += self.weight("ffn_down_exps.bias")[chosen]
+        if moe.down_scale is not None:
+            weights = weights * self.weight("ffn_down_exps.scale")[chosen]
+        total = (each * weights[..., None]).sum(1)
+        if moe.wide is not None:
+            total = total @ self.weight("ffn_latent_up.weight").T
+        if moe.shared is not None:
+            extra = self.neurons(moe.shared, "_shexp")
+            if moe.shared_gate is not None:
+                gate = self.point("ffn_norm") @ self.weight("ffn_gate_inp_shexp.weight").ravel()
+                extra = extra / (1 + np.exp(-gate))[:, None]
+            total = total + extra
+        return np.asarray(total * moe.scale)
+
+
+def stream_of(p: Parts, start: np.ndarray) -> np.ndarray:
+    """The residual stream after a layer that reads ``start``, put together of its parts."""
+    b = p.block
+    if isinstance(b.mixer, NoMixer):
+        return start if b.ffn is None else start + b.scale * p.half(b.ffn)
+    y = p.heads()
+    if b.norm_at == "after":
+        middle = normed(b.attn_post, start + y)
+        return normed(b.ffn_post, middle + p.half(b.ffn))
+    middle = start + b.scale * normed(b.attn_post, y)
+    if b.ffn is None:
+        return middle
+    if b.parallel:
+        return middle + b.scale * p.half(b.ffn)
+    f = normed(b.ffn_post, p.half(b.ffn))
+    if b.side is not None:
+        f = f + p.experts(b.side)
+    total = middle + b.scale * f
+    if b.per_layer is not None:
+        total = total + p.point("per_layer")
+    return total * b.out_scale
+
+
+def near(found: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.abs(found - wanted).max() <= BOUND * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_neurons_and_biases_make_the_residual_stream(name: str, data: Path) -> None:
+    """Each layer's parts, and with them the whole: what a layer starts from is what the last one made."""
+    net, ids = network(name, "reference")
+    cache = run_with_cache(net, [ids], lambda n: True, None, "float32", None)[0]
+    with gguf.open(file_of(name)) as f:
+        stream = np.asarray(cache["embd"], np.float64)
+        low = None if net.decoder.streams is None else getattr(net.decoder.streams, "low", None)
+        for i, block in enumerate(net.decoder.blocks):
+            p = Parts(net, f.tensors, cache, i)
+            if isinstance(block, AltUpBlock):  # its streams are mixed: no sum; its halves are sums
+                assert near(p.heads(), cache[p.at + "attn_out"])
+                assert near(p.half(block.ffn), cache[p.at + "ffn_out"])
+                continue
+            if isinstance(block, LoopBlock):
+                stream = normed(block.again, stream)
+            if isinstance(block, RoundsBlock) and block.begins:
+                stream = normed(block.norm, stream)
+                stream, low = stream + host(low), stream if block.turns else low
+            stream = stream_of(p, stream)
+            assert near(stream, cache[p.at + "out"]), i
