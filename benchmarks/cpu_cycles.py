@@ -39,7 +39,7 @@ PROCESSORS = {  # by LLVM's names: the triple, and the features that kernels cho
 }
 FORMATS = ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4"]
 FLOATS = ["F16", "BF16", "F32"]
-EXACT = ["Q4_0", "Q8_0", "Q4_K"]  # multiplied with activations in float32
+EXACT = ["Q4_0", "Q8_0", "Q4_K"]  # multiplied with activations that keep what float32 has
 
 
 # ---- in a process for each processor
@@ -49,10 +49,6 @@ def modules() -> dict[str, str]:
     """LLVM IR of each kernel, by name, for the processor that this process compiles for."""
     from tinyllm.kernels.cpu import floats, formats, jit, matmul, micro, readers
 
-    def groups(reader: readers.Reader) -> dict[str, Any]:
-        group = floats.multiplier(reader, floats.GROUP)
-        return {"multiply": group, "multiply_group": group}
-
     bodies: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name in FORMATS:
         for n in (1, 8):
@@ -60,12 +56,15 @@ def modules() -> dict[str, str]:
             multiply = micro.multiplier(formats.FORMATS[name], n, slots)
             bodies[f"{name} {n}"] = matmul.matvec, {"multiply": multiply}
     for name in FLOATS:
-        reader = readers.plain(name)
-        bodies[f"{name} 1"] = floats.matvec_float, groups(reader)
+        reader = readers.reader(name)
+        group = floats.multiplier(reader, floats.GROUP)
+        names = {"multiply": group, "multiply_group": group}
+        bodies[f"{name} 1"] = floats.matvec_float, names
         names = {"multiply": floats.few_multiplier(reader, 6), "store_row": floats.row_storer(None)}
         bodies[f"{name} 6"] = floats.matmul_float_few, names
     for name in EXACT:
-        bodies[f"exact {name}"] = floats.matvec_float, groups(readers.exact(name))
+        multiply = matmul.row_multiplier(formats.FORMATS[name], micro.EXACT_DIGITS, "parts")
+        bodies[f"exact {name}"] = matmul.matvec, {"multiply": multiply}
     return {
         name: jit.module_text(body, "kernel", names, jit.parameters(body))
         for name, (body, names) in bodies.items()

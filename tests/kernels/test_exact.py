@@ -1,4 +1,4 @@
-"""Quantised matrices times float32 activations: near the dequantised product, the same bits in any batch."""
+"""Quantised matrices times activations as float32 has them: near the dequantised product, the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -81,6 +81,23 @@ def test_experts(name: str, n_tokens: int, each: bool) -> None:
     inputs = np.broadcast_to(x if each else x[:, None], (n_tokens, 2, 256)).astype(np.float64)
     want = np.einsum("tke,tkoe->tko", inputs[:40], source.values[experts[:40]]) + bias[experts[:40]]
     assert np.abs(together[:40] - want).max() <= 2e-5 * want.std()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+def test_an_activation_far_above_the_others_takes_little_from_them(name: str) -> None:
+    """No more than float32 loses when it adds them up: language models have such activations."""
+    w, x = stored(name, 64, 512), normal(5, 512)
+    x[:, 40] *= 1e4
+    want = x.astype(np.float64) @ w.values.T.astype(np.float64)
+    lost = np.abs(x).max() * np.abs(w.values).max() * np.sqrt(512) / 2**24
+    assert np.abs(product(TWO, TWO.load(w), x) - want).max() <= lost
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e30])
+def test_activations_of_any_size(size: float) -> None:
+    w, x = stored("Q8_0", 16, 64), normal(4, 64) * np.float32(size)
+    want = x.astype(np.float64) @ w.values.T.astype(np.float64)
+    assert np.abs(product(TWO, TWO.load(w), x) - want).max() <= 1e-5 * np.abs(want).max() + 1e-35
 
 
 def test_it_is_the_rounding_to_integers_that_is_gone() -> None:

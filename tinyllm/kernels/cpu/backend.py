@@ -56,7 +56,7 @@ class CPUBackend(Backend):
         Threads asked for; more than there are cores are not started. Default: one per physical core.
     compute : {"f32", "bf16", "exact"}
         "bf16": matrices of floats are multiplied in bfloat16 with more than one token; "exact": quantised ones
-        as floats, not as integers.
+        with three times 8 bits of an activation, which is what float32 has of it.
 
     Raises
     ------
@@ -111,7 +111,7 @@ class CPUBackend(Backend):
         weight = load_weight(source, rows, self._workers, self.compute == "exact")
         for operation in ("matvec", "matmul"):
             found = self._outside.get((operation, weight.kind))
-            if found and not (weight.reader and found.wants_records):  # floats have no records
+            if found and not (found.wants_records and weight.digits > 1):  # of one row
                 weight.outside[operation] = found
         if self.compute == "bf16" and weight.format is None:
             return bfloat.RoundedWeight(**vars(weight))

@@ -26,7 +26,9 @@ from .weights import CPUWeight
 # ---- kernels; the micro-kernel that they name is given by ``jit.kernel``
 
 multiply = GIVEN
-ROWS_AT_ONCE = 480  # rows of one expert whose outputs wait in a worker's scratch memory
+ROWS_AT_ONCE = (
+    480  # rows of one expert whose outputs wait in a worker's scratch memory; a block of ``matmul``
+)
 INNER = 256  # bytes of the arguments of the kernel that a piece calls
 FEW, FEW_FLOAT = 6, 2  # rows that go one by one: cheaper than unpacking, the tiles being in cache
 SEGMENT = 24  # bytes: an expert, its first place in ``order``, its number of rows
@@ -89,23 +91,23 @@ def group_rows(
         set_i32(e, get_i32(e) + 1)
 
 
-def gather_records(x, out, order, choices, n_bytes, slots, span, first, last, worker):
-    """Records of one token -> records of ``slots``; a piece is a run of ``order``."""
+def gather_records(x, out, order, choices, n_bytes, digits, slots, span, first, last, worker):
+    """Records of one token -> records of ``slots`` rows; a piece is a run of ``order``."""
+    size = 2 * span * digits  # of a record: as many bytes of codes as of fields
     for piece in range(first, last):
         run = order + 4 * slots * piece
-        for slot in range(slots):
-            row = get_i32(run + 4 * slot)
+        for i in range(slots * digits):
+            row, slot, digit = get_i32(run + 4 * (i // digits)), i % slots, i % digits
             if row < 0:
                 break
             source = x + row // choices * n_bytes
-            to = out + piece * n_bytes * slots
-            for _ in range(
-                0, n_bytes, 2 * span
-            ):  # a record has the same number of bytes of codes and fields
-                copy(to + span * slot, source, span)
-                for i in range(0, span, 4):
-                    set_i32(to + (span + i) * slots + 4 * slot, get_i32(source + span + i))
-                source += 2 * span
+            to = out + (piece * n_bytes + i // slots * (n_bytes // digits)) * slots
+            for _ in range(0, n_bytes, size):
+                copy(to + span * slot, source + span * digit, span)
+                for j in range(0, span, 4):
+                    field = source + (span + j) * digits + 4 * digit
+                    set_i32(to + (span + j) * slots + 4 * slot, get_i32(field))
+                source += size
                 to += slots * 2 * span
 
 
@@ -120,13 +122,12 @@ def gather_floats(x, out, order, choices, n_bytes, first, last, worker):
 def matmul_experts(
     w, x, y, bias, tile_bytes, tiles, n_out, at_once, segments, order, choices, x_bytes,
     packed, packed_bytes, slots, matvec, matvec_args, per_piece, matmul, matmul_args, scratch,
-    scratch_bytes, at_most,
+    scratch_bytes, at_most, most,
     first, last, worker,
 ):  # fmt: skip
     """y [rows, n_out] of grouped rows; a piece is one segment and ``at_once`` tiles."""
     inner = scratch + worker * scratch_bytes
     out, groups = inner + INNER, (tiles + at_once - 1) // at_once
-    most = ROWS_AT_ONCE // slots * slots
     for piece in range(first, last):
         segment, tile = segments + SEGMENT * (piece // groups), piece % groups * at_once
         expert, place, n_rows = get_i64(segment), get_i64(segment + 8), get_i64(segment + 16)
@@ -186,28 +187,29 @@ def record_experts(
 
 def _single(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """x as the kernels for one row read it, made once for all that share x."""
-    if w.int8 is None:
+    if w.format is None:
         return x
-    key = ("single", w.int8.span)
+    key = ("single", w.format.span, w.digits)
     if key not in x.derived:
         flat = x.reshape(-1, w.n_in)
-        x.derived[key] = matmul.quantise_array(tape, flat, w.int8.span, single=True)
+        x.derived[key] = matmul.quantise_array(tape, flat, w, single=True)
     return x.derived[key]
 
 
 def _row_bytes(w: CPUWeight) -> int:
     """Bytes of one row of x as ``_single`` makes it."""
-    return w.n_in // 32 * micro.record_bytes(1) if w.int8 else 4 * w.n_in
+    return w.n_in // 32 * micro.record_bytes(w.digits) if w.format else 4 * w.n_in
 
 
 def _record_each(
     tape: Tape, w: CPUWeight, experts: CPUArray, n_workers: int, args: dict[str, Any]
 ) -> None:
     way = matmul.way_of(w, 1, n_workers)
+    name = f"{matmul.exact_name(w.kind, w.digits)}_{way.order}"
     if w.reader:
-        name, one = w.reader.name, multiplier(w.reader, 1)
+        one = multiplier(w.reader, 1)
     else:
-        name, one = f"{w.kind}_{way.order}", micro.multiplier(w.int8, 1, 1, order=way.order)
+        one = matmul.row_multiplier(w.format, w.digits, way.order)
     kernel = jit.kernel(matvec_experts, f"matvec_experts_{name}", multiply=one)
     pieces = experts.size * w.n_tiles
     more: dict[str, Any] = {"n_blocks": w.n_blocks, "experts": experts, "ahead": way.ahead}
@@ -234,7 +236,7 @@ class _Groups:
     @staticmethod
     def of(tape: Tape, w: CPUWeight, experts: CPUArray) -> _Groups:
         """The groups of this choice of experts, sorted once for all products with it."""
-        slots = micro.SLOTS if w.int8 else 1
+        slots = micro.SLOTS if w.format else 1
         key = ("groups", slots)
         if key not in experts.derived:
             experts.derived[key] = _Groups(tape, experts, w.shape[0], slots)
@@ -247,9 +249,10 @@ class _Groups:
         n = w.n_in
         size = _row_bytes(w)
         out = tape.array((self.n_runs * self.slots, size), "u1")
-        body: Callable = gather_records if w.int8 else gather_floats
+        body: Callable = gather_records if w.format else gather_floats
         args: dict[str, Any] = {"x": forms, "out": out, "order": self.order, "n_bytes": size}
-        args |= {"slots": self.slots, "span": w.int8.span} if w.int8 else {}
+        if w.format:
+            args |= {"slots": self.slots, "span": w.format.span, "digits": w.digits}
         tape.add(jit.kernel(body), self.n_runs, choices=self.n_rows * n // x.size, **args)
         self.packed[forms] = out
         return out
@@ -263,20 +266,20 @@ def _record_grouped(
     n_workers: int,
     args: dict[str, Any],
 ) -> None:
-    at_once = matmul.tiles_together(w, n_workers) if w.int8 else GROUP
-    most = min(groups.n_rows, ROWS_AT_ONCE)
+    at_once = matmul.tiles_together(w, n_workers) if w.format else GROUP
+    most = min(groups.n_rows, ROWS_AT_ONCE // w.digits)
     matvec, one_more, _ = matmul.matvec_kernel(w, n_workers)
     product, many_more, _ = matmul.matmul_kernel(tape, w, most, n_workers)
     one, many = _inner(w, matvec, one_more), _inner(w, product, many_more)
     scratch = tape.array((n_workers, INNER + 64 * at_once * most), "u1")
     more: dict[str, Any] = {"segments": groups.segments, "order": groups.order}
-    more |= {"slots": groups.slots}
+    more |= {"slots": groups.slots, "most": ROWS_AT_ONCE // w.digits}
     more |= {"packed": packed, "packed_bytes": packed.nbytes // groups.n_runs}
-    more |= {"matvec": matvec, "matvec_args": one, "per_piece": 1 if w.int8 else GROUP}
+    more |= {"matvec": matvec, "matvec_args": one, "per_piece": 1 if w.format else GROUP}
     more |= {"matmul": product, "matmul_args": many, "at_once": at_once}
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     pieces = groups.n_segments * -(-w.n_tiles // at_once)
-    at_most = FEW if w.int8 else FEW_FLOAT
+    at_most = FEW if w.format else FEW_FLOAT
     tape.add(jit.kernel(matmul_experts), pieces, at_most=at_most, **more, **args)
 
 

@@ -1,6 +1,6 @@
 """Products in float32 arithmetic, of weights that ``readers`` brings as floats.
 
-A tile is 16 rows, column after column, or block after block. For each output the products are added one by
+A tile is 16 rows, column after column. For each output the products are added one by
 one in ascending order of columns, whatever the number of tokens, so the bits do not depend on it.
 
 One token: straight from the tiles. More: some columns of a few tiles are widened to float32 side by side (a
@@ -108,7 +108,7 @@ def multiplier(reader: Reader, tiles: int) -> Callable:
 
             def blocks(i, n_blocks, acc, ahead=None):
                 at = b.mul(i, I64(reader.tile_bytes))
-                xi = e.alone(e.at(x, b.mul(i, I64(4 * reader.block))))
+                xi = e.alone(e.at(x, b.mul(i, I64(4))))
                 heads = [(e.at(base, at), first) for base in bases]
                 for c, ws in enumerate(columns(e, reader, heads, n, n_blocks, ahead)):
                     value = e.broadcast(xi, F32, n, 4 * c)
@@ -211,7 +211,7 @@ def few_multiplier(reader: Reader, n_tokens: int) -> Callable:
             asks = ahead if i < GROUP else I64(0)  # later the lines are the same
 
             def blocks(i, n_blocks, acc, ahead=None, some=some):
-                at, xi = b.mul(i, I64(reader.tile_bytes)), b.mul(i, I64(4 * reader.block))
+                at, xi = b.mul(i, I64(reader.tile_bytes)), b.mul(i, I64(4))
                 heads = [(e.at(tiles[r], at), I64(first)) for r, first in some]
                 for c, ws in enumerate(columns(e, reader, heads, n, n_blocks, ahead)):
                     e.in_order()  # registers do not hold the values of several columns at once
@@ -238,19 +238,19 @@ def at_most(e: Emit, i: int, n):
 
 @lru_cache
 def tile_widener(reader: Reader) -> Callable:
-    """Make widen_tile(w, n_blocks, panel, ahead): write blocks of a tile to a panel, as floats."""
-    n, at_once = lanes(), UNROLLED if reader.block == 1 else 1
+    """Make widen_tile(w, n_blocks, panel, ahead): write columns of a tile to a panel, as floats."""
+    n = lanes()
 
     @emitter(types.void, i64, i64, i64, i64)
     def widen_tile(e, w, n_blocks, panel, ahead):
-        """Write blocks of a tile to a panel, as floats."""
+        """Write columns of a tile to a panel, as floats."""
         b, w, panel = e.b, e.ptr(w), e.ptr(panel)
-        rounds = b.sdiv(n_blocks, I64(at_once))
-        done = b.mul(rounds, I64(at_once))
+        rounds = b.sdiv(n_blocks, I64(UNROLLED))
+        done = b.mul(rounds, I64(UNROLLED))
 
         def blocks(i, n_blocks, ahead=None):
             source = e.at(w, b.mul(i, I64(reader.tile_bytes)))
-            to = e.at(panel, b.mul(i, I64(reader.block * PANEL_ROW)))
+            to = e.at(panel, b.mul(i, I64(PANEL_ROW)))
 
             def rows(first):
                 here = e.at(to, b.mul(first, I64(4)))
@@ -260,9 +260,8 @@ def tile_widener(reader: Reader) -> Callable:
             e.each_run(rows)
             return []
 
-        e.loop_maybe(rounds, [], lambda i, _: blocks(b.mul(i, I64(at_once)), at_once, ahead))
-        if at_once > 1:
-            e.loop_maybe(b.sub(n_blocks, done), [], lambda i, _: blocks(b.add(done, i), 1))
+        e.loop_maybe(rounds, [], lambda i, _: blocks(b.mul(i, I64(UNROLLED)), UNROLLED, ahead))
+        e.loop_maybe(b.sub(n_blocks, done), [], lambda i, _: blocks(b.add(done, i), 1))
 
     return widen_tile
 
@@ -301,20 +300,20 @@ def matvec_float(w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, first, last,
 
 
 def matmul_float_few(
-    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, block, at_once, scratch,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, at_once, scratch,
     scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
     """y [T, n_out] of up to FEW tokens straight from the tiles, ``at_once`` a pass; a piece is GROUP tiles."""
-    row_bytes, blocks = 4 * block * n_blocks, FEW_COLUMNS // block
+    row_bytes = 4 * n_blocks
     for piece in range(first, last):
         tile = piece * GROUP
         n_tiles, source = min(GROUP, tiles - tile), w + tile * tile_bytes
-        for begin in range(0, n_blocks, blocks):
-            n, sums = min(blocks, n_blocks - begin), scratch + worker * scratch_bytes
+        for begin in range(0, n_blocks, FEW_COLUMNS):
+            n, sums = min(FEW_COLUMNS, n_blocks - begin), scratch + worker * scratch_bytes
             here, asks = source + begin * (tile_bytes // n_blocks), ahead
             for token in range(0, n_tokens, at_once):
-                rows = x + token * row_bytes + 4 * block * begin
+                rows = x + token * row_bytes + 4 * begin
                 n_rows = min(at_once, n_tokens - token)
                 multiply(here, tile_bytes, n_tiles, n, rows, row_bytes, n_rows, sums, begin, asks)
                 sums += at_once * PANEL_ROW
@@ -326,43 +325,36 @@ def matmul_float_few(
 
 
 def matmul_float(
-    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, block, at_once, scratch,
-    scratch_bytes,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, scratch, scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
     """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens.
 
-    ``at_once`` blocks become floats together; COLUMNS of them pass the tokens.
+    COLUMNS of the tiles become floats together, and pass the tokens.
     """
-    panel, n_in = scratch + worker * scratch_bytes, n_blocks * block
-    groups, row_bytes = (tiles + GROUP - 1) // GROUP, 4 * n_in
+    panel, groups = scratch + worker * scratch_bytes, (tiles + GROUP - 1) // GROUP
+    row_bytes = 4 * n_blocks
     for piece in range(first, last):
         tile, token0 = piece % groups * GROUP, piece // groups * TOKEN_BLOCK
         n_tiles, token1 = min(GROUP, tiles - tile), min(token0 + TOKEN_BLOCK, n_tokens)
         width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0
-        for begin in range(0, n_blocks, at_once):
-            blocks = min(at_once, n_blocks - begin)
+        for begin in range(0, n_blocks, COLUMNS):
+            n, sums = min(COLUMNS, n_blocks - begin), panel + COLUMNS * PANEL_ROW
             for t in range(n_tiles):
                 source = w + (tile + t) * tile_bytes + begin * (tile_bytes // n_blocks)
-                widen_tile(source, blocks, panel + 64 * t, ahead)
-            here, end = panel, (begin + blocks) * block
-            for column in range(begin * block, end, COLUMNS):
-                n, sums = min(COLUMNS, end - column), panel + at_once * block * PANEL_ROW
-                for token in range(token0, token1, TOKENS):
-                    rows, n_rows = x + 4 * (token * n_in + column), min(TOKENS, token1 - token)
-                    corner = y + 4 * (token * n_out + 16 * tile)
-                    if (
-                        column + n == n_in
-                    ):  # outputs lie far apart: they come while sums are computed
-                        fetch_rows(corner, n_rows, 4 * n_out)
-                    multiply_panel(here, n, rows, row_bytes, n_rows, sums, column)
-                    if column + n == n_in:
-                        for t in range(n_rows):
-                            store_row(
-                                sums + t * PANEL_ROW, corner + 4 * t * n_out, width, bias_here
-                            )
-                    sums += TOKENS * PANEL_ROW
-                here += COLUMNS * PANEL_ROW
+                widen_tile(source, n, panel + 64 * t, ahead)
+            for token in range(token0, token1, TOKENS):
+                rows, n_rows = x + 4 * (token * n_blocks + begin), min(TOKENS, token1 - token)
+                corner = y + 4 * (token * n_out + 16 * tile)
+                if (
+                    begin + n == n_blocks
+                ):  # outputs lie far apart: they come while sums are computed
+                    fetch_rows(corner, n_rows, 4 * n_out)
+                multiply_panel(panel, n, rows, row_bytes, n_rows, sums, begin)
+                if begin + n == n_blocks:
+                    for t in range(n_rows):
+                        store_row(sums + t * PANEL_ROW, corner + 4 * t * n_out, width, bias_here)
+                sums += TOKENS * PANEL_ROW
 
 
 @emitter(types.void, i64, i64, i64)

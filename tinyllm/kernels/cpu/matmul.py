@@ -7,6 +7,7 @@ unpacking costs little. The line ``ahead`` bytes behind each that comes from mem
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -39,7 +40,8 @@ from .weights import CPUWeight
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_tokens = unpack = quantise = unpack_minima = add_minima = GIVEN
+multiply = multiply_tokens = unpack = unpack_minima = add_minima = GIVEN
+quantise = quantise_second = quantise_third = GIVEN
 multiply_8 = multiply_4 = multiply_2 = GIVEN
 start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
@@ -64,6 +66,24 @@ def quantise_rows(x, out, n_rows, n, slots, used, span, first, last, worker):
                 quantise(x + 4 * (row * n + column), record, slot)
 
 
+def split_rows(x, out, n_rows, n, slots, used, span, first, last, worker):
+    """x [T, n] -> records of S rows as of ``quantise_rows``, each row of x being its three digits."""
+    pieces = (n + QUANTISED - 1) // QUANTISED
+    for piece in range(first, last):
+        tile, begin = piece // pieces, piece % pieces * QUANTISED
+        for slot in range(used):
+            row = min(tile * slots + slot, n_rows - 1)
+            source, digit = x + 4 * (row // 3) * n, row % 3
+            for column in range(begin, min(begin + QUANTISED, n), span):
+                record = out + (tile * n + column) * slots * 2
+                if digit == 0:
+                    quantise(source + 4 * column, record, slot)
+                elif digit == 1:
+                    quantise_second(source + 4 * column, record, slot)
+                else:
+                    quantise_third(source + 4 * column, record, slot)
+
+
 def matvec(w, x, y, bias, tile_bytes, n_blocks, ahead, first, last, worker):
     """y [n_out] of one token; a piece is a tile of 16 rows."""
     for tile in range(first, last):
@@ -73,37 +93,40 @@ def matvec(w, x, y, bias, tile_bytes, n_blocks, ahead, first, last, worker):
 
 
 def matmul_few(
-    w, x, y, bias, tile_bytes, n_blocks, ahead, n_out, n_tokens, x_bytes, scratch, scratch_bytes,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, n_out, n_tokens, digits, x_bytes, scratch,
+    scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
-    """y [T, n_out] of a few tokens straight from the tiles, some at a time; a piece is a tile."""
-    sums = scratch + worker * scratch_bytes
+    """y [T, n_out] of a few tokens straight from the tiles, some rows at a time; a piece is a tile."""
+    sums, n_rows = scratch + worker * scratch_bytes, n_tokens * digits
     for tile in range(first, last):
-        source, token, asks = w + tile * tile_bytes, 0, ahead
-        while token < n_tokens:
-            records, slot, to = x + token // 16 * x_bytes, token % 16, sums + 64 * token
-            if n_tokens - token > 4:
+        source, row, asks = w + tile * tile_bytes, 0, ahead
+        while row < n_rows:
+            records, slot, to = x + row // 16 * x_bytes, row % 16, sums + 64 * row
+            if n_rows - row > 4:
                 multiply_8(source, records, slot, n_blocks, to, asks)
-                token += 8
-            elif n_tokens - token > 2:
+                row += 8
+            elif n_rows - row > 2:
                 multiply_4(source, records, slot, n_blocks, to, asks)
-                token += 4
+                row += 4
             else:
                 multiply_2(source, records, slot, n_blocks, to, asks)
-                token += 2
+                row += 2
             asks = 0  # the tile is in a cache now
+        if digits > 1:
+            join_digits(sums, n_tokens, digits, 1)
         store_tiles(sums, y + 64 * tile, n_tokens, 1, n_out, 16 * tile, bias, False)
 
 
 def matmul(
-    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, x_bytes, step_bytes,
-    n_steps, wide, at_once, least_bytes, together, scratch, scratch_bytes,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, digits, token_block,
+    x_bytes, step_bytes, n_steps, wide, at_once, least_bytes, together, scratch, scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
-    """y [T, n_out] of many tokens; a piece is ``together`` tiles and TOKEN_BLOCK tokens.
+    """y [T, n_out] of many tokens; a piece is ``together`` tiles and ``token_block`` tokens.
 
-    Columns go by chunks of ``at_once`` records, so that those of 16 tokens stay in the first-level cache
-    while the tiles pass, and the sums of all tokens wait in ``sums`` [T / 16][together][16][16].
+    Columns go by chunks of ``at_once`` records, so that those of 16 rows of x stay in the first-level cache
+    while the tiles pass, and the sums of all rows wait in ``sums`` [rows / 16][together][16][16].
     """
     panels = scratch + worker * scratch_bytes
     per_block, panel_bytes = n_steps // n_blocks, at_once * step_bytes
@@ -114,9 +137,10 @@ def matmul(
     for piece in range(first, last):
         begin = piece % groups * together
         end = min(begin + together, tiles)
-        token0 = piece // groups * TOKEN_BLOCK
-        token1 = min(token0 + TOKEN_BLOCK, n_tokens)
-        clear(sums, (token1 - token0 + 15) // 16 * together * 1024)
+        token0 = piece // groups * token_block
+        token1 = min(token0 + token_block, n_tokens)
+        row0, row1 = token0 * digits, token1 * digits
+        clear(sums, (row1 - row0 + 15) // 16 * together * 1024)
         for step in range(0, n_steps, at_once):
             steps = min(at_once, n_steps - step)
             for tile in range(begin, end):
@@ -124,9 +148,9 @@ def matmul(
                 to = panels + (tile - begin) * panel_bytes
                 unpack(source, steps // per_block, to, ahead)
             y_bytes = (end - begin) * 1024
-            for token in range(token0, token1, wide):
-                records = x + (token // 16) * x_bytes + step * 1024
-                n, to = min(token1 - token, wide), sums + (token - token0) // 16 * y_bytes
+            for row in range(row0, row1, wide):
+                records = x + (row // 16) * x_bytes + step * 1024
+                n, to = min(row1 - row, wide), sums + (row - row0) // 16 * y_bytes
                 multiply_tokens(
                     panels, panel_bytes, records, n, steps, end - begin, to, x_bytes, y_bytes
                 )
@@ -134,15 +158,30 @@ def matmul(
             for tile in range(begin, end):
                 to = least + (tile - begin) * least_bytes
                 unpack_minima(w + tile * tile_bytes, n_blocks, to)
+            for row in range(row0, row1, 16):
+                records, to = x + (row // 16) * x_bytes, sums + (row - row0) * (end - begin) * 64
+                n = min(row1 - row, 16)
+                add_minima(least, least_bytes, records, n_blocks, to, n, end - begin)
+        if digits > 1:
+            join_digits(sums, token1 - token0, digits, end - begin)
         source = sums
         for token in range(token0, token1, 16):
             corner, n = y + 4 * (token * n_out + 16 * begin), min(token1 - token, 16)
-            if least_bytes != 0:
-                records = x + (token // 16) * x_bytes
-                add_minima(least, least_bytes, records, n_blocks, source, n, end - begin)
             store_tiles(source, corner, n, end - begin, n_out, 16 * begin, bias, past)
             source += (end - begin) * 1024
     stop()
+
+
+def join_digits(sums, n_tokens, digits, n_tiles):
+    """Sums of rows [rows / 16][tiles][16][16], ``digits`` a token, become sums of tokens, in their place."""
+    for token in range(n_tokens):
+        for tile in range(n_tiles):
+            row = (token + 1) * digits - 1
+            total = load(sums + ((row // 16 * n_tiles + tile) * 16 + row % 16) * 64)
+            while row > token * digits:
+                row -= 1
+                total = load(sums + ((row // 16 * n_tiles + tile) * 16 + row % 16) * 64) + total
+            store(sums + ((token // 16 * n_tiles + tile) * 16 + token % 16) * 64, total)
 
 
 def embed(
@@ -193,7 +232,7 @@ def record_matmul(
     if n_tokens == 1:
         kernel, more, pieces = matvec_kernel(w, n_workers)
         claimed = chunk(pieces)
-    elif n_tokens <= few_tokens(w):
+    elif n_tokens * w.digits <= few_rows(w):
         few = _few_floats if w.reader else _few_kernel
         kernel, more, pieces = few(tape, w, n_tokens, n_workers, act)
         claimed = chunk(pieces)
@@ -206,18 +245,18 @@ def record_matmul(
     return y
 
 
-def few_tokens(w: CPUWeight) -> int:
-    """How many tokens are multiplied straight from the tiles: fewer than unpacking pays for.
+def few_rows(w: CPUWeight) -> int:
+    """How many rows are multiplied straight from the tiles: fewer than unpacking pays for.
 
     A matrix unit multiplies 16 as fast as one, and 16 registers do not hold what a tile is taken apart to
     beside 8 sums. Else unpacking pays the sooner, the more scales there are.
     """
     if isinstance(w, bfloat.RoundedWeight):
         return 1
-    if w.int8 is None:
-        return floats.FEW if w.format is None else 1
+    if w.format is None:
+        return floats.FEW
     many_registers = instruction_set() in ("avx512vnni", "neon")
-    return w.int8.group if many_registers and not has_amx() else AT_ONCE[-1]
+    return w.format.group if many_registers and not has_amx() else AT_ONCE[-1]
 
 
 def operation(n_tokens: int) -> str:
@@ -234,26 +273,31 @@ def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
         if "bf16" not in x.derived:
             x.derived["bf16"] = bfloat.round_array(tape, x)
         return x.derived["bf16"]
-    if w.int8 is None:
+    if w.format is None:
         return x
-    key = ("records", w.int8.span)
+    key = ("records", w.format.span, w.digits)
     if key not in x.derived:
-        x.derived[key] = quantise_array(tape, x, w.int8.span)
+        x.derived[key] = quantise_array(tape, x, w)
     return x.derived[key]
 
 
-def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> CPUArray:
-    """x as int8 records, of one token each if ``single``."""
-    n_rows, n = x.shape
-    slots = 1 if single or n_rows == 1 else micro.SLOTS
+def quantise_array(tape: Tape, x: CPUArray, w: CPUWeight, single: bool = False) -> CPUArray:
+    """x as int8 records that w meets, of one token each if ``single``."""
+    (n_tokens, n), digits = x.shape, w.digits
+    assert w.format
+    span, n_rows = w.format.span, n_tokens * digits
+    slots = digits if single or n_tokens == 1 else micro.SLOTS
     tiles = -(-n_rows // slots)
     out = tape.array((tiles * n // 32, micro.record_bytes(slots)), "u1")
     used = min(slots, AT_ONCE[-1]) if n_rows <= AT_ONCE[-1] else slots
-    name, quantise = f"quantise_{slots}_{span}", micro.quantiser(slots, span)
     pieces = -(-n // QUANTISED)
-    kernel = jit.kernel(quantise_rows, name, quantise=quantise)
-    claimed = pieces if slots == 1 else 1
+    claimed = pieces if slots == digits else 1
     sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
+    names = ("quantise", "quantise_second", "quantise_third")[:digits]
+    made = {name: micro.quantiser(slots, span, i) for i, name in enumerate(names)}
+    kernel = jit.kernel(
+        quantise_rows if digits == 1 else split_rows, f"{names[-1]}_{slots}_{span}", **made
+    )
     tape.add(kernel, tiles * pieces, claimed, x=x, out=out, **sizes)
     return out
 
@@ -261,8 +305,8 @@ def quantise_array(tape: Tape, x: CPUArray, span: int, single: bool = False) -> 
 def matvec_kernel(w: CPUWeight, n_workers: int) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for one token, its arguments besides those of all products, and its pieces."""
     way = way_of(w, 1, n_workers)
-    if w.reader is None:
-        return _direct(w.int8, True, way.order), {"ahead": way.ahead}, w.n_tiles
+    if w.format:
+        return _matvec(w.format, w.digits, way.order), {"ahead": way.ahead}, w.n_tiles
     more = {"ahead": way.ahead, "tiles": w.n_tiles}
     return _float_matvec(w.reader), more, -(-w.n_tiles // GROUP)
 
@@ -274,11 +318,24 @@ def _float_matvec(reader: Reader) -> jit.Kernel:
 
 
 @lru_cache
-def _direct(fmt: Format, one: bool, order: str) -> jit.Kernel:
-    """The kernel that multiplies one token, or a few, straight from the tiles."""
-    if one:
-        multiply = micro.multiplier(fmt, 1, 1, order=order)
-        return jit.kernel(matvec, f"matvec_{fmt.name}_{order}", multiply=multiply)
+def _matvec(fmt: Format, digits: int, order: str) -> jit.Kernel:
+    name = f"matvec_{exact_name(fmt.name, digits)}_{order}"
+    return jit.kernel(matvec, name, multiply=row_multiplier(fmt, digits, order))
+
+
+def row_multiplier(fmt: Format, digits: int, order: str) -> Callable:
+    """The micro-kernel for the digits of one token."""
+    return micro.multiplier(fmt, digits, digits, order=order, joined=digits > 1)
+
+
+def exact_name(kind: str, digits: int) -> str:
+    """What a kernel for rows of so many digits is called."""
+    return kind if digits == 1 else f"exact_{kind}"
+
+
+@lru_cache
+def _direct(fmt: Format, order: str) -> jit.Kernel:
+    """The kernel that multiplies a few tokens straight from the tiles."""
     names = {f"multiply_{n}": micro.multiplier(fmt, n, micro.SLOTS, order=order) for n in AT_ONCE}
     return jit.kernel(matmul_few, f"matmul_few_{fmt.name}_{order}", **names)
 
@@ -293,14 +350,15 @@ def _few_kernel(
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for up to ``few_tokens``, some of its arguments, and its number of pieces."""
     assert w.format
-    at_once = next((n for n in AT_ONCE if n >= n_tokens), AT_ONCE[-1])
+    rows = n_tokens * w.digits
+    at_once = next((n for n in AT_ONCE if n >= rows), AT_ONCE[-1])
     way = way_of(w, at_once, n_workers)
-    rows = n_tokens + AT_ONCE[-1]  # the last ones may be repeated
+    rows += AT_ONCE[-1]  # the last ones may be repeated
     scratch = tape.array((n_workers, 64 * rows), "u1")
     more: dict[str, Any] = {"ahead": way.ahead, "n_out": w.n_out, "n_tokens": n_tokens}
-    more |= {"x_bytes": w.n_in // 32 * micro.record_bytes(micro.SLOTS)}
+    more |= {"x_bytes": w.n_in // 32 * micro.record_bytes(micro.SLOTS), "digits": w.digits}
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
-    return _direct(w.format, False, way.order), more, w.n_tiles
+    return _direct(w.format, way.order), more, w.n_tiles
 
 
 def _few_floats(
@@ -312,7 +370,7 @@ def _few_floats(
     assert w.reader
     scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
-    more |= {"block": w.reader.block, "at_once": at_once}
+    more |= {"at_once": at_once}
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     more["ahead"] = way_of(w, at_once, n_workers).ahead
     return _float_few(w.reader, at_once, act), more, -(-w.n_tiles // GROUP)
@@ -333,7 +391,7 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
     """
     if w.memory.nbytes < SMALL:
         return Way()
-    fmt, reader = w.int8, w.reader
+    fmt, reader, digits = w.format, w.reader, w.digits if n_tokens == 1 else 1
     n_blocks = TRIED // (w.n_in // w.n_blocks)
     tile_bytes = w.tile_bytes // w.n_blocks * n_blocks
 
@@ -346,18 +404,22 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
             args |= {"n_out": 16 * tiles, "n_tokens": n_tokens}
             args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
         if reader is None:
-            kernel, pieces = _direct(fmt, n_tokens == 1, way.order), tiles
-            args |= {"x_bytes": 0} if n_tokens > 1 else {}
+            pieces = tiles
+            if n_tokens == 1:
+                kernel = _matvec(fmt, digits, way.order)
+            else:
+                kernel = _direct(fmt, way.order)
+                args |= {"x_bytes": 0, "digits": 1}
         else:
             pieces, args["tiles"] = -(-tiles // GROUP), tiles
             kernel = _float_matvec(reader) if n_tokens == 1 else _float_few(reader, n_tokens)
-            args |= {"block": reader.block, "at_once": n_tokens} if n_tokens > 1 else {}
+            args |= {"at_once": n_tokens} if n_tokens > 1 else {}
         tape.add(kernel, pieces, chunk(pieces), **args)
 
     # LLVM has little to mix in a short block
     n_orders = 1 if fmt is None or n_tokens > 1 else 3 if fmt.span == 256 else 2
     orders = micro.ORDERS[:n_orders]
-    name = reader.name if reader else w.kind
+    name = exact_name(w.kind, digits)
     return timing.chosen(f"{name}_{n_tokens}", orders, record, tile_bytes, n_workers)
 
 
@@ -369,25 +431,24 @@ def matmul_kernel(
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     more["ahead"] = w.tile_bytes if asks else 0
     if w.reader:
-        block, at_once = w.reader.block, max(COLUMNS // w.reader.block, 1)
-        rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + at_once * block
+        rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
         end = row_storer(elementwise.ACTIVATIONS[act] if act else None)
         names = {"widen_tile": tile_widener(w.reader), "store_row": end}
         kernel = jit.kernel(matmul_float, f"matmul_{w.reader.name}{act and '_' + act}", **names)
-        more |= {"block": block, "at_once": at_once}
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
         kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind)
         n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
-        sums = -(-min(n_tokens, TOKEN_BLOCK) // 16) * 1024
+        token_block = TOKEN_BLOCK // w.digits // 16 * 16
+        sums = -(-min(n_tokens, token_block) * w.digits // 16) * 1024
         assert w.format
         least = w.n_blocks * minima.n_minima(w.format) * 64
         scratch = tape.array((n_workers, together * (at_once * step_bytes + least + sums)), "u1")
         more |= {"x_bytes": n_steps * micro.record_bytes(micro.SLOTS), "step_bytes": step_bytes}
         more |= {"n_steps": n_steps, "wide": wide, "at_once": at_once, "least_bytes": least}
-        more |= {"together": together}
-        pieces = -(-w.n_tiles // together) * -(-n_tokens // TOKEN_BLOCK)
+        more |= {"together": together, "digits": w.digits, "token_block": token_block}
+        pieces = -(-w.n_tiles // together) * -(-n_tokens // token_block)
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     return kernel, more, pieces
 

@@ -18,13 +18,18 @@ and where the span is 256, scales being integers, with the minima added up apart
     y = acc + least
 
 so the bits do not depend on the path.
+
+Where activations must lose nothing (``compute="exact"``), a row of them becomes three rows of int8, its
+*digits*: the second is what the first leaves, the third what the second leaves, each some 254 times finer. What
+is left then is about 2 ** -24 of the largest of a span, as much as float32 rounds it by. An output is the sum
+of those of its digits: first + (second + third).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 from llvmlite import ir
@@ -34,8 +39,10 @@ from .formats import Format, Part, Tile, int8_format, whole_format
 from .layout import shuffle
 from .simd import emitter, i64, types
 
+SMALLEST = 2.0**-120  # the inverse of scales below overflows: such activations count as 0
 INVERSE_127 = float(np.float32(1 / 127))
 SLOTS = 16  # tokens of a record when there are more than one
+EXACT_DIGITS = 3  # rows of int8 that hold what a row of float32 does
 # Orders of loading a tile. "parts": as its parts come, and what is ahead is asked for line by line. "block": as
 # LLVM likes within a block, and all lines ahead are asked for as it begins. "loads": as parts, load by load.
 ORDERS = ("parts", "block", "loads")
@@ -275,13 +282,18 @@ def add_unit(e: Emit, whole, unit, d, acc):
 
 @lru_cache
 def multiplier(
-    fmt: Format, n_tokens: int, slots: int, resume: bool = False, order: str = "parts"
+    fmt: Format,
+    n_tokens: int,
+    slots: int,
+    resume: bool = False,
+    order: str = "parts",
+    joined: bool = False,
 ) -> Callable:
     """multiply(w, x, slot, n_blocks, y, ahead): one tile of 16 rows times tokens [slot, slot + n_tokens).
 
     w: the tile's blocks; x: the tokens' records; y [n_tokens][16] floats. The line ``ahead`` bytes behind each
     that is read is asked for; 0 asks for nothing new. With ``resume`` y is added to, and there is no ``ahead``:
-    the blocks are in a cache. ``order``: see ``ORDERS``.
+    the blocks are in a cache. ``order``: see ``ORDERS``. ``joined``: the rows are digits of one token; y [16].
     """
     n, span = rows_at_once(n_tokens), fmt.span
 
@@ -320,7 +332,9 @@ def multiplier(
             acc = [
                 e.b.fadd(v, least) for v, least in zip(acc[:n_tokens], acc[n_tokens:], strict=True)
             ]
-        for p, v in zip(places, acc, strict=True):
+        if joined:
+            acc = [reduce(lambda rest, v: e.b.fadd(v, rest), reversed(acc))]
+        for p, v in zip(places, acc, strict=False):
             e.store(v, y, p)
 
     @emitter(types.void, *[i64] * (5 if resume else 6))
@@ -399,8 +413,8 @@ def unpacker(fmt: Format, form: Format) -> Callable:
 
 
 @lru_cache
-def quantiser(slots: int, span: int) -> Callable:
-    """Make quantise(x, record, slot): write ``span`` floats into a record, as int8 with one scale."""
+def quantiser(slots: int, span: int, digit: int = 0) -> Callable:
+    """Make quantise(x, record, slot): write ``span`` floats, or a later digit of them, into a record."""
 
     @emitter(types.void, i64, i64, i64)
     def quantise(e, x, record, slot):
@@ -408,10 +422,11 @@ def quantiser(slots: int, span: int) -> Callable:
         b, ty = e.b, V(F32, LANES)
         source, record = e.ptr(x), e.ptr(record)
         v = [e.load(source, ty, 4 * i) for i in range(0, span, LANES)]
-        most = _largest(e, [e.call("llvm.fabs.v16f32", ty, p) for p in v])
-        d = b.fmul(most, F32(INVERSE_127))
-        some = b.fcmp_ordered(">", most, F32(0.0))
-        inverse = e.splat(b.select(some, b.fdiv(F32(127.0), most), F32(0.0)), LANES)
+        d, inverse = _scale(e, v)
+        for _ in range(digit):
+            less = e.splat(b.fneg(d), LANES)
+            v = [e.fma(less, e.to_float(_rounded(e, b.fmul(p, inverse))), p) for p in v]
+            d, inverse = _scale(e, v)
         to = e.at(record, b.mul(slot, I64(span)))
         planes = e.at(record, b.add(I64(span * slots), b.mul(slot, I64(4))))
         for i in range(span // 32):
@@ -422,6 +437,15 @@ def quantiser(slots: int, span: int) -> Callable:
                 e.store(value, planes, 4 * slots * (len(FIELDS) * i + j))
 
     return quantise
+
+
+def _scale(e: Emit, vectors: list):
+    """The scale of floats as int8, and in all lanes what they are multiplied by to become codes."""
+    b = e.b
+    most = _largest(e, [e.call("llvm.fabs.v16f32", v.type, v) for v in vectors])
+    some = b.fcmp_ordered(">", most, F32(SMALLEST))
+    inverse = b.select(some, b.fdiv(F32(127.0), most), F32(0.0))
+    return b.fmul(most, F32(INVERSE_127)), e.splat(inverse, LANES)
 
 
 def _largest(e: Emit, vectors: list):

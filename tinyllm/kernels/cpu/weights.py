@@ -11,6 +11,7 @@ from ...errors import DeviceError
 from ..backend import Source
 from . import readers
 from .formats import FORMATS, Format
+from .micro import EXACT_DIGITS
 from .readers import Reader
 from .tiles import ROWS, RUN, interleave_rows, room, runs, share
 
@@ -22,9 +23,9 @@ ALONE = 1 << 19  # bytes of a matrix that one thread loads faster than two
 class CPUWeight:
     """A matrix [n_out, n_in] or a stack [n, n_out, n_in], as tiles.
 
-    ``format`` is None for F32, F16 and BF16; ``reader`` is how kernels read weights that are multiplied as
-    floats. ``tile_bytes`` are those of 16 whole rows; each matrix of a stack begins a new tile, and spare rows
-    of its last one are zeros.
+    ``format`` is None for F32, F16 and BF16, ``reader`` for all others. A quantised matrix meets a row of
+    activations as that many rows of int8, its ``digits`` (see ``micro``). ``tile_bytes`` are those of 16 whole
+    rows; each matrix of a stack begins a new tile, and spare rows of its last one are zeros.
     """
 
     type: str
@@ -34,7 +35,7 @@ class CPUWeight:
     tile_bytes: int
     memory: np.ndarray
     address: int  # where the memory begins
-    reader: Reader | None
+    digits: int = 1
     outside: dict[str, Any] = field(default_factory=dict)  # kernels from outside, by operation
 
     @property
@@ -42,9 +43,9 @@ class CPUWeight:
         return self.memory.nbytes
 
     @property
-    def int8(self) -> Format | None:
-        """The format, where it meets int8 activations."""
-        return None if self.reader else self.format
+    def reader(self) -> Reader | None:
+        """How kernels read weights that are multiplied as floats."""
+        return None if self.format else readers.reader(self.kind)
 
     @property
     def n_in(self) -> int:
@@ -68,7 +69,7 @@ class CPUWeight:
 def load_weight(
     source: Source, rows: np.ndarray | slice | None, n_threads: int, exact: bool = False
 ) -> CPUWeight:
-    """Read a tensor, or some of its rows, into tiles; ``exact``: to be multiplied with floats."""
+    """Read a tensor, or some of its rows, into tiles; ``exact``: activations keep all that float32 has."""
     shape = _shape_of(source, rows)
     fmt, kind = _form_of(source)
     n_out, n_in = shape[-2:]
@@ -77,8 +78,8 @@ def load_weight(
     n_mats, tiles = int(np.prod(shape[:-2])), -(-n_out // ROWS)
     memory = room.take(n_mats * tiles * ROWS * row_bytes)
     address = memory.ctypes.data
-    reader = readers.plain(kind) if fmt is None else readers.exact(kind) if exact else None
-    weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory, address, reader)
+    digits = EXACT_DIGITS if exact and fmt else 1
+    weight = CPUWeight(source.type, shape, fmt, kind, ROWS * row_bytes, memory, address, digits)
 
     def load(piece: tuple[int, int, int]) -> None:
         m, start, stop = piece
