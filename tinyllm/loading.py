@@ -79,8 +79,9 @@ def load(
     compute : {"f32", "bf16", "exact"}
         In what numbers matrices are multiplied. By default those stored as F32, F16 or BF16 in float32, and
         quantised ones as integers, with activations of 8 bits. "exact": with activations that keep what
-        float32 has, so that logits are those of the dequantised weights; on "cpu" and "reference" (docs/exact.md). "bf16": those stored as F32,
-        F16 or BF16, with several tokens, in bfloat16, faster and less exactly, on a CPU with AVX512-BF16.
+        float32 has, so that logits are those of the dequantised weights; on "cpu" and "reference"
+        (docs/exact.md). "bf16": those stored as F32, F16 or BF16, with several tokens, in bfloat16, faster and
+        less exactly, on a CPU with AVX512-BF16.
     kernels : sequence of str or Path
         Files with kernels of your own (docs/lab.md), which replace ours wherever they fit.
     lora : sequence of str, Path or (str or Path, float)

@@ -1,4 +1,4 @@
-"""Quantised matrices times activations as float32 has them: near the dequantised product, the same bits in any batch."""
+"""Quantised matrices times activations as float32 has them: near the product, the same bits in any batch."""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ class GPT4All(ModelFiles, LegacyNames, Closing):
     verbose : bool
         Say on stderr which file is used.
     compute : {"f32", "bf16", "exact"}
-        "exact" multiplies quantised weights with activations as float32 has them; "bf16" multiplies F32, F16 and BF16
-        weights faster and less exactly. As in `tinyllm.load`.
+        "exact" multiplies quantised weights with activations as float32 has them; "bf16" multiplies F32, F16
+        and BF16 weights faster and less exactly. As in `tinyllm.load`.
     kv_type : {"f16", "f32", "q8_0"}
         How keys and values are kept, as in `tinyllm.load`; "q8_0" takes half the memory of "f16".
     private_sessions : bool
