@@ -433,6 +433,38 @@ def profile(
     return _saved(figure, path)
 
 
+def comparison(
+    path: str | Path | None, title: str, layers: Sequence[float], tensors: Mapping[str, float]
+) -> Any:
+    """Draw what ``tinyllm.compare`` found.
+
+    Parameters
+    ----------
+    path, title
+        The file, and what stands above.
+    layers
+        The error after each layer.
+    tensors
+        By how much the KL falls with a tensor put back, by its name; may be empty. The 20 largest are drawn.
+    """
+    worst = sorted(tensors.items(), key=lambda pair: -pair[1])[:20]
+    figure, axes = _axes(
+        10 if worst else 6, max(3.5, 1 + 0.2 * len(worst)), ncols=1 + bool(worst), squeeze=False
+    )
+    ax = axes[0, 0]
+    ax.plot(range(len(layers)), layers, f"-{MARKERS[0]}", color=COLOURS[0], markersize=4)
+    _tidy(ax, xlabel="layer", ylabel="relative error of the residual stream")
+    ax.grid(alpha=0.25)
+    ax.set_ylim(bottom=0)
+    if worst:
+        names, values = [name for name, _ in worst], [value for _, value in worst]
+        axes[0, 1].barh(names[::-1], values[::-1], color=SOFT, edgecolor=INK, linewidth=0.6)
+        _tidy(axes[0, 1], xlabel="the KL falls by so much with it put back")
+        axes[0, 1].tick_params("y", labelsize=8)
+    figure.suptitle(title)
+    return _saved(figure, path)
+
+
 def roofline(
     path: str | Path | None,
     title: str,

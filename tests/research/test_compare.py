@@ -120,9 +120,15 @@ def last_logits(net: Network, ids: list[int]) -> np.ndarray:
     return np.array(net.forward([(state, len(ids), "all")])[0])
 
 
-def test_the_command(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["compare", *map(str, files), TEXT, "--layers", "-n", "8"]
-    assert main(argv) == 0
+    assert main([*argv, "--plot", "figure.gif"]) == 2
+    assert ".png, .svg, .pdf" in capsys.readouterr().err
+    figure = tmp_path / "figure.svg"
+    assert main([*argv, "--plot", str(figure)]) == 0
+    assert "<svg" in figure.read_text("utf-8")
     text = capsys.readouterr().out
     assert "perplexity" in text
     assert "blk.0" in text

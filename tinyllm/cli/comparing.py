@@ -26,14 +26,18 @@ def compare_arguments(p: Parser) -> None:
     p.add_argument("--layers", action="store_true", help="which layers of B cost most")
     p.add_argument("-n", "--n-greedy", type=int, default=64, metavar="N",
                    help="tokens that both write, to see where they part; default %(default)s")  # fmt: skip
+    p.add_argument("--plot", metavar="FILE", help="draw layers and tensors: .png, .svg or .pdf")
     json_option(p)
 
 
 def compare(args: Arguments) -> None:
     from tqdm import tqdm
 
+    from .. import plots
     from ..research.compare import compare as compared
 
+    if args.plot:
+        plots.check(args.plot)
     text = read(args.text[1:]) if args.text.startswith("@") else args.text
     which: bool | str = "layers" if args.layers else bool(args.tensors)
     ours, theirs = (
@@ -42,10 +46,14 @@ def compare(args: Arguments) -> None:
     with load_decoder(ours) as a, load_decoder(theirs) as b:
         found = compared(a, b, text, which, args.n_greedy,
                          lambda names, n: tqdm(names, "tensors", n, leave=False, disable=None))  # fmt: skip
+    names = Path(args.a).name, Path(args.b).name
+    if args.plot:
+        title = f"{names[1]} beside {names[0]}: KL {found.kl[0]:.4g}"
+        plots.comparison(args.plot, title, found.layers, found.tensors)
     if args.json:
         show(json.dumps(asdict(found), ensure_ascii=False) + "\n")
     else:
-        show("\n".join(lines(found, Path(args.a).name, Path(args.b).name)) + "\n")
+        show("\n".join(lines(found, *names)) + "\n")
 
 
 def lines(found: Comparison, a: str, b: str) -> Iterator[str]:
