@@ -21,6 +21,10 @@ pytestmark = [
 
 CLEAN = "Lily had a red ball"
 CORRUPTED = "Lily had a red cake"
+TOOLS = """resid_pre resid_mid attn_out mlp_out
+attn_head_out_by_pos attn_head_q_by_pos attn_head_k_by_pos attn_head_v_by_pos attn_head_pattern_by_pos
+attn_head_out_all_pos attn_head_q_all_pos attn_head_k_all_pos attn_head_v_all_pos attn_head_pattern_all_pos
+attn_head_pattern_dest_src_pos attn_head_all_pos_every attn_head_by_pos_every block_every""".split()
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +143,28 @@ def test_the_lens_and_attribution_are_those_of_torch(torch: Any, ours: Any, thei
         assert near(a, b)
 
 
-def test_patching_is_that_of_torch(torch: Any, ours: Any, theirs: Any) -> None:
+@pytest.mark.parametrize("name", TOOLS)
+def test_patching_is_that_of_torch(torch: Any, ours: Any, theirs: Any, name: str) -> None:
     patching = importlib.import_module("transformer_lens.patching")
     clean, corrupted = ours.to_tokens(CLEAN), ours.to_tokens(CORRUPTED)
     pair = tuple(clean[0, [1, 3]].tolist())
     found = []
     for bridge in (ours, theirs):
         _, cache = bridge.run_with_cache(clean)
-        run = patching.get_act_patch_resid_pre
-        found.append(run(bridge, corrupted, cache, lambda logits: metric(torch, logits, pair)))
-    assert (found[0] - found[1]).abs().max() < 1e-3 * theirs(clean).std()
+        with torch.no_grad():
+            run = getattr(patching, f"get_act_patch_{name}")
+            found.append(run(bridge, corrupted, cache, lambda logits: metric(torch, logits, pair)))
+    assert found[0].shape == found[1].shape
+    assert (found[0] - found[1]).abs().max() < 1e-5 * theirs(clean).std()
+    assert found[1].std() > 1e-3 * theirs(clean).std()  # patches do something
+
+
+def test_all_patching_tools_are_met(torch: Any, ours: Any) -> None:
+    patching = importlib.import_module("transformer_lens.patching")
+    there = {n.removeprefix("get_act_patch_") for n in dir(patching) if "get_act_patch_" in n}
+    assert there == {*TOOLS, "direct_path", "direct_path_all_sources"}
+    _, cache = ours.run_with_cache(CLEAN)
+    with pytest.raises(NotImplementedError, match="hook_q_input"):  # one head's input alone
+        patching.get_act_patch_direct_path(
+            ours, ours.to_tokens(CORRUPTED), cache, cache, lambda x: x.sum(), 0, 0
+        )

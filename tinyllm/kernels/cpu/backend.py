@@ -111,7 +111,7 @@ class CPUBackend(Backend):
         weight = load_weight(source, rows, self._workers, self.compute == "exact")
         for operation in ("matvec", "matmul"):
             found = self._outside.get((operation, weight.kind))
-            if found and not (found.wants_records and weight.digits > 1):  # of one row
+            if found and not (found.wants_records and weight.digits > 1):  # digits are no rows
                 weight.outside[operation] = found
         if self.compute == "bf16" and weight.format is None:
             return bfloat.RoundedWeight(**vars(weight))

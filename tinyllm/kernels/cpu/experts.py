@@ -209,6 +209,7 @@ def _record_each(
     if w.reader:
         one = multiplier(w.reader, 1)
     else:
+        assert w.format
         one = matmul.row_multiplier(w.format, w.digits, way.order)
     kernel = jit.kernel(matvec_experts, f"matvec_experts_{name}", multiply=one)
     pieces = experts.size * w.n_tiles
