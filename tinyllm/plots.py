@@ -455,7 +455,7 @@ def comparison(
     ax.plot(range(len(layers)), layers, f"-{MARKERS[0]}", color=COLOURS[0], markersize=4)
     _tidy(ax, xlabel="layer", ylabel="relative error of the residual stream")
     ax.grid(alpha=0.25)
-    ax.set_ylim(0, 1.08 * max(layers))
+    ax.set_ylim(0, 1.08 * max(layers) or 1)
     ax.locator_params("x", integer=True)
     if worst:
         names, values = [name for name, _ in worst], [value for _, value in worst]

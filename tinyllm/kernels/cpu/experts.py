@@ -93,7 +93,7 @@ def group_rows(
 
 def gather_records(x, out, order, choices, n_bytes, digits, slots, span, first, last, worker):
     """Records of one token -> records of ``slots`` rows; a piece is a run of ``order``."""
-    size = 2 * span * digits  # of a record: as many bytes of codes as of fields
+    size = 2 * span * digits  # a record has as many bytes of codes as of fields
     for piece in range(first, last):
         run = order + 4 * slots * piece
         for i in range(slots * digits):
