@@ -42,7 +42,7 @@ class Parts:
 
     def __init__(self, net: Network, tensors: Mapping[str, Any], cache: Any, i: int) -> None:
         self.block, self.cache, self.i = net.decoder.blocks[i], cache, i
-        self.at, self.of = f"blk.{i}.", f"blk.{net.config.blocks[i]}."
+        self.at, self.of = f"blk.{i}.", f"{net.arch.blocks_at}.{net.config.blocks[i]}."
         self.tensors = tensors
 
     def point(self, kind: str) -> np.ndarray:
