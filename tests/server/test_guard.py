@@ -6,6 +6,8 @@ import logging
 
 import pytest
 
+from tinyllm import cli
+
 URL = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 2}
 PAGE = "https://example.org"
@@ -190,3 +192,17 @@ def test_a_body_that_is_none_is_told_what_it_lacks(app, how, said):
     answer = app.call("POST", "/v1/embeddings", **how)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--chat-template", "nope"), "expected a file, or one of"),
+        (("--max-body", "0"), "--max-body 0; expected at least 0.001"),
+        (("--slots", "0"), "--slots 0; expected at least 1"),
+    ],
+    ids=str,
+)
+def test_what_no_server_can_be_is_refused_before_it_starts(words, said, capsys):
+    assert cli.main(["serve", "--port", "0", *words]) == 2
+    assert said in capsys.readouterr().err

@@ -86,7 +86,7 @@ def settings_of(args: Arguments) -> Settings:
         ("slots", 1),
         ("queue", 0),
         ("memory", 0),
-        ("max_body", 0),
+        ("max_body", 0.001),
         ("stop_seconds", 0),
     ):
         value = getattr(args, name)
@@ -145,7 +145,13 @@ def template_of(name: str | None) -> str | None:
 
     if name is None:
         return None
-    text = given_template(name if name in WELL_KNOWN else read_text(name))
+    try:
+        text = given_template(name if name in WELL_KNOWN else read_text(name))
+    except OSError as e:
+        known = ", ".join(WELL_KNOWN)
+        raise ArgumentError(
+            f"--chat-template {name}: {e.strerror}; expected a file, or one of {known}"
+        ) from e
     check(text)
     return text
 
