@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed import PACKED, unpacked
 
 from tinyllm import gguf
 from tinyllm.kernels.reference import ReferenceBackend
@@ -37,12 +38,16 @@ def distance(path: Path, be: Any) -> float:
     return float(np.abs(logits(network(path, be)) - want).max() / want.std())
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gptj", "falcon-h1")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("gptj", "falcon-h1", "mimo2", "gemma4-moe")
+]
 
 
 @pytest.mark.parametrize("name", ["hunyuan-moe", "qwen3next", *SLOW])
 def test_models_of_floats_give_the_references_logits(name: str, interpreted: Any) -> None:
-    assert distance(OURS / f"{name}.gguf", interpreted) < 1e-3
+    path = unpacked(name) if name in PACKED else OURS / f"{name}.gguf"
+    assert distance(path, interpreted) < 1e-3
     assert interpreted.driver.replays > 0
 
 
@@ -61,3 +66,13 @@ def test_the_largest_logits_are_found(interpreted: Any) -> None:
     ((best,),) = net.forward([(state, len(IDS), "last")], best=1)
     assert best.finite
     assert best.ids[0] == int(want.argmax())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5encoder", "eurobert"])
+def test_encoders_give_the_references_rows(name: str, interpreted: Any) -> None:
+    ids = IDS * 2  # farther apart than buckets of one distance
+    want, got = (
+        network(unpacked(name), be).hidden([ids])[0] for be in (ReferenceBackend(), interpreted)
+    )
+    assert np.abs(got - want).max() < 1e-3 * want.std()
