@@ -2,7 +2,8 @@
 
     python benchmarks/inside.py model.gguf [--json FILE]
 
-Kept are the residual stream (also between the halves), what the heads read, and the neurons of every layer.
+A model that was never looked into is measured, too: looking must leave nothing behind. Kept are the residual
+stream (also between the halves), what the heads read, and the neurons of every layer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tinyllm
 
 NAMES = ["embd", "resid_mid", "out", "attn_heads", "ffn_act"]
-PROMPT = "It was a sunny day in the small town by the sea. When Mary and John went to the store, "
+PROMPT = "It was a very warm and sunny day in the small town by the sea. When Mary and John went to the store, "
 CLEAN, CORRUPTED = PROMPT + "John gave a drink to", PROMPT + "Mary gave a drink to"
 
 
@@ -32,11 +33,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(m: tinyllm.Model, n_tokens: int = 512, rounds: int = 12) -> dict[str, float]:
+def measure(
+    m: tinyllm.Model, untouched: tinyllm.Model, n_tokens: int = 512, rounds: int = 12
+) -> dict[str, float]:
     """Medians of interleaved rounds: times the plain pass, and seconds of a grid."""
     ids = np.random.default_rng(0).integers(0, m.network.n_vocab, n_tokens).tolist()
     passes: dict[str, Callable[[], object]] = {
         "plain": lambda: m.logits(ids),
+        "never looked into": lambda: untouched.logits(ids),
         "kept": lambda: m.run_with_cache(ids, NAMES),
         "kept in float16": lambda: m.run_with_cache(ids, NAMES, dtype="float16"),
         "one row kept": lambda: m.run_with_cache(ids, "embd", positions=0),
@@ -44,9 +48,13 @@ def measure(m: tinyllm.Model, n_tokens: int = 512, rounds: int = 12) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in passes}
     for work in passes.values():
         work()
+    order = list(passes)
     for _ in range(rounds):
-        for name, work in passes.items():
-            times[name].append(seconds(work))
+        order.append(
+            order.pop(0)
+        )  # each comes behind each: what a pass leaves in memory costs the next
+        for name in order:
+            times[name].append(seconds(passes[name]))
     plain = float(np.median(times["plain"]))
     found = {name: float(np.median(t)) / plain for name, t in times.items()}
     pair = (" Mary", " John")
@@ -62,8 +70,8 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=12, help="default %(default)s")
     p.add_argument("--json", type=Path)
     args = p.parse_args()
-    with tinyllm.load(args.model) as m:
-        found = measure(m, rounds=args.rounds)
+    with tinyllm.load(args.model) as m, tinyllm.load(args.model) as untouched:
+        found = measure(m, untouched, rounds=args.rounds)
     for name, value in found.items():
         print(f"{value:9.2f}  {name}")
     if args.json:
