@@ -48,11 +48,9 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in passes}
     for work in passes.values():
         work()
-    order = list(passes)
+    order, rng = list(passes), np.random.default_rng(0)
     for _ in range(rounds):
-        order.append(
-            order.pop(0)
-        )  # each comes behind each: what a pass leaves in memory costs the next
+        rng.shuffle(order)  # what a pass leaves in memory costs the next one
         for name in order:
             times[name].append(seconds(passes[name]))
     plain = float(np.median(times["plain"]))
