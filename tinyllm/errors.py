@@ -70,7 +70,7 @@ class StateError(TinyLLMError):
 
 
 class DeviceError(TinyLLMError):
-    """A device, driver or optional package is missing, or the device is too small."""
+    """A device, driver or package is missing, or it is too small, or the kernels' sources were replaced."""
 
 
 class QueueFull(TinyLLMError):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from test_cpu import ONE, TWO, elsewhere, normal, product, stored
 
+from tinyllm.errors import DeviceError
 from tinyllm.kernels.cpu import emit, jit, source
 
 
@@ -69,6 +70,10 @@ def test_another_processor_version_or_kernel_has_another_cache(
         f.write("# edited")
     names.append(name_after(lambda m: None))
     assert len(set(names)) == len(names)
+    # a kernel made of what was imported and of the files of now would be neither's
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    with pytest.raises(DeviceError, match="start it again"):
+        jit.kernel(nothing_much, "nothing_of_two_versions")
 
 
 def test_an_edited_kernel_from_elsewhere_is_compiled_anew(monkeypatch: Any, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ import llvmlite
 from llvmlite import ir
 
 from ... import system
+from ...errors import DeviceError
 from . import emit, machine
 from .source import source_of
 from .translate import PyFunction, parameters, translate
@@ -154,6 +155,7 @@ def _machine_code(body: PyFunction, name: str, names: dict[str, Any], kinds: Kin
     path = folder / f"{name}-{_origin(body)}.o" if folder else None
     if code := kept(path):
         return code
+    _check_unchanged()
     start = time.perf_counter()
     code = machine.machine_code(module_text(body, name, names, kinds))
     compiled.append(name)
@@ -227,6 +229,7 @@ def report() -> str:
 @lru_cache(1)
 def cache_folder() -> Path | None:
     """Where compiled kernels are kept; None when no folder can be written."""
+    _check_unchanged()
     name = f"kernels-{_fingerprint()}"
     for parent in _candidates():
         folder = parent / name
@@ -249,10 +252,23 @@ def _fingerprint() -> str:
     """A hash of everything that decides the machine code."""
     triple, cpu, features = emit.target()
     parts = [sys.version, llvmlite.__version__, triple, cpu, *sorted(features)]
-    digest = hashlib.sha256("\n".join(parts).encode())
+    return hashlib.sha256("\n".join([*parts, _sources_hash()]).encode()).hexdigest()[:16]
+
+
+def _sources_hash() -> str:
+    """A hash of the files of Python code beside this one."""
+    digest = hashlib.sha256()
     for source in sorted(_package_files(), key=lambda f: f.name):
         digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def _check_unchanged() -> None:
+    """DeviceError if the sources are not those that were imported: the two would make a kernel of both."""
+    if _sources_hash() != _IMPORTED:
+        raise DeviceError(
+            f"the files in {Path(__file__).parent} changed while this program ran; start it again"
+        )
 
 
 def _package_files() -> list[Any]:
@@ -263,3 +279,6 @@ def _package_files() -> list[Any]:
 
         folder = resources.files(__package__)
     return [f for f in folder.iterdir() if f.name.endswith((".py", ".pyc"))]
+
+
+_IMPORTED = _sources_hash()
