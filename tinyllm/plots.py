@@ -8,6 +8,7 @@ or hatch, too.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import cycle
@@ -31,6 +32,8 @@ def check(path: str | Path) -> None:
     """ArgumentError, before anything is measured, if a figure cannot be drawn into such a file."""
     if Path(path).suffix.lower() not in KINDS:
         raise ArgumentError(f"{path}: expected a file that ends in {', '.join(KINDS)}")
+    if not Path(path).parent.is_dir():
+        raise ArgumentError(f"{path}: there is no folder {Path(path).parent}")
     _picture()
 
 
@@ -455,7 +458,7 @@ def comparison(
     ax.plot(range(len(layers)), layers, f"-{MARKERS[0]}", color=COLOURS[0], markersize=4)
     _tidy(ax, xlabel="layer", ylabel="relative error of the residual stream")
     ax.grid(alpha=0.25)
-    ax.set_ylim(0, 1.08 * max(layers) or 1)
+    ax.set_ylim(0, 1.08 * max(filter(math.isfinite, layers), default=0) or 1)
     ax.locator_params("x", integer=True)
     if worst:
         names, values = [name for name, _ in worst], [value for _, value in worst]

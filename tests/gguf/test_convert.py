@@ -264,7 +264,7 @@ def test_the_files_of_older_tokenizers(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "dynamic"}, "rope_parameters": None}, ArgumentError, "'dynamic'"),
         ({"vocab_size": None}, ArgumentError, "config.json lacks vocab_size"),
         ({"num_attention_heads": 5}, ArgumentError, "does not fit config.json's heads"),
-        ({"num_hidden_layers": 1}, ArgumentError, "says 1 layers; the files have one more, number 1"),
+        ({"num_hidden_layers": 1}, ArgumentError, "says 1 layers; the files have one of number [12]"),
         ({"num_hidden_layers": 3}, GGUFError, r"blk\.2\..* is missing; config.json says 3 layers"),
     ],
 )  # fmt: skip

@@ -93,6 +93,17 @@ def test_an_activation_far_above_the_others_takes_little_from_them(name: str) ->
     assert np.abs(product(TWO, TWO.load(w), x) - want).max() <= lost
 
 
+@pytest.mark.parametrize("be", [TWO, CPUBackend(1)], ids=["exact", "int8"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_no_activation_that_is_no_number_is_lost(be: CPUBackend, name: str) -> None:
+    w, x = be.load(stored(name, 16, 256)), normal(256, 256)
+    x[np.arange(256), np.arange(256)] = np.nan  # another column in each row
+    for n in (256, 5, 1):
+        assert np.isnan(product(be, w, x[-n:])).all()
+    x[np.arange(256), np.arange(256)] = np.inf
+    assert not np.isfinite(product(be, w, x)).any()
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e30])
 def test_activations_of_any_size(size: float) -> None:
     w, x = stored("Q8_0", 16, 64), normal(4, 64) * np.float32(size)

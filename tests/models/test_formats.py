@@ -59,10 +59,17 @@ def test_the_float_path_is_the_dequantised_product(name: str, device: str, data:
     assert np.abs(got - want).max() <= 1e-4 * want.std()
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", *(pytest.param(d, marks=pytest.mark.device) for d in ("opencl", "cuda"))]
-)
-@pytest.mark.parametrize("name", FILES)
+# the OpenCL programs of each format take seconds to compile; `test_ops` multiplies in all of them
+QUICK = {"F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "MXFP4"}
+ON_DEVICES = [
+    pytest.param(d, name, marks=[pytest.mark.device, *[pytest.mark.slow] * (not quick)])
+    for name in FILES
+    for quick in [name.rpartition("-")[2] in QUICK]
+    for d in ("opencl", "cuda")
+]
+
+
+@pytest.mark.parametrize(("device", "name"), [*(("cpu", name) for name in FILES), *ON_DEVICES])
 def test_the_integer_path_is_as_near_as_llama_cpp(name: str, device: str, data: Path) -> None:
     got, npz = logits(data / "golden" / "quants", name, device)
     want, theirs = npz["logits_deq_0"], npz["logits_lcpp_0"]

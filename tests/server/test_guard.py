@@ -185,11 +185,14 @@ def test_metrics_count_what_was_done(make_app):
         ({"json": []}, "the body is missing, or no object"),
         ({"json": {"input": []}}, "input: List should have at least 1 item"),
         ({"json": {"input": 5}}, "input: Input should be a valid string"),
+        ({"json": {"documents": ["a"]}, "path": "/v1/rerank"}, "query: Field required"),
+        ({"content": b"{}", "headers": {"content-type": "text/json"}}, "Content-Type is 'text/json'"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_body_that_is_none_is_told_what_it_lacks(app, how, said):
-    answer = app.call("POST", "/v1/embeddings", **how)
+    how = {"path": "/v1/embeddings", **how}
+    answer = app.call("POST", how.pop("path"), **how)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def _halves(fmt: quants.Format) -> list[str]:
 
 def checked_scale(scale: Any, name: str = "lora") -> float:
     """The scale of what ``load`` takes by this name as a float; ArgumentError unless it is a finite number."""
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
     if not number or not -MOST <= scale <= MOST:
         raise ArgumentError(f"{name}: scale {scale!r:.40}; expected a finite number")
     return float(scale)

@@ -379,6 +379,8 @@ class LocalDocs:
 
         if not isinstance(k, int) or k < 1:
             raise ArgumentError(f"k={k!r:.40}; expected a whole number of at least 1")
+        if nearest is not None and not isinstance(nearest, int | float):
+            raise ArgumentError(f"nearest={nearest!r:.40}; expected a number such as 0.45")
         hits = near(
             self.search(question, EXCERPTS, **where), NEAREST if nearest is None else nearest
         )

@@ -75,4 +75,14 @@ def nearest_sentences(
     for i, part in enumerate(parts):
         near = float(similarity[i])
         parts[i] = replace(part, similarity=near, words=words[i], score=near + words[i])
-    return sorted(parts, key=lambda p: -p.score)[:k]
+    chosen: list[Hit] = []
+    for part in sorted(parts, key=lambda p: -p.score):
+        # chunks that overlap may cut the same lines differently
+        if len(chosen) < k and not any(hold_alike(part, other) for other in chosen):
+            chosen.append(part)
+    return chosen
+
+
+def hold_alike(a: Hit, b: Hit) -> bool:
+    """Whether one of two parts of documents holds the other."""
+    return a.path == b.path and (a.text in b.text or b.text in a.text)

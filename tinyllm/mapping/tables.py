@@ -120,12 +120,15 @@ class Table:
 
     def _parquet(self) -> Iterator[tuple[str, Any, Any]]:
         pa = pyarrow()
+        damaged = (pa.ArrowException, OSError, UnicodeDecodeError)
         with open(self.path, "rb") as opened:  # a missing file is told as for the other kinds
             try:
                 file = pa.parquet.ParquetFile(opened)
-            except pa.ArrowException as error:
-                raise ArgumentError(f"{self.path} is no Parquet file: {error}") from None
-            self._check_names(file.schema_arrow.names, "its schema")
+                names = file.schema_arrow.names
+            except damaged as error:
+                said = " ".join(str(error).split())
+                raise ArgumentError(f"{self.path} is no Parquet file: {said}") from None
+            self._check_names(names, "its schema")
             number = 0
             try:
                 for batch in file.iter_batches(ROWS, columns=[self.key, self.text]):
@@ -133,7 +136,7 @@ class Table:
                     for key, text in zip(keys, texts, strict=True):
                         number += 1
                         yield f"row {number}", key, text
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except damaged as error:
                 raise ArgumentError(
                     f"{self.path} is damaged behind row {number}: {' '.join(str(error).split())}"
                 ) from None

@@ -274,7 +274,7 @@ class Config:
 def architecture(metadata: Mapping[str, Any]) -> str:
     """The name in ``general.architecture``."""
     name, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
-    if kind in OTHER_FILES:
+    if isinstance(kind, str) and kind in OTHER_FILES:
         raise GGUFError(f"is {kind!r}: {OTHER_FILES[kind]}, no model", name="general.type")
     if not isinstance(name, str) or not 0 < len(name) <= 64:
         raise GGUFError(f"is {name!r:.60}; expected a short name", name="general.architecture")

@@ -232,8 +232,8 @@ def answers(address: str) -> None:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise TinyLLMError(f"no Ray cluster at {address}: expected auto, local or host:port")
     try:
-        socket.create_connection((host, int(port)), LISTENING_S).close()
-    except OSError as error:
+        socket.create_connection((host.strip("[]"), int(port)), LISTENING_S).close()
+    except (OSError, UnicodeError) as error:  # the second: no name of a host
         raise TinyLLMError(f"no Ray cluster at {address}: {error}") from error
 
 

@@ -44,7 +44,8 @@ ROUTES = (
 )  # fmt: skip
 
 
-BRANCH = re.compile(r"body|query|path|str|int|bool|float|[a-z]+-.*|[\w-]*\[.*\]|[A-Z]\w+", re.S)
+JSON = re.compile(r"application/(.+\+)?json")
+BRANCH = re.compile(r"str|int|bool|float|[a-z]+-.*|[\w-]*\[.*\]|[A-Z]\w+", re.S)
 """Parts of an error's place that a client did not write: which of several types was tried."""
 
 
@@ -163,7 +164,8 @@ async def on_wrong_field(request: Request, error: Exception) -> Response:
     """A body that is no JSON, or has a field that is unknown or wrong."""
     assert isinstance(error, RequestValidationError)
     kind = request.headers.get("content-type")
-    read = error.body is not None and "json" not in (kind or "").lower()
+    media = (kind or "").partition(";")[0].strip().lower()
+    read = error.body is not None and not JSON.fullmatch(media)
     if read:
         refusal = Refusal(400, f"Content-Type is {kind!r:.60}; expected 'application/json'")
     else:
@@ -178,7 +180,8 @@ def wrong_field(errors: Sequence[Any]) -> Refusal:
     """
     unknown = [e for e in errors if e["type"] == "extra_forbidden"]
     found = max(unknown or errors, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
-    name = ".".join(str(p) for p in found["loc"] if not BRANCH.fullmatch(str(p)))
+    inner = found["loc"][1:]  # behind "body", "query" or "path"
+    name = ".".join(str(p) for p in inner if not BRANCH.fullmatch(str(p)))
     if found["type"] == "extra_forbidden":
         return Refusal(
             400, f"Unrecognized request argument supplied: {name}", param=name, code="unknown_field"

@@ -233,7 +233,8 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
         template = pick_template(model.metadata) if given is None else given_template(given)
         if template is not None:  # lm-eval renders it without them
             names = [name for name, text in spelled.items() if text is not None]
-            set_all = "".join(f"{{%- set {n} = {json.dumps(spelled[n])} -%}}" for n in names)
+            quoted = {n: json.dumps(spelled[n], ensure_ascii=False) for n in names}
+            set_all = "".join(f"{{%- set {n} = {text} +%}}" for n, text in quoted.items())
             template = set_all + template
         return {
             "tokenizer_class": type(t).__name__, **spelled, "add_bos_token": t.add_bos,

@@ -6,7 +6,15 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_serializer,
+    model_validator,
+)
 
 from .errors import Refusal
 from .settings import Settings
@@ -19,9 +27,22 @@ class Strict(BaseModel):
 
 
 class Loose(BaseModel):
-    """A part of a request whose further fields are kept."""
+    """A part of a request whose further fields are kept, all in their order: templates write them out."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+    _order: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_given(cls, given: Any, read: Any) -> Any:
+        made = read(given)
+        made._order = tuple(given) if isinstance(given, dict) else ()
+        return made
+
+    @model_serializer(mode="wrap")
+    def _in_order(self, told_of: Any) -> dict[str, Any]:
+        told = told_of(self)
+        return {name: told[name] for name in self._order if name in told} | told
 
 
 def _number(value: object) -> object:

@@ -167,8 +167,9 @@ class Target:
             if self.change is None:
                 yield part.shape, part.rows
             else:
+                stored = part.read()
                 try:
-                    rows = self.change.values(self.config, part.read())
+                    rows = self.change.values(self.config, stored)
                 except ValueError:
                     raise ArgumentError(
                         f"{part.name} has shape {part.shape}, which does not fit config.json's heads"
@@ -273,7 +274,9 @@ def check_layers(tensors: Mapping[str, Any], family: Family, n: int) -> None:
             _, number, rest = name.split(".", 2)
             layers.setdefault(int(number), set()).add(rest)
     if len(layers) > n:
-        raise ArgumentError(f"config.json says {n} layers; the files have one more, number {n}")
+        raise ArgumentError(
+            f"config.json says {n} layers; the files have one of number {max(layers)}, counted from 0"
+        )
     kinds: dict[bool, set[str]] = {}
     for names in layers.values():
         kinds.setdefault(any("_exps." in name for name in names), set()).update(names)

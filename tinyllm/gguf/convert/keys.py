@@ -239,7 +239,10 @@ def gemma3_keys(c: Config) -> Found:
 
 def gemma4_keys(c: Config) -> Found:
     """Layers that see everything have heads of another size, and may have another number of them."""
-    windowed, n_shared = windows(c, otherwise=lambda i: (i + 1) % 6 != 0), c["num_kv_shared_layers"]
+    windowed, n_shared = (
+        windows(c, otherwise=lambda i: (i + 1) % 6 != 0),
+        needed(c, "num_kv_shared_layers"),
+    )
     d, full = int(c["head_dim"]), of_full_layers(c, "global_head_dim", "head_dim")
     given = rope(c)
     if given.get("rope_type") != "proportional":

@@ -1,6 +1,6 @@
 """Matrix products: kernels around the micro-kernels of ``micro`` (quantised) and ``floats`` (F32, F16, BF16).
 
-One token: ``matvec``, straight from the tiles; up to ``few_tokens``: ``matmul_few``, likewise, some at a time.
+One token: ``matvec``, straight from the tiles; up to ``few_rows``: ``matmul_few``, likewise, some at a time.
 More: ``matmul``; a thread unpacks a few tiles into its scratch memory and runs all tokens past them, so that
 unpacking costs little. The line ``ahead`` bytes behind each that comes from memory is asked for: ``timing``.
 """
@@ -348,7 +348,7 @@ def chunk(pieces: int) -> int:
 def _few_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to ``few_tokens``, some of its arguments, and its number of pieces."""
+    """The kernel for up to ``few_rows``, some of its arguments, and its number of pieces."""
     assert w.format
     rows = n_tokens * w.digits
     at_once = next((n for n in AT_ONCE if n >= rows), AT_ONCE[-1])
@@ -364,7 +364,7 @@ def _few_kernel(
 def _few_floats(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
-    """The kernel for up to ``few_tokens`` and float weights; otherwise as ``_few_kernel``."""
+    """The kernel for up to ``few_rows`` and float weights; otherwise as ``_few_kernel``."""
     at_once = min(floats.FEW_AT_ONCE, key=lambda n: (-(-n_tokens // n) * n, -n))
     rows = -(-n_tokens // at_once) * at_once
     assert w.reader

@@ -449,11 +449,19 @@ def _scale(e: Emit, vectors: list):
 
 
 def _largest(e: Emit, vectors: list):
-    """The largest of all lanes; NaN if one is."""
-    while len(vectors) > 1:
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [e.select("<", p, q, q, p) for p, q in pairs]
-    return e.fold(vectors[0], lambda p, q: e.select("<", p, q, q, p))
+    """The largest of all lanes, none of which has a sign; NaN if one is.
+
+    As integers their bits are in the same order, those of NaN behind all others.
+    """
+    b = e.b
+
+    def larger(p, q):
+        return b.select(b.icmp_signed("<", p, q), q, p)
+
+    bits = [b.bitcast(v, V(I32, LANES)) for v in vectors]
+    while len(bits) > 1:
+        bits = [larger(p, q) for p, q in zip(bits[::2], bits[1::2], strict=True)]
+    return b.bitcast(e.fold(bits[0], larger), F32)
 
 
 def _rounded(e: Emit, v):

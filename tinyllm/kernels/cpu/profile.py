@@ -114,7 +114,7 @@ def work_of(name: str, args: dict[str, Any]) -> Callable[[], Work]:
     if len(w.shape) > 2:
         matrices = w.nbytes // w.shape[0] * min(w.shape[0], y.size // w.n_out)
     numbers: profile.Numbers = "float" if w.reader else "int8"
-    return _known(Work(others + matrices, matrices, y.size * w.n_in, numbers))
+    return _known(Work(others + matrices, matrices, y.size * w.n_in * w.digits, numbers))
 
 
 def _known(work: Work) -> Callable[[], Work]:
