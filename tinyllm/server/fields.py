@@ -41,7 +41,7 @@ class Loose(BaseModel):
 
     @model_serializer(mode="wrap")
     def _in_order(self, told_of: Any) -> dict[str, Any]:
-        told = told_of(self)
+        told: dict[str, Any] = told_of(self)
         return {name: told[name] for name in self._order if name in told} | told
 
 
