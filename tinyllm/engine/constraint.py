@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, TinyLLMError, UnsupportedModel
+from ..errors import ArgumentError, UnsupportedModel
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -104,7 +104,8 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = self._matcher.get_error().strip().split("\n")[0]
-            raise TinyLLMError(f"the constraint cannot be kept to any longer: {reason}")
+            # its limits are met while a text is written: it is what was asked for that is too large
+            raise ArgumentError(f"the constraint cannot be kept to any longer: {reason}")
 
 
 def compile_grammar(
