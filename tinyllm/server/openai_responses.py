@@ -502,5 +502,6 @@ class ResponseWriter:
         return [*events, self._event("response.output_item.done", output_index=index, item=item)]
 
     def failed(self, refusal: Refusal) -> bytes:
-        fields = {"code": refusal.code or "server_error", "message": refusal.message}
+        code = "server_error" if refusal.status >= 500 else "invalid_prompt"
+        fields = {"code": refusal.code or code, "message": refusal.message}
         return self._event("error", **fields, param=refusal.param)
