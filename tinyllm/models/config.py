@@ -30,18 +30,12 @@ HARMLESS = {
     "time_mix_extra_dim",
     "time_decay_extra_dim",
     "token_shift_count",  # whether the feed-forward half shifts rows too, its tensors say
-    "attention.decay_lora_rank",
-    "attention.iclr_lora_rank",
-    "attention.value_residual_mix_lora_rank",
-    "attention.gate_lora_rank",
+    *(f"attention.{of}_lora_rank" for of in ("decay", "iclr", "value_residual_mix", "gate")),
     "rescale_every_n_layers",  # a guard against float16 overflow; our activations are float32
     "full_attention_interval",  # which layers are recurrent is seen from the tensors
     "attention.recurrent_layers",
     "rope.dimension_sections",  # axes of a picture; of text all have the same position
-    "dense_2_feat_in",
-    "dense_2_feat_out",
-    "dense_3_feat_in",
-    "dense_3_feat_out",
+    *(f"dense_{i}_feat_{side}" for i in (2, 3) for side in ("in", "out")),
     "embedding_length_out",
     "attention.indexer.head_count",  # what the index is made of; see ``n_ctx_most``
     "attention.indexer.key_length",
