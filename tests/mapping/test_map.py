@@ -153,6 +153,17 @@ def test_parquet_whose_pages_are_damaged_is_named(byte: int, tmp_path: Path) -> 
         list(Table(source))
 
 
+@pytest.mark.parametrize("byte", [0, 7, 255])
+def test_parquet_whose_description_is_damaged_is_named(byte: int, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet", ["Once upon a time", "The cat"])
+    data = bytearray(Path(source).read_bytes())
+    size = int.from_bytes(data[-8:-4], "little")
+    data[-8 - size : -8] = bytes([byte]) * size
+    Path(source).write_bytes(data)
+    with pytest.raises(ArgumentError, match=r"in\.parquet is no Parquet file: "):
+        list(Table(source))
+
+
 def test_parquet_whose_text_is_no_utf8_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "in.parquet", ["Zebra", "The cat"])
     data = Path(source).read_bytes().replace(b"Zebra", b"Zeb\xff\xfe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 jsonschema = pytest.importorskip("jsonschema")
 
-from tinyllm.server import page  # noqa: E402
+from tinyllm.server import openai_chat, page  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Tell me a story."}]
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {}}}
@@ -140,6 +141,16 @@ def test_a_choice_of_a_tool_where_there_is_none_is_named(app):
     choice = {"type": "function", "function": {"name": "weather"}}
     answer = app.post("/v1/chat/completions", {**MESSAGE, "tool_choice": choice})
     assert "tool_choice='weather', but there are no tools" in answer.json()["error"]["message"]
+
+
+def test_a_tools_fields_keep_their_order():
+    """Templates write them out: another order would be another prompt."""
+    sent = {
+        "function": {"description": "Tells it.", "parameters": {}, "name": "time"},
+        "type": "function",
+    }
+    told = openai_chat.FunctionTool.model_validate(sent).model_dump()
+    assert json.dumps(told) == json.dumps(sent)
 
 
 def test_who_has_no_key_may_read_what_is_answered(make_app):

@@ -102,8 +102,8 @@ def scale_by_width(c: Config, n_layer: int) -> Config:
 
 
 def gemma2(c: Config) -> Config:
-    """A file without a key for it means a window of 4096."""
-    if not any(c.window) and not c.has_no_window:
+    """A file that does not speak of windows means those of 4096."""
+    if not any(c.window) and not c.has_no_window and not c.window_listed:
         c = replace(c, window=(4096,) * c.n_layer)
     return scale_by_width(every(2, scaled_embedding(c)), 46)
 

@@ -105,9 +105,9 @@ def settle(x: Floats, high: int, weights: Floats, d: Halves, m: Halves) -> tuple
 
     Where one weight outweighs all others, it is their rounding that decides how near it comes.
     """
-    found = np.zeros((len(x), 2), np.float32)
+    found = np.stack([d, m], 1).astype(np.float32)  # what stays where no error is finite
     for _ in range(ROUNDS):
-        tried = [np.stack([np.nextafter(h, -INF), h, np.nextafter(h, INF)], 1) for h in (d, m)]
+        tried = [np.stack([h, np.nextafter(h, -INF), np.nextafter(h, INF)], 1) for h in (d, m)]
         run(among, x, weights, float(high), *(t.astype(np.float32) for t in tried), found)
         d, m = (found[:, i].astype(np.float16) for i in (0, 1))
     return d, m
