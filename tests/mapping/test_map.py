@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,12 @@ def shout(rows: Rows) -> Iterator[tuple[int, dict]]:
         vector = np.float32([len(text) / 3, -0.1, 1e-30])
         yield number, {"size": len(text), "half": len(text) / 2, "shout": text.upper(),
                        "vector": vector, "error": None}  # fmt: skip
+
+
+def stops(rows: Rows) -> Iterator[tuple[int, dict]]:
+    """The last row's result, and an error."""
+    yield next(shout(rows))
+    raise ZeroDivisionError
 
 
 def write(path: Path, keys: list, text: str = "text", key: str = "id") -> str:
@@ -277,11 +284,38 @@ def test_work_that_leaves_rows_out_is_an_error_and_keeps_the_others(tmp_path: Pa
 def test_another_job_is_refused(tmp_path: Path, change: Callable, error: str) -> None:
     source = write(tmp_path / "in.jsonl", ["a", "b"])
     with pytest.raises(ZeroDivisionError):
-        job(source, tmp_path / "out.jsonl", option=1).run(lambda rows: 1 / 0)
+        job(source, tmp_path / "out.jsonl", option=1).run(stops)
     change(source)
     with pytest.raises(ArgumentError) as found:
         job(source, tmp_path / "out.jsonl", option=2).run(shout)
     assert error in str(found.value)
+
+
+def test_work_that_fails_before_the_first_row_leaves_nothing(tmp_path: Path) -> None:
+    """And whoever waited for the lock meanwhile works on a journal that is there."""
+    source, target = write(tmp_path / "in.txt", [1, 2, 3]), tmp_path / "out.jsonl"
+    with pytest.raises(ZeroDivisionError):
+        job(source, target).run(lambda rows: 1 // 0)
+    assert os.listdir(tmp_path) == ["in.txt"]
+    others: list[threading.Thread] = []
+
+    def fails(rows: Rows) -> Iterator[tuple[int, dict]]:
+        others.append(threading.Thread(target=job(source, target).run, args=[shout]))
+        others[0].start()
+        time.sleep(0.2)  # it waits
+        raise OSError("no way")
+        yield
+
+    with pytest.raises(OSError, match="no way"):
+        job(source, target, model="another").run(fails)
+    others[0].join()
+    assert [row["size"] for row in read(target)] == [len(text) for _, text in Table(source)]
+
+
+def test_a_key_that_occurs_twice_is_two_rows(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in.jsonl", ["a", "a"]), tmp_path / "out.jsonl"
+    job(source, target).run(shout)
+    assert [row["id"] for row in read(target)] == ["a", "a"]
 
 
 def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def map_(args: Arguments) -> None:
         if args.ray is not None:
             name, cpus = None if args.model is None else str(args.model), args.n_threads
             there = {n: x for n, x in loading.items() if n != "n_threads"}  # a node has its own
-            yield from map_rows(args.ray, args.task, rows, name, there, options, cpus)
+            yield from map_rows(args.ray, args.task, rows, name, there, options, cpus, note)
             return
         with load(args) as model:
             yield from task(model, **options).run(rows)

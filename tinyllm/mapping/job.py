@@ -12,6 +12,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from glob import escape
 from itertools import islice
@@ -214,8 +215,7 @@ class Job:
         """
         found = self.source.identity()
         about = {"tinyllm": __version__, **self.about, "key": self.source.key, "input": found}
-        with open(self.journal_path, "a+b") as file:
-            system.lock_file(file.fileno())
+        with self._journal_file() as file:
             journal = Journal(file, about, found["rows"])
             if journal.n_done == 0 and os.path.exists(self.target):
                 return None
@@ -227,6 +227,26 @@ class Job:
             n_errors = self._write(journal)
             journal.clear()
             return n_errors
+
+    @contextmanager
+    def _journal_file(self) -> Iterator[BinaryIO]:
+        """The journal's file, locked. One that holds nothing when an error ends the run is removed."""
+        while True:
+            file = open(self.journal_path, "a+b")
+            system.lock_file(file.fileno())
+            if is_at(file, self.journal_path):
+                break
+            file.close()  # whoever held the lock has removed it
+        with file:
+            is_new = file.seek(0, os.SEEK_END) == 0
+            try:
+                yield file
+            except Exception:
+                file.seek(0)
+                if is_new and len(file.readlines()) <= 1:
+                    with suppress(OSError):  # Windows keeps what is open
+                        os.unlink(self.journal_path)
+                raise
 
     def _write(self, journal: Journal) -> int:
         """Write the table in the order of the input; how many rows have an error."""
@@ -251,6 +271,14 @@ class Job:
     def _first(self) -> Iterator[Key]:
         """The first row's key, if there is a row."""
         return (key for key, _ in islice(self.source, 1))
+
+
+def is_at(file: BinaryIO, path: str) -> bool:
+    """Whether a path still names an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def file_identity(path: str | Path) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -160,6 +161,7 @@ def map_rows(
     load: Mapping[str, Any],
     options: Mapping[str, Any],
     cpus: int | None = None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The results of numbered texts, computed on a cluster, as they come.
 
@@ -175,6 +177,8 @@ def map_rows(
         What the class of the task takes.
     cpus : int, optional
         As ``per_node`` has it.
+    tell : callable
+        Told in a line what is being waited for: starting the workers takes Ray up to a minute.
 
     Raises
     ------
@@ -186,6 +190,7 @@ def map_rows(
     ray_ = ray()
     with connected(address):
         how = per_node(cpus)
+        tell(f"Ray starts {how['compute'].min_size} workers of {how['num_cpus']} CPUs")
         tables = [
             pa.table({"row": [n for n, _ in part], "text": [t for _, t in part]})
             for part in parts(list(rows), BATCHES * how["compute"].min_size)
@@ -219,11 +224,20 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray_.init(address, log_to_driver=False, logging_level="warning", **local)
     except Exception as error:  # Ray has no type for these
-        raise TinyLLMError(f"no Ray cluster at {address}: {reason(error)}") from error
+        raise TinyLLMError(
+            f"no Ray cluster at {address}: {reason(error)}{hint(address)}"
+        ) from error
     try:
         yield
     finally:
         ray_.shutdown()
+
+
+def hint(address: str) -> str:
+    """What to try where a cluster that listens lets nobody in: Ray sends a token only where it is told to."""
+    if address in ("auto", "local") or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return ""
+    return "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
 
 
 def answers(address: str) -> None:
