@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 
 import tinyllm
+from tinyllm.errors import ArgumentError
+from tinyllm.ray import application
 from tinyllm.ray.prefixes import FIRST, prefix_of, ranked
 
 pytest.importorskip("fastapi", reason="the server needs tinyllm[server]")
@@ -264,11 +267,12 @@ import ast, sys, ray
 from ray import serve
 from tinyllm.ray import application
 from tinyllm.server import Settings
-port, slots = map(int, sys.argv[1:])
+port, slots, idle_s = map(int, sys.argv[1:])
 ray.init("local", num_cpus=2, include_dashboard=False)
 serve.start(http_options={"port": port})
 for line in sys.stdin:
-    serve.run(application({"tales": None}, Settings(slots=slots), ast.literal_eval(line)))
+    replicas = ast.literal_eval(line)
+    serve.run(application({"tales": None}, Settings(slots=slots), replicas, idle_s=idle_s))
     print("ready", flush=True)
 serve.shutdown()
 """
@@ -277,8 +281,10 @@ serve.shutdown()
 class Served:
     """Replicas behind one port, in a process of their own."""
 
-    def __init__(self, port: int, replicas: int | tuple[int, int], slots: int = 16) -> None:
-        command = [sys.executable, "-c", SERVE, str(port), str(slots)]
+    def __init__(
+        self, port: int, replicas: int | tuple[int, int], slots: int = 16, idle_s: int = 600
+    ) -> None:
+        command = [sys.executable, "-c", SERVE, str(port), str(slots), str(idle_s)]
         self.url = f"http://127.0.0.1:{port}"
         patient = {  # else a busy machine's proxy is taken for dead
             "RAY_SERVE_PROXY_HEALTH_CHECK_UNHEALTHY_THRESHOLD": "100",
@@ -364,6 +370,20 @@ def streams(url: str, n: int, meanwhile: Callable[[], object] = lambda: None) ->
 
 
 @needs_ray
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"replicas": 0}, "replicas=0; expected at least 1"),
+        ({"replicas": (3, 2)}, "replicas=(3, 2); expected"),
+        ({"idle_s": -1}, "idle_s=-1; expected seconds"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ArgumentError, match=re.escape(told)):
+        application(**options)
+
+
+@needs_ray
 @pytest.mark.slow
 def test_a_replica_killed_under_load_loses_no_request_without_an_error(
     serving_replicas: Callable[..., Served],
@@ -393,13 +413,17 @@ def test_replicas_that_go_finish_what_they_have_begun(
 
 @needs_ray
 @pytest.mark.slow
-def test_a_replica_comes_where_requests_are_many(
+def test_a_replica_comes_where_requests_are_many_and_goes_where_they_are_few(
     serving_replicas: Callable[..., Served],
 ) -> None:
-    served = serving_replicas(4989, (1, 2), 2)
+    served = serving_replicas(4989, (1, 2), 2, 5)
     assert len(served.replicas()) == 1
     rounds = 0
     while len(served.replicas()) < 2:
         assert set(streams(served.url, 8)) <= WHOLE
+        rounds += 1
+        assert rounds < 1000
+    while len(served.replicas()) > 1:
+        assert set(streams(served.url, 1)) <= WHOLE
         rounds += 1
         assert rounds < 1000

@@ -36,6 +36,7 @@ def application(
     replicas: int | tuple[int, int] = 1,
     cpus: int = 1,
     prefixes: bool = True,
+    idle_s: float = 600.0,
 ) -> Any:
     """Make an application for ``ray.serve.run``.
 
@@ -47,11 +48,14 @@ def application(
         Keys, origins, limits, of each replica: ``slots`` texts are written by one at a time.
     replicas : int or (int, int)
         How many; or the fewest and the most: one comes when those that are there have more requests than
-        half of their slots, and one goes when it finishes what it has begun.
+        half of their slots for half a minute, and one goes after ``idle_s`` with fewer, when it has finished
+        what it has begun.
     cpus : int
         CPUs, and so threads, of a replica.
     prefixes : bool
         Send requests whose prompts begin alike to one replica, which has read that beginning already.
+    idle_s : float
+        Seconds that a replica too many stays.
 
     Returns
     -------
@@ -68,13 +72,15 @@ def application(
     >>> serve.run(application("model.gguf", replicas=(1, 8), cpus=4))  # doctest: +SKIP
     """
     ray()
-    from ray import serve
-    from ray.serve.config import RequestRouterConfig
-
     settings = settings or Settings()
     fewest, most = (replicas, replicas) if isinstance(replicas, int) else replicas
     if not 1 <= fewest <= most:
         raise ArgumentError(f"replicas={replicas}; expected at least 1, or the fewest and the most")
+    if not 0 <= idle_s < float("inf"):
+        raise ArgumentError(f"idle_s={idle_s}; expected seconds, at least 0")
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
     how: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": cpus},
         "max_ongoing_requests": settings.slots + settings.queue,
@@ -90,7 +96,7 @@ def application(
     else:
         how["autoscaling_config"] = {
             "min_replicas": fewest, "max_replicas": most,
-            "target_ongoing_requests": max(1, settings.slots // 2),
+            "target_ongoing_requests": max(1, settings.slots // 2), "downscale_delay_s": idle_s,
         }  # fmt: skip
     worker = serve.deployment(name="tinyllm", **how)(Worker).bind(models, settings)
     front = serve.deployment(
