@@ -12,7 +12,7 @@ import pytest
 import tinyllm
 from tinyllm.cli.arguments import Parser
 from tinyllm.cli.commands import main
-from tinyllm.cli.serving import check_beside, serve_arguments, settings_of
+from tinyllm.cli.serving import check_loading, serve_arguments, settings_of
 from tinyllm.errors import ArgumentError
 from tinyllm.gguf.control import ControlVector
 from tinyllm.research import Recording
@@ -38,7 +38,7 @@ def test_the_server_loads_with_what_it_was_given(vector: str) -> None:
     assert load["control_layers"] == (1, 2)
     assert load["lora"] == [("a", 1.0)]
     only = settings("--control", f"{vector}=2").load
-    check_beside({"bundled": None}, only)
+    check_loading({"bundled": None}, only)
     with tinyllm.load(**only) as m, tinyllm.load(control=[(vector, 2)]) as same:
         options = {"max_tokens": 4, "temperature": 0}
         assert m.generate("Tom", **options).ids == same.generate("Tom", **options).ids
@@ -53,7 +53,7 @@ def test_the_server_refuses_what_does_not_fit_each_model(tmp_path: Path) -> None
         ["--lora", str(tmp_path)],
     ):
         with pytest.raises(ArgumentError, match=r"bundled: .*every model that is served"):
-            check_beside({"bundled": None}, settings(*given).load)
+            check_loading({"bundled": None}, settings(*given).load)
 
 
 def test_a_map_with_a_control_vector_is_another_job(

@@ -96,7 +96,7 @@ def test_a_body_may_be_so_large(make_app):
     [
         ({"max_messages": 2}, {"messages": BODY["messages"] * 3}, "3 messages; at most 2"),
         ({"max_choices": 2}, {"n": 3}, "at most 2"),
-        ({"max_schema": 30}, {"json_schema": {"enum": ["x" * 30]}}, "larger than 30 bytes"),
+        ({"max_schema": 30}, {"json_schema": {"enum": ["x" * 30]}}, "bytes of JSON; at most 30"),
     ],
 )
 def test_what_is_too_much_for_one_request_is_refused(make_app, limit, fields, said):
@@ -183,8 +183,8 @@ def test_metrics_count_what_was_done(make_app):
         ({"content": b'{"input": "a"}'}, "Content-Type is None; expected 'application/json'"),
         ({}, "the body is missing, or no object"),
         ({"json": []}, "the body is missing, or no object"),
-        ({"json": {"input": []}}, "input: List should have at least 1 item"),
-        ({"json": {"input": 5}}, "input: Input should be a valid string"),
+        ({"json": {"input": []}}, "input: expected a text, ids"),
+        ({"json": {"input": 5}}, "or a list of either; found 5"),
         ({"json": {"documents": ["a"]}, "path": "/v1/rerank"}, "query: Field required"),
         ({"content": b"{}", "headers": {"content-type": "text/json"}}, "Content-Type is 'text/json'"),
     ],
@@ -203,9 +203,16 @@ def test_a_body_that_is_none_is_told_what_it_lacks(app, how, said):
         (("--chat-template", "nope"), "expected a file, or one of"),
         (("--max-body", "0"), "--max-body 0; expected at least 0.001"),
         (("--slots", "0"), "--slots 0; expected at least 1"),
+        (
+            ("--device", "mars"),
+            "no device answers to 'mars'; expected 'cpu', 'reference', or a GPU: ",
+        ),
+        (("--n-threads", "0"), "n_threads=0"),
+        (("--n-ctx", "0"), "n_ctx=0"),
+        ((__file__,), "not a GGUF file"),
     ],
     ids=str,
 )
 def test_what_no_server_can_be_is_refused_before_it_starts(words, said, capsys):
-    assert cli.main(["serve", "--port", "0", *words]) == 2
+    assert cli.main(["serve", "--port", "0", *words]) in (1, 2)
     assert said in capsys.readouterr().err

@@ -62,7 +62,7 @@ def serve(args: Arguments) -> None:
 
     models = models_of(args.models, args.alias)
     settings = settings_of(args)
-    check_beside(models, settings.load)
+    check_loading(models, settings.load)
     app = create_app(models, settings)
     from ..server.run import address_of, listen
     from ..server.run import serve as answer
@@ -107,10 +107,22 @@ def settings_of(args: Arguments) -> Settings:
     )  # fmt: skip
 
 
-def check_beside(models: Mapping[str, str | Path | None], load: Mapping[str, Any]) -> None:
-    """ArgumentError, before anything is loaded, unless adapters and control vectors fit each model."""
-    from .. import gguf, loading
+def check_loading(models: Mapping[str, str | Path | None], load: Mapping[str, Any]) -> None:
+    """An error, before the port is open, for what loading would refuse later.
 
+    That is a device that is not there, a number that means nothing, a first file that is no model, and adapters
+    and control vectors that do not fit each model.
+    """
+    from .. import gguf, loading
+    from ..engine.completion import check_n_ctx
+
+    check_n_ctx(load["n_ctx"])
+    options = (load[name] for name in ("device", "n_threads", "n_gpu_layers", "compute"))
+    for stage in loading.placing(*options)(1):
+        stage.be.close()
+    with gguf.open(loading.locate(next(iter(models.values())))) as first:
+        if load["compute"] == "bf16":
+            loading.check_floats(first)
     if not (load["lora"] or load["control"] or load["control_layers"]):
         return
     for name, path in models.items():

@@ -57,8 +57,8 @@ def resolve(device: str | None) -> str:
     if not matches:
         names = ", ".join(f"{d.id} ({d.name})" for d in present) or "none"
         raise DeviceError(
-            f"no device answers to {wanted!r:.60}; GPUs that are reached: {names}. For NVIDIA install "
-            "tinyllm[cuda13] or [cuda12], for others tinyllm[opencl]"
+            f"no device answers to {wanted!r:.60}; expected 'cpu', 'reference', or a GPU: {names}. "
+            "For NVIDIA install tinyllm[cuda13] or [cuda12], for others tinyllm[opencl]"
         )
     return matches[0].id
 
