@@ -187,7 +187,9 @@ class Chatting(ABC):
         given = template is not None
         chosen = pick_template(self.metadata) if template is None else given_template(template)
         if chosen is None:
-            raise TemplateError("the file has no chat template; give one with template=")
+            raise TemplateError(
+                "the file has no chat template; give one: template=, or --chat-template"
+            )
         turn = Turn(chosen, messages, tools or (), tool_choice, template_vars or {})
         t = self.tokenizer
         ids = turn.read(t, t.bos, t.eos, must_show=given, continue_final=continue_final_message)
@@ -273,7 +275,7 @@ class Chatting(ABC):
         if template is None and pick_template(self.metadata) is None:
             if not isinstance(given, str):
                 raise TemplateError(
-                    "the file has no chat template; give a text, or one with template="
+                    "the file has no chat template; give a text, or a template: template=, or --chat-template"
                 )
             return without_end(
                 self.tokenizer, self.tokenizer.encode(f"{given}\n\n{question}\nAnswer:")
@@ -299,6 +301,7 @@ class Chatting(ABC):
             try:
                 self.grammar(json_schema=schema)
             except ArgumentError as error:
-                raise ArgumentError(f"tools: {name}: {error}") from None
+                reason = str(error).replace("json_schema", f"the parameters of {name}", 1)
+                raise ArgumentError(f"tools: {reason}") from None
         grammar = turn.grammar(self.tokenizer.special_tokens, self.tokenizer.eog)
         return {} if grammar is None else {"grammar": grammar}

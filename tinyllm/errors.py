@@ -62,7 +62,19 @@ class ArgumentError(TinyLLMError, ValueError):
 
 
 class ContextOverflow(TinyLLMError, ValueError):
-    """More tokens than the context holds, and the caller chose ``overflow="error"``."""
+    """More tokens than the context holds, and the caller chose ``overflow="error"``.
+
+    Parameters
+    ----------
+    found : str
+        How many there are, and how many it holds.
+    advice : str, optional
+        What the caller of the Python function that raises it may do.
+    """
+
+    def __init__(self, found: str, advice: str = "") -> None:
+        self.found, self.advice = found, advice
+        super().__init__(f"{found}. {advice}" if advice else found)
 
 
 class StateError(TinyLLMError):

@@ -123,7 +123,11 @@ def test_what_cannot_be_answered_is_refused(app, fields, status, said):
         ),
         (URL, {"messages": HELLO, "tool_choice": "x"}, "tool_choice: Input should be 'none'"),
         (URL, {"messages": HELLO, "stop": 5}, "stop: "),
-        ("/v1/completions", {"prompt": [["a"]]}, "prompt.0.0: "),
+        (
+            "/v1/completions",
+            {"prompt": [["a"]]},
+            "prompt: expected a text, ids of tokens (whole numbers), or a list of either; found a list of ",
+        ),
         (
             "/v1/responses",
             {"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]},

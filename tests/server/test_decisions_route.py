@@ -130,7 +130,7 @@ ONE = QUESTIONS[0]
         ("decisions", {"input": TICKET, "questions": [ONE] * 401}, "at most 400"),
         ("decisions", {"input": "", "questions": [ONE]}, "input"),
         ("decisions", {"input": TICKET, "questions": [{**ONE, "nonsense": 1}]}, "nonsense"),
-        ("decisions", {"input": TICKET, "questions": [{**ONE, "type": "odd"}]}, "'odd'"),
+        ("decisions", {"input": TICKET, "questions": [{**ONE, "type": "odd"}]}, 'found "odd"'),
         ("decisions", {"input": "word " * 600, "questions": [ONE]}, "context"),
         ("decisions", {"input": TICKET, "questions": [{**QUESTIONS[1], "choices": []}]}, "choices"),
         (

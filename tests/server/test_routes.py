@@ -77,8 +77,10 @@ def test_documents_are_sorted_by_relevance(make_app):
 
 def test_a_model_that_writes_ranks_nothing(app):
     answer = app.post("/v1/rerank", {"query": "a", "documents": ["b"]})
-    assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == "model_not_supported"
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_supported", "model")
+    assert "tinyllm serve MODEL RERANKER" in error["message"]
 
 
 def test_texts_become_tokens_and_texts_again(app, model):

@@ -79,7 +79,7 @@ class Turn:
         plain = render(template, self.messages, **variables)
         if plain == render(template, self.messages, **{**variables, "tools": self.shown}):
             raise TemplateError(
-                "the chat template shows no tools; give one that does with template="
+                "tools: the chat template shows none; leave them out, or give a template that does"
             )
         if self.choice != "auto":
             raise TemplateError(

@@ -156,8 +156,8 @@ def check_fits(n_tokens: int, n_ctx: int, overflow: Overflow) -> None:
     """Raise ContextOverflow for a sequence longer than its context, where the policy is "error"."""
     if n_tokens > n_ctx and overflow == "error":
         raise ContextOverflow(
-            f"the prompt has {n_tokens} tokens; the context holds {n_ctx}. "
-            "Use a larger n_ctx, or overflow='shift' or 'truncate'"
+            f"the prompt has {n_tokens} tokens; the context holds {n_ctx}",
+            "Use a larger n_ctx, or overflow='shift' or 'truncate'",
         )
 
 

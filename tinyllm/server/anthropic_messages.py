@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..chat.tools import CallPart, Delta
 from ..engine.completion import Completion
@@ -20,6 +20,7 @@ from .fields import (
     Count,
     Flag,
     Loose,
+    Many,
     Name,
     OrAll,
     Positive,
@@ -28,13 +29,24 @@ from .fields import (
     Strict,
     Temperature,
     Whole,
+    Wrong,
+    refused,
     start,
 )
 from .pool import Served
 from .reply import Reply, event
 from .shapes import AnthropicErrorShape, CountShape, MessageShape, errors, shaped
+from .wording import fields_of
 
 router = APIRouter(responses=errors(AnthropicErrorShape))
+
+
+FIELDS = {
+    "prompt": "messages",
+    "template_vars": "thinking",
+    "json_schema": "output_config.format.schema",
+}
+"""Fields by what the engine's errors call them."""
 
 
 class TextBlock(Loose):
@@ -65,7 +77,7 @@ class ToolResultBlock(Loose):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | Many[TextBlock] | None = None
     is_error: Flag | None = None
 
 
@@ -78,7 +90,7 @@ class AnthropicMessage(Strict):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Many[Block]
 
     def plain(self) -> list[dict[str, Any]]:
         """The messages that templates read: results of tools are messages of their own."""
@@ -167,14 +179,20 @@ class Thinking(Strict):
     budget_tokens: Count | None = None
     display: str | None = None
 
+    @model_validator(mode="after")
+    def _has_budget(self) -> Thinking:
+        if self.type == "enabled" and self.budget_tokens is None:
+            raise Wrong("budget_tokens is missing; enabled thinking has one")
+        return self
+
 
 class CountBody(Strict):
     """A request of ``/v1/messages/count_tokens``."""
 
     model: str | None = None
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
-    system: str | list[TextBlock] | None = None
-    tools: list[AnthropicTool] | None = None
+    messages: Annotated[Many[AnthropicMessage], Field(min_length=1)]
+    system: str | Many[TextBlock] | None = None
+    tools: Many[AnthropicTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -202,7 +220,7 @@ class MessagesBody(CountBody):
     """A request of ``/v1/messages``; the last six fields are ours."""
 
     max_tokens: Positive
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
+    stop_sequences: Many[Annotated[str, Field(min_length=1)]] | None = None
     stream: Flag | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
@@ -211,7 +229,7 @@ class MessagesBody(CountBody):
     service_tier: str | None = None
     inference_geo: str | None = None
     speed: Literal["standard"] | None = None
-    container: None = None
+    container: Annotated[None, refused("code is not run here; leave it out")] = None
     diagnostics: dict[str, Any] | None = None
     seed: Whole | None = None
     min_p: Share | None = None
@@ -260,6 +278,7 @@ def conversation(body: MessagesBody) -> Conversation:
         streams=bool(body.stream),
         max_tokens=body.max_tokens,
         options=body.options,
+        fields=fields_of(body, **FIELDS),
     )
 
 
@@ -277,7 +296,7 @@ async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
         turn = served.model.turn(body.plain(), template, tools, choice, body.variables())
         return {"input_tokens": len(turn.ids)}
 
-    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_model(request, body.model, work, fields_of(body, **FIELDS))  # type: ignore[no-any-return]
 
 
 STOPS = {"stop": "end_turn", "length": "max_tokens", "context": "max_tokens"}

@@ -8,7 +8,6 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +35,7 @@ from .pool import Pool, Source
 from .reply import told
 from .settings import Settings
 from .shapes import ErrorShape, errors
+from .wording import unreadable, wrong_field
 
 log = logging.getLogger("tinyllm.server")
 ROUTES = (
@@ -45,8 +45,6 @@ ROUTES = (
 
 
 JSON = re.compile(r"application/(.+\+)?json")
-BRANCH = re.compile(r"str|int|bool|float|[a-z]+-.*|[\w-]*\[.*\]|[A-Z]\w+", re.S)
-"""Parts of an error's place that a client did not write: which of several types was tried."""
 
 
 class Server(FastAPI):
@@ -100,6 +98,7 @@ def create_app(
         redoc_url=None,
         responses=errors(ErrorShape),
     )
+    app.openapi_version = "3.2.0"  # the first that describes a stream's events
     app.pool = app.state.pool = Pool(named(models), settings or Settings())
     app.state.metrics = Metrics()
     for routes in ROUTES:
@@ -151,6 +150,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     message, path = str(error.detail), request.url.path
     if error.status_code == 404:
         message = f"there is no {path:.200}"
+    if error.status_code == 400:  # FastAPI's word for whatever its reader of JSON raises
+        message = unreadable(error.__cause__)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow") or (error.headers or {}).get("allow", "")
         message = f"{path} takes {allowed} requests, not {request.method}"
@@ -169,25 +170,5 @@ async def on_wrong_field(request: Request, error: Exception) -> Response:
     if read:
         refusal = Refusal(400, f"Content-Type is {kind!r:.60}; expected 'application/json'")
     else:
-        refusal = wrong_field(error.errors())
+        refusal = wrong_field(error.errors(), error.body)
     return answer(refusal, request)
-
-
-def wrong_field(errors: Sequence[Any]) -> Refusal:
-    """Name a wrong field: an unknown one before all others, else the innermost, which says most.
-
-    Of the types that a field may have, the one that was meant knows more than that it is another.
-    """
-    unknown = [e for e in errors if e["type"] == "extra_forbidden"]
-    found = max(unknown or errors, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
-    inner = found["loc"][1:]  # behind "body", "query" or "path"
-    name = ".".join(str(p) for p in inner if not BRANCH.fullmatch(str(p)))
-    if found["type"] == "extra_forbidden":
-        return Refusal(
-            400, f"Unrecognized request argument supplied: {name}", param=name, code="unknown_field"
-        )
-    if found["type"] == "json_invalid":
-        return Refusal(400, f"the body is no JSON: {found.get('ctx', {}).get('error', '')}")
-    if not name:
-        return Refusal(400, "the body is missing, or no object; expected a JSON object")
-    return Refusal(400, f"{name}: {found['msg']}", param=name)

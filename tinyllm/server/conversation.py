@@ -16,7 +16,7 @@ from ..localdocs.answering import Quoting
 from ..model import Model
 from ..tokenizers import Tokenizer
 from .errors import Refusal
-from .fields import check_size
+from .fields import check_ids, check_size
 from .pool import Pool, Served
 from .texts import Asked, News, ask
 
@@ -38,6 +38,7 @@ class Conversation:
     documents: Quoting | None = None  # what may be quoted before the last message
     references: list[dict[str, Any]] | None = None  # to what was quoted, once `turn` has looked
     options: Callable[[Tokenizer], dict[str, Any]]
+    fields: Mapping[str, str]  # the request's, by what the engine's errors call them
 
     def turn(self, model: Model, template: str | None) -> Turn:
         """The answer's turn, with the prompt's tokens; it may quote documents."""
@@ -111,14 +112,20 @@ async def answer(pool: Pool, name: str | None, c: Conversation) -> Answers:
     """
     settings = pool.settings
     if len(c.messages) > settings.max_messages:
-        raise Refusal(400, f"{len(c.messages)} messages; at most {settings.max_messages}")
-    check_size(c.tools, settings)
+        most = settings.max_messages
+        raise Refusal(
+            400, f"{len(c.messages)} messages; at most {most}", param=c.fields["messages"]
+        )
+    check_size(c.tools, settings, "tools")
     voices: list[Voice] = []
 
     def submit(served: Served) -> Iterator[Request]:
         model = served.model
         turn = c.turn(model, settings.template)
         options = c.options(model.tokenizer)
+        check_size(options.get("json_schema"), settings, c.fields["json_schema"])
+        check_ids(list(options["logit_bias"] or ()), model, "logit_bias")
+        check_ids(c.prefix_ids, model, "prefix_ids")
         options |= model.held_to_calls(turn, options)
         spells = bool(turn.functions) and not options.get("stop")
         for i in range(c.n):
@@ -128,7 +135,7 @@ async def answer(pool: Pool, name: str | None, c: Conversation) -> Answers:
                 [*turn.ids, *c.prefix_ids], c.max_tokens, **seeded(options, i)
             )
 
-    asked = await ask(pool, name, submit, c.n)
+    asked = await ask(pool, name, submit, c.n, fields=c.fields)
     return Answers(asked, c, voices)
 
 

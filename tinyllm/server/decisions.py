@@ -13,11 +13,12 @@ from ..chat.questions import MOST_CHOICES, MOST_LEVELS, MOST_QUESTIONS
 from ..engine.deciding import Decisions
 from ..engine.embedding import BeforeStep
 from .extras import with_texts
-from .fields import Flag, Strict
+from .fields import Flag, Many, Strict
 from .openai_chat import TextPart
 from .openai_responses import InputCall, InputMessage, InputOutput, messages_of
 from .pool import Served
 from .shapes import DecisionShape, SystemOneShape, shaped
+from .wording import fields_of
 
 router = APIRouter()
 Text = Annotated[str, Field(min_length=1)]
@@ -35,7 +36,7 @@ class JsonPart(Strict):
         return json.dumps(self.data, ensure_ascii=False)
 
 
-Parts = Annotated[list[TextPart | JsonPart], Field(min_length=1)]
+Parts = Annotated[Many[TextPart | JsonPart], Field(min_length=1)]
 
 
 def text_of(given: str | Sequence[TextPart | JsonPart]) -> str:
@@ -74,7 +75,7 @@ class Choice(Strict):
     type: Literal["choice"]
     instructions: Text | Parts
     name: str | None = None
-    choices: Annotated[list[ChoiceValue], Field(min_length=2, max_length=MOST_CHOICES)]
+    choices: Annotated[Many[ChoiceValue], Field(min_length=2, max_length=MOST_CHOICES)]
 
 
 class Level(Strict):
@@ -90,7 +91,7 @@ class Score(Strict):
     type: Literal["score"]
     instructions: Text | Parts
     name: str | None = None
-    levels: Annotated[list[Level], Field(min_length=2, max_length=MOST_LEVELS)]
+    levels: Annotated[Many[Level], Field(min_length=2, max_length=MOST_LEVELS)]
 
 
 Question = Annotated[Predicate | Choice | Score, Field(discriminator="type")]
@@ -100,8 +101,8 @@ class DecisionBody(Strict):
     """A request of ``/v1/decisions``."""
 
     model: str | None = None
-    input: Text | Annotated[list[InputCall | InputOutput | DecisionMessage], Field(min_length=1)]
-    questions: Annotated[list[Question], Field(min_length=1, max_length=MOST_QUESTIONS)]
+    input: Text | Annotated[Many[InputCall | InputOutput | DecisionMessage], Field(min_length=1)]
+    questions: Annotated[Many[Question], Field(min_length=1, max_length=MOST_QUESTIONS)]
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     safety_identifier: str | None = None
@@ -138,7 +139,7 @@ async def decide(body: DecisionBody, request: Request) -> dict[str, Any]:
         answers = [{**a, "mass": m} for a, m in zip(found.answers, found.mass, strict=True)]
         return {"model": served.name, "answers": answers, "usage": usage}
 
-    return await with_texts(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_texts(request, body.model, work, fields_of(body, prompt="input"))  # type: ignore[no-any-return]
 
 
 def decided(
@@ -209,7 +210,7 @@ class LevelScore(Strict):
 
     type: Literal["score"]
     instructions: Text | dict[str, Any] | list[Any]
-    criteria: Annotated[list[Text], Field(min_length=2, max_length=MOST_LEVELS)]
+    criteria: Annotated[Many[Text], Field(min_length=2, max_length=MOST_LEVELS)]
 
     def asked(self) -> dict[str, Any]:
         """The question as ``Model.decide`` takes it."""
@@ -264,7 +265,7 @@ async def systemone(body: SystemOneBody, request: Request) -> dict[str, Any]:
         usage = {"input_tokens": found.usage.prompt_tokens, "output_tokens": 0}
         return {"model": served.name, "answers": answers, "usage": usage}
 
-    return await with_texts(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_texts(request, body.model, work, fields_of(body, prompt="state"))  # type: ignore[no-any-return]
 
 
 def plain(given: str | dict[str, Any] | list[Any]) -> str:

@@ -48,7 +48,7 @@ class Refusal(Exception):
 
     def body(self, path: str) -> bytes:
         """The answer's JSON, for the protocol of a path."""
-        return json.dumps(self.shown(path), ensure_ascii=False).encode()
+        return json.dumps(self.shown(path), ensure_ascii=False).encode("utf-8", "replace")
 
     def shown(self, path: str) -> dict[str, Any]:
         """The answer, for the protocol of a path."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
+from ..errors import TinyLLMError
 from .errors import Refusal
-from .fields import Flag, Id, Strict
+from .fields import Flag, Id, Many, Strict, check_ids
 from .openai_chat import FunctionTool, Message
 from .pool import Pool, Served
 from .reply import dumps
@@ -26,6 +28,7 @@ from .shapes import (
     TokensShape,
     shaped,
 )
+from .wording import fields_of, in_words
 
 router = APIRouter()
 
@@ -77,8 +80,8 @@ class TokenizeBody(Strict):
     model: str | None = None
     content: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[FunctionTool] | None = None
+    messages: Many[Message] | None = Field(None, min_length=1)
+    tools: Many[FunctionTool] | None = None
     add_special: Flag | None = None
     add_special_tokens: Flag | None = None
     parse_special: Flag = True
@@ -90,34 +93,41 @@ class DetokenizeBody(Strict):
     """Tokens to be made text."""
 
     model: str | None = None
-    tokens: list[Id]
+    tokens: Many[Id]
 
 
 class TemplateBody(Strict):
     """A conversation to be put into the model's template."""
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
-    tools: list[FunctionTool] | None = None
+    messages: Many[Message] = Field(min_length=1)
+    tools: Many[FunctionTool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: Flag = True
     continue_final_message: Flag = False
 
 
-async def with_model(request: Request, name: str | None, work: Any) -> Any:
-    """What ``work`` makes of a loaded model, in a thread."""
+async def with_model(
+    request: Request, name: str | None, work: Any, fields: Mapping[str, str] | None = None
+) -> Any:
+    """What ``work`` makes of a loaded model, in a thread; ``fields`` as `in_words` has them."""
     pool = pool_of(request)
     served = await pool.hold(name)
     try:
         return await asyncio.get_running_loop().run_in_executor(pool.workers, work, served)
+    except TinyLLMError as error:
+        raise in_words(error, fields or {}) from error
     finally:
         pool.release(served)
 
 
-async def with_texts(request: Request, name: str | None, work: Any) -> Any:
+async def with_texts(
+    request: Request, name: str | None, work: Any, fields: Mapping[str, str] | None = None
+) -> Any:
     """What ``work(served, before_step)`` makes of texts, as one text that is written.
 
     ``before_step`` raises once the client has gone, and work that has not begun then never begins.
+    ``fields`` are as `in_words` has them.
 
     Raises
     ------
@@ -148,6 +158,8 @@ async def with_texts(request: Request, name: str | None, work: Any) -> Any:
             if not gone.is_set():
                 raise
             before_step()
+        except TinyLLMError as error:
+            raise in_words(error, fields or {}) from error
         finally:
             gone.set()  # work whose request was given up ends too
             watching.cancel()
@@ -183,7 +195,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
             ]
         }
 
-    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_model(request, body.model, work, fields_of(body))  # type: ignore[no-any-return]
 
 
 def piece(raw: bytes) -> str | list[int]:
@@ -201,7 +213,7 @@ def conversation_ids(served: Served, body: TokenizeBody | TemplateBody) -> list[
 
     model, t, given = served.model, served.model.tokenizer, served.settings.template
     messages = [m.plain() for m in body.messages or ()]
-    tools = [tool.model_dump() for tool in body.tools or ()]
+    tools = [tool.plain() for tool in body.tools or ()]
     variables = getattr(body, "chat_template_kwargs", None)
     go_on = getattr(body, "continue_final_message", False)
     if body.add_generation_prompt or go_on:
@@ -249,6 +261,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
     """Make text of tokens."""
 
     def work(served: Served) -> dict[str, Any]:
+        check_ids(body.tokens, served.model, "tokens")
         text = served.model.tokenizer.decode(body.tokens)
         return {"content": text, "prompt": text}
 
@@ -266,4 +279,5 @@ async def apply_template(body: TemplateBody, request: Request) -> dict[str, Any]
         ids = conversation_ids(served, body)
         return {"prompt": served.model.tokenizer.decode(ids), "tokens": ids}
 
-    return await with_model(request, body.model, work)  # type: ignore[no-any-return]
+    fields = fields_of(body, prompt="messages", template_vars="chat_template_kwargs")
+    return await with_model(request, body.model, work, fields)  # type: ignore[no-any-return]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -12,18 +13,38 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    ValidationError,
+    WrapValidator,
     model_serializer,
     model_validator,
 )
 
+from ..model import Model
 from .errors import Refusal
 from .settings import Settings
+
+T = TypeVar("T")
+Many = Annotated[
+    list[T], Field(fail_fast=True)
+]  # a list of a million wrong items has one complaint
+MOST_FIELDS = 256  # known and unknown ones of an object
+
+
+class Wrong(ValueError):
+    """What a check of a field raises; it says what was found."""
 
 
 class Strict(BaseModel):
     """A request, or a part of one: unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+            raise Wrong(f"{len(given)} fields; at most {MOST_FIELDS} are read")
+        return given
 
 
 class Loose(BaseModel):
@@ -52,20 +73,42 @@ def _number(value: object) -> object:
     return value
 
 
+def refused(why: str) -> BeforeValidator:
+    """What refuses a field that we know and cannot do, whatever it holds but null."""
+
+    def check(value: object) -> None:
+        if value is not None:
+            raise Wrong(why)
+
+    return BeforeValidator(check)
+
+
 NUMBER = BeforeValidator(_number)  # stands behind limits, which are not in OpenAPI otherwise
 Flag = Annotated[bool, Field(strict=True)]  # 1 and "yes" are none
-Number = Annotated[float, Field(allow_inf_nan=False), NUMBER]
 Share = Annotated[float, Field(ge=0, le=1), NUMBER]
-Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER]
-Penalty = Annotated[float, Field(ge=-1e6, le=1e6), NUMBER]
+Temperature = Annotated[
+    float, Field(ge=0, le=100), NUMBER
+]  # OpenAI's ends at 2; with min_p, more is used
+Penalty = Annotated[float, Field(ge=-100, le=100), NUMBER]
 Whole = Annotated[int, NUMBER]
 Id = Annotated[int, Field(ge=0, lt=1 << 31), NUMBER]
 Count = Annotated[int, Field(ge=0, lt=1 << 31), NUMBER]
 Positive = Annotated[int, Field(ge=1, lt=1 << 31), NUMBER]
 OrAll = Annotated[int, Field(ge=-1, lt=1 << 31), NUMBER]  # -1: no limit
+NoLimit = Literal[-1]
 Likeliest = Annotated[int, Field(ge=0, le=100), NUMBER]
 Name = Annotated[str, Field(min_length=1)]
 Schema = dict[str, Any]
+
+
+def _few_wrong(given: Any, read: Any) -> Any:
+    """One complaint for many entries."""
+    try:
+        return read(given)
+    except ValidationError as error:
+        if (n := error.error_count()) > MOST_FIELDS:
+            raise Wrong(f"{n} wrong entries; expected numbers from -100 to 100, by ids") from None
+        raise
 
 
 class Sampling(Strict):
@@ -80,11 +123,16 @@ class Sampling(Strict):
     repeat_last_n: OrAll | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Number] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Penalty], WrapValidator(_few_wrong)
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64), NUMBER] | None = None
     stop: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
+        | Annotated[Many[Annotated[str, Field(min_length=1)]], Field(max_length=64)]
         | None
     ) = None
     ignore_eos: Flag | None = None
@@ -115,36 +163,11 @@ def start(seed: int | None) -> int | None:
     return None if seed is None or seed == -1 else seed % (1 << 64)
 
 
-class Constrained(Sampling):
-    """What a text must be: llama-server's fields."""
-
-    json_schema: Schema | None = None
-    grammar: str | None = None
-    regex: str | None = None
-
-
-def constraint(body: Constrained, more: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """At most one of the engine's constraints.
-
-    Raises
-    ------
-    Refusal
-        There are several, or one is too large.
-    """
-    own = {n: getattr(body, n) for n in ("json_schema", "grammar", "regex")}
-    found = [(n, v) for n, v in [*own.items(), *more.items()] if v is not None]
-    if len(found) > 1:
-        raise Refusal(400, f"a text is held to one of {', '.join(n for n, _ in found)}")
-    check_size(dict(found), settings)
-    return dict(found)
-
-
-def check_size(schemas: Any, settings: Settings) -> None:
-    """Refuse schemas and descriptions of tools that are too large."""
-    if schemas and len(json.dumps(schemas)) > settings.max_schema:
-        raise Refusal(
-            400, f"schemas and tools are larger than {settings.max_schema} bytes together"
-        )
+def check_ids(ids: Sequence[int], model: Model, param: str) -> None:
+    """Refuse tokens that the model does not have."""
+    n_vocab = model.network.n_vocab
+    if ids and max(ids) >= n_vocab:
+        raise Refusal(400, f"{param} has id {max(ids)}; expected ids below {n_vocab}", param=param)
 
 
 class TextFormat(Strict):
@@ -179,8 +202,51 @@ class SchemaFormat(Strict):
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
+class Constrained(Sampling):
+    """What a text must be: OpenAI's field, and llama-server's."""
+
+    response_format: Format | None = None
+    json_schema: Schema | None = None
+    grammar: str | None = None
+    regex: str | None = None
+
+    def held(self, settings: Settings) -> dict[str, Any]:
+        """At most one of the engine's constraints.
+
+        Raises
+        ------
+        Refusal
+            There are several, or one is too large.
+        """
+        names = ("json_schema", "grammar", "regex")
+        form = {"response_format": schema_of(self.response_format)}
+        given = {n: getattr(self, n) for n in names} | form
+        found = [name for name, value in given.items() if value is not None]
+        if len(found) > 1:
+            raise Refusal(400, f"a text is held to one of {', '.join(found)}", param=found[1])
+        for name in found:
+            check_size(given[name], settings, name)
+        return {"json_schema" if n == "response_format" else n: given[n] for n in found}
+
+    @property
+    def schema_field(self) -> str:
+        """Which field has the schema, as errors name it."""
+        form = self.response_format
+        if isinstance(form, SchemaFormat):
+            return "response_format.json_schema.schema"
+        return "json_schema" if form is None else "response_format.schema"
+
+
 def schema_of(form: TextFormat | ObjectFormat | SchemaFormat | None) -> Schema | None:
     """The schema that a ``response_format`` asks for."""
     if isinstance(form, ObjectFormat):
         return {"type": "object"} if form.schema_ is None else form.schema_
     return form.json_schema.schema_ if isinstance(form, SchemaFormat) else None
+
+
+def check_size(schemas: Any, settings: Settings, param: str) -> None:
+    """Refuse schemas and descriptions of tools that are too large."""
+    if schemas and (n := len(json.dumps(schemas))) > settings.max_schema:
+        raise Refusal(
+            400, f"{param}: {n} bytes of JSON; at most {settings.max_schema}", param=param
+        )

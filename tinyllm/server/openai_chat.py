@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..chat.tools import Delta
 from ..engine.completion import Completion
@@ -18,21 +18,23 @@ from .conversation import Answers, Conversation, answer, finish_of
 from .errors import Refusal
 from .fields import (
     Constrained,
-    Count,
     Flag,
-    Format,
     Id,
     Likeliest,
     Loose,
+    Many,
     Name,
+    NoLimit,
     Positive,
+    Schema,
     Strict,
-    constraint,
-    schema_of,
+    Wrong,
+    refused,
 )
 from .reply import Reply, dumps, quoted
 from .settings import Settings
 from .shapes import ChatShape, shaped
+from .wording import fields_of
 
 router = APIRouter()
 
@@ -63,15 +65,21 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Many[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Many[Call] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
+    audio: Annotated[None, refused("sound is neither read nor made here")] = None
+    function_call: Annotated[None, refused("give tool_calls, which came after it")] = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.role != "assistant" and not self.content and self.content != "":
+            raise Wrong("a message needs content, unless it is the assistant's")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """The message as templates read it."""
@@ -91,6 +99,7 @@ class Described(Loose):
     """A function's name, description and parameters."""
 
     name: Name
+    parameters: Schema | None = None
 
 
 class FunctionTool(Loose):
@@ -98,6 +107,10 @@ class FunctionTool(Loose):
 
     type: Literal["function"]
     function: Described
+
+    def plain(self) -> dict[str, Any]:
+        """The tool as it was given: templates write it out."""
+        return self.model_dump(exclude_unset=True)
 
 
 class NamedFunction(Strict):
@@ -120,6 +133,13 @@ class StreamOptions(Strict):
     include_obfuscation: Flag | None = None
 
 
+class Streamed(Strict):
+    """Whether the answer comes as a stream."""
+
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+
+
 class Ignored(Strict):
     """Fields that change nothing here: who asks, where it is kept, what it costs."""
 
@@ -134,27 +154,24 @@ class Ignored(Strict):
     service_tier: str | None = None
 
 
-class ChatBody(Constrained, Ignored):
+class ChatBody(Constrained, Streamed, Ignored):
     """A request of ``/v1/chat/completions``."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    messages: Annotated[Many[Message], Field(min_length=1)]
+    max_tokens: Positive | NoLimit | None = None
+    max_completion_tokens: Positive | NoLimit | None = None
     n: Positive | None = None
-    stream: Flag | None = None
-    stream_options: StreamOptions | None = None
     logprobs: Flag | None = None
     top_logprobs: Likeliest | None = None
-    response_format: Format | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: Flag | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     continue_final_message: Flag | None = None
-    prefix_ids: list[Id] | None = None
+    prefix_ids: Many[Id] | None = None
 
     def limit(self) -> int:
         """Tokens of an answer at most; -1: until the context is full."""
@@ -193,15 +210,20 @@ def conversation(body: ChatBody, settings: Settings) -> Conversation:
     if body.top_logprobs and not body.logprobs:
         raise Refusal(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
     if body.prefix_ids and (body.continue_final_message or body.tools):
-        raise Refusal(400, "prefix_ids goes with neither continue_final_message nor tools")
-    held = constraint(body, {"response_format": schema_of(body.response_format)}, settings)
-    if "response_format" in held:
-        held["json_schema"] = held.pop("response_format")
+        raise Refusal(
+            400,
+            "prefix_ids goes with neither continue_final_message nor tools",
+            param="prefix_ids",
+        )
+    check_stream_options(body)
+    held = body.held(settings)
     last = body.messages[-1]
     may_go_on = last.role == "assistant" and bool(last.content) and not last.tool_calls
     if body.continue_final_message and not may_go_on:
         raise Refusal(
-            400, "continue_final_message: the last message is not a text of the assistant"
+            400,
+            "continue_final_message: the last message is not a text of the assistant",
+            param="continue_final_message",
         )
     choice = body.tool_choice or "auto"
 
@@ -213,7 +235,7 @@ def conversation(body: ChatBody, settings: Settings) -> Conversation:
 
     return Conversation(
         messages=[m.plain() for m in body.messages],
-        tools=[tool.model_dump() for tool in body.tools or ()],
+        tools=[tool.plain() for tool in body.tools or ()],
         tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
         parallel=body.parallel_tool_calls is not False,
         variables=body.variables(),
@@ -224,7 +246,19 @@ def conversation(body: ChatBody, settings: Settings) -> Conversation:
         streams=bool(body.stream),
         documents=settings.documents,
         options=options,
+        fields=fields_of(
+            body,
+            prompt="messages",
+            template_vars="chat_template_kwargs",
+            json_schema=body.schema_field,
+        ),
     )
+
+
+def check_stream_options(body: Streamed) -> None:
+    """Refuse options of a stream where there is none, as OpenAI does."""
+    if body.stream_options is not None and not body.stream:
+        raise Refusal(400, "stream_options is given without stream: true", param="stream_options")
 
 
 class ChatWriter:

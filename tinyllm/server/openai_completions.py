@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, ValidationError, WrapValidator
 
 from ..engine.completion import Completion
 from ..engine.generate import Token
@@ -17,37 +17,61 @@ from ..engine.request import Request as EngineRequest
 from ..model import Model
 from .conversation import finish_of, seeded
 from .errors import Refusal
-from .fields import Constrained, Count, Flag, Format, Id, Likeliest, Positive, constraint, schema_of
-from .openai_chat import Ignored, StreamOptions, timings
+from .fields import (
+    Constrained,
+    Count,
+    Flag,
+    Id,
+    Likeliest,
+    Many,
+    NoLimit,
+    Positive,
+    Wrong,
+    check_ids,
+)
+from .openai_chat import Ignored, Streamed, check_stream_options, timings
 from .pool import Served
 from .reply import Reply, dumps
 from .shapes import CompletionShape, shaped
 from .texts import Asked, ask
+from .wording import fields_of, shown
 
 router = APIRouter()
-Ids = Annotated[list[Id], Field(min_length=1)]
-Prompt = (
+Ids = Annotated[Many[Id], Field(min_length=1)]
+
+
+def _prompt(value: Any, read: Any) -> Any:
+    """One complaint for all forms that it may have."""
+    try:
+        return read(value)
+    except ValidationError:
+        inner = [v for v in value if isinstance(v, list)] if isinstance(value, list) else []
+        found = shown(value) if not inner else f"{shown(value)}, with {shown(inner[0])}"
+        raise Wrong(
+            f"expected a text, ids of tokens (whole numbers), or a list of either; found {found}"
+        ) from None
+
+
+Prompt = Annotated[
     str
     | Ids
-    | Annotated[list[str], Field(min_length=1)]
-    | Annotated[list[Ids], Field(min_length=1)]
-)
+    | Annotated[Many[str], Field(min_length=1)]
+    | Annotated[Many[Ids], Field(min_length=1)],
+    WrapValidator(_prompt),
+]
 
 
-class CompletionBody(Constrained, Ignored):
+class CompletionBody(Constrained, Streamed, Ignored):
     """A request of ``/v1/completions``."""
 
     model: str | None = None
     prompt: Prompt = ""
-    max_tokens: Count | None = None
+    max_tokens: Count | NoLimit | None = None
     n: Positive | None = None
     best_of: Positive | None = None
     echo: Flag | None = None
     logprobs: Likeliest | None = None
     suffix: str | None = None
-    stream: Flag | None = None
-    stream_options: StreamOptions | None = None
-    response_format: Format | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one by one."""
@@ -69,9 +93,8 @@ async def complete(body: CompletionBody, request: Request) -> Reply:
         raise Refusal(400, "best_of is taken only where it equals n", param="best_of")
     if body.suffix and body.echo:
         raise Refusal(400, "suffix and echo do not go together", param="suffix")
-    held = constraint(body, {"response_format": schema_of(body.response_format)}, pool.settings)
-    if "response_format" in held:
-        held["json_schema"] = held.pop("response_format")
+    check_stream_options(body)
+    held = body.held(pool.settings)
     limit = 16 if body.max_tokens is None else body.max_tokens
     scores = bool(body.echo) and body.logprobs is not None  # the prompt's tokens too
     writer = CompletionWriter(body, n, scores and limit == 0)
@@ -79,16 +102,19 @@ async def complete(body: CompletionBody, request: Request) -> Reply:
     def submit(served: Served) -> Iterator[EngineRequest]:
         model = served.model
         options = {**body.sampling(model.tokenizer.eog), **held}
+        check_ids(list(options["logit_bias"] or ()), model, "logit_bias")
         if body.logprobs is not None:
             options |= {"logprobs": body.logprobs, "echo": bool(body.echo)}
         for prompt in prompts:
             ids = prompt_ids(model, prompt, body.suffix)
+            check_ids(ids, model, "prompt")
             writer.echoed.append(echo_of(model, prompt, ids) if body.echo else "")
             for i in range(n):  # nothing is read for no token at all, so one is written for scores
                 tokens = max(limit, 1) if scores else limit
                 yield served.engine.submit(ids, tokens, **seeded(options, i))
 
-    asked = await ask(pool, body.model, submit, n * len(prompts), len(prompts))
+    fields = fields_of(body, json_schema=body.schema_field)
+    asked = await ask(pool, body.model, submit, n * len(prompts), len(prompts), fields)
     writer.asked = asked
     return Reply(asked, writer, bool(body.stream))
 

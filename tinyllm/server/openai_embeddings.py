@@ -10,12 +10,14 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from ..engine.embedding import BeforeStep
+from ..errors import UnsupportedModel
 from .errors import Refusal
 from .extras import pool_of, with_texts
-from .fields import Flag, Positive, Strict
+from .fields import Flag, Many, Positive, Strict, check_ids
 from .openai_completions import Prompt
 from .pool import Served
 from .shapes import EmbeddingsShape, RerankShape, shaped
+from .wording import fields_of
 
 router = APIRouter()
 
@@ -38,7 +40,11 @@ async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
     """Turn texts, or their tokens, into vectors of length 1."""
     given: Any = body.input
     texts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-    check_inputs(len(texts), request)
+    check_inputs(len(texts), request, "input")
+    if "" in texts:
+        raise Refusal(
+            400, f"input.{texts.index('')}: an empty text; expected one that is not", param="input"
+        )
 
     def work(served: Served, before_step: BeforeStep) -> dict[str, Any]:
         model, size = served.model, body.dimensions
@@ -49,9 +55,8 @@ async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
                 param="dimensions",
             )
         ids = [model.tokenizer.encode(t) if isinstance(t, str) else t for t in texts]
-        n_vocab = model.network.n_vocab
-        if any(i >= n_vocab for sequence in ids for i in sequence):
-            raise Refusal(400, f"input has a token of {n_vocab} or more", param="input")
+        for sequence in ids:
+            check_ids(sequence, model, "input")
         vectors = [cut(v, size) for v in model.embed_batch(ids, before_step=before_step)]
         plain = body.encoding_format != "base64"
         data = [
@@ -62,14 +67,14 @@ async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "data": data, "model": served.name, "usage": usage}
 
-    return await with_texts(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_texts(request, body.model, work, fields_of(body, prompt="input"))  # type: ignore[no-any-return]
 
 
-def check_inputs(n: int, request: Request) -> None:
+def check_inputs(n: int, request: Request, param: str) -> None:
     """Refuse more texts than one request may have."""
     most = pool_of(request).settings.max_inputs
     if n > most:
-        raise Refusal(400, f"{n} texts; at most {most} in one request", param="input")
+        raise Refusal(400, f"{n} texts; at most {most} in one request", param=param)
 
 
 def cut(vector: np.ndarray, size: int | None) -> np.ndarray:
@@ -96,7 +101,7 @@ class RerankBody(Strict):
 
     model: str | None = None
     query: str
-    documents: Annotated[list[str | Document], Field(min_length=1)]
+    documents: Annotated[Many[str | Document], Field(min_length=1)]
     top_n: Positive | None = None
     return_documents: Flag = False
 
@@ -110,12 +115,21 @@ class RerankBody(Strict):
 @router.post("/rerank", include_in_schema=False)
 async def rerank(body: RerankBody, request: Request) -> dict[str, Any]:
     """Sort documents by how well they answer a query; a score is from 0 to 1."""
-    check_inputs(len(body.documents), request)
+    check_inputs(len(body.documents), request, "documents")
     texts = [d if isinstance(d, str) else d.text for d in body.documents]
 
     def work(served: Served, before_step: BeforeStep) -> dict[str, Any]:
         model = served.model
-        found = model.rank(body.query, texts, before_step).astype(np.float64)
+        try:
+            found = model.rank(body.query, texts, before_step).astype(np.float64)
+        except UnsupportedModel:
+            raise Refusal(
+                400,
+                f"{served.name} is no reranker; name one in model, served by its file: "
+                "tinyllm serve MODEL RERANKER",
+                param="model",
+                code="model_not_supported",
+            ) from None
         scores = 1 / (1 + np.exp(-found))
         results: list[dict[str, Any]] = []
         for i in np.argsort(-scores, kind="stable")[: body.top_n].tolist():
@@ -126,4 +140,4 @@ async def rerank(body: RerankBody, request: Request) -> dict[str, Any]:
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "model": served.name, "results": results, "usage": usage}
 
-    return await with_texts(request, body.model, work)  # type: ignore[no-any-return]
+    return await with_texts(request, body.model, work, fields_of(body, prompt="documents"))  # type: ignore[no-any-return]

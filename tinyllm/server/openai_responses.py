@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from ..chat.tools import CallPart, Delta
 from ..tokenizers import Tokenizer
@@ -18,6 +18,7 @@ from .fields import (
     Flag,
     Likeliest,
     Loose,
+    Many,
     Name,
     OrAll,
     Positive,
@@ -27,13 +28,17 @@ from .fields import (
     Strict,
     Temperature,
     Whole,
+    Wrong,
+    refused,
     start,
 )
 from .openai_chat import TextPart, entries
 from .reply import Reply, event
 from .shapes import ResponseShape, shaped
+from .wording import fields_of
 
 router = APIRouter()
+STATELESS = "nothing is kept here between requests; send all of the conversation's items as input"
 
 
 class InputMessage(Loose):
@@ -41,7 +46,7 @@ class InputMessage(Loose):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
 
     def text(self) -> str:
         """Its text."""
@@ -62,7 +67,7 @@ class InputOutput(Loose):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextPart]
+    output: str | Many[TextPart]
 
 
 class ReasoningText(Loose):
@@ -76,11 +81,31 @@ class InputReasoning(Loose):
     """Reasoning of the assistant."""
 
     type: Literal["reasoning"]
-    summary: list[ReasoningText] = Field(default_factory=list)
-    content: list[ReasoningText] | None = None
+    summary: Many[ReasoningText] = Field(default_factory=list)
+    content: Many[ReasoningText] | None = None
 
 
-Item = InputCall | InputOutput | InputReasoning | InputMessage
+def _kind(item: Any) -> Any:
+    """Which item it is meant to be; one without a type is a message."""
+    if isinstance(item, dict):
+        return item.get("type", "message" if "role" in item else None)
+    return getattr(item, "type", None)
+
+
+def _whole(item: Any) -> Any:
+    if isinstance(item, dict) and item.get("type") == "item_reference":
+        raise Wrong(STATELESS)
+    return item
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(_kind),
+    BeforeValidator(_whole),
+]
 
 
 def joined(content: str | list[TextPart]) -> str:
@@ -188,16 +213,16 @@ class ResponseBody(Strict):
     """A request of ``/v1/responses``."""
 
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Many[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Positive | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_logprobs: Likeliest | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
+    include: Many[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
         None
     )
-    tools: list[ResponseTool] | None = None
+    tools: Many[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
     parallel_tool_calls: Flag | None = None
     text: TextConfig | None = None
@@ -214,8 +239,8 @@ class ResponseBody(Strict):
     prompt_cache_options: dict[str, Any] | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
-    previous_response_id: None = None
-    conversation: None = None
+    previous_response_id: Annotated[None, refused(STATELESS)] = None
+    conversation: Annotated[None, refused(STATELESS)] = None
     top_k: OrAll | None = None
     min_p: Share | None = None
     seed: Whole | None = None
@@ -291,6 +316,14 @@ async def respond(body: ResponseBody, request: Request) -> Reply:
         max_tokens=-1 if body.max_output_tokens is None else body.max_output_tokens,
         streams=bool(body.stream),
         options=body.options,
+        fields=fields_of(
+            body,
+            prompt="input",
+            messages="input",
+            template_vars="reasoning",
+            json_schema="text.format.schema",
+            overflow='truncation: "auto"',
+        ),
     )
     if not c.messages:
         raise Refusal(400, "input has no message", param="input")

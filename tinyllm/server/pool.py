@@ -134,8 +134,8 @@ class Served:
 
         return free
 
-    def admit(self, n_texts: int) -> None:
-        """Count texts that will be written; refuse them when too many wait.
+    def admit(self, n_texts: int, param: str | None = None) -> None:
+        """Count texts that will be written, as ``param`` asks for; refuse them when too many wait.
 
         Raises
         ------
@@ -144,7 +144,8 @@ class Served:
         """
         s = self.settings
         if n_texts > min(s.max_choices, s.slots + s.queue):
-            raise Refusal(400, f"{n_texts} texts in one request; at most {s.max_choices}")
+            most = min(s.max_choices, s.slots + s.queue)
+            raise Refusal(400, f"{n_texts} texts in one request; at most {most}", param=param)
         waiting = self.n_texts + n_texts - s.slots
         if waiting > s.queue:
             raise busy(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,7 +14,9 @@ from weakref import WeakKeyDictionary
 from ..engine.completion import Completion
 from ..engine.generate import Token
 from ..engine.request import Request
+from ..errors import TinyLLMError
 from .pool import Pool, Served
+from .wording import in_words
 
 Submit = Callable[[Served], Iterable[Request]]  # runs in a thread
 
@@ -116,19 +118,26 @@ class Asked:
 
 
 async def ask(
-    pool: Pool, name: str | None, submit: Submit, n_texts: int = 1, n_prompts: int = 1
+    pool: Pool,
+    name: str | None,
+    submit: Submit,
+    n_texts: int = 1,
+    n_prompts: int = 1,
+    fields: Mapping[str, str] | None = None,
 ) -> Asked:
     """Have a model write texts; ``submit`` gives the requests to its engine, in a thread.
 
+    ``fields`` are the request's names for what the engine's errors name.
+
     Raises
     ------
-    Refusal, TinyLLMError
+    Refusal
         The request is wrong, there is no such model, or too many texts wait.
     """
     served = await pool.hold(name)
     try:
         served.engine  # noqa: B018 (an encoder is refused)
-        served.admit(n_texts)
+        served.admit(n_texts, "n" if n_texts > n_prompts else "prompt")
     except BaseException:
         pool.release(served)
         raise
@@ -144,8 +153,10 @@ async def ask(
     except asyncio.CancelledError:  # the client has gone; what the thread still submits is ended
         done.add_done_callback(lambda _: asked.free())
         raise
-    except BaseException:
+    except BaseException as error:
         asked.free()
+        if isinstance(error, TinyLLMError):
+            raise in_words(error, fields or {}) from error
         raise
     return asked
 
