@@ -377,6 +377,21 @@ def test_small_halves_by_bits_are_numbers_in_kernels(monkeypatch: Any) -> None:
     assert np.array_equal(floats, small.view(np.float16).astype(F32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", [(5,), (64,), (3, 7)], ids=str)
+def test_rows_are_saved_as_numpy_converts_them(shape: tuple[int, ...], dtype: str) -> None:
+    x = normal(40, *shape)
+    x[3], x[4], x[5] = 1e6, 3e-6, 65519  # infinite as a half, a small half, the largest one
+    with np.errstate(over="ignore"):
+        want = x[2:].astype(dtype)
+    out = np.full((37, *shape), 9, dtype)
+    y = TWO.array(x)
+    assert TWO.save(y, 2, out)
+    TWO.numpy(y)  # what was recorded runs
+    assert np.array_equal(out, want[:37])
+    assert not TWO.save(y, 4, out)  # there are not as many rows
+
+
 def test_small_numbers_count_as_zero_in_kernels_and_nowhere_else():
     """Arithmetic below 2^-126 takes a hundred cycles: a model full of it would seem to hang."""
     be = CPUBackend(2)

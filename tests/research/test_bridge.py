@@ -25,6 +25,7 @@ TOOLS = """resid_pre resid_mid attn_out mlp_out
 attn_head_out_by_pos attn_head_q_by_pos attn_head_k_by_pos attn_head_v_by_pos attn_head_pattern_by_pos
 attn_head_out_all_pos attn_head_q_all_pos attn_head_k_all_pos attn_head_v_all_pos attn_head_pattern_all_pos
 attn_head_pattern_dest_src_pos attn_head_all_pos_every attn_head_by_pos_every block_every""".split()
+DIRECT = ["direct_path", "direct_path_all_sources"]
 
 
 @pytest.fixture(scope="module")
@@ -162,4 +163,17 @@ def test_patching_is_that_of_torch(torch: Any, ours: Any, theirs: Any, name: str
 def test_all_tools_that_patch_activations_are_met(torch: Any) -> None:
     patching = importlib.import_module("transformer_lens.patching")
     there = {n.removeprefix("get_act_patch_") for n in dir(patching) if "get_act_patch_" in n}
-    assert there == {*TOOLS, "direct_path", "direct_path_all_sources"}
+    assert there == {*TOOLS, *DIRECT}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_direct_paths_are_refused_by_name(torch: Any, ours: Any, name: str) -> None:
+    patching = importlib.import_module("transformer_lens.patching")
+    tokens = ours.to_tokens(CLEAN)
+    _, cache = ours.run_with_cache(tokens)
+    source = (0, 0) if name == "direct_path" else ()
+    with pytest.raises(NotImplementedError, match=r"Model\.path_patch"):
+        getattr(patching, f"get_act_patch_{name}")(
+            ours, tokens, cache, cache, lambda logits: logits.sum(), *source
+        )
+    assert not ours.cfg.use_split_qkv_input

@@ -84,6 +84,26 @@ def test_positions_and_float16_keep_less(model: tinyllm.Model, ids: list[int]) -
         model.run_with_cache(TEXT, dtype="float64")
 
 
+def test_memory_comes_back_when_nobody_looks_at_it(
+    model: tinyllm.Model, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyllm.research.cache.SPARE", (1, 1 << 29))
+    cache = model.run_with_cache(TEXT, "out")
+    want, part = np.array(cache["blk.1.out"]), cache["blk.1.out"][3:]
+    del cache
+    assert np.array_equal(model.run_with_cache(ids[::-1], "out").ids, ids[::-1])
+    assert np.array_equal(part, want[3:])  # nobody else was given it
+    place = part.ctypes.data
+    del part
+    again = model.run_with_cache(TEXT, "out")["blk.1.out"]
+    assert again[3:].ctypes.data == place
+    assert np.array_equal(again, want)
+    with tinyllm.load(device="cpu") as other:
+        net, kept = other.network, other.run_with_cache(TEXT, "out")
+    del kept
+    assert not net.spare  # a closed model keeps nothing
+
+
 def test_a_pass_stops_at_a_layer(model: tinyllm.Model) -> None:
     whole = model.run_with_cache(TEXT, names="out")
     for stop in (2, 2 - model.config.n_layer):

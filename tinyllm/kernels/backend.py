@@ -162,6 +162,14 @@ class Backend(ABC):
     def numpy(self, x: Array) -> np.ndarray:
         """Device to host: a copy, or a view that the caller does not keep beyond the step."""
 
+    def save(self, x: Array, first: int, out: np.ndarray) -> bool:
+        """Have the step write rows of x, from ``first`` on, to ``out`` in host memory; False: it does not.
+
+        ``out`` [n, ...] is contiguous, float32 or float16 (larger values become infinite), and outlives the
+        step, whose end is when it is filled.
+        """
+        return False
+
     @abstractmethod
     def new_cache(self, layers: Sequence[LayerCache], n_ctx: int, kv_type: KVType) -> Cache:
         """Room for one sequence of up to ``n_ctx`` positions."""

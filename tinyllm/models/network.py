@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,8 @@ class Network:
         self.fingerprint = fingerprint(config, kv_type)
         self.adapters = decoder.adapters
         self.closed = False
+        # memory in which activations were kept and that nobody refers to; the next ones are kept there
+        self.spare: deque[np.ndarray] = deque(maxlen=1)
 
         whole = len(stages) == 1
         # a step that nobody wants cannot be undone in recurrent layers
@@ -333,6 +336,7 @@ class Network:
         with self.lock:
             self.closed = True
             self.ahead.pending.clear()
+            self.spare = deque(maxlen=0)  # what somebody still looks at comes back to the old one
             for stage in self.stages:
                 stage.be.close()
 

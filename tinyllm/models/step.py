@@ -57,8 +57,15 @@ class Hook:
         """Whether it wants the values that the pass went on with at this point, once the pass is over."""
         return False
 
+    def room(self, name: str) -> Sequence[tuple[int, np.ndarray]] | None:
+        """Where values that it keeps may be written during the pass: pairs of a first row and memory.
+
+        None, or a device that does not write there: they are handed over at the pass's end.
+        """
+        return None
+
     def kept(self, name: str, x: np.ndarray) -> None:
-        """Values that it asked to keep; valid during the call."""
+        """Values that it asked to keep and found no room for; valid during the call."""
 
 
 class Plain(Hook):
@@ -97,6 +104,10 @@ class Chain(Hook):
 
     def keeps(self, name: str) -> bool:
         return any(hook.keeps(name) for hook in self.hooks)
+
+    def room(self, name: str) -> Sequence[tuple[int, np.ndarray]] | None:
+        keepers = [hook for hook in self.hooks if hook.keeps(name)]
+        return keepers[0].room(name) if len(keepers) == 1 else None
 
     def kept(self, name: str, x: np.ndarray) -> None:
         for hook in self.hooks:
@@ -161,7 +172,9 @@ class Step:
                 replacement = checked(name, result, values.shape)
                 x = x if np.array_equal(replacement, values) else self.be.array(replacement)
         if hook.keeps(name):
-            self.kept.append((name, x))
+            room = hook.room(name)
+            if room is None or not all(self.be.save(x, i, out) for i, out in room):
+                self.kept.append((name, x))
         return x
 
     def show(self, name: str, values: np.ndarray) -> np.ndarray | None:

@@ -292,6 +292,17 @@ class Bridge(RemoteBridge):  # type: ignore[misc]
         """Whether ``attn.hook_result``, what each head adds, is made and kept."""
         self.cfg.use_attn_result = use
 
+    def set_use_split_qkv_input(self, use: bool) -> None:
+        """Refused: one norm and one product serve all heads, so none has an input of its own to patch.
+
+        ``get_act_patch_direct_path`` asks for it; ``Model.path_patch`` patches paths between heads.
+        """
+        if use:
+            raise NotImplementedError(
+                "direct paths need an input for each head, and these kernels read one for all of a layer; "
+                "Model.path_patch lets only the paths between chosen parts carry the difference"
+            )
+
     def close(self) -> None:
         """Nothing: the model is the caller's to close."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from math import prod
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .patches import Positions
 
 KEPT_TYPES = ("float32", "float16")
+SPARE = 1 << 24, 1 << 29  # bytes of memory that is used again: the system takes long to give it
 
 
 class Cache(Mapping[str, np.ndarray]):
@@ -107,7 +109,7 @@ class Capture(Hook):
             for name in self.order
         ]
         counts = [prod(shape) for shape in shapes]
-        memory = np.empty(sum(counts), self.dtype)  # one piece: the system gives it large pages
+        memory = room_for(net, sum(counts) * self.dtype.itemsize).view(self.dtype)  # one piece
         ends = np.cumsum(counts)
         arrays = {}
         for name, shape, end, n in zip(self.order, shapes, ends, counts, strict=True):
@@ -121,6 +123,18 @@ class Capture(Hook):
 
     def keeps(self, name: str) -> bool:
         return name in self.names
+
+    def room(self, name: str) -> Sequence[tuple[int, np.ndarray]] | None:
+        if kind_of(name) in SQUARE or kind_of(name) == "state":
+            return None
+        found, first = [], 0
+        for i, span in enumerate(self.spans):
+            rows, _ = self.rows(i)
+            if not isinstance(rows, slice):
+                return None
+            found.append((first, self.targets[i][name][rows]))
+            first += span.n
+        return found
 
     def kept(self, name: str, x: np.ndarray) -> None:
         kind, start = kind_of(name), 0
@@ -145,6 +159,31 @@ class Capture(Hook):
             return slice(span.start, span.start + span.n), slice(None)
         rows = np.flatnonzero((wanted >= span.start) & (wanted < span.start + span.n))
         return rows, wanted[rows] - span.start
+
+
+class Leased:
+    """Memory whose views go back to a network's spare when nobody refers to them."""
+
+    def __init__(self, memory: np.ndarray, spare: deque[np.ndarray]) -> None:
+        self.memory, self.spare = memory, spare
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self.spare.append(self.memory)
+
+
+def room_for(net: Network, n_bytes: int) -> np.ndarray:
+    """Uninitialised bytes, from what an earlier cache of the network left if that is about as large."""
+    least, most = SPARE
+    if not least <= n_bytes <= most:
+        return np.empty(n_bytes, np.uint8)
+    try:
+        memory = net.spare.pop()
+    except IndexError:  # there is none, or another thread was faster
+        memory = None
+    if memory is None or not n_bytes <= memory.nbytes <= 2 * n_bytes:
+        memory = np.empty(n_bytes, np.uint8)
+    return np.asarray(Leased(memory, net.spare))[:n_bytes]
 
 
 def run_with_cache(

@@ -22,8 +22,10 @@ from .simd import (
     hsum,
     load_n,
     set_f32,
+    set_half,
     set_i32,
     splat,
+    store_half,
     store_n,
     tanh,
     vmax,
@@ -250,6 +252,22 @@ def take(x, rows, y, n_bytes, first, last, worker):
     """y[i] = x[rows[i]]; a piece is a row."""
     for i in range(first, last):
         copy(y + n_bytes * i, x + n_bytes * get_i32(rows + 4 * i), n_bytes)
+
+
+def save(x, y, n, begin, first, last, worker):
+    """Rows of n floats, from row ``begin`` on, to y; a piece is a row."""
+    for i in range(first, last):
+        copy(y + 4 * n * i, x + 4 * n * (begin + i), 4 * n)
+
+
+def save_half(x, y, n, begin, first, last, worker):
+    """Rows of n floats, from row ``begin`` on, to y as halves; a piece is a row."""
+    for i in range(first, last):
+        p, out, done = x + 4 * n * (begin + i), y + 2 * n * i, n // 16 * 16
+        for j in range(0, done, 16):
+            store_half(out + 2 * j, load_n(p + 4 * j, 16))
+        for j in range(done, n):
+            set_half(out + 2 * j, get_f32(p + 4 * j))
 
 
 def combine(x, weights, y, k, n, first, last, worker):
