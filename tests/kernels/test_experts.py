@@ -28,7 +28,9 @@ def be() -> CPUBackend:
 
 
 @pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize(("type_name", "n_tokens"), [("Q4_K", 70), ("F16", 530), ("Q8_0", 2)])
+@pytest.mark.parametrize(
+    ("type_name", "n_tokens"), [("Q4_K", 70), ("Q4_K", 530), ("F16", 530), ("Q8_0", 2)]
+)
 def test_grouped_rows_are_those_of_single_tokens(
     be: CPUBackend, type_name: str, n_tokens: int, each: bool
 ) -> None:

@@ -27,7 +27,7 @@ from .weights import CPUWeight
 
 multiply = GIVEN
 ROWS_AT_ONCE = (
-    480  # rows of one expert whose outputs wait in a worker's scratch memory; a block of ``matmul``
+    480  # rows of one expert, within a piece of ``matmul``, whose outputs wait in a worker's memory
 )
 INNER = 256  # bytes of the arguments of the kernel that a piece calls
 FEW, FEW_FLOAT = 6, 2  # rows that go one by one: cheaper than unpacking, the tiles being in cache
@@ -268,13 +268,14 @@ def _record_grouped(
     args: dict[str, Any],
 ) -> None:
     at_once = matmul.tiles_together(w, n_workers) if w.format else GROUP
-    most = min(groups.n_rows, ROWS_AT_ONCE // w.digits)
+    together = min(ROWS_AT_ONCE // w.digits, matmul.tokens_together(w.digits))
+    most = min(groups.n_rows, together)
     matvec, one_more, _ = matmul.matvec_kernel(w, n_workers)
     product, many_more, _ = matmul.matmul_kernel(tape, w, most, n_workers)
     one, many = _inner(w, matvec, one_more), _inner(w, product, many_more)
     scratch = tape.array((n_workers, INNER + 64 * at_once * most), "u1")
     more: dict[str, Any] = {"segments": groups.segments, "order": groups.order}
-    more |= {"slots": groups.slots, "most": ROWS_AT_ONCE // w.digits}
+    more |= {"slots": groups.slots, "most": together}
     more |= {"packed": packed, "packed_bytes": packed.nbytes // groups.n_runs}
     more |= {"matvec": matvec, "matvec_args": one, "per_piece": 1 if w.format else GROUP}
     more |= {"matmul": product, "matmul_args": many, "at_once": at_once}

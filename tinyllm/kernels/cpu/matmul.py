@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import amx, bfloat, elementwise, floats, jit, micro, minima, planes, timing
+from . import amx, bfloat, elementwise, floats, jit, micro, minima, pairs, planes, timing
 from .emit import has_amx, instruction_set
 from .floats import (
     COLUMNS,
@@ -45,9 +45,7 @@ quantise = quantise_second = quantise_third = GIVEN
 multiply_8 = multiply_4 = multiply_2 = GIVEN
 start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
-STEPS = 32  # records unpacked together: 1024 columns, some whole blocks
 QUANTISED = 512  # columns of a piece
-TOKEN_BLOCK = 512
 PAST = 1 << 20  # outputs that had better not pass through the caches
 AT_ONCE = (2, 4, 8)  # tokens multiplied together
 SMALL = 1 << 18  # bytes of a matrix for which reading is not worth timing
@@ -440,7 +438,7 @@ def matmul_kernel(
     else:
         kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind)
         n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
-        token_block = TOKEN_BLOCK // w.digits // 16 * 16
+        token_block = tokens_together(w.digits)
         sums = -(-min(n_tokens, token_block) * w.digits // 16) * 1024
         assert w.format
         least = w.n_blocks * minima.n_minima(w.format) * 64
@@ -459,10 +457,23 @@ def tiles_together(w: CPUWeight, n_workers: int) -> int:
     return next((n for n in UNPACKED if n <= wanted), UNPACKED[-1])
 
 
+def blocking() -> tuple[int, int]:
+    """Records unpacked together, some whole blocks, and rows of x whose sums wait meanwhile.
+
+    Those that read more a time want less of both: of x in the first-level cache, of sums in the second.
+    """
+    return (8, 256) if pairs.serves() else (32, 512)
+
+
+def tokens_together(digits: int) -> int:
+    """The most tokens of a piece."""
+    return blocking()[1] // digits // 16 * 16
+
+
 @lru_cache
 def _matmul_quantised(kind: str) -> tuple[jit.Kernel, int, int, int]:
     """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
-    fmt, at_once, wide = FORMATS[kind], STEPS, 16
+    fmt, at_once, wide = FORMATS[kind], blocking()[0], 16
     unit: dict[str, Any] = {"start": amx.nothing, "stop": amx.nothing}
     if has_amx():
         kind, unit = f"amx_{kind}", {"start": amx.starter(fmt), "stop": amx.stop}
@@ -471,12 +482,20 @@ def _matmul_quantised(kind: str) -> tuple[jit.Kernel, int, int, int]:
         size, at_once, wide = planes.panel_bytes(fmt) // 8, 8, 32
     else:
         form = micro.unpacked(fmt, whole=True)
-        many = amx.multiplier if has_amx() else micro.tokens_multiplier
-        unpack, multiply = micro.unpacker(fmt, form), many(form)
+        unpack, multiply = micro.unpacker(fmt, form), _panels_multiplier(form)
         size = form.tile_bytes * 32 // form.block
     names = {"unpack": unpack, "multiply_tokens": multiply, **unit}
     names |= {"unpack_minima": minima.unpacker(fmt), "add_minima": minima.tiles_adder(fmt)}
     return jit.kernel(matmul, f"matmul_{kind}", **names), size, at_once, wide
+
+
+def _panels_multiplier(form: Format) -> Callable:
+    """The micro-kernel for many tokens that this processor has the instructions for."""
+    if has_amx():
+        return amx.multiplier(form)
+    if pairs.serves():
+        return micro.tokens_multiplier(form, pairs.multiplier)
+    return micro.tokens_multiplier(form)
 
 
 def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_workers: int) -> CPUArray:

@@ -480,16 +480,21 @@ def _fields(e: Emit, d, codes: list) -> list:
     return [d, *scaled, b.mul(both, I32(-8)), b.mul(both, I32(-128)), less[0], halves]
 
 
+def resuming(form: Format, n_tokens: int) -> Callable:
+    """``multiplier`` for unpacked tiles."""
+    return multiplier(form, n_tokens, SLOTS, resume=True)
+
+
 @lru_cache
-def tokens_multiplier(form: Format) -> Callable:
+def tokens_multiplier(form: Format, one: Callable = resuming) -> Callable:
     """multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, ..): y += unpacked tiles times n tokens.
 
-    They go by 8, 4 or 2 where there are 32 registers for their sums, by 4, 2 or 1 where there are 16.
+    They go by 8, 4 or 2 where there are 32 registers for their sums, by 4, 2 or 1 where there are 16, through
+    what ``one(form, n_tokens)`` makes.
     """
     most = 8 if instruction_set() in ("avx512vnni", "neon") else 4
     half, quarter, per_block = most // 2, most // 4, form.block // 32
-    emit = {m: multiplier(form, m, SLOTS, resume=True) for m in (most, half, quarter)}
-    many, some, few = emit.values()
+    many, some, few = (one(form, m) for m in (most, half, quarter))
 
     def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
         """Add the products of all tiles with n tokens to y."""
