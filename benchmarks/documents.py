@@ -111,7 +111,7 @@ def answered(
     docs: LocalDocs, chat: tinyllm.Model, asked: list[tuple[str, str, str]]
 ) -> dict[str, Any]:
     """How many questions find their file, and how many get a right answer."""
-    rows, first3, first1, right, quoted = [], 0, 0, 0, [0, 0, 0]
+    rows, first3, first1, right, shown, quoted = [], 0, 0, 0, 0, [0, 0, 0]
     for question, files, words in asked:
         hits = docs.search(question, 3)
         found = [bool(re.match(f"(.*/)?({files})", h.file)) for h in hits]
@@ -119,7 +119,8 @@ def answered(
         answer = docs.ask(question, chat, max_tokens=60, temperature=0)
         good = bool(re.search(words, answer.text, re.IGNORECASE))
         right += good
-        quotes = [h.text for h in docs.quote(question)]
+        quotes = [h.text for h in answer.quotes]
+        shown += good or bool(re.search(words, "\n".join(quotes), re.IGNORECASE))
         for n in range(3):
             quoted[n] += bool(re.search(words, "\n".join(quotes[: n + 1]), re.IGNORECASE))
         rows.append([question, [h.place for h in hits], answer.text, good, quotes])
@@ -127,7 +128,7 @@ def answered(
         print(any(found), good, question, "|", hits[0].place, "|", said, file=sys.stderr)
     return {"n": len(asked), "right file first": first1, "right file among three": first3,
             "right answers": right, "right among 1, 2, 3 quoted sentences": quoted,
-            "rows": rows}  # fmt: skip
+            "right in the answer or its quotes": shown, "rows": rows}  # fmt: skip
 
 
 def nearness(docs: LocalDocs) -> dict[str, Any]:

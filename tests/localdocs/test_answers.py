@@ -62,6 +62,7 @@ def test_an_answer_streams_and_has_references(
     answer = docs.ask("pole", bundled, nearest=-1, max_tokens=12, temperature=0)
     pieces = list(answer)
     assert len(pieces) > 3
+    assert [h.text for h in answer.quotes] == [h.text for h in docs.quote("pole", nearest=-1)]
     assert answer.text == "".join(pieces) == str(answer)
     assert answer.found
     assert answer.references[0].keys() == {

@@ -49,9 +49,10 @@ def test_a_collection_from_its_beginning_to_its_end(
     assert (found["file"], found["from"], found["to"]) == ("garden/beans.txt", 1, 3)
     assert said(capsys, "quote", "home", "pole", "--nearest", "3") == "Not in the documents.\n"
     out = said(capsys, "ask", "home", "pole?", "-n", "5", "--nearest", "-1", "-k", "1")
-    assert out.endswith("\n\n[1] garden/beans.txt, lines 1 to 3\n")
+    shown = "\n\nIn the documents:\n\nBeans climb a pole.\nWater them at night.\n"
+    assert out.endswith(f"{shown}[1] garden/beans.txt, lines 1 to 3\n")
     found = json.loads(said(capsys, "ask", "home", "pole?", "--nearest", "3", "--json"))
-    assert found == {"text": "Not in the documents.", "references": []}
+    assert found == {"text": "Not in the documents.", "references": [], "quotes": []}
     (folder / "bad.txt").unlink()
     assert "0 changed, 1 gone" in said(capsys, "update")
     assert said(capsys, "unreadable", "home") == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
@@ -168,11 +168,16 @@ def quote(docs: LocalDocs, args: Arguments) -> None:
     if args.json:
         print_json([*map(as_json, hits)])
         return
-    show("\n".join(f"{lines_of(hit)}[{i}] {hit.place}\n" for i, hit in enumerate(hits, 1)))
+    show(as_quotes(hits))
     if not hits:
         from ..localdocs.answering import NOT_THERE
 
         show(f"{NOT_THERE}\n")
+
+
+def as_quotes(hits: Sequence[Hit]) -> str:
+    """Sentences of documents, each above its place."""
+    return "\n".join(f"{lines_of(hit)}[{i}] {hit.place}\n" for i, hit in enumerate(hits, 1))
 
 
 def ask(docs: LocalDocs, args: Arguments) -> None:
@@ -191,16 +196,17 @@ def ask(docs: LocalDocs, args: Arguments) -> None:
 
 
 def answered(docs: LocalDocs, args: Arguments, model: Model, options: dict[str, Any]) -> None:
-    """Show an answer as it is written, then what it rests on."""
+    """Show an answer as it is written, then the sentences nearest to the question, where they stand."""
     answer = docs.ask(args.words[1], model, **options)
     if args.json:
-        print_json({"text": answer.text, "references": answer.references})
+        quotes = [*map(as_json, answer.quotes)]
+        print_json({"text": answer.text, "references": answer.references, "quotes": quotes})
         return
     for piece in answer:
         show(piece)
     show("\n")
-    for i, hit in enumerate(answer.hits, 1):
-        show(f"{chr(10) * (i == 1)}[{i}] {hit.place}\n")
+    if answer.quotes:
+        show(f"\nIn the documents:\n\n{as_quotes(answer.quotes)}")
 
 
 def listing(docs: LocalDocs, args: Arguments) -> None:

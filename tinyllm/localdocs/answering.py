@@ -193,10 +193,15 @@ class Answer(Iterator[str]):
     ----------
     hits : list of Hit
         The excerpts that the model was given; none where nothing was near enough.
+    quotes : list of Hit
+        The three sentences of the excerpts that are nearest to the question, nearest first, as
+        ``LocalDocs.quote`` has them. What a model writes may be wrong; these stand in the documents.
     """
 
-    def __init__(self, pieces: Iterator[str], hits: Sequence[Hit]) -> None:
-        self._pieces, self.hits = pieces, list(hits)
+    def __init__(
+        self, pieces: Iterator[str], hits: Sequence[Hit], quotes: Sequence[Hit] = ()
+    ) -> None:
+        self._pieces, self.hits, self.quotes = pieces, list(hits), list(quotes)
         self._parts: list[str] = []
 
     @property
@@ -270,4 +275,4 @@ def ask(
         [{"role": "user", "content": question}], hits, model, max_tokens, template
     )
     pieces = model.chat(messages, template, max_tokens=max_tokens, stream=True, **options)
-    return Answer(pieces, chosen)
+    return Answer(pieces, chosen, docs.sentences(question, chosen))

@@ -384,6 +384,10 @@ class LocalDocs:
         hits = near(
             self.search(question, EXCERPTS, **where), NEAREST if nearest is None else nearest
         )
+        return self.sentences(question, hits, k)
+
+    def sentences(self, question: str, hits: Sequence[Hit], k: int = 3) -> list[Hit]:
+        """The k sentences of some hits that are nearest to a question, as ``quote`` has them."""
         with self._lock, self._reading():
             return nearest_sentences(self._store, self.embedder, question, hits, k)
 
@@ -412,7 +416,7 @@ class LocalDocs:
         Returns
         -------
         Answer
-            An iterator of pieces of text; ``references`` says what they rest on.
+            An iterator of pieces of text; ``references`` says what they rest on, ``quotes`` what stands there.
         """
         from .answering import ask
 
