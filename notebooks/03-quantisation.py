@@ -278,8 +278,8 @@ with check("bits"):
 # %% [markdown]
 # ## Part 3. Steps need not be even
 #
-# Weights crowd around zero. Should the grid not do so too? IQ4_NL has 16 uneven steps from a fixed table; MXFP4's are the
-# 16 numbers that a float with one bit of sign, two of exponent and one of mantissa can be.
+# Weights crowd around zero. Should the grid not do so too? IQ4_NL has 16 uneven steps from a fixed table; MXFP4's 16 are the
+# numbers, zero twice, that a float with one bit of sign, two of exponent and one of mantissa can be.
 
 # %%
 uneven = np.unique(quants.int8_form("IQ4_NL", quants.quantize("IQ4_NL", w))[0]).astype(float)
@@ -413,7 +413,7 @@ plots.points(
 
 # %% [markdown]
 # The greedy text stays the same for long, down to three bits. KL shows the damage from the first step on, a factor of
-# three to four for each bit: the *square* of the error. That is what to measure when two formats are compared. In the
+# four to five for each bit: about the *square* of the error. That is what to measure when two formats are compared. In the
 # end the model forgets who the story is about, then how to end a sentence.
 #
 # Large models suffer less: they have more weights than they need. A model of 70 billion weights is usable at two bits,
@@ -448,8 +448,8 @@ plots.bars(
 
 # %% [markdown]
 # For its size the value matrix is the most sensitive, by far: what attention brings along goes through it unchanged,
-# and it is small. So the mixtures that people download, such as `Q4_K_M`, give `attn_v` and `ffn_down` more bits, and
-# it costs next to nothing. The package makes such files too: `tinyllm quantize model-f16.gguf out.gguf Q4_K_M`.
+# and it is small. So the mixtures that people download, such as `Q4_K_M`, give `attn_v` more bits, and it costs next to
+# nothing. They raise half of `ffn_down` too, a larger matrix; in our model that buys less for its bits. The package makes such files too: `tinyllm quantize model-f16.gguf out.gguf Q4_K_M`.
 #
 # ### Exercise 5: spend a budget
 #

@@ -438,7 +438,7 @@ print(
 )
 
 # %% [markdown]
-# A twelfth of what the weights lost. That is why every engine does it.
+# A fourteenth of what the weights lost. That is why every engine does it.
 #
 # ## Part 7. The instruction that was made for it
 #
@@ -510,8 +510,9 @@ print(len(loop), "lines with the product; the first ones:")
 print("\n".join(loop[:8]))
 
 # %% [markdown]
-# Eight such lines for a block of 16 x 32 weights: 512 multiply-adds in eight instructions. Around them there are few
-# others: four loads, four shifts, eight masks.
+# Eight such lines for a block of 16 x 32 weights, where AVX-512 has the instruction: 512 multiply-adds in eight
+# instructions. Around them there are few others: four loads, four shifts, eight masks. AVX2's words are half as long and
+# its products need a second instruction for their sums: it has sixteen lines.
 
 # %%
 plots.bars(

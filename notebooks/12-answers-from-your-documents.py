@@ -391,6 +391,10 @@ for question, _ in QUESTIONS[:6] + QUESTIONS[-3:]:
     sentence, i = answer(question)
     print(f"{question:36} {sentence}  [{i}]")
 
+# %% [markdown]
+# It can miss, though: "Tom has a dog" stands there and does not say what the dog is called. The place behind it lets you
+# look.
+
 # %%
 if smollm2():
     for question, _ in QUESTIONS[:4]:
