@@ -25,6 +25,7 @@ import tinyllm
 NAMES = ["embd", "resid_mid", "out", "attn_heads", "ffn_act"]
 PROMPT = "It was a very warm and sunny day in the small town by the sea. When Mary and John went to the store, "
 CLEAN, CORRUPTED = PROMPT + "John gave a drink to", PROMPT + "Mary gave a drink to"
+EARLIER = CORRUPTED.replace("It was", "This was", 1)  # another first token: no run can be left out
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -59,6 +60,7 @@ def measure(
     grid = m.patch_grid(CLEAN, CORRUPTED, pair)
     found["runs of the grid"] = float(grid.values.size)
     found["seconds of the grid"] = seconds(lambda: m.patch_grid(CLEAN, CORRUPTED, pair))
+    found["where the first token differs"] = seconds(lambda: m.patch_grid(CLEAN, EARLIER, pair))
     return found
 
 

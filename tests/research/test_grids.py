@@ -50,6 +50,23 @@ def test_a_grid_has_the_bits_of_its_runs_one_by_one(model: tinyllm.Model, point:
         assert grid.restored[-1, 0] == pytest.approx(0)
 
 
+@pytest.mark.parametrize("over", ["positions", "heads"])
+def test_where_prompts_begin_alike_a_grid_has_the_bits_of_its_runs(
+    model: tinyllm.Model, over: Any
+) -> None:
+    clean, corrupted = ([0, 300, 301, n, 302, n, 303] for n in (400, 500))
+    point, places = "attn_heads", [1, 2] if over == "heads" else [1, 2, 3, 6]
+    grid = model.patch_grid(clean, corrupted, (40, 41), point, over, places)
+    cache = model.run_with_cache(clean, point)
+    for layer, line in zip(grid.layers, grid.values, strict=True):
+        name = f"blk.{layer}.{point}"
+        if over == "heads":
+            patches = [Patch(name, cache[name], places, h) for h in range(len(line))]
+        else:
+            patches = [Patch(name, cache[name], p) for p in places]
+        assert np.array_equal(line, one_by_one(model, patches, corrupted, (40, 41)))
+
+
 def test_a_grid_within_a_context_steers_once(model: tinyllm.Model) -> None:
     clean, corrupted = ([0, *range(n, n + 5)] for n in (300, 600))
     vector = np.linspace(-1, 1, model.config.n_embd)

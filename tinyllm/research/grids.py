@@ -84,7 +84,11 @@ def patch_grid(
     chosen = positions_of(positions, length)
     if not len(chosen) or not 0 <= chosen.min() <= chosen.max() < length:
         raise ArgumentError(f"positions={positions!r:.60}; the prompts have {length} tokens")
-    runs, widths = [], []
+    differs = np.flatnonzero(np.array(clean) != np.array(corrupted))
+    same = (
+        0 if whole else int(differs[0]) if len(differs) else length
+    )  # tokens: patches change nothing
+    runs, widths, unmoved = [], [], []
     for row, (layer, name) in enumerate(names.items()):
         first = 0 if whole or name == base else layer + (kind == "out")
         parts: list[tuple[Positions, int | None, int]]
@@ -96,14 +100,18 @@ def patch_grid(
             parts = [(chosen.tolist(), None, int(chosen.min()))]
         widths.append(len(parts))
         for column, (where, head, start) in enumerate(parts):
+            if (where if isinstance(where, int) else chosen.max()) < same:
+                unmoved.append((row, column))
+                continue
             patch = Patch(name, source[name], where, head)
             runs.append(Run(patch, first, 0 if whole else start, (row, column)))
     values = np.full((len(names), max(widths)), np.nan)
+    as_it_is = measure(stream.logits[-1])
+    for place in unmoved:
+        values[place] = as_it_is
     for run, logits in patched_runs(net, corrupted, runs, stream):
         values[run.place] = measure(logits)
-    return Grid(
-        kind, over, list(names), values, measure(source.logits[-1]), measure(stream.logits[-1])
-    )
+    return Grid(kind, over, list(names), values, measure(source.logits[-1]), as_it_is)
 
 
 def patched_runs(
