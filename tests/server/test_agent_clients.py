@@ -172,8 +172,9 @@ def test_llm_finds_the_server_in_its_list_of_models(url: str, tmp_path: Path) ->
     def say(*words: str) -> str:
         command = [sys.executable, "-W", "ignore", "-m", "llm", "-m", "tales-here", *words]
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False,
+            stdin=subprocess.DEVNULL,  # it waits for the end of any other that is no terminal
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
