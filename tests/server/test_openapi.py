@@ -98,6 +98,12 @@ def test_calls_have_their_shapes(make_app, api):
         check(api, "post", path, answer)
 
 
+def test_the_description_is_of_the_version_that_knows_streams(api):
+    assert api["openapi"].startswith("3.2.")
+    content = api["paths"]["/v1/messages"]["post"]["responses"]["200"]["content"]
+    assert "itemSchema" in content["text/event-stream"]
+
+
 def test_the_page_of_endpoints_needs_no_network(app):
     answer = app.get("/docs")
     assert answer.status_code == 200

@@ -32,7 +32,7 @@ from .errors import Refusal
 from .guard import Guard
 from .metrics import Metrics
 from .pool import Pool, Source
-from .reply import told
+from .reply import dumps, told
 from .settings import Settings
 from .shapes import ErrorShape, errors
 from .wording import unreadable, wrong_field
@@ -94,6 +94,7 @@ def create_app(
         version=__version__,
         description="Language models from GGUF files, by the protocols of OpenAI, Anthropic and others.",
         lifespan=lifespan,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         responses=errors(ErrorShape),
@@ -103,6 +104,7 @@ def create_app(
     app.state.metrics = Metrics()
     for routes in ROUTES:
         app.include_router(routes.router)
+    app.add_api_route("/openapi.json", description, include_in_schema=False)
     app.add_exception_handler(RequestValidationError, on_wrong_field)
     app.add_exception_handler(HTTPException, on_http_error)
     for kind in (Refusal, TinyLLMError, OSError, MemoryError, Exception):
@@ -131,6 +133,12 @@ async def lifespan(app: Server) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(app.close)
+
+
+async def description(request: Request) -> Response:
+    """What the server answers, as OpenAPI; written by a thread, as it takes half a second the first time."""
+    written = await asyncio.to_thread(request.app.openapi)
+    return Response(dumps(written), media_type="application/json")
 
 
 def answer(refusal: Refusal, request: Request) -> Response:
