@@ -20,7 +20,7 @@ from tinyllm.kernels.devices import open_backend
 from tinyllm.models.build import build
 from tinyllm.models.network import Network
 from tinyllm.research.cache import read
-from tinyllm.research.compare import Comparison, with_tensors
+from tinyllm.research.compare import Comparison, divergence, logits_of, with_tensors
 
 TEXT = "Once upon a time, there was a little girl named Lily. She had a red ball and a dog."
 
@@ -61,6 +61,11 @@ def test_a_quantisation_costs_what_its_tensors_cost(pair: Any) -> None:
     assert found.n_tokens == len(ids)
     changed = {n for n, t in b._file.tensors.items() if t.type != a._file.tensors[n].type}
     assert set(found.tensors) == changed
+    assert list(found.together) == found.worst()
+    worst = with_tensors(b, {n: a._file.tensors[n] for n in found.worst(3)})
+    after = np.mean(divergence(a.logits(ids), logits_of(worst, ids)))
+    assert found.together[found.worst()[2]] == pytest.approx(found.kl[0] - after, rel=1e-6)
+    assert found.together[found.worst()[0]] == found.tensors[found.worst()[0]]
     by_layer = tinyllm.compare(a, b, TEXT, "layers", n_greedy=0)
     assert set(by_layer.tensors) >= {f"blk.{i}" for i in range(a.config.n_layer)}
 
@@ -132,6 +137,7 @@ def test_the_command(
     text = capsys.readouterr().out
     assert "perplexity" in text
     assert "blk.0" in text
+    assert "with those above it, too" in text
     assert main([*argv, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kl"][0] > 0
 

@@ -69,8 +69,11 @@ def lines(found: Comparison, a: str, b: str) -> Iterator[str]:
             f"or {p.theirs!r} ({p.p_a[1]:.3f}, in B {p.p_b[1]:.3f})"
         )
     yield "error after each layer   " + " ".join(f"{x:.3f}" for x in found.layers)
+    if found.tensors:
+        yield "by so much the KL falls with A's in its place, and with those above it, too"
     for name in found.worst(20):
-        yield f"{found.tensors[name]:10.6f}  {name}"
+        both = f"{found.together[name]:10.6f}" if name in found.together else " " * 10
+        yield f"{found.tensors[name]:10.6f}  {both}  {name}"
 
 
 COMMANDS = {

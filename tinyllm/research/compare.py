@@ -26,6 +26,7 @@ Progress = Callable[[Iterable[str], int], Iterable[str]]
 WINDOW = 512  # tokens that are read together
 # tensors that no block reads
 BESIDE_BLOCKS = {"token_embd", "token_embd_norm", "position_embd", "output_norm", "output"}
+BACK = 5  # tensors that are also put back together: those that cost most
 OPENING = 16  # tokens of the text that both models go on from
 
 
@@ -46,7 +47,8 @@ class Comparison:
 
     ``kl`` is that of B from A, ``agreement`` the share of tokens where both would choose the same next one.
     ``layers`` is the relative error of B's residual stream after each layer. ``tensors`` is by how much the KL
-    falls when A's tensor takes the place of B's, for each that differs in type or values.
+    falls when A's tensor takes the place of B's, for each that differs in type or values. Gains do not add:
+    ``together`` has by how much it falls with each of the worst five and all that are worse back at once.
     """
 
     n_tokens: int
@@ -57,6 +59,7 @@ class Comparison:
     parting: Parting | None
     layers: list[float]
     tensors: dict[str, float] = field(default_factory=dict)
+    together: dict[str, float] = field(default_factory=dict)
 
     def worst(self, n: int = 5) -> list[str]:
         """The n tensors that cost most."""
@@ -112,8 +115,11 @@ def compare(
     each = np.concatenate([divergence(p, q) for p, q in zip(ours, theirs, strict=True)])
     same = [p.argmax(1) == q.argmax(1) for p, q in zip(ours, theirs, strict=True)]
     found: dict[str, float] = {}
+    together: dict[str, float] = {}
     if tensors:
-        found = costs(a, b, windows, ours, float(each.mean()), tensors == "layers", progress)
+        found, together = costs(
+            a, b, windows, ours, float(each.mean()), tensors == "layers", progress
+        )
     return Comparison(
         n_tokens=sum(map(len, windows)),
         kl=mean(each),
@@ -123,6 +129,7 @@ def compare(
         parting=parting(a, b, ids[:OPENING], n_greedy),
         layers=errors(a.network, b.network, windows[0]),
         tensors=found,
+        together=together,
     )
 
 
@@ -191,20 +198,23 @@ def costs(
     kl: float,
     by_layer: bool,
     progress: Progress,
-) -> dict[str, float]:
-    """By how much the KL falls with A's tensor in B's place, tensor by tensor or layer by layer."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """By how much the KL falls with A's tensors, or layers, in B's: one by one, and the worst together."""
     theirs, own = b._file.tensors, a._file.tensors
     other = [n for n in theirs if n in own and differs(own[n], theirs[n])]
     groups: dict[str, list[str]] = {}
     for name in other:
         layer = layer_of(name)
         groups.setdefault(f"blk.{layer}" if by_layer and layer >= 0 else name, []).append(name)
-    found = {}
-    for label in progress(groups, len(groups)):
-        net = with_tensors(b, {n: own[n] for n in groups[label]})
+
+    def fall(labels: Sequence[str]) -> float:
+        net = with_tensors(b, {n: own[n] for label in labels for n in groups[label]})
         each = [divergence(p, logits_of(net, w)) for p, w in zip(ours, windows, strict=True)]
-        found[label] = kl - float(np.concatenate(each).mean())
-    return found
+        return kl - float(np.concatenate(each).mean())
+
+    found = {label: fall([label]) for label in progress(groups, len(groups))}
+    worst = sorted(found, key=lambda label: -found[label])[:BACK]
+    return found, {label: fall(worst[: i + 1]) for i, label in enumerate(worst)}
 
 
 def differs(x: Any, y: Any) -> bool:
