@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -253,15 +253,17 @@ def test_an_idle_server_sleeps():
         assert process.wait(60) == 0
 
 
-def test_a_second_signal_ends_the_texts():
+@pytest.mark.parametrize("n_signals", [1, 2])
+def test_texts_that_a_stop_ends_say_so(n_signals):
+    """By a second signal, or when the time is over: each stream has an error, and the log no traceback."""
     with ExitStack() as stack:
-        process, url = start(stack, "--stop-seconds", "1000")
+        process, url = start(stack, "--stop-seconds", "1000" if n_signals == 2 else "0.1")
         texts = [begin(stack, url) for _ in range(8)]
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        whole = 0
-        for lines in texts:
-            with suppress(httpx.TransportError):
-                whole += "data: [DONE]" in list(lines)
-        assert whole < 8
+        for sent in (signal.SIGINT, signal.SIGTERM)[:n_signals]:
+            process.send_signal(sent)
+            time.sleep(0.2)
+        ends = ["".join(lines) for lines in texts]
+        assert process.wait(60) == 0
+        cut = [end for end in ends if "the server stops, and has ended this text" in end]
+        assert len(cut) + sum("data: [DONE]" in end for end in ends) == 8
+        assert cut

@@ -386,7 +386,7 @@ class LocalDocs:
         )
         return self.sentences(question, hits, k)
 
-    def sentences(self, question: str, hits: Sequence[Hit], k: int = 3) -> list[Hit]:
+    def sentences(self, question: str, hits: Sequence[Hit], k: int = 3) -> Sequence[Hit]:
         """The k sentences of some hits that are nearest to a question, as ``quote`` has them."""
         with self._lock, self._reading():
             return nearest_sentences(self._store, self.embedder, question, hits, k)

@@ -126,6 +126,7 @@ class Guard:
         if asked is not None:
             usage = asked.usage
             tokens = f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
+            tokens += ", its client left" * asked.left
         path = scope["path"].encode("unicode_escape").decode()
         log.info("%s %s %s %d, %.3f s%s", client, scope["method"], path, status, seconds, tokens)
         if self.settings.log_prompts and body.seen:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .. import loading
 from ..engine.scheduler import Engine
@@ -174,6 +174,14 @@ class Served:
         }  # fmt: skip
 
 
+class Writes(Protocol):
+    """A request whose texts are being written."""
+
+    def cancel(self) -> None:
+        """End all texts where they are."""
+        ...
+
+
 class Pool:
     """The models of a server, the first being the default."""
 
@@ -193,6 +201,8 @@ class Pool:
         self._share()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._turn: asyncio.Lock | None = None  # one model is loaded at a time
+        self.running: set[Writes] = set()
+        self.stops = False  # whether texts are ended because the server is
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self.models.values())
@@ -335,6 +345,13 @@ class Pool:
         writers = [s for s in self if s.writes or s is new]
         for served in writers:
             served.share(max(room, 0) // len(writers))
+
+    def end_texts(self) -> int:
+        """End all that is written where it is, since the server stops; how many requests that were."""
+        self.stops = True
+        for asked in self.running:
+            asked.cancel()
+        return len(self.running)
 
     def close(self) -> None:
         """End all texts and free all models."""

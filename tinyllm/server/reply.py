@@ -63,6 +63,7 @@ class Reply(Response):
         """End the texts when the client goes."""
         while (await receive())["type"] != "http.disconnect":
             pass
+        self.asked.left = True
         self.asked.cancel()
 
     async def _whole(self, scope: Scope, send: Send) -> None:

@@ -8,7 +8,6 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
-from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -21,29 +20,43 @@ from .app import Server
 log = logging.getLogger("tinyllm.server")
 
 
+END_S = 2.0  # that answers which are cut short have to tell their clients so
+
+
 class Process(uvicorn.Server):
-    """Stops gracefully at the first signal, and at once at the second, whichever they are.
+    """Stops gracefully at the first signal; ends all texts at the second, or ``stop_s`` seconds later.
 
     uvicorn raises signals anew once all is closed; here that is the end of it, and the exit status is 0.
     uvicorn wakes ten times a second to see whether a signal has come; here an idle server sleeps until then.
     """
 
-    _wake: Callable[[], object] | None = None
+    def __init__(self, config: uvicorn.Config, app: Server, stop_s: float) -> None:
+        super().__init__(config)
+        self._app, self._stop_s = app, stop_s
+        self._call: Callable[[Callable[[], object]], object] | None = None
+        self._told = asyncio.Event()
 
     async def main_loop(self) -> None:
-        told = asyncio.Event()
-        self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, told.set)
+        loop = asyncio.get_running_loop()
+        self._call = loop.call_soon_threadsafe
         await self.on_tick(0)
         if not self.should_exit:
-            await told.wait()
+            await self._told.wait()
+        loop.call_later(self._stop_s, self.end_texts)
+
+    def end_texts(self) -> None:
+        """End what is written, tell the clients, and exit soon even if one does not listen."""
+        if n := self._app.pool.end_texts():
+            log.warning("%d answers are cut short: the server stops", n)
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it shows how it ends tasks
+        asyncio.get_running_loop().call_later(END_S, setattr, self, "force_exit", True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.force_exit = True
+        what = self.end_texts if self.should_exit else self._told.set
         self.should_exit = True
-        if self._wake is not None:
+        if self._call is not None:
             with suppress(RuntimeError):  # the event loop was closed
-                self._wake()
+                self._call(what)
 
 
 def dated(app: ASGIApp) -> ASGIApp:
@@ -91,11 +104,10 @@ def serve(app: Server, sock: socket.socket, stop_s: float = 30.0) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(stop_s)),
         lifespan="on",
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    process = Process(config)
+    process = Process(config, app, stop_s)
     try:
         process.run(sockets=[sock])
     finally:

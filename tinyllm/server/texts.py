@@ -15,9 +15,11 @@ from ..engine.completion import Completion
 from ..engine.generate import Token
 from ..engine.request import Request
 from ..errors import TinyLLMError
+from .errors import Refusal
 from .pool import Pool, Served
 from .wording import in_words
 
+STOPS = "the server stops, and has ended this text before its end; ask again"
 Submit = Callable[[Served], Iterable[Request]]  # runs in a thread
 
 
@@ -31,7 +33,7 @@ class News:
     whole: Completion | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Asked:
     """The texts of one request, and the model that writes them, which is held until ``free``."""
 
@@ -42,7 +44,11 @@ class Asked:
     requests: list[Request] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     first_at: float | None = None
+    left: bool = False  # whether the client has gone before the end
     _held: bool = True
+
+    def __post_init__(self) -> None:
+        self.pool.running.add(self)
 
     def cancel(self) -> None:
         """End all texts where they are."""
@@ -53,6 +59,7 @@ class Asked:
         """Let the model go; texts that are still written are ended."""
         if self._held:
             self._held = False
+            self.pool.running.discard(self)
             self.cancel()
             self.served.n_texts -= self.n_texts
             self.pool.release(self.served)
@@ -100,6 +107,8 @@ class Asked:
                     seen[0] += len(pieces)
                     seen[1] += len(tokens)
                     whole = request.result() if done else None
+                    if whole and whole.finish_reason == "cancelled" and self.pool.stops:
+                        raise Refusal(503, STOPS, headers={"Retry-After": "5"})
                     if done:
                         open_.remove(i)
                     yield News(i, "".join(pieces), tokens, whole)
