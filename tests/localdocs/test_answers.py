@@ -131,6 +131,13 @@ def test_an_encoder_cannot_answer(docs: LocalDocs, data: Path) -> None:
             docs.ask("tea", encoder)
 
 
+def test_what_is_no_model_cannot_answer(docs: LocalDocs, bundled: tinyllm.Model) -> None:
+    with pytest.raises(ArgumentError, match="model=None; expected a model that chats"):
+        docs.ask("tea", None)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="nearest='a'; expected a number"):
+        docs.ask("tea", bundled, nearest="a")
+
+
 # ---- GPT4All's form
 
 

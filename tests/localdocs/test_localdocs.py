@@ -7,13 +7,14 @@ import shutil
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import tinyllm
 from tinyllm.errors import ArgumentError, StateError
-from tinyllm.localdocs import LocalDocs, embedding, store, updating, vectors
+from tinyllm.localdocs import LocalDocs, collections, embedding, store, updating, vectors
 from tinyllm.localdocs.answering import NEAREST as NEAR
 from tinyllm.localdocs.search import NEAREST, Filter, Hit
 
@@ -227,7 +228,9 @@ def test_filters(docs: LocalDocs, folder: Path, tmp_path: Path) -> None:
         "rules.py",
     }
     assert names(docs, "tea", collections=["old"]) == ["tea.txt"]
-    assert set(names(docs, "tea", file="garden/*")) == {"garden/beans.txt"}
+    for pattern in ("garden/*", "beans.txt", "Garden/BEANS.*", "be?ns*"):
+        assert set(names(docs, "tea", file=pattern)) == {"garden/beans.txt"}
+    assert names(docs, "tea", file="garden*") == []
     assert names(docs, "tea", until="1971") == ["tea.txt"]
     assert names(docs, "tea", until="1971-01-02", since="1971-01") == ["tea.txt"]
     assert names(docs, "tea", until="1971-01-01") == []
@@ -316,6 +319,63 @@ def test_an_odd_query_is_no_syntax(docs: LocalDocs, folder: Path) -> None:
         docs.search("tea", since="yesterday")
     with pytest.raises(ArgumentError, match="there is no collection 'no'; there are: 'home'"):
         docs.search("tea", collections="no")
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"since": "2026-13-45"}, "since='2026-13-45'; expected a date such as '2026-01-31'"),
+        ({"until": "2026-02-30"}, "until='2026-02-30'; expected a date"),
+        ({"since": 2026}, "since=2026; expected a date"),
+        ({"file": ["*.md"]}, r"file=\['\*.md'\]; expected a pattern such as '\*.md'"),
+        ({"collections": []}, r"collections=\[\]; expected a name or names; leave it out for all"),
+        ({"collections": 3}, "collections=3; expected a name or names"),
+        ({"collections": [3]}, r"collections=\[3\]; expected a name or names"),
+        ({"reranker": "a"}, "reranker='a'; expected a model"),
+        ({"k": "a"}, "k='a'; expected a whole number"),
+    ],
+)
+def test_a_wrong_filter_is_refused(docs: LocalDocs, given: dict[str, Any], what: str) -> None:
+    with pytest.raises(ArgumentError, match=what):
+        docs.search("tea", **given)
+
+
+def test_an_unknown_collection_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with (
+        LocalDocs(tmp_path / "store.sqlite", tmp_path / "no.gguf") as docs,
+        pytest.raises(ArgumentError, match="there is no collection 'notes'"),
+    ):
+        docs.search("tea", collections="notes")
+
+
+def test_texts_without_vectors_are_counted(
+    docs: LocalDocs, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert docs.pending() == (0, 0)
+    with monkeypatch.context() as m:
+        m.setattr(collections, "embed", killed)
+        with pytest.raises(KeyboardInterrupt):
+            docs.add("home", folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("Tea again.")
+    with LocalDocs(docs.path, docs.embedder.model) as other:  # as another process sees it
+        assert other.pending() == other.pending("home") == (4, 4)
+        assert [c.n_pending for c in other.list()] == [4]
+        assert other.check() == []
+    assert docs.add("other", tmp_path / "other").embedded == 5
+    assert docs.pending() == docs.pending("home", "other") == (0, 0)
+    assert [c.n_pending for c in docs.list()] == [0, 0]
+    with monkeypatch.context() as m:
+        m.setattr(collections, "embed", killed)
+        with pytest.raises(KeyboardInterrupt):
+            docs.reembed()
+    assert docs.pending("other") == (1, 1)
+    assert docs.pending() == (5, 5)
+    assert docs.update("other")["other"].embedded == 5
+
+
+def killed(*args: object) -> int:
+    raise KeyboardInterrupt
 
 
 def test_an_empty_store_finds_nothing(docs: LocalDocs) -> None:
@@ -460,6 +520,8 @@ def test_names_and_folders_are_checked(docs: LocalDocs, tmp_path: Path) -> None:
     for name in ("", " x", "a/b", "a\nb"):
         with pytest.raises(ArgumentError, match="no name of a collection"):
             docs.add(name, tmp_path)
+    with pytest.raises(ArgumentError, match="'-' is no name of a collection: it means all"):
+        docs.add("-", tmp_path)
     with pytest.raises(ArgumentError, match="there is no folder"):
         docs.add("x", tmp_path / "no")
     (tmp_path / "one.txt").write_text("A text.")
@@ -505,4 +567,8 @@ def test_files_of_no_known_kind_and_hidden_ones_are_passed_over(
     (folder / ".git").mkdir()
     (folder / ".git" / "config.txt").write_text("secret")
     shutil.copytree(folder / "garden", folder / "node_modules")
-    assert docs.add("home", folder).added == 3
+    (folder / "garden" / "LICENSE").write_text("Anybody may.")
+    (folder / "garden" / "b.PNG").write_bytes(b"\x89PNG")
+    report = docs.add("home", folder)
+    assert report.added == 3
+    assert report.passed_over == {".png": 2, "": 1}

@@ -9,6 +9,7 @@ import pytest
 
 from tinyllm.cli import commands as cli
 from tinyllm.loading import BUNDLED
+from tinyllm.localdocs import collections
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +63,64 @@ def test_a_collection_from_its_beginning_to_its_end(
     assert json.loads(said(capsys, "list", "--json")) == []
 
 
+def test_texts_without_vectors_are_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = str(folder.parent / "s.sqlite")
+
+    def killed(*args: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(collections, "embed", killed)
+        words = ["add", "home", str(folder), "--store", store, "-m", str(BUNDLED)]
+        assert cli.main(["localdocs", *words]) != 0
+    capsys.readouterr()
+    line = f"4 of 4 texts have no vectors yet; run `tinyllm localdocs update --store {store}`\n"
+    assert said(capsys, "list", "--store", store).count(line) == 1
+    assert said(capsys, "check", "--store", store) == f"the store is consistent\n{line}"
+    for action in ("search", "quote", "ask"):
+        for name in ("home", "-"):
+            words = [action, name, "pole", "--store", store]
+            words += ["-m", str(BUNDLED)] * (action != "ask")
+            assert cli.main(["localdocs", *words]) == 0
+            assert f"({line[:-1]})\n" in capsys.readouterr().err
+    assert "; 4 texts embedded" in said(capsys, "update", "--store", store, "-m", str(BUNDLED))
+    assert cli.main(["localdocs", "search", "home", "pole", "--store", store]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_was_passed_over_or_not_found_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.doc", "b.DOC", "c.odt", "d", *(f"e.{i:02}" for i in range(9))):
+        (folder / name).write_text("x")
+    (folder / "emoji.txt").write_text("pole \U0001f468\u200d\U0001f469 \u202e\x07")
+    out = said(capsys, "add", "home", str(folder), "--model", str(BUNDLED))
+    assert out.endswith(
+        "passed over: 13 files of kinds that are not read (2 .doc, 1 without a suffix, 1 .00, 1 .01, 1 .02,"
+        " 1 .03, 1 .04, 1 .05, 4 others)\n"
+    )
+    assert "pole \U0001f468\u200d\U0001f469   \n" in said(capsys, "search", "home", "pole")
+    assert cli.main(["localdocs", "search", "home", "pole", "--until", "1971"]) == 0
+    assert capsys.readouterr() == ("", "(nothing found)\n")
+
+
+def test_only_add_makes_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "typo.sqlite"
+    for words in (["list"], ["search", "-", "x"], ["update"], ["check"], ["rm", "home"]):
+        err = said(capsys, *words, "--store", str(store), code=2)
+        assert f"there is no store '{store}'; `tinyllm localdocs add` makes one" in err
+        assert not store.exists()
+
+
 def test_mistakes_get_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, what in [
         (["add", "home"], "expected: tinyllm localdocs add NAME FOLDER ...; found 1 words"),
         (["search", "home", "two", "words"], "put a question between quotes"),
+        (["search", "home", "x", "-m", "no.gguf"], "there is no collection 'home'"),
+        (["ask", "home", "x"], "there is no collection 'home'"),
+        (["add", "-", str(folder), "-m", str(BUNDLED)], "it means all"),
         (["rm", "home"], "there is no collection 'home'; there are: none yet"),
         (["add", "home", str(folder / "no"), "-m", str(BUNDLED)], "there is no folder"),
     ]:

@@ -116,8 +116,28 @@ def test_a_notebook_is_read_by_cells() -> None:
     ]
     found = sections(json.dumps({"cells": cells}), ".ipynb")
     assert found == [("Plan", "# Plan\ntext", 1, 1), ("Plan", "x = 1", 2, 1)]
-    assert "no notebook" in refused(b"[]", ".ipynb")
+    for cells in ("[]", "{}", '{"cells": 3}', '{"worksheets": [3]}', '{"worksheets": {}}'):
+        assert "no notebook" in refused(cells.encode(), ".ipynb")
     assert "no notebook" in refused(b"[" * 100_000, ".ipynb")
+
+
+def test_odd_cells_are_left_out() -> None:
+    good = {"cell_type": "code", "source": ["x = 1"]}
+    odd = [3, {}, {"cell_type": "code"}, {"cell_type": "code", "source": [None]}, {"source": 3}]
+    found = sections(json.dumps({"cells": [*odd, good, {"source": "no kind"}]}), ".ipynb")
+    assert [s for s in found if s[1]] == [("", "x = 1", 6, 1), ("", "no kind", 7, 1)]
+
+
+def test_an_old_notebook_is_read() -> None:
+    """Before format 4: cells in worksheets, "input" for code, headings as cells."""
+    cells = [
+        {"cell_type": "heading", "level": 2, "source": ["Plan"]},
+        {"cell_type": "heading", "level": 9, "source": "Deep"},
+        {"cell_type": "code", "input": ["x = ", "1"], "outputs": []},
+    ]
+    sheets = [{"cells": cells[:2]}, {"cells": cells[2:]}]
+    found = sections(json.dumps({"nbformat": 3, "worksheets": sheets}), ".ipynb")
+    assert found == [("Plan", "## Plan", 1, 1), ("Deep", "# Deep", 2, 1), ("Deep", "x = 1", 3, 1)]
 
 
 def test_half_a_surrogate_pair_in_a_heading_is_replaced(docs: LocalDocs, tmp_path: Path) -> None:
@@ -211,6 +231,10 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
     assert "1075 MB" in refused(data, ".docx")
     assert time.monotonic() - start < 30
     assert refused(lying(data), ".docx")
+    assert (
+        refused(bomb(65 << 20), ".docx")
+        == "it unpacks to 68 MB in one of its files; at most 67 are read"
+    )
 
 
 def test_a_billion_laughs_are_refused() -> None:

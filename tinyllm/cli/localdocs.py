@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
+from ..system import expanded
 from .arguments import (
     MODEL_HELP,
     Arguments,
@@ -39,6 +40,10 @@ WORDS = {  # what an action takes: at least so many words, at most so many
 }
 
 
+SUFFIXES = 8  # that are told of files that were passed over
+KEPT = "\n\u200c\u200d"  # line ends, and what joins or parts letters and emoji
+
+
 def localdocs_arguments(p: Parser) -> None:
     actions = "; ".join(f"{name} {words}".strip() for name, (words, _, _) in WORDS.items())
     p.add_argument("action", metavar="ACTION", choices=tuple(WORDS), help=actions)
@@ -54,7 +59,9 @@ def localdocs_arguments(p: Parser) -> None:
         metavar="N",
         help="hits (default 5), sentences (3), excerpts of an answer (4)",
     )
-    p.add_argument("--file", metavar="PATTERN", help="only in files of such names; *, ?")
+    p.add_argument(
+        "--file", metavar="PATTERN", help="only in files of such names: '*.md', 'garden/*'"
+    )
     p.add_argument("--since", metavar="DATE", help="only in documents since 2026-01-31, or 2026")
     p.add_argument("--until", metavar="DATE", help="only in documents until then")
     p.add_argument("--reranker", metavar="MODEL", help="a ranking model that orders the hits")
@@ -78,6 +85,10 @@ def localdocs(args: Arguments) -> None:
             f"expected: tinyllm localdocs {args.action} {words}".rstrip()
             + f"; found {len(args.words)} words" + "; put a question between quotes" * bool(most and most > 1)
         )  # fmt: skip
+    if args.store is not None and args.action != "add" and not expanded(args.store).exists():
+        raise ArgumentError(
+            f"there is no store {args.store!r:.200}; `tinyllm localdocs add` makes one"
+        )
     embeds = None if args.action == "ask" else args.model
     with LocalDocs(args.store, embeds, args.n_threads) as docs:
         ACTIONS[args.action](docs, args)
@@ -110,8 +121,33 @@ def tell(args: Arguments, reports: dict[str, Report]) -> None:
             f"{name}: {r.added} files added, {r.changed} changed, {r.removed} gone, {r.unchanged} as before;"
             f" {r.embedded} texts embedded\n"
         )
+        if r.passed_over:
+            show(f"passed over: {passed(r.passed_over)}\n")
         for file, reason in r.unreadable:
             show(f"not read: {file}: {reason}\n")
+
+
+def passed(counts: dict[str, int]) -> str:
+    """How many files were passed over, and of which suffixes: the most frequent ones."""
+    told = [f"{n} {suffix or 'without a suffix'}" for suffix, n in counts.items()]
+    rest = sum([*counts.values()][SUFFIXES:])
+    more = f", {rest} others" if rest else ""
+    return f"{sum(counts.values())} files of kinds that are not read ({', '.join(told[:SUFFIXES])}{more})"
+
+
+def waiting(docs: LocalDocs, args: Arguments, *names: str) -> str:
+    """What is to be said of texts without vectors; "" where all have theirs."""
+    n, total = docs.pending(*names)
+    store = "" if args.store is None else f" --store {args.store}"
+    return (
+        f"{n} of {total} texts have no vectors yet; run `tinyllm localdocs update{store}`" * bool(n)
+    )
+
+
+def warned(docs: LocalDocs, args: Arguments) -> None:
+    """Tell what a question would miss: an unknown collection, texts without vectors."""
+    if text := waiting(docs, args, *(n for n in args.words[:1] if n != "-")):
+        note(text)
 
 
 def said_before(docs: LocalDocs) -> None:
@@ -134,7 +170,10 @@ def chosen(args: Arguments) -> dict[str, Any]:
 
 
 def search(docs: LocalDocs, args: Arguments) -> None:
+    warned(docs, args)
     hits = docs.search(args.words[1], **chosen(args))
+    if not hits:
+        note("nothing found")
     if args.json:
         print_json([*map(as_json, hits)])
         return
@@ -158,12 +197,13 @@ def as_text(hit: Hit) -> str:
 
 def lines_of(hit: Hit) -> str:
     """The lines of a text without those that are empty, since an empty line parts two hits."""
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in hit.text)
+    text = "".join(c if c.isprintable() or c in KEPT else " " for c in hit.text)
     return "".join(f"{line}\n" for line in text.split("\n") if line.strip())
 
 
 def quote(docs: LocalDocs, args: Arguments) -> None:
     nearest = {} if args.nearest is None else {"nearest": args.nearest}
+    warned(docs, args)
     hits = docs.quote(args.words[1], **chosen(args), **nearest)
     if args.json:
         print_json([*map(as_json, hits)])
@@ -188,6 +228,7 @@ def ask(docs: LocalDocs, args: Arguments) -> None:
     }
     if args.nearest is not None:
         options["nearest"] = args.nearest
+    warned(docs, args)
     if args.model is None:
         note("the bundled model tells stories; give one that chats with --model, or take `quote`")
     docs.embedder  # noqa: B018 (an error comes before a large model is read)
@@ -219,6 +260,8 @@ def listing(docs: LocalDocs, args: Arguments) -> None:
             f"{c.name:<12} {c.n_documents} documents, {c.n_chunks} chunks, {c.n_unreadable} not read\n"
         )
         show("".join(f"{'':<12} {folder}\n" for folder in c.folders))
+        if c.n_pending:
+            show(f"{'':<12} {waiting(docs, args, c.name)}\n")
     if found:
         show(f"{'memory':<12} {docs.search_bytes / 1e6:,.1f} MB for a search\n")
         show(f"{'store':<12} {docs.path}\n")
@@ -241,6 +284,7 @@ def remove(docs: LocalDocs, args: Arguments) -> None:
 def check(docs: LocalDocs, args: Arguments) -> None:
     problems = docs.check()
     show_all(problems or ["the store is consistent"])
+    show_all(filter(None, [waiting(docs, args)]))
     if problems:
         raise ArgumentError(f"{docs.path} is damaged; delete it, and add the folders again")
 

@@ -147,7 +147,7 @@ def documents_of(names: Sequence[str] | None) -> Quoting | None:
     for name in wanted:
         docs.collection(name)
     docs.embedder  # noqa: B018 (loaded now, not by the first request)
-    return Quoting(docs, [] if "-" in names else wanted)
+    return Quoting(docs, None if "-" in names else wanted)
 
 
 def template_of(name: str | None) -> str | None:

@@ -155,7 +155,7 @@ class Quoting:
     """The documents that a conversation may quote, and when a hit is near enough."""
 
     docs: LocalDocs
-    collections: Sequence[str] = ()
+    collections: Sequence[str] | None = None
     k: int = EXCERPTS
     nearest: float = NEAREST
 
@@ -253,7 +253,7 @@ def ask(
     question: str,
     model: Model,
     k: int = EXCERPTS,
-    collections: str | Sequence[str] = (),
+    collections: str | Sequence[str] | None = None,
     file: str | None = None,
     since: str | None = None,
     until: str | None = None,
@@ -264,6 +264,10 @@ def ask(
     **options: Any,
 ) -> Answer:
     """Answer a question from the documents of ``docs``."""
+    if not isinstance(model, Model):
+        raise ArgumentError(f"model={model!r:.60}; expected a model that chats, from tinyllm.load")
+    if not isinstance(nearest, int | float):
+        raise ArgumentError(f"nearest={nearest!r:.40}; expected a number such as {NEAREST}")
     if not model.config.causal:
         raise ArgumentError(f"{model.arch} writes no text; give a model that chats")
     hits = near(docs.search(question, k, collections, file, since, until, reranker), nearest)

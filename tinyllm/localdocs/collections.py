@@ -42,6 +42,8 @@ class Collection:
     n_documents: int
     n_chunks: int
     n_unreadable: int
+    n_pending: int
+    """Texts that have no vectors yet, which searches miss; an ``update`` computes them."""
 
 
 class LocalDocs:
@@ -174,7 +176,7 @@ class LocalDocs:
             with self._store.writing() as db:
                 db.execute("DELETE FROM vectors")
                 removals = int(self._store.setting("removals") or 0) + 1
-                self._store.keep(removals=removals, model=embedder.identity)
+                self._store.keep(removals=removals, model=embedder.identity, pending=1)
             self._embedder, self._vectors = self._checked(embedder), None
             return embed(self._store, embedder)
 
@@ -197,6 +199,8 @@ class LocalDocs:
         """
         if not isinstance(name, str) or not re.fullmatch(r"[^\s/\\][^\n/\\]{0,99}", name):
             raise ArgumentError(f"{name!r:.60} is no name of a collection; expected a word")
+        if name == "-":
+            raise ArgumentError("'-' is no name of a collection: it means all; expected a word")
         paths = [absolute(f) for f in folders]
         self.embedder  # noqa: B018 (another model is refused before anything is stored)
         with self._writing():
@@ -221,9 +225,10 @@ class LocalDocs:
     def _update(self, number: int) -> Report:
         with Reader() as reader:
             report = update(self._store, number, reader)
-        pending = "SELECT 1 FROM chunks WHERE digest NOT IN (SELECT digest FROM vectors) LIMIT 1"
-        if report.added or report.changed or self._store.one(pending):
+        if self._store.pending()[0]:
             report.embedded = embed(self._store, self.embedder)
+        elif self._store.setting("pending") != "0":
+            self._store.keep(pending=0)
         self._store.collect_garbage()
         return report
 
@@ -282,6 +287,7 @@ class LocalDocs:
             one(
                 "SELECT count(*) FROM documents WHERE collection = ? AND reason IS NOT NULL", number
             ),
+            self._store.pending(number)[0],
         )
 
     def unreadable(self, name: str) -> Sequence[tuple[str, str]]:
@@ -293,6 +299,17 @@ class LocalDocs:
                 number,
             )
 
+    def pending(self, *names: str) -> tuple[int, int]:
+        """How many texts of these collections, or of all, have no vectors yet, and how many texts there are.
+
+        (0, 0) where all have theirs. Texts wait while another process adds them, or since one was killed: a
+        search then misses what is near by meaning, until an ``update`` has ended.
+        """
+        with self._lock, self._reading():
+            numbers = [self._store.collection(n) for n in names]
+            both = [*map(self._store.pending, numbers)] if names else [self._store.pending()]
+        return sum(n for n, _ in both), sum(total for _, total in both)
+
     @property
     def search_bytes(self) -> int:
         """How much memory the first search takes, for all vectors; those after it share it."""
@@ -302,7 +319,7 @@ class LocalDocs:
             return nbytes(n, per_row // 34 * 32)
 
     def check(self) -> Sequence[str]:
-        """What is inconsistent in the store; nothing where all is well."""
+        """What is inconsistent in the store; nothing where all is well. Vectors may wait: see ``pending``."""
         with self._writing():
             return self._store.problems()
 
@@ -312,7 +329,7 @@ class LocalDocs:
         self,
         query: str,
         k: int = 5,
-        collections: str | Sequence[str] = (),
+        collections: str | Sequence[str] | None = None,
         file: str | None = None,
         since: str | None = None,
         until: str | None = None,
@@ -326,10 +343,11 @@ class LocalDocs:
             A question, or words.
         k : int
             How many hits.
-        collections : str or sequence of str
-            Only in these; none named: in all.
+        collections : str or sequence of str, optional
+            Only in these; default: in all. A sequence without a name is refused.
         file : str, optional
-            Only in files whose name within the folder fits this pattern, with ``*`` and ``?``.
+            Only in files whose name fits this pattern, with ``*`` and ``?``, in capitals or not: the last part
+            of the name, or the whole name within the folder where the pattern has a slash.
         since, until : str, optional
             Only in documents of these dates, "2026-01-31" or "2026"; a file without a date has that of its last
             change.
@@ -340,14 +358,21 @@ class LocalDocs:
         -------
         list of Hit
             Best first.
+
+        Raises
+        ------
+        ArgumentError
+            There is no such collection, or an argument is not as described above.
         """
         if not isinstance(query, str) or not query.strip():
             raise ArgumentError(f"query={query!r:.40}; expected a text")
         if not isinstance(k, int) or k < 1:
             raise ArgumentError(f"k={k!r:.40}; expected a whole number of at least 1")
-        chosen = Filter(
-            [collections] if isinstance(collections, str) else collections, file, since, until
-        )
+        if reranker is not None and not hasattr(reranker, "rank"):
+            raise ArgumentError(f"reranker={reranker!r:.60}; expected a model, from tinyllm.load")
+        chosen = Filter(collections, file, since, until)
+        with self._lock:
+            chosen.sql(self._store)  # mistakes are told before a model is loaded
         embedder = self.embedder
         with self._lock, self._reading():
             self._vectors = self._vectors or Vectors(self._store, embedder.width, self._n_threads)

@@ -15,6 +15,7 @@ from .chunking import Content, Section
 UNPACKED = 256 << 20  # bytes of an archive's files, all together
 PART = 64 << 20  # bytes of one of them
 TEXT = 16 << 20  # characters of a document's text
+PARTS = 10_000  # files of an archive
 PAGES = 20_000
 
 SOURCES = (
@@ -160,16 +161,16 @@ def json_text(data: bytes) -> Content:
 
 
 def notebook(data: bytes) -> Content:
-    """A notebook's cells; a cell's number is its page. What cells printed is left out."""
+    """A notebook's cells; a cell's number is its page. What cells printed is left out, and so are odd cells."""
     try:
         found = json.loads(text_of(data, len(data)))  # pictures are left out
-        cells = [(c["cell_type"], "".join(c["source"])) for c in found["cells"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Unreadable(f"it is no notebook ({type(error).__name__})") from None
     sections: list[Section] = []
     path: tuple[str, ...] = ()
     title = ""
-    for number, (kind, source) in enumerate(cells, 1):
+    for number, cell in enumerate(cells_of(found), 1):
+        kind, source = kind_and_source(cell)
         lines = source.split("\n")
         if kind != "markdown":
             sections.append(Section(source, path, number, 1))
@@ -180,6 +181,37 @@ def notebook(data: bytes) -> Content:
         sections += [Section(s.text, s.headings or path, number, s.line) for s in own]
         path = own[-1].headings or path if own else path
     return Content(sections, title)
+
+
+def cells_of(found: object) -> list[Any]:
+    """The cells of a notebook; before format 4 they stood in worksheets."""
+    sheets: Any = [found]
+    if isinstance(found, dict) and "cells" not in found:
+        sheets = found.get("worksheets")
+    if not isinstance(sheets, list):
+        sheets = [None]
+    lists: list[Any] = [s.get("cells") if isinstance(s, dict) else None for s in sheets]
+    if not all(isinstance(cells, list) for cells in lists):
+        raise Unreadable('it is no notebook: it has no list of "cells"')
+    return [cell for cells in lists for cell in cells]
+
+
+def kind_and_source(cell: Any) -> tuple[str, str]:
+    """What a cell is, and its text; an odd cell has none."""
+    if not isinstance(cell, dict):
+        return "", ""
+    source = cell.get("source", cell.get("input"))  # "input": code, before format 4
+    lines = [source] if isinstance(source, str) else source
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        return "", ""
+    text = "".join(lines)
+    if cell.get("cell_type") == "heading":  # before format 4
+        level = cell.get("level")
+        return (
+            "markdown",
+            f"{'#' * level if isinstance(level, int) and 0 < level < 7 else '#'} {text}",
+        )
+    return str(cell.get("cell_type")), text
 
 
 # ---- HTML
@@ -241,10 +273,13 @@ def check_archive(data: bytes) -> None:
             sizes = [info.file_size for info in archive.infolist()]
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise Unreadable(f"it is no .docx: {error}") from None
-    if max(sizes, default=0) > PART or sum(sizes) > UNPACKED or len(sizes) > 10_000:
-        raise Unreadable(
-            f"it unpacks to {sum(sizes) / 1e6:.0f} MB in {len(sizes)} files: too much for a document"
-        )
+    for what, n, most in [
+        ("MB", sum(sizes) / 1e6, UNPACKED / 1e6),
+        ("MB in one of its files", max(sizes, default=0) / 1e6, PART / 1e6),
+        ("files", len(sizes), PARTS),
+    ]:
+        if n > most:
+            raise Unreadable(f"it unpacks to {n:.0f} {what}; at most {most:.0f} are read")
 
 
 def docx(data: bytes) -> Content:

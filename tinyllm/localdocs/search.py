@@ -6,9 +6,10 @@ import math
 import os
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -115,34 +116,65 @@ class Hit:
 class Filter:
     """Which chunks count; all where nothing is given."""
 
-    collections: Sequence[str] = ()
+    collections: str | Sequence[str] | None = None
     file: str | None = None  # a pattern with * and ?
     since: str | None = None  # dates, "2026-01-31" or their beginnings
     until: str | None = None
 
     def sql(self, store: Store) -> tuple[str, list[Any]]:
-        """A condition on ``documents d``, and its values; "" for all."""
+        """A condition on ``documents d``, and its values; "" for all.
+
+        Raises
+        ------
+        ArgumentError
+            What is given is of a wrong type, names no collection or is no date.
+        """
         parts: list[str] = []
         values: list[Any] = []
-        chosen = set(map(store.collection, self.collections))
+        chosen = set(map(store.collection, named(self.collections)))
         if chosen and len(chosen) < store.one("SELECT count(*) FROM collections"):
             parts.append(f"d.collection IN ({', '.join('?' * len(chosen))})")
             values += sorted(chosen)
         for what, sql in (
-            ("file", "d.file GLOB ?"),
+            ("file", "fits(d.file, ?)"),
             ("since", "d.date >= ?"),
             ("until", "d.date <= ?"),
         ):
             if (value := getattr(self, what)) is not None:
-                if what != "file" and not re.fullmatch(r"\d{4}(-\d\d(-\d\d)?)?", value):
+                if what == "file" and not (isinstance(value, str) and value):
+                    raise ArgumentError(f"file={value!r:.40}; expected a pattern such as '*.md'")
+                if what != "file" and not is_date(value):
                     raise ArgumentError(
-                        f"{what}={value!r:.40}; expected a date such as '2026-01-31'"
+                        f"{what}={value!r:.40}; expected a date such as '2026-01-31', or '2026'"
                     )
                 parts.append(sql)
                 values.append(
                     value + "~" * (what == "until")
                 )  # behind all days of a month or a year
         return " AND ".join(parts), values
+
+
+def named(collections: object) -> Sequence[str]:
+    """Names of collections; none where None is given, which means all."""
+    if collections is None:
+        return ()
+    names = [collections] if isinstance(collections, str) else collections
+    if isinstance(names, Sequence | Set) and names and all(isinstance(n, str) for n in names):
+        return list(names)
+    raise ArgumentError(
+        f"collections={collections!r:.60}; expected a name or names; leave it out for all collections"
+    )
+
+
+def is_date(value: object) -> bool:
+    """Whether this is a day, a month or a year that there is: "2026-01-31", "2026-01" or "2026"."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9]{4}(-[0-9]{2}){0,2}", value):
+        return False
+    try:
+        date.fromisoformat((value + "-01-01")[:10])
+    except ValueError:
+        return False
+    return True
 
 
 def search(

@@ -7,9 +7,14 @@ killed meanwhile.
 
 from __future__ import annotations
 
+import fnmatch
+import os
+import re
 import sqlite3
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +97,7 @@ class Store:
     def _prepare(self) -> None:
         try:
             self.db.execute("PRAGMA foreign_keys = ON")
+            self.db.create_function("fits", 2, fits, deterministic=True)
             if self._is_new():
                 self.db.execute("PRAGMA journal_mode = WAL")
                 self._create()
@@ -184,6 +190,18 @@ class Store:
             )
         return int(found)
 
+    def pending(self, collection: int | None = None) -> tuple[int, int]:
+        """How many texts of a collection, or of all, have no vectors yet, and how many there are."""
+        texts = "SELECT count(DISTINCT c.digest) FROM chunks c"
+        values = []
+        if collection is not None:
+            texts += " JOIN documents d ON d.id = c.document AND d.collection = ?"
+            values.append(collection)
+        without = " WHERE NOT EXISTS (SELECT 1 FROM vectors v WHERE v.digest = c.digest)"
+        # counting takes seconds in a large store, and most are known to be whole
+        n = 0 if self.setting("pending") == "0" else self.one(texts + without, *values)
+        return n, self.one(texts, *values) if n else 0
+
     def forget(self, documents: list[int]) -> None:
         """Take documents out, with their chunks; part of a transaction."""
         self.db.executemany("DELETE FROM chunks WHERE document = ?", [(d,) for d in documents])
@@ -221,6 +239,26 @@ class Store:
         for sql, what in CHECKS.items():
             found += [f"{what}: {row[0]}" for row in self.rows(sql)]
         return found
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a file's name fits a pattern, in capitals or not.
+
+    A pattern without a slash is for the last part of the name: ``*.md`` and ``tea.*`` fit "garden/tea.md".
+    """
+    name, pattern = plain(name), plain(pattern)
+    return compiled(pattern).match(name if "/" in pattern else name.rpartition("/")[2]) is not None
+
+
+def plain(name: str) -> str:
+    """A name in small letters, with slashes, and its accents as one system or another writes them."""
+    return unicodedata.normalize("NFC", name.casefold()).replace(os.sep, "/")
+
+
+@lru_cache(16)
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern as an expression."""
+    return re.compile(fnmatch.translate(pattern))
 
 
 CHECKS = {

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -38,6 +39,9 @@ class Report:
         Texts whose vectors were computed.
     unreadable : list of (str, str)
         Files and folders that could not be read, and why.
+    passed_over : dict of str to int
+        How many files are of kinds that are not read, by their suffixes; "" for those without one. Hidden
+        files are not counted.
     """
 
     added: int = 0
@@ -46,6 +50,7 @@ class Report:
     unchanged: int = 0
     embedded: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     @property
     def anything(self) -> bool:
@@ -98,9 +103,10 @@ def escaped(c: str) -> str:
     return c.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
-def scan(folder: bytes) -> Iterator[Found]:
+def scan(folder: bytes, passed: Counter[str]) -> Iterator[Found]:
     """Files of the kinds that are read, in a folder and those within; hidden ones are passed over.
 
+    Files of other kinds are counted in ``passed``, by their suffixes.
     Links are not followed, and said to be links: they may lead in circles, or out of the folder.
     """
     todo = [folder]
@@ -125,6 +131,8 @@ def scan(folder: bytes) -> Iterator[Found]:
                     todo.append(entry.path)
                 elif kind_of(entry.path) in READERS:
                     yield described(entry.path, name, entry.stat(follow_symlinks=False))
+                else:
+                    passed[shown(os.fsencode(kind_of(entry.path)))] += 1
             except OSError as error:
                 yield Found(entry.path, name, reason=error.strerror or "not read", closed=True)
 
@@ -148,6 +156,7 @@ def found_in(folders: Sequence[bytes], report: Report) -> tuple[dict[bytes, Foun
     """The files of all folders, and places that could not be looked into: what is known below them stays."""
     files: dict[bytes, Found] = {}
     closed: list[bytes] = []
+    passed = Counter[str]()
     for folder in folders:
         if not os.path.isdir(folder):
             closed.append(folder)
@@ -155,12 +164,13 @@ def found_in(folders: Sequence[bytes], report: Report) -> tuple[dict[bytes, Foun
                 (shown(folder), "there is no such folder; its documents are kept")
             )
             continue
-        for item in scan(folder):
+        for item in scan(folder, passed):
             if item.closed:
                 closed.append(item.path)
                 report.unreadable.append((item.file, item.reason))
             else:
                 files.setdefault(item.path, item)
+    report.passed_over = dict(sorted(passed.items(), key=lambda item: (-item[1], item[0])))
     return files, closed
 
 
@@ -267,6 +277,8 @@ def keep(
         report.changed += 1
         store.forget([old.number])
     content = one.content
+    if content is not None:
+        store.keep(pending=1)
     about = (content.title, content.author, content.date) if content else ("", "", "")
     date = about[2] or day(item.mtime)
     number = db.execute(
@@ -322,6 +334,7 @@ def embed(store: Store, embedder: Embedder) -> int:
                 "INSERT INTO vectors (digest, codes) VALUES (?, ?)", zip(texts, codes, strict=True)
             )
         n_done += len(texts)
+    store.keep(pending=0)
     return n_done
 
 
