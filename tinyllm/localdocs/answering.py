@@ -279,4 +279,4 @@ def ask(
         [{"role": "user", "content": question}], hits, model, max_tokens, template
     )
     pieces = model.chat(messages, template, max_tokens=max_tokens, stream=True, **options)
-    return Answer(pieces, chosen, docs.sentences(question, chosen))
+    return Answer(pieces, chosen, docs._sentences(question, chosen))

@@ -409,9 +409,9 @@ class LocalDocs:
         hits = near(
             self.search(question, EXCERPTS, **where), NEAREST if nearest is None else nearest
         )
-        return self.sentences(question, hits, k)
+        return self._sentences(question, hits, k)
 
-    def sentences(self, question: str, hits: Sequence[Hit], k: int = 3) -> Sequence[Hit]:
+    def _sentences(self, question: str, hits: Sequence[Hit], k: int = 3) -> Sequence[Hit]:
         """The k sentences of some hits that are nearest to a question, as ``quote`` has them."""
         with self._lock, self._reading():
             return nearest_sentences(self._store, self.embedder, question, hits, k)
