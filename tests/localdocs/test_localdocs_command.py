@@ -119,6 +119,7 @@ def test_mistakes_get_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
         (["add", "home"], "expected: tinyllm localdocs add NAME FOLDER ...; found 1 words"),
         (["search", "home", "two", "words"], "put a question between quotes"),
         (["search", "home", "x", "-m", "no.gguf"], "there is no collection 'home'"),
+        (["search", "-", "x", "-m", "no.gguf"], "there are no collections; make one"),
         (["ask", "home", "x"], "there is no collection 'home'"),
         (["add", "-", str(folder), "-m", str(BUNDLED)], "it means all"),
         (["rm", "home"], "there is no collection 'home'; there are: none yet"),

@@ -31,7 +31,10 @@ LONG = "The kettle stands on the black stove until the water in it boils."
         (f"{LONG} and more. {LONG}", [f"{LONG} and more.", LONG]),
         (f"{LONG} No.", [f"{LONG} No."]),
         ("x" * 3000, ["x" * 3000]),
-        ("水" * 70 + "。茶" * 35, ["水" * 70 + "。", "茶" + "。茶" * 34]),
+        ("水" * 70 + "。茶" * 4, ["水" * 70 + "。", "茶。", "茶。", "茶。茶"]),
+        ("绿茶要七十度。红茶呢？\n热！", ["绿茶要七十度。", "红茶呢？", "热！"]),
+        ("「熱い。」と言った。（はい！）", ["「熱い。」", "と言った。", "（はい！）"]),
+        (f"# 茶\n\n{LONG}\n水。", [f"# 茶\n\n{LONG}", "水。"]),
     ],
 )
 def test_a_text_is_cut_into_sentences(text: str, expected: list[str]) -> None:

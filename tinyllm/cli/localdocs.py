@@ -146,6 +146,8 @@ def waiting(docs: LocalDocs, args: Arguments, *names: str) -> str:
 
 def warned(docs: LocalDocs, args: Arguments) -> None:
     """Tell what a question would miss: an unknown collection, texts without vectors."""
+    if args.words[0] == "-" and not docs.list():
+        raise ArgumentError("there are no collections; make one: tinyllm localdocs add NAME FOLDER")
     if text := waiting(docs, args, *(n for n in args.words[:1] if n != "-")):
         note(text)
 

@@ -13,6 +13,9 @@ from .store import Store
 
 SHORT = 60  # characters: what has fewer, such as a heading, is one with what comes next
 HEADING = re.compile(r"#{1,6} .*")
+# a full stop of Chinese or Japanese ends a sentence however short it is: it stands in no abbreviation
+WHOLE = re.compile(r"[。！？][」』）】》”’]*$")
+CLOSING = re.compile(r"[」』）】》”’]*")  # what may stand behind one, and belongs to it
 INITIAL = re.compile(r"(?:^|[\s(.])\w\.$")
 
 
@@ -23,24 +26,32 @@ def sentences(text: str) -> list[tuple[int, int]]:
         if found:
             first, last = found[-1]
             short = last - first < SHORT or INITIAL.search(text, first, last)
-            if short or text[begin].islower():
+            if (short and not ends(text, first, last)) or text[begin].islower():
                 begin = found.pop()[0]
         found.append((begin, end))
-    if len(found) > 1 and found[-1][1] - found[-1][0] < SHORT // 2:
+    if len(found) > 1 and found[-1][1] - found[-1][0] < SHORT // 2 and not ends(text, *found[-1]):
         _, end = found.pop()
         found[-1] = found[-1][0], end
     return found
+
+
+def ends(text: str, first: int, last: int) -> bool:
+    """Whether a stretch of a text ends as a sentence of Chinese or Japanese does."""
+    return WHOLE.search(text, max(first, last - 4), last) is not None
 
 
 def pieces(text: str) -> Iterator[tuple[int, int]]:
     """What stands between the places where a sentence may end."""
     at = 0
     for cut in [*(m.span() for m in SENTENCE.finditer(text)), (len(text), len(text))]:
-        inner = text[at : cut[0]].strip()
+        stop, after = cut
+        if stop == after and (closing := CLOSING.match(text, stop)):
+            stop = after = closing.end()
+        inner = text[at:stop].strip()
         if inner:
             begin = text.index(inner, at)
             yield begin, begin + len(inner)
-        at = cut[1]
+        at = after
 
 
 def parts_of(hit: Hit) -> Iterator[Hit]:
