@@ -162,7 +162,8 @@ class Chatting(ABC):
 
     def answered(self, turn: Turn, done: Completion) -> Completion:
         """A turn's completion, with the answer as a ``message``."""
-        return replace(done, message=turn.message(self.tokenizer, done.ids, done.text))
+        cut = done.finish_reason != "stop"
+        return replace(done, message=turn.message(self.tokenizer, done.ids, done.text, cut))
 
     def turn(
         self,
@@ -290,6 +291,8 @@ class Chatting(ABC):
 
     def held_to_calls(self, turn: Turn, options: Mapping[str, Any]) -> GenerateOptions:
         """The constraint under which a turn's calls are written; none where nothing may be called."""
+        from .chat.tools import parameters_of
+
         if not turn.functions or (turn.choice == "auto" and find_spec("llguidance") is None):
             return {}
         held = [k for k in ("json_schema", "regex", "grammar") if options.get(k) is not None]
@@ -297,11 +300,25 @@ class Chatting(ABC):
             raise ArgumentError(
                 f"{held[0]} and tools are given; with tool_choice='none' one may be"
             )
-        for name, schema in turn.schemas():
+        marks = self.tokenizer.special_tokens, self.tokenizer.eog
+        grammar = turn.grammar(*marks)
+        wrong: ArgumentError | None = None
+        try:
+            self.grammar(grammar=grammar)
+        except ArgumentError as error:
+            wrong = error
+        for place, function in turn.places():
             try:
-                self.grammar(json_schema=schema)
+                self.grammar(json_schema=parameters_of(function))
+                if (
+                    wrong is not None
+                ):  # calls are held to more: no arguments but those that are named
+                    self.grammar(grammar=turn.grammar(*marks, [function]))
             except ArgumentError as error:
-                reason = str(error).replace("json_schema", f"the parameters of {name}", 1)
-                raise ArgumentError(f"tools: {reason}") from None
-        grammar = turn.grammar(self.tokenizer.special_tokens, self.tokenizer.eog)
+                reason = str(error).removeprefix("json_schema: ").removeprefix("grammar: ")
+                raise ArgumentError(
+                    f"tools[{place}]: the parameters of {function['name']}: {reason}"
+                ) from None
+        if wrong is not None:
+            raise wrong
         return {} if grammar is None else {"grammar": grammar}

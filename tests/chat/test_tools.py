@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spelled import call as spelled
 from spelled import written
 
 from tinyllm.chat import tools
@@ -205,6 +206,25 @@ def test_reasoning_that_the_prompt_opened_is_reasoning(size: int) -> None:
 def test_what_is_no_call_is_content(text: str, size: int) -> None:
     said = read(Habits(FORMS[0]), text, size).message
     assert said == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
+def test_no_part_of_a_call_that_was_cut_off_is_content(form: Form) -> None:
+    one = spelled(form, "get_weather", {"city": "Rome", "days": 2})
+    two = (
+        one
+        if form.one
+        else one + spelled(form, "get_weather", {"city": "Oslo", "days": 1}, first=False)
+    )
+    for text in {one, two}:
+        for n in range(1, len(text)):
+            reader = Reader(Habits(form), functions_of(TOOLS))
+            reader.feed("" if form.alone else "Let me see. ")
+            reader.feed(text[:n])
+            reader.finish(cut=True)
+            said = "".join(reader.content).strip()
+            assert said == ("" if form.alone else "Let me see."), text[:n]
+            assert len(reader.calls) >= (n > len(one)), text[:n]
 
 
 def test_a_call_is_told_in_parts_and_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def test_an_answer_may_be_free_of_calls() -> None:
         (
             [{"name": "f", "parameters": {"not": {}}}],
             "auto",
-            "tools: the parameters of f: .*keyword not",
+            r"tools\[0\]: the parameters of f: .*keyword not",
         ),
     ],
 )

@@ -180,6 +180,8 @@ def test_forced_text_takes_no_steps_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     )
     done = model.generate("Once", 50, json_schema={"const": {"name": "Lily", "friends": ["Tom"]}})
     assert str(done) == '{"name": "Lily", "friends": ["Tom"]}'
+    told = model.generate("Once", 50, json_schema={"const": {"name": "Lily"}}, stream=True)
+    assert "".join(told) == '{"name": "Lily"}'
     assert steps == []  # all of it is forced
     done = model.generate("Once", 50, json_schema=HELD["boolean"])
     assert check(done, HELD["boolean"])

@@ -99,7 +99,7 @@ def test_ignore_eos_writes_on(app):
         ({"n": 65}, 400, "at most 64"),
         ({"stop": ""}, 400, "stop"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "context"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "roles are"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, 400, "roles are"),
         ({"regex": "a", "grammar": "b"}, 400, "one of"),
         ({"json_schema": {"properties": {"a": {"const": "\ud800"}}}}, 400, "json_schema: "),
         ({"regex": "\ud800"}, 400, "regex: "),
@@ -119,7 +119,7 @@ def test_what_cannot_be_answered_is_refused(app, fields, status, said):
         (
             URL,
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages.0.content.0.type: Input should be 'text'",
+            "messages.0.content.0.type: images are not taken",
         ),
         (URL, {"messages": HELLO, "tool_choice": "x"}, "tool_choice: Input should be 'none'"),
         (URL, {"messages": HELLO, "stop": 5}, "stop: "),

@@ -67,6 +67,16 @@ CASES = [
     (CHAT, tool(), "tools", "the chat template shows none; leave them out"),
     (CHAT, tool(parameters=5), "tools.0.function.parameters", "JSON object; found 5"),
     (CHAT, {"regex": "a", "json_schema": {}}, "regex", "one of json_schema, regex"),
+    (CHAT, tool(parameters={"type": "string"}), "tools.0.function.parameters", 'expected "object"'),
+    (CHAT, tool(description=5), "tools.0.function.description", "found 5"),
+    (CHAT, tool(name="f g h"), "tools.0.function.name", "{1,64}$'; found \"f g h\""),
+    (CHAT, {"reasoning_effort": "banana"}, "reasoning_effort", "'high' or 'xhigh'; found \"banana\""),
+    (RESPONSES, {"input": "a", "reasoning": {"effort": "banana"}}, "reasoning.effort", "found"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+     "messages.0.content.0.type", "images are not taken, only texts"),
+    (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+     "input.0.content.0.type", "images are not taken"),
+    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, "messages.0", "needs tool_call_id"),
     # nothing is kept
     (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "send all of the"),
     (RESPONSES, {"input": "x", "previous_response_id": "x"}, "previous_response_id", "send all of the"),
@@ -75,6 +85,7 @@ CASES = [
     (RESPONSES, {"input": [{"type": "web_search_call"}]}, "input.0.type", "'function_call_output'"),
     (RESPONSES, {"input": 5}, "input", "valid string or a valid list; found 5"),
     ("/v1/completions", {"prompt": [1, "a"]}, "prompt", "found a list of numbers and texts"),
+    ("/v1/completions", {"prompt": [1.0, 2.0]}, "prompt", "whole numbers"),
     ("/v1/embeddings", {"input": []}, "input", "a text, ids of tokens (whole numbers), or a list of"),
     ("/v1/decisions", {"input": "a", "questions": [{"type": "x"}]}, "questions.0.type", "'score'; found"),
     (CHAT, {"stop": 5}, "stop", "valid string or a valid list; found 5"),
@@ -103,7 +114,7 @@ def test_a_refusal_names_the_field(app: Any, path: str, fields: Any, param: str,
         ({"output_config": {"format": {"type": "json_schema", "schema": WRONG}}}, "config.format.schema"),
         ({"thinking": {"type": "enabled"}}, "thinking: budget_tokens is missing"),
         ({"container": "x"}, "container: code is not run here"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type: "),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content.0.type: images are"),
         ({"messages": LONG}, "shorten messages"),
     ],
     ids=str,
@@ -112,14 +123,47 @@ def test_anthropics_protocol_names_the_field(app: Any, fields: Any, said: str) -
     assert said in refusal(app, MESSAGES, fields)["message"]
 
 
-def test_a_tool_with_a_wrong_schema_is_named(make_app: Any) -> None:
+@pytest.mark.parametrize(
+    ("path", "tools", "param"),
+    [
+        (CHAT, lambda f: {"type": "function", "function": f}, "tools.1.function.parameters"),
+        (RESPONSES, lambda f: {"type": "function", **f}, "tools.1.parameters"),
+        (MESSAGES, lambda f: {"name": f["name"], "input_schema": f["parameters"]}, "tools.1.input_schema"),
+    ],
+    ids=["chat", "responses", "messages"],
+)  # fmt: skip
+def test_a_tool_with_a_wrong_schema_is_named(
+    make_app: Any, path: str, tools: Any, param: str
+) -> None:
     pytest.importorskip("llguidance")
     app = make_app(template=HERMES)
-    error = refusal(app, CHAT, tool(parameters=WRONG))
-    assert error["param"] == "tools"
-    assert error["message"].startswith("tools: the parameters of f: ")
-    both = refusal(app, CHAT, {**tool(), "response_format": schema({})})
-    assert both["param"] == "response_format.json_schema.schema"
+    good = tools({"name": "g", "parameters": {"type": "object"}})
+    for wrong, said in (
+        ({"properties": {"a": WRONG}}, "objekt"),
+        (
+            {"required": ["x"], "properties": {}},
+            "required property 'x'",
+        ),  # none but those are written
+    ):
+        more = {"input": "a"} if path == RESPONSES else {}
+        error = refusal(
+            app, path, {**more, "tools": [good, tools({"name": "f", "parameters": wrong})]}
+        )
+        assert error.get("param", param) == param
+        assert error["message"].startswith(f"{param}: ")
+        assert said in error["message"]
+
+
+def test_tools_and_a_form_of_the_text_go_badly_together(make_app: Any) -> None:
+    app = make_app(template=HERMES)
+    for form, param in (
+        ({"response_format": schema({})}, "response_format"),
+        ({"json_schema": {}}, "json_schema"),
+        ({"regex": "a"}, "regex"),
+    ):
+        error = refusal(app, CHAT, {**tool(), **form})
+        assert error["param"] == param
+        assert error["message"].startswith(f"{param} and tools are given")
 
 
 def test_a_million_errors_are_told_as_one(app: Any) -> None:
@@ -145,8 +189,13 @@ def test_a_million_errors_are_told_as_one(app: Any) -> None:
         (b'{"n": ' + b"1" * 5000 + b"}", "4300 digits"),
         (b'{"stop": 5, "user": "\\ud800"}', "found"),
         (b'{"messages": [{"role": "\\ud800"}]}', "messages.0.role"),
+        (
+            b'{"messages": [{"role": "user", "content": "a\\ud800"}]}',
+            "messages.0.content: character 1 is half",
+        ),
+        (b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', "temperature: "),
     ],
-    ids=["nested", "broken", "latin", "digits", "wrong", "surrogate"],
+    ids=["nested", "broken", "latin", "digits", "wrong", "role", "content", "nan"],
 )
 def test_a_body_that_cannot_be_read_is_told_why(app: Any, data: bytes, said: str) -> None:
     answer = app.call("POST", CHAT, content=data, headers={"content-type": "application/json"})

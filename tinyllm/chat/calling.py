@@ -26,6 +26,7 @@ def grammar_of_calls(
     eog: frozenset[int],
     *,
     required: bool,
+    one: bool = False,
     thinks: bool = False,
     said: str = "",
 ) -> str:
@@ -44,6 +45,8 @@ def grammar_of_calls(
     required : bool
         The answer has at least one call, with nothing but reasoning before it. Otherwise it is free until it
         begins a call.
+    one : bool
+        The answer has one call at most.
     thinks : bool
         The prompt has opened the reasoning.
     said : str
@@ -61,7 +64,7 @@ def grammar_of_calls(
     for call, a in zip(calls, arguments, strict=True):
         firsts.append(g.literal((form.first + call)[skipped:], a))
         later.append(g.literal(form.between + call, a))
-    more = "" if form.one else "later* "
+    more = "" if form.one or one else "later* "
     g.ruled("later", " | ".join(later))
     calls_rule = f"({' | '.join(firsts)}) {more}{g.literal(form.last)}"
     g.ruled("calls", calls_rule)

@@ -121,9 +121,12 @@ class Reader:
         self._held += text
         return list(self._read(False))
 
-    def finish(self) -> list[Delta]:
-        """End the answer: the rest; a call that was not finished is content."""
-        return list(self._read(True))
+    def finish(self, cut: bool = False) -> list[Delta]:
+        """End the answer: the rest.
+
+        A call that was not finished is content; it is left out where the answer was ``cut`` off.
+        """
+        return list(self._read(True, cut))
 
     @property
     def message(self) -> AnswerMessage:
@@ -138,25 +141,27 @@ class Reader:
             message["reasoning"] = reasoning
         return message
 
-    def _read(self, ends: bool) -> Iterator[Delta]:
+    def _read(self, ends: bool, cut: bool = False) -> Iterator[Delta]:
         opens, shut, drop = self.habits.thinking.patterns
         form = self.habits.form
         drops = [drop, form.is_aside] if form and form.aside else [drop]
         while self._held:
             if self._calling:
-                if not self._skip_between(ends):
+                if not self._skip_between(ends and not cut):
+                    self._held = "" if cut else self._held
                     return
                 continue
             if self._open is not None:
                 yield from self._parts(self._open)
                 if not ends and not self._open.whole:
                     return
-                call = self._call(self._open.head, ends)
+                call = self._call(self._open.head, ends, cut)
                 if call is None and not ends:
                     return
                 self._open = None
                 if call is None:
-                    yield self._show(self._held)
+                    if not cut:
+                        yield self._show(self._held)
                     self._held = ""
                 else:
                     yield from self._untold()
@@ -169,6 +174,8 @@ class Reader:
                 marks += [opens, *drops]
             at, mark, whole = first_of(marks, self._held)
             if not whole and ends:
+                if cut and form and mark is form.begin and self._held[at:].strip():
+                    self._held = self._held[:at]  # behind it a call begins
                 at = len(self._held)
             if at:
                 yield self._show(self._held[:at])
@@ -235,15 +242,15 @@ class Reader:
         self._calling = False
         return True
 
-    def _call(self, head: regex.Match[str], ends: bool) -> ToolCall | None:
-        """The call behind what ``head`` matched; None while it is not whole."""
+    def _call(self, head: regex.Match[str], ends: bool, cut: bool) -> ToolCall | None:
+        """The call behind what ``head`` matched; None while it is not whole; its end may be ``cut`` off."""
         form = self.habits.form
         assert form is not None
         try:
             name, arguments, at = parse_call(form, self._held, head, self._schema)
         except ValueError:
             return None
-        tail = form.tail.match(self._held, at, partial=not ends)
+        tail = form.tail.match(self._held, at, partial=cut or not ends)
         if tail is not None and tail.partial and not ends:
             return None
         assert self._open is not None

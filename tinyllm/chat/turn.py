@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ArgumentError, TemplateError
 from .calling import grammar_of_calls
 from .render import ChatTokenizer, Message, chat_ids, render
-from .tools import Habits, Reader, for_template, functions_of, habits_of, parameters_of, thinking_of
+from .tools import Habits, Reader, for_template, functions_of, habits_of, thinking_of
 
 CHOICES = ("auto", "none", "required")
 
@@ -35,7 +35,8 @@ class Turn:
     ArgumentError
         A tool or the choice is malformed, or the choice names no tool.
     TemplateError
-        The template shows no tools, or a call is required and the form of its calls is not known.
+        The template shows no tools, or not the conversation's calls or their results; or a call is required and
+        the form of its calls is not known.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Turn:
         self.ids: list[int] = []  # the prompt
         self.end = ""  # the text of its last tokens
         self._template, self._variables = template, variables
-        offered = functions_of(tools)
+        self._offered = offered = functions_of(tools)
         self.choice = _name_of(tool_choice, [f["name"] for f in offered])
         self.functions = [] if self.choice == "none" else offered
         self.shown = list(tools) if self.functions else None
@@ -59,8 +60,10 @@ class Turn:
         if self.functions or past:
             self.habits = habits_of(template)
         self.messages = for_template(given, self.habits)
-        if self.functions and self.habits.form is None:
-            self._check_shown(template, variables)
+        if self.habits.form is None:
+            self._check_past()
+            if self.functions:
+                self._check_shown()
         if not self.functions:
             self.habits = Habits(None, self.habits.thinking)
         elif self.choice not in CHOICES:
@@ -75,9 +78,28 @@ class Turn:
             **{**how, "tools": self.shown, **self._variables},
         )  # fmt: skip
 
-    def _check_shown(self, template: str, variables: Mapping[str, Any]) -> None:
-        plain = render(template, self.messages, **variables)
-        if plain == render(template, self.messages, **{**variables, "tools": self.shown}):
+    def _check_past(self) -> None:
+        """TemplateError where the template leaves out the first call of the messages, or the first result."""
+        for what, found in (
+            ("calls of tools", [bool(m.get("tool_calls")) for m in self.messages]),
+            ("results of tools", [m.get("role") == "tool" for m in self.messages]),
+        ):
+            if not any(found):
+                continue
+            n = found.index(True)
+            other: dict[str, Any] = {**self.messages[n], "tool_calls": []}
+            if what == "results of tools":
+                other["content"] = f"{other.get('content')}?"
+            if not self._tells_apart(
+                [*self.messages[:n], other, *self.messages[n + 1 :]], self.shown
+            ):
+                raise TemplateError(
+                    f"messages has {what}, and the chat template shows none; leave them out, or give a "
+                    "template that does"
+                )
+
+    def _check_shown(self) -> None:
+        if not self._tells_apart(self.messages, None):
             raise TemplateError(
                 "tools: the chat template shows none; leave them out, or give a template that does"
             )
@@ -87,9 +109,19 @@ class Turn:
                 "use 'auto'"
             )
 
-    def schemas(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The functions' names and schemas."""
-        return ((f["name"], parameters_of(f)) for f in self.functions)
+    def _tells_apart(self, others: Sequence[Message], tools: Sequence[Any] | None) -> bool:
+        """Whether other messages or tools make another prompt, or one that the template refuses."""
+        shown = {"tools": self.shown} if self.shown is not None else {}
+        other = {"tools": tools} if tools is not None else {}
+        text = render(self._template, self.messages, **{**self._variables, **shown})
+        try:
+            return text != render(self._template, others, **{**self._variables, **other})
+        except TemplateError:
+            return True
+
+    def places(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The functions that may be called, each with its place among the tools."""
+        return ((n, f) for n, f in enumerate(self._offered) if f in self.functions)
 
     def thinks(self) -> bool:
         """Whether the prompt has opened the reasoning."""
@@ -101,14 +133,22 @@ class Turn:
         text = "" if form is None else (form.first + form.call).split("$")[0]
         return next((text[:n] for n in range(len(text), 1, -1) if self.end.endswith(text[:n])), "")
 
-    def grammar(self, control: Mapping[str, int], eog: frozenset[int]) -> str | None:
-        """What the answer is held to, in Lark; None where the form of calls is not known."""
+    def grammar(
+        self,
+        control: Mapping[str, int],
+        eog: frozenset[int],
+        functions: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str | None:
+        """What the answer is held to, in Lark; None where the form of calls is not known.
+
+        With ``functions``, only these may be called.
+        """
         form = self.habits.form
         if form is None or not self.functions or (self.choice == "auto" and form.aside):
             return None
         return grammar_of_calls(
-            self.habits, self.functions, control, eog, required=self.choice != "auto",
-            thinks=self.thinks(), said=self.said(),
+            self.habits, functions or self.functions, control, eog, required=self.choice != "auto",
+            one=self.choice not in CHOICES, thinks=self.thinks(), said=self.said(),
         )  # fmt: skip
 
     def reader(self, tells_parts: bool = False) -> Reader:
@@ -125,12 +165,17 @@ class Turn:
             n += reader.thinks
         return n
 
-    def message(self, tokenizer: ChatTokenizer, ids: Sequence[int], text: str) -> dict[str, Any]:
-        """The whole answer as a message; control tokens, which ``text`` lacks, may spell a call."""
+    def message(
+        self, tokenizer: ChatTokenizer, ids: Sequence[int], text: str, cut: bool = False
+    ) -> dict[str, Any]:
+        """The whole answer as a message; control tokens, which ``text`` lacks, may spell a call.
+
+        Of an answer that was ``cut`` off, a call that was not finished is left out.
+        """
         hidden = any(map(tokenizer.is_control, ids))
         reader = self.reader()
         reader.feed(tokenizer.decode(ids) if hidden else text)
-        reader.finish()
+        reader.finish(cut)
         return dict(reader.message)
 
 

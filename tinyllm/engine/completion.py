@@ -300,6 +300,7 @@ def pieces_of(
     ):
         for _ in loop:
             yield from job.take()
+        yield from job.take()  # a constraint may have left no choice about any token
 
 
 def control_stops(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:

@@ -58,7 +58,7 @@ class Grammar:
     def __init__(self, tokenizer: Tokenizer, n_vocab: int, source: str, name: str) -> None:
         from llguidance import LLMatcher
 
-        self._vocabulary = _vocabulary_of(tokenizer, n_vocab)
+        self._vocabulary, self._name = _vocabulary_of(tokenizer, n_vocab), name
         wrong, messages = LLMatcher.validate_grammar_with_warnings(source, self._vocabulary)
         if wrong:
             raise ArgumentError(f"{name}: {_explained(messages[0])}")
@@ -66,14 +66,14 @@ class Grammar:
 
     def begin(self) -> Constraint:
         """The constraint of a text of which nothing is written yet."""
-        return Constraint(self._matcher.deep_copy(), self._vocabulary)
+        return Constraint(self._matcher.deep_copy(), self._vocabulary, self._name)
 
 
 class Constraint:
     """Where one text stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, name: str) -> None:
+        self._matcher, self._name = matcher, name
         self._n_vocab, self._end = vocabulary.vocab_size, vocabulary.eos_token
         self._bits = np.zeros(-(-self._n_vocab // 32), np.int32)
         self._forced: list[int] | None = None  # None: not asked for at this place yet
@@ -104,6 +104,10 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = self._matcher.get_error().strip().split("\n")[0]
+            if reason == "NoExtensionBias":  # no token may come, and the text may not end
+                raise ArgumentError(
+                    f"{self._name}: no text keeps to it; a rule calls itself without end"
+                )
             # its limits are met while a text is written: it is what was asked for that is too large
             raise ArgumentError(f"the constraint cannot be kept to any longer: {reason}")
 

@@ -21,13 +21,14 @@ from .fields import (
     Flag,
     Loose,
     Many,
-    Name,
     OrAll,
+    Parameters,
     Positive,
     Schema,
     Share,
     Strict,
     Temperature,
+    Text,
     Whole,
     Wrong,
     refused,
@@ -45,6 +46,8 @@ FIELDS = {
     "prompt": "messages",
     "template_vars": "thinking",
     "json_schema": "output_config.format.schema",
+    "form": "output_config.format",
+    "parameters": "tools.{}.input_schema",
 }
 """Fields by what the engine's errors call them."""
 
@@ -53,7 +56,7 @@ class TextBlock(Loose):
     """Text."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ThinkingBlock(Loose):
@@ -77,7 +80,7 @@ class ToolResultBlock(Loose):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | Many[TextBlock] | None = None
+    content: Text | Many[TextBlock] | None = None
     is_error: Flag | None = None
 
 
@@ -90,7 +93,7 @@ class AnthropicMessage(Strict):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Many[Block]
+    content: Text | Many[Block]
 
     def plain(self) -> list[dict[str, Any]]:
         """The messages that templates read: results of tools are messages of their own."""
@@ -131,9 +134,9 @@ def text_of(content: str | Sequence[TextBlock] | None) -> str:
 class AnthropicTool(Loose):
     """A function that the model may call."""
 
-    name: Name
-    description: str | None = None
-    input_schema: Schema
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,128}$")]
+    description: Text | None = None
+    input_schema: Parameters
     type: Literal["custom"] | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -191,7 +194,7 @@ class CountBody(Strict):
 
     model: str | None = None
     messages: Annotated[Many[AnthropicMessage], Field(min_length=1)]
-    system: str | Many[TextBlock] | None = None
+    system: Text | Many[TextBlock] | None = None
     tools: Many[AnthropicTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -299,7 +302,7 @@ async def count_tokens(body: CountBody, request: Request) -> dict[str, int]:
     return await with_model(request, body.model, work, fields_of(body, **FIELDS))  # type: ignore[no-any-return]
 
 
-STOPS = {"stop": "end_turn", "length": "max_tokens", "context": "max_tokens"}
+STOPS = {"stop": "end_turn", "length": "max_tokens"}
 
 
 class MessageWriter:
@@ -329,13 +332,13 @@ class MessageWriter:
         }
 
     def _ends(self, whole: Completion) -> dict[str, Any]:
-        job, called = self.answers.asked.requests[0].job, bool(self.answers.voices[0].calls)
+        job, reason = self.answers.asked.requests[0].job, self.answers.finish(0, whole)
         stopped = None if job is None else job.text.stopped
-        if called:
+        if reason == "tool_calls":
             return {"stop_reason": "tool_use", "stop_sequence": None}
         if stopped is not None:
             return {"stop_reason": "stop_sequence", "stop_sequence": stopped}
-        return {"stop_reason": STOPS.get(whole.finish_reason, "end_turn"), "stop_sequence": None}
+        return {"stop_reason": STOPS[reason], "stop_sequence": None}
 
     async def events(self) -> AsyncIterator[bytes]:
         message = self._message([], {"stop_reason": None, "stop_sequence": None})

@@ -96,10 +96,15 @@ class Answers:
                 ends[told.index] = replace(told.whole, message=self.voices[told.index].message)
         return [ends[i] for i in sorted(ends)]
 
-    def finish(self, told: Told) -> str:
-        """Why an answer ended, in OpenAI's words."""
-        assert told.whole is not None
-        return "tool_calls" if self.voices[told.index].calls else finish_of(told.whole)
+    def finish(self, index: int, whole: Completion) -> str:
+        """Why an answer ended, in OpenAI's words; one that was cut off may lack further calls."""
+        reason = finish_of(whole)
+        called = bool(self.voices[index].calls)
+        return (
+            "tool_calls"
+            if called and not (reason == "length" and self.conversation.parallel)
+            else reason
+        )
 
 
 async def answer(pool: Pool, name: str | None, c: Conversation) -> Answers:
@@ -186,14 +191,14 @@ class Voice:
             self.n_reasoning += self._n_before(news.tokens, "".join(d.content for d in deltas))
         self._n_begun = max([self._n_begun, *(d.part.index + 1 for d in deltas if d.part)])
         if news.whole is not None:
-            deltas += self._last()
+            deltas += self._last(cut=news.whole.finish_reason != "stop")
         if self.parallel:
             return deltas
         return [d for d in deltas if not self._is_further(d)]
 
-    def _last(self) -> list[Delta]:
-        """What the end adds; a call that was told in parts and is cut off is not told again as a text."""
-        found = self.reader.finish()
+    def _last(self, cut: bool) -> list[Delta]:
+        """What the end adds; a call that was told in parts and is not whole is not told again as a text."""
+        found = self.reader.finish(cut)
         cut_off = self._n_begun > len(self.reader.calls)
         return [d for d in found if not (cut_off and d.content)]
 

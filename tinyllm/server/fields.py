@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -91,14 +92,40 @@ Temperature = Annotated[
 ]  # OpenAI's ends at 2; with min_p, more is used
 Penalty = Annotated[float, Field(ge=-100, le=100), NUMBER]
 Whole = Annotated[int, NUMBER]
-Id = Annotated[int, Field(ge=0, lt=1 << 31), NUMBER]
+Id = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]  # 1.0 is none
 Count = Annotated[int, Field(ge=0, lt=1 << 31), NUMBER]
 Positive = Annotated[int, Field(ge=1, lt=1 << 31), NUMBER]
 OrAll = Annotated[int, Field(ge=-1, lt=1 << 31), NUMBER]  # -1: no limit
 NoLimit = Literal[-1]
 Likeliest = Annotated[int, Field(ge=0, le=100), NUMBER]
 Name = Annotated[str, Field(min_length=1)]
+FunctionName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]  # OpenAI's
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]  # OpenAI's
 Schema = dict[str, Any]
+
+
+def _speakable(text: str) -> str:
+    """Tokens are made of UTF-8, which has no half of a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise Wrong(
+            f"character {error.start} is half a surrogate pair, U+{half:04X}; send the whole pair"
+        ) from None
+    return text
+
+
+def _of_object(schema: Schema) -> Schema:
+    """Arguments are an object."""
+    if (kind := schema.get("type", "object")) != "object":
+        shown = json.dumps(kind) if isinstance(kind, (str, list)) else "no text"
+        raise Wrong(f'the type is {shown:.60}; expected "object", with the arguments as properties')
+    return schema
+
+
+Text = Annotated[str, AfterValidator(_speakable)]
+Parameters = Annotated[Schema, AfterValidator(_of_object)]
 
 
 def _few_wrong(given: Any, read: Any) -> Any:

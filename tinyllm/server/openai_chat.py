@@ -14,20 +14,23 @@ from ..chat.tools import Delta
 from ..engine.completion import Completion
 from ..engine.generate import Token
 from ..tokenizers import Tokenizer
-from .conversation import Answers, Conversation, answer, finish_of
+from .conversation import Answers, Conversation, answer
 from .errors import Refusal
 from .fields import (
     Constrained,
+    Effort,
     Flag,
+    FunctionName,
     Id,
     Likeliest,
     Loose,
     Many,
     Name,
     NoLimit,
+    Parameters,
     Positive,
-    Schema,
     Strict,
+    Text,
     Wrong,
     refused,
 )
@@ -43,7 +46,7 @@ class TextPart(Loose):
     """A part of a message's content."""
 
     type: Literal["text", "input_text", "output_text"]
-    text: str
+    text: Text
 
 
 class Function(Strict):
@@ -65,7 +68,7 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Many[TextPart] | None = None
+    content: Text | Many[TextPart] | None = None
     name: str | None = None
     tool_calls: Many[Call] | None = None
     tool_call_id: str | None = None
@@ -79,6 +82,8 @@ class Message(Strict):
     def _says_something(self) -> Message:
         if self.role != "assistant" and not self.content and self.content != "":
             raise Wrong("a message needs content, unless it is the assistant's")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise Wrong("a tool's message needs tool_call_id, the id of the call that it answers")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -98,8 +103,9 @@ class Message(Strict):
 class Described(Loose):
     """A function's name, description and parameters."""
 
-    name: Name
-    parameters: Schema | None = None
+    name: FunctionName
+    description: Text | None = None
+    parameters: Parameters | None = None
 
 
 class FunctionTool(Loose):
@@ -167,7 +173,7 @@ class ChatBody(Constrained, Streamed, Ignored):
     tools: Many[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: Flag | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: Many[Literal["text"]] | None = None
     continue_final_message: Flag | None = None
@@ -251,6 +257,8 @@ def conversation(body: ChatBody, settings: Settings) -> Conversation:
             prompt="messages",
             template_vars="chat_template_kwargs",
             json_schema=body.schema_field,
+            form="response_format" if body.response_format else "json_schema",
+            parameters="tools.{}.function.parameters",
         ),
     )
 
@@ -316,7 +324,7 @@ class ChatWriter:
                 yield chunk(i, b'"content":""', told_tokens)
             if told.whole is not None:
                 ends.append(told.whole)
-                yield chunk(i, b"", ends=self.answers.finish(told))
+                yield chunk(i, b"", ends=self.answers.finish(i, told.whole))
         if self.usage:
             found = {"usage": self.answers.usage, "timings": timings(ends)}
             yield b"data: " + head + b',"choices":[],' + dumps(found)[1:] + b"\n\n"
@@ -344,7 +352,7 @@ class ChatWriter:
         logprobs = None
         if self.logprobs:
             logprobs = {"content": entries(self.tokenizer, end.logprobs or ()), "refusal": None}
-        reason = "tool_calls" if calls else finish_of(end)
+        reason = self.answers.finish(i, end)
         choice = {"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason}
         return {**choice, **self.references}
 

@@ -115,6 +115,7 @@ async def complete(body: CompletionBody, request: Request) -> Reply:
 
     fields = fields_of(body, json_schema=body.schema_field)
     asked = await ask(pool, body.model, submit, n * len(prompts), len(prompts), fields)
+    asked.counts_written = not writer.drops
     writer.asked = asked
     return Reply(asked, writer, bool(body.stream))
 

@@ -15,18 +15,22 @@ from ..tokenizers import Tokenizer
 from .conversation import Answers, Conversation, Told, answer
 from .errors import Refusal
 from .fields import (
+    Effort,
     Flag,
+    FunctionName,
     Likeliest,
     Loose,
     Many,
     Name,
     OrAll,
+    Parameters,
     Positive,
     Sampling,
     Schema,
     Share,
     Strict,
     Temperature,
+    Text,
     Whole,
     Wrong,
     refused,
@@ -46,7 +50,7 @@ class InputMessage(Loose):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Many[TextPart]
+    content: Text | Many[TextPart]
 
     def text(self) -> str:
         """Its text."""
@@ -67,7 +71,7 @@ class InputOutput(Loose):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | Many[TextPart]
+    output: Text | Many[TextPart]
 
 
 class ReasoningText(Loose):
@@ -144,9 +148,9 @@ class ResponseTool(Loose):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: Schema | None = None
+    name: FunctionName
+    description: Text | None = None
+    parameters: Parameters | None = None
     strict: Flag | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -198,7 +202,7 @@ class TextConfig(Strict):
 class Reasoning(Strict):
     """How much the model reasons."""
 
-    effort: str | None = None
+    effort: Effort | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
@@ -213,8 +217,8 @@ class ResponseBody(Strict):
     """A request of ``/v1/responses``."""
 
     model: str | None = None
-    input: str | Annotated[Many[Item], Field(min_length=1)]
-    instructions: str | None = None
+    input: Text | Annotated[Many[Item], Field(min_length=1)]
+    instructions: Text | None = None
     max_output_tokens: Positive | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
@@ -322,6 +326,8 @@ async def respond(body: ResponseBody, request: Request) -> Reply:
             messages="input",
             template_vars="reasoning",
             json_schema="text.format.schema",
+            form="text.format",
+            parameters="tools.{}.parameters",
             overflow='truncation: "auto"',
         ),
     )
@@ -347,11 +353,7 @@ class ResponseWriter:
 
     def _response(self, status: str, told: Told | None = None) -> dict[str, Any]:
         body, choice = self.body, self.body.tool_choice or "auto"
-        short = (
-            told is not None
-            and told.whole is not None
-            and told.whole.finish_reason in ("length", "context")
-        )
+        short = told is not None and self._is_short(told)
         if short and status == "completed":
             status = "incomplete"
         return {
@@ -372,6 +374,10 @@ class ResponseWriter:
             "completed_at": int(time.time()) if status == "completed" else None,
             "usage": None if told is None else self._usage(),
         }  # fmt: skip
+
+    def _is_short(self, told: Told) -> bool:
+        """Whether the answer has ended, and was cut off."""
+        return told.whole is not None and self.answers.finish(0, told.whole) == "length"
 
     def _format(self) -> dict[str, Any]:
         form = self.body.text and self.body.text.format
@@ -395,7 +401,7 @@ class ResponseWriter:
                 self._hear(delta)
             self._score(told)
             if told.whole is not None:
-                self._close()
+                self._close(self._is_short(told))
                 response = self._response("completed", told)
         return response
 
@@ -409,7 +415,7 @@ class ResponseWriter:
                     yield e
                 scores = []
             if told.whole is not None:
-                for e in self._close(cut_off=True):
+                for e in self._close(self._is_short(told), ended=True):
                     yield e
                 response = self._response("completed", told)
                 yield self._event(f"response.{response['status']}", response=response)
@@ -506,15 +512,16 @@ class ResponseWriter:
         index = len(self.output) - 1
         return self._event("response.output_item.added", output_index=index, item=self.open)
 
-    def _close(self, cut_off: bool = False) -> list[bytes]:
-        """End the item that is being written; a call may be ``cut_off``."""
+    def _close(self, short: bool = False, ended: bool = False) -> list[bytes]:
+        """End the item that is being written: ``short``, as a call is once the answer has ``ended``."""
         item = self.open
         if item is None:
             return []
         index = len(self.output) - 1
+        cut_off = short or (ended and item["type"] == "function_call")
+        item["status"] = "incomplete" if cut_off else "completed"
         if item["type"] == "function_call":
             self.open = None
-            item["status"] = "incomplete" if cut_off else "completed"
             told = {"name": item["name"], "arguments": item["arguments"]}
             kind, place = "response.function_call_arguments.done", {"item_id": item["id"]}
             events = [] if cut_off else [self._event(kind, **place, output_index=index, **told)]
@@ -530,7 +537,6 @@ class ResponseWriter:
         else:
             events = [self._event("response.reasoning_text.done", **place, text=part["text"])]
         events.append(self._event("response.content_part.done", **place, part=part))
-        item["status"] = "completed"
         self.open = None
         return [*events, self._event("response.output_item.done", output_index=index, item=item)]
 

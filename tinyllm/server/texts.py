@@ -41,6 +41,8 @@ class Asked:
     served: Served
     n_texts: int
     n_prompts: int = 1  # the texts of a prompt follow each other
+    fields: Mapping[str, str] = field(default_factory=dict)  # by what the engine's errors call them
+    counts_written: bool = True  # whether what is written is shown
     requests: list[Request] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
     first_at: float | None = None
@@ -70,7 +72,7 @@ class Asked:
         used = [request.usage for request in self.requests]
         prompts = used[:: max(1, self.n_texts // self.n_prompts)]
         n_prompt = sum([u.prompt_tokens for u in prompts])
-        written = sum([u.completion_tokens for u in used])
+        written = sum([u.completion_tokens for u in used]) if self.counts_written else 0
         cached = sum([u.cached_tokens for u in prompts])
         return {
             "prompt_tokens": n_prompt,
@@ -106,7 +108,7 @@ class Asked:
                     self.first_at = self.first_at or time.perf_counter()
                     seen[0] += len(pieces)
                     seen[1] += len(tokens)
-                    whole = request.result() if done else None
+                    whole = self._result(request) if done else None
                     if whole and whole.finish_reason == "cancelled" and self.pool.stops:
                         raise Refusal(503, STOPS, headers={"Retry-After": "5"})
                     if done:
@@ -117,6 +119,12 @@ class Asked:
         finally:
             for request in self.requests:
                 request.listen(None)
+
+    def _result(self, request: Request) -> Completion:
+        try:
+            return request.result()
+        except TinyLLMError as error:
+            raise in_words(error, self.fields) from error
 
     async def whole(self) -> list[Completion]:
         """The finished texts; an error of one is raised."""
@@ -150,7 +158,7 @@ async def ask(
     except BaseException:
         pool.release(served)
         raise
-    asked = Asked(pool, served, n_texts, n_prompts)
+    asked = Asked(pool, served, n_texts, n_prompts, fields or {})
 
     def work() -> None:
         for request in submit(served):

@@ -15,6 +15,10 @@ from .fields import Wrong
 
 ARGUMENT = re.compile(r"(\w+)(?=[=:]| has | is | and )")
 """The engine's errors begin with the argument that they are about."""
+PARAMETERS = re.compile(r"tools\[(\d+)\]: the parameters of ")
+MEDIA = {"image": "images are", "image_url": "images are", "input_image": "images are",
+         "document": "files are", "file": "files are", "input_file": "files are",
+         "input_audio": "sound is", "audio": "sound is"}  # fmt: skip
 SAID = ("missing", "too_short", "too_long", "union_tag_not_found")  # what was found is said
 SHOULD, WRONG = "Input should be ", ("_type", "literal_error")
 OURS = {
@@ -42,8 +46,16 @@ def in_words(error: BaseException, fields: Mapping[str, str]) -> Refusal:
                 f"{error.found}: shorten {refusal.param or 'it'}{wide}, or have the server started "
                 "with a larger --n-ctx"
             )
+    elif refusal.message.startswith("the text holds") and "prompt" in fields:
+        refusal.param = fields["prompt"]
+        refusal.message = f"{refusal.param}: {refusal.message}"
+    elif (found := PARAMETERS.match(refusal.message)) and "parameters" in fields:
+        refusal.param = fields["parameters"].format(found[1])
+        refusal.message = f"{refusal.param}: {refusal.message[found.end() :]}"
     elif (found := ARGUMENT.match(refusal.message)) and found[1] in fields:
         refusal.param = fields[found[1]]
+        if found[1] == "json_schema" and refusal.message.startswith(" and ", found.end()):
+            refusal.param = fields.get("form", refusal.param)  # it is not the schema that is wrong
         refusal.message = refusal.param + refusal.message[found.end() :]
     return refusal
 
@@ -75,6 +87,8 @@ def wrong_field(errors: Sequence[Any], body: Any) -> Refusal:
         name, message = f"{name}.type", "Field required"
     if kind == "union_tag_invalid":
         message, given = f"{SHOULD}{told['expected_tags']}", told["tag"]
+    if name.endswith(".type") and (media := MEDIA.get(str(told.get("tag", given)))):
+        message = f"{media} not taken, only texts"
     if kind not in SAID and not isinstance(told.get("error"), Wrong):
         message += f"; found {shown(given)}"
     for words, ours in OURS.items():
