@@ -157,7 +157,8 @@ def apart(a: Any, b: Any) -> float:
     if not (a.isfinite() == seen).all():
         return float("inf")
     size = b[seen].std() if b.numel() > 1 else b.abs()
-    return float((a - b)[seen].abs().max() / size)
+    difference = float((a - b)[seen].abs().max() / size)
+    return difference if difference >= 0 else float("inf")  # NaN is no agreement
 
 
 def compared(torch: Any, m: tinyllm.Model, steps: Any = STEPS) -> dict[str, dict[str, Any]]:

@@ -87,7 +87,10 @@ def map_(args: Arguments) -> None:
         try:
             n_errors = job.run(work, done)
         except KeyboardInterrupt:
-            note(f"stopped; what is done is in {job.journal_path}, and the same command goes on")
+            if Path(job.journal_path).exists():
+                note(
+                    f"stopped; what is done is in {job.journal_path}, and the same command goes on"
+                )
             raise
     if n_errors is None:
         note(f"{args.output} is whole already; remove it to make it again")

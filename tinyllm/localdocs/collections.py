@@ -225,7 +225,7 @@ class LocalDocs:
     def _update(self, number: int) -> Report:
         with Reader() as reader:
             report = update(self._store, number, reader)
-        if self._store.pending()[0]:
+        if self._store.waits():  # an older version, which keeps no "pending", may have been killed
             report.embedded = embed(self._store, self.embedder)
         elif self._store.setting("pending") != "0":
             self._store.keep(pending=0)

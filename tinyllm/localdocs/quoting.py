@@ -14,8 +14,8 @@ from .store import Store
 SHORT = 60  # characters: what has fewer, such as a heading, is one with what comes next
 HEADING = re.compile(r"#{1,6} .*")
 # a full stop of Chinese or Japanese ends a sentence however short it is: it stands in no abbreviation
-WHOLE = re.compile(r"[。！？][」』）】》”’]*$")
-CLOSING = re.compile(r"[」』）】》”’]*")  # what may stand behind one, and belongs to it
+WHOLE = re.compile(r"[。！？][。！？」』）】》”’]*$")
+CLOSING = re.compile(r"[。！？」』）】》”’]*")  # what may stand behind one, and belongs to it
 INITIAL = re.compile(r"(?:^|[\s(.])\w\.$")
 
 
@@ -37,7 +37,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 def ends(text: str, first: int, last: int) -> bool:
     """Whether a stretch of a text ends as a sentence of Chinese or Japanese does."""
-    return WHOLE.search(text, max(first, last - 4), last) is not None
+    return WHOLE.search(text, first, last) is not None
 
 
 def pieces(text: str) -> Iterator[tuple[int, int]]:
@@ -51,7 +51,7 @@ def pieces(text: str) -> Iterator[tuple[int, int]]:
         if inner:
             begin = text.index(inner, at)
             yield begin, begin + len(inner)
-        at = after
+        at = max(at, after)
 
 
 def parts_of(hit: Hit) -> Iterator[Hit]:

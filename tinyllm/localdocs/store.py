@@ -190,6 +190,11 @@ class Store:
             )
         return int(found)
 
+    def waits(self) -> bool:
+        """Whether a text has no vector yet, by the chunks themselves."""
+        texts = "SELECT 1 FROM chunks c WHERE NOT EXISTS"
+        return self.one(f"{texts} (SELECT 1 FROM vectors v WHERE v.digest = c.digest) LIMIT 1") == 1
+
     def pending(self, collection: int | None = None) -> tuple[int, int]:
         """How many texts of a collection, or of all, have no vectors yet, and how many there are."""
         texts = "SELECT count(DISTINCT c.digest) FROM chunks c"

@@ -241,9 +241,10 @@ class Job:
             is_new = file.seek(0, os.SEEK_END) == 0
             try:
                 yield file
-            except Exception:
+            except BaseException:
                 file.seek(0)
-                if is_new and len(file.readlines()) <= 1:
+                file.readline()
+                if is_new and not file.readline():
                     with suppress(OSError):  # Windows keeps what is open
                         os.unlink(self.journal_path)
                 raise

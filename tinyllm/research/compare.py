@@ -214,7 +214,8 @@ def costs(
 
     found = {label: fall([label]) for label in progress(groups, len(groups))}
     worst = sorted(found, key=lambda label: -found[label])[:BACK]
-    return found, {label: fall(worst[: i + 1]) for i, label in enumerate(worst)}
+    together = {label: found[label] for label in worst[:1]}
+    return found, together | {worst[i]: fall(worst[: i + 1]) for i in range(1, len(worst))}
 
 
 def differs(x: Any, y: Any) -> bool:
