@@ -149,7 +149,7 @@ def nearness(docs: LocalDocs) -> dict[str, Any]:
     }
     found = {}
     for kind, asked in kinds.items():
-        hits = [docs.search(q, 4, where) for q, where in asked]
+        hits = [docs.search(q, 4, where or None) for q, where in asked]
         near = [max(h.nearness for h in some) for some in hits]
         similar = [max(h.similarity for h in some) for some in hits]
         found[kind] = {

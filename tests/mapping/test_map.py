@@ -198,7 +198,7 @@ def whole(tmp_path: Path) -> tuple[str, bytes, bytes]:
     source = write(tmp_path / "in.jsonl", ["a", "b", "c", "d"])
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "clear", lambda journal: kept.append(journal.file.name))
+        patch.setattr(Journal, "end", lambda journal, n_bytes: kept.append(journal.file.name))
         job(source, tmp_path / "whole.jsonl").run(shout)
     return source, Path(kept[0]).read_bytes(), (tmp_path / "whole.jsonl").read_bytes()
 
@@ -247,8 +247,28 @@ def test_a_kill_between_the_output_and_the_end_changes_nothing(
     assert job(source, tmp_path / "out.jsonl").run(lambda rows: pytest.fail("worked")) == 0
     assert (tmp_path / "out.jsonl").read_bytes() == output
     assert not (tmp_path / "out.jsonl.123-0.part").exists()
-    assert (tmp_path / "out.jsonl.job").read_bytes() == journal.splitlines(keepends=True)[0]
+    about, ended = (tmp_path / "out.jsonl.job").read_bytes().splitlines(keepends=True)
+    assert about == journal.splitlines(keepends=True)[0]
+    assert json.loads(ended) == {"written": len(output)}
     assert job(source, tmp_path / "out.jsonl").run(lambda rows: pytest.fail("worked")) is None
+
+
+def test_an_output_that_is_not_the_jobs_is_named_and_left(
+    tmp_path: Path, whole: tuple[str, bytes, bytes]
+) -> None:
+    source, journal, output = whole
+    target = tmp_path / "out.jsonl"
+    job(source, target).run(shout)
+    target.write_bytes(output[:-9])
+    with pytest.raises(ArgumentError, match=f"has {len(output) - 9} bytes, and had {len(output)}"):
+        job(source, target).run(shout)
+    assert target.read_bytes() == output[:-9]
+    Path(f"{target}.job").write_bytes(b"".join(journal.splitlines(keepends=True)[:3]))
+    with pytest.raises(ArgumentError, match="exists, and 2 rows of its job are not done; move it"):
+        job(source, target).run(shout)
+    target.unlink()
+    job(source, target).run(shout)
+    assert target.read_bytes() == output
 
 
 def test_a_result_that_comes_twice_counts_once(tmp_path: Path) -> None:
@@ -402,6 +422,8 @@ def test_the_command_tells_of_rows_with_errors(
         ),
         (["generate", "a.txt", "b.jsonl", "--pooling", "cls"], "--pooling has no meaning"),
         (["embed", "a.txt", "b.txt"], "b.txt: expected a name that ends in .parquet, .jsonl"),
+        (["embed", "a.txt", "b.jsonl", "--text", "x"], "--text has no meaning for a.txt"),
+        (["embed", "a.txt", "none/b.jsonl"], "none for b.jsonl; make it first"),
         (["embed", "a.csv", "b.jsonl"], "a.csv: expected a name that ends in .parquet, .jsonl"),
     ],
 )

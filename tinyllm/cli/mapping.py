@@ -36,7 +36,7 @@ def map_arguments(p: Parser) -> None:
     p.add_argument("--text", default="text", metavar="NAME", help="column; default %(default)s")
     p.add_argument("--id", default="id", metavar="NAME", help="column of the key; default id")
     p.add_argument("--ray", metavar="ADDRESS",
-                   help="work on a Ray cluster: auto, host:port; -t: CPUs of a worker")  # fmt: skip
+                   help="work on a Ray cluster: auto, local, host:port; -t: CPUs of a worker")  # fmt: skip
     load_options(p)
     p.add_argument("--pooling", choices=("mean", "cls", "last"), help="embed: as the file says")
     p.add_argument("--no-normalize", dest="normalize", action="store_false",
@@ -55,7 +55,7 @@ def map_arguments(p: Parser) -> None:
 def map_(args: Arguments) -> None:
     from ..mapping import Embed, Generate, Score, Task
     from ..mapping.job import Job, file_identity
-    from ..mapping.tables import Table
+    from ..mapping.tables import TEXT, Table
 
     path = locate(args.model)
     tasks: dict[str, type[Task]] = {"embed": Embed, "generate": Generate, "score": Score}
@@ -72,6 +72,12 @@ def map_(args: Arguments) -> None:
 
         ray()
     source = Table(args.input, args.text, args.id)
+    if Path(args.input).suffix.lower() in TEXT and args.text != "text":
+        raise ArgumentError(f"--text has no meaning for {args.input}: each line is a text")
+    if not (folder := Path(args.output).absolute().parent).is_dir():
+        raise ArgumentError(
+            f"there is no folder {folder} for {Path(args.output).name}; make it first"
+        )
     job = Job(source, args.output, task.columns, about)
 
     def work(rows: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """A table that is worked on row by row, with a journal: a run that was killed goes on where it stopped.
 
 ``OUTPUT.job`` has a line that says what is done, then a line for each row that is finished. When all are,
-``OUTPUT`` is written whole, in the order of the input, and only the first line is kept.
+``OUTPUT`` is written whole, in the order of the input, and the rows' lines give way to one with its size.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Journal:
     n_rows: int
     places: array[int] = field(init=False)  # by row: the byte where its line begins, or -1
     n_done: int = 0
+    written: int | None = None  # bytes of the table, once it was whole
 
     def __post_init__(self) -> None:
         self.places = array("q", [-1]) * self.n_rows
@@ -82,6 +83,9 @@ class Journal:
         self.file.seek(self.start)
         while line := self.file.readline():
             place = self.file.tell() - len(line)
+            if (n_bytes := written_of(line)) is not None:
+                self.written = n_bytes
+                continue
             number = number_of(line)
             if not 0 <= number < self.n_rows:
                 self.file.truncate(place)
@@ -109,9 +113,11 @@ class Journal:
         self.file.seek(self.places[number])
         return unpacked(json.loads(self.file.readline())[1])
 
-    def clear(self) -> None:
-        """Keep the first line only."""
+    def end(self, n_bytes: int) -> None:
+        """Keep the first line, and the bytes of the table in the place of the rows."""
         self.file.truncate(self.start)
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(json.dumps({"written": n_bytes}).encode() + b"\n")
 
 
 def differences(
@@ -135,6 +141,17 @@ def number_of(line: bytes) -> int:
     except ValueError:
         pass
     return -1
+
+
+def written_of(line: bytes) -> int | None:
+    """The bytes of the table that a journal's last line tells; None for another line."""
+    try:
+        match json.loads(line):
+            case {"written": int(n_bytes)}:
+                return n_bytes
+    except ValueError:
+        pass
+    return None
 
 
 def packed(vector: np.ndarray) -> dict[str, str]:
@@ -217,7 +234,7 @@ class Job:
         about = {"tinyllm": __version__, **self.about, "key": self.source.key, "input": found}
         with self._journal_file() as file:
             journal = Journal(file, about, found["rows"])
-            if journal.n_done == 0 and os.path.exists(self.target):
+            if os.path.exists(self.target) and self._is_whole(journal):
                 return None
             done(journal.n_done, journal.n_rows)
             left = ((i, text) for i, (_, text) in enumerate(self.source) if i not in journal)
@@ -225,8 +242,21 @@ class Job:
                 journal.add(number, result)
                 done(journal.n_done, journal.n_rows)
             n_errors = self._write(journal)
-            journal.clear()
+            journal.end(os.path.getsize(self.target))
             return n_errors
+
+    def _is_whole(self, journal: Journal) -> bool:
+        """Whether the table that is there is this job's; ArgumentError where it is another, or was changed."""
+        n_bytes, wrong = os.path.getsize(self.target), ""
+        if 0 < journal.n_done < journal.n_rows:
+            wrong = f"exists, and {journal.n_rows - journal.n_done} rows of its job are not done"
+        elif journal.n_done == 0 and journal.written not in (None, n_bytes):
+            wrong = f"has {n_bytes} bytes, and had {journal.written} when it was whole"
+        if wrong:
+            raise ArgumentError(
+                f"{self.target} {wrong}; move it away, and the same command makes it"
+            )
+        return journal.n_done == 0
 
     @contextmanager
     def _journal_file(self) -> Iterator[BinaryIO]:

@@ -86,7 +86,9 @@ class Table:
                     if not isinstance(text, str)
                     else ("key", key, self.key)
                 )
-                wanted = "a text" if wrong == "text" else "a text or a whole number of 64 bits"
+                wanted = (
+                    "a text" if wrong == "text" else "a text or a whole number of 64 bits, signed"
+                )
                 raise ArgumentError(
                     f"{self.path}: {place}: {name!r} is {found!r:.60}; a row's {wrong} must be {wanted}"
                 )

@@ -237,7 +237,7 @@ def hint(address: str) -> str:
     """What to try where a cluster that listens lets nobody in: Ray sends a token only where it is told to."""
     if address in ("auto", "local") or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         return ""
-    return "; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+    return "; if it asks for a token (`ray start` does where one exists), set RAY_AUTH_MODE=token"
 
 
 def answers(address: str) -> None:
