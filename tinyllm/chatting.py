@@ -320,5 +320,5 @@ class Chatting(ABC):
                     f"tools[{place}]: the parameters of {function['name']}: {reason}"
                 ) from None
         if wrong is not None:
-            raise wrong
+            raise ArgumentError(f"tools: {str(wrong).removeprefix('grammar: ')}") from None
         return {} if grammar is None else {"grammar": grammar}

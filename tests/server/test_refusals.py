@@ -96,7 +96,7 @@ CASES = [
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "without stream: true"),
     ("/v1/completions", {"prompt": "a", "stream_options": {}}, "stream_options", "without stream"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages.0", "needs content"),
-    (CHAT, {"messages": [{"role": "tool", "content": []}]}, "messages.0", "needs content"),
+    (CHAT, {"messages": [{"role": "user", "content": []}]}, "messages.0", "needs content"),
     ("/v1/embeddings", {"input": ["a", ""]}, "input", "input.1: an empty text"),
 ]  # fmt: skip
 

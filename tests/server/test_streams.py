@@ -196,7 +196,8 @@ def test_a_silent_stream_says_that_it_is_alive(make_app):
 def start(stack: ExitStack, *options: str) -> tuple[subprocess.Popen, str]:
     """A server of its own process, and its address."""
     command = [sys.executable, "-m", "tinyllm", "serve", "--port", "0", "--quiet", *options]
-    process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = stack.enter_context(subprocess.Popen(command, **pipes))
     stack.callback(process.kill)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -264,6 +265,22 @@ def test_texts_that_a_stop_ends_say_so(n_signals):
             time.sleep(0.2)
         ends = ["".join(lines) for lines in texts]
         assert process.wait(60) == 0
-        cut = [end for end in ends if "the server stops, and has ended this text" in end]
+        cut = [end for end in ends if "the server stops, and has ended this" in end]
         assert len(cut) + sum("data: [DONE]" in end for end in ends) == 8
         assert cut
+        told = process.stderr.read()
+        assert f"{len(cut)} answers are cut short: the server stops" in told
+        assert "Traceback" not in told
+
+
+def test_a_server_that_stops_begins_nothing(make_app):
+    app = make_app()
+    chat = {**LONG, "stream": False, "max_tokens": 2}
+    for path, body in ((URL, chat), ("/v1/embeddings", {"input": "a"})):
+        app.app.pool.stops = False
+        assert app.post(path, body).status_code == 200
+        app.app.pool.stops = True
+        answer = app.post(path, body)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "the server stops" in answer.json()["error"]["message"]
+    assert not app.app.pool.running

@@ -193,7 +193,8 @@ class Store:
     def waits(self) -> bool:
         """Whether a text has no vector yet, by the chunks themselves."""
         texts = "SELECT 1 FROM chunks c WHERE NOT EXISTS"
-        return self.one(f"{texts} (SELECT 1 FROM vectors v WHERE v.digest = c.digest) LIMIT 1") == 1
+        found = self.one(f"{texts} (SELECT 1 FROM vectors v WHERE v.digest = c.digest) LIMIT 1")
+        return found is not None
 
     def pending(self, collection: int | None = None) -> tuple[int, int]:
         """How many texts of a collection, or of all, have no vectors yet, and how many there are."""

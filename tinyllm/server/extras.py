@@ -136,22 +136,31 @@ async def with_texts(
     """
     gone = threading.Event()
 
+    pool = pool_of(request)
+
     def before_step() -> None:
         if gone.is_set():
+            pool.refuse_if_it_stops()
             raise Refusal(499, "the client has gone")
+
+    class Work:
+        def cancel(self) -> None:
+            gone.set()
+            job.cancel()
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        gone.set()
-        job.cancel()
+        this.cancel()
 
-    pool = pool_of(request)
+    this = Work()
     served = await pool.hold(name)
     try:
+        pool.refuse_if_it_stops()
         served.admit(1)
         job = pool.workers.submit(work, served, before_step)
         watching = asyncio.ensure_future(watch())
+        pool.running.add(this)
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
@@ -162,6 +171,7 @@ async def with_texts(
             raise in_words(error, fields or {}) from error
         finally:
             gone.set()  # work whose request was given up ends too
+            pool.running.discard(this)
             watching.cancel()
             served.n_texts -= 1
     finally:

@@ -80,7 +80,8 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
-        if self.role != "assistant" and not self.content and self.content != "":
+        empty = self.content is None or (self.content == [] and self.role != "tool")
+        if self.role != "assistant" and empty:
             raise Wrong("a message needs content, unless it is the assistant's")
         if self.role == "tool" and self.tool_call_id is None:
             raise Wrong("a tool's message needs tool_call_id, the id of the call that it answers")

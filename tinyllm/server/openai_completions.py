@@ -110,7 +110,7 @@ async def complete(body: CompletionBody, request: Request) -> Reply:
             check_ids(ids, model, "prompt")
             writer.echoed.append(echo_of(model, prompt, ids) if body.echo else "")
             for i in range(n):  # nothing is read for no token at all, so one is written for scores
-                tokens = max(limit, 1) if scores else limit
+                tokens = 1 if writer.drops else limit
                 yield served.engine.submit(ids, tokens, **seeded(options, i))
 
     fields = fields_of(body, json_schema=body.schema_field)

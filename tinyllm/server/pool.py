@@ -174,6 +174,9 @@ class Served:
         }  # fmt: skip
 
 
+STOPS = "the server stops, and has ended this before its end; ask again"
+
+
 class Writes(Protocol):
     """A request whose texts are being written."""
 
@@ -352,6 +355,11 @@ class Pool:
         for asked in self.running:
             asked.cancel()
         return len(self.running)
+
+    def refuse_if_it_stops(self) -> None:
+        """Refusal where all texts are ended."""
+        if self.stops:
+            raise Refusal(503, STOPS, headers={"Retry-After": "5"})
 
     def close(self) -> None:
         """End all texts and free all models."""

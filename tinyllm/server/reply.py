@@ -133,7 +133,7 @@ def part(data: bytes, more: bool = True) -> Message:
 def told(error: BaseException) -> Refusal:
     """What a client is told of an error; one that is the server's own is logged."""
     refusal = refusal_of(error)
-    if refusal.status >= 500:
+    if refusal.status >= 500 and not isinstance(error, Refusal):
         log.error("%s", refusal.message, exc_info=error)
     return refusal
 

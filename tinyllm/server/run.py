@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +19,6 @@ from ..errors import TinyLLMError
 from .app import Server
 
 log = logging.getLogger("tinyllm.server")
-
-
 END_S = 2.0  # that answers which are cut short have to tell their clients so
 
 
@@ -49,7 +48,14 @@ class Process(uvicorn.Server):
         if n := self._app.pool.end_texts():
             log.warning("%d answers are cut short: the server stops", n)
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it shows how it ends tasks
-        asyncio.get_running_loop().call_later(END_S, setattr, self, "force_exit", True)
+        asyncio.get_running_loop().call_later(END_S, self._leave)
+
+    def _leave(self) -> None:
+        """Exit with connections still open: since 3.12 Python waits for them unless they are cut."""
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            if (transport := getattr(connection, "transport", None)) is not None:
+                transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         what = self.end_texts if self.should_exit else self._told.set
@@ -104,6 +110,7 @@ def serve(app: Server, sock: socket.socket, stop_s: float = 30.0) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_graceful_shutdown=math.ceil(min(stop_s, 1e9) + 2 * END_S),  # should a task not end
         lifespan="on",
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

@@ -15,11 +15,9 @@ from ..engine.completion import Completion
 from ..engine.generate import Token
 from ..engine.request import Request
 from ..errors import TinyLLMError
-from .errors import Refusal
 from .pool import Pool, Served
 from .wording import in_words
 
-STOPS = "the server stops, and has ended this text before its end; ask again"
 Submit = Callable[[Served], Iterable[Request]]  # runs in a thread
 
 
@@ -109,8 +107,8 @@ class Asked:
                     seen[0] += len(pieces)
                     seen[1] += len(tokens)
                     whole = self._result(request) if done else None
-                    if whole and whole.finish_reason == "cancelled" and self.pool.stops:
-                        raise Refusal(503, STOPS, headers={"Retry-After": "5"})
+                    if whole and whole.finish_reason == "cancelled":
+                        self.pool.refuse_if_it_stops()
                     if done:
                         open_.remove(i)
                     yield News(i, "".join(pieces), tokens, whole)
@@ -153,6 +151,7 @@ async def ask(
     """
     served = await pool.hold(name)
     try:
+        pool.refuse_if_it_stops()
         served.engine  # noqa: B018 (an encoder is refused)
         served.admit(n_texts, "n" if n_texts > n_prompts else "prompt")
     except BaseException:
@@ -163,6 +162,8 @@ async def ask(
     def work() -> None:
         for request in submit(served):
             asked.requests.append(request)
+            if pool.stops:
+                request.cancel()
 
     done = asyncio.get_running_loop().run_in_executor(pool.workers, work)
     try:
