@@ -112,9 +112,16 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *cpus: float, alive: bool = True) -
 
 def test_each_node_gets_one_actor_with_all_of_its_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, 8, 4, 0)
-    assert per_node()["num_cpus"] == 4
-    assert per_node()["compute"] == 3  # two of them on the larger node
+    assert per_node(leave=0)["num_cpus"] == 4
+    assert per_node(leave=0)["compute"] == 3  # two of them on the larger node
     assert per_node(8)["compute"] == 1
+    assert per_node()["num_cpus"] == 3  # a CPU of each is left
+    assert per_node()["compute"] == 3
+    assert per_node(4)["compute"] == 2
+    cluster(monkeypatch, 2, 1)
+    assert per_node(1)["compute"] == 2
+    assert per_node()["num_cpus"] == 1
+    cluster(monkeypatch, 8, 4, 0)
     for cpus in (9, 0):
         with pytest.raises(ArgumentError, match=f"cpus={cpus}; the cluster's nodes have 8, 4, 0"):
             per_node(cpus)

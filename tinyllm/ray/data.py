@@ -127,14 +127,17 @@ def threads() -> int | None:
     return None if given is None else max(1, int(given))
 
 
-def per_node(cpus: int | None = None) -> dict[str, Any]:
-    """What ``map_batches`` takes so that each node of the cluster loads the model once, for all of its CPUs.
+def per_node(cpus: int | None = None, leave: int = 1) -> dict[str, Any]:
+    """What ``map_batches`` takes so that each node of the cluster loads the model once, for nearly all CPUs.
 
     Parameters
     ----------
     cpus : int, optional
-        CPUs, and so threads, of an actor; default: those of the smallest node. A node with several times as
-        many gets several actors. Reading a file takes a CPU of its own: leave one for it.
+        CPUs, and so threads, of an actor; default: those of the smallest node but those that are left. A node
+        with several times as many gets several actors.
+    leave : int
+        CPUs of a node that are left where it has more: Ray's readers and writers need one, or all waits
+        for ever.
 
     Examples
     --------
@@ -147,8 +150,8 @@ def per_node(cpus: int | None = None) -> dict[str, Any]:
         raise ArgumentError(
             f"cpus={cpus}; the cluster's nodes have {', '.join(f'{n:g}' for n in nodes)} CPUs"
         )
-    cpus = cpus or min(counts)
-    n_actors = sum(n // cpus for n in counts)
+    cpus = cpus or max(1, min(counts) - leave)
+    n_actors = sum(max(n >= cpus, (n - leave) // cpus) for n in counts)
     actors = ray().data.ActorPoolStrategy(size=n_actors)
     return {"num_cpus": cpus, "compute": actors, "batch_format": "pyarrow", "batch_size": ROWS}
 
@@ -189,7 +192,7 @@ def map_rows(
 
     ray_ = ray()
     with connected(address):
-        how = per_node(cpus)
+        how = per_node(cpus, leave=0)  # rows come from this process
         tell(f"Ray starts {how['compute'].min_size} workers of {how['num_cpus']} CPUs")
         tables = [
             pa.table({"row": [n for n, _ in part], "text": [t for _, t in part]})
