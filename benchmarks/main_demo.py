@@ -187,15 +187,19 @@ def compared(torch: Any, m: tinyllm.Model, steps: Any = STEPS) -> dict[str, dict
                 results.append(step(torch, lens, given))
             seconds.append(round(time.perf_counter() - start, 1))
         differences: dict[str, float] = {}
+        unlike = set()
         for name in results[0].keys() & results[1].keys():
             a, b = (x[name] for x in results)
             if name.startswith("blocks."):
                 name = name.split(".", 2)[2]
             if a.shape == b.shape:
                 differences[name] = max(differences.get(name, 0.0), apart(a, b))
+            else:
+                unlike.add(name)
         found[step.__name__] = {
             "seconds": dict(zip(("tinyllm", "torch"), seconds, strict=True)),
             "differences": dict(sorted(differences.items())),
+            "not compared: another shape": sorted(unlike),
         }
     return found
 
@@ -214,6 +218,8 @@ def main() -> None:
         print(f"{step.replace('_', ' ')} ({seconds})")
         for name, value in row["differences"].items():
             print(f"    {name:<32} {value:.2g}{'' if value <= BOUND else '   TOO FAR'}")
+        for name in row["not compared: another shape"]:
+            print(f"    {name:<32} has another shape")
     if args.json:
         common.write_json(
             args.json, {"machine": common.machine(), "model": Path(args.model).name, "steps": found}

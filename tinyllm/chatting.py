@@ -301,24 +301,23 @@ class Chatting(ABC):
                 f"{held[0]} and tools are given; with tool_choice='none' one may be"
             )
         marks = self.tokenizer.special_tokens, self.tokenizer.eog
-        grammar = turn.grammar(*marks)
-        wrong: ArgumentError | None = None
-        try:
-            self.grammar(grammar=grammar)
-        except ArgumentError as error:
-            wrong = error
-        for place, function in turn.places():
+        grammar, wrong = turn.grammar(*marks), ""
+        if grammar is not None:
+            try:
+                self.grammar(grammar=grammar)
+                return {"grammar": grammar}
+            except ArgumentError as error:
+                wrong = str(error).removeprefix("grammar: ")
+        for place, function in turn.places():  # which tool is it
             try:
                 self.grammar(json_schema=parameters_of(function))
-                if (
-                    wrong is not None
-                ):  # calls are held to more: no arguments but those that are named
+                if wrong:  # calls are held to more: no arguments but those that are named
                     self.grammar(grammar=turn.grammar(*marks, [function]))
             except ArgumentError as error:
                 reason = str(error).removeprefix("json_schema: ").removeprefix("grammar: ")
                 raise ArgumentError(
                     f"tools[{place}]: the parameters of {function['name']}: {reason}"
                 ) from None
-        if wrong is not None:
-            raise ArgumentError(f"tools: {str(wrong).removeprefix('grammar: ')}") from None
-        return {} if grammar is None else {"grammar": grammar}
+        if wrong:
+            raise ArgumentError(f"tools: {wrong}")
+        return {}

@@ -143,24 +143,22 @@ async def with_texts(
             pool.refuse_if_it_stops()
             raise Refusal(499, "the client has gone")
 
-    class Work:
-        def cancel(self) -> None:
-            gone.set()
-            job.cancel()
+    def cancel() -> None:
+        gone.set()
+        job.cancel()
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        this.cancel()
+        cancel()
 
-    this = Work()
     served = await pool.hold(name)
     try:
         pool.refuse_if_it_stops()
         served.admit(1)
         job = pool.workers.submit(work, served, before_step)
         watching = asyncio.ensure_future(watch())
-        pool.running.add(this)
+        pool.running.add(cancel)
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
@@ -171,7 +169,7 @@ async def with_texts(
             raise in_words(error, fields or {}) from error
         finally:
             gone.set()  # work whose request was given up ends too
-            pool.running.discard(this)
+            pool.running.discard(cancel)
             watching.cancel()
             served.n_texts -= 1
     finally:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .. import loading
 from ..engine.scheduler import Engine
@@ -177,14 +177,6 @@ class Served:
 STOPS = "the server stops, and has ended this before its end; ask again"
 
 
-class Writes(Protocol):
-    """A request whose texts are being written."""
-
-    def cancel(self) -> None:
-        """End all texts where they are."""
-        ...
-
-
 class Pool:
     """The models of a server, the first being the default."""
 
@@ -204,7 +196,7 @@ class Pool:
         self._share()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._turn: asyncio.Lock | None = None  # one model is loaded at a time
-        self.running: set[Writes] = set()
+        self.running: set[Callable[[], object]] = set()  # each ends a request that is worked on
         self.stops = False  # whether texts are ended because the server is
 
     def __iter__(self) -> Iterator[Served]:
@@ -352,8 +344,8 @@ class Pool:
     def end_texts(self) -> int:
         """End all that is written where it is, since the server stops; how many requests that were."""
         self.stops = True
-        for asked in self.running:
-            asked.cancel()
+        for cancel in self.running:
+            cancel()
         return len(self.running)
 
     def refuse_if_it_stops(self) -> None:

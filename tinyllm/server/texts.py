@@ -31,7 +31,7 @@ class News:
     whole: Completion | None = None
 
 
-@dataclass(eq=False)
+@dataclass
 class Asked:
     """The texts of one request, and the model that writes them, which is held until ``free``."""
 
@@ -48,7 +48,7 @@ class Asked:
     _held: bool = True
 
     def __post_init__(self) -> None:
-        self.pool.running.add(self)
+        self.pool.running.add(self.cancel)
 
     def cancel(self) -> None:
         """End all texts where they are."""
@@ -59,7 +59,7 @@ class Asked:
         """Let the model go; texts that are still written are ended."""
         if self._held:
             self._held = False
-            self.pool.running.discard(self)
+            self.pool.running.discard(self.cancel)
             self.cancel()
             self.served.n_texts -= self.n_texts
             self.pool.release(self.served)
