@@ -95,6 +95,19 @@ def test_each_row_of_a_table_has_its_key_and_result_in_order(
         assert list(row) == ["id", *COLUMNS]
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"), [("int32", "int64"), ("uint64", "int64"), ("string", "string")]
+)
+def test_an_empty_table_has_keys_of_the_kind_that_its_input_declares(
+    tmp_path: Path, keys: str, expected: str
+) -> None:
+    pa, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    schema = pa.schema([("id", pa.type_for_alias(keys)), ("text", pa.string())])
+    parquet.write_table(schema.empty_table(), tmp_path / "in.parquet")
+    assert job(tmp_path / "in.parquet", tmp_path / "out.parquet").run(shout) == 0
+    assert str(parquet.read_schema(tmp_path / "out.parquet").field("id").type) == expected
+
+
 def test_other_columns_are_named(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", ["a", "b"], text="body", key="name")
     table = Table(source, "body", "name")
@@ -237,6 +250,28 @@ def test_what_is_no_row_at_a_journals_end_is_dropped(
     assert (tmp_path / "out.jsonl").read_bytes() == output
 
 
+def test_a_damaged_byte_costs_its_line_and_is_told(
+    tmp_path: Path, whole: tuple[str, bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # several hundred take seconds
+    source, journal, output = whole
+    target, begin = tmp_path / "out.jsonl", journal.index(b"\n") + 1
+    path = f"{target}.job"
+    for place in range(begin, len(journal) - 1, 3):
+        damaged = bytearray(journal)
+        damaged[place] ^= 1
+        Path(path).write_bytes(damaged)
+        told: list[str] = []
+        assert job(source, target).run(shout, tell=told.append) == 0
+        assert target.read_bytes() == output
+        n_left = 2 if journal[place] == ord("\n") else 3  # one line, or the two that it parted
+        assert told == [
+            f"damaged lines of {path}, left out: 1",
+            f"rows that {path} has already: {n_left} of 4",
+        ]
+        target.unlink()
+
+
 def test_a_kill_between_the_output_and_the_end_changes_nothing(
     tmp_path: Path, whole: tuple[str, bytes, bytes]
 ) -> None:
@@ -287,7 +322,7 @@ def test_a_result_that_comes_twice_counts_once(tmp_path: Path) -> None:
 
 def test_work_that_leaves_rows_out_is_an_error_and_keeps_the_others(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", ["a", "b"])
-    with pytest.raises(tinyllm.errors.TinyLLMError, match="1 rows have no result"):
+    with pytest.raises(tinyllm.errors.TinyLLMError, match="rows without a result: 1"):
         job(source, tmp_path / "out.jsonl").run(lambda rows: list(shout(rows))[:1])
     assert not (tmp_path / "out.jsonl").exists()
     assert job(source, tmp_path / "out.jsonl").run(shout) == 0
@@ -406,7 +441,8 @@ def test_the_command_tells_of_rows_with_errors(
     assert row["n"] == 4
     assert "tokens" in row["error"]
     assert (
-        capsys.readouterr().err == "(1 rows could not be worked on: the column 'error' says why)\n"
+        capsys.readouterr().err
+        == "(rows that could not be worked on: 1; the column 'error' says why)\n"
     )
     run("score", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--id", "n", "--text", "body")
     assert "is whole already; remove it to make it again" in capsys.readouterr().err
@@ -434,6 +470,20 @@ def test_a_wrong_command_is_one_line(
     told = capsys.readouterr().err
     assert error in told
     assert told.count("\n") == 1
+
+
+def test_the_command_tells_what_an_earlier_run_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = write(tmp_path / "in.txt", list("abc")), tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "end", lambda journal, n_bytes: None)
+        run("score", source, target)
+    journal = Path(f"{target}.job")
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    target.unlink()
+    run("score", source, target)
+    assert capsys.readouterr().err == f"(rows that {journal} has already: 2 of 3)\n"
 
 
 def test_a_missing_table_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def map_(args: Arguments) -> None:
 
     with progress(args.task) as done:
         try:
-            n_errors = job.run(work, done)
+            n_errors = job.run(work, done, note)
         except KeyboardInterrupt:
             if Path(job.journal_path).exists():
                 note(
@@ -101,7 +101,7 @@ def map_(args: Arguments) -> None:
     if n_errors is None:
         note(f"{args.output} is whole already; remove it to make it again")
     elif n_errors:
-        note(f"{n_errors} rows could not be worked on: the column 'error' says why")
+        note(f"rows that could not be worked on: {n_errors}; the column 'error' says why")
 
 
 def identity_of_beside(load: Mapping[str, Any]) -> dict[str, Any]:

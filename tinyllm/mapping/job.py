@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from glob import escape
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
+from zlib import crc32
 
 import numpy as np
 
 from .. import __version__, system
 from ..errors import ArgumentError, TinyLLMError
 from ..files import replacing
-from .tables import JSONL, PARQUET, Key, Table, kind_of, pyarrow, writing
+from .tables import JSONL, PARQUET, Table, kind_of, pyarrow, writing
 from .tasks import ERROR, Kind, Result
 
 Rows = Iterable[tuple[int, str]]  # numbers and texts
@@ -44,6 +44,11 @@ class Journal:
         What is done. A journal of something else is refused.
     n_rows : int
         Rows of the input.
+
+    Attributes
+    ----------
+    n_done, n_damaged : int
+        Rows that are finished; lines that are whole but not as they were written.
     """
 
     file: BinaryIO
@@ -51,6 +56,7 @@ class Journal:
     n_rows: int
     places: array[int] = field(init=False)  # by row: the byte where its line begins, or -1
     n_done: int = 0
+    n_damaged: int = 0
     written: int | None = None  # bytes of the table, once it was whole
 
     def __post_init__(self) -> None:
@@ -79,18 +85,18 @@ class Journal:
             )
 
     def _recover(self) -> None:
-        """Find the rows that are done; drop a line that a kill has cut, and what follows it."""
+        """Find the rows that are done; drop the last line where a kill has cut it."""
         self.file.seek(self.start)
         while line := self.file.readline():
             place = self.file.tell() - len(line)
-            if (n_bytes := written_of(line)) is not None:
-                self.written = n_bytes
-                continue
-            number = number_of(line)
-            if not 0 <= number < self.n_rows:
+            if not line.endswith(b"\n"):
                 self.file.truncate(place)
-                break
-            self._note(number, place)
+            elif (n_bytes := written_of(line)) is not None:
+                self.written = n_bytes
+            elif 0 <= (number := number_of(line)) < self.n_rows:
+                self._note(number, place)
+            else:
+                self.n_damaged += 1
 
     def _note(self, number: int, place: int) -> None:
         self.n_done += self.places[number] < 0
@@ -103,7 +109,7 @@ class Journal:
         """Keep a row's result, unless the row has one; whether it was kept."""
         if number in self:
             return False
-        line = json.dumps([number, result], default=packed).encode() + b"\n"
+        line = summed(json.dumps([number, result], default=packed).encode())
         self._note(number, self.file.seek(0, os.SEEK_END))
         self.file.write(line)
         self.file.flush()  # a kill of this process no longer takes it
@@ -132,15 +138,17 @@ def differences(
             yield f"{place}{name}", json.dumps(x), json.dumps(y)
 
 
+def summed(array: bytes) -> bytes:
+    """A JSON array as a line, with a checksum of what is before it as the last element."""
+    return b"%b, %d]\n" % (array[:-1], crc32(array[:-1]))
+
+
 def number_of(line: bytes) -> int:
-    """The row that a line of a journal is of; -1 for a line that is cut or damaged."""
-    try:
-        match json.loads(line) if line.endswith(b"\n") else None:
-            case [int(number), dict()]:
-                return number
-    except ValueError:
-        pass
-    return -1
+    """The row that a line of a journal is of; -1 for a line that is not as it was written."""
+    if not line.startswith(b"[") or line != summed(line.rpartition(b", ")[0] + b"]"):
+        return -1
+    number: int = json.loads(line)[0]
+    return number
 
 
 def written_of(line: bytes) -> int | None:
@@ -209,7 +217,10 @@ class Job:
         return f"{self.target}.job"
 
     def run(
-        self, work: Work, done: Callable[[int, int], object] = lambda n, total: None
+        self,
+        work: Work,
+        done: Callable[[int, int], object] = lambda n, total: None,
+        tell: Callable[[str], object] = lambda line: None,
     ) -> int | None:
         """Work on the rows that are not finished, and write the table.
 
@@ -219,6 +230,8 @@ class Job:
             It gets numbers and texts of rows, and gives back numbers and results in any order.
         done : callable
             Told how many rows are finished, and how many there are.
+        tell : callable
+            Told in a line what an earlier run has left, and what of it is damaged.
 
         Returns
         -------
@@ -236,6 +249,11 @@ class Job:
             journal = Journal(file, about, found["rows"])
             if os.path.exists(self.target) and self._is_whole(journal):
                 return None
+            if journal.n_damaged:
+                tell(f"damaged lines of {self.journal_path}, left out: {journal.n_damaged}")
+            if journal.n_done:
+                done_before = f"{journal.n_done} of {journal.n_rows}"
+                tell(f"rows that {self.journal_path} has already: {done_before}")
             done(journal.n_done, journal.n_rows)
             left = ((i, text) for i, (_, text) in enumerate(self.source) if i not in journal)
             for number, result in work(left) if journal.n_done < journal.n_rows else ():
@@ -282,9 +300,8 @@ class Job:
     def _write(self, journal: Journal) -> int:
         """Write the table in the order of the input; how many rows have an error."""
         if missing := journal.n_rows - journal.n_done:
-            raise TinyLLMError(f"{missing} rows have no result; the same command goes on")
-        n_errors = 0
-        kind: Kind = "integer" if any(isinstance(key, int) for key in self._first()) else "text"
+            raise TinyLLMError(f"rows without a result: {missing}; the same command goes on")
+        n_errors, kind = 0, self.source.key_kind()
         for part in (
             Path(self.target).absolute().parent.glob(f"{escape(Path(self.target).name)}.*-*.part")
         ):
@@ -298,10 +315,6 @@ class Job:
             file.flush()
             os.fsync(file.fileno())  # the rows' other copy is dropped next
         return n_errors
-
-    def _first(self) -> Iterator[Key]:
-        """The first row's key, if there is a row."""
-        return (key for key, _ in islice(self.source, 1))
 
 
 def is_at(file: BinaryIO, path: str) -> bool:

@@ -153,6 +153,16 @@ class Table:
                     f"{option} names another"
                 )
 
+    def key_kind(self) -> Kind:
+        """What the keys are: as the first row's, or as a table without rows declares them."""
+        is_number = Path(self.path).suffix.lower() in TEXT
+        if (first := next(iter(self), None)) is not None:
+            is_number = isinstance(first[0], int)
+        elif Path(self.path).suffix.lower() in PARQUET:
+            pa = pyarrow()
+            is_number = pa.types.is_integer(pa.parquet.read_schema(self.path).field(self.key).type)
+        return "integer" if is_number else "text"
+
     def identity(self) -> dict[str, Any]:
         """The number of rows, and a digest of their keys and texts, whatever file holds them."""
         digest, n = hashlib.blake2b(digest_size=16), 0

@@ -193,7 +193,7 @@ def map_rows(
     ray_ = ray()
     with connected(address):
         how = per_node(cpus, leave=0)  # rows come from this process
-        tell(f"Ray starts {how['compute'].min_size} workers of {how['num_cpus']} CPUs")
+        tell(f"Ray starts workers: {how['compute'].min_size}, CPUs of each: {how['num_cpus']}")
         tables = [
             pa.table({"row": [n for n, _ in part], "text": [t for _, t in part]})
             for part in parts(list(rows), BATCHES * how["compute"].min_size)
