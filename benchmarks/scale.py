@@ -21,7 +21,7 @@ import statistics
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,21 @@ from tinyllm.ray.prefixes import ranked
 
 SLOTS = 16  # texts that a replica writes at a time
 HELD = 32_768  # tokens of conversations that a replica keeps
+PLAYS = 15  # beside Ray: where the order of turns is chance, each play has numbers of its own
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: a prompt's token, a step that writes one text, what each further text adds, a node's return."""
+    """Seconds: a prompt's token, a step that writes one text, what each further text adds, a node's return.
+
+    ``message_s`` is what a message to a replica or from it takes, on average.
+    """
 
     read_s: float = 0.001
     step_s: float = 0.012
     row_s: float = 0.002
     return_s: float = 30.0
+    message_s: float = 0.0
 
     def step(self, n_texts: int) -> float:
         """Seconds of a step that writes so many texts."""
@@ -220,19 +225,28 @@ class Found:
         }  # fmt: skip
 
 
-def simulate(load: Load, costs: Costs, n: int, prefixes: bool, seed: int = 0) -> Found:
-    """Play a load on n replicas."""
+def simulate(
+    load: Load, costs: Costs, n: int, prefixes: bool, seed: int = 0, messages: int = 0
+) -> Found:
+    """Play a load on n replicas; ``messages`` is the seed of what each message takes."""
     router, replicas = Router(n, prefixes, seed), [Replica(costs) for _ in range(n)]
     chance, number, found = random.Random(seed + 1), itertools.count(), Found()
     events: list[tuple[float, int, str, Any]] = []
     parked: list[Turn] = []
+    post = random.Random(messages)
+
+    def message() -> float:
+        return post.expovariate(1 / costs.message_s) if costs.message_s else 0.0
+
+    def ask(talk: Talk, index: int, at: float) -> None:
+        add(at + message(), "turn", Turn(talk, index, at))
 
     def add(at: float, kind: str, what: Any) -> None:
         heapq.heappush(events, (at, next(number), kind, what))
 
     talks = load.talks(n, seed)
     for talk in talks:
-        add(talk.start, "turn", Turn(talk, 0, talk.start))
+        ask(talk, 0, talk.start)
     rate = load.failures_per_hour / 3600
     if rate:
         for i in range(n):
@@ -254,11 +268,11 @@ def simulate(load: Load, costs: Costs, n: int, prefixes: bool, seed: int = 0) ->
         elif kind == "end" and what == (what[0], replicas[what[0]].version):
             replica = replicas[what[0]]
             for turn in replica.end():
-                found.note(turn, now)
+                answered = now + message()
+                found.note(turn, answered)
                 left -= 1
                 if turn.index + 1 < load.turns:
-                    at = now + turn.talk.thinks[turn.index]
-                    add(at, "turn", Turn(turn.talk, turn.index + 1, at))
+                    ask(turn.talk, turn.index + 1, answered + turn.talk.thinks[turn.index])
             end = replica.begin(now)
             if replica.busy:
                 add(end, "end", (what[0], replica.version))
@@ -288,12 +302,13 @@ class Sleeper:
         self.done: dict[int, asyncio.Future[int]] = {}
         self.task = asyncio.ensure_future(self.work())
 
-    async def ask(self, turn: Turn) -> int:
-        """Answer a turn -> tokens of its prompt that were found computed."""
+    async def ask(self, turn: Turn) -> tuple[int, float]:
+        """Answer a turn -> tokens of its prompt that were found computed, seconds that it was here."""
+        came = time.monotonic()
         self.replica.waiting.append(turn)
         answer = self.done[turn.talk.number] = asyncio.get_running_loop().create_future()
         self.came.set()
-        return await answer
+        return await answer, time.monotonic() - came
 
     async def work(self) -> None:
         """Block after block."""
@@ -320,24 +335,30 @@ class Sleeper:
             now = end  # sleeping late does not add up
 
 
-async def beside(load: Load, actors: list[Any], prefixes: bool, seed: int) -> Found:
-    """Play a load on actors."""
+async def beside(load: Load, actors: list[Any], prefixes: bool, seed: int) -> tuple[Found, float]:
+    """Play a load on actors -> what came of it, seconds of a message, on average."""
     router, found, zero = Router(len(actors), prefixes, seed), Found(), time.monotonic()
+    messages: list[float] = []
 
     async def talk_to(talk: Talk) -> None:
         await asyncio.sleep(talk.start)
         for index, think in enumerate(talk.thinks):
             turn = Turn(talk, index, time.monotonic() - zero)
-            turn.cached = await actors[router.choose(turn) or 0].ask.remote(turn)
-            found.note(turn, time.monotonic() - zero)
+            turn.cached, there = await actors[router.choose(turn) or 0].ask.remote(turn)
+            now = time.monotonic() - zero
+            messages.append((now - turn.asked_at - there) / 2)
+            found.note(turn, now)
             await asyncio.sleep(think)
 
     await asyncio.gather(*(talk_to(talk) for talk in load.talks(len(actors), seed)))
-    return found
+    return found, statistics.fmean(messages)
 
 
 def check(counts: list[int], load: Load, costs: Costs, nodes: Nodes) -> Iterator[dict[str, Any]]:
-    """Each count of nodes, played and on Ray: nodes of one CPU on this machine, one replica on each."""
+    """Each count of nodes, on Ray and played: nodes of one CPU on this machine, one replica on each.
+
+    What is played is the median of ``PLAYS`` with messages that take as long as Ray's did, on average.
+    """
     import ray
 
     for n, prefixes in itertools.product(sorted(counts), (True, False)):
@@ -345,11 +366,28 @@ def check(counts: list[int], load: Load, costs: Costs, nodes: Nodes) -> Iterator
         maker = ray.remote(num_cpus=1, max_concurrency=1000)(Sleeper)
         actors = [maker.options(scheduling_strategy="SPREAD").remote(costs) for _ in range(n)]
         ray.get([a.__ray_ready__.remote() for a in actors], timeout=600)
-        real = asyncio.run(beside(load, actors, prefixes, 0)).summary()
+        real, message_s = asyncio.run(beside(load, actors, prefixes, 0))
         for actor in actors:
             ray.kill(actor)
-        played = simulate(load, costs, n, prefixes).summary()
-        yield {"nodes": n, "prefixes": prefixes, "ray": real, "played": played}
+        posted = replace(costs, message_s=message_s)
+        plays = [simulate(load, posted, n, prefixes, 0, i).summary() for i in range(PLAYS)]
+        found = {name: [play[name] for play in plays] for name in plays[0]}
+        yield {
+            "nodes": n, "prefixes": prefixes, "message_s": message_s, "ray": real.summary(),
+            "played": {name: statistics.median(all_) for name, all_ in found.items()},
+            "range": {name: [min(all_), max(all_)] for name, all_ in found.items()},
+        }  # fmt: skip
+
+
+def furthest(checked: list[dict[str, Any]]) -> str:
+    """The largest difference between Ray and what is played, in a line."""
+    share, name, one = max(
+        ((abs(one["ray"][name] / one["played"][name] - 1), name, one)
+         for one in checked for name in ("tokens_per_s", "mean_s", "p50_s", "p95_s")),
+        key=lambda found: found[0],
+    )  # fmt: skip
+    way = "prefixes" if one["prefixes"] else "random"
+    return f"largest difference: {100 * share:.1f} %, {name}, {one['nodes']} nodes, {way}"
 
 
 # ---- measuring
@@ -422,6 +460,7 @@ def main() -> None:
                 report["checked"].append(one)
                 print(line(one["nodes"], "on Ray", one["ray"]))
                 print(line(one["nodes"], "played", one["played"]), flush=True)
+        print(furthest(report["checked"]))
     if args.json:
         write_json(args.json, report)
 

@@ -32,6 +32,25 @@ def test_a_lone_conversation_takes_what_its_tokens_take(scale: Any) -> None:
     assert found.cached == sum(sum(map(sum, talk.turns[:i])) for i in range(3))
 
 
+def test_messages_take_their_time(scale: Any) -> None:
+    load, costs = scale.Load(conversations=1, turns=200), scale.Costs(message_s=0.5)
+    found = scale.simulate(load, costs, 1, prefixes=True)
+    plain = scale.simulate(load, scale.Costs(), 1, prefixes=True)
+    more = [a - b for a, b in zip(found.latencies, plain.latencies, strict=True)]
+    assert min(more) > 0
+    assert sum(more) / 200 == pytest.approx(1.0, rel=0.2)  # there and back
+    assert scale.simulate(load, costs, 1, True, messages=1).latencies != found.latencies
+    assert found.cached == plain.cached
+
+
+def test_the_largest_difference_is_named(scale: Any) -> None:
+    played = {"tokens_per_s": 100.0, "mean_s": 1.0, "p50_s": 1.0, "p95_s": 2.0}
+    one = {"nodes": 1, "prefixes": True, "ray": {**played, "mean_s": 1.02}, "played": played}
+    two = {"nodes": 2, "prefixes": False, "ray": {**played, "p95_s": 1.9}, "played": played}
+    told = scale.furthest([one, two])
+    assert told == "largest difference: 5.0 %, p95_s, 2 nodes, random"
+
+
 def test_texts_that_are_written_together_share_steps(scale: Any) -> None:
     load = scale.Load(conversations=2, turns=1, over_s=0.0)
     costs = scale.Costs(read_s=0.0, step_s=0.5, row_s=0.25)
