@@ -354,29 +354,46 @@ async def beside(load: Load, actors: list[Any], prefixes: bool, seed: int) -> tu
     return found, statistics.fmean(messages)
 
 
-def check(counts: list[int], load: Load, costs: Costs, nodes: Nodes) -> Iterator[dict[str, Any]]:
+def check(
+    counts: list[int], load: Load, costs: Costs, nodes: Nodes, rounds: int
+) -> Iterator[dict[str, Any]]:
     """Each count of nodes, on Ray and played: nodes of one CPU on this machine, one replica on each.
 
-    What is played is the median of ``PLAYS`` with messages that take as long as Ray's did, on average.
+    Both are medians: of the rounds, and of ``PLAYS`` for each round, with messages that take as long as Ray's
+    did in it, on average.
     """
     import ray
 
     for n, prefixes in itertools.product(sorted(counts), (True, False)):
         nodes.grow(n)
         maker = ray.remote(num_cpus=1, max_concurrency=1000)(Sleeper)
-        actors = [maker.options(scheduling_strategy="SPREAD").remote(costs) for _ in range(n)]
-        ray.get([a.__ray_ready__.remote() for a in actors], timeout=600)
-        real, message_s = asyncio.run(beside(load, actors, prefixes, 0))
-        for actor in actors:
-            ray.kill(actor)
-        posted = replace(costs, message_s=message_s)
-        plays = [simulate(load, posted, n, prefixes, 0, i).summary() for i in range(PLAYS)]
-        found = {name: [play[name] for play in plays] for name in plays[0]}
+        real, played, messages = [], [], []
+        for _ in range(rounds):
+            actors = [maker.options(scheduling_strategy="SPREAD").remote(costs) for _ in range(n)]
+            ray.get([a.__ray_ready__.remote() for a in actors], timeout=600)
+            found, message_s = asyncio.run(beside(load, actors, prefixes, 0))
+            for actor in actors:
+                ray.kill(actor)
+            real.append(found.summary())
+            messages.append(message_s)
+            posted = replace(costs, message_s=message_s)
+            played += [simulate(load, posted, n, prefixes, 0, i).summary() for i in range(PLAYS)]
         yield {
-            "nodes": n, "prefixes": prefixes, "message_s": message_s, "ray": real.summary(),
-            "played": {name: statistics.median(all_) for name, all_ in found.items()},
-            "range": {name: [min(all_), max(all_)] for name, all_ in found.items()},
+            "nodes": n, "prefixes": prefixes, "message_s": messages,
+            "ray": middle(real), "ray_range": ends(real),
+            "played": middle(played), "played_range": ends(played),
         }  # fmt: skip
+
+
+def middle(found: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each number."""
+    return {name: statistics.median(each[name] for each in found) for name in found[0]}
+
+
+def ends(found: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The least and the most of each number."""
+    values = {name: [each[name] for each in found] for name in found[0]}
+    return {name: [min(all_), max(all_)] for name, all_ in values.items()}
 
 
 def furthest(checked: list[dict[str, Any]]) -> str:
@@ -432,6 +449,7 @@ def main() -> None:
     p.add_argument("-t", "--n-threads", type=int, metavar="N")
     p.add_argument("--nodes", type=int, nargs="*", default=[1, 2, 4, 8, 16, 64, 256, 1000])
     p.add_argument("--check", type=int, nargs="*", default=[], metavar="N", help="on Ray, too")
+    p.add_argument("--rounds", type=int, default=1, metavar="N", help="of --check; their median")
     p.add_argument("--namespaces", action="store_true",
                    help="each of Ray's nodes in a network namespace; needs root")  # fmt: skip
     p.add_argument("--failures", type=float, default=0.5, metavar="X", help="of a node an hour")
@@ -456,7 +474,7 @@ def main() -> None:
     report["checked"] = []
     if args.check:
         with Namespaces() if args.namespaces else Nodes() as nodes:
-            for one in check(args.check, load, costs, nodes):
+            for one in check(args.check, load, costs, nodes, args.rounds):
                 report["checked"].append(one)
                 print(line(one["nodes"], "on Ray", one["ray"]))
                 print(line(one["nodes"], "played", one["played"]), flush=True)

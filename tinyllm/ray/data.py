@@ -200,6 +200,8 @@ def map_rows(
         ]
         ray_.data.DataContext.get_current().enable_progress_bars = False  # the caller counts rows
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        bars = logging.getLogger("ray.data._internal.progress")  # it warns that they are off
+        bars.setLevel(logging.ERROR)
         keywords = {"model": model, "load": load, **options}
         data = ray_.data.from_arrow(tables).map_batches(
             MAPPERS[task], fn_constructor_kwargs=keywords, **{**how, "batch_size": None}
