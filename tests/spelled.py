@@ -7,6 +7,18 @@ from typing import Any
 
 from tinyllm.chat.forms import Form
 
+# the bundled model's template, with tools
+HERMES = """
+{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '<|user|><tool_response>\n' + m.content + '\n</tool_response>' + eos_token }}
+{%- else %}{{ ('<|' + m.role + '|>') if m.role != 'system' else '' }}{{ m.content }}
+{%- for call in m.tool_calls or [] %}{{ '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- (call.function.arguments if call.function.arguments is string else call.function.arguments | tojson)
+    + '}\n</tool_call>' }}{% endfor %}{{ eos_token }}
+{%- endif %}{%- endfor %}
+{%- if tools %}{{ '<tools>' }}{% for t in tools %}{{ t.function.name }} {% endfor %}{{ '</tools>' }}{% endif %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
 
 def call(form: Form, name: str, arguments: dict[str, Any], first: bool = True) -> str:
     """One call, behind what begins the first one or what parts it from the one before."""

@@ -14,9 +14,11 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
+from spelled import HERMES
 
 import tinyllm
 from tinyllm.errors import ArgumentError
@@ -263,16 +265,16 @@ def test_equal_beginnings_find_more_computed_than_chance() -> None:
 # ---- on a cluster
 
 SERVE = """
-import ast, sys, ray
+import ast, json, sys, ray
 from ray import serve
 from tinyllm.ray import application
 from tinyllm.server import Settings
-port, slots, idle_s = map(int, sys.argv[1:])
+port, idle_s, settings = map(json.loads, sys.argv[1:])
 ray.init("local", num_cpus=2, include_dashboard=False)
 serve.start(http_options={"port": port})
 for line in sys.stdin:
     replicas = ast.literal_eval(line)
-    serve.run(application({"tales": None}, Settings(slots=slots), replicas, idle_s=idle_s))
+    serve.run(application({"tales": None}, Settings(**settings), replicas, idle_s=idle_s))
     print("ready", flush=True)
 serve.shutdown()
 """
@@ -282,9 +284,9 @@ class Served:
     """Replicas behind one port, in a process of their own."""
 
     def __init__(
-        self, port: int, replicas: int | tuple[int, int], slots: int = 16, idle_s: int = 600
+        self, port: int, replicas: int | tuple[int, int], idle_s: int = 600, **settings: Any
     ) -> None:
-        command = [sys.executable, "-c", SERVE, str(port), str(slots), str(idle_s)]
+        command = [sys.executable, "-c", SERVE, str(port), str(idle_s), json.dumps(settings)]
         self.url = f"http://127.0.0.1:{port}"
         patient = {  # else a busy machine's proxy is taken for dead
             "RAY_SERVE_PROXY_HEALTH_CHECK_UNHEALTHY_THRESHOLD": "100",
@@ -320,8 +322,8 @@ def serving_replicas() -> Iterator[Callable[..., Served]]:
     """``Served``, which is closed when the test ends."""
     with ExitStack() as stack:
 
-        def start(*args: Any) -> Served:
-            served = Served(*args)
+        def start(*args: Any, **settings: Any) -> Served:
+            served = Served(*args, **settings)
             stack.callback(served.close)
             return served
 
@@ -398,6 +400,20 @@ def test_a_replica_killed_under_load_loses_no_request_without_an_error(
 
 @needs_ray
 @pytest.mark.slow
+def test_the_clients_tests_pass_against_two_replicas(
+    serving_replicas: Callable[..., Served],
+) -> None:
+    served = serving_replicas(4990, 2, api_keys=["secret"], template=HERMES)
+    tests = Path(__file__).parent.parent / "server" / "test_server_clients.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        env={**os.environ, "TINYLLM_SERVER_URL": served.url}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+@needs_ray
+@pytest.mark.slow
 def test_replicas_that_go_finish_what_they_have_begun(
     serving_replicas: Callable[..., Served],
 ) -> None:
@@ -416,7 +432,7 @@ def test_replicas_that_go_finish_what_they_have_begun(
 def test_a_replica_comes_where_requests_are_many_and_goes_where_they_are_few(
     serving_replicas: Callable[..., Served],
 ) -> None:
-    served = serving_replicas(4989, (1, 2), 2, 5)
+    served = serving_replicas(4989, (1, 2), 5, slots=2)
     assert len(served.replicas()) == 1
     rounds = 0
     while len(served.replicas()) < 2:

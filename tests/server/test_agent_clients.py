@@ -21,7 +21,8 @@ pytest.importorskip("fastapi", reason="the server needs the extra [server]")
 pytest.importorskip("llguidance")
 pytest.importorskip("openai", minversion="1.50")
 
-from test_server_clients import HELLO, HERMES
+from spelled import HERMES
+from test_server_clients import HELLO
 
 from tinyllm.server import Settings, create_app
 

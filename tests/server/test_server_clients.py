@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import BaseModel
+from spelled import HERMES
 
 import tinyllm
 
@@ -20,16 +21,6 @@ anthropic = pytest.importorskip("anthropic")
 
 from tinyllm.server import Settings, create_app  # noqa: E402
 
-HERMES = """
-{%- for m in messages %}
-{%- if m.role == 'tool' %}{{ '<|user|><tool_response>\n' + m.content + '\n</tool_response>' + eos_token }}
-{%- else %}{{ ('<|' + m.role + '|>') if m.role != 'system' else '' }}{{ m.content }}
-{%- for call in m.tool_calls or [] %}{{ '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
-{{- (call.function.arguments if call.function.arguments is string else call.function.arguments | tojson)
-    + '}\n</tool_call>' }}{% endfor %}{{ eos_token }}
-{%- endif %}{%- endfor %}
-{%- if tools %}{{ '<tools>' }}{% for t in tools %}{{ t.function.name }} {% endfor %}{{ '</tools>' }}{% endif %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 HELLO = [{"role": "user", "content": "Tell me a story."}]
 WEATHER = {
     "type": "object",
@@ -42,7 +33,7 @@ WEATHER = {
 def url(model: tinyllm.Model, serve: Callable[[Any], str]) -> str:
     """The address of a server of the bundled model, which asks for a key and shows tools.
 
-    $TINYLLM_SERVER_URL names one that runs already, such as replicas behind one address.
+    $TINYLLM_SERVER_URL names one that runs already with this key and template, such as replicas.
     """
     if given := os.environ.get("TINYLLM_SERVER_URL"):
         return given
