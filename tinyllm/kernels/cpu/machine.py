@@ -16,6 +16,7 @@ def target_machine() -> Any:
     """LLVM's writer of machine code for this processor; the options are numba's."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     return target.create_target_machine(
         cpu=emit.cpu_name(),

@@ -34,7 +34,20 @@ from functools import lru_cache, reduce
 import numpy as np
 from llvmlite import ir
 
-from .emit import F32, I8, I32, I64, LANES, Emit, V, has_amx, has_i8mm, instruction_set, lanes
+from .emit import (
+    F32,
+    I8,
+    I32,
+    I64,
+    LANES,
+    Emit,
+    V,
+    cpu_name,
+    has_amx,
+    has_i8mm,
+    instruction_set,
+    lanes,
+)
 from .formats import Format, Part, Tile, int8_format, whole_format
 from .layout import shuffle
 from .simd import emitter, i64, types
@@ -122,14 +135,14 @@ class Columns:
         which = half if len(self.runs) > 1 else None
         return [self.x.start(t, self.offset, which) for t in self.tokens]
 
-    def sums(self, half: int) -> list:
-        """The exact sums of a scale's columns, one per token."""
+    def sums(self, half: int, run: range | None = None) -> list:
+        """The exact sums of a scale's columns, or of some of them, one per token."""
         if instruction_set() in ("avx2", "generic"):
             return self._sums_of_pairs(half)
         if has_i8mm() and len(self.tokens) > 1:
             return self._sums_of_two_tokens(half)
         totals = self.start(half)
-        for c in self.runs[half]:
+        for c in run or self.runs[half]:
             w = self.code(c)
             xs = [self.x.codes(t, c) for t in self.tokens]
             some = zip(totals, xs, strict=True)
@@ -182,23 +195,57 @@ class Columns:
                 both = shuffle(e, scale, (0, 1, 0, 1))
                 for pairs in self.pairs(half):
                     whole = [e.add_pairs(w, p, both) for w, p in zip(whole, pairs, strict=True)]
+            elif runs := self.short_runs(half):
+                short = e.mask(scale, 0xFFFF)  # what is above would multiply a sum's sign
+                for run in runs:
+                    whole = self.add_products(whole, self.sums(half, run), short)
             else:
                 some = zip(whole, self.sums(half), strict=True)
                 whole = [e.b.add(w, e.b.mul(s, scale)) for w, s in some]
         return whole
 
+    def short_runs(self, half: int) -> list[range]:
+        """A scale's columns in runs whose sums 16 bits hold, where scaling these takes less than all."""
+        run, most = self.runs[half], 255 if self.flip else 2**self.fmt.bits - 1
+        fit, worth = 32767 // (4 * 127 * most), 2 if scales_in_two() else 1
+        if not multiplies_pairs() or fit * worth < len(run):
+            return []
+        return [run[i : i + fit] for i in range(0, len(run), fit)]
+
+    def add_products(self, totals: list, xs: list, y) -> list:
+        """totals + xs * y, of both 16-bit numbers in each lane; LLVM would make two instructions of each.
+
+        It does so for a single token, whose sums wait for each other.
+        """
+        e, ty = self.e, y.type
+        some = zip(totals, xs, strict=True)
+        if instruction_set() != "avx512vnni" or len(totals) == 1:
+            return [add_products(e, t, x, y) for t, x in some]
+        asm, types = "vpdpwssd $3, $2, $0", ir.FunctionType(ty, [ty] * 3)
+        return [e.b.asm(types, asm, "=v,0,v,v", [t, x, y], False) for t, x in some]
+
     def _less_offset(self, whole: list) -> list:
         """whole[token] - offset * the sums of the token's codes times the scales: pairs of 16 bits."""
         e = self.e
-        low, high = (e.b.mul(s, e.const(self.offset, s.type)) for s in (self.part.scales * 2)[:2])
-        both = e.b.or_(e.mask(low, 0xFFFF), e.shl(high, 16))
-        sums = [self.x.field(t, "n01") for t in self.tokens]
-        return [add_products(e, w, n, both) for w, n in zip(whole, sums, strict=True)]
+        both = pair(
+            e, *(e.b.mul(s, e.const(self.offset, s.type)) for s in (self.part.scales * 2)[:2])
+        )
+        return self.add_products(whole, [self.x.field(t, "n01") for t in self.tokens], both)
+
+
+def pair(e: Emit, low, high):
+    """Two numbers of 16 bits in a lane."""
+    return e.b.or_(e.mask(low, 0xFFFF), e.shl(high, 16))
 
 
 def multiplies_pairs() -> bool:
     """Whether an instruction adds up two products of 16-bit numbers."""
     return instruction_set() in ("avx512vnni", "avxvnni", "avx2")
+
+
+def scales_in_two() -> bool:
+    """Whether the product of 32-bit lanes is two instructions inside: Intel's with AVX-512, not AMD's."""
+    return instruction_set() == "avx512vnni" and not cpu_name().startswith("znver")
 
 
 def add_products(e: Emit, total, x, y):
@@ -358,6 +405,8 @@ def unpacked(fmt: Format, whole: bool = False) -> Format:
     plain = int8_format(fmt.group, fmt.minima)
     signed |= has_amx()
     offset = 0 if signed else 128 if fmt.signed else fmt.offset
+    if is_vnni() and fmt.group == 32 and offset not in (0, 8):
+        offset = 128  # what sums begin with then needs no shift for each token
     name = f"{plain.name}_{offset}_{fmt.bits}"
     return replace(plain, name=name, offset=offset, signed=signed, bits=fmt.bits)
 
@@ -381,8 +430,8 @@ def unpacker(fmt: Format, form: Format) -> Callable:
         codes = [code() for code in part.codes]
         if fmt.signed and not form.signed:
             codes = [e.b.xor(v, e.const(0x80808080, v.type)) for v in codes]
-        elif form.signed and fmt.offset:
-            codes = [subtract_bytes(e, v, fmt.offset) for v in codes]
+        elif fmt.offset != form.offset:
+            codes = [subtract_bytes(e, v, fmt.offset - form.offset) for v in codes]
         scales = part.scales
         if part.unit is not None and form.span == 32:
             scales = [e.b.fmul(part.unit, e.to_float(s)) for s in scales]
