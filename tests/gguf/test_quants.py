@@ -301,6 +301,23 @@ def test_a_value_beyond_the_format_is_refused(name: str, value: float) -> None:
         quants.quantize(name, np.full(256, value, np.float32))
 
 
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ3_S"])
+def test_knowing_the_importance_never_costs(name: str) -> None:
+    """By the error that it weighs, of weights that lie on the format's grid and of others."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        free = rng.standard_normal((4, 512), dtype=np.float32)
+        w = np.exp(4 * rng.standard_normal(512)).astype(np.float32)
+        for x in (free, quants.dequantize(name, quants.quantize(name, free))):
+            weighed, plain = (
+                float(
+                    (np.square(quants.dequantize(name, quants.quantize(name, x, v)) - x) * w).sum()
+                )
+                for v in (w, None)
+            )
+            assert weighed <= plain * (1 + 1e-6)
+
+
 WRITTEN = """
 import hashlib
 import numpy as np

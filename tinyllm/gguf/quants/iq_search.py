@@ -18,8 +18,9 @@ from .format import Array, Floats, pack_fields
 from .iq_tables import codebook
 from .iquants import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 
-# A scale is tried as this many of the first guess; then rows and scales are fitted to each other.
-STRETCHES = np.array([0.5, 0.65, 0.8, 0.95, 1.1, 1.3], np.float32)
+# A scale is tried as this many of the first guess; then rows and scales are fitted to each other. The small
+# ones are for groups whose largest weights count for little.
+STRETCHES = np.array([0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1, 1.3], np.float32)
 ROUNDS = 2
 SIGNS = np.left_shift(1, np.arange(8)).astype(np.uint8)
 

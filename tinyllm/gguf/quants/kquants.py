@@ -100,46 +100,58 @@ def _scales_q4_k(packed: Array) -> tuple[Array, Array]:
 # --- encoding: float32 [N, 256] -> blocks [N] ---
 
 
+Start = tuple[Floats, Floats, Floats]  # units [N, 2], scales and minima [N, groups]
+
+
 def _placed(
-    x: Floats, w: Floats, codes: tuple[int, int], bounds: tuple[int, int, int], units: Floats,
-    s: Floats, m: Floats,
-) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """Whole scales, minima and codes for x, w [N, groups, n] that fit the units of their blocks [N, 2].
+    x: Floats, w: Floats, codes: tuple[int, int], bounds: tuple[int, int, int], starts: list[Start]
+) -> tuple[Array, Array, Array, Array]:
+    """Whole scales, minima and codes for x, w [N, groups, n] that fit the units of their blocks.
 
     -> units as halves [N, 2], s, m [N, groups], codes [N, 256]. Given the codes, better units have a closed
-    form; they are kept where they lower a block's error.
+    form; of all that is tried from all starts, each block keeps what errs least.
     """
     best: list[Any] = []
     limits = np.array(bounds, np.float32)
-    for _ in range(2):
-        half = units.astype(np.float16)
-        d = half.astype(np.float32)
-        if not best:  # the first integers; later ones begin where these ended
-            s = np.rint(divide(s, d[:, :1])).clip(bounds[0], bounds[1])
-            m = np.rint(divide(m, d[:, 1:])).clip(0, bounds[2])
-        s, m = s.astype(np.float32), m.astype(np.float32)
-        q, error, fresh = np.empty_like(x), np.empty(len(x), np.float32), np.empty_like(d)
-        run(place, x, w, float(codes[0]), float(codes[1]), limits, d, s, m, q, error, fresh)
-        now: list[Any] = [half, s, m, q.reshape(-1, 256), error]
-        if best:
-            better = (error < best[-1])[:, None]
-            now[:4] = [np.where(better, a, b) for a, b in zip(now[:4], best[:4], strict=True)]
-        best = [*now[:4], error]
-        units, s, m = fresh, s.copy(), m.copy()
-    half, s, m, q, _ = best
+    for units, scale, minimum in starts:
+        d = units.astype(np.float16).astype(np.float32)
+        s = np.rint(divide(scale, d[:, :1])).clip(bounds[0], bounds[1])
+        m = np.rint(divide(minimum, d[:, 1:])).clip(0, bounds[2])
+        for _ in range(2):  # the second begins where the first ended, with better units
+            half = units.astype(np.float16)
+            d, s, m = half.astype(np.float32), s.astype(np.float32), m.astype(np.float32)
+            q, error, fresh = np.empty_like(x), np.empty((len(x), 1), np.float32), np.empty_like(d)
+            run(place, x, w, *map(float, codes), limits, d, s, m, q, error[:, 0], fresh)
+            now: list[Any] = [error, half, s.copy(), m.copy(), q.reshape(-1, 256)]
+            if best:
+                better = error < best[0]
+                now = [np.where(better, a, b) for a, b in zip(now, best, strict=True)]
+            best, units = now, fresh
+    _, half, s, m, q = best
     return half, s, m, q
+
+
+def _weights_to_fit(x: Floats, w: Floats | None) -> list[Floats]:
+    """The weights that scales are fitted with: those given, and equal ones.
+
+    Fitted to a few that outweigh all others, a scale may stand where rounding it costs more than it gained.
+    """
+    return [np.ones_like(x)] if w is None else [w, np.ones_like(x)]
 
 
 def _quantize_signed(
     x: Floats, groups: int, low: int, scale_low: int, w: Floats | None
 ) -> tuple[Array, Array, Array]:
     """-> d [N], integer scales [N, groups], codes low..-low-1 [N, 256]."""
-    x, w = grouped(x, groups), grouped(np.ones_like(x) if w is None else w, groups)
-    scale = fit_ray(x, low, w)
-    units = np.zeros((len(x), 2), np.float32)
-    units[:, 0] = fit_unit(scale, w.sum(-1), scale_low)
+    x, w = grouped(x, groups), grouped(w, groups)
+    starts, weights = [], _weights_to_fit(x, w)
+    for each in weights:
+        scale = fit_ray(x, low, each)
+        units = np.zeros((len(x), 2), np.float32)
+        units[:, 0] = fit_unit(scale, each.sum(-1), scale_low)
+        starts.append((units, scale, np.zeros_like(scale)))
     bounds = scale_low, -scale_low - 1, 0
-    half, s, _, q = _placed(x, w, (low, -low - 1), bounds, units, scale, np.zeros_like(scale))
+    half, s, _, q = _placed(x, weights[0], (low, -low - 1), bounds, starts)
     return half[:, 0], s.astype(np.int8), q.astype(np.int8)
 
 
@@ -147,12 +159,15 @@ def _quantize_affine(
     x: Floats, groups: int, high: int, scale_high: int, w: Floats | None
 ) -> tuple[Array, Array, Array, Array, Array]:
     """-> d, dmin [N], integer scales and minima [N, groups], codes 0..high [N, 256]."""
-    x, w = grouped(x, groups), grouped(np.ones_like(x) if w is None else w, groups)
-    scale, minimum = fit_line(x, high, True, w)
-    heavy = w.sum(-1)
-    units = np.stack([fit_unit(v, heavy, scale_high) for v in (scale, -minimum)], -1)
+    x, w = grouped(x, groups), grouped(w, groups)
+    starts, weights = [], _weights_to_fit(x, w)
+    for each in weights:
+        scale, minimum = fit_line(x, high, True, each)
+        heavy = each.sum(-1)
+        units = np.stack([fit_unit(v, heavy, scale_high) for v in (scale, -minimum)], -1)
+        starts.append((units, scale, -minimum))
     bounds = 0, scale_high, scale_high
-    half, s, m, q = _placed(x, w, (0, high), bounds, units, scale, -minimum)
+    half, s, m, q = _placed(x, weights[0], (0, high), bounds, starts)
     integers = s.astype(np.uint8), m.astype(np.uint8)
     return half[:, 0], half[:, 1], *integers, q.astype(np.uint8)
 
