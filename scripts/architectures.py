@@ -2,6 +2,7 @@
 """Write docs/architectures.md and tinyllm/models/outlines.json from the table and the golden files.
 
     python scripts/architectures.py            # measures every file on the reference backend: a minute
+    python scripts/architectures.py dbrx       # only this one's; the other rows stay as they are
     python scripts/architectures.py --check    # fails if the table has a row that the page does not
 
 The golden files of test data (``$TINYLLM_TESTDATA``, ``../shared/data``) and of tests/data/models are read.
@@ -69,6 +70,7 @@ publisher's code, has it:
 | gemma4 with experts | caps logits at 30 where the file has no key for it | 2.6e-4 (GELU) |
 | qwen2vl | takes another epsilon than the file's; real files have 1e-6 | 9.7e-6 |
 | qwen35, qwen35moe, qwen3next | normalise keys of linear attention with the file's epsilon, not with 1e-6; real files have 1e-6 | 3.8e-5 |
+| grovemoe | small experts read what the large ones have made, and weigh it by a number of another expert | not compared |
 | smallthinker | a window of 4096 whatever the file says; every layer rotates in a model of four | 4.5e-6 |
 | dots1, jina-bert-v3, nemotron_h, plamo3 | open the files with other shapes, keys or names | 1.6e-6, 1.0e-3 (GELU), 4.9e-6, 4.1e-6 |
 | gemma3n, plamo2, deepseek32, glm-dsa, dots3note | have fixed sizes, or stop at sizes this small | not compared |
@@ -86,12 +88,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
-    if parser.parse_args().check:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    options = parser.parse_args()
+    if options.check:
         missing = unmentioned(PAGE.read_text("utf-8"))
         sys.exit(f"docs/architectures.md lacks {', '.join(missing)}" if missing else 0)
     files = by_architecture()
     OUTLINES.write_text(json.dumps({n: outline(ps) for n, ps in files.items()}, indent=0) + "\n")
-    rows = [table_row(name, files[name]) for name in sorted(ARCHS)]
+    names = set(options.names or ARCHS)
+    written = PAGE.read_text("utf-8").split("\n## ")[0].splitlines(keepends=True)
+    lines = {line.split("|")[1].strip(): line for line in written if line.startswith("| ")}
+    rows = [table_row(n, files[n]) if n in names else lines[n] for n in sorted(ARCHS)]
     refused = [f"| {name} | {why} |\n" for name, why in sorted(NOT_RUN.items())]
     PAGE.write_text(HEAD + "".join(rows) + TAIL + "".join(refused), "utf-8")
 

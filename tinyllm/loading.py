@@ -27,7 +27,8 @@ from .kernels.outside import Outside, read_kernels
 from .model import Model
 from .models.adapters import Adapters
 from .models.build import build
-from .models.config import Keys, architecture, read_config
+from .models.config import architecture, read_config
+from .models.keys import Keys
 from .models.memory import default_n_ctx
 from .models.stages import Place, Stage, divide
 from .tokenizers import Tokenizer

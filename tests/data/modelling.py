@@ -268,6 +268,7 @@ class Model:
         return self.linear(down, up)
 
     def experts(self, b: str, x: np.ndarray, routed_by: np.ndarray) -> np.ndarray:
+        """The chosen experts' outputs, weighed; neighbours may have a small expert in common."""
         k, f, w = self.k, self.f, self.w
         logits = routed_by @ w[b + "ffn_gate_inp.weight"].T
         scores = sigmoid(logits) if f.sigmoid else softmax(logits)
@@ -285,9 +286,14 @@ class Model:
         if k.get("expert_weights_norm", f.renormalise):
             weights = weights / weights.sum(-1, keepdims=True)
         weights = weights * k.get("expert_weights_scale", 1.0)
-        gate, up, down = (w[f"{b}ffn_{n}_exps.weight"] for n in ("gate", "up", "down"))
+        sharing = k.get("experts_per_group", 0)
+        kinds = [("exps", chosen, 1.0)]
+        kinds += [("chexps", chosen // sharing, k["expert_group_scale"])] if sharing else []
         y = np.zeros_like(x)
-        for t, row in enumerate(x):
-            for e, weight in zip(chosen[t], weights[t], strict=True):
-                y[t] += weight * (down[e] @ (ACTS[f.act](gate[e] @ row) * (up[e] @ row)))
+        for suffix, which, scale in kinds:
+            gate, up, down = (w[f"{b}ffn_{n}_{suffix}.weight"] for n in ("gate", "up", "down"))
+            for t, row in enumerate(x):
+                for e, weight in zip(which[t], weights[t], strict=True):
+                    inside = ACTS[f.act](gate[e] @ row) * (up[e] @ row)
+                    y[t] += scale * weight * (down[e] @ inside)
         return y

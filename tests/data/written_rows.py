@@ -112,6 +112,15 @@ WRITTEN: dict[str, Written] = {
         {**NORMS, **ATTENTION, **ROUTED},
         Facts(act="relu", sigmoid=True, rotates="windowed", windows=(0, 8, 8, 8), routed_by_input=True),
         root=TOPS),
+    "grovemoe": Written(
+        "grovemoe",
+        {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 16,
+         "expert_chunk_feed_forward_length": 8, "experts_per_group": 2, "expert_group_scale": 0.5},
+        {**NORMS, **ATTENTION, **HEAD_NORMS, "ffn_gate_inp.weight": (6, E),
+         "ffn_gate_exps.weight": (6, 16, E), "ffn_up_exps.weight": (6, 16, E), "ffn_down_exps.weight": (6, E, 16),
+         "ffn_gate_chexps.weight": (3, 8, E), "ffn_up_chexps.weight": (3, 8, E),
+         "ffn_down_chexps.weight": (3, E, 8)},
+        root=TOPS),
     "plamo": Written(
         "plamo", {}, {"attn_norm.weight": (E,), **ATTENTION, **GATED}, Facts(parallel=True), root=TOPS),
     "plamo3": Written(

@@ -281,6 +281,21 @@ def test_a_configuration_that_is_not_understood(
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize("name", ["global_head_dim", "partial_rotary_factor"])
+def test_what_gemma_4_says_of_layers_that_see_everything_is_not_guessed(
+    name: str, tmp_path: Path
+) -> None:
+    folder = folder_of("gemma4", tmp_path)
+    config = json.loads(json.dumps(MODELS["gemma4"]["config"]))
+    config.pop("per_layer_config")  # which may say the size of heads instead
+    if name == "partial_rotary_factor":
+        config["global_head_dim"] = 32
+        del config["rope_parameters"]["full_attention"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArgumentError, match=f"config.json lacks {name}"):
+        tinyllm.convert(folder, tmp_path / "out.gguf")
+
+
 def test_tensors_without_a_place_and_missing_experts_are_told(tmp_path: Path) -> None:
     folder = folder_of("mixtral", tmp_path)
     shapes = dict(MODELS["mixtral"]["shapes"])

@@ -19,7 +19,7 @@ from tinyllm.cli.info import Outlines
 from tinyllm.errors import DeviceError, TinyLLMError, UnsupportedModel
 from tinyllm.models.archs import ARCHS, NOT_RUN, find
 from tinyllm.models.build import build
-from tinyllm.models.config import HARMLESS
+from tinyllm.models.keys import HARMLESS
 from tinyllm.models.weights import MAY_BE_ABSENT
 
 OURS = Path(__file__).parent.parent / "data" / "models"
@@ -231,6 +231,7 @@ WINDOWS = [  # a golden file, its key for the pattern, and each layer's window; 
     ("modern-bert", None, [0, 8, 8, 0]),
     ("modern-bert", 2, [0, 8, 0, 8]),
     ("cohere2", 2, [8, 0, 8, 0]),
+    ("gemma2", [True, False, False], [8, 0, 0]),
 ]
 
 
@@ -245,6 +246,49 @@ def test_which_layers_have_a_window(
             metadata[key] = pattern
         net = build(metadata, tensors, Sketch(), "f32")
     assert list(net.config.window) == windows
+
+
+def test_gemma_2s_windows_are_of_4096_where_only_the_layers_are_named(data: Path) -> None:
+    with opened(data / "golden" / "models" / "gemma2.gguf") as (metadata, tensors, prefix):
+        del metadata[f"{prefix}attention.sliding_window"]
+        metadata[f"{prefix}attention.sliding_window_pattern"] = [False, True, True]
+        assert build(metadata, tensors, Sketch(), "f32").config.window == (0, 4096, 4096)
+
+
+def test_layers_of_llama_4_with_chunks_are_those_that_the_file_names() -> None:
+    with opened(unpacked("llama4")) as (metadata, tensors, prefix):
+        metadata[f"{prefix}attention.sliding_window_pattern"] = [True, False, False, True]
+        c = build(metadata, tensors, Sketch(), "f32").config
+    assert c.window == (-8192, 0, 0, -8192)
+    assert c.rope_on == (True, True, True, False) == tuple(not h for h in c.heated)
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "pattern", "turned"),
+    [
+        ("cohere2", 8, [False] * 4, [False] * 4),
+        ("cohere2", 8, [True] * 4, [True] * 4),
+        ("cohere2", 0, None, [True, True, True, False]),
+        ("cohere2", None, None, None),
+        ("exaone4-swa", 8, [False] * 64, [False] * 64),
+        ("exaone4-swa", 0, None, [True] * 64),
+        ("exaone4-swa", None, [False] * 64, [True] * 64),
+    ],
+)
+def test_layers_that_see_everything_do_not_turn(
+    file: str, size: int | None, pattern: Any, turned: list[bool] | None, data: Path
+) -> None:
+    """Cohere's never do; EXAONE's do in models without any window."""
+    with opened(data / "golden" / "models" / f"{file}.gguf") as (metadata, tensors, prefix):
+        given = {"attention.sliding_window": size, "attention.sliding_window_pattern": pattern}
+        for key, value in given.items():
+            metadata.pop(prefix + key, None)
+            if value is not None:
+                metadata[prefix + key] = value
+        if turned is None:
+            assert refusal(metadata, tensors).endswith("sliding_window: required key is missing")
+        else:
+            assert list(build(metadata, tensors, Sketch(), "f32").config.rope_on) == turned
 
 
 def test_a_number_says_which_layers_have_a_window_only_where_a_row_reads_it() -> None:

@@ -12,7 +12,15 @@ from test_points import NAMES, file_of, network
 
 from tinyllm import gguf
 from tinyllm.models.altup import AltUpBlock
-from tinyllm.models.ffn import FFN, XIELU, BesideMoE, FeedForwardAlone, MoE, NormedBesideMoE
+from tinyllm.models.ffn import (
+    FFN,
+    XIELU,
+    BesideMoE,
+    Choices,
+    FeedForwardAlone,
+    MoE,
+    NormedBesideMoE,
+)
 from tinyllm.models.loops import LoopBlock, RoundsBlock
 from tinyllm.models.mixer import NoMixer
 from tinyllm.models.network import Network
@@ -82,20 +90,29 @@ class Parts:
         down = f"ffn_down{suffix}"
         return act @ self.weight(f"{down}.weight").T + self.bias(f"{down}.bias")
 
+    def chosen(
+        self, choices: Choices, suffix: str, which: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """What the neurons of the experts ``which`` [T, k] add, weighed."""
+        down = self.weight(f"ffn_down_{suffix}.weight")
+        each = np.einsum("tkef,tkf->tke", down[which], self.point(f"ffn_act_{suffix}"))
+        if choices.down.bias is not None:
+            each += self.weight(f"ffn_down_{suffix}.bias")[which]
+        if choices.down_scale is not None:
+            weights = weights * self.weight(f"ffn_down_{suffix}.scale")[which]
+        return np.asarray((each * weights[..., None]).sum(1))
+
     def experts(self, moe: MoE) -> np.ndarray:
         """What the neurons of the chosen experts add, each as much as the router says."""
         logits = moe.be.array(self.cache[self.at + "router_logits"])
         chosen = np.array(moe.be.route(logits, moe.routing, moe.bias)[0])
         weights = np.take_along_axis(self.point("router_probs"), chosen, 1)
-        if moe.inputs:  # the weights are in the neurons
+        if moe.chosen.inputs:  # the weights are in the neurons
             weights = np.ones_like(weights)
-        down = self.weight("ffn_down_exps.weight")
-        each = np.einsum("tkef,tkf->tke", down[chosen], self.point("ffn_act_exps"))
-        if moe.down.bias is not None:
-            each += self.weight("ffn_down_exps.bias")[chosen]
-        if moe.down_scale is not None:
-            weights = weights * self.weight("ffn_down_exps.scale")[chosen]
-        total = (each * weights[..., None]).sum(1)
+        total = self.chosen(moe.chosen, "exps", chosen, weights)
+        if moe.small is not None:
+            own = np.asarray(moe.small_of)[:, 0][chosen]
+            total = total + moe.small_scale * self.chosen(moe.small, "chexps", own, weights)
         if moe.wide is not None:
             total = total @ self.weight("ffn_latent_up.weight").T
         if moe.shared is not None:

@@ -457,6 +457,11 @@ class Backend(ABC):
         t, k = experts.shape
         return self.embed(w, experts.reshape(t * k)).reshape(t, k)
 
+    def looked_up(self, table: Array, experts: Array) -> Array:
+        """What table int32 [n_expert, 1] has for each of the experts [T, k] -> int32 [T, k]."""
+        t, k = experts.shape
+        return self.take(table, experts.reshape(t * k)).reshape(t, k)
+
     # ---- choosing
 
     @abstractmethod

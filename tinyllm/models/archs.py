@@ -1,21 +1,22 @@
 """THE TABLE: one row per architecture, with only what neither the tensors nor the keys of a file say.
 
 The order of authority is: the tensors that are there, then the metadata keys, then the row. A fact
-that needs the file's sizes is a function of Config beside the row (``adjust``), with its reason.
+that needs the file's sizes is a function of Config in adjust.py, with its reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import log, sqrt
+from math import sqrt
 from typing import Any, Literal
 
-from ..errors import GGUFError, UnsupportedModel
+from ..errors import UnsupportedModel
 from ..kernels.backend import Activation, Pairing
+from . import adjust
 from .altup import AltUpBlock, SparseFFN, Streams
 from .attention import Attention, BareNormsBehindRope, NormsBehindRope
-from .config import Config, Temperature, repeated
+from .config import Config
 from .deltanet import delta_or_attention
 from .ffn import FFN, XIELU, FeedForwardAlone
 from .kda import delta_or_latent
@@ -74,229 +75,8 @@ class Arch:
     blocks_at: str = "blk"  # what the names of the layers' tensors begin with
 
 
-def scaled_embedding(c: Config) -> Config:
-    """Scale embeddings by the root of their length, as Gemma does."""
-    return replace(c, embedding_scale=sqrt(c.n_embd))
-
-
-def every(n: int, c: Config, first: bool = False) -> Config:
-    """Layers see a window, but the last (or ``first``) of n sees everything; the file's number comes first.
-
-    Where the file says it of each layer, that stands; a number of 0 says that all see a window.
-    """
-    if c.window_listed:
-        return c
-    n = n if c.window_pattern < 0 else c.window_pattern
-    full = {0 if first else n - 1} if n else set()
-    window = tuple(0 if n and i % n in full else s for i, s in enumerate(c.window))
-    return replace(c, window=window, window_listed=True)
-
-
-def every_dense_first(n: int, c: Config) -> Config:
-    return every(n, c, first=True)
-
-
-def scale_by_width(c: Config, n_layer: int) -> Config:
-    """The 27B models scale scores by n_embd / n_head; the file does not say so, only its depth tells."""
-    return replace(c, attn_scale=sqrt(c.n_head[0] / c.n_embd)) if c.n_layer == n_layer else c
-
-
-def gemma2(c: Config) -> Config:
-    """A file that does not speak of windows means those of 4096."""
-    if not any(c.window) and not c.has_no_window and not c.window_listed:
-        c = replace(c, window=(4096,) * c.n_layer)
-    return scale_by_width(every(2, scaled_embedding(c)), 46)
-
-
-def gemma3(c: Config) -> Config:
-    return plain_where_windowed(scale_by_width(every(6, scaled_embedding(c)), 62))
-
-
-def plain_where_windowed(c: Config) -> Config:
-    """Layers with a window rotate unscaled, by a base of 10000 where the file gives them none."""
-    return replace(c, rope_freq_base_swa=c.rope_freq_base_swa or 10000.0, rope_scaling_swa=False)
-
-
-def rope_where_windowed(c: Config) -> Config:
-    """Layers that see everything have no rotary embedding, if there are others."""
-    return replace(c, rope_on=tuple(bool(s) for s in c.window)) if any(c.window) else c
-
-
-def cohere2(c: Config) -> Config:
-    return rope_where_windowed(every(4, c))
-
-
-def olmo2(c: Config) -> Config:
-    return replace(every(4, c), rope_scaling_swa=False)
-
-
-def smollm3(c: Config) -> Config:
-    """Leave the rotary embedding out of every fourth layer."""
-    return replace(c, rope_on=tuple((i + 1) % 4 != 0 for i in range(c.n_layer)))
-
-
-def no_window(c: Config) -> Config:
-    """Drop the window, which the files carry and the reference does not apply."""
-    return replace(c, window=(0,) * c.n_layer)
-
-
-def alibi(c: Config) -> Config:
-    """Set the largest ALiBi bias to the paper's 8, which the files do not repeat."""
-    return replace(c, max_alibi_bias=c.max_alibi_bias or 8.0)
-
-
-def baichuan(c: Config) -> Config:
-    """7B rotates, 13B uses ALiBi; the file does not say so, only its 40 layers tell."""
-    return replace(alibi(c), rope_on=(False,) * 40) if c.n_layer == 40 else c
-
-
-def jais(c: Config) -> Config:
-    return replace(c, attn_scale=1 / max(1, c.head_dim))
-
-
-def divided_logits(c: Config) -> Config:
-    return replace(c, logit_scale=1 / c.logit_scale)
-
-
-def half_ff(c: Config) -> Config:
-    """Qwen 1 counts both halves of its gated part in feed_forward_length."""
-    return replace(c, n_ff=tuple(n // 2 for n in c.n_ff))
-
-
-def minicpm3(c: Config) -> Config:
-    """The three scales of the reference's configuration, which the file does not carry."""
-    return replace(
-        c, embedding_scale=12.0, residual_scale=1.4 / sqrt(c.n_layer), logit_scale=256 / c.n_embd
-    )
-
-
-def mistral3(c: Config) -> Config:
-    """YaRN's share in cos and sin is divided by what the file's multiplier makes of it."""
-    s = c.rope_scaling
-    if s.type != "yarn" or not s.log_multiplier:
-        return c
-    less = 1 + 0.1 * s.log_multiplier * log(s.factor)
-    return replace(c, rope_scaling=replace(s, attn_factor=s.attn_factor / less, log_multiplier=0.0))
-
-
-def gemma3n(c: Config) -> Config:
-    """Scores are not scaled; windows as the file says."""
-    return plain_where_windowed(replace(every(5, scaled_embedding(c)), attn_scale=1.0))
-
-
-def llama4(c: Config) -> Config:
-    """Every fourth layer sees everything, does not rotate, and its queries grow; a window of 0 says otherwise.
-
-    The others see their own chunk of 8192 positions.
-    """
-    if c.has_no_window:
-        return c
-    full = tuple((i + 1) % 4 == 0 for i in range(c.n_layer))
-    return replace(
-        c,
-        window=tuple(0 if f else -CHUNK for f in full),
-        rope_on=tuple(not f for f in full),
-        heated=full,
-        temperature=Temperature(0.1, CHUNK, 1.0),
-    )
-
-
-def afmoe(c: Config) -> Config:
-    return rope_where_windowed(every(4, scaled_embedding(c)))
-
-
-def cohere2moe(c: Config) -> Config:
-    """Leading layers without experts rotate whatever they see."""
-    c = rope_where_windowed(every_dense_first(4, c))
-    return replace(c, rope_on=tuple(r or i < c.n_dense for i, r in enumerate(c.rope_on)))
-
-
-def unscaled_where_windowed(n: int, c: Config) -> Config:
-    return replace(every(n, c), rope_scaling_swa=False)
-
-
-def laguna(c: Config) -> Config:
-    return replace(every_dense_first(4, c), rope_scaling_swa=False)
-
-
-def grok(c: Config) -> Config:
-    """The constants of the first Grok, whose files have no keys for them."""
-    return replace(
-        c,
-        attn_scale=c.attn_out_scale or 0.08838834764831845,
-        attn_softcap=c.attn_softcap or 30.0,
-        embedding_scale=78.38367176906169 if c.embedding_scale == 1 else c.embedding_scale,
-        logit_scale=0.5773502691896257 if c.logit_scale == 1 else c.logit_scale,
-    )
-
-
-def bailingmoe(c: Config) -> Config:
-    """Scores are scaled by what turns of a head."""
-    return replace(c, attn_scale=c.rope_dim**-0.5) if c.rope_dim else c
-
-
-def smallthinker(c: Config) -> Config:
-    return rope_where_windowed(every_dense_first(4, c))
-
-
-def both_ways(c: Config) -> Config:
-    return replace(c, causal=False)
-
-
-def t5_encoder(c: Config) -> Config:
-    """Scores are not scaled."""
-    return replace(c, causal=False, attn_scale=1.0)
-
-
-def modern_bert(c: Config) -> Config:
-    """Where the file does not say it, rerankers read the mean of the rows."""
-    c = plain_where_windowed(every_dense_first(3, c))
-    return replace(c, rank_pooling=c.rank_pooling or "mean")
-
-
-def looped(c: Config) -> Config:
-    """The file's layers run as often as it says, each time over a past of their own."""
-    return repeated(c, tuple(range(c.n_layer)) * c.n_loop)
-
-
-def rounds(c: Config) -> Config:
-    """Two stacks: the first so many times, then the second; and that over again."""
-    n, (high, low) = c.n_stack, c.n_cycles
-    first, second = tuple(range(n)), tuple(range(n, 2 * n))
-    order = (first * low + second) * high
-    if not n or len(order) != c.n_layer:
-        raise GGUFError(
-            f"is {c.n_layer}; expected {len(order)}, by {c.arch}.hrm.layers_per_stack, "
-            f"{c.arch}.hrm.h_cycles and {c.arch}.hrm.l_cycles",
-            name=f"{c.arch}.block_count",
-        )
-    return replace(c, blocks=order)
-
-
-def step35(c: Config) -> Config:
-    """Half as many values of a head turn in layers that see everything; factors are theirs alone."""
-    return plain_where_windowed(replace(c, rope_dim=c.rope_dim // 2))
-
-
-def dots3note(c: Config) -> Config:
-    """The file must give layers with a window their base; they share the scaling."""
-    if not c.rope_freq_base_swa:
-        raise GGUFError("required key is missing", name=f"{c.arch}.rope.freq_base_swa")
-    return c
-
-
-CHUNK = 8192  # positions that layers of Llama 4 see of their own chunk, in all its files
 FFN_NORM = {"ffn_norm": "post_attention_norm"}
 LFM2_NORM = {"output_norm": "token_embd_norm"}
-
-
-def granitehybrid(c: Config) -> Config:
-    """Let attention layers rotate only where the file says so."""
-    return replace(divided_logits(c), rope_on=(c.rope_finetuned,) * c.n_layer)
-
-
-def gemma_embedding(c: Config) -> Config:
-    return replace(gemma3(c), causal=False)
 
 
 def relu_or_gated(c: Config, a: Arch, i: int, w: Tensors) -> FFN:
@@ -351,47 +131,48 @@ EMBD_NORM = ("token_embd_norm.weight",)
 
 ROWS = (
     Arch("llama", "arXiv:2302.13971", pairing="adjacent"),  # also Mistral, Mixtral, Llama 2 and 3
-    Arch("baichuan", "arXiv:2309.10305", needs=HEAD, pairing="adjacent", adjust=baichuan),
+    Arch("baichuan", "arXiv:2309.10305", needs=HEAD, pairing="adjacent", adjust=adjust.baichuan),
     Arch("internlm2", "arXiv:2403.17297", needs=HEAD, pairing="adjacent"),
     Arch("xverse", "github.com/xverse-ai/XVERSE-13B", needs=HEAD, pairing="adjacent"),
-    Arch("minicpm", "arXiv:2404.06395", pairing="adjacent", adjust=divided_logits),
-    Arch("granite", "hf.co/ibm-granite", pairing="adjacent", adjust=divided_logits),
-    Arch("granitemoe", "hf.co/ibm-granite", pairing="adjacent", adjust=divided_logits),
-    Arch("smollm3", "hf.co/blog/smollm3", pairing="adjacent", adjust=smollm3),
+    Arch("minicpm", "arXiv:2404.06395", pairing="adjacent", adjust=adjust.divided_logits),
+    Arch("granite", "hf.co/ibm-granite", pairing="adjacent", adjust=adjust.divided_logits),
+    Arch("granitemoe", "hf.co/ibm-granite", pairing="adjacent", adjust=adjust.divided_logits),
+    Arch("smollm3", "hf.co/blog/smollm3", pairing="adjacent", adjust=adjust.smollm3),
     Arch("olmo", "arXiv:2402.00838", pairing="adjacent", norm_affine=False),
-    Arch("olmo2", "arXiv:2501.00656", norm_at="post", adjust=olmo2),
+    Arch("olmo2", "arXiv:2501.00656", norm_at="post", adjust=adjust.olmo2),
     Arch("olmoe", "arXiv:2409.02060", needs=HEAD, renormalise=False),
     Arch("command-r", "hf.co/CohereForAI", pairing="adjacent", residual="parallel"),
-    Arch("cohere2", "arXiv:2504.00698", pairing="adjacent", residual="parallel", adjust=cohere2),
+    Arch("cohere2", "arXiv:2504.00698", pairing="adjacent", residual="parallel", adjust=adjust.cohere2),
     Arch("chatglm", "arXiv:2406.12793", pairing="adjacent"),
     Arch("glm4", "hf.co/THUDM/GLM-4-9B-0414", pairing="adjacent"),
-    Arch("qwen", "arXiv:2309.16609", needs=HEAD, adjust=half_ff),
+    Arch("qwen", "arXiv:2309.16609", needs=HEAD, adjust=adjust.half_ff),
     Arch("qwen2", "arXiv:2407.10671"),
     Arch("qwen2moe", "arXiv:2407.10671", needs=HEAD, renormalise=False),
     Arch("qwen3", "arXiv:2505.09388"),
     Arch("qwen3moe", "arXiv:2505.09388"),
-    Arch("phi3", "arXiv:2404.14219", adjust=no_window),
-    Arch("phimoe", "arXiv:2404.14219", needs=BIASED_HEAD, adjust=no_window),
+    Arch("grovemoe", "arXiv:2508.07785"),
+    Arch("phi3", "arXiv:2404.14219", adjust=adjust.no_window),
+    Arch("phimoe", "arXiv:2404.14219", needs=BIASED_HEAD, adjust=adjust.no_window),
     Arch(
         "phi2", "hf.co/microsoft/phi-2", needs=BIASED_HEAD, act="gelu_tanh", gated=False,
         residual="parallel",
     ),
-    Arch("gemma", "arXiv:2403.08295", act="gelu_tanh", adjust=scaled_embedding),
-    Arch("gemma2", "arXiv:2408.00118", act="gelu_tanh", adjust=gemma2),
-    Arch("gemma3", "arXiv:2503.19786", act="gelu_tanh", adjust=gemma3),
+    Arch("gemma", "arXiv:2403.08295", act="gelu_tanh", adjust=adjust.scaled_embedding),
+    Arch("gemma2", "arXiv:2408.00118", act="gelu_tanh", adjust=adjust.gemma2),
+    Arch("gemma3", "arXiv:2503.19786", act="gelu_tanh", adjust=adjust.gemma3),
     Arch(
         "gemma4", "hf.co/google/gemma-4-E2B-it", act="gelu_tanh", v_norm=True, values_from_keys=True,
-        adjust=gemma3n,
+        adjust=adjust.gemma3n,
     ),
     Arch(
         "gemma3n", "hf.co/google/gemma-3n-E2B-it", act="gelu_tanh", v_norm=True, ffn=SparseFFN,
-        block=AltUpBlock, streams=Streams, adjust=gemma3n,
+        block=AltUpBlock, streams=Streams, adjust=adjust.gemma3n,
     ),
     Arch("stablelm", "arXiv:2402.17834", needs=HEAD, residual="norms"),
     Arch("orion", "arXiv:2401.12246", needs=HEAD),
     Arch("openelm", "arXiv:2404.14619"),
     Arch("exaone", "arXiv:2408.03541", norm="rms"),
-    Arch("exaone4", "arXiv:2507.11407", norm_at="post", adjust=cohere2),
+    Arch("exaone4", "arXiv:2507.11407", norm_at="post", adjust=adjust.exaone4),
     Arch("nemotron", "arXiv:2402.16819", needs=HEAD, norm="layer", act="relu2", gated=False),
     Arch("starcoder2", "arXiv:2402.19173", act="gelu_tanh", gated=False),
     Arch("codeshell", "arXiv:2403.15747", act="gelu_tanh", gated=False),
@@ -404,42 +185,45 @@ ROWS = (
     Arch("starcoder", "arXiv:2305.06161", position="learned", act="gelu_tanh", gated=False),
     Arch(
         "bloom", "arXiv:2211.05100", needs=EMBD_NORM, position="alibi", act="gelu_tanh",
-        gated=False, adjust=alibi,
+        gated=False, adjust=adjust.alibi,
     ),
     Arch("mpt", "hf.co/mosaicml/mpt-7b", position="alibi", act="gelu", gated=False),
-    Arch("refact", "hf.co/smallcloudai", position="alibi", adjust=alibi),
-    Arch("jais", "arXiv:2308.16149", needs=HEAD, position="alibi", adjust=jais),
+    Arch("refact", "hf.co/smallcloudai", position="alibi", adjust=adjust.alibi),
+    Arch("jais", "arXiv:2308.16149", needs=HEAD, position="alibi", adjust=adjust.jais),
     Arch(
         "gpt-oss", "arXiv:2508.10925", needs=HEAD, act="swiglu_oai", gating="softmax_selected",
-        sinks="all", roles=FFN_NORM, adjust=lambda c: every(2, c),
+        sinks="all", roles=FFN_NORM, adjust=lambda c: adjust.every(2, c),
     ),
     Arch("dbrx", "hf.co/databricks/dbrx-base", needs=HEAD, roles={"ffn_norm": "attn_output_norm"}),
     Arch("arctic", "hf.co/Snowflake/snowflake-arctic-instruct", pairing="adjacent"),
     Arch("deepseek2", "arXiv:2405.04434", pairing="adjacent", renormalise=False, mixer=LatentAttention),
-    Arch("mistral3", "hf.co/mistralai/Ministral-3-8B-Instruct-2512", pairing="adjacent", adjust=mistral3),
+    Arch(
+        "mistral3", "hf.co/mistralai/Ministral-3-8B-Instruct-2512", pairing="adjacent",
+        adjust=adjust.mistral3,
+    ),
     Arch(
         "mistral4", "hf.co/mistralai/Mistral-Small-4-119B-2603", pairing="adjacent",
         mixer=LatentAttention,
     ),
     Arch(
         "llama4", "hf.co/meta-llama/Llama-4-Scout-17B-16E", pairing="adjacent", gating="sigmoid",
-        renormalise=False, weigh_inputs=True, mixer=BareNormsBehindRope, adjust=llama4,
+        renormalise=False, weigh_inputs=True, mixer=BareNormsBehindRope, adjust=adjust.llama4,
     ),
     Arch("glm4moe", "arXiv:2508.06471", gating="sigmoid", roles=FFN_NORM),
     Arch("qwen2vl", "arXiv:2409.12191"),
     Arch("qwen3vl", "hf.co/Qwen/Qwen3-VL-8B-Instruct"),
     Arch("qwen3vlmoe", "hf.co/Qwen/Qwen3-VL-30B-A3B-Instruct"),
     Arch("minimax-m2", "hf.co/MiniMaxAI/MiniMax-M2", needs=HEAD, gating="sigmoid"),
-    Arch("exaone-moe", "hf.co/LGAI-EXAONE/K-EXAONE-236B-A23B", gating="sigmoid", adjust=cohere2),
-    Arch("granite_swa", "hf.co/ibm-granite", pairing="adjacent", sinks="all", adjust=divided_logits),
-    Arch("afmoe", "hf.co/arcee-ai/Trinity-Mini", gating="sigmoid", adjust=afmoe),
+    Arch("exaone-moe", "hf.co/LGAI-EXAONE/K-EXAONE-236B-A23B", gating="sigmoid", adjust=adjust.exaone4),
+    Arch("granite_swa", "hf.co/ibm-granite", pairing="adjacent", sinks="all", adjust=adjust.divided_logits),
+    Arch("afmoe", "hf.co/arcee-ai/Trinity-Mini", gating="sigmoid", adjust=adjust.afmoe),
     Arch(
         "cohere2moe", "hf.co/CohereLabs", pairing="adjacent", residual="parallel", gating="sigmoid",
-        choice_bias=False, experts_scale=0.5, adjust=cohere2moe,
+        choice_bias=False, experts_scale=0.5, adjust=adjust.cohere2moe,
     ),
-    Arch("mellum", "hf.co/JetBrains", adjust=lambda c: unscaled_where_windowed(4, c)),
+    Arch("mellum", "hf.co/JetBrains", adjust=lambda c: adjust.unscaled_where_windowed(4, c)),
     Arch("jais2", "hf.co/inceptionai/Jais-2-8B-Chat", act="relu2", gated=False),
-    Arch("laguna", "hf.co/poolside", gating="sigmoid", gate_act="softplus", adjust=laguna),
+    Arch("laguna", "hf.co/poolside", gating="sigmoid", gate_act="softplus", adjust=adjust.laguna),
     Arch(
         "jamba", "arXiv:2403.19887", position="none", renormalise=False, mixer=mamba_or_attention,
     ),
@@ -465,7 +249,7 @@ ROWS = (
     Arch("deepseek", "arXiv:2401.06066", pairing="adjacent", renormalise=False),
     Arch(
         "bailingmoe", "arXiv:2503.05139", needs=HEAD, pairing="adjacent", renormalise=False,
-        adjust=bailingmoe,
+        adjust=adjust.bailingmoe,
     ),
     Arch("bailingmoe2", "arXiv:2510.22115", needs=HEAD, renormalise=False),
     Arch(
@@ -473,10 +257,10 @@ ROWS = (
     ),
     Arch(
         "smallthinker", "arXiv:2507.20984", act="relu", choice_bias=False, routed_by_input=True,
-        adjust=smallthinker,
+        adjust=adjust.smallthinker,
     ),
     Arch("plamo", "hf.co/pfnet/plamo-13b", needs=HEAD, residual="parallel"),
-    Arch("plamo3", "hf.co/pfnet/plamo-3-nict-8b-base", adjust=lambda c: plain_where_windowed(every(8, c))),
+    Arch("plamo3", "hf.co/pfnet/plamo-3-nict-8b-base", adjust=adjust.plamo3),
     Arch("maincoder", "hf.co/Maincode/Maincoder-1B", pairing="adjacent", mixer=NormsBehindRope),
     Arch("pangu-embedded", "arXiv:2505.22375"),
     Arch(
@@ -487,40 +271,40 @@ ROWS = (
     Arch(
         "grok", "github.com/xai-org/grok-1", act="gelu_tanh", experts_beside=sqrt(0.5),
         roles={"post_attention_norm": "attn_output_norm", "post_ffw_norm": "layer_output_norm"},
-        adjust=grok,
+        adjust=adjust.grok,
     ),
-    Arch("llama-embed", "hf.co/nvidia/llama-embed-nemotron-8b", pairing="adjacent", adjust=both_ways),
+    Arch("llama-embed", "hf.co/nvidia/llama-embed-nemotron-8b", pairing="adjacent", adjust=adjust.both_ways),
     Arch(
         "neo-bert", "arXiv:2502.19587", pairing="adjacent", roles={"output_norm": "enc.output_norm"},
-        adjust=both_ways,
+        adjust=adjust.both_ways,
     ),
     Arch(
         "jina-bert-v3", "arXiv:2409.10173", needs=EMBD_NORM, act="gelu", gated=False, norm_at="after",
-        adjust=both_ways,
+        adjust=adjust.both_ways,
     ),
     Arch("eurobert", "arXiv:2503.05500"),
     Arch(
         "t5encoder", "arXiv:1910.10683", position="relative", act="gelu_tanh", ffn=relu_or_gated,
         roles={"output_norm": "enc.output_norm", "attn_output": "attn_o"}, blocks_at="enc.blk",
-        adjust=t5_encoder,
+        adjust=adjust.t5_encoder,
     ),
-    Arch("nanbeige", "hf.co/Nanbeige", pairing="adjacent", block=LoopBlock, adjust=looped),
+    Arch("nanbeige", "hf.co/Nanbeige", pairing="adjacent", block=LoopBlock, adjust=adjust.looped),
     Arch(
         "hrm_text", "arXiv:2506.21734", norm_affine=False, block=RoundsBlock, streams=Rounds,
-        adjust=rounds,
+        adjust=adjust.rounds,
     ),
     Arch(
         "mimo2", "hf.co/XiaomiMiMo/MiMo-V2-Flash", needs=HEAD, gating="sigmoid", sinks="file",
-        adjust=plain_where_windowed,
+        adjust=adjust.plain_where_windowed,
     ),
     Arch(
-        "step35", "hf.co/stepfun-ai/Step-3.5-Flash", needs=HEAD, gating="sigmoid", adjust=step35,
+        "step35", "hf.co/stepfun-ai/Step-3.5-Flash", needs=HEAD, gating="sigmoid", adjust=adjust.step35,
     ),
     Arch(
         "dots3note", "hf.co/dots-studio/dots3-note-prev", pairing="adjacent", gating="sigmoid",
-        renormalise=False, mixer=LatentAttention, adjust=dots3note,
+        renormalise=False, mixer=LatentAttention, adjust=adjust.dots3note,
     ),
-    Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=minicpm3),
+    Arch("minicpm3", "arXiv:2404.06395", mixer=LatentAttention, adjust=adjust.minicpm3),
     Arch(
         "gptj", "github.com/kingoflolz/mesh-transformer-jax", needs=BIASED_HEAD, pairing="adjacent",
         act="gelu_tanh", gated=False, residual="parallel",
@@ -541,7 +325,7 @@ ROWS = (
     Arch("mamba2", "arXiv:2405.21060", position="none", ffn=None, mixer=Mamba2),
     Arch(
         "granitehybrid", "hf.co/ibm-granite/granite-4.0-h-small", pairing="adjacent",
-        mixer=mamba2_or_attention, adjust=granitehybrid,
+        mixer=mamba2_or_attention, adjust=adjust.granitehybrid,
     ),
     Arch("falcon-h1", "arXiv:2507.22448", mixer=AttentionBesideMamba2),
     Arch(
@@ -550,7 +334,7 @@ ROWS = (
     ),
     Arch("qwen35", "hf.co/Qwen/Qwen3.5-4B", roles=FFN_NORM, mixer=delta_or_attention),
     Arch("qwen35moe", "hf.co/Qwen/Qwen3.5-35B-A3B", roles=FFN_NORM, mixer=delta_or_attention),
-    Arch("gemma-embedding", "arXiv:2509.20354", act="gelu_tanh", adjust=gemma_embedding),
+    Arch("gemma-embedding", "arXiv:2509.20354", act="gelu_tanh", adjust=adjust.gemma_embedding),
     Arch("mamba", "arXiv:2312.00752", position="none", ffn=None, mixer=Mamba),
     Arch(
         "rwkv6", "arXiv:2404.05892", needs=HEAD + EMBD_NORM, position="none",
@@ -579,10 +363,10 @@ ROWS = (
     ),
     Arch(
         "jina-bert-v2", "arXiv:2310.19923", needs=EMBD_NORM, position="alibi", act="gelu_tanh",
-        norm_at="after", adjust=alibi,
+        norm_at="after", adjust=adjust.alibi,
     ),
     Arch(
-        "modern-bert", "arXiv:2412.13663", needs=EMBD_NORM, norm="layer", act="gelu", adjust=modern_bert,
+        "modern-bert", "arXiv:2412.13663", needs=EMBD_NORM, norm="layer", act="gelu", adjust=adjust.modern_bert,
     ),
 )  # fmt: skip
 ARCHS = {row.name: row for row in ROWS}

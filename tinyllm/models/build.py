@@ -11,8 +11,9 @@ from ..errors import GGUFError, UnsupportedModel
 from ..kernels.backend import Backend, KVType
 from .adapters import Adapters
 from .archs import find
-from .config import CONTEXT, Config, Keys, architecture, read_config
+from .config import Config, architecture, read_config
 from .decoder import Decoder
+from .keys import CONTEXT, Keys
 from .memory import check_fits
 from .network import Network
 from .stages import Place, Stage, stage_bytes

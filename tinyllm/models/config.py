@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from ..errors import GGUFError, UnsupportedModel
 from ..kernels.backend import Activation
+from .keys import CONTEXT, LAYERS, Keys, numbers
 
 POOLING = ("none", "mean", "cls", "last", "rank")
 GATING = ("", "softmax", "sigmoid", "softmax_selected")  # "": the row says
-# More than any model has, and little enough that no size overflows memory before it is checked.
-LAYERS, WIDTH, CONTEXT = 512, 1 << 20, 1 << 31
 
-# Keys that change no arithmetic of ours: what they say is also in the tensors, or is advice to others.
-HARMLESS = {
-    "tensor_data_layout",
-    "expert_shared_count",  # the shared expert's width is its tensors'
-    "expert_shared_feed_forward_length",
-    "expert_feed_forward_length",  # the experts' width is their tensors'
-    "classifier.output_labels",  # names of the scores; how many there are, the tensors say
-    "interleave_moe_layer_step",
-    "moe_every_n_layers",  # which layers have experts is seen from the tensors
-    "time_mix_extra_dim",
-    "time_decay_extra_dim",
-    "token_shift_count",  # whether the feed-forward half shifts rows too, its tensors say
-    *(f"attention.{of}_lora_rank" for of in ("decay", "iclr", "value_residual_mix", "gate")),
-    "rescale_every_n_layers",  # a guard against float16 overflow; our activations are float32
-    "full_attention_interval",  # which layers are recurrent is seen from the tensors
-    "attention.recurrent_layers",
-    "rope.dimension_sections",  # axes of a picture; of text all have the same position
-    *(f"dense_{i}_feat_{side}" for i in (2, 3) for side in ("in", "out")),
-    "embedding_length_out",
-    "attention.indexer.head_count",  # what the index is made of; see ``n_ctx_most``
-    "attention.indexer.key_length",
-    "attention.indexer.types",
-    "router_logit_softcapping",  # no implementation of Grok caps them
-    "n_deepstack_layers",  # a picture's activations are added after these layers
-    "moe_latent_size",  # the width inside is the experts' tensors'
-    "hrm.prefix_lm",  # a prompt is read causally where nobody says how far its prefix goes
-}
 OTHER_FILES = {  # what general.type says of files that are no models
     "adapter": "an adapter for lora=, --lora or merge",
     "imatrix": "an importance matrix for quantize",
@@ -54,90 +23,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu", "relu": "relu",
     "reglu": "relu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
-T = TypeVar("T")
-
-
-class Keys:
-    """Typed reads of ``<arch>.*`` keys that remember what was read."""
-
-    def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
-        self.metadata, self.arch, self.prefix = metadata, arch, arch + "."
-        self.read: set[str] = set()
-        self.n_skipped = 0  # layers at the end of the file that are not read
-
-    def has(self, key: str) -> bool:
-        return self.prefix + key in self.metadata
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The raw value; a missing key without default is an error."""
-        self.read.add(key)
-        value = self.metadata.get(self.prefix + key, default)
-        if value is None:
-            raise GGUFError("required key is missing", name=self.prefix + key)
-        return value
-
-    def whole(self, key: str, default: int | None = None, low: int = 0, high: int = WIDTH) -> int:
-        """A key that is an integer in [low, high]."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise GGUFError(
-                f"is {value!r:.60}; expected a whole number in [{low}, {high}]",
-                name=self.prefix + key,
-            )
-        return value
-
-    def number(
-        self,
-        key: str,
-        default: float | None = None,
-        positive: bool = False,
-        low: float = -math.inf,
-    ) -> float:
-        """A finite number of at least ``low``; greater than 0 if ``positive``."""
-        value = self.get(key, default)
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not fine or not math.isfinite(value) or (positive and value <= 0) or value < low:
-            kind = "positive" if positive else "finite"
-            least = f" of at least {low:g}" if low > -math.inf else ""
-            raise GGUFError(
-                f"is {value!r:.60}; expected a {kind} number{least}", name=self.prefix + key
-            )
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise GGUFError(f"is {value!r:.60}; expected true or false", name=self.prefix + key)
-        return value
-
-    def text(self, key: str, default: str) -> str:
-        value = self.get(key, default)
-        if not isinstance(value, str):
-            raise GGUFError(f"is {value!r:.60}; expected a string", name=self.prefix + key)
-        return value
-
-    def per_layer(
-        self, key: str, n_layer: int, default: Any, low: int, high: int = WIDTH
-    ) -> tuple[int, ...]:
-        """One integer for all layers, or an array with one for each."""
-        value = self.get(key, default)
-        if isinstance(value, (np.ndarray, list, tuple)):
-            values = [v.item() if isinstance(v, np.generic) else v for v in value]
-            values = values[: n_layer if len(values) == n_layer + self.n_skipped else None]
-        else:
-            values = [value] * n_layer
-        good = all(isinstance(v, int) and low <= v <= high for v in values)
-        if len(values) != n_layer or not good:
-            raise GGUFError(
-                f"is {value!r:.60}; expected {n_layer} whole numbers in [{low}, {high}], or one",
-                name=self.prefix + key,
-            )
-        return tuple(int(v) for v in values)
-
-    def unknown(self) -> list[str]:
-        """Keys of this architecture that nobody read and that may change the mathematics."""
-        ours = (k[len(self.prefix) :] for k in self.metadata if k.startswith(self.prefix))
-        return sorted(self.prefix + k for k in ours if k not in self.read and k not in HARMLESS)
 
 
 @dataclass(frozen=True)
@@ -219,6 +104,8 @@ class Config:
     expert_weights_scale: float
     n_expert_group: int
     n_expert_group_used: int
+    n_experts_sharing: int  # neighbouring experts that have a small one in common; 0: none have
+    small_experts_scale: float
     q_lora_rank: int  # 0: no low-rank queries
     kv_lora_rank: int  # 0: not a latent-attention model
     ssm_conv: int
@@ -236,6 +123,7 @@ class Config:
     n_ctx_most: int  # positions up to which sparse attention is the plain one; 0: it is not sparse
     window_size: int
     window_pattern: int  # the file's, where it is one number for all layers; -1: there is none
+    windowed: tuple[bool, ...]  # layers that are said to have a window, however wide it is
     window_listed: bool  # is it said of each layer whether it has a window?
     n_skipped: int  # layers behind the others, which guess more than one token ahead
     blocks: tuple[int, ...]  # the file's ``blk.N`` of each layer; layers may share one
@@ -303,6 +191,7 @@ def read_config(keys: Keys) -> Config:
     n_ctx_most = k.whole("attention.indexer.top_k", 0, high=CONTEXT)
     pattern = k.get("attention.sliding_window_pattern", -1)
     n_expert = k.whole("expert_count", 0, high=4096)
+    size, windowed = k.whole("attention.sliding_window", 0, high=CONTEXT), read_windowed(k, n_layer)
     return Config(
         arch=k.arch,
         n_layer=n_layer,
@@ -327,7 +216,8 @@ def read_config(keys: Keys) -> Config:
             map(bool, k.per_layer("attention.rope_pattern", n_layer, [True] * n_layer, 0, 1))
         ),
         heated=(True,) * n_layer,
-        window=read_windows(k, n_layer),
+        window=tuple(size if w else 0 for w in windowed),
+        windowed=windowed,
         attn_scale=k.number("attention.scale", 0.0)
         or (head_dim_mla**-0.5 if head_dim_mla else 0.0),
         attn_out_scale=k.number("attention.output_scale", 0.0),
@@ -358,6 +248,8 @@ def read_config(keys: Keys) -> Config:
         expert_weights_scale=k.number("expert_weights_scale", 1.0),
         n_expert_group=read_groups(k, n_expert),
         n_expert_group_used=read_groups_used(k, read_groups(k, n_expert)),
+        n_experts_sharing=read_sharing(k, n_expert),
+        small_experts_scale=k.number("expert_group_scale", 1.0),
         q_lora_rank=k.whole("attention.q_lora_rank", 0),
         kv_lora_rank=kv_lora_rank,
         ssm_conv=k.whole("ssm.conv_kernel", k.whole("shortconv.l_cache", 0, high=64), high=64),
@@ -371,10 +263,9 @@ def read_config(keys: Keys) -> Config:
         rope_finetuned=k.flag("rope.scaling.finetuned", False),
         xielu=read_xielu(k, n_layer),
         n_dense=k.whole("leading_dense_block_count", 0, high=LAYERS),
-        has_no_window=k.has("attention.sliding_window")
-        and not k.whole("attention.sliding_window", 0, high=CONTEXT),
+        has_no_window=k.has("attention.sliding_window") and not size,
         n_ctx_most=n_ctx_most,
-        window_size=k.whole("attention.sliding_window", 0, high=CONTEXT),
+        window_size=size,
         window_pattern=k.whole("attention.sliding_window_pattern", -1, -1, LAYERS)
         if isinstance(pattern, int)
         else -1,
@@ -397,7 +288,9 @@ def repeated(c: Config, blocks: tuple[int, ...]) -> Config:
     """The configuration of layers that are, one after another, these blocks of the file."""
     if len(blocks) > LAYERS:
         raise GGUFError(f"{len(blocks)} layers run; expected at most {LAYERS}", name=c.arch)
-    per_layer = "n_head n_head_kv n_ff rope_on heated window expert_limits ffn_limits".split()
+    per_layer = (
+        "n_head n_head_kv n_ff rope_on heated window windowed expert_limits ffn_limits".split()
+    )
     found: dict[str, Any] = {name: tuple(getattr(c, name)[b] for b in blocks) for name in per_layer}
     return replace(c, n_layer=len(blocks), blocks=blocks, **found)
 
@@ -428,6 +321,17 @@ def read_groups(k: Keys, n_expert: int) -> int:
         raise GGUFError(
             f"is {n}, which does not divide {k.prefix}expert_count {n_expert}",
             name=k.prefix + "expert_group_count",
+        )
+    return n
+
+
+def read_sharing(k: Keys, n_expert: int) -> int:
+    """How many experts have a small one in common; 0 without such."""
+    n = k.whole("experts_per_group", 0, high=4096)
+    if n and n_expert % n:
+        raise GGUFError(
+            f"is {n}, which does not divide {k.prefix}expert_count {n_expert}",
+            name=k.prefix + "experts_per_group",
         )
     return n
 
@@ -523,13 +427,11 @@ def read_scaling(k: Keys) -> RopeScaling:
     )
 
 
-def read_windows(k: Keys, n_layer: int) -> tuple[int, ...]:
-    """The sliding window of each layer; unless the file says which have one, a row may take it from some."""
-    size = k.whole("attention.sliding_window", 0, high=CONTEXT)
+def read_windowed(k: Keys, n_layer: int) -> tuple[bool, ...]:
+    """Which layers see a window; unless the file says it of each, all, and a row may take it from some."""
     if isinstance(k.get("attention.sliding_window_pattern", -1), int):
-        return (size,) * n_layer
-    flags = k.per_layer("attention.sliding_window_pattern", n_layer, None, 0, 1)
-    return tuple(size if flag else 0 for flag in flags)
+        return (True,) * n_layer
+    return tuple(map(bool, k.per_layer("attention.sliding_window_pattern", n_layer, None, 0, 1)))
 
 
 def read_activation(k: Keys) -> Activation | None:
@@ -565,28 +467,6 @@ def read_sparsity(k: Keys, n_layer: int) -> tuple[float, ...]:
         return ()
     k.read.add(key)
     return numbers(k.metadata, k.prefix + key, n_layer, k.n_skipped, lowest=-math.inf)
-
-
-def numbers(
-    metadata: Mapping[str, Any],
-    key: str,
-    n: int,
-    more: int = 0,
-    lowest: float = -sys.float_info.max,
-) -> tuple[float, ...]:
-    """The first n of an array of n or n + ``more`` numbers of at least ``lowest``, or one for all."""
-    value = metadata.get(key)
-    try:
-        values = np.atleast_1d(np.asarray(value))
-    except ValueError:  # lists of several lengths
-        values = np.empty(0)
-    if values.shape == (n + more,):
-        values = values[:n]
-    fine = values.dtype.kind in "fiu" and values.shape in ((n,), (1,))
-    if not fine or not all(lowest <= v < math.inf for v in values.tolist()):
-        of = " of at least 0" if lowest == 0 else ""
-        raise GGUFError(f"is {value!r:.60}; expected {n} numbers{of}", name=key)
-    return tuple(np.broadcast_to(values, n).astype(float).tolist())
 
 
 def softplus(x: float) -> float:

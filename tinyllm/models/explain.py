@@ -247,6 +247,9 @@ class Recorder(Backend):
     def per_choice(self, w: Value, experts: Value) -> Value:
         return self.new(experts.shape, "{} of {}", w, experts)
 
+    def looked_up(self, table: Value, experts: Value) -> Value:
+        return self.new(experts.shape, "the small one that each of {} has in common", experts)
+
     # ---- recurrent layers
 
     def conv1d(

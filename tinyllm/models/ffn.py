@@ -131,10 +131,59 @@ def halves(
     return w.linear(f"ffn_gate{suffix}", n_ff, n_embd), w.linear(up, n_ff, n_embd)
 
 
+class Choices:
+    """What the chosen ones of a stack of experts make of a row, weighed. [T, E] -> [T, E]."""
+
+    def __init__(
+        self,
+        c: Config,
+        a: Arch,
+        w: Tensors,
+        n: int,
+        e: int,
+        suffix: str = "exps",
+        limit: float = 0.0,
+    ) -> None:
+        self.be, self.act, self.inputs = w.be, a.act, a.weigh_inputs
+        self.gate, self.up, n_ff = stacks(a, w, n, e, suffix)
+        self.down = Experts(w, f"ffn_down_{suffix}", n, e, n_ff)
+        self.limit = Limit(w.be, limit, n_ff) if limit else None
+        self.down_scale = None  # a number for each expert
+        if w.has(f"ffn_down_{suffix}.scale"):
+            name = f"ffn_down_{suffix}.scale"
+            self.down_scale = w.be.load(Row(name, w.host(name, n).reshape(n, 1)))
+        self.point = f"{w.at}ffn_act_{suffix}"
+
+    def __call__(self, step: Step, x: Array, experts: Array, weights: Array) -> Array:
+        """The sum, by weights [T, k], of what experts [T, k] make of x."""
+        be = self.be
+        if self.down_scale is not None:
+            weights = be.mul(weights, be.per_choice(self.down_scale, experts))
+        if self.inputs:  # Llama 4 weighs what goes into the experts
+            x = be.weigh(x, weights)
+            weights = be.act(be.scale_softcap(weights, 0.0), "exp")  # ones
+        if self.gate is None:
+            hidden = be.act(self.up(x, experts), self.act)
+        elif self.limit is not None:
+            gate = be.act(self.gate(x, experts), self.act)
+            hidden = self.limit(gate, self.up(x, experts))
+        else:
+            both = self.gate, self.up
+            ws, biases = [p.weight for p in both], [p.bias for p in both]
+            hidden = (
+                be.matmul_experts_gated(ws, x, experts, biases, self.act)
+                if all(p.plain for p in both)
+                else be.act_mul(self.gate(x, experts), self.up(x, experts), self.act)
+            )
+        hidden = step.tap(self.point, hidden)
+        return be.combine(self.down(hidden, experts), weights)
+
+
 class MoE:
     """Each row through its chosen experts, plus a shared one where the file has it. [T, E] -> [T, E].
 
-    Mixtral arXiv:2401.04088; DeepSeekMoE arXiv:2401.06066.
+    Neighbouring experts may have a small one in common, which works as often as they do. Mixtral
+    arXiv:2401.04088; DeepSeekMoE arXiv:2401.06066; small experts arXiv:2508.07785.
     """
 
     def __init__(
@@ -143,7 +192,7 @@ class MoE:
         n, e = c.n_expert, c.n_embd
         if not n:
             raise GGUFError("is 0, yet the file has experts", name=f"{c.arch}.expert_count")
-        self.be, self.act, self.inputs, self.scale = w.be, a.act, a.weigh_inputs, a.experts_scale
+        self.be, self.scale = w.be, a.experts_scale
         self.router = w.linear("ffn_gate_inp", n, e)
         self.narrow = self.wide = None
         if w.has("ffn_latent_down.weight", "ffn_latent_up.weight"):
@@ -151,13 +200,12 @@ class MoE:
             self.narrow = w.linear("ffn_latent_down", narrow, e)
             self.wide = w.linear("ffn_latent_up", e, narrow)
             e = narrow
-        self.gate, self.up, n_ff = stacks(a, w, n, e)
-        self.down = Experts(w, "ffn_down_exps", n, e, n_ff)
-        self.limit = Limit(w.be, limit, n_ff) if limit else None
-        self.down_scale = None  # a number for each expert
-        if w.has("ffn_down_exps.scale"):
-            row = Row("ffn_down_exps.scale", w.host("ffn_down_exps.scale", n).reshape(n, 1))
-            self.down_scale = w.be.load(row)
+        self.chosen = Choices(c, a, w, n, e, limit=limit)
+        self.small = None
+        if c.n_experts_sharing:
+            self.small = Choices(c, a, w, n // c.n_experts_sharing, e, "chexps")
+            self.small_of = w.be.array(np.arange(n, dtype=np.int32)[:, None] // c.n_experts_sharing)
+            self.small_scale = c.small_experts_scale
         needs_bias = c.expert_gating == "sigmoid" and a.choice_bias
         self.bias = (  # DeepSeek-V3's choice, and of those after it
             w.array("exp_probs_b.bias", n) if needs_bias else w.optional("exp_probs_b.bias", n)
@@ -180,6 +228,10 @@ class MoE:
             name = f"{self.at}router_probs"
             experts, weights = probe.routed(step, name, experts, weights, logits.shape[1])
         y = self.chosen(step, x if self.narrow is None else self.narrow(x), experts, weights)
+        if self.small is not None:
+            small = be.looked_up(self.small_of, experts)
+            more = self.small(step, x, small, weights)
+            y = be.add(y, more, scale=self.small_scale)
         y = y if self.wide is None else self.wide(y)
         if self.shared is not None:
             extra = self.shared(step, x)
@@ -187,30 +239,6 @@ class MoE:
                 extra = be.mul(extra, be.act(self.shared_gate(x), "sigmoid"))
             y = be.add(y, extra)
         return y if self.scale == 1 else be.scale_softcap(y, self.scale)
-
-    def chosen(self, step: Step, x: Array, experts: Array, weights: Array) -> Array:
-        """The weighed sum of what the chosen experts make of x."""
-        be = self.be
-        if self.down_scale is not None:
-            weights = be.mul(weights, be.per_choice(self.down_scale, experts))
-        if self.inputs:  # Llama 4 weighs what goes into the experts
-            x = be.weigh(x, weights)
-            weights = be.act(be.scale_softcap(weights, 0.0), "exp")  # ones
-        if self.gate is None:
-            hidden = be.act(self.up(x, experts), self.act)
-        elif self.limit is not None:
-            gate = be.act(self.gate(x, experts), self.act)
-            hidden = self.limit(gate, self.up(x, experts))
-        else:
-            both = self.gate, self.up
-            ws, biases = [p.weight for p in both], [p.bias for p in both]
-            hidden = (
-                be.matmul_experts_gated(ws, x, experts, biases, self.act)
-                if all(p.plain for p in both)
-                else be.act_mul(self.gate(x, experts), self.up(x, experts), self.act)
-            )
-        hidden = step.tap(f"{self.at}ffn_act_exps", hidden)
-        return be.combine(self.down(hidden, experts), weights)
 
 
 def stacks(

@@ -16,7 +16,7 @@ Tap = Callable[[str, np.ndarray], "np.ndarray | None"]
 # Points that a plain function is not shown: they cost more than a copy, or repeat what others show.
 ON_REQUEST = frozenset(
     """attn_probs attn_scores attn_result attn_norm_scale ffn_norm_scale output_norm_scale q_proj k_proj
-    resid_mid attn_post ffn_post ffn_act ffn_act_exps ffn_act_shexp router_logits router_probs
+    resid_mid attn_post ffn_post ffn_act ffn_act_exps ffn_act_chexps ffn_act_shexp router_logits router_probs
     gate rate decay state per_layer""".split()
 )
 

@@ -45,6 +45,7 @@ MEANINGS = {
     "ffn_norm_scale": "the magnitude that the norm before it divides each row by",
     "ffn_act": "the feed-forward neurons: what the down projection reads",
     "ffn_act_exps": "the neurons of each chosen expert",
+    "ffn_act_chexps": "the neurons of the small expert that each chosen one has in common with others",
     "ffn_act_shexp": "the neurons of the expert that all tokens share",
     "ffn_out": "the output of the feed-forward half",
     "ffn_post": "that output behind its norm: what is added to the residual stream",

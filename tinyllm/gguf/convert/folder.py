@@ -23,7 +23,7 @@ from ..quantize import in_order, row_runs
 from ..writer import Deferred, write
 from .changes import Change, Floats
 from .families import FAMILIES, NOT_TEXT, Family
-from .keys import head_size, n_layer, of_full_layers, rope
+from .keys import head_size, n_layer, needed, of_full_layers, rope
 from .safetensors import StoredTensor, read_folder
 from .vocabulary import read_json, read_vocabulary
 
@@ -351,7 +351,7 @@ def rotations(family: Family, config: Mapping[str, Any]) -> dict[str, Floats]:
         return {"rope_freqs.weight": llama3_factors(given, head_size(config))}
     if kind == "proportional":
         head = of_full_layers(config, "global_head_dim", "head_dim") or head_size(config)
-        turning = int(head * given.get("partial_rotary_factor", 1.0) / 2)
+        turning = int(head * needed(given, "partial_rotary_factor") / 2)
         factors = np.where(np.arange(head // 2) < turning, 1.0, STILL)
         return {"rope_freqs.weight": factors.astype(np.float32)}
     if given.get("long_factor") and family.arch == "phi3":

@@ -243,8 +243,9 @@ def gemma4_keys(c: Config) -> Found:
         windows(c, otherwise=lambda i: (i + 1) % 6 != 0),
         needed(c, "num_kv_shared_layers"),
     )
-    d, full = int(c["head_dim"]), of_full_layers(c, "global_head_dim", "head_dim")
-    given = rope(c)
+    # the tensors do not say it: they have the width of all heads together
+    full = of_full_layers(c, "global_head_dim", "head_dim") or int(needed(c, "global_head_dim"))
+    d, given = int(needed(c, "head_dim")), rope(c)
     if given.get("rope_type") != "proportional":
         raise ArgumentError(
             f"the rotation of layers that see everything is {given.get('rope_type')!r:.40}; "
@@ -255,11 +256,11 @@ def gemma4_keys(c: Config) -> Found:
         "attention.shared_kv_layers": int(n_shared),
         "embedding_length_per_layer_input": int(c.get("hidden_size_per_layer_input") or 0),
         "attention.sliding_window_pattern": windowed,
-        "attention.key_length": full or d,
-        "attention.value_length": full or d,
+        "attention.key_length": full,
+        "attention.value_length": full,
         "attention.key_length_swa": d,
         "attention.value_length_swa": d,
-        "rope.dimension_count": full or d,
+        "rope.dimension_count": full,
         "rope.dimension_count_swa": int(d * local.get("partial_rotary_factor", 1.0)),
     }
     if (n := first(c, "expert_intermediate_size", "moe_intermediate_size")) is not None:

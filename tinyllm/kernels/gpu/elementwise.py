@@ -195,6 +195,6 @@ def repeat(be: GPUBackend, x: GPUArray, n: int) -> GPUArray:
 def take(be: GPUBackend, x: GPUArray, rows: GPUArray) -> GPUArray:
     if len(x) == rows.size == 1:  # the only row there is
         return x
-    y = be.empty((rows.size, *x.shape[1:]))
+    y = be.empty((rows.size, *x.shape[1:]), x.dtype)
     be.each(ELEMENTWISE, "take", y.size, x, rows, y, i32(prod(x.shape[1:])))
     return y
