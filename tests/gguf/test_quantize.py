@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,19 @@ def test_the_source_is_not_overwritten(source: Path) -> None:
 def test_an_unknown_mixture_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"no mixture 'Q4_K'; there are .*Q4_K_M"):
         quantize(source, tmp_path / "q.gguf", "Q4_K")
+
+
+def test_a_file_is_never_whole_in_memory(tmp_path: Path) -> None:
+    n_rows, n = 16384, 2048
+    piece = np.ones(1 << 22, np.float32).view(np.uint8)
+    tensor = gguf.Deferred("F32", (n_rows, n), lambda: [piece] * (n_rows * n // (1 << 22)))
+    gguf.write(tmp_path / "f32.gguf", {"general.architecture": "llama"}, {"output.weight": tensor})
+    whole = (tmp_path / "f32.gguf").stat().st_size
+    tracemalloc.start()
+    try:
+        quantize(tmp_path / "f32.gguf", tmp_path / "q8.gguf", "Q8_0", n_threads=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "q8.gguf").stat().st_size > whole / 4
+    assert peak < whole / 4
