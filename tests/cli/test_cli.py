@@ -260,11 +260,23 @@ def test_quantize_writes_a_smaller_file_that_runs(out, tiny, tmp_path):
     assert shown == "Once upon a time, there was a\n"
 
 
+def test_a_split_file_is_described_beside_what_earlier_runs_left(out, tiny, tmp_path):
+    named = str(tmp_path / "q[1].gguf")
+    out("quantize", tiny, named, "q8_0", "--split", "100K")
+    out("quantize", tiny, named, "q8_0")
+    parts = len(list(tmp_path.glob("*-of-*.gguf")))
+    assert f"{parts} parts" not in out("quantize", tiny, named, "q8_0", "--split", "1M")
+    again = out("quantize", tiny, named, "q8_0", "--split", "100K").splitlines()[-1]
+    assert again.startswith(str(tmp_path / f"q[1]-00001-of-{parts:05}.gguf"))
+    assert f"{parts} parts" in again
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
         (["Q9_9"], "invalid choice: 'Q9_9'"),
         (["q4_0", "-t", "0"], "n_threads=0; expected at least 1"),
+        (["q4_0", "--split", "0"], "'0' is no size; expected a number such as 500M or 4G"),
     ],
 )
 def test_quantize_refuses_what_it_cannot_do(options, complaint, tiny, tmp_path, capsys):

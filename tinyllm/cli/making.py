@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 def size(text: str) -> int:
     """Bytes from a number with a unit: "500M", "4G"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
-    if match is None:
+    n = 0 if match is None else int(float(match[1]) * UNITS[match[2]])
+    if n < 1:
         raise ArgumentError(f"{text!r:.40} is no size; expected a number such as 500M or 4G")
-    return max(1, int(float(match[1]) * UNITS[match[2]]))
+    return n
 
 
 def writing_options(p: Parser) -> None:
@@ -59,12 +61,11 @@ def show_written(target: str, types: Mapping[str, str]) -> None:
     """Say which types the tensors have, and how large the file became."""
     for kind, n in Counter(types.values()).most_common():
         show(f"{kind:<8} {n} tensors\n")
-    files = [Path(target)]
-    if not files[0].exists():  # it was split
-        stem = target.removesuffix(".gguf")
-        pattern = f"{Path(stem).name}-[0-9]*-of-[0-9]*.gguf"
-        files = sorted(Path(stem).parent.glob(pattern))
-    with open_file(str(files[0])) as file:
+    stem = Path(target.removesuffix(".gguf"))
+    firsts = [Path(target), *stem.parent.glob(f"{escape(stem.name)}-00001-of-[0-9]*.gguf")]
+    newest = max((f for f in firsts if f.exists()), key=lambda f: f.stat().st_mtime_ns)
+    with open_file(str(newest)) as file:  # others may be left of an earlier run
+        files = [Path(path) for path in file.paths]
         n_weights = sum(tensor.n_elements for tensor in file.tensors.values())
     nbytes = sum(f.stat().st_size for f in files)
     bits = f"{8 * nbytes / n_weights:.2f} bits per weight"
