@@ -157,7 +157,7 @@ def main() -> None:
     m = tinyllm.load(a.model)
     if a.draft:
         how = tinyllm.load(a.draft)
-        speculate.best_length = lambda p, most, *rest: min(most, 7)
+        speculate.best_length = lambda chances, *rest: min(len(chances), 7)
     report: dict[str, Any] = {"benchmark": "speculation", "machine": common.machine()}
     report |= {
         "model": Path(m.path).name,

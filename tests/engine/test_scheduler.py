@@ -18,8 +18,9 @@ from tinyllm import Completion, Engine, Model
 from tinyllm.engine.deciding import shares
 from tinyllm.engine.embedding import embed
 from tinyllm.engine.generate import Run
+from tinyllm.engine.pace import FIRST_ROWS, MIXED, SLOWER, Pace
 from tinyllm.engine.request import Request
-from tinyllm.engine.scheduler import FIRST_ROWS, MIXED, ROOM, Pace
+from tinyllm.engine.scheduler import ROOM
 from tinyllm.errors import (
     ArgumentError,
     ContextOverflow,
@@ -475,16 +476,14 @@ def test_limits_are_whole_numbers(m: Model, name: str) -> None:
 def test_prompts_are_read_in_few_rows_beside_texts(
     m: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinyllm.engine import scheduler
-
     rows: list[list[tuple[bool, int]]] = []
-    note = scheduler.Pace.note
+    note = Pace.note
 
     def noted(self: Any, work: list[tuple[Run, int]], seconds: float) -> None:
         rows.append([(run.n_generated > 1, n) for run, n in work])
         note(self, work, 0.001 + 0.0001 * sum(n for _, n in work if n > 1))
 
-    monkeypatch.setattr(scheduler.Pace, "note", noted)
+    monkeypatch.setattr(Pace, "note", noted)
     with Engine(m) as e:
         texts = [
             e.submit("Once", max_tokens=300, seed=i, logit_bias={2: -np.inf}) for i in range(4)
@@ -496,41 +495,62 @@ def test_prompts_are_read_in_few_rows_beside_texts(
             r.result(20)
     mixed = [s for s in rows if any(w for w, _ in s) and any(n > 1 for _, n in s)]
     assert len(mixed) > 20
-    assert max(n for s in mixed for w, n in s if not w) <= scheduler.FIRST_ROWS
+    assert max(n for s in mixed for w, n in s if not w) <= FIRST_ROWS
 
 
-def test_rows_beside_texts_follow_what_they_cost() -> None:
-    pace, text, prompt = Pace(), Run.__new__(Run), Run.__new__(Run)
+def timed(pace: Pace, n: int, seconds: float) -> None:
+    """Note a step of a text and n rows of a prompt."""
+    text, prompt = Run.__new__(Run), Run.__new__(Run)
     text.reading, prompt.reading = False, True
     text.n_drafted = prompt.n_drafted = 0
+    pace.note([(text, 1), (prompt, n)] if n else [(text, 1)], seconds)
+
+
+def read_beside(pace: Pace, step: float, row: float, fixed: float, slow: float) -> list[float]:
+    """Seconds of 2,000 steps of these costs; two of a hundred take ``slow`` times as long."""
+    chance, seconds = random.Random(1), []
+    for _ in range(2000):
+        n = pace.rows()
+        usual = step + (fixed + row * n if n else 0)
+        seconds.append(usual * (slow if chance.random() < 0.02 else chance.uniform(1, 1.05)))
+        timed(pace, n, seconds[-1])
+    return seconds
+
+
+@pytest.mark.parametrize("slow", [1.0, 1.3])
+@pytest.mark.parametrize("fixed", [0.0, 0.005])
+@pytest.mark.parametrize("row", [0.0002, 0.001, 0.004])
+def test_rows_beside_texts_keep_steps_within_what_is_allowed(
+    row: float, fixed: float, slow: float
+) -> None:
+    pace = Pace()
     assert pace.rows() == FIRST_ROWS
-    pace.note([(text, 1)], 0.010)
-    for n, seconds, rows in [
-        (16, 0.026, 8),  # a row costs a millisecond; sizes are 8, 12, 16, 24 ...
-        (8, 0.018, 8),
-        (8, 0.050, 6),  # a step that took longer is believed slowly
-        (8, 0.014, 16),  # a faster one at once
-        (16, 0.012, 64),
-    ]:
-        pace.note([(text, 1), (prompt, n)], seconds)
-        assert pace.rows() == rows, n
-    for _ in range(100):
-        pace.note([(text, 1), (prompt, 1)], 1.0)
-        if not pace.rows():
-            pace.note([(text, 1)], 0.010)
-    assert pace.rows() == 1
+    timed(pace, 0, 0.5)  # what is done once does not count for long
+    for _ in range(20):
+        timed(pace, 0, 0.010)
+    assert pace.writing.seconds < 0.012
+    seconds = sorted(read_beside(pace, 0.010, row, fixed, slow)[200:])
+    assert seconds[int(0.99 * len(seconds))] < 3 * 0.010
+    assert seconds[len(seconds) // 2] > 0.017  # and prompts are read as fast as that allows
+
+
+def test_prompts_are_read_where_other_work_makes_every_step_late() -> None:
+    pace = Pace()
+    for i in range(400):
+        timed(pace, 0, 0.010 if i % 8 else 0.060)
+    assert pace.late > SLOWER
+    timed(pace, 8, 0.018)
+    assert pace.rows() >= 4
 
 
 def test_now_and_then_a_step_only_writes() -> None:
-    pace, text, prompt = Pace(), Run.__new__(Run), Run.__new__(Run)
-    text.reading, prompt.reading = False, True
-    text.n_drafted = prompt.n_drafted = 0
-    pace.note([(text, 1)], 0.010)
+    pace = Pace()
+    timed(pace, 0, 0.010)
     for i in range(MIXED):
         assert pace.rows(), i
-        pace.note([(text, 1), (prompt, 8)], 0.02)
+        timed(pace, 8, 0.02)
     assert pace.rows() == 0
-    pace.note([(text, 1)], 0.010)
+    timed(pace, 0, 0.010)
     assert pace.rows()
 
 

@@ -20,7 +20,8 @@ from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
 from ..models.memory import cache_bytes
 from ..models.step import hook_of
 from .completion import Prompt, begin, chosen_scales, options_of, room_for, split_prompts, unread
-from .generate import Run, Work, check_fits, steps
+from .generate import Run, check_fits, steps
+from .pace import Pace
 from .prefixes import SNAPSHOT, Prefixes, n_same, needs_snapshots
 from .request import Request
 from .request import Usage as Usage
@@ -36,11 +37,6 @@ WORTH_WAITING = (
     32  # tokens that a request and one being read have in common, for it to wait for them
 )
 ROOM = 512  # tokens that a request has memory for when it joins, beyond those it has to read
-SLOWER = (
-    2.0  # a step that also reads prompts may take so many times as long as one that only writes
-)
-MIXED = 16  # steps with rows of prompts, after which one has none
-FIRST_ROWS = 8  # rows of prompts beside texts, before anything was timed
 
 
 class Engine:
@@ -277,13 +273,13 @@ class Engine:
         for work in steps(
             self._net, self._runs, prompt_rows=self._rows_to_read, failed=self._choice_failed
         ):
-            self._pace.note(work, time.perf_counter() - start)
             self._settle()
             if self._closed:
                 return
             self._fit()
             self._admit()
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), start
+            self._pace.note(work, start - begun)
 
     def _settle(self) -> None:
         """Show what was written, and let those go that have ended."""
@@ -473,41 +469,6 @@ class Engine:
         request.set_aside()
         with self._changed:
             self._waiting.appendleft(request)
-
-
-class Pace:
-    """How many rows of prompts a step may compute without holding up the texts that it also writes."""
-
-    def __init__(self) -> None:
-        self.usual = 0.0  # seconds of a step that only writes
-        self.per_row = 0.0  # seconds that each row of a prompt adds
-        self.n_mixed = 0  # steps since one that only wrote
-
-    def note(self, work: Work, seconds: float) -> None:
-        """Learn from a step."""
-        n_read = sum([n for run, n in work if run.reading or n > 1 + run.n_drafted])
-        self.n_mixed = self.n_mixed + 1 if n_read else 0
-        if not n_read:
-            self.usual += (seconds - self.usual) * (0.2 if self.usual else 1)
-        elif self.usual and len(work) > 1:
-            each = max(seconds - self.usual, 0) / n_read
-            # a step of a new shape is recorded, and the machine has other work: both only add
-            slowly = self.per_row + (each - self.per_row) * 0.1
-            self.per_row = min(each, slowly) if self.per_row else each
-
-    def rows(self) -> int:
-        """Rows of prompts that make a step ``SLOWER`` times as long as usual.
-
-        They are few numbers, each by about a half larger than the one before: a step is recorded for each.
-        Now and then it is 0, to see how long a step takes that only writes: texts become longer meanwhile.
-        """
-        if self.n_mixed >= MIXED:
-            return 0
-        if not self.usual or not self.per_row:
-            return FIRST_ROWS
-        n = max(1, int((SLOWER - 1) * self.usual / self.per_row))
-        unit = 1 << max(n.bit_length() - 2, 0)
-        return n // unit * unit
 
 
 def may_be_known(request: Request) -> bool:

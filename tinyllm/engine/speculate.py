@@ -16,6 +16,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..models.memory import cache_bytes
+from .pace import Usual
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -30,9 +33,13 @@ if TYPE_CHECKING:
     from ..models.state import State
     from .generate import Run, Token, Work
 
-LONGEST = 15  # guesses in a step: with the token before them, two tiles of eight rows
+# guesses in a step: with the token before them, sizes that kernels are made for, and few, as each is recorded
+LENGTHS = (1, 3, 7, 11, 15)
+LONGEST = LENGTHS[-1]
 WORTH = 1.05  # a guess is made where it promises so many times the tokens per second
-SIZES = (4, 2, 1)  # tokens that must have occurred before, for a guess of what follows
+SIZES = (8, 4, 2, 1)  # tokens that must have occurred before, for a guess of what follows
+UNLIKELY = 0.05  # beyond a guess that comes true so seldom, none is looked for
+NOTHING, OTHER, EQUAL = range(3)  # what followed some tokens the last time but one
 LONGEST_MATCH = 12  # longer repetitions count as this long
 PROBE = 64  # tokens after which a draft model that did not pay is tried again
 NEW_ROW = 0.1  # what a row adds to the time of a one-row step, as long as none was timed
@@ -57,43 +64,44 @@ class Rate:
 
 
 class Costs:
-    """Seconds of steps that only write, by their number of rows."""
+    """Seconds of steps that only write: those of the fewest rows, and what each row more adds."""
 
     def __init__(self) -> None:
-        self.seconds: dict[int, float] = {}
+        self._begun: set[int] = set()
+        self._fewest, self._step, self._row = 0, Usual(), Usual()
 
     def note(self, rows: int, seconds: float) -> None:
-        old = self.seconds.get(rows)
-        # a first measurement may hold what is done once; the machine's other work only adds
-        self.seconds[rows] = seconds if old is None else min(seconds, old + (seconds - old) * 0.1)
+        """Learn from a step."""
+        if rows not in self._begun:  # the first step of a size is also recorded, which takes long
+            self._begun.add(rows)
+        elif not self._fewest or rows < self._fewest:
+            self._fewest, self._step, self._row = rows, Usual(), Usual()
+            self._step.note(seconds)
+        elif rows == self._fewest:
+            self._step.note(seconds)
+        else:
+            self._row.note(max(seconds - self._step.seconds, 0) / (rows - self._fewest))
 
     def of(self, rows: int) -> float:
-        """Seconds of a step of so many rows; a number not timed yet is thought cheap, and so is tried."""
-        if rows in self.seconds or not self.seconds:
-            return self.seconds.get(rows, 1 + NEW_ROW * rows)
-        fewest = min(self.seconds)
-        hope = self.seconds[fewest] * (1 + NEW_ROW * (rows - fewest))
-        return min([hope, *(t for n, t in self.seconds.items() if n > rows)])
+        """Seconds of a step of so many rows; a row is thought cheap, and so is tried, until one was timed."""
+        step = self._step.seconds or 1.0
+        return step + (self._row.seconds or NEW_ROW * step) * (rows - (self._fewest or 1))
 
     def doubt(self) -> None:
-        """Take steps of several rows for a little faster: what kept one from being tried may be long past."""
-        for rows in self.seconds:
-            if rows > min(self.seconds):
-                self.seconds[rows] *= FADE
+        """Take rows for a little cheaper: what kept a guess from being tried may be long past."""
+        self._row.seconds *= FADE
 
 
 COSTS: WeakKeyDictionary[Network, Costs] = WeakKeyDictionary()
 
 
-def best_length(p: float, most: int, n_rows: int, costs: Costs, each: float = 0.0) -> int:
+def best_length(chances: Sequence[float], n_rows: int, costs: Costs, each: float = 0.0) -> int:
     """How many guesses promise the most tokens per second; 0 where none does better.
 
     Parameters
     ----------
-    p : float
-        How often a guess comes true, where those before it did.
-    most : int
-        Guesses at most.
+    chances : sequence of float
+        For each guess, how often it comes true where those before it did.
     n_rows : int
         Rows of the step without them.
     costs : Costs
@@ -102,11 +110,11 @@ def best_length(p: float, most: int, n_rows: int, costs: Costs, each: float = 0.
         Seconds that making a guess takes.
     """
     best, speed = 0, WORTH * n_rows / costs.of(n_rows)
-    extra, chance = 0.0, 1.0
-    for n in range(1, most + 1):
-        chance *= p
-        extra += chance
-        rate = (n_rows + extra) / (costs.of(n_rows + n) + n * each)
+    right = list(accumulate(chances, mul))
+    for n in LENGTHS:
+        if n > len(chances):
+            break
+        rate = (n_rows + sum(right[:n])) / (costs.of(n_rows + n) + n * each)
         if rate > speed:
             best, speed = n, rate
     return best
@@ -133,13 +141,22 @@ class Drafter(ABC):
 
 
 class Lookup(Drafter):
-    """Guesses that the text goes on as it did the last time these tokens occurred in it."""
+    """Guesses that the text goes on as it did the last time that its last tokens occurred.
+
+    How likely that is depends on how many tokens are the same, and on whether they were followed by one and the
+    same token before: forms repeat until a place that is filled anew each time.
+    """
 
     def __init__(self) -> None:
-        self._where: dict[tuple[int, ...], int] = {}  # some tokens: the position behind them
+        # some tokens: the position behind them, and what followed them the time before
+        self._where: dict[tuple[int, ...], tuple[int, int]] = {}
         self._n_seen = 0
-        self._rates = [Rate(0.3 * n, 1.0) for n in range(LONGEST_MATCH + 1)]
-        self._rate = self._rates[0]
+        self._rates = {
+            (same, before): Rate(0.3 * same * (0.3 if before == OTHER else 1), 1.0)
+            for same in range(1, LONGEST_MATCH + 1)
+            for before in (NOTHING, OTHER, EQUAL)
+        }
+        self._made: list[Rate] = []  # what the guesses were expected of
         self._expected: tuple[int, int, Rate] | None = None  # a guess not made: position, token
 
     def guess(self, run: Run, most: int, n_rows: int, costs: Costs) -> list[int]:
@@ -150,37 +167,56 @@ class Lookup(Drafter):
                 right = ids[at] == guess
                 rate.note(right, not right)
             self._expected = None
-        at = self._find(ids)
-        if not at:
-            return []
-        same = 1
-        while same < LONGEST_MATCH and at > same and ids[at - 1 - same] == ids[-1 - same]:
-            same += 1
-        self._rate = self._rates[same]
-        n = best_length(self._rate.p, most, n_rows, costs)
-        if not n:
-            self._expected = len(ids), ids[at], self._rate
-            if self._rate.p > 0.5:
+        self._note(ids)
+        found, rates = self._follow(ids, most)
+        n = best_length([rate.p for rate in rates], n_rows, costs)
+        self._made = rates[:n]
+        if found and not n:
+            self._expected = len(ids), found[0], rates[0]
+            if rates[0].p > 0.5:
                 costs.doubt()
-            return []
-        period = len(ids) - at
-        return [ids[at + i % period] for i in range(n)]
+        return found[:n]
 
-    def _find(self, ids: Sequence[int]) -> int:
-        """Where the text stood when its last tokens occurred before; 0 if they did not."""
+    def _note(self, ids: Sequence[int]) -> None:
+        """Remember where tokens stood in the text."""
         if len(ids) < self._n_seen:  # a shift has dropped some
             self._where.clear()
             self._n_seen = 0
         for end in range(max(self._n_seen, 1), len(ids)):
             for size in SIZES:
                 if size <= end:
-                    self._where[tuple(ids[end - size : end])] = end
+                    key = tuple(ids[end - size : end])
+                    at, _ = self._where.get(key, (0, NOTHING))
+                    before = NOTHING if not at else EQUAL if ids[at] == ids[end] else OTHER
+                    self._where[key] = end, before
         self._n_seen = len(ids)
-        found = (self._where.get(tuple(ids[-size:]), 0) for size in SIZES)
-        return next((at for at in found if at), 0)
+
+    def _follow(self, ids: Sequence[int], most: int) -> tuple[list[int], list[Rate]]:
+        """At most so many guesses, each as if those before it had come true, and what to expect of them."""
+        text, found, rates = list(ids[-LONGEST_MATCH - 1 :]), list[int](), list[Rate]()
+        same, expected, chance = 0, 0, 1.0
+        while len(found) < most and chance > UNLIKELY:
+            known = (self._where.get(tuple(text[-size:])) for size in SIZES if size <= len(text))
+            at, before = next((k for k in known if k is not None), (0, NOTHING))
+            if not at:
+                break
+            same = same + 1 if at == expected else n_same_before(ids, at, text)
+            same, expected = min(same, LONGEST_MATCH), at + 1
+            rates.append(self._rates[same, before])
+            chance *= rates[-1].p
+            found.append(ids[at])
+            text.append(ids[at])
+        return found, rates
 
     def learn(self, n_guessed: int, n_right: int) -> None:
-        self._rate.note(n_right, n_right < n_guessed)
+        for i, rate in enumerate(self._made[: n_right + 1]):
+            rate.note(i < n_right, i == n_right)
+
+
+def n_same_before(ids: Sequence[int], at: int, text: Sequence[int]) -> int:
+    """How many of the last tokens of a text, LONGEST_MATCH at most, stand before a position of ids, too."""
+    most = min(LONGEST_MATCH, at, len(text))
+    return next((n for n in range(most) if ids[at - 1 - n] != text[-1 - n]), most)
 
 
 class DraftModel(Drafter):
@@ -194,7 +230,7 @@ class DraftModel(Drafter):
         self._n_skipped = 0
 
     def guess(self, run: Run, most: int, n_rows: int, costs: Costs) -> list[int]:
-        n = best_length(self._rate.p, most, n_rows, costs, self._each)
+        n = best_length([self._rate.p] * most, n_rows, costs, self._each)
         if not n:
             self._n_skipped += 1
             if self._n_skipped < PROBE:
