@@ -82,6 +82,29 @@ HELD: dict[str, Schema] = {
         "$ref": "#/$defs/Node",
     },
     "map": {"type": "object", "additionalProperties": WHOLE, "maxProperties": 3},
+    "list of enums": record(tags=some({"enum": ["new", "sale", "last"]}, minItems=1)),
+    "fixed length": record(rgb={"type": "array", "items": WHOLE, "minItems": 3, "maxItems": 3}),
+    "email": record(to={"type": "string", "format": "email"}),
+    "date": record(on={"type": "string", "format": "date"}, days=WHOLE),
+    "keys by pattern": {
+        "type": "object", "patternProperties": {"^x-[a-z]{1,5}$": WHOLE}, "additionalProperties": False,
+        "maxProperties": 2,
+    },
+    "extracted": record(
+        title=TEXT, authors=some(TEXT, minItems=1), year={"type": ["integer", "null"]},
+        topics=some(record(name=TEXT, weight={"enum": [0, 0.5, 1]})),
+    ),
+    "verdict": record(reason=TEXT, label={"enum": ["positive", "negative", "neutral"]}, sure=WHOLE),
+    "steps": record(
+        steps=some(record(explanation=TEXT, output=TEXT), minItems=1), final_answer=TEXT
+    ),
+    "filter": {
+        "$defs": {"F": {"anyOf": [
+            record(field=TEXT, op={"enum": ["=", "<", ">"]}, value={"anyOf": [TEXT, WHOLE]}),
+            record(all=some({"$ref": "#/$defs/F"}, minItems=1)),
+        ]}},
+        "$ref": "#/$defs/F",
+    },
     "described": {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Answer",

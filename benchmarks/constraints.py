@@ -1,0 +1,191 @@
+"""Answers held to schemas: is each valid, do they end, and what does holding them cost?
+
+    python benchmarks/constraints.py SmolLM2-135M-Instruct.Q4_1.gguf --suite jsonschema-4.26.0/json/tests
+
+The schemas are those that people send, of tests/engine/schemas.py, and those of the JSON Schema test suite that
+can be held, newest draft first (PyPI's source of jsonschema has it). Each is asked for in a chat: once as the
+model would have it, and once drawn evenly from the tokens that are allowed, as random weights would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import jsonschema
+
+sys.path.insert(0, str(common.ROOT))
+sys.path.insert(0, str(common.ROOT / "tests" / "engine"))
+
+from schemas import HELD
+
+import tinyllm
+from tinyllm.engine.constraint import Constraint
+from tinyllm.errors import ArgumentError
+
+DRAFTS = {
+    "draft2020-12": jsonschema.Draft202012Validator,
+    "draft2019-09": jsonschema.Draft201909Validator,
+    "draft7": jsonschema.Draft7Validator,
+    "draft6": jsonschema.Draft6Validator,
+    "draft4": jsonschema.Draft4Validator,
+}
+ASK = "Invent an example of what is asked for, in JSON. Be brief."
+HOW: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "drawn evenly": {"temperature": 1000, "top_k": 0, "top_p": 1, "seed": 1},
+}
+
+
+def suite(folder: Path) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Name, schema and validator of each schema of the suite, those of several drafts once."""
+    seen = set()
+    for draft, kind in DRAFTS.items():
+        for path in sorted((folder / draft).rglob("*.json")):
+            for i, group in enumerate(json.loads(path.read_text("utf-8"))):
+                schema = group["schema"]
+                key = json.dumps(schema, sort_keys=True).replace(f"{draft}", "")
+                if isinstance(schema, dict) and key not in seen:
+                    seen.add(key)
+                    yield f"{draft}/{path.stem}/{i}", schema, kind
+
+
+def held(m: tinyllm.Model, folder: Path, most: int) -> tuple[list[Any], Counter[str]]:
+    """The schemas that the model can be held to, and why others cannot."""
+    found: list[Any] = [
+        (name, schema, jsonschema.Draft202012Validator) for name, schema in HELD.items()
+    ]
+    refused: Counter[str] = Counter()
+    for name, schema, kind in suite(folder):
+        if len(found) == most:
+            break
+        try:
+            m.grammar(json_schema=schema)
+            found.append((name, schema, kind))
+        except ArgumentError as e:
+            refused[str(e)] += 1
+    return found, refused
+
+
+def answers(m: tinyllm.Model, schemas: list[Any], tokens: int, how: str) -> dict[str, Any]:
+    """Ask for all at once, and look at each answer."""
+    wrong, unended, errors = [], [], []
+    seconds, begun = 0.0, time.perf_counter()
+    with tinyllm.Engine(m, max_texts=16) as engine:
+        messages = [{"role": "user", "content": ASK}]
+        try:
+            m.turn(messages)
+        except tinyllm.errors.TemplateError:
+            messages = ASK
+        asked = [
+            engine.submit(messages, tokens, json_schema=schema, **HOW[how])
+            for _, schema, _ in schemas
+        ]
+        for (name, schema, kind), request in zip(schemas, asked, strict=True):
+            try:
+                done = request.result()
+            except ArgumentError as e:
+                errors.append(f"{name}: {e}")
+                continue
+            if done.finish_reason != "stop":
+                unended.append(name)
+            elif why := wrong_with(done.text, schema, kind):
+                wrong.append(f"{name}: {done.text!r:.200}: {why}")
+    seconds = time.perf_counter() - begun
+    ended = len(schemas) - len(unended) - len(errors)
+    return {"how": how, "schemas": len(schemas), "ended": ended, "of which wrong": wrong,
+            "went on": unended, "errors": errors, "seconds": seconds}  # fmt: skip
+
+
+def wrong_with(text: str, schema: Any, kind: Any) -> str:
+    """What is wrong with an answer; nothing where it is valid."""
+    try:
+        kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(text))
+    except (ValueError, jsonschema.ValidationError) as e:
+        return str(e).split("\n")[0]
+    return ""
+
+
+def overhead(m: tinyllm.Model, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a token, free and held, in turn; and those that holding it took by the clock."""
+    spent = [0.0]
+    parts = ("allowed", "forced", "take")
+    plain = {name: getattr(Constraint, name) for name in parts}
+
+    def timed(name: str) -> Any:
+        def call(self: Constraint, *args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return plain[name](self, *args)
+            finally:
+                spent[0] += time.perf_counter() - start
+
+        return call
+
+    kinds: dict[str, dict[str, Any]] = {
+        "free": {"logit_bias": dict.fromkeys(m.tokenizer.eog, -1000.0)},
+        "an expression": {"regex": "[a-z ]{1000}"},
+        "a list of objects": {
+            "json_schema": {"type": "array", "minItems": 99, "items": HELD["verdict"]}
+        },
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    own: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for name in parts:
+        setattr(Constraint, name, timed(name))
+    try:
+        for _ in range(rounds + 1):
+            for kind, options in kinds.items():
+                spent[0] = 0.0
+                done = m.generate("Once", tokens, temperature=0, **options)
+                times[kind].append(1e3 * done.timings.generated_s / done.timings.n_generated)
+                own[kind].append(1e3 * spent[0] / done.timings.n_generated)
+    finally:
+        for name in parts:
+            setattr(Constraint, name, plain[name])
+    free = statistics.median(times["free"][1:])
+    return {"vocabulary": m.network.n_vocab} | {
+        kind: {
+            "ms": statistics.median(times[kind][1:]),
+            "of which the constraint's": statistics.median(own[kind][1:]),
+            "share of a free token": statistics.median(own[kind][1:]) / free,
+        }
+        for kind in kinds
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="a GGUF file; default: the bundled model")
+    parser.add_argument("--suite", type=Path, help="a folder with draft2020-12 and others")
+    parser.add_argument("--schemas", type=int, default=300, help="at most so many")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--how", nargs="*", choices=HOW, default=list(HOW))
+    parser.add_argument("--overhead", type=int, default=0, help="rounds of a timing instead")
+    parser.add_argument("--json", help="a file for the numbers")
+    a = parser.parse_args()
+    report: dict[str, Any] = {"benchmark": "constraints", "machine": common.machine()}
+    with tinyllm.load(a.model) as m:
+        report["model"] = Path(m.path).name
+        if a.overhead:
+            report["overhead"] = overhead(m, 48, a.overhead)
+        else:
+            schemas, refused = held(m, a.suite, a.schemas)
+            report["people's"], report["refused"] = len(HELD), dict(refused)
+            report["answers"] = [answers(m, schemas, a.tokens, how) for how in a.how]
+    print(json.dumps({k: v for k, v in report.items() if k != "refused"}, indent=1))
+    if a.json:
+        common.write_json(a.json, report)
+
+
+if __name__ == "__main__":
+    main()
