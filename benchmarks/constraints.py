@@ -181,8 +181,11 @@ def main() -> None:
         else:
             schemas, refused = held(m, a.suite, a.schemas)
             report["people's"], report["refused"] = len(HELD), dict(refused)
-            report["answers"] = [answers(m, schemas, a.tokens, how) for how in a.how]
-    print(json.dumps({k: v for k, v in report.items() if k != "refused"}, indent=1))
+            report["answers"] = []
+            for how in a.how:
+                report["answers"].append(answers(m, schemas, a.tokens, how))
+                print(json.dumps(report["answers"][-1], indent=1), flush=True)
+    print(json.dumps(report.get("overhead", {}), indent=1))
     if a.json:
         common.write_json(a.json, report)
 
