@@ -65,14 +65,14 @@ def held(m: tinyllm.Model, folder: Path, most: int) -> tuple[list[Any], Counter[
     ]
     refused: Counter[str] = Counter()
     for name, schema, kind in suite(folder):
-        if len(found) == most:
+        if len(found) >= most:
             break
         try:
             m.grammar(json_schema=schema)
             found.append((name, schema, kind))
         except ArgumentError as e:
             refused[str(e)] += 1
-    return found, refused
+    return found[:most], refused
 
 
 def answers(m: tinyllm.Model, schemas: list[Any], tokens: int, how: str) -> dict[str, Any]:
