@@ -24,6 +24,7 @@ from tinyllm.models.ffn import (
 from tinyllm.models.loops import LoopBlock, RoundsBlock
 from tinyllm.models.mixer import NoMixer
 from tinyllm.models.network import Network
+from tinyllm.models.rwkv import ChannelMix
 from tinyllm.research.cache import run_with_cache
 
 BOUND = 1e-5  # x the largest value of the residual stream
@@ -63,7 +64,7 @@ class Parts:
         return self.weight(name) if self.of + name in self.tensors else 0
 
     def heads(self) -> np.ndarray:
-        """What heads and the bias add; what the mixer adds where it is no attention alone."""
+        """What heads and the bias add; all that a mixer adds that is a recurrence, or has one."""
         mixer: Any = self.block.mixer
         if isinstance(mixer, FeedForwardAlone):
             return self.half(mixer.half)
@@ -72,7 +73,7 @@ class Parts:
         return self.point("attn_result").sum(1) + host(mixer.o.bias)
 
     def half(self, ffn: Any) -> np.ndarray:
-        """What the neurons and biases of a feed-forward half add; its output where it has no plain ones."""
+        """What the neurons and biases of a feed-forward half add."""
         if isinstance(ffn, FFN | XIELU):
             return self.neurons(ffn)
         if isinstance(ffn, MoE):
@@ -82,7 +83,18 @@ class Parts:
         if isinstance(ffn, NormedBesideMoE):
             plain = normed(ffn.plain_post, self.neurons(ffn.plain))
             return plain + normed(ffn.experts_post, self.experts(ffn.experts))
-        return self.point("ffn_out")
+        assert isinstance(ffn, ChannelMix), ffn
+        return self.mixed_channels(ffn)
+
+    def mixed_channels(self, ffn: ChannelMix) -> np.ndarray:
+        """What RWKV's neurons add; those of its sixth version behind a gate that also reads the row before."""
+        y = self.point("ffn_act") @ self.weight("channel_mix_value.weight").T
+        if ffn.receptance is None:
+            return np.asarray(y)
+        x = self.point("ffn_norm")
+        before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+        x = x + (before - x) * self.weight("channel_mix_lerp_r.weight").ravel()
+        return np.asarray(y / (1 + np.exp(-x @ self.weight("channel_mix_receptance.weight").T)))
 
     def neurons(self, ffn: FFN | XIELU, suffix: str = "") -> np.ndarray:
         """What the neurons of a plain half, or of the expert that all tokens share, and the bias add."""
@@ -147,6 +159,36 @@ def stream_of(p: Parts, start: np.ndarray) -> np.ndarray:
     return total * b.out_scale
 
 
+def first_streams(x: np.ndarray, tensors: Mapping[str, Any]) -> np.ndarray:
+    """Gemma 3n's streams [n, T, E] before the first layer: the embedding, and others of its magnitude."""
+    matrices = np.asarray(tensors["altup_proj.weight"].dequantize(), np.float64)
+    others = [x @ matrix.T for matrix in matrices]
+    size = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.stack([x, *(y * size / np.linalg.norm(y, axis=1, keepdims=True) for y in others)])
+
+
+def streams_of(p: Parts, streams: np.ndarray) -> np.ndarray:
+    """Gemma 3n's streams after a layer: mixtures of those before, moved by what the first one's parts add."""
+    b, n = p.block, len(streams)
+
+    def kinds(x: np.ndarray) -> np.ndarray:
+        inner = normed(b.router_norm, x) / x.shape[1]
+        return np.asarray(np.tanh(inner @ p.weight("altup_router.weight").T))
+
+    mix = kinds(streams[0]) @ p.weight("altup_predict_coef.weight").T
+    predicted = streams + np.einsum("tjk,kte->jte", mix.reshape(-1, n, n), streams)
+    active = predicted[0]
+    h = normed(b.attn_norm, active)
+    low = h @ p.weight("laurel_l.weight").T @ p.weight("laurel_r.weight").T
+    y = active + h + normed(b.laurel_norm, low) + normed(b.attn_post, p.heads())
+    y = y * np.sqrt(0.5)
+    y = y + normed(b.ffn_post, p.half(b.ffn))
+    share = kinds(y) @ p.weight("altup_correct_coef.weight").T
+    after = predicted + (1 + share.T[..., None]) * (y - active)
+    after[1:] += p.point("per_layer")
+    return np.asarray(after)
+
+
 def near(found: np.ndarray, wanted: np.ndarray) -> bool:
     return bool(np.abs(found - wanted).max() <= BOUND * np.abs(wanted).max())
 
@@ -158,12 +200,14 @@ def test_heads_neurons_and_biases_make_the_residual_stream(name: str, data: Path
     cache = run_with_cache(net, [ids], lambda n: True, None, "float32", None)[0]
     with gguf.open(file_of(name)) as f:
         stream = np.asarray(cache["embd"], np.float64)
+        altup = isinstance(net.decoder.blocks[0], AltUpBlock)
+        streams = first_streams(stream, f.tensors) if altup else stream
         low = None if net.decoder.streams is None else getattr(net.decoder.streams, "low", None)
         for i, block in enumerate(net.decoder.blocks):
             p = Parts(net, f.tensors, cache, i)
-            if isinstance(block, AltUpBlock):  # its streams are mixed: no sum; its halves are sums
-                assert near(p.heads(), cache[p.at + "attn_out"])
-                assert near(p.half(block.ffn), cache[p.at + "ffn_out"])
+            if altup:
+                streams = streams_of(p, streams)
+                assert near(streams[0], cache[p.at + "out"]), i
                 continue
             if isinstance(block, LoopBlock):
                 stream = normed(block.again, stream)
