@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -28,16 +29,17 @@ CLEAN, CORRUPTED = PROMPT + "John gave a drink to", PROMPT + "Mary gave a drink 
 EARLIER = CORRUPTED.replace("It was", "This was", 1)  # another first token: no run can be left out
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(work: Callable[[], object]) -> np.ndarray:
+    """Seconds that pass, and those of all processors together, which neighbours hardly change."""
+    start = np.array([time.perf_counter(), time.process_time()])
     work()
-    return time.perf_counter() - start
+    return np.array([time.perf_counter(), time.process_time()]) - start
 
 
 def measure(
     m: tinyllm.Model, untouched: tinyllm.Model, n_tokens: int = 512, rounds: int = 12
-) -> dict[str, float]:
-    """Medians of interleaved rounds: times the plain pass, and seconds of a grid."""
+) -> dict[str, Any]:
+    """Medians of interleaved rounds: times the plain pass, and seconds of a grid; each also of processors."""
     ids = np.random.default_rng(0).integers(0, m.network.n_vocab, n_tokens).tolist()
     passes: dict[str, Callable[[], object]] = {
         "plain": lambda: m.logits(ids),
@@ -46,7 +48,7 @@ def measure(
         "kept in float16": lambda: m.run_with_cache(ids, NAMES, dtype="float16"),
         "one row kept": lambda: m.run_with_cache(ids, "embd", positions=0),
     }
-    times: dict[str, list[float]] = {name: [] for name in passes}
+    times: dict[str, list[np.ndarray]] = {name: [] for name in passes}
     for work in passes.values():
         work()
     order, rng = list(passes), np.random.default_rng(0)
@@ -54,14 +56,22 @@ def measure(
         rng.shuffle(order)  # what a pass leaves in memory costs the next one
         for name in order:
             times[name].append(seconds(passes[name]))
-    plain = float(np.median(times["plain"]))
-    found = {name: float(np.median(t)) / plain for name, t in times.items()}
+    middle = {name: np.median(t, 0) for name, t in times.items()}
+    ratios = {name: (t / middle["plain"]).tolist() for name, t in middle.items()}
     pair = (" Mary", " John")
     grid = m.patch_grid(CLEAN, CORRUPTED, pair)
-    found["runs of the grid"] = float(grid.values.size)
-    found["seconds of the grid"] = seconds(lambda: m.patch_grid(CLEAN, CORRUPTED, pair))
-    found["where the first token differs"] = seconds(lambda: m.patch_grid(CLEAN, EARLIER, pair))
-    return found
+    grids = {
+        "as it is": seconds(lambda: m.patch_grid(CLEAN, CORRUPTED, pair)).tolist(),
+        "where the first token differs": seconds(
+            lambda: m.patch_grid(CLEAN, EARLIER, pair)
+        ).tolist(),
+    }
+    return {
+        "plain seconds": middle["plain"].tolist(),
+        "times plain": ratios,
+        "runs of a grid": grid.values.size,
+        "seconds of a grid": grids,
+    }
 
 
 def main() -> None:
@@ -72,8 +82,11 @@ def main() -> None:
     args = p.parse_args()
     with tinyllm.load(args.model) as m, tinyllm.load(args.model) as untouched:
         found = measure(m, untouched, rounds=args.rounds)
-    for name, value in found.items():
-        print(f"{value:9.2f}  {name}")
+    print("  seconds processors'")
+    rows = {"plain, in seconds": found["plain seconds"], **found["times plain"]}
+    rows |= {f"a grid, {name}": x for name, x in found["seconds of a grid"].items()}
+    for name, (passed, worked) in rows.items():
+        print(f"{passed:9.2f} {worked:9.2f}  {name}")
     if args.json:
         about = {"machine": common.machine(), "model": Path(args.model).name}
         args.json.write_text(json.dumps({**about, "results": found}, indent=1) + "\n", "utf-8")

@@ -150,7 +150,7 @@ class Model(Chatting, Studied):
         while n := min(net.n_batch, len(state.ids) - state.n_past):
             with net.lock:
                 rows.append(np.array(net.forward([(state, n, "all")], tap)[0]))
-        return np.concatenate(rows)
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def embed_ids(
         self, ids: Sequence[int], pooling: str | None = None, normalize: bool = True
