@@ -3,9 +3,9 @@
     python benchmarks/recovery.py model.gguf Q2_K Q4_K_S Q8_0 --exact --text text.txt --other text2.txt
 
 Each mixture is made from the model; ``compare`` puts the model's own tensor in the place of each of the
-mixture's in turn, then the five that cost most together. What that says of one text is held against another,
-which had no part in it: there the same share of the KL should go. Beside it stands what the sum of the five
-single gains says.
+mixture's in turn, and predicts of the single runs what the five that cost most bring together. That is held
+against what they do bring, on this text and on others that had no part in the choice: there the same share of
+the KL should go. Beside it stands what the sum of the five single gains says.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ def measure(
     """The KL of b, its worst tensors, and the KL without them, on the text and on others."""
     found = tinyllm.compare(a, b, ids, tensors=True, n_greedy=0)
     worst = found.worst(WORST)
-    one_by_one = {name: found.tensors[name] for name in worst}
+    own = {name: a._file.tensors[name] for name in worst}
+    mended = with_tensors(b, own)  # a network of its own: nothing that compare has computed
+    total = sum(found.tensors[name] for name in worst)
+    predicted = found.predicted[worst[-1]]
+    fell = found.kl[0] - kl_of(a, mended, ids)
     return {
         "kl": found.kl,
         "tensors_that_differ": len(found.tensors),
-        "worst": {name: [b._file.tensors[name].type, one_by_one[name]] for name in worst},
+        "worst": {name: [b._file.tensors[name].type, found.tensors[name]] for name in worst},
+        "predicted": found.predicted,
         "together": found.together,
-        **held_out(a, b, found.kl[0], one_by_one, found.together[worst[-1]], others),
+        "fell_by": fell,
+        "of_predicted": fell / predicted,
+        "of_the_sum": fell / total,
+        "others": {
+            name: held_out(a, b, mended, text, predicted / found.kl[0])
+            for name, text in others.items()
+        },
     }
 
 
 def held_out(
-    a: tinyllm.Model,
-    b: tinyllm.Model,
-    kl: float,
-    one_by_one: dict[str, float],
-    together: float,
-    others: dict[str, list[int]],
+    a: tinyllm.Model, b: tinyllm.Model, mended: Network, ids: list[int], share: float
 ) -> dict[str, Any]:
-    """By how much the KL falls with the worst tensors back, beside what a text's table predicts."""
-    mended = with_tensors(b, {name: a._file.tensors[name] for name in one_by_one})
-    rows = {}
-    for name, ids in others.items():
-        before = kl_of(a, b.network, ids)
-        fell = before - kl_of(a, mended, ids)
-        rows[name] = {
-            "tokens": len(ids),
-            "kl": before,
-            "fell_by": fell,
-            "of_predicted_by_the_sum": fell / before / (sum(one_by_one.values()) / kl),
-            "of_predicted_together": fell / before / (together / kl),
-        }
-    total = sum(one_by_one.values())
-    return {"sum": total, "together_of_sum": together / total, "others": rows}
+    """By how much the KL falls with the worst tensors back on another text, of which share was predicted."""
+    before = kl_of(a, b.network, ids)
+    fell = before - kl_of(a, mended, ids)
+    return {
+        "tokens": len(ids),
+        "kl": before,
+        "fell_by": fell,
+        "of_predicted": fell / before / share,
+    }
 
 
 def main() -> None:
@@ -103,22 +103,23 @@ def main() -> None:
             with tinyllm.load(made, **how) as b:
                 row = measure(a, b, ids, texts)
             rows[mixture] = {**row, "seconds": round(time.perf_counter() - begin, 1)}
-            together = row["together"][list(row["worst"])[-1]]
             print(
-                f"{mixture:<8} KL {row['kl'][0]:.5f}; the worst {WORST} back: {together:.5f} less, "
-                f"{row['together_of_sum']:.2f} of the sum of one by one",
+                f"{mixture:<8} KL {row['kl'][0]:.5f}; the worst {WORST} back: {row['fell_by']:.5f} less, "
+                f"{row['of_predicted']:.3f} of what was predicted, {row['of_the_sum']:.2f} of the sum",
                 flush=True,
             )
             for name, (kind, gain) in row["worst"].items():
-                print(f"    {name:<26} {kind:<6} {gain:.5f}  {row['together'][name]:.5f}")
+                both = (row[column][name] for column in ("predicted", "together"))
+                print(f"    {name:<26} {kind:<6} {gain:.5f}", *(f"{x:9.5f}" for x in both))
             for name, other in row["others"].items():
                 print(f"    {name}: KL {other['kl']:.5f}, {other['fell_by']:.5f} less; "
-                      f"{other['of_predicted_together']:.2f} of what was predicted")  # fmt: skip
+                      f"{other['of_predicted']:.2f} of what was predicted")  # fmt: skip
             if args.json:
                 common.write_json(
                     args.json,
                     {"machine": common.machine(), "model": Path(args.model).name,
-                     "tokens": len(ids), "mixtures": rows},
+                     "text": args.text.name, "tokens": len(ids), "compute": "exact" if args.exact else "int8",
+                     "mixtures": rows},
                 )  # fmt: skip
 
 

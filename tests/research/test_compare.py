@@ -61,11 +61,17 @@ def test_a_quantisation_costs_what_its_tensors_cost(pair: Any) -> None:
     assert found.n_tokens == len(ids)
     changed = {n for n, t in b._file.tensors.items() if t.type != a._file.tensors[n].type}
     assert set(found.tensors) == changed
-    assert list(found.together) == found.worst()
+    assert list(found.together) == list(found.predicted) == found.worst()
     worst = with_tensors(b, {n: a._file.tensors[n] for n in found.worst(3)})
     after = np.mean(divergence(a.logits(ids), logits_of(worst, ids)))
     assert found.together[found.worst()[2]] == pytest.approx(found.kl[0] - after, rel=1e-6)
-    assert found.together[found.worst()[0]] == found.tensors[found.worst()[0]]
+    first = found.worst()[0]
+    assert found.together[first] == found.tensors[first]
+    assert found.predicted[first] == pytest.approx(found.tensors[first], rel=1e-4)
+    logits = b.logits(ids)
+    single = [logits_of(with_tensors(b, {n: a._file.tensors[n]}), ids) for n in found.worst(3)]
+    after = np.mean(divergence(a.logits(ids), logits + sum(x - logits for x in single)))
+    assert found.predicted[found.worst()[2]] == pytest.approx(found.kl[0] - after, rel=1e-4)
     by_layer = tinyllm.compare(a, b, TEXT, "layers", n_greedy=0)
     assert set(by_layer.tensors) >= {f"blk.{i}" for i in range(a.config.n_layer)}
 
@@ -137,7 +143,7 @@ def test_the_command(
     text = capsys.readouterr().out
     assert "perplexity" in text
     assert "blk.0" in text
-    assert "with those above it, too" in text
+    assert "with those above it, too: predicted, measured" in text
     assert main([*argv, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kl"][0] > 0
 

@@ -70,10 +70,11 @@ def lines(found: Comparison, a: str, b: str) -> Iterator[str]:
         )
     yield "error after each layer   " + " ".join(f"{x:.3f}" for x in found.layers)
     if found.tensors:
-        yield "by so much the KL falls with A's in its place, and with those above it, too"
+        yield "by so much the KL falls with A's in its place; with those above it, too: predicted, measured"
     for name in found.worst(20):
-        both = f"{found.together[name]:10.6f}" if name in found.together else " " * 10
-        yield f"{found.tensors[name]:10.6f}  {both}  {name}"
+        both = (column.get(name) for column in (found.predicted, found.together))
+        shown = "".join(" " * 12 if x is None else f"{x:12.6f}" for x in both)
+        yield f"{found.tensors[name]:10.6f}{shown}  {name}"
 
 
 COMMANDS = {

@@ -47,8 +47,9 @@ class Comparison:
 
     ``kl`` is that of B from A, ``agreement`` the share of tokens where both would choose the same next one.
     ``layers`` is the relative error of B's residual stream after each layer. ``tensors`` is by how much the KL
-    falls when A's tensor takes the place of B's, for each that differs in type or values. Gains do not add:
-    ``together`` has by how much it falls with each of the worst five and all that are worse back at once.
+    falls when A's tensor takes the place of B's, for each that differs in type or values. For the worst five,
+    ``together`` has by how much it falls with each and all that are worse back at once, ``predicted`` what the
+    single runs say of that. Gains do not add, but what each tensor changes in the logits nearly does.
     """
 
     n_tokens: int
@@ -59,6 +60,7 @@ class Comparison:
     parting: Parting | None
     layers: list[float]
     tensors: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
     together: dict[str, float] = field(default_factory=dict)
 
     def worst(self, n: int = 5) -> list[str]:
@@ -102,6 +104,11 @@ def compare(
     >>> found.kl[0] < 0.01
     True
     """
+    for m in (a, b):
+        if not hasattr(m, "network"):
+            raise ArgumentError(f"{m!r:.60} is no model; load it first: tinyllm.load({m!r:.60})")
+    if tensors not in (False, True, "layers"):
+        raise ArgumentError(f"tensors={tensors!r:.40}; expected True, False or 'layers'")
     ids = a.prompt_ids(text)
     if a.network.n_vocab != b.network.n_vocab or ids != b.prompt_ids(text):
         raise ArgumentError(
@@ -114,12 +121,7 @@ def compare(
     ours, theirs = ([logits_of(m.network, w) for w in windows] for m in (a, b))
     each = np.concatenate([divergence(p, q) for p, q in zip(ours, theirs, strict=True)])
     same = [p.argmax(1) == q.argmax(1) for p, q in zip(ours, theirs, strict=True)]
-    found: dict[str, float] = {}
-    together: dict[str, float] = {}
-    if tensors:
-        found, together = costs(
-            a, b, windows, ours, float(each.mean()), tensors == "layers", progress
-        )
+    found = costs(a, b, windows, ours, theirs, tensors, progress) if tensors else {}
     return Comparison(
         n_tokens=sum(map(len, windows)),
         kl=mean(each),
@@ -128,8 +130,7 @@ def compare(
         agreement=float(np.concatenate(same).mean()),
         parting=parting(a, b, ids[:OPENING], n_greedy),
         layers=errors(a.network, b.network, windows[0]),
-        tensors=found,
-        together=together,
+        **found,
     )
 
 
@@ -195,27 +196,36 @@ def costs(
     b: Model,
     windows: Sequence[list[int]],
     ours: Sequence[np.ndarray],
-    kl: float,
-    by_layer: bool,
+    theirs: Sequence[np.ndarray],
+    which: bool | str,
     progress: Progress,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """By how much the KL falls with A's tensors, or layers, in B's: one by one, and the worst together."""
-    theirs, own = b._file.tensors, a._file.tensors
-    other = [n for n in theirs if n in own and differs(own[n], theirs[n])]
+) -> dict[str, dict[str, float]]:
+    """By how much the KL falls with A's tensors, or layers, in B's: the last three fields of a Comparison."""
+    own = a._file.tensors
+    other = [n for n, t in b._file.tensors.items() if n in own and differs(own[n], t)]
     groups: dict[str, list[str]] = {}
     for name in other:
         layer = layer_of(name)
-        groups.setdefault(f"blk.{layer}" if by_layer and layer >= 0 else name, []).append(name)
+        label = f"blk.{layer}" if which == "layers" and layer >= 0 else name
+        groups.setdefault(label, []).append(name)
 
-    def fall(labels: Sequence[str]) -> float:
+    def run(labels: Sequence[str]) -> list[np.ndarray]:
         net = with_tensors(b, {n: own[n] for label in labels for n in groups[label]})
-        each = [divergence(p, logits_of(net, w)) for p, w in zip(ours, windows, strict=True)]
-        return kl - float(np.concatenate(each).mean())
+        return [logits_of(net, w) for w in windows]
 
-    found = {label: fall([label]) for label in progress(groups, len(groups))}
-    worst = sorted(found, key=lambda label: -found[label])[:BACK]
-    together = {label: found[label] for label in worst[:1]}
-    return found, together | {worst[i]: fall(worst[: i + 1]) for i in range(1, len(worst))}
+    def apart(logits: Sequence[np.ndarray]) -> float:
+        return mean(np.concatenate(list(map(divergence, ours, logits))))[0]
+
+    kl = apart(theirs)
+    alone = {label: kl - apart(run([label])) for label in progress(groups, len(groups))}
+    worst = sorted(alone, key=lambda label: -alone[label])[:BACK]
+    moved, predicted, together = list(theirs), {}, {}
+    for i, label in enumerate(worst):
+        single = run([label])
+        moved = [m + (x - y) for m, x, y in zip(moved, single, theirs, strict=True)]
+        predicted[label] = kl - apart(moved)
+        together[label] = kl - apart(run(worst[: i + 1]))
+    return {"tensors": alone, "predicted": predicted, "together": together}
 
 
 def differs(x: Any, y: Any) -> bool:
