@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import index
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -163,7 +164,7 @@ class Studied(ABC):
         >>> with m.patched("blk.0.attn_heads", 0, heads=1):
         ...     text = m.generate("Once upon a time", max_tokens=4, temperature=0).text
         """
-        from .research.patches import Patch, Patches, within
+        from .research.patches import Patch, Patches, patches_of, within
 
         if isinstance(name, (str, tuple)) and not any(isinstance(n, Patch) for n in name):
             if value is None:
@@ -173,7 +174,7 @@ class Studied(ABC):
             given = (value, positions, heads, channels)
             if any(x is not None for x in given):
                 raise ArgumentError("a Patch has its own value, positions, heads and channels")
-            patches = [name] if isinstance(name, Patch) else list(name)  # type: ignore[arg-type]
+            patches = patches_of(name)  # type: ignore[arg-type]
         return within(self.network, Patches(self.network, patches))
 
     def steered(
@@ -272,7 +273,9 @@ class Studied(ABC):
         >>> m.lens(cache.stack("out")).shape == (m.config.n_layer, 1, m.network.n_vocab)
         True
         """
-        rows = np.asarray(x, np.float32)
+        from .research.points import floats
+
+        rows = floats(x, "x")
         e = self.network.config.n_embd
         if rows.ndim == 0 or rows.shape[-1] != e:
             raise ArgumentError(f"x has shape {rows.shape}; expected rows of {e} values")
@@ -365,6 +368,8 @@ class Studied(ABC):
         from .research.grids import patch_grid
 
         if not callable(metric):
+            if isinstance(metric, str) or np.size(metric) != 2:
+                raise ArgumentError(f"metric={metric!r:.60}; expected two tokens, or a function")
             metric = (self._token(metric[0]), self._token(metric[1]))
         ids = self.prompt_ids(clean), self.prompt_ids(corrupted)
         return patch_grid(self.network, *ids, point, metric, over, positions)
@@ -373,9 +378,9 @@ class Studied(ABC):
         self,
         clean: Prompt,
         corrupted: Prompt,
-        senders: Sequence[Patch],
-        receivers: Sequence[str],
-        freeze: Sequence[str] = (),
+        senders: Patch | Sequence[Patch],
+        receivers: Names,
+        freeze: Names = (),
     ) -> np.ndarray:
         """Let only the paths from senders to receivers carry what a clean run differs by.
 
@@ -383,11 +388,11 @@ class Studied(ABC):
         ----------
         clean, corrupted : str or sequence of int
             Two prompts of equally many tokens.
-        senders : sequence of Patch
+        senders : Patch, or sequence of Patch
             Where the clean run's values go into the corrupted one; their own values are not used.
-        receivers : sequence of str
+        receivers : str, sequence of str, or callable
             Points whose values, changed by the senders, go into a second corrupted run.
-        freeze : sequence of str
+        freeze : str, sequence of str, or callable
             Points that stay as in the corrupted run while the receivers are computed, such as "attn_heads" for
             the paths that pass no other head.
 
@@ -428,7 +433,10 @@ class Studied(ABC):
     def _token(self, token: int | str) -> int:
         """A token by its id, or by a text that is one."""
         if not isinstance(token, str):
-            return int(token)
+            try:
+                return index(token)
+            except TypeError:
+                raise ArgumentError(f"token {token!r:.40}; expected an id or a text") from None
         ids = self.tokenizer.encode(token, add_special=False)
         if len(ids) != 1:
             raise ArgumentError(f"{token!r:.40} is {len(ids)} tokens; give an id")

@@ -253,7 +253,8 @@ def layers_before(net: Network, stop: int) -> range:
     n = net.config.n_layer
     if not net.config.causal:
         raise ArgumentError("stop_at_layer: encoders are read to their end")
-    if not isinstance(stop, (int, np.integer)) or not -n <= stop <= n:
+    whole = isinstance(stop, (int, np.integer)) and not isinstance(stop, bool)
+    if not whole or not -n <= stop <= n:
         raise ArgumentError(f"stop_at_layer={stop!r:.40}; the model has layers 0 to {n - 1}")
     return range(int(stop) if stop >= 0 else n + int(stop))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from ..engine.embedding import pack
 from ..errors import ArgumentError
 from ..models.step import hook_of
 from .cache import Cache, read, run_with_cache
-from .patches import Patch, Patches
-from .points import heads_of, name_of, positions_of, select
+from .patches import Patch, Patches, patches_of, within
+from .points import Names, heads_of, name_of, positions_of, select
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -45,7 +45,12 @@ class Grid:
 
     @property
     def restored(self) -> np.ndarray:
-        """What part of the way from the corrupted to the clean run each patch goes: 0 nothing, 1 all."""
+        """What part of the way from the corrupted to the clean run each patch goes: 0 nothing, 1 all.
+
+        Raises ArgumentError if the metric is the same in both runs.
+        """
+        if self.clean == self.corrupted:
+            raise ArgumentError(f"the metric is {self.clean:.6g} in both runs: nothing to restore")
         return np.asarray((self.values - self.corrupted) / (self.clean - self.corrupted))
 
 
@@ -73,6 +78,8 @@ def patch_grid(
         raise ArgumentError(
             f"clean has {len(clean)} tokens and corrupted {len(corrupted)}; patches need equally many"
         )
+    if over not in get_args(Over):
+        raise ArgumentError(f"over={over!r:.40}; expected one of {', '.join(get_args(Over))}")
     measure = measure_of(metric, net.n_vocab)
     names = points_of(net, kind)
     base = "embd" if kind == "resid_pre" else None
@@ -181,8 +188,7 @@ def resumes(net: Network) -> bool:
 def measure_of(metric: Metric, n_vocab: int) -> Callable[[np.ndarray], float]:
     """A function of the last logits: the caller's own, or the difference of two tokens' logits."""
     if callable(metric):
-        own = metric
-        return lambda logits: float(own(logits))
+        return lambda logits: number(metric(logits))
     a, b = metric
     if not 0 <= min(a, b) <= max(a, b) < n_vocab:
         raise ArgumentError(
@@ -191,26 +197,33 @@ def measure_of(metric: Metric, n_vocab: int) -> Callable[[np.ndarray], float]:
     return lambda logits: float(logits[a]) - float(logits[b])
 
 
+def number(x: object) -> float:
+    """What a metric gave; ArgumentError unless it is a number."""
+    try:
+        return float(x)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"the metric gave {x!r:.60}; expected a number") from None
+
+
 def path_patch(
     net: Network,
     clean: list[int],
     corrupted: list[int],
-    senders: Sequence[Patch],
-    receivers: Sequence[str],
-    freeze: Sequence[str],
+    senders: Patch | Sequence[Patch],
+    receivers: Names,
+    freeze: Names,
 ) -> np.ndarray:
     """Logits [len(corrupted), n_vocab] of the corrupted run in which the receivers alone feel the senders.
 
     The first pass puts the clean run's values at the senders, and holds the points ``freeze`` at the
     corrupted run's; what the receivers then are is put into a second pass.
     """
-    from .patches import within
-
     if len(clean) != len(corrupted):
         raise ArgumentError(
             f"clean has {len(clean)} tokens and corrupted {len(corrupted)}; patches need equally many"
         )
-    held = select(net, list(freeze)) if freeze else []
+    held = select(net, freeze) if freeze else []
+    senders = patches_of(senders)
     named = [name_of(net, p.name) for p in senders]
     source = run_with_cache(net, [clean], named, None, "float32", None)[0]
     still = run_with_cache(net, [corrupted], held or "embd", None, "float32", None)[0]
@@ -220,7 +233,7 @@ def path_patch(
         for name, p in zip(named, senders, strict=True)
     ]
     with within(net, Patches(net, first)):
-        heard = run_with_cache(net, [corrupted], list(receivers), None, "float32", None)[0]
+        heard = run_with_cache(net, [corrupted], receivers, None, "float32", None)[0]
     with within(net, Patches(net, [Patch(name, x) for name, x in heard.items()])):
         logits = read(net, [corrupted], None)[0]
     assert logits is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..models.step import ACTIVE, Hook, Span
-from .points import BEHIND, SQUARE, heads_of, kind_of, name_of, points, positions_of
+from .points import BEHIND, SQUARE, floats, heads_of, kind_of, name_of, points, positions_of
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -53,7 +53,9 @@ class Resolved:
         self.name = name_of(net, patch.name)
         self.kind, shape = kind_of(self.name), points(net)[self.name].shape
         self.positions = patch.positions
-        self.value = patch.value if callable(patch.value) else np.asarray(patch.value, np.float32)
+        self.value = patch.value
+        if not callable(self.value):
+            self.value = floats(self.value, f"a patch of {self.name}")
         self.heads = self.channels = None
         self.n_head = 0
         if patch.heads is not None:
@@ -117,6 +119,17 @@ class Resolved:
         whole = value.reshape(len(value), *view.shape[1:])
         picked = (rows.reshape(index[0].shape), *index[1:])
         return np.asarray(whole[picked])
+
+
+def patches_of(given: Patch | Iterable[Patch]) -> list[Patch]:
+    """One patch or several as a list; ArgumentError for anything else."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        given = [given]  # what is no Patch is told below
+    found = list(given)
+    for patch in found:
+        if not isinstance(patch, Patch):
+            raise ArgumentError(f"{patch!r:.60} is no Patch; expected Patch(name, value)")
+    return found
 
 
 def indices(given: int | Sequence[int], n: int, what: str) -> np.ndarray:
@@ -188,14 +201,22 @@ def steering(
     scale: float = 1.0,
 ) -> list[Patch]:
     """Patches that add vectors [E], times ``scale``, to the residual stream after layers, or at points."""
+    if not isinstance(vectors, Mapping):
+        raise ArgumentError(
+            f"vectors is a {type(vectors).__name__}; expected a mapping of layers, or points, to vectors"
+        )
     found = []
     for where, vector in vectors.items():
-        name = where if isinstance(where, str) else ("out", int(where))
-        added = np.asarray(vector, np.float32) * np.float32(scale)
+        name = where if isinstance(where, str) else ("out", where)
+        added = floats(vector, f"the vector for {where}") * floats(scale, "scale")
         width = points(net)[name_of(net, name)].shape[-1]
         if added.shape != (width,):
             raise ArgumentError(
                 f"the vector for {where} has shape {added.shape}; expected ({width},)"
+            )
+        if not np.isfinite(added).all():
+            raise ArgumentError(
+                f"the vector for {where} has a NaN or an infinity, or its scale has"
             )
         found.append(Patch(name, Adding(added), positions))
     return found

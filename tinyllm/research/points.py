@@ -17,7 +17,7 @@ from ..models.step import ACTIVE, Hook
 if TYPE_CHECKING:
     from ..models.network import Network
 
-Names: TypeAlias = "str | Iterable[str] | Callable[[str], bool] | None"
+Names: TypeAlias = "str | Iterable[str | tuple[str, int]] | Callable[[str], bool] | None"
 
 SQUARE = frozenset({"attn_scores", "attn_probs"})  # [H, T, S], for each sequence in turn
 # only rows whose logits are wanted
@@ -169,7 +169,12 @@ def name_of(net: Network, name: str | tuple[str, int]) -> str:
     """
     own = points(net)
     if not isinstance(name, str):
-        kind, layer = name
+        try:
+            kind, layer = name
+        except (TypeError, ValueError):
+            raise ArgumentError(
+                f"{name!r:.60} names no point; expected a text, or a kind and a layer: ('out', 3)"
+            ) from None
         names = f"blk.{layer}.{kind}", f"blocks.{layer}.{kind}", f"blocks.{layer}.hook_{kind}"
         tries = [*names, *(f"blocks.{layer}.{half}.hook_{kind}" for half in ("attn", "mlp"))]
     else:
@@ -197,10 +202,11 @@ def select(net: Network, names: Names) -> list[str]:
     ----------
     net : Network
         Whose points.
-    names : str, sequence of str, or callable
-        A point, a kind such as "out" for those of all layers, a pattern such as "blk.*.out"; TransformerLens'
-        names and patterns of them; or a function that is given each name, ours and theirs, and says which.
-        None: all but attention's scores and probabilities, the results of single heads, and the logits.
+    names : str, sequence of str or (str, int), or callable
+        A point, also as ("out", 3), a kind such as "out" for those of all layers, a pattern such as
+        "blk.*.out"; TransformerLens' names and patterns of them; or a function that is given each name, ours
+        and theirs, and says which. None: all but attention's scores and probabilities, the results
+        of single heads, and the logits.
     """
     own = points(net)
     if names is None:
@@ -210,7 +216,10 @@ def select(net: Network, names: Names) -> list[str]:
         found = {n for n in own if names(n)} | {o for t, o in theirs.items() if names(t)}
         return [n for n in own if n in found]
     found = set()
-    for name in [names] if isinstance(names, str) else list(names):
+    for name in [names] if isinstance(names, str) or not isinstance(names, Iterable) else names:
+        if not isinstance(name, str):
+            found.add(name_of(net, name))
+            continue
         fits = pattern(name)
         some = {n for n in own if fits(n) or kind_of(n) == name}
         some |= {o for t, o in theirs.items() if fits(t)}
@@ -225,6 +234,14 @@ def pattern(name: str) -> Callable[[str], bool]:
     if not re.search(r"[*?\[]", name):
         return name.__eq__
     return lambda other: fnmatchcase(other, name)
+
+
+def floats(x: Any, what: str) -> np.ndarray:
+    """Numbers as float32; ArgumentError for what is none."""
+    try:
+        return np.asarray(x, np.float32)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{what} is {x!r:.60}; expected numbers") from None
 
 
 def layer_of(name: str) -> int:
