@@ -32,7 +32,7 @@ TEXT = (
 CLEAN = "After John and Mary went to the store, Mary gave a bottle of milk to"
 CORRUPTED = "After John and Mary went to the store, John gave a bottle of milk to"
 RIGHT, WRONG = " John", " Mary"
-# llama's files have the rotated pairs of a head's values side by side, PyTorch's model half a head apart
+# queries and keys: rotated pairs of a head's values are side by side in llama's files
 TURNED = "hook_q", "hook_k", "hook_rot_q", "hook_rot_k"
 TWICE = 4, 20  # rows of random tokens, which each row has twice
 BOUND = 1e-3  # standard deviations
@@ -47,7 +47,7 @@ def a_loss(torch: Any, lens: Any, given: dict[str, Any]) -> dict[str, Any]:
 def a_cache(torch: Any, lens: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The logits, and all that both models have under one name."""
     logits, cache = lens.run_with_cache(given["text"])
-    return {"logits": logits, **{n: x for n, x in cache.items() if not n.endswith(TURNED)}}
+    return {"logits": logits, **cache}
 
 
 def an_ablated_head(torch: Any, lens: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +151,13 @@ def in_lens(torch: Any, m: tinyllm.Model) -> Any:
     return bridge
 
 
+def as_in_torch(name: str, x: Any) -> Any:
+    """Our values [.., D] in the order of PyTorch's model, which has rotated pairs half a head apart."""
+    if not name.endswith(TURNED):
+        return x
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 def apart(a: Any, b: Any) -> float:
     """The largest difference from b, in b's standard deviations; of one number, in its size."""
     seen = b.isfinite()  # masked scores are not
@@ -189,7 +196,7 @@ def compared(torch: Any, m: tinyllm.Model, steps: Any = STEPS) -> dict[str, dict
         differences: dict[str, float] = {}
         unlike = set()
         for name in results[0].keys() & results[1].keys():
-            a, b = (x[name] for x in results)
+            a, b = as_in_torch(name, results[0][name]), results[1][name]
             if name.startswith("blocks."):
                 name = name.split(".", 2)[2]
             if a.shape == b.shape:
