@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ class Clock:
     def process_time(self) -> float:
         return self.share * self.now
 
+    time = staticmethod(time.time)
+
     def tape(self) -> Any:
         return _Tape(self)
 
@@ -83,6 +87,7 @@ def clock(monkeypatch: Any, tmp_path: Path) -> Iterator[Callable[..., Clock]]:
         return made
 
     monkeypatch.setattr(timing, "SMALLEST", 1 << 21)
+    monkeypatch.setattr(timing, "PATIENCE", 1000.0)
     monkeypatch.setattr(timing.system, "cache_bytes", lambda: 1 << 20)
     monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
     return make
@@ -92,6 +97,10 @@ def far_is_fast(way: Way, i: int) -> float:
     return 2.0 - way.ahead / 16384 + (way.order == "block")
 
 
+def near_is_fast(way: Way, i: int) -> float:
+    return 1.0 + way.ahead / 16384
+
+
 def test_the_fastest_way_wins_and_the_next_process_knows_it(clock: Any) -> None:
     first = clock(far_is_fast)
     assert first.chosen() == Way("parts", 16384)
@@ -99,7 +108,7 @@ def test_the_fastest_way_wins_and_the_next_process_knows_it(clock: Any) -> None:
     assert n == timing.ROUNDS * (len(timing.QUICK) + len(timing.BURSTS))
     first.chosen()
     assert first.rounds == n  # known to this process
-    other = clock(lambda way, i: 1.0 + way.ahead)
+    other = clock(near_is_fast)
     assert other.chosen() == Way("parts", 16384)
     assert other.rounds == 0
 
@@ -108,23 +117,43 @@ def test_nothing_is_asked_for_where_that_gains_little(clock: Any) -> None:
     assert clock(lambda way, i: 1.0 - way.ahead / 10**7).chosen() == Way()
 
 
-def test_a_doubtful_measurement_is_not_kept(clock: Any) -> None:
-    busy = clock(lambda way, i: far_is_fast(way, i) * (1 + i))
-    assert busy.chosen() == Way("parts", 16384)
-    assert busy.chosen() == Way("parts", 16384)
+def an_hour_passes(folder: Path) -> None:
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - timing.GOOD_FOR - 1,) * 2)
+
+
+@pytest.mark.parametrize("disturbed", ["rounds", "neighbour"])
+def test_a_doubtful_measurement_is_taken_again_later(
+    clock: Any, tmp_path: Path, disturbed: str
+) -> None:
+    if disturbed == "rounds":
+        busy = clock(lambda way, i: far_is_fast(way, i) * (1 + i))
+    else:
+        busy = clock(far_is_fast, share=0.5)
+    assert busy.chosen() == busy.chosen() == Way("parts", 16384)
     assert busy.rounds == timing.ROUNDS * (len(timing.QUICK) + len(timing.BURSTS))
-    quiet = clock(lambda way, i: 1.0 + way.ahead)
-    assert quiet.chosen() == Way()
-    assert quiet.rounds > 0
+    soon = clock(near_is_fast)
+    assert soon.chosen() == Way("parts", 16384)
+    assert soon.rounds == 0
+    an_hour_passes(tmp_path)
+    later = clock(near_is_fast)
+    assert later.chosen() == Way()
+    assert later.rounds > 0
+    an_hour_passes(tmp_path)
+    assert clock(far_is_fast).chosen() == Way()  # there was no doubt
 
 
-def test_a_measurement_beside_a_steady_neighbour_is_not_kept(clock: Any) -> None:
-    assert clock(far_is_fast, share=0.5).chosen() == Way("parts", 16384)
-    assert clock(lambda way, i: 1.0 + way.ahead).chosen() == Way()
+def test_a_machine_without_time_is_not_waited_for(clock: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(timing, "PATIENCE", 3.0)
+    busy = clock(far_is_fast)
+    assert busy.chosen() == Way()  # not all ways were tried
+    assert busy.rounds == 2
+    assert timing._results["fake_1"].doubtful
+    assert str(timing._results["fake_1"]).endswith("(for now: the machine is busy)")
 
 
 def test_warming_up_measures_again_and_says_what_won(clock: Any) -> None:
-    clock(lambda way, i: 1.0 + way.ahead).chosen()
+    clock(near_is_fast).chosen()
     again = clock(far_is_fast)
     with timing.thoroughly() as found:
         assert again.chosen(("parts",)) == Way("parts", 24576)

@@ -3,8 +3,8 @@
 What is fastest differs between processors and cannot be told from their names: asking for memory ahead of
 its use doubles the speed of one and halves that of another. So the first use of a kernel runs each way over
 more memory than caches hold, for some milliseconds, and the winner is kept beside the compiled kernels. A
-measurement whose rounds disagree, or during which others had the processor, serves this process only. ``tinyllm
-warmup`` measures thoroughly.
+measurement whose rounds disagree, during which others had the processor, or that took too long because they
+had it, is taken again after a while. ``tinyllm warmup`` measures thoroughly.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Result:
     name: str
     way: Way
     rates: dict[Way, float] = field(default_factory=dict)
-    doubtful: bool = False  # the rounds disagree, or others had the processor meanwhile
+    doubtful: bool = False  # the rounds disagree or are not whole, or others had the processor
 
     def __str__(self) -> str:
         plain, best = next(iter(self.rates.values())), self.rates[self.way]
         text = f"{self.name}: {best:.1f} GB/s by {self.way.order}, {self.way.ahead} bytes ahead"
         text += f"; {plain:.1f} with nothing asked for"
-        return text + " (not kept: the machine is busy)" * self.doubtful
+        return text + " (for now: the machine is busy)" * self.doubtful
 
 
 Record = Callable[[Tape, int, int, Way], None]
@@ -56,6 +56,8 @@ ROUNDS, MANY_ROUNDS = 3, 9
 CLOSE = 1.02  # a way that is faster by less is not preferred to plain reading
 SPREAD = 1.2  # the median round over the fastest, of a machine that does something else, too
 SHARE = 0.8  # least part of the time for which the threads had a processor, where no neighbour was
+PATIENCE = 1.0  # seconds for a kernel, if not thoroughly
+GOOD_FOR = 3600  # seconds after which a doubtful result is no longer taken
 SMALLEST, LARGEST = 48 << 20, 256 << 20  # bytes to read
 _results: dict[str, Result] = {}
 _lock = threading.RLock()
@@ -91,8 +93,7 @@ def chosen(
             known = _read(name, orders)
         if known is None:
             known = _measure(name, orders, record, piece_bytes, n_workers)
-            if not known.doubtful:
-                _write(known)
+            _write(known)
         _results[name] = known
         return known.way
 
@@ -132,18 +133,24 @@ def _measure(
     times: dict[Way, list[float]] = {way: [] for way in tapes}
     for way in tapes:
         record(tapes[way], wrapped(memory).address, pieces, way)
+    rounds, patience = (MANY_ROUNDS, float("inf")) if _thorough else (ROUNDS, PATIENCE)
     begun, used = time.perf_counter(), time.process_time()
-    for _ in range(MANY_ROUNDS if _thorough else ROUNDS):
-        for way, tape in tapes.items():
-            start = time.perf_counter()
-            tape.run(n_workers)
-            times[way].append(time.perf_counter() - start)
+    for way in [*tapes] * rounds:
+        start = time.perf_counter()
+        if start - begun > patience:
+            break
+        tapes[way].run(n_workers)
+        times[way].append(time.perf_counter() - start)
     had = (time.process_time() - used) / (n_workers * (time.perf_counter() - begun))
+    whole = all(len(t) == rounds for t in times.values())
+    if not all(times.values()):
+        times = dict([next(iter(times.items()))])  # some ways were not tried: plain reading it is
     plain = next(iter(times))
     best = min(times, key=lambda way: min(times[way]))
     if min(times[plain]) < CLOSE * min(times[best]):
         best = plain
     doubtful = statistics.median(times[best]) > SPREAD * min(times[best]) or had < SHARE
+    doubtful |= not whole
     rates = {way: pieces * piece_bytes / min(t) / 1e9 for way, t in times.items()}
     return Result(name, best, rates, doubtful)
 
@@ -161,16 +168,18 @@ def _path(name: str) -> Path | None:
 def _read(name: str, orders: Sequence[str]) -> Result | None:
     path = _path(name)
     stored = jit.kept(path) if path else None
-    if not stored:
+    if not path or not stored:
         return None
     fields = json.loads(stored)
+    if fields["doubtful"] and not 0 <= time.time() - path.stat().st_mtime < GOOD_FOR:
+        return None
     rates = {Way(order, ahead): rate for order, ahead, rate in fields["rates"]}
-    return Result(name, Way(**fields["way"]), rates)
+    return Result(name, Way(**fields["way"]), rates, fields["doubtful"])
 
 
 def _write(result: Result) -> None:
     rates = [(way.order, way.ahead, round(rate, 2)) for way, rate in result.rates.items()]
-    text = json.dumps({"way": asdict(result.way), "rates": rates})
+    text = json.dumps({"way": asdict(result.way), "rates": rates, "doubtful": result.doubtful})
     if path := _path(result.name):
         with suppress(OSError):  # the disk is full, say: it only costs measuring again next time
             jit.keep(path, text.encode())
