@@ -213,7 +213,7 @@ winreg.HKEY_LOCAL_MACHINE = 1
 winreg.OpenKey = lambda root, path: open(os.devnull)
 winreg.QueryValueEx = lambda key, name: ({"ProcessorNameString": "Ryzen "}[name], 1)
 msvcrt = sys.modules["msvcrt"] = types.ModuleType("msvcrt")
-msvcrt.LK_LOCK, refusals = 1, [OSError("held")]
+msvcrt.LK_NBLCK, refusals = 2, [OSError("held"), OSError("held")]
 def locking(fd, mode, n):
     called.add("locking")
     if refusals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import itertools
 import os
 import stat
@@ -16,6 +17,7 @@ from .errors import ArgumentError
 
 _numbers = itertools.count()
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def decode(data: bytes, name: str) -> str:
@@ -75,6 +77,17 @@ def lines_of(text: str) -> list[str]:
 
 
 @contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the file in the error of a write for which there is no room: the system does not."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None and e.errno in FULL:
+            raise type(e)(e.errno, e.strerror, os.fspath(path)) from None
+        raise
+
+
+@contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file to write, which takes the place of ``path`` when the block ends without an error.
 
@@ -99,7 +112,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             raise ArgumentError(f"{name} is {kind}; give the name of a file to write")
         mode = stat.S_IMODE(status.st_mode)
     try:
-        with open(part, "xb") as file:
+        with naming(name), open(part, "xb") as file:
             yield file
         if mode is not None:
             os.chmod(part, mode)

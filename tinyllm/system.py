@@ -370,10 +370,15 @@ def read_at(fd: int, view: memoryview, offset: int) -> int:
     return len(data)
 
 
-def lock_file(fd: int) -> None:
-    """Hold an open file alone, once no other process or thread holds it; closing it lets go."""
+def lock_file(fd: int, waits: Callable[[], object] = lambda: None) -> None:
+    """Hold an open file alone, once no other process or thread holds it; closing it lets go.
+
+    ``waits`` is called once where another holds it now.
+    """
     if (flock := _posix_lock()) or (flock := _windows_lock()):
-        flock(fd)
+        if not flock(fd, False):
+            waits()
+            flock(fd, True)
         return
     warnings.warn(
         f"this system ({NAME}) has no file locks: let no two processes download the same file",
@@ -382,26 +387,37 @@ def lock_file(fd: int) -> None:
     )
 
 
-def _posix_lock() -> Callable[[int], None] | None:
+def _posix_lock() -> Callable[[int, bool], bool] | None:
+    """Locks an open file, waiting or not; whether it is locked now."""
     try:
         import fcntl
     except ImportError:
         return None
-    return lambda fd: fcntl.flock(fd, fcntl.LOCK_EX)
+
+    def lock_whole(fd: int, wait: bool) -> bool:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return True
+        return False
+
+    return lock_whole
 
 
-def _windows_lock() -> Callable[[int], None] | None:
+def _windows_lock() -> Callable[[int, bool], bool] | None:
+    """Locks an open file, waiting or not; whether it is locked now."""
     try:
         import msvcrt
     except ImportError:
         return None
 
-    def lock_first_byte(fd: int) -> None:
+    def lock_first_byte(fd: int, wait: bool) -> bool:
         while True:
             try:
-                msvcrt.locking(fd, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
-                return
-            except OSError:  # LK_LOCK gives up after ten seconds
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+                return True
+            except OSError:  # another has it
+                if not wait:
+                    return False
                 time.sleep(0.1)
 
     return lock_first_byte

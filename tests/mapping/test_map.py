@@ -135,6 +135,9 @@ def test_other_columns_are_named(tmp_path: Path) -> None:
         ('{"id": "\\udfff", "text": "a"}', "line 1: 'id' holds half a surrogate pair"),
         ('{"id": 1, "text": "a"}\n\nnonsense', "line 3 is no JSON: Expecting value"),
         ("[1]", "line 1: expected an object, found [1]"),
+        ("[" * 100_000, "line 1 is no JSON: maximum recursion depth exceeded"),
+        (f'{{"id": {"9" * 9999}, "text": "a"}}', "line 1 is no JSON: Exceeds the limit"),
+        ("[" * 500 + "]" * 500, "line 1: expected an object, found [[[[[["),
     ],
 )
 def test_a_row_without_key_or_text_is_named_before_any_work(
@@ -157,6 +160,11 @@ def test_parquet_without_the_columns_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "in.parquet", ["a"], text="body")
     with pytest.raises(ArgumentError, match="has no 'text' but 'other', 'id', 'body'; --text"):
         list(Table(source))
+    pa = pytest.importorskip("pyarrow")
+    twice = pa.table([["a"], ["b"], ["c"]], names=["id", "text", "text"])
+    pytest.importorskip("pyarrow.parquet").write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ArgumentError, match="its schema has 2 columns 'text'; rename all but one"):
+        list(Table(str(tmp_path / "twice.parquet")))
     (tmp_path / "bad.parquet").write_bytes(b"no table at all")
     with pytest.raises(ArgumentError, match="is no Parquet file"):
         list(Table(str(tmp_path / "bad.parquet")))
@@ -331,18 +339,21 @@ def test_work_that_leaves_rows_out_is_an_error_and_keeps_the_others(tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda source: write(Path(source), ["a", "x"]), "input.digest"),
-        (lambda source: write(Path(source), ["a", "b", "c"]), "input.rows 2, now 3"),
-        (lambda source: None, "option 1, now 2; give what it was begun with, or remove it"),
+        (
+            lambda source: write(Path(source), ["a", "x"]),
+            "job: limit was 1, now 2, the rows have changed; give",
+        ),
+        (lambda source: write(Path(source), ["a", "b", "c"]), "the rows have changed; give"),
+        (lambda source: None, "job: limit was 1, now 2; give what it was begun with, or remove it"),
     ],
 )
 def test_another_job_is_refused(tmp_path: Path, change: Callable, error: str) -> None:
     source = write(tmp_path / "in.jsonl", ["a", "b"])
     with pytest.raises(ZeroDivisionError):
-        job(source, tmp_path / "out.jsonl", option=1).run(stops)
+        job(source, tmp_path / "out.jsonl", options={"limit": 1}).run(stops)
     change(source)
     with pytest.raises(ArgumentError) as found:
-        job(source, tmp_path / "out.jsonl", option=2).run(shout)
+        job(source, tmp_path / "out.jsonl", options={"limit": 2}).run(shout)
     assert error in str(found.value)
 
 
@@ -359,17 +370,26 @@ def test_work_that_fails_before_the_first_row_leaves_nothing(tmp_path: Path) -> 
             job(source, target).run(ends)
         assert os.listdir(tmp_path) == ["in.txt"]
     others: list[threading.Thread] = []
+    told: list[str] = []
+    waits = threading.Event()
 
     def fails(rows: Rows) -> Iterator[tuple[int, dict]]:
-        others.append(threading.Thread(target=job(source, target).run, args=[shout]))
+        others.append(
+            threading.Thread(
+                target=job(source, target).run,
+                args=[shout],
+                kwargs={"tell": lambda line: (told.append(line), waits.set())},
+            )
+        )
         others[0].start()
-        time.sleep(0.2)  # it waits
+        assert waits.wait(60)
         raise OSError("no way")
         yield
 
     with pytest.raises(OSError, match="no way"):
         job(source, target, model="another").run(fails)
     others[0].join()
+    assert told == [f"another process works on {target}; this one waits"]
     assert [row["size"] for row in read(target)] == [len(text) for _, text in Table(source)]
 
 
@@ -385,11 +405,87 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="exists; remove it"):
         job(source, tmp_path / "out.jsonl")
     (tmp_path / "out.jsonl").unlink()
-    for mine in ("mine\n", "mine"):
+    for mine in ("mine\n", "mine", "[]\n", '[["a", 1]]\n', "[" * 100_000 + "\n"):
         (tmp_path / "out.jsonl.job").write_text(mine)
         with pytest.raises(ArgumentError, match="is no journal of tinyllm"):
             job(source, tmp_path / "out.jsonl").run(shout)
         assert (tmp_path / "out.jsonl.job").read_text() == mine
+
+
+@pytest.mark.parametrize("n_lines", [0, 1])
+def test_a_journal_without_a_row_says_nothing_of_a_file_that_is_there(
+    tmp_path: Path, whole: tuple[str, bytes, bytes], n_lines: int
+) -> None:
+    """A kill has left it, before the first row or in the middle of its first line."""
+    source, journal, output = whole
+    target = tmp_path / "out.jsonl"
+    target.write_text("mine")
+    Path(f"{target}.job").write_bytes(b"".join(journal.splitlines(keepends=True)[:n_lines]))
+    with pytest.raises(ArgumentError, match="exists; remove it, or give another name"):
+        job(source, target).run(lambda rows: pytest.fail("worked"))
+    assert target.read_text() == "mine"
+    target.unlink()
+    assert job(source, target).run(shout) == 0
+    assert target.read_bytes() == output
+
+
+def test_a_kill_at_the_journals_end_leaves_the_rows_or_the_size(
+    tmp_path: Path, whole: tuple[str, bytes, bytes]
+) -> None:
+    source, journal, output = whole
+    target = tmp_path / "out.jsonl"
+    begin = journal.index(b"\n") + 1
+    ended = json.dumps({"written": len(output)}).encode() + b"\n"
+    target.write_bytes(output)
+    Path(f"{target}.job").write_bytes(journal[:begin] + ended + journal[begin + len(ended) :])
+    assert job(source, target).run(lambda rows: pytest.fail("worked")) is None
+
+
+@pytest.mark.parametrize("while_working", [True, False])
+@pytest.mark.parametrize(
+    "keys", [["x", "b", "c"], ["a", "b", "x"], ["a", "b"], ["a", "b", "c", "d"], []], ids=str
+)
+def test_rows_that_change_meanwhile_are_refused_and_what_is_finished_stays(
+    tmp_path: Path, keys: list, while_working: bool
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", ["a", "b", "c"]), tmp_path / "out.jsonl"
+    before = Path(source).read_bytes()
+
+    def changes(rows: Rows) -> Iterator[tuple[int, dict]]:
+        if while_working:
+            write(Path(source), keys)
+        yield from shout(rows)
+        write(Path(source), keys)
+
+    with pytest.raises(ArgumentError, match=r"in\.jsonl has changed since this run began, at its"):
+        job(source, target).run(changes)
+    assert not target.exists()
+    if not while_working:
+        with pytest.raises(ArgumentError, match="the rows have changed"):
+            job(source, target).run(shout)
+        Path(source).write_bytes(before)
+        assert job(source, target).run(lambda rows: pytest.fail("worked")) == 0
+        assert [row["id"] for row in read(target)] == ["a", "b", "c"]
+
+
+def test_a_disk_without_room_is_named_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    source, target = write(tmp_path / "in.txt", list(range(9))), tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # of a file
+    try:
+        found = main(["map", "embed", source, str(target)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found == 1
+    noted, told = capsys.readouterr().err.splitlines()
+    assert noted == f"(stopped; what is done is in {target}.job, and the same command goes on)"
+    assert "File too large" in told
+    assert f"{target}.job" in told
+    run("embed", source, target)
+    assert len(read(target)) == 9
 
 
 def test_a_name_with_a_star_takes_no_part_of_another_table(tmp_path: Path) -> None:

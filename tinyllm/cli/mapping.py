@@ -92,7 +92,7 @@ def map_(args: Arguments) -> None:
     with progress(args.task) as done:
         try:
             n_errors = job.run(work, done, note)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError):  # the second: a full disk, say
             if Path(job.journal_path).exists():
                 note(
                     f"stopped; what is done is in {job.journal_path}, and the same command goes on"

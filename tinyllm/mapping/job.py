@@ -23,12 +23,11 @@ import numpy as np
 
 from .. import __version__, system
 from ..errors import ArgumentError, TinyLLMError
-from ..files import replacing
-from .tables import JSONL, PARQUET, Table, kind_of, pyarrow, writing
+from ..files import naming, replacing
+from .tables import JSONL, PARQUET, Rows, Table, kind_of, pyarrow, writing
 from .tasks import ERROR, Kind, Result
 
-Rows = Iterable[tuple[int, str]]  # numbers and texts
-Work = Callable[[Rows], Iterable[tuple[int, Result]]]
+Work = Callable[[Iterable[tuple[int, str]]], Iterable[tuple[int, Result]]]  # numbers and texts
 END = 1 << 20  # bytes at each end of a model's file that identify it, with its size
 
 
@@ -39,7 +38,7 @@ class Journal:
     Parameters
     ----------
     file : binary file
-        Open to read and append; locked, so that one process at a time works on it.
+        Open to read and write; locked, so that one process at a time works on it.
     about : mapping
         What is done. A journal of something else is refused.
     n_rows : int
@@ -65,7 +64,8 @@ class Journal:
         header = self.file.readline()
         own = json.dumps(self.about).encode() + b"\n"
         if not header.endswith(b"\n") and own.startswith(header):  # new, or its first line was cut
-            self.file.truncate(0)
+            self.file.seek(0)
+            self.file.truncate()
             header = own
             self.file.write(header)
         self.start = len(header)
@@ -75,12 +75,18 @@ class Journal:
     def _check(self, header: bytes) -> None:
         """ArgumentError where the job that was begun differs."""
         try:
-            before = dict(json.loads(header))
-        except (ValueError, TypeError):
-            raise ArgumentError(f"{self.file.name} is no journal of tinyllm; remove it") from None
-        if changed := list(differences(before, self.about)):
+            before = json.loads(header)
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise ArgumentError(f"{self.file.name} is no journal of tinyllm; remove it")
+        rows, own = before.pop("input", None), dict(self.about)
+        is_other = rows != own.pop("input", None)
+        changed = [f"{n} was {a}, now {b}" for n, a, b in differences(before, own)]
+        changed += ["the rows have changed"] * is_other
+        if changed:
             raise ArgumentError(
-                f"{self.file.name} was begun with {', '.join(f'{n} {a}, now {b}' for n, a, b in changed)}; "
+                f"{self.file.name} is of another job: {', '.join(changed)}; "
                 "give what it was begun with, or remove it to begin anew"
             )
 
@@ -120,20 +126,24 @@ class Journal:
         return unpacked(json.loads(self.file.readline())[1])
 
     def end(self, n_bytes: int) -> None:
-        """Keep the first line, and the bytes of the table in the place of the rows."""
-        self.file.truncate(self.start)
-        self.file.seek(0, os.SEEK_END)
+        """Keep the first line, and the bytes of the table in the place of the rows.
+
+        A kill on the way leaves the rows, or the bytes.
+        """
+        self.file.seek(self.start)
         self.file.write(json.dumps({"written": n_bytes}).encode() + b"\n")
+        self.file.truncate()  # what is behind it
 
 
 def differences(
     a: Mapping[str, Any], b: Mapping[str, Any], place: str = ""
 ) -> Iterator[tuple[str, str, str]]:
-    """Where two mappings differ, in depth: the name, and both values as JSON."""
+    """Where two jobs differ but for their rows: an option's name or a place, and both values as JSON."""
     for name in {**a, **b}:
         x, y = a.get(name), b.get(name)
         if isinstance(x, Mapping) and isinstance(y, Mapping):
-            yield from differences(x, y, f"{place}{name}.")
+            inside = "" if name in ("options", "load") else f"{name}'s "  # as the caller gave them
+            yield from differences(x, y, place + inside)
         elif x != y:
             yield f"{place}{name}", json.dumps(x), json.dumps(y)
 
@@ -157,7 +167,7 @@ def written_of(line: bytes) -> int | None:
         match json.loads(line):
             case {"written": int(n_bytes)}:
                 return n_bytes
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return None
 
@@ -208,8 +218,13 @@ class Job:
             raise ArgumentError(
                 f"the key's column is named {self.source.key!r}, as one of the results' is; rename it"
             )
-        if os.path.exists(self.target) and not os.path.exists(self.journal_path):
-            raise ArgumentError(f"{self.target} exists; remove it, or give another name")
+        with suppress(FileNotFoundError):
+            if os.stat(self.target) and not os.path.exists(self.journal_path):
+                raise ArgumentError(self._exists)
+
+    @property
+    def _exists(self) -> str:
+        return f"{self.target} exists; remove it, or give another name"
 
     @property
     def journal_path(self) -> str:
@@ -241,12 +256,17 @@ class Job:
         Raises
         ------
         ArgumentError
-            The input, the model or an option is not the one that the job was begun with.
+            The input, the model or an option is not the one that the job was begun with, or the input
+            changes meanwhile. What was finished is kept.
+        OSError
+            A file cannot be written: the disk is full, say. The message names it; what was finished is kept.
         """
-        found = self.source.identity()
-        about = {"tinyllm": __version__, **self.about, "key": self.source.key, "input": found}
-        with self._journal_file() as file:
-            journal = Journal(file, about, found["rows"])
+        rows = Rows(self.source)
+        about = {
+            "tinyllm": __version__, **self.about, "key": self.source.key, "input": rows.identity,
+        }  # fmt: skip
+        with self._journal_file(tell) as file:
+            journal = Journal(file, about, rows.identity["rows"])
             if os.path.exists(self.target) and self._is_whole(journal):
                 return None
             if journal.n_damaged:
@@ -255,37 +275,44 @@ class Job:
                 done_before = f"{journal.n_done} of {journal.n_rows}"
                 tell(f"rows that {self.journal_path} has already: {done_before}")
             done(journal.n_done, journal.n_rows)
-            left = ((i, text) for i, (_, text) in enumerate(self.source) if i not in journal)
+            left = ((i, text) for i, (_, text) in enumerate(rows) if i not in journal)
             for number, result in work(left) if journal.n_done < journal.n_rows else ():
                 journal.add(number, result)
                 done(journal.n_done, journal.n_rows)
-            n_errors = self._write(journal)
+            n_errors = self._write(journal, rows)
             journal.end(os.path.getsize(self.target))
             return n_errors
 
     def _is_whole(self, journal: Journal) -> bool:
         """Whether the table that is there is this job's; ArgumentError where it is another, or was changed."""
         n_bytes, wrong = os.path.getsize(self.target), ""
+        if journal.written == n_bytes:
+            return True
+        if journal.written is None and journal.n_done == 0:
+            raise ArgumentError(self._exists)
         if 0 < journal.n_done < journal.n_rows:
             wrong = f"exists, and {journal.n_rows - journal.n_done} rows of its job are not done"
-        elif journal.n_done == 0 and journal.written not in (None, n_bytes):
+        elif journal.n_done == 0:
             wrong = f"has {n_bytes} bytes, and had {journal.written} when it was whole"
         if wrong:
             raise ArgumentError(
                 f"{self.target} {wrong}; move it away, and the same command makes it"
             )
-        return journal.n_done == 0
+        return False  # a kill came before the journal's end
 
     @contextmanager
-    def _journal_file(self) -> Iterator[BinaryIO]:
+    def _journal_file(self, tell: Callable[[str], object]) -> Iterator[BinaryIO]:
         """The journal's file, locked. One that holds nothing when an error ends the run is removed."""
         while True:
-            file = open(self.journal_path, "a+b")
-            system.lock_file(file.fileno())
+            file = open(self.journal_path, "r+b", opener=made)
+            system.lock_file(
+                file.fileno(),
+                lambda: tell(f"another process works on {self.target}; this one waits"),
+            )
             if is_at(file, self.journal_path):
                 break
             file.close()  # whoever held the lock has removed it
-        with file:
+        with naming(self.journal_path), file:
             is_new = file.seek(0, os.SEEK_END) == 0
             try:
                 yield file
@@ -297,7 +324,7 @@ class Job:
                         os.unlink(self.journal_path)
                 raise
 
-    def _write(self, journal: Journal) -> int:
+    def _write(self, journal: Journal, rows: Rows) -> int:
         """Write the table in the order of the input; how many rows have an error."""
         if missing := journal.n_rows - journal.n_done:
             raise TinyLLMError(f"rows without a result: {missing}; the same command goes on")
@@ -308,13 +335,18 @@ class Job:
             part.unlink()  # what a kill has left of a table half written
         with replacing(self.target) as file:
             with writing(file, self.target, self.source.key, kind, self.columns) as add:
-                for number, (key, _) in enumerate(self.source):
+                for number, (key, _) in enumerate(rows):
                     result = journal[number]
                     n_errors += result[ERROR] is not None
                     add({self.source.key: key, **result})
             file.flush()
             os.fsync(file.fileno())  # the rows' other copy is dropped next
         return n_errors
+
+
+def made(path: str, flags: int) -> int:
+    """Open a file as ``flags`` say, and make it where there is none."""
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def is_at(file: BinaryIO, path: str) -> bool:

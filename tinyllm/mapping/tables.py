@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief  # of anything, however deep
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -90,12 +92,12 @@ class Table:
                     "a text" if wrong == "text" else "a text or a whole number of 64 bits, signed"
                 )
                 raise ArgumentError(
-                    f"{self.path}: {place}: {name!r} is {found!r:.60}; a row's {wrong} must be {wanted}"
+                    f"{self.path}: {place}: {name!r} is {brief(found)}; a row's {wrong} must be {wanted}"
                 )
             first = key if first is None else first
             if type(first) is not type(key):
                 raise ArgumentError(
-                    f"{self.path}: {place}: {self.key!r} is {key!r:.60}, and before it {first!r:.60}; "
+                    f"{self.path}: {place}: {self.key!r} is {brief(key)}, and before it {brief(first)}; "
                     "keys must be all texts or all numbers"
                 )
             yield key, text
@@ -111,12 +113,14 @@ class Table:
                     yield place, *self._fields(line, place)
 
     def _fields(self, line: bytes, place: str) -> tuple[Any, Any]:
+        text = decode(line, f"{self.path}: {place}")
         try:
-            row = json.loads(decode(line, f"{self.path}: {place}"))
-        except json.JSONDecodeError as error:
-            raise ArgumentError(f"{self.path}: {place} is no JSON: {error.msg}") from None
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:  # the first also for thousands of digits
+            said = getattr(error, "msg", str(error).partition(";")[0])
+            raise ArgumentError(f"{self.path}: {place} is no JSON: {said}") from None
         if not isinstance(row, dict):
-            raise ArgumentError(f"{self.path}: {place}: expected an object, found {row!r:.60}")
+            raise ArgumentError(f"{self.path}: {place}: expected an object, found {brief(row)}")
         self._check_names(row, place)
         return row[self.key], row[self.text]
 
@@ -144,13 +148,17 @@ class Table:
                 ) from None
 
     def _check_names(self, names: Iterable[str], place: str) -> None:
-        """ArgumentError unless both columns are there."""
+        """ArgumentError unless both columns are there, once."""
         known = list(names)
         for name, option in ((self.text, "--text"), (self.key, "--id")):
             if name not in known:
                 raise ArgumentError(
                     f"{self.path}: {place} has no {name!r} but {', '.join(map(repr, known))}; "
                     f"{option} names another"
+                )
+            if (n := known.count(name)) > 1:
+                raise ArgumentError(
+                    f"{self.path}: {place} has {n} columns {name!r}; rename all but one"
                 )
 
     def key_kind(self) -> Kind:
@@ -163,13 +171,51 @@ class Table:
             is_number = pa.types.is_integer(pa.parquet.read_schema(self.path).field(self.key).type)
         return "integer" if is_number else "text"
 
-    def identity(self) -> dict[str, Any]:
-        """The number of rows, and a digest of their keys and texts, whatever file holds them."""
-        digest, n = hashlib.blake2b(digest_size=16), 0
-        for key, text in self:
+
+class Rows:
+    """The rows of a table as they are when this is made: whoever iterates gets these, or an error.
+
+    Parameters
+    ----------
+    table : Table
+        It is read once now, and again by every iteration.
+
+    Attributes
+    ----------
+    identity : dict
+        The number of rows, and a digest of their keys and texts, whatever file holds them.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._marks = array("Q")
+        digest = hashlib.blake2b(digest_size=16)
+        for row in table:
+            data = json.dumps(row).encode()
+            digest.update(data)
+            self._marks.append(mark(data))
+        self.identity: dict[str, Any] = {"rows": len(self._marks), "digest": digest.hexdigest()}
+
+    def __iter__(self) -> Iterator[tuple[Key, str]]:
+        """Each row's key and text; ArgumentError at the first that is another than it was."""
+        n = 0
+        for row in self.table:
+            if n == len(self._marks) or mark(json.dumps(row).encode()) != self._marks[n]:
+                break
+            yield row
             n += 1
-            digest.update(json.dumps([key, text]).encode())
-        return {"rows": n, "digest": digest.hexdigest()}
+        else:
+            if n == len(self._marks):
+                return
+        raise ArgumentError(
+            f"{self.table.path} has changed since this run began, at its row {n + 1}; "
+            "what was finished is kept: give it the rows back that it had, and the same command goes on"
+        )
+
+
+def mark(data: bytes) -> int:
+    """64 bits that other data does not have, but by chance."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 @contextmanager
