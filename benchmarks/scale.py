@@ -456,9 +456,16 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=60, help="within which conversations begin")
     p.add_argument("--json", type=Path, metavar="FILE")
     args = p.parse_args()
-    costs = measure(args.measure, args.n_threads) if args.measure else Costs()
+    if min([*args.nodes, *args.check, args.rounds]) < 1:
+        p.error("--nodes, --check and --rounds take numbers from 1")
+    costs = Costs()
     if args.costs:
-        costs = Costs(**json.loads(args.costs.read_text("utf-8"))["costs"])
+        try:
+            costs = Costs(**json.loads(args.costs.read_text("utf-8"))["costs"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            p.error(f"--costs {args.costs}: no report of this program ({error})")
+    elif args.measure:
+        costs = measure(args.measure, args.n_threads)
     load = Load(over_s=args.seconds)
     report: dict[str, Any] = {"machine": machine(), "costs": asdict(costs), "load": asdict(load)}
     print(f"read {1e3 * costs.read_s:.2f} ms a token, steps {1e3 * costs.step(1):.2f} ms for 1 text, "

@@ -112,3 +112,22 @@ def test_the_command_writes_what_it_played(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert report["costs"]["read_s"] > 0
     assert len(done.stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--nodes", "0"], "--nodes, --check and --rounds take numbers from 1"),
+        (["--check", "-1"], "--nodes, --check and --rounds take numbers from 1"),
+        (["--costs", "none.json"], "--costs none.json: no report of this program"),
+        (["--costs", str(ROOT / "benchmarks" / "results" / "tables.json")], "no report of this"),
+    ],
+)
+def test_a_wrong_command_is_told(
+    scale: Any, argv: list[str], told: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["scale.py", *argv])
+    with pytest.raises(SystemExit):
+        scale.main()
+    assert told in capsys.readouterr().err

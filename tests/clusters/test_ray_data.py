@@ -98,6 +98,11 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
         embed({"text": np.array(TEXTS)})
     with pytest.raises(ArgumentError, match="no column 'text' but 'body'; give text="):
         embed(table(body=TEXTS))
+    with pytest.raises(ArgumentError, match="row 1 of a batch has None in its column 'text'"):
+        embed(table(text=["a", None]))
+    pa = pytest.importorskip("pyarrow")
+    with pytest.raises(ArgumentError, match="a batch has 2 columns 'text'; rename all but one"):
+        embed(pa.table([["a"], ["b"]], names=["text", "text"]))
     with pytest.raises(ArgumentError, match="has a column 'error' already; rename it"):
         embed(table(text=TEXTS, error=TEXTS))
 
@@ -107,7 +112,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *cpus: float, alive: bool = True) -
     nodes = [{"Alive": alive, "Resources": {"CPU": n} if n else {}} for n in cpus]
     nodes.append({"Alive": False, "Resources": {"CPU": 64}})
     strategy = SimpleNamespace(ActorPoolStrategy=lambda size: size)
-    monkeypatch.setattr(data, "ray", lambda: SimpleNamespace(nodes=lambda: nodes, data=strategy))
+    running = SimpleNamespace(nodes=lambda: nodes, data=strategy, is_initialized=lambda: True)
+    monkeypatch.setattr(data, "ray", lambda: running)
 
 
 def test_each_node_gets_one_actor_with_all_of_its_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +134,35 @@ def test_each_node_gets_one_actor_with_all_of_its_cpus(monkeypatch: pytest.Monke
     cluster(monkeypatch, 0)
     with pytest.raises(ArgumentError, match="nodes have 0 CPUs"):
         per_node()
+
+
+@pytest.mark.usefixtures("apart")
+def test_without_a_running_ray_its_nodes_cannot_be_asked() -> None:
+    with pytest.raises(ArgumentError, match=r"call ray.init\(\) before per_node\(\)"):
+        per_node()
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize(
+    ("task", "options", "told"),
+    [
+        ("generate", {"max_tokens": -5}, "max_tokens=-5"),
+        ("generate", {"temperature": -1}, "temperature=-1"),
+        ("embed", {"pooling": "most"}, "pooling='most'"),
+    ],
+)
+def test_options_are_checked_before_a_worker_starts(task: str, options: dict, told: str) -> None:
+    with pytest.raises(ArgumentError, match=told):
+        next(data.map_rows("nowhere", task, [(0, "a")], None, {}, options))
+
+
+def test_an_error_on_a_node_is_tinyllms_own_not_what_ray_advises() -> None:
+    printed = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__()
+  File "data.py", line 1, in __init__
+tinyllm.errors.GGUFError: m.gguf, byte 0: not a GGUF file
+Set RAY_ADVICE=1 to be advised."""
+    assert data.reason(RuntimeError(printed)) == "m.gguf, byte 0: not a GGUF file"
+    assert data.reason(RuntimeError("one\ntwo\n")) == "two"
 
 
 def test_an_actor_has_the_threads_that_ray_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,8 +29,10 @@ from tinyllm.ray.prefixes import FIRST, prefix_of, ranked
 pytest.importorskip("fastapi", reason="the server needs tinyllm[server]")
 httpx = pytest.importorskip("httpx")
 
-from tinyllm.ray.serve import Passed, answers  # noqa: E402
-from tinyllm.server import create_app  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+
+from tinyllm.ray.serve import Front, Passed, answers  # noqa: E402
+from tinyllm.server import Settings, create_app  # noqa: E402
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray[serve]")
 
@@ -58,6 +61,10 @@ def test_a_conversation_keeps_its_prefix_from_turn_to_turn() -> None:
 def test_texts_that_begin_alike_have_one_prefix() -> None:
     beginning = "x" * FIRST
     assert digest(prompt=beginning + "a") == digest(prompt=beginning + "b")
+    assert digest(prompt=[beginning + "a", "c"]) == digest(prompt=[beginning + "b"])
+    ids = list(range(FIRST))
+    assert digest(prompt=[*ids, 1]) == digest(prompt=[*ids, 2]) != digest(prompt=ids[1:])
+    assert digest(prompt=[[*ids, 1], [5]]) == digest(prompt=[[*ids, 2]])
     assert digest(prompt="a") != digest(prompt="b")
     assert digest(input=["a"]) != digest(input=["b"])
     assert digest(prompt=[1, 2, 3]) != digest(prompt=[1, 2, 4])
@@ -182,6 +189,57 @@ def test_a_stream_that_is_cut_ends_with_an_error(app: Any) -> None:
 def test_half_of_an_answer_closes_the_connection(app: Any) -> None:
     with pytest.raises(Exception, match="has ended"):
         ask(front(Dying(app, deaths=9, after=1)))
+
+
+def test_an_error_of_the_front_itself_is_json() -> None:
+    def fails(*request: Any) -> Any:
+        raise OSError("no way to a worker")
+
+    answer = ask(front(fails))
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the server failed; its log says how"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "told"),
+    [
+        ({"content-length": "101"}, 413, "larger than 100 bytes"),
+        ({"x-api-key": "other"}, 401, "the key is wrong"),
+        ({}, 401, "a key is needed"),
+        ({"x-api-key": "secret"}, 413, "larger than 100 bytes"),  # found while it is read
+    ],
+)
+def test_the_front_refuses_before_it_has_read_too_much(
+    headers: dict[str, str], status: int, told: str
+) -> None:
+    n_read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal n_read
+        n_read += 1
+        return {"type": "http.request", "body": b"x" * 60, "more_body": True}
+
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def inside() -> None:
+        settings = Settings(max_body=100, api_keys=("secret",))
+        worker = SimpleNamespace(options=lambda stream: None)
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+            "headers": [(b"host", b"localhost"), *raw],
+        }  # fmt: skip
+        answer = await Front(worker, settings)(Request(scope, receive))
+        await answer(scope, receive, send)
+
+    asyncio.run(inside())
+    assert sent[0]["status"] == status
+    assert (b"x-content-type-options", b"nosniff") in sent[0]["headers"]
+    assert told in json.loads(sent[1]["body"])["error"]["message"]
+    assert n_read == (2 if "secret" in headers.values() else 0)
 
 
 def test_a_client_that_goes_ends_the_text(app: Any) -> None:
@@ -377,7 +435,15 @@ def streams(url: str, n: int, meanwhile: Callable[[], object] = lambda: None) ->
     [
         ({"replicas": 0}, "replicas=0; expected at least 1"),
         ({"replicas": (3, 2)}, "replicas=(3, 2); expected"),
+        ({"replicas": "2"}, "replicas='2'; expected at least 1"),
+        ({"replicas": (1, 2, 3)}, "replicas=(1, 2, 3); expected"),
+        ({"replicas": 1.5}, "replicas=1.5; expected"),
+        ({"replicas": True}, "replicas=True; expected"),
         ({"idle_s": -1}, "idle_s=-1; expected seconds"),
+        ({"idle_s": "x"}, "idle_s='x'; expected seconds"),
+        ({"cpus": 0}, "cpus=0; expected a whole number"),
+        ({"cpus": 0.5}, "cpus=0.5; expected a whole number"),
+        ({"settings": {"slots": 2}}, "settings={'slots': 2}; expected tinyllm.server.Settings"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], told: str) -> None:

@@ -121,3 +121,19 @@ def test_what_a_model_cannot_do_is_refused(model: Model, data: object) -> None:
         Embed(model, pooling="none")
     with pytest.raises(ArgumentError, match="choices"):
         Decide(model, [{"type": "choice", "instructions": "Which?"}])
+
+
+@pytest.mark.parametrize("rows", [["abc"], ["ab"], [("k", None)], [("k", "a", "b")]], ids=str)
+@pytest.mark.parametrize("task", [Embed, Score, Generate], ids=lambda task: task.__name__)
+def test_what_is_no_pair_of_a_tag_and_a_text_is_told(model: Model, task: type, rows: list) -> None:
+    with pytest.raises(ArgumentError, match="expected pairs of a tag and a text"):
+        list(task(model).run(rows))
+
+
+def test_wrong_options_are_told_when_a_task_is_made(model: Model) -> None:
+    for wrong in ({"temperature": -1}, {"max_tokens": -5}, {"max_tokens": "many"}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            Generate(model, **wrong)
+    with pytest.raises(TypeError, match="nix"):
+        Generate(model, nix=1)
+    Generate(model, template="chatml", tools=[], regex="a*", deadline=3.0, top_k=4)

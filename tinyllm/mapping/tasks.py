@@ -7,8 +7,10 @@ import queue
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, Literal, TypeVar
 
+from ..engine.completion import options_of
 from ..engine.request import Request
 from ..engine.scheduler import MOST_TEXTS, Engine
 from ..engine.scoring import logprobs
@@ -19,7 +21,16 @@ Tag = TypeVar("Tag")
 Kind = Literal["text", "integer", "number", "vector"]
 Result = dict[str, Any]
 ERROR = "error"
+OF_THE_MODEL = ("json_schema", "regex", "grammar", "speculate", "lora")  # checked with it
 STEPS = 2  # about so many seconds of work are done between two reports
+
+
+def pairs(texts: Iterable[tuple[Tag, str]]) -> Iterator[tuple[Tag, str]]:
+    """Tags and texts as they come; ArgumentError for anything else."""
+    for pair in texts:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], str)):
+            raise ArgumentError(f"run got {pair!r:.60}; expected pairs of a tag and a text")
+        yield pair
 
 
 class Task(ABC):
@@ -36,11 +47,18 @@ class Task(ABC):
     def __init__(self, model: Model) -> None:
         self.model = model
 
+    @classmethod
+    def check(cls, *args: Any, **options: Any) -> None:
+        """Raise ArgumentError, or TypeError for an unknown name, for options that it has with no model."""
+        if args or options:
+            raise TypeError(f"{cls.__name__} takes no options, but got {args or options!r:.60}")
+
     @abstractmethod
     def run(self, texts: Iterable[tuple[Tag, str]]) -> Iterator[tuple[Tag, Result]]:
         """The result of each text, with the tag that came with it, in the order in which they are done.
 
-        A text that does not fit into the model's context gets an ``error``; other errors end the work.
+        A text that does not fit into the model's context gets an ``error``; other errors end the work:
+        ArgumentError where something else than a pair of a tag and a text is given.
         """
 
     def _failed(self, error: Exception | str) -> Result:
@@ -54,7 +72,7 @@ class Task(ABC):
         batch: list[tuple[Tag, list[int]]] = []
         wrong: list[tuple[Tag, Result]] = []
         n = 0
-        for tag, text in texts:
+        for tag, text in pairs(texts):
             ids = self.model.tokenizer.encode(text, parse_special=parse_special)
             if 0 < len(ids) <= limit:
                 batch.append((tag, ids))
@@ -76,9 +94,13 @@ class Embed(Task):
 
     def __init__(self, model: Model, pooling: str | None = None, normalize: bool = True) -> None:
         super().__init__(model)
+        self.check(pooling, normalize)
+        self.pooling, self.normalize = pooling, normalize
+
+    @classmethod
+    def check(cls, pooling: str | None = None, normalize: bool = True) -> None:
         if pooling not in (None, "mean", "cls", "last"):
             raise ArgumentError(f"pooling={pooling!r:.40}; expected 'mean', 'cls' or 'last'")
-        self.pooling, self.normalize = pooling, normalize
 
     def run(self, texts: Iterable[tuple[Tag, str]]) -> Iterator[tuple[Tag, Result]]:
         for batch, wrong in self._batches(texts, True, self.model.config.n_ctx_train):
@@ -146,14 +168,22 @@ class Generate(Task):
         **options: Any,
     ) -> None:
         super().__init__(model)
+        self.check(max_tokens, chat, system, **options)
         self.options = {"seed": 0, **options, "max_tokens": max_tokens}
         self.chat, self.system = chat or system is not None, system
+
+    @classmethod
+    def check(
+        cls, max_tokens: int = 256, chat: bool = False, system: str | None = None, **options: Any
+    ) -> None:
+        others = {*signature(Engine.submit).parameters, *OF_THE_MODEL}
+        options_of(max_tokens, **{n: x for n, x in options.items() if n not in others})
 
     def run(self, texts: Iterable[tuple[Tag, str]]) -> Iterator[tuple[Tag, Result]]:
         ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         running: dict[int, tuple[Tag, Request]] = {}
         with Engine(self.model) as engine:
-            for number, (tag, text) in enumerate(texts):
+            for number, (tag, text) in enumerate(pairs(texts)):
                 try:
                     request = engine.submit(self._prompt(text), **self.options)
                 except ContextOverflow as error:
@@ -203,14 +233,18 @@ class Decide(Task):
     columns: ClassVar[Mapping[str, Kind]] = {"answers": "text", ERROR: "text"}
 
     def __init__(self, model: Model, questions: Sequence[Mapping[str, Any]]) -> None:
-        from ..chat.questions import questions_of
-
         super().__init__(model)
-        questions_of(questions)  # wrong ones are told before the first row
+        self.check(questions)
         self.questions = questions
 
+    @classmethod
+    def check(cls, questions: Sequence[Mapping[str, Any]]) -> None:
+        from ..chat.questions import questions_of
+
+        questions_of(questions)
+
     def run(self, texts: Iterable[tuple[Tag, str]]) -> Iterator[tuple[Tag, Result]]:
-        for tag, text in texts:
+        for tag, text in pairs(texts):
             try:
                 found = self.model.decide(text, self.questions)
             except ContextOverflow as error:

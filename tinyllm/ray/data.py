@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from ..mapping.tables import arrow_types
 
 ROWS = 256  # that a batch has at most
 CHARACTERS = 1 << 16  # that a batch's texts have, about
+OWN = re.compile(r"\btinyllm\.errors\.\w+: *(.*\S)")  # in a traceback as Ray prints it
 LISTENING_S = 10.0  # that a cluster may take to answer a first connection
 BATCHES = 8  # that an actor gets at least, where there are rows enough: a lost one costs little
 
@@ -79,7 +81,15 @@ class Mapper:
         if self.text not in batch.column_names:
             known = ", ".join(map(repr, batch.column_names))
             raise ArgumentError(f"a batch has no column {self.text!r} but {known}; give text=")
-        results = dict(self._task.run(enumerate(batch.column(self.text).to_pylist())))
+        if (n := batch.column_names.count(self.text)) > 1:
+            raise ArgumentError(f"a batch has {n} columns {self.text!r}; rename all but one")
+        texts = batch.column(self.text).to_pylist()
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ArgumentError(
+                    f"row {i} of a batch has {text!r:.60} in its column {self.text!r}; expected a text"
+                )
+        results = dict(self._task.run(enumerate(texts)))
         types = arrow_types()
         for name, kind in self._task.columns.items():
             if name in batch.column_names:
@@ -144,7 +154,10 @@ def per_node(cpus: int | None = None, leave: int = 1) -> dict[str, Any]:
     >>> options = {"fn_constructor_kwargs": {"model": "m.gguf"}, **per_node()}  # doctest: +SKIP
     >>> ray.data.read_parquet("in").map_batches(Embed, **options)  # doctest: +SKIP
     """
-    nodes = [node["Resources"].get("CPU", 0) for node in ray().nodes() if node["Alive"]]
+    ray_ = ray()
+    if not ray_.is_initialized():
+        raise ArgumentError("Ray is not running here; call ray.init() before per_node()")
+    nodes = [node["Resources"].get("CPU", 0) for node in ray_.nodes() if node["Alive"]]
     counts = [int(n) for n in nodes if n >= 1]
     if not counts or (cpus is not None and not 1 <= cpus <= max(counts)):
         raise ArgumentError(
@@ -152,7 +165,7 @@ def per_node(cpus: int | None = None, leave: int = 1) -> dict[str, Any]:
         )
     cpus = cpus or max(1, min(counts) - leave)
     n_actors = sum(max(n >= cpus, (n - leave) // cpus) for n in counts)
-    actors = ray().data.ActorPoolStrategy(size=n_actors)
+    actors = ray_.data.ActorPoolStrategy(size=n_actors)
     return {"num_cpus": cpus, "compute": actors, "batch_format": "pyarrow", "batch_size": ROWS}
 
 
@@ -185,11 +198,14 @@ def map_rows(
 
     Raises
     ------
+    ArgumentError
+        The task takes no such options.
     TinyLLMError
         There is no such cluster, or an actor failed; the message says why.
     """
     import pyarrow as pa
 
+    MAPPERS[task].task.check(**options)
     ray_ = ray()
     with connected(address):
         how = per_node(cpus, leave=0)  # rows come from this process
@@ -272,6 +288,8 @@ def parts(rows: list[tuple[int, str]], least: int) -> Iterator[list[tuple[int, s
 
 
 def reason(error: BaseException) -> str:
-    """The last line of an error that an actor raised: what it was, without the way it took."""
+    """What an error that an actor raised was, without the way it took: tinyllm's own, else the last line."""
+    if own := OWN.findall(str(error)):
+        return str(own[-1])  # Ray goes on with what it advises
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -14,7 +14,8 @@ def prefix_of(body: bytes) -> bytes | None:
     """A digest of what a request's prompt begins with; None for a request without one.
 
     Of a conversation that is everything up to its first message by a user, so that it keeps its replica from
-    turn to turn; of a text its first ``FIRST`` characters.
+    turn to turn; of a text, or of the first of a list, its first ``FIRST`` characters, or tokens where it is
+    given as ids.
     """
     try:
         asked = json.loads(body)
@@ -27,7 +28,8 @@ def prefix_of(body: bytes) -> bytes | None:
         before = [asked.get("system"), asked.get("instructions"), asked.get("tools")]
         beginning: Any = [before, up_to_user(given)]
     elif isinstance(given, str | list) and given:
-        beginning = given[:FIRST]
+        first = given[0] if isinstance(given[0], str | list) else given  # of a list of prompts
+        beginning = (given if isinstance(given, str) else first)[:FIRST]
     else:
         return None
     model_and_text = json.dumps([asked.get("model"), beginning], sort_keys=True)

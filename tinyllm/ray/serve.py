@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ArgumentError
 from ..server import Settings, create_app
-from ..server.errors import Refusal
+from ..server.errors import Refusal, refusal_of
+from ..server.guard import Body, Guard, headers_of, log
+from ..server.metrics import Metrics
 from ..server.reply import send_whole
 from .data import ray, threads
 from .prefixes import prefix_of
@@ -26,6 +29,7 @@ PLAIN = (
     "headers", "client", "server",
 )  # fmt: skip  # what an application needs of a request, and a process can send to another
 TRIES = 3  # replicas that get a request before its client is told of their ends
+FRONTS = 2  # where one ends, the other takes its requests at once
 DRAIN_S = 60.0
 Call = Callable[[bytes | None, dict[str, Any], bytes], AsyncIterator[Message]]
 
@@ -72,12 +76,22 @@ def application(
     >>> serve.run(application("model.gguf", replicas=(1, 8), cpus=4))  # doctest: +SKIP
     """
     ray()
-    settings = settings or Settings()
-    fewest, most = (replicas, replicas) if isinstance(replicas, int) else replicas
-    if not 1 <= fewest <= most:
-        raise ArgumentError(f"replicas={replicas}; expected at least 1, or the fewest and the most")
-    if not 0 <= idle_s < float("inf"):
-        raise ArgumentError(f"idle_s={idle_s}; expected seconds, at least 0")
+    settings = Settings() if settings is None else settings
+    counts = (replicas, replicas) if isinstance(replicas, int) else replicas
+    if not (
+        isinstance(counts, tuple) and len(counts) == 2 and all(map(is_count, counts))
+        and counts[0] <= counts[1]
+    ):  # fmt: skip
+        raise ArgumentError(
+            f"replicas={replicas!r:.60}; expected at least 1, or the fewest and the most"
+        )
+    if not is_count(cpus):
+        raise ArgumentError(f"cpus={cpus!r:.60}; expected a whole number, at least 1")
+    if not (isinstance(idle_s, int | float) and 0 <= idle_s < float("inf")):
+        raise ArgumentError(f"idle_s={idle_s!r:.60}; expected seconds, at least 0")
+    if not isinstance(settings, Settings):
+        raise ArgumentError(f"settings={settings!r:.60}; expected tinyllm.server.Settings")
+    fewest, most = counts
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -100,10 +114,15 @@ def application(
         }  # fmt: skip
     worker = serve.deployment(name="tinyllm", **how)(Worker).bind(models, settings)
     front = serve.deployment(
-        name="tinyllm-front", num_replicas=1, ray_actor_options={"num_cpus": 0},
+        name="tinyllm-front", num_replicas=FRONTS, ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000, graceful_shutdown_timeout_s=DRAIN_S,
     )(Front)  # fmt: skip
-    return front.bind(worker)
+    return front.bind(worker, settings)
+
+
+def is_count(n: object) -> bool:
+    """Whether it is a whole number, at least 1."""
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 1
 
 
 class Worker:
@@ -156,15 +175,51 @@ async def answers(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncIter
 
 
 class Front:
-    """Takes requests at Serve's address, and hands each to a worker."""
+    """Takes requests at Serve's address, and hands each that may come in to a worker."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, settings: Settings) -> None:
         stream = worker.options(stream=True)
         self.call: Call = lambda *request: stream.remote(*request)
+        self.settings = settings
 
     async def __call__(self, request: Request) -> Response:
-        """The answer to a request, passed on as it comes."""
-        return Passed(self.call, await request.body(), ray().exceptions.RayError)
+        """The answer to a request, passed on as it comes, or a refusal, before the body where it can be."""
+        try:
+            body = await body_of(request, self.settings)
+        except Refusal as refused:
+            added = guard(self.settings).added(headers_of(request.scope))
+            more = {k.decode(): v.decode("latin-1") for k, v in added}
+            return Response(
+                refused.body(request.url.path), refused.status, {**more, **refused.headers},
+                "application/json",
+            )  # fmt: skip
+        return Passed(self.call, body, ray().exceptions.RayError)
+
+
+def guard(settings: Settings) -> Guard:
+    """What refuses requests in each replica, without the replica behind it."""
+
+    async def nothing(scope: Scope, receive: Receive, send: Send) -> None: ...
+
+    return Guard(nothing, settings, Metrics())
+
+
+async def body_of(request: Request, settings: Settings) -> bytes:
+    """A request's body, for a worker; Refusal where the worker would not let it in, or it is too large."""
+    if (refused := guard(settings).refusal(request.scope, headers_of(request.scope))) is not None:
+        raise refused
+    parts = Body(request.receive, settings)
+    body, more = bytearray(), True
+    try:
+        while more:
+            message = await parts.receive()
+            if message["type"] == "http.disconnect":
+                raise Refusal(400, "the client left before its request was whole")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+    except HTTPException as error:
+        raise Refusal(error.status_code, error.detail) from None
+    return bytes(body)
 
 
 class Passed(Response):
@@ -196,9 +251,12 @@ class Passed(Response):
     async def _pass(self, scope: Scope, send: Send) -> None:
         plain = {name: scope[name] for name in PLAIN if name in scope}
         prefix, began, is_stream = prefix_of(self.asked), False, False
+        lost = Refusal(503, "the replica that worked on this has ended; ask again",
+                       headers={"Retry-After": "1"})  # fmt: skip
         for _ in range(TRIES):
-            messages = self.call(prefix, plain, self.asked)
+            messages: Any = None
             try:
+                messages = self.call(prefix, plain, self.asked)
                 async for message in messages:
                     began = True
                     if message["type"] == "http.response.start":
@@ -210,11 +268,13 @@ class Passed(Response):
             except self.died:
                 if began:
                     break
+            except Exception as error:  # of this process; else Serve answers in plain text
+                log.exception("a request could not be passed on")
+                lost = refusal_of(error)
+                break
             finally:
                 if (cancel := getattr(messages, "cancel", None)) is not None:
                     cancel()
-        lost = Refusal(503, "the replica that worked on this has ended; ask again",
-                       headers={"Retry-After": "1"})  # fmt: skip
         if not began:
             await send_whole(send, lost.status, lost.body(scope["path"]), lost.headers)
         elif is_stream:

@@ -41,8 +41,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         began, status = time.perf_counter(), 500
-        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        more = [*SAFE, *self._cors(headers)]
+        headers = headers_of(scope)
+        more = self.added(headers)
         body = Body(receive, self.settings)
 
         async def tell(message: Message) -> None:
@@ -54,7 +54,7 @@ class Guard:
 
         self.metrics.began()
         try:
-            if (refusal := self._refusal(scope, headers)) is not None:
+            if (refusal := self.refusal(scope, headers)) is not None:
                 path = scope["path"]
                 await send_whole(tell, refusal.status, refusal.body(path), refusal.headers)
             elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
@@ -68,7 +68,8 @@ class Guard:
             self.metrics.ended(scope, status, seconds, asked)
             self._log(scope, status, seconds, asked, body)
 
-    def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> Refusal | None:
+    def refusal(self, scope: Scope, headers: Mapping[str, str]) -> Refusal | None:
+        """Why a request may not come in, before its body is read; None where it may."""
         settings = self.settings
         host = host_of(headers.get("host", ""))
         if settings.hosts and host not in settings.hosts:
@@ -104,6 +105,10 @@ class Guard:
 
     def _may(self, origin: str) -> bool:
         return "*" in self.settings.origins or origin in self.settings.origins
+
+    def added(self, headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+        """What every answer to a request with such headers has beside its own."""
+        return [*SAFE, *self._cors(headers)]
 
     def _cors(self, headers: Mapping[str, str]) -> Iterable[tuple[bytes, bytes]]:
         origin = headers.get("origin")
@@ -151,6 +156,11 @@ class Body:
             if self._settings.log_prompts:
                 self.seen.append(part)
         return message
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """A request's headers as texts."""
+    return {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
 
 
 def host_of(address: str) -> str:
