@@ -8,7 +8,7 @@ import itertools
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -66,6 +66,24 @@ def checked(path: str | os.PathLike[str]) -> str:
     if not possible:
         raise ArgumentError(f"{name!r:.80} is no name of a file")
     return name
+
+
+def check_apart(target: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]]) -> None:
+    """ArgumentError if a file to write is one of those that it is made of: of a folder, all but ``*.gguf``."""
+    name = os.path.expanduser(checked(target))
+    if not os.path.isfile(name):
+        return
+    for source in sources:
+        path = os.path.expanduser(os.fspath(source))
+        if os.path.isfile(path) and os.path.samefile(path, name):
+            raise ArgumentError(f"{name} is the source itself; give another name")
+        if os.path.isdir(path) and not name.endswith(".gguf"):
+            above = os.path.dirname(os.path.realpath(name))
+            while os.path.dirname(above) != above and not os.path.samefile(above, path):
+                above = os.path.dirname(above)
+            files = [e.path for e in os.scandir(path) if e.is_file()]  # some may be links
+            if os.path.samefile(above, path) or any(os.path.samefile(f, name) for f in files):
+                raise ArgumentError(f"{name} is a file of the source {path}; give another name")
 
 
 def lines_of(text: str) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from . import gguf
 from .engine.progress import loading
 from .errors import ArgumentError, GGUFError
+from .files import check_apart
 from .gguf.imatrix import Importance, write_imatrix
 from .kernels.backend import Array, Backend
 from .loading import locate, placing, vocabulary
@@ -109,7 +110,7 @@ def imatrix(
     Raises
     ------
     ArgumentError
-        There is no text, or the model has no layers whose products read anything.
+        There is no text, `out` is the model's file, or the model has no layers whose products read anything.
     GGUFError, UnsupportedModel, DeviceError
         As ``load``.
 
@@ -124,6 +125,8 @@ def imatrix(
     if window < 2 or (n_windows is not None and n_windows < 1):
         raise ArgumentError(f"window={window}, n_windows={n_windows}; expected at least 2 and 1")
     with watched(model, found, device, n_threads) as watching:
+        if out is not None:
+            check_apart(out, watching._file.paths)
         pieces = windows(watching, text, min(window, watching.config.n_ctx_train))[:n_windows]
         for i in progress(range(len(pieces)), len(pieces)):
             read(watching, pieces[i])

@@ -311,6 +311,20 @@ def test_tensors_without_a_place_and_missing_experts_are_told(tmp_path: Path) ->
         tinyllm.convert(folder, tmp_path / "out.gguf")
 
 
+def test_no_file_of_the_folder_is_overwritten(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path)
+    (tmp_path / "weights").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    for name in ("model.safetensors", "config.json", "../weights"):
+        with pytest.raises(ArgumentError, match="is a file of the source"):
+            tinyllm.convert(folder, folder / name)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    for _ in range(2):  # what was made of it may be made again
+        tinyllm.convert(folder, folder / "model.gguf")
+
+
 LAST = "model.layers.1.mlp.down_proj.weight"
 WHOLE = {LAST: "model.safetensors"}
 

@@ -214,6 +214,23 @@ def test_mixtures_do_with_fewer_bits_where_importance_is_known() -> None:
     assert {m.file_type for m in MIXTURES.values()} >= set(range(19, 32))
 
 
+def test_no_source_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tinyllm.cli import main
+
+    model, text = tmp_path / "m.gguf", tmp_path / "text.txt"
+    model.write_bytes(BUNDLED.read_bytes())
+    text.write_text(TEXT)
+    for words in (
+        ["imatrix", model, text, "-o", model],
+        ["imatrix", model, text, "-o", text],
+        ["control", model, text, text, "-o", model],
+        ["control", model, text, text, "-o", text],
+    ):
+        assert main([str(w) for w in words]) == 2
+        assert f"{words[-1]} is the source itself; give another name" in capsys.readouterr().err
+    assert (model.read_bytes(), text.read_text()) == (BUNDLED.read_bytes(), TEXT)
+
+
 def test_the_command_writes_what_quantize_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -178,6 +178,24 @@ def test_the_source_is_not_overwritten(source: Path) -> None:
     assert source.read_bytes() == before
 
 
+def test_no_part_of_a_split_source_is_overwritten(source: Path, tmp_path: Path) -> None:
+    parts = [Path(p) for p in _in_parts(source, tmp_path / "m.gguf", 1 << 16)]
+    before = [p.read_bytes() for p in parts]
+    assert len(parts) > 2
+    for how in (
+        {"dst": parts[2]},
+        {"dst": tmp_path / "m.gguf", "mixture": "F32", "part_bytes": 1 << 16},  # the same names
+    ):
+        with pytest.raises(ArgumentError, match="is the source itself; give another name"):
+            quantize(parts[0], **how)
+    assert [p.read_bytes() for p in parts] == before
+
+
+def _in_parts(source: Path, to: Path, size: int) -> list[str]:
+    with gguf.open(source) as file:
+        return gguf.write(to, file.exact_metadata, file.tensors, part_bytes=size)
+
+
 def test_an_unknown_mixture_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"no mixture 'Q4_K'; there are .*Q4_K_M"):
         quantize(source, tmp_path / "q.gguf", "Q4_K")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
-from ..files import read_text
+from ..files import check_apart, read_text
 from .arguments import (
     MODEL_HELP,
     Arguments,
@@ -174,6 +174,7 @@ def imatrix(args: Arguments) -> None:
 
     from ..measuring import imatrix as measure
 
+    check_apart(args.out, [args.text])
     found = measure(
         args.model, read_text(args.text), args.out, window=args.window, n_windows=args.n_windows,
         device=args.device, n_threads=args.n_threads, dataset=Path(args.text).name,
@@ -217,8 +218,10 @@ def control_arguments(p: Parser) -> None:
 
 
 def control(args: Arguments) -> None:
+    check_apart(args.out, [args.positive, args.negative])
     positive, negative = prompts_of(args.positive), prompts_of(args.negative)
     with load_decoder(args) as m:
+        check_apart(args.out, m._file.paths)
         vector = m.control_vector(
             positive, negative, args.method, slice(1, None) if args.all_tokens else -1
         )

@@ -96,7 +96,8 @@ def merge(
                 more = partial(changed, HEAD, head) if head else None
                 blocks[HEAD] = deferred(tensor, tensor.type, pool, None, more)
         kept = {k: v for k, v in file.exact_metadata.items() if not k.startswith("split.")}
-        write(dst, kept, blocks, part_bytes=part_bytes)
+        sources = [*file.paths, *(path for path, _ in pairs)]
+        write(dst, kept, blocks, part_bytes=part_bytes, sources=sources)
         return {name: block.type for name, block in blocks.items()}
 
 

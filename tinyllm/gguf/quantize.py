@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, NumericError
+from ..files import check_apart
 from . import quants
 from .imatrix import Importance, check_covers, per_row, read_imatrix
 from .mixtures import MIXTURES, is_matrix, plan
@@ -102,7 +103,9 @@ def quantize(
             n: deferred(t, planned[n], pool, report, importance=importance_of(known, t))
             for n, t in file.tensors.items()
         }
-        write(dst, _metadata(file, mixture), blocks, part_bytes=part_bytes)
+        beside = [imatrix] if isinstance(imatrix, str | os.PathLike) else []
+        sources = [*file.paths, *beside]
+        write(dst, _metadata(file, mixture), blocks, part_bytes=part_bytes, sources=sources)
     return planned
 
 
@@ -158,8 +161,7 @@ def importance_of(known: Importance | None, tensor: Tensor) -> Rows | None:
 def paths(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> tuple[str, str]:
     """A source and a target that is another file; ArgumentError if they are one."""
     a, b = os.path.expanduser(os.fspath(src)), os.path.expanduser(os.fspath(dst))
-    if os.path.exists(b) and os.path.samefile(a, b):
-        raise ArgumentError(f"{b} is the source itself; give another name")
+    check_apart(b, [a])
     return a, b
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from ..files import checked, replacing
+from ..files import check_apart, checked, replacing
 from .strings import StringArray, encode
 from .tensor import Tensor
 from .types import (
@@ -93,6 +93,7 @@ def write(
     byteorder: str = "little",
     alignment: int | None = None,
     part_bytes: int | None = None,
+    sources: Collection[str | os.PathLike[str]] = (),
 ) -> list[str]:
     """Write a GGUF file, or several that hold a model together.
 
@@ -116,6 +117,8 @@ def write(
         Split into parts with about so many bytes of tensors each, and at least one tensor. ``model.gguf``
         becomes ``model-00001-of-00003.gguf`` and so on; without it, and where all fits into one part, one
         file is written under the name given.
+    sources : collection of path-like
+        What the file is made of, files and folders: none of them is overwritten.
 
     Returns
     -------
@@ -125,7 +128,7 @@ def write(
     Raises
     ------
     ArgumentError
-        If something cannot be stored.
+        If something cannot be stored, or a file to write is one of the sources.
     """
     if version not in VERSIONS or byteorder not in FILE_ORDER:
         raise ArgumentError(f"version {version} {byteorder!r}; versions are 2 and 3, little or big")
@@ -145,7 +148,7 @@ def write(
             raise ArgumentError("parts need names; give a path instead of a file object")
         _write_to(cast("BinaryIO", path_or_file), metadata, stored, form)
         return []
-    return _write_parts(path_or_file, metadata, _parts(stored, part_bytes), form)
+    return _write_parts(path_or_file, metadata, _parts(stored, part_bytes), form, sources)
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,13 @@ def _parts(stored: dict[str, _Stored], part_bytes: int | None) -> list[dict[str,
 
 
 def _write_parts(
-    path: Any, metadata: dict[str, Any], parts: list[dict[str, _Stored]], form: _Form
-) -> list[str]:
+    path: Any, metadata: dict[str, Any], parts: list[dict[str, _Stored]], form: _Form,
+    sources: Collection[Any],
+) -> list[str]:  # fmt: skip
     """Write each part; those of a split model have the keys that say so, all other keys are in the first."""
     names = part_names(checked(path), len(parts))
+    for name in names:
+        check_apart(name, sources)
     total = sum(map(len, parts))
     with ExitStack() as files:  # all of them appear together, when the last one is complete
         for i, (name, tensors) in enumerate(zip(names, parts, strict=True)):

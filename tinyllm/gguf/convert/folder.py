@@ -105,7 +105,7 @@ def convert(
     types = {name: chosen.get(name, wide.get(name, "F32")) for name in tensors}
     with ThreadPoolExecutor(n_threads or os.cpu_count() or 1) as pool:
         blocks = {name: t.stored_as(types[name], pool, report) for name, t in tensors.items()}
-        write(out, metadata, blocks, part_bytes=part_bytes)
+        write(out, metadata, blocks, part_bytes=part_bytes, sources=[path])
     return types
 
 
