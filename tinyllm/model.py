@@ -22,6 +22,7 @@ from .engine.completion import (
     check_n_ctx,
     chosen_scales,
     complete,
+    divided,
     ids_of,
     listed,
     options_of,
@@ -107,13 +108,20 @@ class Model(Chatting, Studied):
         adapters = self.network.adapters
         return dict(zip(adapters.names, adapters.scales, strict=True))
 
-    def new_state(self, n_ctx: int | None = None, lora: Mapping[str, float] | None = None) -> State:
+    def new_state(
+        self,
+        n_ctx: int | None = None,
+        lora: Mapping[str, float] | None = None,
+        source: Prompt | None = None,
+    ) -> State:
         """An empty conversation with room for ``n_ctx`` tokens (default: the model's).
 
         Its steps use the adapters that ``lora`` names, each with its scale; None: as the model was loaded.
+        ``source`` is the text, or the ids, that a model with an encoder of its own (T5) reads before it writes.
         """
         scales = self.network.adapters.chosen(lora)
-        return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx, scales)
+        read = None if source is None else self.prompt_ids(source)
+        return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx, scales, read)
 
     def logits(
         self, ids: Sequence[int], state: State | None = None, tap: Tap | None = None
@@ -299,7 +307,8 @@ class Model(Chatting, Studied):
         Parameters
         ----------
         prompt : str, sequence of int, or a list of either
-            Text (special tokens in it are parsed), or ids. A list of prompts is continued side by side.
+            Text (special tokens in it are parsed), or ids. A list of prompts is continued side by side. A model
+            with an encoder of its own (T5) reads the whole prompt first, and writes a text of its own about it.
         max_tokens : int
             At most so many tokens; -1: until the context is full.
         temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n, \
@@ -386,7 +395,8 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             raise ArgumentError("stream and state take a single prompt, not a list")
         jobs = []
         for ids in map(self.prompt_ids, prompts):
-            home = state or self.new_state(room_for(ids, options, self.n_ctx), lora)
+            source, ids = divided(self.network, ids, state, self.n_ctx)
+            home = state or self.new_state(room_for(ids, options, self.n_ctx), lora, source)
             jobs.append(begin(self.tokenizer, self.network, home, ids, options))
         if stream:
             return Pieces(self.network, jobs[0], tap)
@@ -415,7 +425,9 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens that ``generate`` reads for a prompt; an empty one is the beginning-of-text token."""
         if isinstance(prompt, str):
-            ids = without_end(self.tokenizer, self.tokenizer.encode(prompt))
+            ids = self.tokenizer.encode(prompt)
+            if self.network.reader is None:  # the text goes on behind the prompt
+                ids = without_end(self.tokenizer, ids)
         else:
             ids = [int(i) for i in prompt]
         return or_beginning(self.tokenizer, ids)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ContextOverflow
 from ..models.adapters import Scales
 from ..models.state import State, User
 from ..sampling import LogitsProcessor, Sampler, SamplingParams
@@ -220,9 +220,35 @@ def begin(
     state.take(run, giver)
     new = truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids[n_read:]
     state.ids.extend(new)
-    job = Job(tokenizer, run, o.stop, ids)
+    job = Job(tokenizer, run, o.stop, ids if state.source is None else state.source.ids)
     force(run)
     return job
+
+
+def divided(
+    net: Network, ids: list[int], state: State | None, n_ctx: int
+) -> tuple[list[int] | None, list[int]]:
+    """A prompt as what is read before the text, or None, and what the text begins with.
+
+    Where another stack of the model's layers reads, that is the prompt, and the text begins with a token of the
+    file's; else the text begins with the prompt.
+
+    Raises
+    ------
+    ArgumentError
+        The prompt is read before the text, which a ``state`` has begun already.
+    ContextOverflow
+        What is read before the text has more than ``n_ctx`` tokens.
+    """
+    if net.reader is None:
+        return None, ids
+    if state is not None:
+        raise ArgumentError(f"{net.arch.name} reads its prompt before it writes; leave state out")
+    if len(ids) > n_ctx:
+        raise ContextOverflow(
+            f"the prompt has {len(ids)} tokens; the context holds {n_ctx}", "Use a larger n_ctx"
+        )
+    return ids, [net.config.start_id]
 
 
 def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:

@@ -48,8 +48,10 @@ class Request:
         n_ctx: int,
         state: State | None,
         deadline: float | None,
+        source: list[int] | None = None,
     ) -> None:
         self.prompt_ids, self.options = ids, options
+        self.source = source  # what is read before the text, where another stack of layers reads
         self.n_ctx = n_ctx  # tokens that its state has room for
         self.given_state = state
         self.job: Job | None = None  # once it was begun
@@ -84,7 +86,7 @@ class Request:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        n_prompt, job = len(self.prompt_ids), self.job
+        n_prompt, job = len(self.source or self.prompt_ids), self.job
         if job is None:
             return Usage(n_prompt, 0, 0)
         n_reasoning = self.n_reasoning([t.id for t in job.tokens if t.id not in job.run.eog])
@@ -221,9 +223,8 @@ class Request:
     def _unwritten(self) -> Completion:
         wanted: list[Token] | None = [] if self.options.logprobs is not None else None
         echoed = wanted if self.options.echo else None
-        return Completion(
-            "", [], self._asked or "cancelled", self.prompt_ids, wanted, echoed, Timings()
-        )
+        read = self.source or self.prompt_ids
+        return Completion("", [], self._asked or "cancelled", read, wanted, echoed, Timings())
 
     def _notify(
         self,

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
 from ..models.memory import cache_bytes
 from ..models.step import hook_of
-from .completion import Prompt, begin, chosen_scales, options_of, room_for, split_prompts, unread
+from .completion import (
+    Prompt,
+    begin,
+    chosen_scales,
+    divided,
+    options_of,
+    room_for,
+    split_prompts,
+    unread,
+)
 from .generate import Run, check_fits, steps
 from .pace import Pace
 from .prefixes import SNAPSHOT, Prefixes, n_same, needs_snapshots
@@ -174,10 +183,11 @@ class Engine:
         ids = self._ids(prompt) if turn is None else unread(turn.ids, state)
         if state is not None:
             state.check_whole()
+        read, ids = divided(self._net, ids, state, self._model.n_ctx)
         n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
         check_fits(len(ids) + (len(state.ids) if state else 0), n_ctx, chosen.overflow)
-        self._net.check_ids([ids])
-        request = Request(ids, chosen, n_ctx, state, deadline)
+        self._net.check_ids([ids, read or []])
+        request = Request(ids, chosen, n_ctx, state, deadline, read)
         if turn is not None:
             request.finished = partial(self._model.answered, turn)
             request.n_reasoning = partial(turn.n_reasoning, self._model.tokenizer)
@@ -341,7 +351,9 @@ class Engine:
         given, drafting = request.given_state, request.options.drafting
         n = len(request.set_aside_ids or request.prompt_ids) + ROOM
         n = min(n + (0 if given is None else len(given.ids)), request.n_ctx)
-        needed = cache_bytes(self._net.decoder.caches, n, self._net.kv_type)
+        d, kv_type = self._net.decoder, self._net.kv_type
+        needed = cache_bytes(d.caches, n, kv_type)
+        needed += cache_bytes(d.source_caches, len(request.source or ()), kv_type)
         if given is not None:
             needed = max(needed, given.nbytes)
         return needed + (0 if drafting is None else drafting.nbytes(n))
@@ -402,7 +414,8 @@ class Engine:
         """Give a request a state: a first one, or a new one after it was set aside."""
         known = self._known(request)
         scales = self._scales(request)
-        state = request.given_state or known or self._net.new_state(request.n_ctx, scales)
+        state = request.given_state or known
+        state = state or self._net.new_state(request.n_ctx, scales, request.source)
         if request.job is None:
             t, n_read = self._model.tokenizer, known.n_past if known is not None else 0
             request.job = begin(

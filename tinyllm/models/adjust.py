@@ -200,6 +200,15 @@ def t5_encoder(c: Config) -> Config:
     return replace(c, causal=False, attn_scale=1.0)
 
 
+def t5(c: Config) -> Config:
+    """Scores are not scaled; the layers that write are as those that read, but for their number."""
+    if c.start_id < 0:
+        raise GGUFError("required key is missing", name=f"{c.arch}.decoder_start_token_id")
+    n = c.n_layer_written or c.n_layer
+    c = repeated(c, tuple(i % c.n_layer for i in range(n)))
+    return replace(c, attn_scale=1.0, blocks=tuple(range(n)))
+
+
 def modern_bert(c: Config) -> Config:
     """Where the file does not say it, rerankers read the mean of the rows."""
     c = plain_where_windowed(every_dense_first(3, c))

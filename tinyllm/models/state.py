@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..kernels.backend import Cache, KVType, LayerCache, RopeSpec
     from .config import Config
+    from .reading import Source
 
 HEADER = 4096  # bytes before the numbers of an array in a saved state, at most
 
@@ -64,6 +65,9 @@ class State:
         self.cache, self.layers, self.ropes, self.lock = cache, layers, ropes, lock
         self.n_ctx, self.fingerprint = n_ctx, fingerprint
         self.can_shift = True  # may stored keys be turned to other positions?
+        self.source: Source | None = (
+            None  # the text that was read before, where another stack reads
+        )
         self.ids: list[int] = []
         self.n_past = 0
         self.spoilt = False  # did a step end in its middle? Then recurrent layers are lost
@@ -72,7 +76,7 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes that the cache holds now, those shared with forks included."""
-        return self.cache.nbytes
+        return self.cache.nbytes + (0 if self.source is None else self.source.cache.nbytes)
 
     @property
     def can_truncate(self) -> bool:
@@ -91,6 +95,7 @@ class State:
             other = State(
                 cache, self.layers, self.ropes, n_ctx, self.fingerprint, self.lock, self.scales
             )
+            other.source = self.source
             other.can_shift, other.ids, other.n_past = self.can_shift, list(self.ids), self.n_past
             other.truncate(n)
         return other
@@ -226,9 +231,17 @@ class State:
                 "a step of this recurrent state was interrupted; truncate(0) and read its text again"
             )
 
+    def check_no_source(self) -> None:
+        """Raise StateError if the state writes about a text that another stack of layers has read."""
+        if self.source is not None:
+            raise StateError(
+                "the state writes about a text that a file has no place for; keep the prompt, and read it anew"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write tokens and cache to a ``.npz`` file (no pickle), atomically."""
         self.check_whole()
+        self.check_no_source()
         with self.lock:
             arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
         ids = np.asarray(self.ids, np.int32)
@@ -248,6 +261,7 @@ class State:
             with the state.
         """
         self.check_free()
+        self.check_no_source()
         file = system.expanded(checked(path))
         try:
             with file.open("rb") as raw, np.load(raw, allow_pickle=False) as f:
