@@ -82,9 +82,10 @@ LFM2_NORM = {"output_norm": "token_embd_norm"}
 
 
 def relu_or_gated(c: Config, a: Arch, i: int, w: Tensors) -> FFN:
-    """Make the feed-forward half: the first T5 has a plain one, with another activation."""
+    """Make the feed-forward half: the first T5 has plain ones, with another activation, in all layers."""
     plain = replace(a, gated=False, act="relu")
-    return FFN(c, a if w.has("ffn_gate.weight") else plain, w, c.n_ff[i])
+    gated = any(name.endswith(".ffn_gate.weight") for name in w.tensors)
+    return FFN(c, a if gated else plain, w, c.n_ff[i])
 
 
 def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
