@@ -120,7 +120,8 @@ class Model(Chatting, Studied):
         ``source`` is the text, or the ids, that a model with an encoder of its own (T5) reads before it writes.
         """
         scales = self.network.adapters.chosen(lora)
-        read = None if source is None else self.prompt_ids(source)
+        read = self.prompt_ids(source) if isinstance(source, str) else source
+        read = None if read is None else ids_of(read)
         return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx, scales, read)
 
     def logits(

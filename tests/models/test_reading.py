@@ -132,7 +132,7 @@ def test_what_needs_one_stack_is_refused_in_one_line(m: tinyllm.Model, tmp_path:
         (lambda: m.new_state(), ArgumentError, "t5 writes about a text that it has read before"),
         (lambda: m.logits([3]), ArgumentError, "use generate, whose prompt is that text"),
         (lambda: m.points(), ArgumentError, "use generate, whose prompt is that text"),
-        (lambda: m.network.new_state(8, source=[]), ArgumentError, "source is empty"),
+        (lambda: m.new_state(source=[]), ArgumentError, "source is empty"),
         (lambda: m.new_state(source=[5000]), ArgumentError, "expected 0 to 63"),
         (lambda: m.generate([5], state=state), ArgumentError, "leave state out"),
         (lambda: m.generate([5] * 600), ContextOverflow, "600 tokens; the context holds 512"),
@@ -146,6 +146,11 @@ def test_what_needs_one_stack_is_refused_in_one_line(m: tinyllm.Model, tmp_path:
             call()
         assert why in str(e.value)
         assert "\n" not in str(e.value)
+
+
+def test_ids_need_no_vocabulary() -> None:
+    with tinyllm.load(unpacked("t5")) as bare:
+        assert bare.logits([3], bare.new_state(source=[5, 6])).shape == (1, 64)
 
 
 def test_embeddings_are_those_of_the_stack_that_reads(m: tinyllm.Model) -> None:
