@@ -24,7 +24,7 @@ from .decoder import Decoder
 from .memory import allocating, cache_bytes, check_fits
 from .reading import Source, batch_of
 from .stages import Stage, caches_of, new_cache
-from .state import Segment, State, fingerprint, scales_of, stacked
+from .state import Segment, State, check_vocabulary, fingerprint, scales_of, stacked
 from .step import ACTIVE, Hook, Span, Step, Tap, hook_of
 
 End = Callable[[Step, Array], Array]  # makes a step's result of the last activations
@@ -109,7 +109,7 @@ class Network:
         cache = self.new_cache(layers, n_ctx)
         scales = self.adapters.scales if scales is None else scales
         own = "-".join(filter(None, (self.fingerprint, self.adapters.digest(scales))))
-        state = State(cache, layers, self.ropes(n_ctx), n_ctx, own, self.lock, scales)
+        state = State(cache, layers, self.ropes(n_ctx), n_ctx, own, self.lock, self.n_vocab, scales)
         state.can_shift = all(b.mixer.can_shift for b in self.decoder.blocks)
         if source is not None:
             ids = list(source)
@@ -373,10 +373,7 @@ class Network:
     def check_ids(self, ids: Sequence[Sequence[int]]) -> None:
         """Raise ArgumentError for ids that are not rows of the embedding."""
         for sequence in ids:
-            if len(sequence) and not 0 <= min(sequence) <= max(sequence) < self.n_vocab:
-                raise ArgumentError(
-                    f"token ids {min(sequence)} to {max(sequence)}; expected 0 to {self.n_vocab - 1}"
-                )
+            check_vocabulary(sequence, self.n_vocab)
 
     def close(self) -> None:
         """Free the weights and what was computed ahead."""
