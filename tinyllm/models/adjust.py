@@ -87,8 +87,8 @@ def smollm3(c: Config) -> Config:
 
 
 def no_window(c: Config) -> Config:
-    """Drop the window, which the files carry and the reference does not apply."""
-    return replace(c, window=(0,) * c.n_layer)
+    """Drop the window, which files carry that do not mean it; those that list the layers with one do."""
+    return c if c.window_listed else replace(c, window=(0,) * c.n_layer)
 
 
 def alibi(c: Config) -> Config:
