@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from importlib import resources
+from numbers import Real
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from .engine.completion import check_n_ctx
 from .engine.progress import checking, loading
 from .errors import ArgumentError, GGUFError
 from .files import checked
-from .gguf.control import read_controls
+from .gguf.control import ControlVector, read_controls
 from .gguf.finite import check_finite, checked_scale
 from .kernels import devices
 from .kernels.backend import Compute, KVType
@@ -33,6 +34,7 @@ from .models.memory import default_n_ctx
 from .models.stages import Place, Stage, divide
 from .tokenizers import Tokenizer
 
+Source: TypeAlias = str | Path | ControlVector
 FLOATS = ("F32", "F16", "BF16")
 BUNDLED = Path(__file__).parent / "data" / "bundled.gguf"
 
@@ -49,7 +51,7 @@ def load(
     compute: Compute = "f32",
     kernels: Sequence[str | Path] = (),
     lora: Sequence[str | Path | tuple[str | Path, float]] = (),
-    control: Sequence[str | Path | tuple[str | Path, float]] = (),
+    control: Source | Sequence[Source | tuple[Source, float]] = (),
     control_layers: tuple[int, int] | None = None,
 ) -> Model:
     """Load a GGUF file.
@@ -88,9 +90,9 @@ def load(
     lora : sequence of str, Path or (str or Path, float)
         Adapters, GGUF files or folders that PEFT has saved, each with its scale (1 unless said). Each is known
         by the name of its file or folder; ``generate(lora={name: scale})`` chooses others for one text.
-    control : sequence of str, Path or (str or Path, float)
-        Control vectors, GGUF files as ``Model.control_vector`` or llama.cpp makes them, each with its scale
-        (1 unless said): what is added to the residual stream behind layers, for every text.
+    control : str, Path, ControlVector, or a sequence of these or of (one of these, float)
+        Control vectors, as ``Model.control_vector`` makes them, or GGUF files of them, also llama.cpp's, each
+        with its scale (1 unless said): what is added to the residual stream behind layers, for every text.
     control_layers : (int, int), optional
         The first and the last layer behind which they are added; default: all that they have.
 
@@ -143,7 +145,7 @@ def load(
 
 def beside_files(
     lora: object, control: object, control_layers: object
-) -> tuple[list[tuple[Path, float]], list[tuple[Path, float]]]:
+) -> tuple[list[tuple[Path, float]], list[tuple[Any, float]]]:
     """The files and scales of adapters and of control vectors, as ``load`` was given them."""
     chosen = [scaled(item, "lora") for item in listed_files(lora, "lora")]
     vectors = [scaled(item, "control") for item in listed_files(control, "control")]
@@ -164,8 +166,10 @@ def beside_file(
 
 def listed_files(given: object, name: str) -> list[Any]:
     """The files that ``load`` was given for ``name``; a single one need not stand in a list."""
-    if isinstance(given, str | Path):
+    if isinstance(given, str | Path | ControlVector):
         return [given]
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Real):
+        return [given]  # one with its scale
     if not isinstance(given, list | tuple):
         raise ArgumentError(f"{name}={given!r:.60}; expected a list of files, or of (file, scale)")
     return list(given)
@@ -182,9 +186,11 @@ def check_control_layers(layers: object, vectors: bool) -> None:
         raise ArgumentError("control_layers without control; give the vectors' files, too")
 
 
-def scaled(item: Any, name: str) -> tuple[Path, float]:
-    """A file's place and its scale."""
+def scaled(item: Any, name: str) -> tuple[Any, float]:
+    """A file's place, or a control vector, and its scale."""
     path, scale = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
+    if name == "control" and isinstance(path, ControlVector):
+        return path, checked_scale(scale, name)
     return system.expanded(checked(path)), checked_scale(scale, name)
 
 

@@ -96,9 +96,10 @@ class Studied(ABC):
         prompt : str, sequence of int, or a list of either
             As ``generate`` takes it. The prompts of a list are read side by side.
         names : str, sequence of str, or callable, optional
-            Points ("blk.3.out"), kinds ("out": of all layers), patterns ("blk.*.ffn_act"), TransformerLens'
-            names, or a function that says of each name whether it is kept. Default: all but attention's scores
-            and probabilities and the results of single heads, which cost more than a copy.
+            Points ("blk.3.out", ("out", 3)), kinds ("out": of all layers), patterns ("blk.*.ffn_act"),
+            TransformerLens' names and kinds ("resid_post"), or a function that says of each name whether it is
+            kept. Default: all but attention's scores and probabilities and the results of single heads, which
+            cost more than a copy.
         positions : int, slice or sequence of int, optional
             Keep only these positions' rows; negative ones count from the end of the prompt.
         dtype : {"float32", "float16"}
@@ -148,9 +149,10 @@ class Studied(ABC):
             one or more patches.
         value : array, number or callable
             An array of the whole activation, of which the part is taken, or what broadcasts to the part; or a
-            function of the part that returns its replacement.
+            function of the part that returns its replacement, or changes it in place and returns None.
         positions, heads, channels : int or sequence of int, optional
-            Which part; all of it by default. ``positions`` may be a slice.
+            Which part; all of it by default. ``positions`` may be a slice; those that a sequence does not have
+            are left out, as they may come while a text is written.
 
         Raises
         ------
@@ -190,7 +192,8 @@ class Studied(ABC):
         vectors : mapping of int or str to array
             For a layer, what is added behind it, or for a point: [n_embd]. A ``ControlVector`` is one.
         positions : int, slice or sequence of int, optional
-            Only there; -1 is the last token whenever one is read. Default: everywhere.
+            Only there; -1 is the last token whenever one is read. Those that a sequence does not have are left
+            out, as they may come while a text is written. Default: everywhere.
         scale : float
             Multiplies the vectors.
 
@@ -417,6 +420,9 @@ class Studied(ABC):
     def means(self, prompts: Sequence[Prompt], names: Names) -> dict[str, np.ndarray]:
         """The mean over all tokens of some prompts of each point's rows: what mean ablation puts in.
 
+        Of points that have no rows (attention's scores and probabilities, states) it is the mean over the
+        prompts, which must have equally many tokens for the first two.
+
         Examples
         --------
         >>> import tinyllm
@@ -425,10 +431,12 @@ class Studied(ABC):
         >>> with m.patched("blk.1.attn_out", mean["blk.1.attn_out"]):
         ...     logits = m.logits(m.prompt_ids("Once upon a time"))
         """
+        from .research.cache import mean_of
+
         if not len(prompts):
             raise ArgumentError("prompts is empty; there is nothing to take the mean of")
         caches = self.run_with_cache(split_prompts(prompts)[0], names)
-        return {n: np.concatenate([c[n] for c in caches]).mean(0) for n in caches[0]}
+        return {n: mean_of(caches, n) for n in caches[0]}
 
     def _token(self, token: int | str) -> int:
         """A token by its id, or by a text that is one."""

@@ -215,7 +215,7 @@ def test_penalties_may_be_an_array_and_must_be_numbers() -> None:
     given = Probe.fit(x, x[:, 0] > 0, np.array([1.0, 2.0]))
     assert given.penalties == (1.0, 2.0)
     for penalties in ([float("nan"), 1.0], [np.inf], [], 1.0, ["a"], [[1.0]]):
-        with pytest.raises(ArgumentError, match="penalties="):
+        with pytest.raises(ArgumentError, match="penalties"):
             Probe.fit(x, x[:, 0], penalties)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="every y is 1"):
         Probe.fit(x, np.ones(20))

@@ -160,3 +160,50 @@ def test_a_context_that_changes_the_model_is_not_recorded(model: tinyllm.Model) 
             with pytest.raises(ArgumentError, match=r"load\(control="):
                 call()
     assert tinyllm.replay(made, model).same
+
+
+def test_what_is_written_can_be_read(model: tinyllm.Model, tmp_path: Path) -> None:
+    made = tinyllm.record(model)
+    made.generate(np.array(model.prompt_ids("Once")), max_tokens=3, temperature=0, stop="\ud800")
+    made.branch(np.int64(0), np.int64(1), np.int64(7))  # type: ignore[arg-type]
+    made.write(tmp_path / "r.json")
+    assert Recording.read(tmp_path / "r.json").runs == made.runs
+    assert tinyllm.replay(tmp_path / "r.json", model).same
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"logits": [], "chosen": []}, {"text": "something else"}, {"chosen": [0.0] * 3}],
+    ids=str,
+)
+def test_a_text_that_somebody_has_changed_is_not_the_same(
+    model: tinyllm.Model, stored: str, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    whole = json.loads(stored)
+    whole["runs"][0].update(other)
+    (tmp_path / "r.json").write_text(json.dumps(whole), "utf-8")
+    found = tinyllm.replay(tmp_path / "r.json", model)
+    assert not found.same
+    assert "something else" in str(found.parted[0]) or found.parted[0].bits == 0
+
+
+def test_no_source_is_overwritten(
+    stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, recording, link = tmp_path / "p.txt", tmp_path / "r.json", tmp_path / "link"
+    prompts.write_text("Once\n", "utf-8")
+    recording.write_text(stored, "utf-8")
+    link.symlink_to(prompts)
+    model = tmp_path / "m.gguf"
+    model.write_bytes(tinyllm.loading.BUNDLED.read_bytes())
+    for words in (
+        ["record", model, prompts, "-o", prompts],
+        ["record", model, prompts, "-o", link],
+        ["record", model, prompts, "-o", model],
+        ["replay", model, recording, "--branch", "0:1", "-o", model],
+        ["replay", model, recording, "--branch", "0:1", "-o", recording],
+    ):
+        assert main([str(w) for w in words]) == 2
+        assert "is the source itself; give another name" in capsys.readouterr().err
+    assert prompts.read_text("utf-8") == "Once\n"
+    assert recording.read_text("utf-8") == stored

@@ -76,8 +76,7 @@ def run(args: Arguments) -> None:
         if args.json:
             text = "".join(pieces)
         else:
-            about = model.network.reader is not None  # the text is no continuation of the prompt
-            show("" if args.no_echo or answers or about else prompt)
+            show("" if args.no_echo or answers else prompt)
             for piece in pieces:
                 show(piece)
             show("\n")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, TinyLLMError
-from ..files import lines_of, read_text
+from ..files import check_apart, lines_of, read_text
 from .arguments import (
     MODEL_HELP,
     Arguments,
@@ -49,7 +49,9 @@ def record(args: Arguments) -> None:
     prompts = [unescaped(line) for line in lines_of(read_text(args.prompts)) if line]
     if not prompts:
         raise ArgumentError(f"{args.prompts} has no prompts; expected one in each line")
+    check_apart(args.out, [args.prompts])
     with load_decoder(args) as m:
+        check_apart(args.out, m._file.paths)
         recording = begin(m)
         try:
             for prompt in tqdm(prompts, "recording", leave=False, disable=None):
@@ -95,6 +97,8 @@ def replay(args: Arguments) -> None:
     }  # fmt: skip
     with tinyllm.load(locate(args.model), **settings) as m:
         if args.branch is not None:
+            if args.out:
+                check_apart(args.out, [args.recording, *m._file.paths])
             branch(args, Recording.read(args.recording, m))
             return
         found = tinyllm.replay(recording, m)

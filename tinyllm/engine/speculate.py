@@ -237,9 +237,7 @@ class DraftModel(Drafter):
                 return []
             n = min(most, 2)
         self._n_skipped = 0
-        ids, source = run.state.ids, run.state.source
-        read = None if source is None else source.ids
-        state = self._state or self._net.new_state(run.state.n_ctx, source=read)
+        ids, state = run.state.ids, self._state or self._net.new_state(run.state.n_ctx)
         self._state = state
         n = min(n, state.n_ctx - len(ids))
         if n < 1:

@@ -85,10 +85,16 @@ class ControlVector(Mapping["int | str", Floats]):
         return ControlVector(chosen, self.hint)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write a GGUF file, which llama.cpp's ``--control-vector`` reads, too; layer 0 is left out."""
-        tensors = {f"direction.{i}": x for i, x in self._directions.items() if i > 0}
-        if not tensors:
-            raise ArgumentError("the only direction is that of layer 0, which files do not hold")
+        """Write a GGUF file, which llama.cpp's ``--control-vector`` reads, too.
+
+        Raises ArgumentError for a direction of layer 0, which such files do not hold.
+        """
+        if 0 in self._directions:
+            raise ArgumentError(
+                "files hold no direction for layer 0; write vector.layers(1, ...), or give "
+                "the vector itself to load(control=...)"
+            )
+        tensors = {f"direction.{i}": x for i, x in self._directions.items()}
         keys: dict[str, Any] = {"general.architecture": ARCH, f"{ARCH}.model_hint": self.hint}
         write(path, {**keys, f"{ARCH}.layer_count": np.int32(len(tensors))}, tensors)
 
@@ -155,10 +161,12 @@ def summed(parts: Iterable[tuple[ControlVector, float]]) -> dict[int, Floats]:
 
 
 def read_controls(
-    chosen: Sequence[tuple[Path, float]], layers: tuple[int, int] | None
+    chosen: Sequence[tuple[Path | ControlVector, float]], layers: tuple[int, int] | None
 ) -> dict[int, Floats]:
-    """What the files together add behind each layer; only from the first to the last of ``layers``."""
-    vectors = [(ControlVector.read(path), scale) for path, scale in chosen]
+    """What vectors, or their files, together add behind each layer; only of ``layers``, first and last."""
+    vectors = [
+        (x if isinstance(x, ControlVector) else ControlVector.read(x), scale) for x, scale in chosen
+    ]
     if layers is not None:
         vectors = [(v.layers(*layers), scale) for v, scale in vectors]
     return summed(vectors)

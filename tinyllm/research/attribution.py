@@ -12,6 +12,7 @@ from ..errors import ArgumentError, UnsupportedModel
 from ..gguf.adapter import product
 from ..gguf.quants import dequantize
 from .cache import run_with_cache
+from .points import whole
 
 if TYPE_CHECKING:
     from ..gguf import Tensor
@@ -62,7 +63,9 @@ def attribute(
 ) -> Attribution:
     """``Model.attribute`` for a prompt that is ids."""
     check_adds(net)
-    at = position + len(ids) if position < 0 else position
+    at = whole(position, "position")
+    if not -len(ids) <= at < len(ids):
+        raise ArgumentError(f"position={at}; the prompt has {len(ids)} tokens")
     kinds = {"layers": [], "heads": ["attn_result", "attn_out"], "neurons": ["ffn_act", "ffn_out"]}
     if by not in kinds:
         raise ArgumentError(f"by={by!r:.40}; expected one of {', '.join(kinds)}")

@@ -78,9 +78,16 @@ class Driver(DriverBase):  # type: ignore[misc]
             raise NotImplementedError(
                 "this driver reads whole prompts without a mask; Model.generate writes texts"
             )
-        ids = np.atleast_2d(np.asarray(input_ids, np.int64))
-        if ids.ndim != 2 or not ids.size:
-            raise ArgumentError(f"tokens of shape {ids.shape}; expected [prompts, tokens]")
+        for name, value in kwargs.items():
+            if value is not None:
+                raise NotImplementedError(
+                    f"{name}={value!r:.40} would change nothing here; leave it out"
+                )
+        ids = np.atleast_2d(np.asarray(input_ids))
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+            raise ArgumentError(
+                f"tokens of shape {ids.shape}, {ids.dtype}; expected whole numbers [prompts, tokens]"
+            )
         net = self.model.network
         kept: dict[str, Any] = {}
         functions: dict[str, list[Any]] = {}
@@ -336,11 +343,16 @@ class Bridge(RemoteBridge):  # type: ignore[misc]
             return [self.to_string(row) for row in ids]
         return self.model.tokenizer.decode(ids.reshape(-1).tolist())
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str]:
-        """Each token of a text, or of tokens [T], as a text."""
-        ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else input
-        flat = torch.as_tensor(ids).reshape(-1).tolist()
-        return [self.model.tokenizer.decode([i]) for i in flat]
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
+        """Each token of a text, or of tokens [T] or [1, T], as a text; of a list of texts a list for each."""
+        if isinstance(input, list) and input and all(isinstance(x, str) for x in input):
+            return [self.to_str_tokens(x, prepend_bos) for x in input]
+        ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else input
+        ids = torch.as_tensor(ids)
+        row = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+        if row.ndim != 1:
+            raise ArgumentError(f"tokens of shape {tuple(ids.shape)}; expected those of one text")
+        return [self.model.tokenizer.decode([i]) for i in row.tolist()]
 
     def to_single_token(self, text: str) -> int:
         """The token that is this text; ArgumentError if there is none."""

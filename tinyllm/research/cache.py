@@ -15,7 +15,17 @@ from ..engine.embedding import pack
 from ..errors import ArgumentError
 from ..models.state import Want
 from ..models.step import Hook, Span
-from .points import SQUARE, Names, heads_of, kind_of, name_of, points, positions_of, select
+from .points import (
+    SQUARE,
+    Names,
+    heads_of,
+    kind_of,
+    name_of,
+    points,
+    positions_of,
+    select,
+    select_one,
+)
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -61,15 +71,21 @@ class Cache(Mapping[str, np.ndarray]):
 
     def stack(self, kind: str) -> np.ndarray:
         """A point of all layers that have it, such as "out": [layers, ...]."""
-        found = [x for name, x in self._arrays.items() if kind_of(name) == kind]
+        found = [n for n in select_one(self._net, kind) if n in self._arrays]
         if not found:
             raise KeyError(f"no {kind!r} was kept; add it to names")
-        return np.stack(found)
+        return np.stack([self._arrays[n] for n in found])
 
     def heads(self, name: str | tuple[str, int]) -> np.ndarray:
-        """The rows of a point such as "q", "v" or "attn_heads", head by head: [T, H, D]."""
-        x = self[name]
-        return x.reshape(len(x), heads_of(self._net, name_of(self._net, name)), -1)
+        """The rows of a point such as "q", "v" or "attn_heads", head by head: [T, H, D].
+
+        Of attention's scores and probabilities D is S; a state has no rows, which is an ArgumentError.
+        """
+        x, ours = self[name], name_of(self._net, name)
+        if kind_of(ours) == "state":
+            raise ArgumentError(f"{ours} has no rows; its heads are cache[name]'s first axis")
+        n = heads_of(self._net, ours)
+        return x.swapaxes(0, 1) if kind_of(ours) in SQUARE else x.reshape(len(x), n, -1)
 
     def to_torch(self) -> dict[str, Any]:
         """The activations as torch tensors that share their memory; torch must be installed."""
@@ -101,8 +117,6 @@ class Capture(Hook):
     def new(self, net: Network, ids: list[int], positions: Positions) -> Cache:
         """An empty cache with room for a sequence's rows."""
         rows = positions_of(positions, len(ids))
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(ids):
-            raise ArgumentError(f"positions={positions!r:.60}; the sequence has {len(ids)} tokens")
         sizes: dict[int | str, int] = {"T": len(rows), "S": len(ids)}
         shapes = [
             [sizes[n] if n in sizes else int(n) for n in self.known[name].shape]
@@ -220,6 +234,18 @@ def run_with_cache(
         for i, logits in zip(group, read(net, here, capture, layers), strict=True):
             caches[i].logits = logits
     return caches
+
+
+def mean_of(caches: Sequence[Cache], name: str) -> np.ndarray:
+    """The mean of a point over all rows of some caches; over the caches where a point has no rows."""
+    found = [c[name] for c in caches]
+    if kind_of(name) not in SQUARE | {"state"}:
+        return np.asarray(np.concatenate(found).mean(0))
+    if len({x.shape for x in found}) > 1:
+        raise ArgumentError(
+            f"{name} is as large as each prompt; give prompts of equally many tokens"
+        )
+    return np.asarray(np.mean(found, 0))
 
 
 def read(

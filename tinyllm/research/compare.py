@@ -17,6 +17,7 @@ from ..models.network import NUMBERS
 from ..models.weights import Tensors
 from .cache import read, run_with_cache
 from .points import layer_of
+from .recording import check_plain
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -94,7 +95,8 @@ def compare(
     Raises
     ------
     ArgumentError
-        The vocabularies differ, or the text has less than two tokens.
+        The vocabularies differ, the text has less than two tokens, or a context such as ``steered`` is around
+        the call.
 
     Examples
     --------
@@ -109,6 +111,8 @@ def compare(
             raise ArgumentError(f"{m!r:.60} is no model; load it first: tinyllm.load({m!r:.60})")
     if tensors not in (False, True, "layers"):
         raise ArgumentError(f"tensors={tensors!r:.40}; expected True, False or 'layers'")
+    for m in (a, b):
+        check_plain(m)
     ids = a.prompt_ids(text)
     if a.network.n_vocab != b.network.n_vocab or ids != b.prompt_ids(text):
         raise ArgumentError(

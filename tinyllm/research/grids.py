@@ -18,7 +18,7 @@ from ..errors import ArgumentError
 from ..models.step import hook_of
 from .cache import Cache, read, run_with_cache
 from .patches import Patch, Patches, patches_of, within
-from .points import Names, heads_of, name_of, positions_of, select
+from .points import Names, heads_of, kind_of, layer_of, name_of, positions_of, select, select_one
 
 if TYPE_CHECKING:
     from ..models.network import Network
@@ -82,22 +82,21 @@ def patch_grid(
         raise ArgumentError(f"over={over!r:.40}; expected one of {', '.join(get_args(Over))}")
     measure = measure_of(metric, net.n_vocab)
     names = points_of(net, kind)
-    base = "embd" if kind == "resid_pre" else None
     source = run_with_cache(net, [clean], [*names.values()], None, "float32", None)[0]
     stream = run_with_cache(net, [corrupted], ["embd", "out"], None, "float32", None)[0]
     assert source.logits is not None
     assert stream.logits is not None
     length, whole = len(clean), not resumes(net)
     chosen = positions_of(positions, length)
-    if not len(chosen) or not 0 <= chosen.min() <= chosen.max() < length:
+    if not len(chosen):
         raise ArgumentError(f"positions={positions!r:.60}; the prompts have {length} tokens")
     differs = np.flatnonzero(np.array(clean) != np.array(corrupted))
     same = (
         0 if whole else int(differs[0]) if len(differs) else length
     )  # tokens: patches change nothing
     runs, widths, unmoved = [], [], []
-    for row, (layer, name) in enumerate(names.items()):
-        first = 0 if whole or name == base else layer + (kind == "out")
+    for row, name in enumerate(names.values()):
+        first = 0 if whole else layer_of(name) + (kind_of(name) in ("out", "embd"))
         parts: list[tuple[Positions, int | None, int]]
         if over == "positions":
             parts = [(int(p), None, int(p)) for p in chosen]
@@ -163,12 +162,14 @@ def read_all(net: Network, state: State) -> None:
 def points_of(net: Network, kind: str) -> dict[int, str]:
     """Each layer's point of a kind; "resid_pre" is the residual stream before the layer."""
     n = net.config.n_layer
-    if kind == "resid_pre":
+    if kind in ("resid_pre", "hook_resid_pre"):
         return {i: f"blk.{i - 1}.out" if i else "embd" for i in range(n)}
-    names = [name for name in select(net, kind) if name.startswith("blk.")]
+    if not isinstance(kind, str):
+        raise ArgumentError(f"point={kind!r:.40}; expected a text such as 'out'")
+    names = [name for name in select_one(net, kind) if layer_of(name) >= 0]
     if not names:
         raise ArgumentError(f"{kind} is no point that layers have")
-    return {int(name.split(".")[1]): name for name in names}
+    return {layer_of(name): name for name in names}
 
 
 def resumes(net: Network) -> bool:

@@ -30,9 +30,11 @@ class Patch:
         A point, by our name or TransformerLens', or as ("out", 3).
     value : array, number or callable
         An array of the whole activation, as a cache has it, of which the part below is taken; or anything that
-        broadcasts to the part: a number, one row; or a function of the part, which returns its replacement.
+        broadcasts to the part: a number, one row; or a function of the part, which returns its replacement, or
+        changes it in place and returns None.
     positions : int, slice or sequence of int, optional
         Only these positions of each sequence; negative ones count from the end of what the sequence holds.
+        Those that it does not have are left out: while a text is written, they may come.
     heads : int or sequence of int, optional
         Only these heads, at points that have some.
     channels : int or sequence of int, optional
@@ -73,7 +75,7 @@ class Resolved:
         if self.kind == "state":
             rows = np.zeros(1, np.int64)
         else:
-            wanted = positions_of(self.positions, span.length)
+            wanted = positions_of(self.positions, span.length, inside=False)
             rows = wanted[(wanted >= span.start) & (wanted < span.start + span.n)]
         if not len(rows):
             return
@@ -88,9 +90,9 @@ class Resolved:
             axes[view.ndim - 1] = self.channels
         index = np.ix_(*(axes.get(a, np.arange(n)) for a, n in enumerate(view.shape)))
         if callable(self.value):
-            result = self.value(view[index])
-            if result is None:
-                return
+            part = view[index]
+            result = self.value(part)
+            result = part if result is None else result  # it may have changed what it was given
         else:
             result = self.part(x, view, index, rows)
         try:
@@ -104,7 +106,9 @@ class Resolved:
     ) -> np.ndarray:
         """The part of an array of the whole activation; other arrays as they are."""
         value = self.value
-        if self.kind in SQUARE or self.kind == "state":
+        if self.kind in SQUARE:
+            return self.square(value, view, index, rows)
+        if self.kind == "state":
             return np.asarray(value)
         if value.shape == x.shape[1:]:  # one row, such as a mean, for all
             value = value[None]
@@ -120,6 +124,19 @@ class Resolved:
         picked = (rows.reshape(index[0].shape), *index[1:])
         return np.asarray(whole[picked])
 
+    def square(
+        self, value: np.ndarray, x: np.ndarray, index: tuple[np.ndarray, ...], rows: np.ndarray
+    ) -> np.ndarray:
+        """The part of scores or probabilities [H, T, T] of a whole sequence; other arrays as they are."""
+        if value.ndim != 3 or value.shape[1] != value.shape[2] or len(value) != len(x):
+            return np.asarray(value)
+        seen = max(int(rows.max()) + 1, x.shape[2])
+        if seen > value.shape[2]:
+            raise ArgumentError(
+                f"a patch of {self.name} has {value.shape[2]} positions; {seen} are asked for"
+            )
+        return np.asarray(value[index[0], rows[:, None], index[2]])
+
 
 def patches_of(given: Patch | Iterable[Patch]) -> list[Patch]:
     """One patch or several as a list; ArgumentError for anything else."""
@@ -134,8 +151,11 @@ def patches_of(given: Patch | Iterable[Patch]) -> list[Patch]:
 
 def indices(given: int | Sequence[int], n: int, what: str) -> np.ndarray:
     """Heads or channels as an array; ArgumentError for one that is not there."""
-    found = np.atleast_1d(np.asarray(given))
-    if not np.issubdtype(found.dtype, np.integer) or found.ndim != 1:
+    try:
+        found = np.atleast_1d(np.asarray(given))
+    except ValueError:  # a ragged list
+        found = np.empty((0, 0))
+    if found.dtype.kind not in "iu" or found.ndim != 1:
         raise ArgumentError(f"{what}={given!r:.60}; expected whole numbers")
     if len(found) and not -n <= found.min() <= found.max() < n:
         raise ArgumentError(f"{what}={given!r:.60}; there are {n}")

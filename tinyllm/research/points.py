@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,9 @@ from ..models.step import ACTIVE, Hook
 if TYPE_CHECKING:
     from ..models.network import Network
 
-Names: TypeAlias = "str | Iterable[str | tuple[str, int]] | Callable[[str], bool] | None"
+Names: TypeAlias = (
+    "str | tuple[str, int] | Iterable[str | tuple[str, int]] | Callable[[str], bool] | None"
+)
 
 SQUARE = frozenset({"attn_scores", "attn_probs"})  # [H, T, S], for each sequence in turn
 # only rows whose logits are wanted
@@ -169,12 +172,11 @@ def name_of(net: Network, name: str | tuple[str, int]) -> str:
     """
     own = points(net)
     if not isinstance(name, str):
-        try:
-            kind, layer = name
-        except (TypeError, ValueError):
+        if not is_pair(name):
             raise ArgumentError(
                 f"{name!r:.60} names no point; expected a text, or a kind and a layer: ('out', 3)"
-            ) from None
+            )
+        kind, layer = name
         names = f"blk.{layer}.{kind}", f"blocks.{layer}.{kind}", f"blocks.{layer}.hook_{kind}"
         tries = [*names, *(f"blocks.{layer}.{half}.hook_{kind}" for half in ("attn", "mlp"))]
     else:
@@ -184,6 +186,19 @@ def name_of(net: Network, name: str | tuple[str, int]) -> str:
         if n in own or n in theirs:
             return n if n in own else theirs[n]
     raise unknown(net, tries[0])
+
+
+def is_pair(name: object) -> bool:
+    """Whether it may be a kind and the number of a layer."""
+    pair = isinstance(name, tuple) and len(name) == 2
+    return pair and isinstance(name[0], str) and not isinstance(name[1], str | bool)  # type: ignore[index]
+
+
+def short_names(theirs: str) -> set[str]:
+    """What people call TransformerLens' point: "attn.hook_z", "hook_z" and "z" of "blocks.0.attn.hook_z"."""
+    below = theirs.split(".", 2)[-1] if theirs.startswith("blocks.") else theirs
+    last = kind_of(below)
+    return {below, last, last.removeprefix("hook_")}
 
 
 def unknown(net: Network, name: str) -> ArgumentError:
@@ -204,7 +219,8 @@ def select(net: Network, names: Names) -> list[str]:
         Whose points.
     names : str, sequence of str or (str, int), or callable
         A point, also as ("out", 3), a kind such as "out" for those of all layers, a pattern such as
-        "blk.*.out"; TransformerLens' names and patterns of them; or a function that is given each name, ours
+        "blk.*.out"; TransformerLens' names, patterns of them and kinds ("resid_post", "hook_z"), where ours has
+        none that is called so; or a function that is given each name, ours
         and theirs, and says which. None: all but attention's scores and probabilities, the results
         of single heads, and the logits.
     """
@@ -216,17 +232,30 @@ def select(net: Network, names: Names) -> list[str]:
         found = {n for n in own if names(n)} | {o for t, o in theirs.items() if names(t)}
         return [n for n in own if n in found]
     found = set()
-    for name in [names] if isinstance(names, str) or not isinstance(names, Iterable) else names:
+    single = isinstance(names, str) or is_pair(names) or not isinstance(names, Iterable)
+    some_names: Any = [names] if single else names
+    for name in some_names:
         if not isinstance(name, str):
             found.add(name_of(net, name))
             continue
         fits = pattern(name)
         some = {n for n in own if fits(n) or kind_of(n) == name}
         some |= {o for t, o in theirs.items() if fits(t)}
+        some = some or {o for t, o in theirs.items() if name in short_names(t)}
         if not some:
             raise unknown(net, name)
         found |= some
     return [n for n in own if n in found]
+
+
+def select_one(net: Network, name: str) -> list[str]:
+    """The points that a name means, of which no layer may have two; ArgumentError where one has."""
+    found = select(net, name)
+    if len({*map(layer_of, found)}) < len(found):
+        raise ArgumentError(
+            f"{name!r:.60} means several points of a layer: {', '.join(found)[:60]}; give one kind"
+        )
+    return found
 
 
 def pattern(name: str) -> Callable[[str], bool]:
@@ -236,12 +265,27 @@ def pattern(name: str) -> Callable[[str], bool]:
     return lambda other: fnmatchcase(other, name)
 
 
-def floats(x: Any, what: str) -> np.ndarray:
-    """Numbers as float32; ArgumentError for what is none."""
+def floats(x: Any, what: str, dtype: Any = np.float32) -> np.ndarray:
+    """Numbers as float32, or another type; torch tensors, too. ArgumentError for what is none."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().double()  # whatever type torch has, numpy has this one
     try:
-        return np.asarray(x, np.float32)
+        given = np.asarray(x)
+        if given.dtype.kind in "USOcMm":  # texts that look like numbers, None
+            raise TypeError
+        return np.asarray(given, dtype)
     except (TypeError, ValueError):
         raise ArgumentError(f"{what} is {x!r:.60}; expected numbers") from None
+
+
+def whole(x: Any, what: str) -> int:
+    """A whole number, numpy's too, as Python's; ArgumentError for what is none."""
+    try:
+        if isinstance(x, bool | np.bool_):
+            raise TypeError
+        return index(x)
+    except TypeError:
+        raise ArgumentError(f"{what}={x!r:.40}; expected a whole number") from None
 
 
 def layer_of(name: str) -> int:
@@ -268,13 +312,25 @@ def heads_of(net: Network, name: str) -> int:
     raise ArgumentError(f"{name} has no heads; leave heads out")
 
 
-def positions_of(positions: int | slice | Sequence[int] | None, length: int) -> np.ndarray:
-    """Positions as indices from 0; negative ones count from the end of ``length``."""
+def positions_of(
+    positions: int | slice | Sequence[int] | None, length: int, inside: bool = True
+) -> np.ndarray:
+    """Positions as indices from 0; negative ones count from the end of ``length``.
+
+    Raises ArgumentError for what are none, and where they must be ``inside`` also for those beyond the ends.
+    """
     if positions is None:
         return np.arange(length)
-    if isinstance(positions, slice):
-        return np.arange(*positions.indices(length))
-    some = np.atleast_1d(np.asarray(positions))
-    if some.dtype == bool or not np.issubdtype(some.dtype, np.integer) or some.ndim != 1:
-        raise ArgumentError(f"positions={positions!r:.60}; expected whole numbers or a slice")
+    try:
+        if isinstance(positions, slice):
+            return np.arange(*positions.indices(length))
+        some = np.atleast_1d(np.asarray(positions))
+        if some.dtype.kind not in "iu" or some.ndim != 1:
+            raise TypeError
+    except (TypeError, ValueError):  # a slice of texts or with step 0, a ragged list
+        raise ArgumentError(
+            f"positions={positions!r:.60}; expected whole numbers or a slice"
+        ) from None
+    if inside and len(some) and not -length <= some.min() <= some.max() < length:
+        raise ArgumentError(f"positions={positions!r:.60}; the sequence has {length} tokens")
     return np.where(some < 0, some + length, some)

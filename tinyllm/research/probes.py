@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
+from .points import floats, whole
 
 PENALTIES = tuple(float(10.0**e) for e in range(-3, 6))
 
@@ -66,21 +67,23 @@ class Probe:
         Raises
         ------
         ArgumentError
-            The arrays do not fit, hold NaN, or are too few for the folds; all numbers of y are one.
+            The arrays do not fit, hold NaN, or are too few for the folds; all of y are one.
         """
-        rows, answers = np.asarray(x, np.float64), np.asarray(y)
+        rows, answers = floats(x, "x", np.float64), np.asarray(y)
+        if answers.dtype == object and all(isinstance(a, bool | np.bool_) for a in answers.flat):
+            answers = answers.astype(bool)  # a column of a table
         truth = answers.dtype == bool
-        target = np.where(answers, 1.0, -1.0) if truth else answers.astype(np.float64)
+        target = np.where(answers, 1.0, -1.0) if truth else floats(answers, "y", np.float64)
         if rows.ndim != 2 or target.shape != rows.shape[:1] or not len(rows):
             raise ArgumentError(
                 f"x of shape {rows.shape} and y of shape {target.shape}; expected [n, E] and [n]"
             )
         if not (np.isfinite(rows).all() and np.isfinite(target).all()):
             raise ArgumentError("x or y has a NaN or an infinity")
-        if not truth and (target == target[0]).all():
-            raise ArgumentError(f"every y is {target[0]:g}; expected numbers that differ")
-        factors = np.asarray(penalties)
-        fine = factors.ndim == 1 and factors.size > 0 and factors.dtype.kind in "iuf"
+        if (target == target[0]).all():
+            raise ArgumentError(f"every y is {answers[0]}; expected some that differ")
+        factors = floats(penalties, "penalties", np.float64)
+        fine = factors.ndim == 1 and factors.size > 0
         if not fine or not (np.isfinite(factors).all() and factors.min() > 0):
             raise ArgumentError(f"penalties={penalties!r:.60}; expected numbers above 0")
         penalties = list(map(float, factors))
@@ -90,7 +93,7 @@ class Probe:
                 f"groups of shape {own.shape}; expected one for each of {len(rows)}"
             )
         number = np.unique(own, return_inverse=True)[1]
-        if not 2 <= n_folds <= number.max() + 1:
+        if not 2 <= whole(n_folds, "n_folds") <= number.max() + 1:
             raise ArgumentError(
                 f"n_folds={n_folds!r:.20}; expected 2 to {number.max() + 1}, which is how many groups there are"
             )
@@ -112,7 +115,7 @@ class Probe:
 
     def predict(self, x: npt.ArrayLike) -> np.ndarray:
         """What the probe reads off rows [..., E] -> float64 [...]; above 0 means yes."""
-        rows = np.asarray(x, np.float64)
+        rows = floats(x, "x", np.float64)
         if rows.ndim == 0 or rows.shape[-1] != len(self.weights):
             raise ArgumentError(
                 f"x has shape {rows.shape}; expected rows of {len(self.weights)} values"

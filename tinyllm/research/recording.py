@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..engine.completion import ids_of
 from ..engine.generate import DAMAGED
 from ..errors import ArgumentError, NumericError
 from ..files import read_text, replacing
 from ..models.step import hook_of
+from .points import whole
 from .stored import FORM, options_of, parse, stored_options
 
 if TYPE_CHECKING:
@@ -172,8 +174,6 @@ class Recording:
         Options are those that a file can hold: sampling, ``max_tokens``, ``stop``, ``json_schema``, ``regex``,
         ``grammar`` and ``lora``. Without a ``seed`` one is drawn and recorded.
         """
-        if not isinstance(prompt, str) and any(not isinstance(i, Integral) for i in prompt):
-            raise ArgumentError(f"a prompt of {prompt!r:.40}; expected one text, or a list of ids")
         return self._run(self._need().prompt_ids(prompt), options)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Completion:
@@ -201,22 +201,21 @@ class Recording:
         ArgumentError
             There is no such run or token, max_tokens leaves no room, or a grammar does not allow the tokens.
         """
+        run, at = whole(run, "run"), whole(at, "at")
         if not 0 <= run < len(self.runs):
             raise ArgumentError(
                 f"run={run!r:.20}; the recording has runs 0 to {len(self.runs) - 1}"
             )
         base = self.runs[run]
-        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at <= len(base.ids):
+        if not 0 <= at <= len(base.ids):
             raise ArgumentError(f"at={at!r:.20}; the text has {len(base.ids)} tokens")
         m = self._need()
         if isinstance(token, str):
             token = m.tokenizer.encode(token, add_special=False)
-        put = [] if token is None else token if isinstance(token, Iterable) else [token]
-        put = list(put)
-        if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in put):
-            raise ArgumentError(f"token={token!r:.40}; expected a token's id, a text or ids")
+        some = [] if token is None else token if isinstance(token, Iterable) else [token]
+        put = ids_of(some, "token", "a token's id, a text or ids")
         given = {**options_of(base.options), **options}
-        forced = [*base.ids[:at], *map(int, put)]
+        forced = [*base.ids[:at], *put]
         most = given.get("max_tokens", MAX_TOKENS)
         if isinstance(most, Integral) and 0 <= int(most) <= len(forced):
             raise ArgumentError(
@@ -256,10 +255,11 @@ class Recording:
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the recording as JSON."""
         whole = {"tinyllm_recording": FORM, **self.about, "runs": [asdict(r) for r in self.runs]}
+        text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         with replacing(path) as file:
             file.write(
-                (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-            )
+                text.encode(errors="backslashreplace")
+            )  # half a pair is \ud800, JSON's own escape
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], model: Model | None = None) -> Recording:
@@ -382,11 +382,11 @@ def check_put(done: Completion, forced: Sequence[int], options: Mapping[str, Any
 
 
 def check_plain(m: Model) -> None:
-    """Raise ArgumentError while a context changes a model's activations, which no file records."""
+    """Raise ArgumentError while a context changes a model's activations: what comes then is not the model's."""
     if hook_of(m.network.number, None) is not None:
         raise ArgumentError(
-            "a context such as steered() or patched() is around the call, which no recording holds; "
-            "a control vector's file can be given to load(control=...)"
+            "a context such as steered() or patched() is around the call, which no recording holds and "
+            "no comparison tells; a control vector can be given to load(control=...)"
         )
 
 
@@ -395,18 +395,24 @@ def parting(i: int, was: Recorded, done: Completion, watch: Watch, m: Model) -> 
     most = max(len(was.ids), len(done.ids))
     pairs = [(was.ids[t : t + 1], done.ids[t : t + 1]) for t in range(most)]
     token = next((t for t, (a, b) in enumerate(pairs) if a != b), None)
-    until = len(was.logits) if token is None else min(token + 1, len(was.logits))
-    now = [watch.hashes.get(t, "") for t in range(until)]
-    bits = next((t for t in range(until) if now[t] != was.logits[t]), None)
-    if token is None and bits is None and was.finish_reason == done.finish_reason:
+    n = max(watch.hashes, default=-1) + 1
+    common = len(was.ids) if token is None else token  # here the recorded token is the chosen one
+    now = [(watch.hashes.get(t, ""), watch.logits.get(t) if t < common else None) for t in range(n)]
+    recorded = enumerate(zip(was.logits, was.chosen, strict=True))
+    then = [(mark, x if t < common else None) for t, (mark, x) in recorded]
+    until = max(n, len(then)) if token is None else min(token + 1, len(then))
+    bits = next((t for t in range(until) if now[t : t + 1] != then[t : t + 1]), None)
+    ends = [(x.finish_reason, x.text) for x in (was, done)]
+    if token is None and bits is None and ends[0] == ends[1]:
         return None
     difference = None
-    if bits is not None and bits < len(was.ids):
+    if bits is not None and bits < min(len(was.ids), len(then)):
         ours, theirs = watch.logits.get(bits), was.chosen[bits]
         difference = None if ours is None or theirs is None else abs(ours - theirs)
     words: tuple[str, str] | None = None
-    if token is None and bits is None:  # all tokens agree, but the text ended otherwise
-        token, words = len(was.ids), (was.finish_reason, done.finish_reason)
+    if token is None and bits is None:  # all tokens agree, but not how the text ended, or the text
+        (a, old), (b, new) = ends
+        token, words = len(was.ids), (a, b) if a != b else (_short(old), _short(new))
     elif token is not None:
         first, second = (m.tokenizer.decode(x) if x else "the end" for x in pairs[token])
         words = first, second
