@@ -162,16 +162,16 @@ def measure(path: Path) -> tuple[float, str]:
     for i in range(3):
         if f"tokens_{i}" in npz:
             want = npz[f"{kind}_{which}_{i}"]
-            worst = max(
-                worst, float(np.abs(computed(net, npz[f"tokens_{i}"]) - want).max() / want.std())
-            )
+            source = npz[f"source_{i}"] if f"source_{i}" in npz else None
+            away = np.abs(computed(net, npz[f"tokens_{i}"], source) - want)
+            worst = max(worst, float(away.max() / want.std()))
     return worst, REFERENCES[which]
 
 
-def computed(net: Network, ids: np.ndarray) -> np.ndarray:
+def computed(net: Network, ids: np.ndarray, source: np.ndarray | None) -> np.ndarray:
     if not net.config.causal:
         return net.hidden([ids.tolist()])[0]
-    state = net.new_state(N_CTX)
+    state = net.new_state(N_CTX, source=None if source is None else source.tolist())
     state.append(ids.tolist())
     return np.array(net.forward([(state, len(ids), "all")])[0])
 

@@ -10,10 +10,11 @@ import pytest
 
 import tinyllm
 from tinyllm import gguf
-from tinyllm.errors import ArgumentError, TemplateError, TinyLLMError
+from tinyllm.errors import ArgumentError, ContextOverflow, TemplateError, TinyLLMError
 from tinyllm.loading import BUNDLED
 
 HELLO = [{"role": "user", "content": "Hello there"}]
+YES = {"type": "predicate", "instructions": "It is a greeting."}
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,40 @@ def test_no_pooling_is_not_the_usual_one(model) -> None:
 def test_what_are_no_messages_is_told(model, messages) -> None:
     with pytest.raises(ArgumentError, match=r"messages.* expected a list such as"):
         model.chat(messages, template="chatml", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, 5, b"x", {"a": 1}, ["x"], [{"type": "image_url"}], [{"type": "text", "text": 5}]],
+)
+def test_what_is_no_content_is_told(model, content) -> None:
+    for call in (model.turn, model.chat, lambda *a: model.decide(a[0], [YES], "chatml")):
+        with pytest.raises(
+            ArgumentError, match=r"messages\[0\] has the content .*; expected a text"
+        ):
+            call([{"role": "user", "content": content}], "chatml")
+
+
+def test_parts_of_a_content_are_one_text(model) -> None:
+    parts = [{"type": "text", "text": "Hello "}, {"type": "input_text", "text": "there"}]
+    told = [{"role": "user", "content": parts}]
+    assert model.turn(told, "chatml").ids == model.turn(HELLO, "chatml").ids
+    assert model.decide(told, [YES], "chatml").mass == model.decide(HELLO, [YES], "chatml").mass
+    called = {"role": "assistant", "content": None}
+    assert model.turn([*HELLO, called, *HELLO], "chatml").ids
+
+
+@pytest.mark.parametrize("given", [None, 5, b"x", {"role": "user"}])
+def test_what_cannot_be_asked_about_is_told(model, given) -> None:
+    with pytest.raises(ArgumentError, match=r"given is .*; expected a text, or a chat's messages"):
+        model.decide(given, [YES], "chatml")
+
+
+def test_what_is_too_long_to_decide_is_told_with_what_helps(model) -> None:
+    with pytest.raises(ContextOverflow, match="Load with a larger n_ctx, or ask about less"):
+        model.decide("word " * 999, [YES], "chatml")
+    with pytest.raises(ArgumentError, match=r"questions\[0\] is"):
+        model.decide("x", [{"type": [], "instructions": "x"}], "chatml")
 
 
 @pytest.mark.parametrize("variables", [5, 0, "x", [], ["a"], np.array([1, 2])])

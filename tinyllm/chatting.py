@@ -9,9 +9,18 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .engine.completion import Completion, GenerateOptions, Pieces, check_given, unread, without_end
+from .engine.completion import (
+    Completion,
+    GenerateOptions,
+    Options,
+    Pieces,
+    asked_of,
+    check_given,
+    unread,
+    without_end,
+)
 from .engine.embedding import BeforeStep, no_matter
-from .errors import ArgumentError, TemplateError
+from .errors import ArgumentError, ContextOverflow, TemplateError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
     from .engine.constraint import Grammar, Schema
     from .engine.deciding import Decisions
     from .models.network import Network
+    from .models.state import State
+    from .models.step import Tap
     from .tokenizers import Tokenizer
 
 
@@ -29,7 +40,6 @@ class Chatting(ABC):
 
     metadata: Mapping[str, Any]
     n_ctx: int
-    generate: Any
 
     @property
     @abstractmethod
@@ -53,6 +63,18 @@ class Chatting(ABC):
     @abstractmethod
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""
+
+    @abstractmethod
+    def _write(
+        self,
+        prompts: Sequence[list[int]],
+        asked: Options,
+        state: State | None,
+        tap: Tap | None,
+        stream: bool,
+        kept: int | None = None,
+    ) -> list[Completion] | Pieces:
+        """Continue prompts."""
 
     @overload
     def chat(
@@ -114,7 +136,9 @@ class Chatting(ABC):
         Parameters
         ----------
         messages : sequence of mapping
-            ``{"role": "user" | "assistant" | "system" | ..., "content": str}``, oldest first.
+            ``{"role": "user" | "assistant" | "system" | ..., "content": str}``, oldest first. A content may
+            also be parts, ``{"type": "text", "text": str}``, which are joined. Control tokens that a content
+            spells are obeyed: take them out of what you do not trust.
         template : str, optional
             A Jinja template to use instead of the file's, or the name of a well-known one: "chatml", "llama2",
             "llama3", "mistral", "gemma", "phi3", "zephyr", "vicuna".
@@ -150,13 +174,15 @@ class Chatting(ABC):
         turn = self.turn(
             messages, template, tools, tool_choice, template_vars, continue_final_message
         )
-        options = {**options, **self.held_to_calls(turn, options)}
-        state = options.get("state")
-        check_given(state, options.get("tap"))
-        ids = unread(turn.ids, state)
-        answer: Completion | Pieces = self.generate(ids, max_tokens, stream=stream, **options)
-        if isinstance(answer, Completion):
-            return self.answered(turn, answer)
+        given: dict[str, Any] = {**options, **self.held_to_calls(turn, options)}
+        state, tap = given.pop("state", None), given.pop("tap", None)
+        self._check_writes()
+        check_given(state, tap)
+        asked = asked_of(self, max_tokens, state, given)  # type: ignore[arg-type]
+        ids, kept = unread(turn.ids, state)
+        answer = self._write([ids], asked, state, tap, stream, kept)
+        if not isinstance(answer, Pieces):
+            return self.answered(turn, answer[0])
         answer.finished = partial(self.answered, turn)
         return answer
 
@@ -176,14 +202,14 @@ class Chatting(ABC):
     ) -> Turn:
         """What ``chat`` reads for a conversation, and how it understands the answer; its arguments."""
         from .chat.render import (
-            check_messages,
             check_variables,
             given_template,
             pick_template,
+            plain_messages,
         )
         from .chat.turn import Turn
 
-        check_messages(messages)
+        messages = plain_messages(messages)
         check_variables({} if template_vars is None else template_vars)
         given = template is not None
         chosen = pick_template(self.metadata) if template is None else given_template(template)
@@ -255,11 +281,18 @@ class Chatting(ABC):
         from .engine.request import Usage
 
         self._check_writes()
+        if isinstance(given, (bytes, Mapping)) or not isinstance(given, Sequence):
+            raise ArgumentError(
+                f"given is {type(given).__name__} {given!r:.40}; expected a text, or a chat's messages"
+            )
         asked = questions_of(questions)
         labels, spelled = labels_of(self.tokenizer, max(len(q.options) for q in asked))
         texts = [self._question_ids(given, q.text(labels), template, template_vars) for q in asked]
         options = [spelled[: len(q.options)] for q in asked]
-        found, mass, n_read = shares(self.network, texts, options, self.n_ctx, before_step)
+        try:
+            found, mass, n_read = shares(self.network, texts, options, self.n_ctx, before_step)
+        except ContextOverflow as e:
+            raise ContextOverflow(e.found, "Load with a larger n_ctx, or ask about less") from None
         answers = [q.answer(p) for q, p in zip(asked, found, strict=True)]
         return Decisions(answers, mass, Usage(n_read, 0, 0))
 

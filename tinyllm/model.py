@@ -15,16 +15,17 @@ from .engine.completion import (
     SMALLEST_CONTEXT,
     Completion,
     GenerateOptions,
+    Options,
     Pieces,
     Prompt,
+    asked_of,
     begin,
     check_given,
     check_n_ctx,
-    chosen_scales,
     complete,
-    ids_of,
+    divided,
+    ids_behind,
     listed,
-    options_of,
     or_beginning,
     room_for,
     split_prompts,
@@ -33,12 +34,11 @@ from .engine.completion import (
 from .engine.constraint import Grammar, Schema, compile_grammar
 from .engine.embedding import BeforeStep, check_ranks, embed, no_matter, rank
 from .engine.generate import Overflow
-from .engine.speculate import drafting
 from .errors import ArgumentError, ContextOverflow, TinyLLMError, UnsupportedModel
 from .kernels.backend import Device
 from .models.network import Network
 from .models.stages import gpus_first
-from .models.state import State
+from .models.state import State, ids_of
 from .models.step import Tap
 from .sampling import LogitsProcessor
 from .studied import Studied
@@ -107,13 +107,21 @@ class Model(Chatting, Studied):
         adapters = self.network.adapters
         return dict(zip(adapters.names, adapters.scales, strict=True))
 
-    def new_state(self, n_ctx: int | None = None, lora: Mapping[str, float] | None = None) -> State:
+    def new_state(
+        self,
+        n_ctx: int | None = None,
+        lora: Mapping[str, float] | None = None,
+        source: Prompt | None = None,
+    ) -> State:
         """An empty conversation with room for ``n_ctx`` tokens (default: the model's).
 
         Its steps use the adapters that ``lora`` names, each with its scale; None: as the model was loaded.
+        ``source`` is the text, or the ids, that a model with an encoder of its own (T5) reads before it writes.
         """
         scales = self.network.adapters.chosen(lora)
-        return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx, scales)
+        read = self.prompt_ids(source) if isinstance(source, str) else source
+        read = None if read is None else ids_of(read)
+        return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx, scales, read)
 
     def logits(
         self, ids: Sequence[int], state: State | None = None, tap: Tap | None = None
@@ -139,6 +147,7 @@ class Model(Chatting, Studied):
         state = state or self.new_state(max(len(ids), SMALLEST_CONTEXT))
         if len(state.ids) + len(ids) > state.n_ctx:
             raise ContextOverflow(f"{len(ids)} ids after {len(state.ids)}; room for {state.n_ctx}")
+        self.network.check_ids([ids])
         with state.taken():
             start = len(state.ids)
             state.ids.extend(ids)
@@ -299,7 +308,8 @@ class Model(Chatting, Studied):
         Parameters
         ----------
         prompt : str, sequence of int, or a list of either
-            Text (special tokens in it are parsed), or ids. A list of prompts is continued side by side.
+            Text (special tokens in it are parsed), or ids. A list of prompts is continued side by side. A model
+            with an encoder of its own (T5) reads the whole prompt first, and writes a text of its own about it.
         max_tokens : int
             At most so many tokens; -1: until the context is full.
         temperature, top_k, top_p, min_p, typical_p, repeat_penalty, repeat_last_n, \
@@ -307,13 +317,15 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             How a token is chosen; ``tinyllm.sampling.SamplingParams`` explains each. Each prompt of a list
             draws from random numbers of its own, all from this ``seed``.
         stop : str or sequence of str
-            Strings that end the text; they are not part of it. They add to the model's own end tokens.
+            Strings that end the text; they are not part of it. They add to the model's own end tokens. A text
+            that is held to a schema, an expression or a grammar ends there too, without its form.
         logprobs : int, optional
             Report each token's log-probability and those of this many likeliest alternatives.
         echo : bool
             With ``logprobs``: report the prompt's tokens too.
         state : State, optional
-            Continue this conversation; the prompt is added to it.
+            Continue this conversation; the prompt is added to it. A text behind its tokens has no
+            beginning-of-text token.
         tap : callable, optional
             ``tap(name, array)`` sees, and may replace, the activations of every step. With the attribute
             ``attn_probs = True`` it is also shown attention probabilities [heads, rows, positions].
@@ -357,41 +369,59 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         """
         self._check_writes()
         check_given(state, tap)
-        options = options_of(
-            max_tokens,
-            stop,
-            logprobs,
-            echo,
-            overflow,
-            self.grammar(json_schema, regex, grammar),
-            drafting(speculate, self),
-            chosen_scales(self.network, lora, state),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            typical_p=typical_p,
-            repeat_penalty=repeat_penalty,
-            repeat_last_n=repeat_last_n,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-            logits_processor=logits_processor,
-            seed=seed,
-        )
-        if speculate is not None and tap is not None:
-            raise ArgumentError("tap would see rows of guessed tokens; leave speculate out")
+        options = {
+            "stop": stop,
+            "logprobs": logprobs,
+            "echo": echo,
+            "overflow": overflow,
+            "json_schema": json_schema,
+            "regex": regex,
+            "grammar": grammar,
+            "speculate": speculate,
+            "lora": lora,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "typical_p": typical_p,
+            "repeat_penalty": repeat_penalty,
+            "repeat_last_n": repeat_last_n,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": logit_bias,
+            "logits_processor": logits_processor,
+            "seed": seed,
+        }
         prompts, many = split_prompts(prompt)
         if (stream or state is not None) and many:
             raise ArgumentError("stream and state take a single prompt, not a list")
+        asked = asked_of(self, max_tokens, state, options)
+        ids = [ids_behind(self, p, state) for p in prompts]
+        written = self._write(ids, asked, state, tap, stream)
+        return written if many or isinstance(written, Pieces) else written[0]
+
+    def _write(
+        self,
+        prompts: Sequence[list[int]],
+        asked: Options,
+        state: State | None,
+        tap: Tap | None,
+        stream: bool,
+        kept: int | None = None,
+    ) -> list[Completion] | Pieces:
+        """Continue prompts; with a ``state`` there is one, behind the first ``kept`` of its tokens, or all."""
+        if asked.drafting is not None and tap is not None:
+            raise ArgumentError("tap would see rows of guessed tokens; leave speculate out")
+        self.network.check_ids(prompts)
+        if state is not None:
+            self.network.check_own(state)
         jobs = []
-        for ids in map(self.prompt_ids, prompts):
-            home = state or self.new_state(room_for(ids, options, self.n_ctx), lora)
-            jobs.append(begin(self.tokenizer, self.network, home, ids, options))
-        if stream:
-            return Pieces(self.network, jobs[0], tap)
-        completions = complete(self.network, jobs, tap)
-        return completions if many else completions[0]
+        for ids in prompts:
+            source, first = divided(self.network, ids, state, self.n_ctx)
+            room = room_for(first, asked, self.n_ctx)
+            home = state or self.network.new_state(room, asked.scales, source)
+            jobs.append(begin(self.tokenizer, self.network, home, first, asked, kept=kept))
+        return Pieces(self.network, jobs[0], tap) if stream else complete(self.network, jobs, tap)
 
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""
@@ -415,7 +445,9 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens that ``generate`` reads for a prompt; an empty one is the beginning-of-text token."""
         if isinstance(prompt, str):
-            ids = without_end(self.tokenizer, self.tokenizer.encode(prompt))
+            ids = self.tokenizer.encode(prompt)
+            if self.network.reader is None:  # the text goes on behind the prompt
+                ids = without_end(self.tokenizer, ids)
         else:
             ids = ids_of(prompt, "prompt", "one text, or the ids of its tokens")
         return or_beginning(self.tokenizer, ids)

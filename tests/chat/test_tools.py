@@ -267,6 +267,19 @@ def test_what_is_no_tool_is_refused(tool: Any) -> None:
         functions_of([tool])
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([{"name": "f"}, {"name": "g"}, {"name": "f"}], "tools has two functions 'f'"),
+        ([{"name": "f", "parameters": "x"}], "the parameters of f are 'x'; expected a JSON schema"),
+        ([{"name": "f", "parameters": []}], "the parameters of f are"),
+    ],
+)
+def test_wrong_functions_are_refused(given: Any, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        functions_of(given)
+
+
 def test_arguments_that_are_no_json_are_refused(data: Path) -> None:
     said = message([CALLS[0]])
     said["tool_calls"][0]["function"]["arguments"] = "{"

@@ -320,6 +320,14 @@ ROWS: dict[str, Row] = {
     "t5encoder-plain": Row(
         "T5EncoderModel", {**T5, "feed_forward_proj": "relu", "d_kv": 6,
                            "relative_attention_num_buckets": 12}, kind="rows", long=30),
+    "t5": Row(
+        "T5ForConditionalGeneration",
+        {**T5, "feed_forward_proj": "gated-gelu", "num_hidden_layers": 2, "num_decoder_layers": 1,
+         "decoder_start_token_id": 3, "tie_word_embeddings": False}, long=140),
+    "t5-plain": Row(
+        "T5ForConditionalGeneration",
+        {**T5, "num_layers": 2, "feed_forward_proj": "relu", "d_kv": 6, "relative_attention_num_buckets": 12,
+         "decoder_start_token_id": 0}, long=30),
     "jina-bert-v3": Row(
         "JinaEmbeddingsV3Model", {"layer_norm_eps": 5e-3, "type_vocab_size": 1}, kind="rows"),
     }  # fmt: skip
@@ -359,6 +367,11 @@ def configured(name: str, row: Row) -> Any:
         config._experts_implementation = "eager"
     torch.manual_seed(int(hashlib.sha256(name.encode()).hexdigest()[:8], 16))
     model = cls(config).float().eval()
+    if (
+        getattr(config, "scale_decoder_outputs", True) is False
+    ):  # T5: a head that is not the embedding
+        config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with torch.no_grad():
         for n, p in model.named_parameters():
             draw(n, p)
@@ -417,12 +430,18 @@ def references(row: Row, model: Any) -> dict[str, np.ndarray]:
     for i, n in enumerate((row.long, 7)):
         ids = rng.integers(4, V, n)
         out[f"tokens_{i}"] = ids.astype(np.int32)
+        given = {"input_ids": torch.tensor(ids[None])}
+        if model.config.is_encoder_decoder:  # it reads a text of its own first
+            read = rng.integers(4, V, (150, 1)[i])
+            out[f"source_{i}"] = read.astype(np.int32)
+            given = {
+                "input_ids": torch.tensor(read[None]),
+                "decoder_input_ids": given["input_ids"],
+            }
+        if row.kind != "rows":
+            given["use_cache"] = False
         with torch.no_grad():
-            y = (
-                model(input_ids=torch.tensor(ids[None]), use_cache=False)
-                if row.kind != "rows"
-                else model(input_ids=torch.tensor(ids[None]))
-            )
+            y = model(**given)
         found = y.last_hidden_state if row.kind == "rows" else y.logits
         kind = "emb_tok" if row.kind == "rows" else "logits"
         out[f"{kind}_hf_{i}"] = found[0].float().numpy()

@@ -105,6 +105,24 @@ def test_what_is_no_constraint_is_refused(options: Any, message: str) -> None:
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"grammar": r'root ::= "\u00e9\U0001f600" [\u00e8]'}, "é😀è"),
+        ({"grammar": r'root ::= "\u0041\u0022\\u0042"'}, r'A"\u0042'),
+        ({"regex": " "}, " "),
+    ],
+)
+def test_escapes_and_spaces_are_what_they_say(options: Any, text: str) -> None:
+    assert bundled().generate("A", 30, **options).text == text
+
+
+def test_what_grows_too_large_names_its_argument() -> None:
+    constraint = compile_grammar(bundled().tokenizer, bundled().network.n_vocab, regex="a+").begin()
+    with pytest.raises(ArgumentError, match="regex cannot be kept to any longer"):
+        constraint.take(bundled().tokenizer.encode_inside("b")[0])
+
+
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(

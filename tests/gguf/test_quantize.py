@@ -184,7 +184,7 @@ def test_no_part_of_a_split_source_is_overwritten(source: Path, tmp_path: Path) 
     assert len(parts) > 2
     for how in (
         {"dst": parts[2]},
-        {"dst": tmp_path / "m.gguf", "mixture": "F32", "part_bytes": 1 << 16},  # the same names
+        {"dst": tmp_path / "m.gguf", "mixture": "F32", "part_bytes": 1 << 16},  # equal names
     ):
         with pytest.raises(ArgumentError, match="is the source itself; give another name"):
             quantize(parts[0], **how)

@@ -15,6 +15,7 @@ from tinyllm import gguf
 from tinyllm.errors import DeviceError
 from tinyllm.kernels.backend import Batch, LayerCache
 from tinyllm.kernels.gpu import backend, pinned
+from tinyllm.kernels.gpu.attention import Query
 from tinyllm.kernels.gpu.kvcache import Side
 from tinyllm.kernels.gpu.weights import GPUWeight
 from tinyllm.kernels.reference import ReferenceBackend
@@ -128,7 +129,13 @@ def test_without_tensor_cores_tiles_multiply_in_integers(be: Any) -> None:
         *("Matvec", "Tiles", "Library", "Tiles")
     ]
     side = Side(0, 2, 64, 64, "f16")
-    assert be.choose_attention(side, side) is be.plain_attention
+    assert be.choose_attention(Query(None, 2, side, side, 1.0)) is be.plain_attention
+
+
+def test_a_bias_for_each_distance_takes_the_plain_kernels(be: Any) -> None:
+    side, bias = Side(0, 2, 64, 64, "f16"), object()
+    assert be.choose_attention(Query(None, 2, side, side, 1.0)) is be.tensor_attention
+    assert be.choose_attention(Query(None, 2, side, side, 1.0, bias=bias)) is be.plain_attention
 
 
 def test_a_library_is_passed_over_for_what_it_does_not_multiply(be: Any) -> None:

@@ -329,6 +329,13 @@ def test_rope_write_norms_turns_and_stores(
         same(be, x, y.astype(F32), max(CACHE_ERROR[kv], 1e-4))
 
 
+def by_distance() -> np.ndarray:
+    """A bias for each head and distance up to 24; the outermost 16 are alike."""
+    bias = normal(4, 2 * 24 + 1, seed=3)
+    bias[:, :16], bias[:, -16:] = bias[:, :1], bias[:, -1:]
+    return bias
+
+
 ATTENTION = {
     "plain": {},
     "window": {"window": 7},
@@ -336,6 +343,7 @@ ATTENTION = {
     "softcap": {"softcap": 3.0},
     "alibi": {"slopes": np.array([0.5, 0.25, 0.125, 0.06], F32)},
     "sinks": {"sinks": np.array([0.5, -1, 2, 0], F32)},
+    "bias": {"bias": by_distance()},
     "all": {"window": 100, "softcap": 5.0, "sinks": np.array([0.5, -1, 2, 0], F32)},
 }
 CACHED = [*(("f32", case) for case in ATTENTION), ("f16", "plain"), ("q8_0", "plain")]
@@ -382,13 +390,6 @@ def test_attention(
     got = run(be, mine)
     error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
     assert error <= CACHE_ERROR[kv], f"relative error {error:.2e}"
-
-
-def by_distance() -> np.ndarray:
-    """A bias for each head and distance up to 24; the outermost 16 are alike."""
-    bias = normal(4, 2 * 24 + 1, seed=3)
-    bias[:, :16], bias[:, -16:] = bias[:, :1], bias[:, -1:]
-    return bias
 
 
 @pytest.mark.parametrize(

@@ -474,7 +474,7 @@ def test_a_disk_without_room_is_named_and_the_same_command_goes_on(
     resource = pytest.importorskip("resource")
     source, target = write(tmp_path / "in.txt", list(range(9))), tmp_path / "out.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # of a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # bytes in a file
     try:
         found = main(["map", "embed", source, str(target)])
     finally:

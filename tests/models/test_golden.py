@@ -5,6 +5,7 @@ The references are float32 (or float64) implementations, not ours; only where no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ DEVICES = [
     "cpu",
     *(pytest.param(d, marks=pytest.mark.device) for d in ("opencl", "cuda")),
 ]
+# what is read before each sequence; () where the model reads nothing
+Sources = Sequence[Sequence[int]]
 N_CTX = 256  # what the references were made with
 
 
@@ -68,9 +71,12 @@ def references(npz: Any, i: int) -> np.ndarray:
     raise AssertionError(f"no reference for sequence {i}: {sorted(npz)}")
 
 
-def logits(net: Network, sequences: list[list[int]], chunk: int = 10**6) -> list[np.ndarray]:
-    """All sequences side by side, ``chunk`` tokens of each per step."""
-    states = [net.new_state(N_CTX) for _ in sequences]
+def logits(
+    net: Network, sequences: Sequence[Sequence[int]], chunk: int = 10**6, sources: Sources = ()
+) -> list[np.ndarray]:
+    """All sequences side by side, ``chunk`` tokens of each per step, written about ``sources`` if given."""
+    read = sources or [None] * len(sequences)
+    states = [net.new_state(N_CTX, source=source) for source in read]
     for state, ids in zip(states, sequences, strict=True):
         state.append(ids)
     out: list[list[np.ndarray]] = [[] for _ in sequences]
@@ -106,13 +112,18 @@ def compare(folder: Path, name: str, device: str) -> None:
     net = network(folder, name, device)
     npz = np.load(folder / f"{name}.npz")
     sequences = [npz[f"tokens_{i}"].tolist() for i in range(3) if f"tokens_{i}" in npz]
-    run = (lambda s: logits(net, [s])[0]) if net.config.causal else (lambda s: net.hidden([s])[0])
-    wholes = [run(s) for s in sequences]
+    sources = [npz[f"source_{i}"].tolist() for i in range(3) if f"source_{i}" in npz]
+    each = sources or [None] * len(sequences)
+    if net.config.causal:
+        pairs = zip(sequences, each, strict=True)
+        wholes = [logits(net, [s], sources=[r] if r else [])[0] for s, r in pairs]
+    else:
+        wholes = [net.hidden([s])[0] for s in sequences]
     for i, whole in enumerate(wholes):
         want = references(npz, i)
         assert np.abs(whole - want).max() <= BOUND[device] * want.std()
     bound = SAME[device] * max(w.std() for w in wholes)
-    for batch in batches(net, sequences, ONE_BY_ONE.get(device)):
+    for batch in batches(net, sequences, ONE_BY_ONE.get(device), sources):
         for got, whole in zip(batch, wholes, strict=True):
             assert np.abs(got - whole[: len(got)]).max() <= bound
 
@@ -124,7 +135,7 @@ def test_keys_normalised_behind_their_rotation_are_not_shifted() -> None:
 
 
 def batches(
-    net: Network, sequences: list[list[int]], one_by_one: int | None
+    net: Network, sequences: list[list[int]], one_by_one: int | None, sources: Sources
 ) -> list[list[np.ndarray]]:
     """Logits or rows of sequences computed in several ways, each of which must give the same.
 
@@ -134,10 +145,10 @@ def batches(
     if not net.config.causal:
         return [net.hidden(sequences)]
     return [
-        logits(net, sequences),
-        logits(net, sequences, 5),
-        [logits(net, [s], 7)[0] for s in sequences],
-        logits(net, [s[:one_by_one] for s in sequences], 1),
+        logits(net, sequences, sources=sources),
+        logits(net, sequences, 5, sources),
+        [logits(net, [s], 7, sources[i : i + 1])[0] for i, s in enumerate(sequences)],
+        logits(net, [s[:one_by_one] for s in sequences], 1, sources),
     ]
 
 

@@ -98,7 +98,7 @@ def questions_of(given: Any) -> list[Question]:
 
 def _question(q: Any, at: str) -> Question:
     kind = q.get("type") if isinstance(q, Mapping) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         expected = ", ".join(map(repr, KINDS))
         raise ArgumentError(
             f"{at} is {q!r:.60}; expected a mapping whose type is one of {expected}"

@@ -286,18 +286,20 @@ def asked_last(given: str | Sequence[Message], question: str) -> list[Message]:
 
     It joins the user's last message where that is the last: templates want roles to take turns.
     """
-    messages: list[Message] = (
-        [{"role": "user", "content": given}] if isinstance(given, str) else [*given]
+    messages = plain_messages(
+        [{"role": "user", "content": given}] if isinstance(given, str) else given
     )
-    check_messages(messages)
     last = messages[-1]
     if last.get("role") == "user" and isinstance(last.get("content"), str):
         return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{question}"}]
     return [*messages, {"role": "user", "content": question}]
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """ArgumentError unless these are one message or more, each a mapping."""
+def plain_messages(messages: Sequence[Message]) -> list[Message]:
+    """Messages as templates read them: a content of several parts is one text.
+
+    ArgumentError unless these are one message or more, each a mapping with a content, or a call of tools.
+    """
     expected = 'expected a list such as [{"role": "user", "content": "Hello"}]'
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
         raise ArgumentError(f"messages is {type(messages).__name__} {messages!r:.40}; {expected}")
@@ -308,6 +310,22 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise ArgumentError(
                 f"messages has {type(message).__name__} {message!r:.40} in its list; {expected}"
             )
+    return [_plain(n, message) for n, message in enumerate(messages)]
+
+
+def _plain(n: int, message: Message) -> Message:
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("role") == "assistant"):
+        return message
+    parts: Sequence[Any] = content if isinstance(content, (list, tuple)) else [content]
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ArgumentError(
+                f"messages[{n}] has the content {kind!r:.40}; expected a text, or parts such as "
+                '{"type": "text", "text": "Hello"}'
+            )
+    return {**message, "content": "".join([str(part["text"]) for part in parts])}
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:

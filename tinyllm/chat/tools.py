@@ -442,7 +442,8 @@ def functions_of(tools: Sequence[Any]) -> list[Mapping[str, Any]]:
     Raises
     ------
     ArgumentError
-        A tool is neither ``{"type": "function", "function": {"name": ...}}`` nor such a function itself.
+        A tool is neither ``{"type": "function", "function": {"name": ...}}`` nor such a function itself; or two
+        have one name.
     """
     found: list[Mapping[str, Any]] = []
     for tool in tools:
@@ -453,6 +454,13 @@ def functions_of(tools: Sequence[Any]) -> list[Mapping[str, Any]]:
                 f"tools has {tool!r:.60}; expected "
                 "{'type': 'function', 'function': {'name': ..., 'parameters': ...}}"
             )
+        parameters = function.get("parameters")
+        if parameters is not None and not isinstance(parameters, Mapping):
+            raise ArgumentError(
+                f"tools: the parameters of {name} are {parameters!r:.40}; expected a JSON schema"
+            )
+        if any(other["name"] == name for other in found):
+            raise ArgumentError(f"tools has two functions {name!r}; give each a name of its own")
         found.append(function)
     return found
 

@@ -76,7 +76,8 @@ def run(args: Arguments) -> None:
         if args.json:
             text = "".join(pieces)
         else:
-            show("" if args.no_echo or answers else prompt)
+            about = model.network.reader is not None  # the text is no continuation of the prompt
+            show("" if args.no_echo or answers or about else prompt)
             for piece in pieces:
                 show(piece)
             show("\n")

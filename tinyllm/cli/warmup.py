@@ -16,8 +16,9 @@ def warm_up(model: Model) -> None:
         model.network.hidden(prompts)
         return
     net = model.network
+    read = None if net.reader is None else prompts[-1]
     for ids in prompts:
-        states = [model.new_state(len(ids) + BEHIND) for _ in range(2)]
+        states = [model.new_state(len(ids) + BEHIND, source=read) for _ in range(2)]
         for state in states:
             state.append(ids)
             net.forward([(state, len(ids), "last")])
@@ -25,7 +26,7 @@ def warm_up(model: Model) -> None:
             for state in together:
                 state.append([0])
             net.forward([(state, 1, "all") for state in together])
-    state = model.new_state(max(PROMPTS))
+    state = model.new_state(max(PROMPTS), source=read)
     state.append(prompts[-1])
     logits = net.forward([(state, len(prompts[-1]), "all")])[0]
     net.be.top_k(logits[-1], min(CHOICES, net.n_vocab))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from operator import index
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ContextOverflow
 from ..models.adapters import Scales
 from ..models.state import State, User
 from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
 from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, force, steps
 from .progress import reading
+from .speculate import drafting
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -70,8 +70,8 @@ class Completion:
 
     ``text`` is what was written, without the prompt; ``ids`` its tokens; ``logprobs`` one Token each, where
     asked for; ``finish_reason`` is "stop" (the model or a stop string ended it), "length" (max_tokens),
-    "context" (no room was left) or "cancelled". ``message`` is a chat's answer as a message:
-    {"role", "content"}, and where there are any "reasoning" and "tool_calls".
+    "context" (no room was left), "cancelled" or an Engine's "deadline". ``message`` is a chat's answer as a
+    message: {"role", "content"}, and where there are any "reasoning" and "tool_calls".
     """
 
     text: str
@@ -124,9 +124,24 @@ def options_of(
     **sampling: Any,
 ) -> Options:
     """The options of a call; ``sampling`` are those of SamplingParams."""
+    if unknown := [name for name in sampling if name not in SamplingParams.__dataclass_fields__]:
+        raise ArgumentError(f"{unknown[0]}={sampling[unknown[0]]!r:.40}: there is no such option")
     params, limit = SamplingParams(**sampling), check_max_tokens(max_tokens)
     return Options(
         params, limit, strings(stop), logprobs, echo, overflow, grammar, drafting, scales
+    )
+
+
+def asked_of(
+    model: Model, max_tokens: int, state: State | None, options: Mapping[str, Any]
+) -> Options:
+    """What a caller of ``generate`` asks of a model by these options, ``state`` aside; checked."""
+    left = dict(options)
+    held = {name: left.pop(name, None) for name in ("json_schema", "regex", "grammar")}
+    guesses = drafting(left.pop("speculate", None), model)
+    scales = chosen_scales(model.network, left.pop("lora", None), state)
+    return options_of(
+        max_tokens, grammar=model.grammar(**held), drafting=guesses, scales=scales, **left
     )
 
 
@@ -201,28 +216,65 @@ def begin(
     o: Options,
     n_read: int = 0,
     giver: User | None = None,
+    kept: int | None = None,
 ) -> Job:
     """Add a prompt to a state, which has its first ``n_read`` ids already, and make it a job.
 
-    Nothing is computed yet. ``giver`` has the state until now.
+    Nothing is computed yet, and after an error the state is as it was. ``giver`` has it until now. The prompt
+    stands behind the state's first ``kept`` tokens, and the others are dropped; None: behind all.
     """
     keep = 1 if tokenizer.add_bos else 0
-    rest = state.n_ctx - len(state.ids)
-    check_fits(len(state.ids) - n_read + len(ids), state.n_ctx, o.overflow)
+    n = len(state.ids) if kept is None else kept
+    check_fits(n - n_read + len(ids), state.n_ctx, o.overflow)
+    if kept != 0:  # where nothing is kept, all that was lost is read again
+        state.check_whole()
+    constraint = None if o.grammar is None else o.grammar.begin()
+    if constraint is not None:
+        constraint.forced()  # an error is raised before the state changes
     limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
     sampler = Sampler(o.params, net.n_vocab, net.be.top_k)
     run = Run(
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
-        o.echo and o.logprobs is not None, None if o.grammar is None else o.grammar.begin(),
+        o.echo and o.logprobs is not None, constraint,
         finish_reason="length" if limit == 0 else None,
         drafter=None if o.drafting is None else o.drafting.begin(),
     )  # fmt: skip
     state.take(run, giver)
+    if kept is not None:
+        state.cut_back(kept)
+        run.timings.n_reused = state.n_past
+    rest = state.n_ctx - n
     new = truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids[n_read:]
     state.ids.extend(new)
-    job = Job(tokenizer, run, o.stop, ids)
+    job = Job(tokenizer, run, o.stop, ids if state.source is None else state.source.ids)
     force(run)
     return job
+
+
+def divided(
+    net: Network, ids: list[int], state: State | None, n_ctx: int
+) -> tuple[list[int] | None, list[int]]:
+    """A prompt as what is read before the text, or None, and what the text begins with.
+
+    Where another stack of the model's layers reads, that is the prompt, and the text begins with a token of the
+    file's; else the text begins with the prompt.
+
+    Raises
+    ------
+    ArgumentError
+        The prompt is read before the text, which a ``state`` has begun already.
+    ContextOverflow
+        What is read before the text has more than ``n_ctx`` tokens.
+    """
+    if net.reader is None:
+        return None, ids
+    if state is not None:
+        raise ArgumentError(f"{net.arch.name} reads its prompt before it writes; leave state out")
+    if len(ids) > n_ctx:
+        raise ContextOverflow(
+            f"the prompt has {len(ids)} tokens; the context holds {n_ctx}", "Use a larger n_ctx"
+        )
+    return ids, [net.config.start_id]
 
 
 def room_for(ids: Sequence[int], o: Options, n_ctx: int) -> int:
@@ -358,29 +410,6 @@ def _found(x: object) -> str:
     return f"{type(x).__name__} {x!r:.40}"
 
 
-def ids_of(
-    ids: Iterable[int],
-    what: str = "ids",
-    expected: str = "the ids of tokens, a sequence of whole numbers",
-) -> list[int]:
-    """The ids of one sequence of tokens, as a caller gives them.
-
-    Raises
-    ------
-    ArgumentError
-        They are no whole numbers, or no sequence: a text, bytes or a mapping.
-    """
-    try:
-        if isinstance(ids, (str, bytes, bytearray, Mapping, Set)):
-            raise TypeError
-        found = list(ids)
-        if any(isinstance(i, (bool, np.bool_)) for i in found):
-            raise TypeError
-        return list(map(index, found))
-    except TypeError:
-        raise ArgumentError(f"{what} is {_found(ids)}; expected {expected}") from None
-
-
 def listed(texts: Iterable[str], name: str) -> list[str]:
     """The texts that a caller gives one by one; ArgumentError for a single one, or what holds none."""
     try:
@@ -399,13 +428,24 @@ def check_given(state: State | None, tap: Tap | None) -> None:
         raise ArgumentError(f"tap is {_found(tap)}; expected a function of a name and an array")
 
 
-def unread(ids: list[int], state: State | None) -> list[int]:
-    """What a state has not read of a conversation yet; it keeps what both begin with, and drops the rest."""
-    if state is None:
+def unread(ids: list[int], state: State | None) -> tuple[list[int], int | None]:
+    """What a state has not read of a conversation yet, and how many of its tokens come before."""
+    kept = None if state is None else state.n_common(ids)
+    return ids[kept or 0 :], kept
+
+
+def ids_behind(model: Model, prompt: Prompt, state: State | None) -> list[int]:
+    """What is read of a prompt behind a state; of a text without a token for the beginning, which has been."""
+    ids = model.prompt_ids(prompt)
+    if state is None or not state.ids or not isinstance(prompt, str):
         return ids
-    kept = state.reuse(ids)
-    state.truncate(kept)
-    return ids[kept:]
+    if not model.tokenizer.add_bos or ids[:1] != [model.tokenizer.bos]:
+        return ids
+    if len(ids) == 1 and len(state.ids) == state.n_past:
+        raise ArgumentError(
+            "the prompt is empty, and the state has nothing left to read; give a text"
+        )
+    return ids[1:]
 
 
 def without_end(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

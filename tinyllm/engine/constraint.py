@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -109,7 +110,7 @@ class Constraint:
                     f"{self._name}: no text keeps to it; a rule calls itself without end"
                 )
             # its limits are met while a text is written: it is what was asked for that is too large
-            raise ArgumentError(f"the constraint cannot be kept to any longer: {reason}")
+            raise ArgumentError(f"{self._name} cannot be kept to any longer: {reason}")
 
 
 def compile_grammar(
@@ -147,7 +148,7 @@ def compile_grammar(
         elif regex is not None:
             source = matcher.grammar_from_regex(_text(name, regex))
         else:
-            source = llguidance.grammar_from("gbnf", _text(name, grammar))
+            source = llguidance.grammar_from("gbnf", _spelled(_text(name, grammar)))
     except ArgumentError:
         raise
     except (ValueError, TypeError) as error:  # half a surrogate pair, too
@@ -167,9 +168,22 @@ def _schema(schema: Any) -> str:
 
 
 def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (value if name == "regex" else value.strip()):
         raise ArgumentError(f"{name}={value!r:.40}; expected a text that is not empty")
     return value
+
+
+def _spelled(grammar: str) -> str:
+    """A grammar without GBNF's ``\\u00e9`` and ``\\U0001f600``, which llguidance does not read."""
+
+    def character(found: re.Match[str]) -> str:
+        code = int(found[2] or found[3], 16)
+        if code > sys.maxunicode:
+            raise ArgumentError(f"grammar: {found[0]} is no character")
+        return found[1] + (f"\\x{code:02x}" if code < 128 else chr(code))
+
+    escapes = r"(?<!\\)((?:\\\\)*)\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))"
+    return re.sub(escapes, character, grammar) if "::=" in grammar else grammar
 
 
 def _explained(message: str) -> str:

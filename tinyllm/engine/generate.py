@@ -149,7 +149,7 @@ class Run:
 
 
 Work = list[tuple[Run, int]]  # runs, and how many of their tokens a step computes
-Failed = Callable[[Run, Exception], object]
+Failed = Callable[[Run, BaseException], object]
 
 
 def check_fits(n_tokens: int, n_ctx: int, overflow: Overflow) -> None:
@@ -279,7 +279,7 @@ def compute(
                 else:
                     run.accept(choice(run, logits[-1]))
                 force(run)
-        except Exception as e:
+        except BaseException as e:
             if failed is None:
                 raise
             failed(run, e)

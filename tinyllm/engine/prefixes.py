@@ -97,6 +97,8 @@ class Prefixes:
     def add(self, state: State) -> None:
         """Remember what a state has read, sharing its pages."""
         n = state.n_past
+        if state.source is not None:  # texts that begin alike are about different ones
+            return
         if not n or state.spoilt or state.nbytes > self.max_bytes:  # it would only drive others out
             return
         node = self._place(self._root(state.n_ctx, state.scales), state.ids[:n])

@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
+from ..errors import ArgumentError, TinyLLMError
 from .completion import Completion, Job, Options
 from .generate import FinishReason, Timings, Token
 
@@ -48,8 +50,12 @@ class Request:
         n_ctx: int,
         state: State | None,
         deadline: float | None,
+        source: list[int] | None = None,
+        kept: int | None = None,
     ) -> None:
         self.prompt_ids, self.options = ids, options
+        self.source = source  # what is read before the text, where another stack of layers reads
+        self.kept = kept  # how many tokens of the given state come before; None: all
         self.n_ctx = n_ctx  # tokens that its state has room for
         self.given_state = state
         self.job: Job | None = None  # once it was begun
@@ -63,6 +69,8 @@ class Request:
         self._pieces: list[str] = []
         self._completion: Completion | None = None
         self._error: BaseException | None = None
+        self._wrong: BaseException | None = None  # what its listener raised
+        self.thread: threading.Thread | None = None  # which writes it
         self._changed = threading.Condition()
         self._waiters: list[AsyncWaiter] = []
         self._listener: Callable[[], object] | None = None
@@ -84,7 +92,7 @@ class Request:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        n_prompt, job = len(self.prompt_ids), self.job
+        n_prompt, job = len(self.source or self.prompt_ids), self.job
         if job is None:
             return Usage(n_prompt, 0, 0)
         n_reasoning = self.n_reasoning([t.id for t in job.tokens if t.id not in job.run.eog])
@@ -102,9 +110,14 @@ class Request:
         ------
         TimeoutError
             It has not ended within ``timeout`` seconds; it goes on.
-        Exception
-            What its own logits processor raised, or what ended the step that computed it.
+        TinyLLMError
+            The engine's own thread asks, as a logits processor would: it would wait for itself.
+        BaseException
+            What its own logits processor or listener raised, or what ended the step that computed it.
         """
+        if timeout is not None and not is_seconds(timeout):
+            raise ArgumentError(f"timeout={timeout!r:.40}; expected seconds, or None")
+        self._check_may_wait()
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"the text has not ended within {timeout} s; it goes on")
@@ -113,7 +126,7 @@ class Request:
     def listen(self, listener: Callable[[], object] | None) -> None:
         """Have ``listener`` called in the engine's thread whenever there is something new, and at the end.
 
-        It must be quick, and raise nothing. ``since`` tells what is new.
+        It must be quick. What it raises ends this request. ``since`` tells what is new.
         """
         self._listener = listener
 
@@ -125,9 +138,20 @@ class Request:
         tokens = [] if self.job is None else self.job.tokens[n_tokens:]
         return self._pieces[n_pieces:], tokens
 
+    def _check_may_wait(self) -> None:
+        if self.thread is None or self.done:
+            return
+        if threading.current_thread() is self.thread:
+            raise TinyLLMError(
+                "the engine's thread would wait for itself: a processor or listener cannot wait for a request"
+            )
+        if not self.thread.is_alive() and not self.done:
+            raise TinyLLMError("the engine's thread is in another process, of which this is a fork")
+
     def __iter__(self) -> Iterator[str]:
         seen = 0
         while True:
+            self._check_may_wait()
             with self._changed:
                 self._changed.wait_for(lambda n=seen: self.done or len(self._pieces) > n)  # type: ignore[misc]
             yield from self._pieces[seen : (seen := len(self._pieces))]
@@ -158,6 +182,7 @@ class Request:
     async def _change(self, seen: int) -> None:
         """Wait until there are more than ``seen`` pieces, or no more to come."""
         loop = asyncio.get_running_loop()
+        self._check_may_wait()
         with self._changed:
             if self.done or len(self._pieces) > seen:
                 return
@@ -205,6 +230,7 @@ class Request:
         """End the request, with an error or with the text so far."""
         if self.done:
             return
+        error = error or self._wrong
         if self.job is not None:  # a state that it was given is free again
             run = self.job.run
             run.finish_reason = run.finish_reason or self._asked or "cancelled"
@@ -221,9 +247,8 @@ class Request:
     def _unwritten(self) -> Completion:
         wanted: list[Token] | None = [] if self.options.logprobs is not None else None
         echoed = wanted if self.options.echo else None
-        return Completion(
-            "", [], self._asked or "cancelled", self.prompt_ids, wanted, echoed, Timings()
-        )
+        read = self.source or self.prompt_ids
+        return Completion("", [], self._asked or "cancelled", read, wanted, echoed, Timings())
 
     def _notify(
         self,
@@ -240,7 +265,18 @@ class Request:
             with suppress(RuntimeError):  # its event loop was closed
                 loop.call_soon_threadsafe(wake, future)
         if (listener := self._listener) is not None:  # another thread may take it away at any time
-            listener()
+            try:
+                listener()
+            except BaseException as e:  # the caller's: no other request ends by it
+                self._listener, self._wrong = None, e
+                self.cancel()
+                if self.done:
+                    self._error = e
+
+
+def is_seconds(x: object) -> bool:
+    """Whether this is a time from now on."""
+    return isinstance(x, Real) and not isinstance(x, bool) and float(x) >= 0
 
 
 def wake(future: asyncio.Future[None]) -> None:

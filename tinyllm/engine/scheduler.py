@@ -6,6 +6,7 @@ the pieces in which its prompt was read, or on having been set aside.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -19,13 +20,22 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import ArgumentError, DeviceError, QueueFull, TinyLLMError
 from ..models.memory import cache_bytes
 from ..models.step import hook_of
-from .completion import Prompt, begin, chosen_scales, options_of, room_for, split_prompts, unread
+from .completion import (
+    Prompt,
+    asked_of,
+    begin,
+    check_given,
+    divided,
+    ids_behind,
+    room_for,
+    split_prompts,
+    unread,
+)
 from .generate import Run, check_fits, steps
 from .pace import Pace
 from .prefixes import SNAPSHOT, Prefixes, n_same, needs_snapshots
-from .request import Request
+from .request import Request, is_seconds
 from .request import Usage as Usage
-from .speculate import drafting
 
 if TYPE_CHECKING:
     from ..chat.render import Message
@@ -36,6 +46,14 @@ MOST_TEXTS = 64  # texts of a step, unless told otherwise
 WORTH_WAITING = (
     32  # tokens that a request and one being read have in common, for it to wait for them
 )
+LIMITS = {  # the least value of each, and whether it may be None
+    "max_rows": (1, True),
+    "max_texts": (1, True),
+    "max_bytes": (1, False),
+    "max_queue": (1, False),
+    "prefix_bytes": (0, False),
+}
+OF_CHATS = ("template", "tools", "tool_choice", "template_vars", "continue_final_message")
 ROOM = 512  # tokens that a request has memory for when it joins, beyond those it has to read
 
 
@@ -44,7 +62,8 @@ class Engine:
 
     Requests join and leave between steps. Long prompts are read in pieces, so that the texts being written
     keep their pace. A request waits while there is no memory for it. What it writes is what ``Model.generate``
-    writes for it alone: on ``cpu``, to the bit.
+    writes for it alone: on ``cpu``, to the bit. Close it, or use it in a ``with`` block: until then its thread
+    keeps it, and the model, in memory. A process that was forked needs an engine of its own.
 
     Parameters
     ----------
@@ -83,25 +102,18 @@ class Engine:
         prefix_bytes: int | None = None,
         max_texts: int | None = None,
     ) -> None:
-        if prefix_bytes is not None and (not isinstance(prefix_bytes, int) or prefix_bytes < 0):
-            raise ArgumentError(f"prefix_bytes={prefix_bytes!r:.40}; expected a number of bytes")
-        for name, value in (
-            ("max_rows", max_rows),
-            ("max_bytes", max_bytes),
-            ("max_queue", max_queue),
-            ("max_texts", max_texts),
-        ):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ArgumentError(f"{name}={value!r:.40}; expected a whole number of at least 1")
+        if not hasattr(model, "network"):
+            raise ArgumentError(f"model is {type(model).__name__} {model!r:.40}; expected a Model")
         if not model.config.causal:
             raise ArgumentError(f"{model.arch} reads texts and writes none; use embed")
         self._model, self._net = model, model.network
+        self._changed = threading.Condition()  # guards _waiting and _closed
         self.max_rows, self.max_queue, self.max_texts = max_rows, max_queue, max_texts
         free = min(stage.be.memory()[0] for stage in self._net.stages)
         self.max_bytes = free // 2 if max_bytes is None else max_bytes
-        self._prefixes = Prefixes(self._net, free // 4 if prefix_bytes is None else prefix_bytes)
+        self._prefixes = Prefixes(self._net, free // 4)
+        if prefix_bytes is not None:
+            self.prefix_bytes = prefix_bytes
         self._snapshots = needs_snapshots(self._net)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -109,10 +121,15 @@ class Engine:
         self._most: int | None = None  # requests at a time, since memory ran out in a step
         self._pace = Pace()
         self._nbytes = 0
-        self._closed = False
-        self._changed = threading.Condition()  # guards _waiting and _closed
+        self._closed, self._pid = False, os.getpid()
+        self._died: BaseException | None = None  # what ended the thread, unless it was closed
         self._thread = threading.Thread(target=self._work, name="tinyllm-engine", daemon=True)
         self._thread.start()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in LIMITS:
+            check_limit(name, value)
+        super().__setattr__(name, value)
 
     def submit(
         self,
@@ -153,31 +170,31 @@ class Engine:
             Another text goes on with the state.
         """
         refuse(self._net.number, options, deadline)
+        check_given(state, None)
         turn = None
         if is_conversation(prompt):
             chat = (template, tools, tool_choice, template_vars, continue_final_message)
             turn = self._model.turn(cast("Sequence[Message]", prompt), *chat)
             options |= self._model.held_to_calls(turn, options)
-        source = {n: options.pop(n, None) for n in ("json_schema", "regex", "grammar")}
-        guesses = drafting(options.pop("speculate", None), self._model)
-        scales = chosen_scales(self._net, options.pop("lora", None), state)
-        chosen = options_of(
-            max_tokens,
-            grammar=self._model.grammar(**source),
-            drafting=guesses,
-            scales=scales,
-            **options,
-        )
+        else:
+            given = (template, tools, tool_choice != "auto", template_vars, continue_final_message)
+            if wrong := [name for name, x in zip(OF_CHATS, given, strict=True) if x]:
+                raise ArgumentError(f"{wrong[0]} belongs to messages, and the prompt is none")
+        chosen = asked_of(self._model, max_tokens, state, options)
         if state is not None:
             self._net.check_own(state)
-            state.check_free()  # before ``unread`` cuts it
-        ids = self._ids(prompt) if turn is None else unread(turn.ids, state)
+            state.check_free()
+        ids, kept = (self._ids(prompt, state), None) if turn is None else unread(turn.ids, state)
+        read, ids = divided(self._net, ids, state, self._model.n_ctx)
+        n_ctx, n_before = room_for(ids, chosen, self._model.n_ctx), 0
         if state is not None:
-            state.check_whole()
-        n_ctx = room_for(ids, chosen, self._model.n_ctx) if state is None else state.n_ctx
-        check_fits(len(ids) + (len(state.ids) if state else 0), n_ctx, chosen.overflow)
-        self._net.check_ids([ids])
-        request = Request(ids, chosen, n_ctx, state, deadline)
+            if kept != 0:
+                state.check_whole()
+            n_ctx, n_before = state.n_ctx, len(state.ids) if kept is None else kept
+        check_fits(n_before + len(ids), n_ctx, chosen.overflow)
+        self._net.check_ids([ids, read or []])
+        request = Request(ids, chosen, n_ctx, state, deadline, read, kept)
+        request.thread = self._thread
         if turn is not None:
             request.finished = partial(self._model.answered, turn)
             request.n_reasoning = partial(turn.n_reasoning, self._model.tokenizer)
@@ -191,7 +208,15 @@ class Engine:
         return request
 
     def _enqueue(self, request: Request) -> None:
+        if (
+            os.getpid() != self._pid
+        ):  # a fork has none of the threads, and perhaps a lock that nobody leaves
+            raise TinyLLMError(
+                f"the engine runs in the process {self._pid}, and this is its fork; make an Engine here"
+            )
         with self._changed:
+            if self._died is not None:
+                raise TinyLLMError(f"the engine has ended by an error: {self._died!r}")
             if self._closed:
                 raise TinyLLMError("the engine is closed")
             if len(self._waiting) >= self.max_queue:
@@ -201,11 +226,11 @@ class Engine:
             self._waiting.append(request)
             self._changed.notify_all()
 
-    def _ids(self, prompt: Prompt | Sequence[Any]) -> list[int]:
+    def _ids(self, prompt: Prompt | Sequence[Any], state: State | None) -> list[int]:
         prompts, many = split_prompts(prompt)
         if many:
             raise ArgumentError("prompt is a list of prompts; submit each by itself")
-        return self._model.prompt_ids(prompts[0])
+        return ids_behind(self._model, prompts[0], state)
 
     @property
     def prefix_bytes(self) -> int:
@@ -248,13 +273,14 @@ class Engine:
                     self._run()
                 except Exception as e:
                     self._step_failed(e)
-        finally:
-            with self._changed:
-                self._closed = True
-            for request in (*self._running, *self._waiting):
-                request.cancel()
-                request.finish()
-            self._prefixes.trim(-1)
+        except BaseException as e:  # told to every request, and to who submits another
+            self._died = e
+        with self._changed:
+            self._closed = True
+        for request in (*self._running, *self._waiting):
+            request.cancel()
+            request.finish(self._died)
+        self._prefixes.trim(-1)
 
     def _wait(self) -> bool:
         """Wait for requests, and admit some; False once the engine is closed."""
@@ -304,7 +330,7 @@ class Engine:
         most = (self.max_rows or self._net.n_batch) - len(self._runs)
         return min(self._pace.rows(), max(most, 1))
 
-    def _choice_failed(self, run: Run, error: Exception) -> None:
+    def _choice_failed(self, run: Run, error: BaseException) -> None:
         """End the one request whose token could not be chosen, such as by an error in its processor."""
         request = self._running[self._runs.index(run)]
         run.finish_reason = "cancelled"
@@ -341,7 +367,9 @@ class Engine:
         given, drafting = request.given_state, request.options.drafting
         n = len(request.set_aside_ids or request.prompt_ids) + ROOM
         n = min(n + (0 if given is None else len(given.ids)), request.n_ctx)
-        needed = cache_bytes(self._net.decoder.caches, n, self._net.kv_type)
+        d, kv_type = self._net.decoder, self._net.kv_type
+        needed = cache_bytes(d.caches, n, kv_type)
+        needed += cache_bytes(d.source_caches, len(request.source or ()), kv_type)
         if given is not None:
             needed = max(needed, given.nbytes)
         return needed + (0 if drafting is None else drafting.nbytes(n))
@@ -402,11 +430,19 @@ class Engine:
         """Give a request a state: a first one, or a new one after it was set aside."""
         known = self._known(request)
         scales = self._scales(request)
-        state = request.given_state or known or self._net.new_state(request.n_ctx, scales)
+        state = request.given_state or known
+        state = state or self._net.new_state(request.n_ctx, scales, request.source)
         if request.job is None:
             t, n_read = self._model.tokenizer, known.n_past if known is not None else 0
             request.job = begin(
-                t, self._net, state, request.prompt_ids, request.options, n_read, request
+                t,
+                self._net,
+                state,
+                request.prompt_ids,
+                request.options,
+                n_read,
+                request,
+                request.kept,
             )
             if self._snapshots:
                 request.next_snapshot = min(SNAPSHOT, request.next_snapshot)
@@ -496,5 +532,14 @@ def refuse(number: int, options: Mapping[str, Any], deadline: float | None) -> N
         raise ArgumentError("taps and patches see the rows of all requests; use Model.generate")
     if options.get("stream"):
         raise ArgumentError("stream: leave it out, and iterate over the request")
-    if deadline is not None and not deadline >= 0:
-        raise ArgumentError(f"deadline={deadline!r}; expected seconds from now")
+    if deadline is not None and not is_seconds(deadline):
+        raise ArgumentError(f"deadline={deadline!r:.40}; expected seconds from now, or None")
+
+
+def check_limit(name: str, value: object) -> None:
+    """ArgumentError for a limit of an Engine that is no whole number, or too small."""
+    least, may_be_none = LIMITS[name]
+    if value is None and may_be_none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name}={value!r:.40}; expected a whole number of at least {least}")

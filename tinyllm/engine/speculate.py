@@ -237,7 +237,9 @@ class DraftModel(Drafter):
                 return []
             n = min(most, 2)
         self._n_skipped = 0
-        ids, state = run.state.ids, self._state or self._net.new_state(run.state.n_ctx)
+        ids, source = run.state.ids, run.state.source
+        read = None if source is None else source.ids
+        state = self._state or self._net.new_state(run.state.n_ctx, source=read)
         self._state = state
         n = min(n, state.n_ctx - len(ids))
         if n < 1:

@@ -195,6 +195,7 @@ class Backend(ABC):
             batch.n_seq,
             batch.n_out,
             scales=None if batch.scales is None else self.array(batch.scales),
+            source=None if batch.source is None else self.upload(batch.source),
         )
 
     def replace_kernels(self, kernels: Sequence[Outside]) -> list[Outside]:
@@ -393,13 +394,14 @@ class Backend(ABC):
         softcap: float = 0.0,
         slopes: Array | None = None,
         sinks: Array | None = None,
+        bias: Array | None = None,
     ) -> Array:
         """Causal attention of q [T, H * D] over the layer's stored past, the new rows included -> [T, H * Dv].
 
         score(i, j) = softcap(scale * q_i . k_j) + slopes[h] * (j - i), for j <= i and, with a window,
         i - j < window, or with one below 0 the same chunk, i // -window == j // -window; query head h reads
-        key head h * K // H; sinks [H] are logits that only add to the softmax's denominator. ALiBi:
-        arXiv:2108.12409.
+        key head h * K // H; sinks [H] are logits that only add to the softmax's denominator; bias is added as
+        ``attention_full`` says. ALiBi: arXiv:2108.12409.
         """
 
     @abstractmethod

@@ -130,6 +130,8 @@ class Batch:
     n_out: int
     # [T, n] float32: each row's scale of each adapter; None: no row has any
     scales: Array | None = field(default=None, kw_only=True)
+    # where rows attend to a text that was read before: T sequences of one row, at that text's last position
+    source: Batch | None = field(default=None, kw_only=True)
 
     @staticmethod
     def next(
@@ -187,7 +189,13 @@ class Batch:
     @property
     def key(self) -> Hashable:
         """Steps of the same key differ only in array values and caches: a recorded one can be replayed."""
-        return (self.starts.tobytes(), self.n_out, bool(self.caches), self.scales is None)
+        return (
+            self.starts.tobytes(),
+            self.n_out,
+            bool(self.caches),
+            self.scales is None,
+            self.source is None,
+        )
 
 
 @cache

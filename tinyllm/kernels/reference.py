@@ -339,6 +339,7 @@ class ReferenceBackend(Backend):
         softcap: float = 0.0,
         slopes: Array | None = None,
         sinks: Array | None = None,
+        bias: Array | None = None,
     ) -> np.ndarray:
         out = []
         for cache, rows, past in sequences(batch):
@@ -348,7 +349,8 @@ class ReferenceBackend(Backend):
             distance = np.arange(past, stop)[:, None] - np.arange(stop)  # [T, S], i - j
             reach = window if window >= 0 else np.arange(past, stop)[:, None] % -window + 1
             hidden = (distance < 0) | ((distance >= reach) if window else False)
-            out.append(attend(here, k, v, distance, hidden, scale, softcap, slopes, sinks))
+            more = None if bias is None else by_distance(bias, -distance)
+            out.append(attend(here, k, v, distance, hidden, scale, softcap, slopes, sinks, more))
         return np.concatenate(out)
 
     def attention_full(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as brief  # of anything, however deep
+from reprlib import repr as brief  # it cuts what is deep or long
 from typing import Any, BinaryIO
 
 import numpy as np

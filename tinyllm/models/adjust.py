@@ -87,8 +87,8 @@ def smollm3(c: Config) -> Config:
 
 
 def no_window(c: Config) -> Config:
-    """Drop the window, which the files carry and the reference does not apply."""
-    return replace(c, window=(0,) * c.n_layer)
+    """Drop the window, which files carry that do not mean it; those that list the layers with one do."""
+    return c if c.window_listed else replace(c, window=(0,) * c.n_layer)
 
 
 def alibi(c: Config) -> Config:
@@ -198,6 +198,15 @@ def both_ways(c: Config) -> Config:
 def t5_encoder(c: Config) -> Config:
     """Scores are not scaled."""
     return replace(c, causal=False, attn_scale=1.0)
+
+
+def t5(c: Config) -> Config:
+    """Scores are not scaled; the layers that write are as those that read, but for their number."""
+    if c.start_id < 0:
+        raise GGUFError("required key is missing", name=f"{c.arch}.decoder_start_token_id")
+    n = c.n_layer_written or c.n_layer
+    c = repeated(c, tuple(i % c.n_layer for i in range(n)))
+    return replace(c, attn_scale=1.0, blocks=tuple(range(n)))
 
 
 def modern_bert(c: Config) -> Config:

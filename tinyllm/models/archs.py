@@ -73,6 +73,8 @@ class Arch:
     streams: Any = None  # how several streams of activations begin and end
     adjust: Callable[[Config], Config] = lambda c: c
     blocks_at: str = "blk"  # what the names of the layers' tensors begin with
+    reader: str = ""  # the row of the stack that reads a text before this one writes about it
+    tied_scale: bool = False  # logits by the embedding are multiplied by n_embd ** -0.5
 
 
 FFN_NORM = {"ffn_norm": "post_attention_norm"}
@@ -80,9 +82,10 @@ LFM2_NORM = {"output_norm": "token_embd_norm"}
 
 
 def relu_or_gated(c: Config, a: Arch, i: int, w: Tensors) -> FFN:
-    """Make the feed-forward half: the first T5 has a plain one, with another activation."""
+    """Make the feed-forward half: the first T5 has plain ones, with another activation, in all layers."""
     plain = replace(a, gated=False, act="relu")
-    return FFN(c, a if w.has("ffn_gate.weight") else plain, w, c.n_ff[i])
+    gated = any(name.endswith(".ffn_gate.weight") for name in w.tensors)
+    return FFN(c, a if gated else plain, w, c.n_ff[i])
 
 
 def mamba2_or_attention(c: Config, a: Arch, i: int, w: Tensors) -> Mixer:
@@ -287,6 +290,11 @@ ROWS = (
         "t5encoder", "arXiv:1910.10683", position="relative", act="gelu_tanh", ffn=relu_or_gated,
         roles={"output_norm": "enc.output_norm", "attn_output": "attn_o"}, blocks_at="enc.blk",
         adjust=adjust.t5_encoder,
+    ),
+    Arch(
+        "t5", "arXiv:1910.10683", position="relative", act="gelu_tanh", ffn=relu_or_gated,
+        roles={"output_norm": "dec.output_norm", "attn_output": "attn_o"}, blocks_at="dec.blk",
+        reader="t5encoder", tied_scale=True, adjust=adjust.t5,
     ),
     Arch("nanbeige", "hf.co/Nanbeige", pairing="adjacent", block=LoopBlock, adjust=adjust.looped),
     Arch(

@@ -198,7 +198,7 @@ class Attention(Mixer):
         """Attention of q [T, H D] over what is stored."""
         return self.be.attention(
             step.batch, self.source, q, self.n_head, scale=self.scale, window=self.window,
-            softcap=self.softcap, slopes=self.slopes, sinks=self.sinks,
+            softcap=self.softcap, slopes=self.slopes, sinks=self.sinks, bias=self.bias,
         )  # fmt: skip
 
 
@@ -256,16 +256,19 @@ class Heating:
 
 def relative_bias(c: Config, w: Tensors, n_head: int) -> Array:
     """The bias of each distance [H, 2 M + 1], by the layer's own table of buckets or by the first layer's."""
-    if c.n_bucket < 4:
+    most = (
+        FARTHEST * 2 if not c.causal else FARTHEST * 2 - 1
+    )  # half of one side's are below FARTHEST
+    if not 4 <= c.n_bucket <= most:
         raise GGUFError(
-            f"is {c.n_bucket or 'missing'}; expected a number from 4 to {2 * FARTHEST}",
+            f"is {c.n_bucket or 'missing'}; expected a number from 4 to {most}",
             name=f"{c.arch}.attention.relative_buckets_count",
         )
     tables = w if w.has("attn_rel_b.weight") else w.root.below(f"{c.blocks_at}.0.")
 
     def spread() -> Array:
         rows = tables.host("attn_rel_b.weight", c.n_bucket, n_head)
-        return w.be.array(np.ascontiguousarray(rows[buckets(c.n_bucket)].T))
+        return w.be.array(np.ascontiguousarray(rows[buckets(c.n_bucket, not c.causal)].T))
 
     return w.once(f"{tables.prefix}attn_rel_b", spread)
 

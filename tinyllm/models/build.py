@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import GGUFError, UnsupportedModel
 from ..kernels.backend import Backend, KVType
 from .adapters import Adapters
-from .archs import find
+from .archs import Arch, find
 from .config import Config, architecture, read_config
 from .decoder import Decoder
 from .keys import CONTEXT, Keys
@@ -42,6 +42,54 @@ def build(
     """
     arch = find(architecture(metadata))
     keys = Keys(metadata, arch.name)
+    arch, config = configured(arch, keys)
+    if arch.tied_scale and "output.weight" not in tensors:
+        config = replace(config, logit_scale=config.n_embd**-0.5)
+    reader = configured(find(arch.reader), keys) if arch.reader else None
+    check_vocabulary(metadata, keys, tensors)
+    refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
+    tensors = without_skipped(tensors, config)
+    for a, c in filter(None, (reader, (arch, config))):
+        check_layers(tensors, c, a.gated)
+    stages = (
+        [Stage(where, range(config.n_layer))]
+        if isinstance(where, Backend)
+        else where(config.n_layer)
+    )
+    if reader is not None and len(stages) > 1:
+        raise UnsupportedModel(
+            f"{arch.name} reads with one stack of layers and writes with another; put all on one device"
+        )
+    for stage, need in zip(stages, stage_bytes(tensors, stages, config.blocks), strict=True):
+        advice = "Use a smaller model or format, or another n_gpu_layers"
+        check_fits(stage.be, need, "the weights", advice)
+    root = Tensors(tensors, stages[0].be, config, adapters=adapters)
+    root.adapters.check_control(config.n_layer, config.n_embd)
+    if root.adapters.control and (arch.streams or reader):
+        raise UnsupportedModel(
+            f"{arch.name} has more than one residual stream; it takes no control="
+        )
+    if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
+        root.require("token_types.weight")
+    reads = None
+    if reader is not None:
+        alone = [Stage(stages[0].be, range(reader[1].n_layer))]
+        stack = decoder_of(*reader, root.seen_as(reader[1]), alone, progress)
+        reads = Network(reader[1], reader[0], stack, alone, kv_type)
+    decoder = decoder_of(arch, config, root, stages, progress)
+    check_sources(decoder, stages)
+    if config.start_id >= decoder.n_vocab:
+        raise GGUFError(
+            f"is {config.start_id}; expected a token, 0 to {decoder.n_vocab - 1}",
+            name=f"{arch.name}.decoder_start_token_id",
+        )
+    root.adapters.check_used()
+    refuse(root.leftovers(), "tensors that this architecture does not use", strict)
+    return Network(config, arch, decoder, stages, kv_type, reads)
+
+
+def configured(arch: Arch, keys: Keys) -> tuple[Arch, Config]:
+    """What a row makes of a file's keys, and the row with what the keys say of it."""
     config = arch.adjust(read_config(keys))
     if arch.norm:
         config = replace(config, norm=arch.norm)
@@ -51,33 +99,18 @@ def build(
     if config.window_pattern >= 0 and not config.window_listed:
         raise GGUFError(
             f"is {config.window_pattern}; expected for each layer whether it has a window",
-            name=f"{arch.name}.attention.sliding_window_pattern",
+            name=f"{keys.prefix}attention.sliding_window_pattern",
         )
-    check_vocabulary(metadata, keys, tensors)
-    refuse(keys.unknown(), "unknown keys, which may change the mathematics", strict)
-    tensors = without_skipped(tensors, config)
-    check_layers(tensors, config, arch.gated)
-    stages = (
-        [Stage(where, range(config.n_layer))]
-        if isinstance(where, Backend)
-        else where(config.n_layer)
-    )
-    for stage, need in zip(stages, stage_bytes(tensors, stages, config.blocks), strict=True):
-        advice = "Use a smaller model or format, or another n_gpu_layers"
-        check_fits(stage.be, need, "the weights", advice)
-    root = Tensors(tensors, stages[0].be, config, adapters=adapters)
-    root.adapters.check_control(config.n_layer, config.n_embd)
-    if root.adapters.control and arch.streams:
-        raise UnsupportedModel(f"{arch.name} has several residual streams; it takes no control=")
-    if metadata.get("tokenizer.ggml.token_type_count", 0) > 1:
-        root.require("token_types.weight")
+    return arch, config
+
+
+def decoder_of(
+    arch: Arch, config: Config, root: Tensors, stages: Sequence[Stage], progress: Progress
+) -> Decoder:
+    """Load one stack of layers, with what stands before and behind it."""
     layers = [root.layer(i, s.be) for s in stages for i in s.layers]
     end = root.below("", stages[-1].be)
-    decoder = Decoder(config, arch, root, progress(layers, config.n_layer), end)
-    check_sources(decoder, stages)
-    root.adapters.check_used()
-    refuse(root.leftovers(), "tensors that this architecture does not use", strict)
-    return Network(config, arch, decoder, stages, kv_type)
+    return Decoder(config, arch, root, progress(layers, config.n_layer), end)
 
 
 def without_skipped(tensors: Mapping[str, Stored], c: Config) -> Mapping[str, Stored]:

@@ -136,6 +136,12 @@ class Config:
     ffn_limits: tuple[float, ...]  # those of the plain halves and the shared expert
     act: Activation | None  # the activation of feed-forward halves; None: the row says
     n_bucket: int  # ranges of distances that have a learned bias of their own
+    n_layer_written: (
+        int  # layers of the stack that writes, in files where another one reads; 0: as many
+    )
+    start_id: (
+        int  # where another stack reads, the token that texts begin with; -1: the file does not say
+    )
     blocks_at: str = "blk"  # what the names of the layers' tensors begin with
 
     def at(self, i: int) -> Config:
@@ -281,6 +287,8 @@ def read_config(keys: Keys) -> Config:
         ffn_limits=read_limits(k, "swiglu_clamp_shexp", n_layer),
         act=read_activation(k),
         n_bucket=k.whole("attention.relative_buckets_count", 0, high=256),
+        n_layer_written=k.whole("decoder_block_count", 0, high=LAYERS),
+        start_id=k.whole("decoder_start_token_id", -1, -1, CONTEXT),
     )
 
 

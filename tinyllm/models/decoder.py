@@ -13,6 +13,7 @@ from .mixer import NoMixer
 from .norms import norms_after, norms_before, output_norm
 from .perlayer import PerLayer
 from .rank import Projections, RankHead
+from .reading import Reading
 from .step import Step
 from .weights import Linear, Norm, Tensors
 
@@ -33,6 +34,7 @@ class Block:
         self.be, self.i, self.norm_at = w.be, i, a.norm_at
         self.scale, self.routed_by_input = c.residual_scale, a.routed_by_input
         self.mixer = a.mixer(c, a, i, w)
+        self.reading = Reading(c, a, i, w) if a.reader else None
         self.ffn = make_ffn(c, a, i, w)
         self.side_norm = self.side = None
         if w.has("ffn_norm_exps.weight"):  # Arctic: experts beside the whole block, on its input
@@ -71,6 +73,7 @@ class Block:
             f = self.feed(step, self.normed(step, x) if self.ffn_norm else h)
             return self.out(step, be.add(x, y, f, scale=self.scale))
         x = be.add(x, y, scale=self.scale)
+        x = be.add(x, self.reading(step, x)) if self.reading else x
         if self.ffn is None:
             return self.out(step, x)
         x = tap(f"blk.{i}.resid_mid", x)
@@ -169,6 +172,11 @@ class Decoder:
         """What each layer keeps of the past."""
         return [b.mixer.cache for b in self.blocks]
 
+    @property
+    def source_caches(self) -> list[LayerCache]:
+        """What each layer keeps of a text that was read before; none where one stack reads and writes."""
+        return [b.reading.cache for b in self.blocks if b.reading]
+
     def embed(self, step: Step) -> Array:
         """Activations before the first block -> [T, E]."""
         be, batch, c = self.first, step.batch, self.config
@@ -190,6 +198,12 @@ class Decoder:
         """Activations x [T, E] after these blocks -> [T, E]."""
         for block in self.blocks[layers.start : layers.stop]:
             x = block(step, x)
+        return x
+
+    def store(self, step: Step, x: Array) -> Array:
+        """Store what the layers keep of a source, x [S, E] as the encoder's layers leave it."""
+        for reading in filter(None, (b.reading for b in self.blocks)):
+            reading.store(step, x)
         return x
 
     def body(self, step: Step, x: Array) -> Array:

@@ -31,6 +31,7 @@ from .build import build
 from .network import Network
 from .step import Step
 
+SOURCE = object()  # where a batch's sequences begin, in the one of rows that read a source
 OUTLINES: Any = resources.files(__package__) / "outlines.json"
 Shape = tuple[Any, ...]
 
@@ -85,7 +86,7 @@ class Outlined:
 
 def short(name: str) -> str:
     """``blk.3.attn_q.weight`` -> ``attn_q``; other endings stay."""
-    parts = name.removeprefix("enc.").split(".")
+    parts = name.removeprefix("enc.").removeprefix("dec.").split(".")
     if parts[0] == "blk":
         parts = parts[2:]
     return ".".join(parts).removesuffix(".weight")
@@ -210,6 +211,9 @@ class Recorder(Backend):
         self.lines.append(Line(None, f"{'':<14} keep {{}} and {{}}", (k, v)))
 
     def attention(self, batch: Batch, layer: int, q: Value, n_head: int, **how: Any) -> Value:
+        if batch.starts is SOURCE:
+            text = f"attend({{}}, what is kept of the source; {said(n_head, how)})"
+            return self.new(q.shape, text, q)
         kept = [line for line in self.lines if line.result is None][-1].operands
         per_head = kept[1].shape[1] * q.shape[1] // kept[0].shape[1]
         return self.new(
@@ -314,7 +318,8 @@ def recorded(
     net = build(metadata, outlined, be, "f32")
     be.lines.clear()
     ids, rows = Value(("T",), "ids"), Value(("T",), "positions")
-    batch = Batch(ids, rows, None, None, rows, (), 1, 1, 1)
+    source = Batch(None, None, SOURCE, None, None, (), 1, 1, 1)
+    batch = Batch(ids, rows, None, None, rows, (), 1, 1, 1, source=source)
     step = Naming(be, batch, net.config.n_ctx_train)
     d = net.decoder
     x = d.through(step, d.embed(step), range(net.config.n_layer))
@@ -328,6 +333,9 @@ def explain(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator
     ends = [marks[f"blk.{i}.out"] for i in range(net.config.n_layer)]
     starts = [marks["embd"], *ends[:-1]]
     yield f"{net.arch.name}  ({net.arch.source}); T rows, {net.config.n_layer} layers"
+    if net.reader is not None:
+        reader = net.reader.config.n_layer, net.reader.arch.name
+        yield "its source is read before, by {} layers as {} has them".format(*reader)
     yield from part("before the layers", lines[: starts[0]])
     programs: dict[str, list[int]] = {}
     for i, (a, b) in enumerate(zip(starts, ends, strict=True)):

@@ -46,6 +46,7 @@ def default_n_ctx(net: Network) -> int:
     fits = net.config.n_ctx_train
     for stage in net.stages:
         layers, room = stage.own(net.decoder.caches), stage.be.memory()[0] // 2
+        layers += net.decoder.source_caches
         low, high = min(fits, 512), fits  # a context of ``low`` fits, or is the least that is given
         while low < high:
             middle = (low + high + 1) // 2

@@ -15,15 +15,16 @@ import numpy as np
 
 from .. import system
 from ..errors import ArgumentError, DeviceError, StateError, TinyLLMError, UnsupportedModel
-from ..kernels.backend import Array, Backend, Batch, KVType, RopeSpec
+from ..kernels.backend import Array, Backend, Batch, Cache, KVType, LayerCache, RopeSpec
 from .adapters import Scales
 from .ahead import RunAhead
 from .archs import Arch
 from .config import Config
 from .decoder import Decoder
 from .memory import allocating, cache_bytes, check_fits
+from .reading import Source, batch_of
 from .stages import Stage, caches_of, new_cache
-from .state import Segment, State, fingerprint, scales_of, stacked
+from .state import Segment, State, check_vocabulary, fingerprint, scales_of, stacked
 from .step import ACTIVE, Hook, Span, Step, Tap, hook_of
 
 End = Callable[[Step, Array], Array]  # makes a step's result of the last activations
@@ -46,10 +47,13 @@ class Network:
         decoder: Decoder,
         stages: Sequence[Stage],
         kv_type: KVType,
+        reader: Network | None = None,
     ) -> None:
+        # the stack of layers that reads a text before this one writes about it
+        self.reader = reader
         self.config, self.arch, self.decoder, self.stages = config, arch, decoder, tuple(stages)
         self.kv_type: KVType = kv_type
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock() if reader is None else reader.lock
         NETWORKS.add(self)
         self.kernels: tuple[str, ...] = ()  # the marks of those that replace ours
         self.number = next(NUMBERS)  # several networks may share a backend and its recorded steps
@@ -62,13 +66,14 @@ class Network:
         whole = len(stages) == 1
         # a step that nobody wants cannot be undone in recurrent layers
         recurrent = any(c.arrays for c in decoder.caches)
-        self.ahead = RunAhead(enabled=bool(self.be.picks) and whole and not recurrent)
+        alone = reader is None
+        self.ahead = RunAhead(enabled=bool(self.be.picks) and whole and alone and not recurrent)
         ropes = [getattr(b.mixer, "rope", None) for b in decoder.blocks]
         two = any(getattr(r, "long", None) is not None for r in ropes)
         # contexts longer than this rotate by another table (LongRoPE); 0: all by one
         self.rope_border = config.rope_scaling.n_ctx_original if two else 0
         # may steps be recorded and replayed?
-        self.repeats = whole or not any(b.carries for b in decoder.blocks)
+        self.repeats = alone and (whole or not any(b.carries for b in decoder.blocks))
 
     @property
     def be(self) -> Backend:
@@ -79,14 +84,21 @@ class Network:
     def n_vocab(self) -> int:
         return int(self.decoder.n_vocab)
 
-    def new_state(self, n_ctx: int, scales: Scales | None = None) -> State:
+    def new_state(
+        self, n_ctx: int, scales: Scales | None = None, source: Sequence[int] | None = None
+    ) -> State:
         """An empty state with room for ``n_ctx`` tokens, whose steps use these scales of the adapters.
+
+        ``source`` are the ids that a model with a ``reader`` reads before it writes.
 
         Raises
         ------
+        ArgumentError
+            There is no source for such a model, or one for another.
         DeviceError
             The full cache would not fit into the memory that is free now.
         """
+        check_source(self, source)
         most = self.config.n_ctx_most
         if most and n_ctx > most:
             raise DeviceError(
@@ -94,17 +106,24 @@ class Network:
                 f"it runs up to n_ctx={most}"
             )
         layers = self.decoder.caches
+        cache = self.new_cache(layers, n_ctx)
+        scales = self.adapters.scales if scales is None else scales
+        own = "-".join(filter(None, (self.fingerprint, self.adapters.digest(scales))))
+        state = State(cache, layers, self.ropes(n_ctx), n_ctx, own, self.lock, self.n_vocab, scales)
+        state.can_shift = all(b.mixer.can_shift for b in self.decoder.blocks)
+        if source is not None:
+            ids = list(source)
+            state.source = Source(ids, self.new_cache(self.decoder.source_caches, len(ids)))
+        return state
+
+    def new_cache(self, layers: Sequence[LayerCache], n_ctx: int) -> Cache:
+        """Room for ``n_ctx`` positions of all layers; DeviceError if it would not fit when full."""
         advice = "Use a smaller n_ctx, or kv_type='q8_0'"
         for stage in self.stages:
             need = cache_bytes(stage.own(layers), n_ctx, self.kv_type)
             check_fits(stage.be, need, f"the keys and values of n_ctx={n_ctx}", advice)
         with self.lock, allocating(f"the keys and values of n_ctx={n_ctx}", advice):
-            cache = new_cache(self.stages, layers, n_ctx, self.kv_type)
-        scales = self.adapters.scales if scales is None else scales
-        own = "-".join(filter(None, (self.fingerprint, self.adapters.digest(scales))))
-        state = State(cache, layers, self.ropes(n_ctx), n_ctx, own, self.lock, scales)
-        state.can_shift = all(b.mixer.can_shift for b in self.decoder.blocks)
-        return state
+            return new_cache(self.stages, layers, n_ctx, self.kv_type)
 
     def ropes(self, n_ctx: int) -> list[RopeSpec | None]:
         """Each layer's rotation in a state of this length."""
@@ -152,6 +171,7 @@ class Network:
         try:
             with self.lock:
                 start = time.perf_counter()
+                self.read_sources(segments)
                 if hook is not None:
                     wanted = zip(segments, n_wanted(segments), strict=True)
                     hook.begin([Span(s.n_past, n, len(s.ids), m) for (s, n, _), m in wanted])
@@ -180,8 +200,32 @@ class Network:
                 "make one with new_state, and restore what the other has saved"
             )
 
+    def read_sources(self, segments: Sequence[Segment]) -> None:
+        """Read what these states write about, where no step has done it yet."""
+        for state, _, _ in segments:
+            source = state.source
+            if self.reader is None or source is None or source.stored:
+                continue
+            n, scales = len(source.ids), stacked([state.scales])
+            batch = Batch.of([source.ids], [0], range(n), [source.cache], scales)
+            self.reader.run(batch, n, None, self.stored)
+            source.stored = True
+
+    def stored(self, step: Step, x: Array) -> Array:
+        """Store what the layers keep of a source; x [S, E] is what the reader's layers make of it."""
+        assert self.reader is not None
+        return self.decoder.store(step, self.reader.decoder.hidden(step, x))
+
     def make_batch(self, segments: Sequence[Segment]) -> Batch:
         """The rows of a step over these segments."""
+        batch = self.make_rows(segments)
+        if self.reader is None:
+            return batch
+        sources = [s.source for s, _, _ in segments if s.source is not None]
+        return replace(batch, source=batch_of(sources, [n for _, n, _ in segments]))
+
+    def make_rows(self, segments: Sequence[Segment]) -> Batch:
+        """A batch of what the segments themselves hold."""
         past, caches = [s.n_past for s, _, _ in segments], [s.cache for s, _, _ in segments]
         scales = scales_of(segments)
         if all(n == 1 and want != "none" for _, n, want in segments):
@@ -221,8 +265,11 @@ class Network:
     ) -> list[np.ndarray]:
         """Normalised activations of every row of independent sequences -> float32 [len, n_embd] each.
 
-        ``types`` gives each token's segment, for models that tell the halves of a pair apart.
+        ``types`` gives each token's segment, for models that tell the halves of a pair apart. Of a model with a
+        ``reader`` they are the reader's.
         """
+        if self.reader is not None:
+            return self.reader.hidden(ids, tap, types)
         self.check_ids(ids)
         lengths = [len(i) for i in ids]
         caches = []
@@ -326,10 +373,7 @@ class Network:
     def check_ids(self, ids: Sequence[Sequence[int]]) -> None:
         """Raise ArgumentError for ids that are not rows of the embedding."""
         for sequence in ids:
-            if len(sequence) and not 0 <= min(sequence) <= max(sequence) < self.n_vocab:
-                raise ArgumentError(
-                    f"token ids {min(sequence)} to {max(sequence)}; expected 0 to {self.n_vocab - 1}"
-                )
+            check_vocabulary(sequence, self.n_vocab)
 
     def close(self) -> None:
         """Free the weights and what was computed ahead."""
@@ -339,6 +383,8 @@ class Network:
             self.spare = deque(maxlen=0)  # what somebody still looks at comes back to the old one
             for stage in self.stages:
                 stage.be.close()
+            if self.reader is not None:
+                self.reader.close()
 
 
 def unlock() -> None:
@@ -348,6 +394,22 @@ def unlock() -> None:
 
 
 system.after_fork(unlock)
+
+
+def check_source(net: Network, source: Sequence[int] | None) -> None:
+    """ArgumentError unless a state begins with a source where the model reads one, and else without."""
+    if source is None and net.reader is not None:
+        raise ArgumentError(
+            f"{net.arch.name} writes about a text that it has read before: use generate, whose prompt is that "
+            "text, or new_state(source=...)"
+        )
+    if source is not None and net.reader is None:
+        raise ArgumentError(
+            f"{net.arch.name} has no layers that only read: leave source out, and give its text as prompt"
+        )
+    if source is not None and not len(source):
+        raise ArgumentError("source is empty; expected the ids of a text, one at least")
+    net.check_ids([] if source is None else [source])
 
 
 def n_wanted(segments: Sequence[Segment]) -> list[int]:

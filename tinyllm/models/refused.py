@@ -11,10 +11,6 @@ NOT_RUN = {
     **dict.fromkeys("llada llada-moe dream rnd1".split(), DIFFUSION),
     **dict.fromkeys("eagle3 dflash gemma4-assistant".split(), DRAFTER),
     "clef": "it decides between candidates instead of writing: needs a head of its own",
-    "t5": (
-        "it reads with one stack and writes with another: needs states that keep what was read apart from "
-        "what is written, and a bias for each distance in attention to what is stored"
-    ),
     "graniteswitch": "it switches adapters by token: needs adapters within a layer",
     **dict.fromkeys(
         "bailingmoe3 kimi-k3 glm5-next minimax-01".split(),

@@ -61,18 +61,19 @@ def attention_scale(c: Config) -> float:
 FARTHEST = 128  # from here on all distances are alike, in all of T5's models
 
 
-def buckets(n: int) -> np.ndarray:
-    """The bucket, of n, of each distance j - i from -M to M, both ways -> int [2 M + 1]. arXiv:1910.10683.
+def buckets(n: int, both_ways: bool) -> np.ndarray:
+    """The bucket, of n, of each distance j - i from -M to M -> int [2 M + 1]. arXiv:1910.10683.
 
-    Half of them are for positions behind i. Of each half, half are for one distance each, and the others for
-    ranges that widen up to 128; what is outermost is the same for 16 distances.
+    Half of them are for positions behind i where rows look ``both_ways``; else all are for i and before. Of
+    those on one side, half are for one distance each, and the others for ranges that widen up to 128; what is
+    outermost is the same for 16 distances.
     """
-    distance, half = np.arange(-FARTHEST - 16, FARTHEST + 17), n // 2
-    far, exact = np.abs(distance), half // 2
+    distance, half = np.arange(-FARTHEST - 16, FARTHEST + 17), n // 2 if both_ways else n
+    far, exact = np.abs(distance if both_ways else np.minimum(distance, 0)), half // 2
     ratio = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact))
     wide = exact + (ratio / np.float32(math.log(FARTHEST / exact)) * (half - exact)).astype(int)
     bucket = np.where(far < exact, far, np.minimum(wide, half - 1))
-    return np.asarray(bucket + half * (distance > 0))
+    return np.asarray(bucket + half * (distance > 0) if both_ways else bucket)
 
 
 def alibi_slopes(n_head: int, max_bias: float) -> np.ndarray:

@@ -15,7 +15,7 @@ from ..kernels.backend import Backend, Batch, Cache, KVType, LayerCache, RopeSpe
 if TYPE_CHECKING:
     from .weights import Stored
 
-LAYER = re.compile(r"(?:enc\.)?blk\.(\d{1,9})\.")
+LAYER = re.compile(r"(?:enc\.|dec\.)?blk\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..kernels.backend import Cache, KVType, LayerCache, RopeSpec
     from .config import Config
+    from .reading import Source
 
 HEADER = 4096  # bytes before the numbers of an array in a saved state, at most
 
@@ -58,12 +60,17 @@ class State:
         n_ctx: int,
         fingerprint: str,
         lock: RLock,
+        n_vocab: int,
         scales: tuple[float, ...] = (),
     ) -> None:
         self.scales = scales  # for the model's adapters, in every step of this sequence
+        self.n_vocab = n_vocab
         self.cache, self.layers, self.ropes, self.lock = cache, layers, ropes, lock
         self.n_ctx, self.fingerprint = n_ctx, fingerprint
         self.can_shift = True  # may stored keys be turned to other positions?
+        self.source: Source | None = (
+            None  # the text that was read before, where another stack reads
+        )
         self.ids: list[int] = []
         self.n_past = 0
         self.spoilt = False  # did a step end in its middle? Then recurrent layers are lost
@@ -72,7 +79,7 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes that the cache holds now, those shared with forks included."""
-        return self.cache.nbytes
+        return self.cache.nbytes + (0 if self.source is None else self.source.cache.nbytes)
 
     @property
     def can_truncate(self) -> bool:
@@ -89,8 +96,10 @@ class State:
         with self.lock:
             cache = self.cache.fork(n_ctx)
             other = State(
-                cache, self.layers, self.ropes, n_ctx, self.fingerprint, self.lock, self.scales
-            )
+                cache, self.layers, self.ropes, n_ctx, self.fingerprint, self.lock,
+                self.n_vocab, self.scales,
+            )  # fmt: skip
+            other.source = self.source
             other.can_shift, other.ids, other.n_past = self.can_shift, list(self.ids), self.n_past
             other.truncate(n)
         return other
@@ -128,10 +137,16 @@ class State:
     def append(self, ids: Sequence[int]) -> None:
         """Add tokens to the sequence; they are computed by the next step.
 
-        StateError while a text goes on with the state, as by all methods that change it.
+        ArgumentError for what are no ids of the vocabulary; StateError while a text goes on with the state, as
+        by all methods that change it.
         """
         self.check_free()
-        self.ids.extend(ids)
+        self.ids.extend(self._checked(ids))
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        found = ids_of(ids)
+        check_vocabulary(found, self.n_vocab)
+        return found
 
     def truncate(self, n: int) -> None:
         """Keep the first ``n`` tokens.
@@ -175,15 +190,22 @@ class State:
         At least the last token is left to compute. Returns how many stored tokens were kept.
         """
         self.check_free()
+        ids = ids if isinstance(ids, list) else ids_of(ids)
+        kept = self.n_common(ids)
+        rest = self._checked(ids[kept:])
+        self.cut_back(kept)
+        self.ids.extend(rest)
+        return kept
+
+    def n_common(self, ids: Sequence[int]) -> int:
+        """How many stored tokens ``reuse`` of these ids would keep; nothing changes."""
         same = 0
         limit = min(self.n_past, len(ids) - 1)
         while same < limit and self.ids[same] == ids[same]:
             same += 1
         if not self.can_truncate and (same < self.n_past or self.spoilt):
-            same = 0
-        self.truncate(same)
-        self.append(ids[same:])
-        return self.n_past
+            return 0
+        return same if self.cache.holds(same) else 0
 
     def shift(self, keep: int, discard: int) -> None:
         """Drop ``discard`` tokens after the first ``keep``; later keys are rotated to their new positions.
@@ -226,16 +248,27 @@ class State:
                 "a step of this recurrent state was interrupted; truncate(0) and read its text again"
             )
 
+    def check_no_source(self) -> None:
+        """Raise StateError if the state writes about a text that another stack of layers has read."""
+        if self.source is not None:
+            raise StateError(
+                "the state writes about a text that a file has no place for; keep the prompt, and read it anew"
+            )
+
     def save(self, path: str | Path) -> None:
-        """Write tokens and cache to a ``.npz`` file (no pickle), atomically."""
+        """Write tokens and cache to a ``.npz`` file (no pickle), atomically.
+
+        StateError while a text goes on with the state.
+        """
         self.check_whole()
-        with self.lock:
-            arrays = {f"cache.{k}": v for k, v in self.cache.export(self.n_past).items()}
-        ids = np.asarray(self.ids, np.int32)
+        self.check_no_source()
+        with self.taken(), self.lock:
+            n_past, ids = self.n_past, np.asarray(self.ids, np.int32)
+            arrays = {f"cache.{k}": v for k, v in self.cache.export(n_past).items()}
         with replacing(path) as f:
             np.savez(
                 f, fingerprint=np.array(self.fingerprint), ids=ids,
-                n_past=np.int64(self.n_past), **arrays,  # type: ignore[arg-type]
+                n_past=np.int64(n_past), **arrays,  # type: ignore[arg-type]
             )  # fmt: skip
 
     def restore(self, path: str | Path) -> None:
@@ -248,6 +281,7 @@ class State:
             with the state.
         """
         self.check_free()
+        self.check_no_source()
         file = system.expanded(checked(path))
         try:
             with file.open("rb") as raw, np.load(raw, allow_pickle=False) as f:
@@ -262,6 +296,7 @@ class State:
                     or not 0 <= n_past <= len(ids) <= self.n_ctx
                 ):
                     raise ValueError(f"{ids.shape} tokens, {n_past} stored; room for {self.n_ctx}")
+                check_vocabulary(ids.tolist(), self.n_vocab)
                 if fingerprint != self.fingerprint:
                     raise ValueError(f"saved with another model or cache type ({fingerprint:.80})")
                 with self.lock:
@@ -283,6 +318,37 @@ class State:
         with self.lock:
             self.cache.restore({k.removeprefix("cache."): v for k, v in arrays.items()})
         self.ids, self.n_past, self.spoilt = ids.tolist(), n_past, False
+
+
+def ids_of(
+    ids: Iterable[int],
+    what: str = "ids",
+    expected: str = "the ids of tokens, a sequence of whole numbers",
+) -> list[int]:
+    """The ids of one sequence of tokens, as a caller gives them.
+
+    Raises
+    ------
+    ArgumentError
+        They are no whole numbers, or no sequence: a text, bytes or a mapping.
+    """
+    try:
+        if isinstance(ids, (str, bytes, bytearray, Mapping, Set)):
+            raise TypeError
+        found = list(ids)
+        if any(isinstance(i, (bool, np.bool_)) for i in found):
+            raise TypeError
+        return list(map(index, found))
+    except TypeError:
+        raise ArgumentError(
+            f"{what} is {type(ids).__name__} {ids!r:.40}; expected {expected}"
+        ) from None
+
+
+def check_vocabulary(ids: Sequence[int], n_vocab: int) -> None:
+    """ArgumentError for ids that a vocabulary of this size has not."""
+    if len(ids) and not 0 <= min(ids) <= max(ids) < n_vocab:
+        raise ArgumentError(f"token ids {min(ids)} to {max(ids)}; expected 0 to {n_vocab - 1}")
 
 
 def _whole(n: object) -> bool:

@@ -180,6 +180,10 @@ class Tensors:
         """All tensors of the file, loaded to the same backend."""
         return Tensors(self.tensors, self.be, self.c, "", self.taken, self.made, self.adapters)
 
+    def seen_as(self, c: Config) -> Tensors:
+        """These tensors for another stack of layers of the file."""
+        return Tensors(self.tensors, self.be, c, self.prefix, self.taken, self.made, self.adapters)
+
     def layer(self, i: int, be: Backend | None = None) -> Tensors:
         """The tensors of layer i: those of its block, which other layers may have too."""
         return self.below(f"{self.c.blocks_at}.{self.c.blocks[i]}.", be, f"blk.{i}.")
@@ -245,8 +249,6 @@ class Tensors:
     def matrix(self, name: str, *shape: int, rows: slice | np.ndarray | None = None) -> Weight:
         """A matrix or a stack of them, [n_out, n_in] or [n, n_out, n_in], as the file stores it."""
         source = self.source(name, *shape)
-        if len(set(self.c.blocks)) == self.c.n_layer:
-            return self.be.load(source, rows)
         part = rows.tobytes().hex() if isinstance(rows, np.ndarray) else rows
         shared: Weight = self.once(f"{source.name} {part}", lambda: self.be.load(source, rows))
         return shared

@@ -28,7 +28,7 @@ def prefix_of(body: bytes) -> bytes | None:
         before = [asked.get("system"), asked.get("instructions"), asked.get("tools")]
         beginning: Any = [before, up_to_user(given)]
     elif isinstance(given, str | list) and given:
-        first = given[0] if isinstance(given[0], str | list) else given  # of a list of prompts
+        first = given[0] if isinstance(given[0], str | list) else given  # several prompts
         beginning = (given if isinstance(given, str) else first)[:FIRST]
     else:
         return None

@@ -268,7 +268,7 @@ class Passed(Response):
             except self.died:
                 if began:
                     break
-            except Exception as error:  # of this process; else Serve answers in plain text
+            except Exception as error:  # Serve would answer in plain text
                 log.exception("a request could not be passed on")
                 lost = refusal_of(error)
                 break

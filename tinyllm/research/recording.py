@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine.completion import ids_of
 from ..engine.generate import DAMAGED
 from ..errors import ArgumentError, NumericError
 from ..files import read_text, replacing
+from ..models.state import ids_of
 from ..models.step import hook_of
 from .points import whole
 from .stored import FORM, options_of, parse, stored_options

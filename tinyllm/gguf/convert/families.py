@@ -7,7 +7,8 @@ which keys it has beside the common ones. Tensors and keys are those that llama.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from .changes import (
@@ -38,6 +39,7 @@ from .keys import (
     granitemoe_keys,
     llama_keys,
     mamba_keys,
+    mistral_keys,
     modern_bert_keys,
     neox_keys,
     nomic_keys,
@@ -46,6 +48,7 @@ from .keys import (
     phi3_keys,
     pooled_keys,
     qwen_moe_keys,
+    smollm3_keys,
 )
 
 Names = Mapping[str, str]
@@ -80,6 +83,10 @@ class Family:
         ``tokenizer.ggml.model``, where the tokenizer's files do not tell it.
     uneven : tuple of str
         Our names of tensors that some layers may lack.
+    act : str
+        The activation, as ``config.json`` calls it; empty: the keys see to it.
+    ignored : tuple of str
+        Names in ``config.json`` that the class does not read, whatever their values.
     """
 
     arch: str
@@ -93,9 +100,12 @@ class Family:
     skip: tuple[str, ...] = ()
     vocabulary: str = ""
     uneven: tuple[str, ...] = ()
+    act: str = "silu"
+    ignored: tuple[str, ...] = ()
 
 
-HEAD = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+HEAD = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
+        "language_model.lm_head": "output"}  # fmt: skip
 ATTENTION = {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
@@ -131,6 +141,7 @@ GEMMA_NORMS = dict.fromkeys(
     increased,
 )  # fmt: skip
 GATE_AND_UP = {"ffn_gate_exps": gates, "ffn_up_exps": ups}
+GELU_TANH, TIED = "gelu_pytorch_tanh", {"tie_word_embeddings": True}
 GEMMA_DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -138,6 +149,7 @@ GEMMA_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1_000_000.0,
     "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
     "vocab_size": 262208,
 }
 BERT = {
@@ -240,11 +252,13 @@ LLAMA_FAMILY = Family("llama", MIXTRAL | {
     "mlp.gate": "ffn_gate_inp",  # Mixtral, as newer versions of transformers name it
     "mlp.experts.gate_up_proj": "ffn_gate_exps+ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
-}, llama_keys, ROTATED | GATE_AND_UP, prefer=("llama-bpe", "smollm", "tekken"))  # fmt: skip
+}, llama_keys, ROTATED | GATE_AND_UP, prefer=("llama-bpe", "smollm", "tekken"),
+    ignored=("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))  # fmt: skip
+MISTRAL = replace(LLAMA_FAMILY, keys=mistral_keys, ignored=())
 GEMMA3 = Family(
     "gemma3", LLAMA | OWN_POST_NORMS, gemma3_keys,
     GEMMA_NORMS,
-    defaults=GEMMA_DEFAULTS, skip=("lm_head.", "language_model.lm_head."),
+    defaults=GEMMA_DEFAULTS, act=GELU_TANH,
 )  # fmt: skip
 GEMMA4 = Family(
     "gemma4",
@@ -266,16 +280,16 @@ GEMMA4 = Family(
         "post_feedforward_layernorm_2": "post_ffw_norm_2",
     },
     gemma4_keys, defaults=GEMMA_DEFAULTS, surround=("bos",),
-    skip=("lm_head.", "language_model.lm_head."), vocabulary="gemma4",
+    vocabulary="gemma4", act=GELU_TANH,
     uneven=("attn_k.weight", "attn_k_norm.weight", "attn_v.weight"),  # they read those of earlier layers
 )  # fmt: skip
 QWEN2 = Family("qwen2", LLAMA, pooled_keys, prefer=("qwen2",))
 BERT_FAMILY = Family(
-    "bert", BERT, bert_keys, prefixes=("bert.", "model."),
+    "bert", BERT, bert_keys, prefixes=("bert.", "model."), act="gelu",
     skip=("cls.predictions", "cls.seq_relationship"),
 )  # fmt: skip
 MODERN = Family(
-    "modern-bert", MODERN_BERT, modern_bert_keys, prefer=("modern-bert",),
+    "modern-bert", MODERN_BERT, modern_bert_keys, prefer=("modern-bert",), act="",
     surround=("bos", "eos", "sep"),
     skip=("head.", "decoder."), uneven=("attn_norm.weight",),
 )  # fmt: skip
@@ -283,10 +297,10 @@ MODERN = Family(
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA_FAMILY,
     "LlamaModel": LLAMA_FAMILY,
-    "MistralForCausalLM": LLAMA_FAMILY,
-    "MixtralForCausalLM": LLAMA_FAMILY,
-    "SmolLM3ForCausalLM": Family("smollm3", LLAMA, llama_keys, ROTATED, prefer=("llama-bpe",)),
-    "ArceeForCausalLM": Family("arcee", LLAMA, llama_keys, ROTATED, prefer=("llama-bpe",)),
+    "MistralForCausalLM": MISTRAL,
+    "MixtralForCausalLM": MISTRAL,
+    "SmolLM3ForCausalLM": Family("smollm3", LLAMA, smollm3_keys, ROTATED, prefer=("llama-bpe",)),
+    "ArceeForCausalLM": Family("arcee", LLAMA, llama_keys, ROTATED, prefer=("llama-bpe",), act="relu2"),
     "GraniteForCausalLM": Family("granite", LLAMA, granite_keys, ROTATED, prefer=("refact",)),
     "GraniteMoeForCausalLM": Family(
         "granitemoe",
@@ -300,16 +314,16 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen2Model": QWEN2,
     "Qwen2MoeForCausalLM": Family(
-        "qwen2moe", QWEN_MOE, qwen_moe_keys, GATE_AND_UP, prefer=("qwen2",)
+        "qwen2moe", QWEN_MOE, partial(qwen_moe_keys, normed=False), GATE_AND_UP, prefer=("qwen2",)
     ),
     "Qwen3ForCausalLM": Family("qwen3", LLAMA, pooled_keys, prefer=("qwen2",)),
     "Qwen3Model": Family("qwen3", LLAMA, pooled_keys, prefer=("qwen2",)),
     "Qwen3MoeForCausalLM": Family(
-        "qwen3moe", QWEN_MOE, qwen_moe_keys, GATE_AND_UP, prefer=("qwen2",)
+        "qwen3moe", QWEN_MOE, partial(qwen_moe_keys, normed=True), GATE_AND_UP, prefer=("qwen2",)
     ),
-    "GemmaForCausalLM": Family("gemma", LLAMA, gemma_keys, GEMMA_NORMS, skip=("lm_head.",)),
+    "GemmaForCausalLM": Family("gemma", LLAMA, gemma_keys, GEMMA_NORMS, defaults=TIED, act=GELU_TANH),
     "Gemma2ForCausalLM": Family(
-        "gemma2", LLAMA | OWN_POST_NORMS, gemma2_keys, GEMMA_NORMS, skip=("lm_head.",)
+        "gemma2", LLAMA | OWN_POST_NORMS, gemma2_keys, GEMMA_NORMS, defaults=TIED, act=GELU_TANH
     ),
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3,
@@ -317,7 +331,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma4ForConditionalGeneration": GEMMA4,
     "Gemma3TextModel": Family(
         "gemma-embedding", LLAMA | OWN_POST_NORMS, gemma_embedding_keys,
-        GEMMA_NORMS, defaults=GEMMA_DEFAULTS,
+        GEMMA_NORMS, defaults=GEMMA_DEFAULTS, act=GELU_TANH,
     ),
     "Phi3ForCausalLM": Family(
         "phi3",
@@ -325,9 +339,7 @@ FAMILIES: dict[str, Family] = {
         phi3_keys, prefer=("gpt-4o",),
     ),
     "OlmoForCausalLM": Family(
-        "olmo", LLAMA, lambda c: common(c) | {"attention.layer_norm_epsilon": 1e-5} | (
-            {} if c.get("clip_qkv") is None else {"attention.clamp_kqv": float(c["clip_qkv"])}
-        ), ROTATED, prefer=("olmo",),
+        "olmo", LLAMA, lambda c: common(c) | {"attention.layer_norm_epsilon": 1e-5}, ROTATED, prefer=("olmo",),
     ),
     "Olmo2ForCausalLM": Family(
         "olmo2",
@@ -339,14 +351,15 @@ FAMILIES: dict[str, Family] = {
     "GPT2LMHeadModel": Family(
         "gpt2", GPT2, gpt2_keys,
         dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), transposed),
-        prefixes=("transformer.",), prefer=("gpt-2",),
+        prefixes=("transformer.",), prefer=("gpt-2",), act=GELU_TANH,
     ),
     "GPTNeoXForCausalLM": Family(
         "gptneox", NEOX, neox_keys, {"attn_qkv": neox_qkv}, prefixes=("gpt_neox.",), prefer=("olmo",),
+        act="gelu",
     ),
     "FalconForCausalLM": Family(
         "falcon", FALCON, falcon_keys, {"attn_qkv": falcon_qkv},
-        prefixes=("transformer.",), prefer=("falcon", "falcon3"),
+        prefixes=("transformer.",), prefer=("falcon", "falcon3"), act="gelu",
     ),
     "MambaForCausalLM": Family(
         "mamba", MAMBA, mamba_keys, {"ssm_a": minus_exp, "ssm_conv1d": squeezed},
@@ -356,12 +369,12 @@ FAMILIES: dict[str, Family] = {
     "BertForMaskedLM": BERT_FAMILY,
     "RobertaModel": Family(
         "bert", BERT, bert_keys, {"position_embd": above_table}, prefixes=("roberta.",),
-        prefer=("roberta-bpe",),
+        prefer=("roberta-bpe",), act="gelu",
     ),
     "XLMRobertaModel": Family(
-        "bert", BERT, bert_keys, {"position_embd": above_table}, prefixes=("roberta.",),
+        "bert", BERT, bert_keys, {"position_embd": above_table}, prefixes=("roberta.",), act="gelu",
     ),
-    "NomicBertModel": Family("nomic-bert", NOMIC, nomic_keys, prefixes=("bert.",), skip=("cls.",)),
+    "NomicBertModel": Family("nomic-bert", NOMIC, nomic_keys, prefixes=("bert.",), skip=("cls.",), act=""),
     "ModernBertModel": MODERN,
     "ModernBertForMaskedLM": MODERN,
 }  # fmt: skip

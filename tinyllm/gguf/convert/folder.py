@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .changes import Change, Floats
 from .families import FAMILIES, NOT_TEXT, Family
 from .keys import head_size, n_layer, needed, of_full_layers, rope
 from .safetensors import StoredTensor, read_folder
+from .settings import Settings, check_activation, check_rotation
 from .vocabulary import read_json, read_vocabulary
 
 Report = Callable[[str, str], object]
@@ -90,9 +92,9 @@ def convert(
         raise ArgumentError(f"no type {type!r:.40}; there are {', '.join(MIXTURES)}")
     if n_threads is not None and n_threads < 1:
         raise ArgumentError(f"n_threads={n_threads}; expected at least 1, or None for all cores")
-    config = read_config(path)
-    family = family_of(config)
-    config = {**family.defaults, **config}
+    given = read_config(path)
+    family = family_of(given)
+    config = Settings({**family.defaults, **given})
     stored = read_folder(path, config)
     n_rows = _n_rows(family, config, stored)
     vocabulary = read_vocabulary(path, n_rows, family.prefer, family.surround, family.vocabulary)
@@ -214,7 +216,7 @@ def _rows(x: Floats, start: int, stop: int) -> Floats:
 
 
 def targets(
-    family: Family, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+    family: Family, config: Settings, stored: Mapping[str, StoredTensor]
 ) -> dict[str, Target | Given]:
     """The tensors of the new file by name.
 
@@ -253,6 +255,8 @@ def targets(
         if missing:
             raise GGUFError(f"is missing for expert {min(missing)}", name=place)
         found[place] = Target(place, tuple(parts[i] for i in sorted(parts)), None, config, True)
+    if config.get("tie_word_embeddings"):
+        found.pop("output.weight", None)
     return _without_tied_head(found, family)
 
 
@@ -343,7 +347,7 @@ def _without_tied_head(
     return found
 
 
-def rotations(family: Family, config: Mapping[str, Any]) -> dict[str, Floats]:
+def rotations(family: Family, config: Settings) -> dict[str, Floats]:
     """Factors that stretch the rotation: Llama 3's, Gemma 4's, and LongRoPE's two tables."""
     given = rope(config)
     kind = str(given.get("rope_type")).lower()
@@ -398,7 +402,7 @@ def _n_rows(
 
 
 def _metadata(
-    folder: Path, family: Family, config: dict[str, Any], vocabulary: dict[str, Any], kind: str
+    folder: Path, family: Family, config: Settings, vocabulary: dict[str, Any], kind: str
 ) -> dict[str, Any]:
     """All keys of the new file."""
     found: dict[str, Any] = {
@@ -411,6 +415,10 @@ def _metadata(
         n_layer(config)
     except KeyError as e:
         raise ArgumentError(f"{folder / 'config.json'} lacks {e}") from None
+    check_rotation(rope(config), family.arch)
+    if family.act and (message := check_activation(config, family.act)):
+        warnings.warn(message, stacklevel=4)
+    config.check_read(family.arch, family.ignored)
     found.update({f"{family.arch}.{key}": value for key, value in keys.items()})
     found["general.file_type"] = np.uint32(MIXTURES[kind].file_type)
     found["general.quantization_version"] = np.uint32(2)

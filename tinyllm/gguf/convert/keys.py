@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, UnsupportedModel
 from .changes import falcon_heads
+from .settings import Settings
 
-Config = Mapping[str, Any]
+Config = Settings
 Found = dict[str, Any]
 Keys = Callable[[Config], Found]
 MEAN, CLS, LAST = 1, 2, 3
@@ -36,12 +38,13 @@ COMMON: tuple[tuple[str, type, tuple[str, ...]], ...] = (  # the first of these 
 )  # fmt: skip
 
 
-def first(c: Config, *names: str) -> Any:
+def first(c: Mapping[str, Any], *names: str) -> Any:
     """The value of the first name that has one."""
-    return next((c[n] for n in names if c.get(n) is not None), None)
+    values = [c.get(n) for n in names]  # all of them are read
+    return next((v for v in values if v is not None), None)
 
 
-def needed(c: Config, *names: str) -> Any:
+def needed(c: Mapping[str, Any], *names: str) -> Any:
     """The value of the first name that has one; ArgumentError if none has."""
     value = first(c, *names)
     if value is None:
@@ -60,6 +63,8 @@ def common(c: Config) -> Found:
         value = first(c, *names)
         if value is not None:
             found[key] = kind(value)
+    if c.get("clip_qkv") is not None:
+        found["attention.clamp_kqv"] = float(c["clip_qkv"])
     if c.get("is_causal") is False:
         found["attention.causal"] = False
     score = first(c, "score_function", "scoring_func", "score_func")
@@ -80,8 +85,8 @@ def rope(c: Config) -> Found:
         ("partial_rotary_factor", ("partial_rotary_factor", "rotary_pct", "rope_pct")),
         ("original_max_position_embeddings", ("original_max_position_embeddings",)),
     ):
-        value = first(given, name, *others)
-        given[name] = first(c, *others) if value is None else value
+        inside, outside = first(given, name, *others), first(c, *others)
+        given[name] = outside if inside is None else inside
     return {k: v for k, v in given.items() if v is not None}
 
 
@@ -89,6 +94,11 @@ def local_theta(c: Config) -> float | None:
     """The base of the rotation of layers with a window, where it is another."""
     given = (c.get("rope_parameters") or {}).get("sliding_attention") or {}
     value = first(given, "rope_theta") or first(c, "local_rope_theta", "rope_local_base_freq")
+    if (kind := given.get("rope_type") or "default") != "default":
+        raise UnsupportedModel(
+            f"config.json: the rotation of layers with a window is scaled by {kind!r:.40}; files have no "
+            "scale for it"
+        )
     return None if value is None else float(value)
 
 
@@ -97,21 +107,22 @@ def rotation(c: Config) -> Found:
     given = rope(c)
     found: Found = {}
     kind = str(given.get("rope_type", "default")).lower()
-    if kind in ("linear", "yarn") and given.get("factor") is not None:
+    if kind in ("linear", "yarn"):
         found["rope.scaling.type"] = kind
-        found["rope.scaling.factor"] = float(given["factor"])
+        found["rope.scaling.factor"] = float(needed(given, "factor"))
     if kind == "yarn":
         found["rope.scaling.original_context_length"] = int(
             needed(given, "original_max_position_embeddings")
         )
         for key, names in (
             ("yarn_ext_factor", ("extrapolation_factor",)),
-            ("yarn_attn_factor", ("attention_factor", "attn_factor")),
             ("yarn_beta_fast", ("beta_fast",)),
             ("yarn_beta_slow", ("beta_slow",)),
         ):
             if (value := first(given, *names)) is not None:
                 found[f"rope.scaling.{key}"] = float(value)
+        if (more := yarn_growth(given)) is not None:
+            found["rope.scaling.attn_factor"] = more
     elif kind in ("su", "longrope"):
         found["rope.scaling.type"] = "longrope"
     elif kind not in ("default", "none", "linear", "llama3", "proportional"):
@@ -123,6 +134,23 @@ def rotation(c: Config) -> Found:
     if (local := local_theta(c)) is not None:
         found["rope.freq_base_swa"] = float(local)
     return found
+
+
+def yarn_growth(given: Mapping[str, Any]) -> float | None:
+    """By how much more cos and sin grow than YaRN's usual 1 + ln(factor) / 10; None: as usual."""
+
+    def growth(share: float) -> float:
+        return 1 + 0.1 * share * math.log(float(given["factor"]))
+
+    wanted, own, all_dim = (
+        first(given, *names)
+        for names in (("attention_factor", "attn_factor"), ("mscale",), ("mscale_all_dim",))
+    )
+    if wanted is None and own and all_dim:
+        wanted = growth(float(own)) / growth(float(all_dim))
+    if wanted is None or math.isclose(wanted, growth(1), rel_tol=1e-6):
+        return None
+    return float(wanted) / growth(1)
 
 
 def pooling(c: Config) -> Found:
@@ -143,11 +171,43 @@ def windows(c: Config, *, otherwise: Callable[[int], bool]) -> np.ndarray[Any, A
     kinds = c.get("layer_types") or [
         "sliding_attention" if otherwise(i) else "full_attention" for i in range(n_layer(c))
     ]
+    odd = sorted(set(map(str, kinds)) - {"sliding_attention", "full_attention"})
+    if odd or len(kinds) != n_layer(c):
+        raise UnsupportedModel(
+            f"config.json: layer_types has {len(kinds)} layers{' of ' * bool(odd)}{', '.join(odd):.60}; "
+            f"expected {n_layer(c)} of sliding_attention and full_attention"
+        )
     return np.array([kind == "sliding_attention" for kind in kinds])
 
 
 def head_size(c: Config) -> int:
     return int(c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"])
+
+
+def unusual_windows(c: Config, every: int) -> Found:
+    """Which layers have a window, where it is not all but the last of each ``every``, as readers know."""
+    n = int(first(c, "sliding_window_pattern", "_sliding_window_pattern") or every)
+    found = windows(c, otherwise=lambda i: (i + 1) % n != 0)
+    usual = (np.arange(len(found)) + 1) % every != 0
+    return {} if (found == usual).all() else {"attention.sliding_window_pattern": found}
+
+
+def given_windows(c: Config, *, always: bool) -> Found:
+    """The window that hides something within the context, and the layers that have it.
+
+    ``always``: it is used unless ``use_sliding_window`` says otherwise.
+    """
+    size, begin = c.get("sliding_window"), int(c.get("max_window_layers") or 0)
+    used, seen = c.get("use_sliding_window", always), windows(c, otherwise=lambda i: i >= begin)
+    if not size or not used or size >= needed(c, "max_position_embeddings") or not seen.any():
+        return {}
+    return {"attention.sliding_window": int(size), "attention.sliding_window_pattern": seen}
+
+
+def shares(c: Config, usual: bool) -> Found:
+    """Whether the weights of the experts chosen sum to 1, where it is not as readers know."""
+    value = bool(c.get("norm_topk_prob", False))
+    return {} if value == usual else {"expert_weights_norm": value}
 
 
 # ---- families
@@ -158,11 +218,31 @@ def llama_keys(c: Config) -> Found:
 
 
 def pooled_keys(c: Config) -> Found:
-    return common(c) | pooling(c)
+    return common(c) | pooling(c) | given_windows(c, always=False)
+
+
+def mistral_keys(c: Config) -> Found:
+    return llama_keys(c) | given_windows(c, always=True)
+
+
+def smollm3_keys(c: Config) -> Found:
+    """Every fourth layer does not rotate, as readers know."""
+    n, found = n_layer(c), c.get("no_rope_layers")
+    every = int(c.get("no_rope_layer_interval") or 4)
+    usual, found = ([int((i + 1) % k != 0) for i in range(n)] for k in (4, every)), found
+    fourth, own = usual
+    if (found or own) != fourth:
+        raise UnsupportedModel(
+            f"config.json: no_rope_layers = {found or own!r:.60}; smollm3 has rotation in all layers but "
+            "every fourth"
+        )
+    if c.get("use_sliding_window") and not c.get("layer_types"):  # those without rotation have it
+        c = c | {"layer_types": [("sliding", "full")[r] + "_attention" for r in fourth]}
+    return llama_keys(c) | given_windows(c, always=False)
 
 
 def granite_keys(c: Config) -> Found:
-    found = llama_keys({k: v for k, v in c.items() if k != "head_dim"})
+    found = llama_keys(c | {"head_dim": None})
     for key, name in (
         ("attention.scale", "attention_multiplier"),
         ("embedding_scale", "embedding_multiplier"),
@@ -179,8 +259,9 @@ def granitemoe_keys(c: Config) -> Found:
     return granite_keys(c) | ({"expert_shared_feed_forward_length": shared} if shared else {})
 
 
-def qwen_moe_keys(c: Config) -> Found:
-    found = common(c)
+def qwen_moe_keys(c: Config, normed: bool) -> Found:
+    """``normed``: whether readers take the experts' weights to sum to 1."""
+    found = common(c) | shares(c, normed) | given_windows(c, always=False)
     for key, name in (
         ("expert_feed_forward_length", "moe_intermediate_size"),
         ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
@@ -191,7 +272,11 @@ def qwen_moe_keys(c: Config) -> Found:
 
 
 def olmoe_keys(c: Config) -> Found:
-    return common(c) | {"attention.layer_norm_rms_epsilon": 1e-5}
+    if c.get("clip_qkv") is not None:
+        raise UnsupportedModel(
+            f"config.json: clip_qkv = {c['clip_qkv']!r:.40} clips behind norms; olmoe has no key for it"
+        )
+    return {"attention.layer_norm_rms_epsilon": 1e-5} | common(c) | shares(c, False)
 
 
 def olmo2_keys(c: Config) -> Found:
@@ -204,10 +289,14 @@ def olmo2_keys(c: Config) -> Found:
 
 
 def gemma_keys(c: Config) -> Found:
-    kept = {k for k in common(c) if not k.startswith("rope.")}
-    found = {k: v for k, v in common(c).items() if k in kept}
+    found = without_usual_base(common(c))
     found.setdefault("attention.head_count_kv", c["num_attention_heads"])
     return found
+
+
+def without_usual_base(found: Found) -> Found:
+    """Keys without the rotation's usual base, which readers know."""
+    return {k: v for k, v in found.items() if k != "rope.freq_base" or v != 10000.0}
 
 
 def scores_scale(c: Config, widest: int) -> Found:
@@ -222,6 +311,7 @@ def gemma2_keys(c: Config) -> Found:
         "attn_logit_softcapping": float(c["attn_logit_softcapping"]),
         "final_logit_softcapping": float(c["final_logit_softcapping"]),
         "attention.sliding_window": int(c["sliding_window"]),
+        **unusual_windows(c, 2),
         **scores_scale(c, 46),
     }
 
@@ -234,6 +324,7 @@ def gemma3_keys(c: Config) -> Found:
         found["final_logit_softcapping"] = float(c["final_logit_softcapping"])
     if c.get("sliding_window_pattern") != 1 and c.get("sliding_window"):
         found["attention.sliding_window"] = int(c["sliding_window"])
+        found |= unusual_windows(c, 6)
     return found | scores_scale(c, 62)
 
 
@@ -252,7 +343,7 @@ def gemma4_keys(c: Config) -> Found:
             "Gemma 4's is 'proportional'"
         )
     local = (c.get("rope_parameters") or {}).get("sliding_attention") or {}
-    found = gemma3_keys({**c, "query_pre_attn_scalar": None}) | {
+    found = gemma3_keys(c | {"query_pre_attn_scalar": None}) | {
         "attention.shared_kv_layers": int(n_shared),
         "embedding_length_per_layer_input": int(c.get("hidden_size_per_layer_input") or 0),
         "attention.sliding_window_pattern": windowed,
@@ -285,6 +376,11 @@ def of_full_layers(c: Config, everywhere: str, name: str) -> int | None:
 
 
 def gemma_embedding_keys(c: Config) -> Found:
+    if c.get("use_bidirectional_attention") is not True:
+        raise UnsupportedModel(
+            f"config.json: use_bidirectional_attention = {c.get('use_bidirectional_attention')!r:.40}; "
+            "an embedding Gemma has true"
+        )
     return gemma3_keys(c) | pooling(c)
 
 
@@ -292,7 +388,13 @@ def phi3_keys(c: Config) -> Found:
     given = rope(c)
     keep = ("block_count", "context_length", "embedding_length", "feed_forward_length",
             "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")  # fmt: skip
-    base = common({**c, "rope_scaling": None, "rope_parameters": None})
+    if (kind := given.get("rope_type", "default")) in ("linear", "yarn") and not given.get(
+        "long_factor"
+    ):
+        raise UnsupportedModel(
+            f"config.json: the rotation is scaled by {kind!r}; phi3 has longrope"
+        )
+    base = common(c | {"rope_scaling": None, "rope_parameters": None})
     trained = int(first(given, "original_max_position_embeddings") or c["max_position_embeddings"])
     found = {k: base[k] for k in keep if k in base} | {
         "rope.scaling.original_context_length": trained,
@@ -300,6 +402,7 @@ def phi3_keys(c: Config) -> Found:
         // c["num_attention_heads"],
         "rope.freq_base": float(given.get("rope_theta", 10000.0)),
         "attention.sliding_window": int(c.get("sliding_window") or 0),
+        **given_windows(c, always=True),
     }
     if given.get("long_factor"):
         found["rope.scaling.attn_factor"] = longrope_factor(
@@ -345,6 +448,7 @@ def neox_keys(c: Config) -> Found:
         "attention.head_count": c["num_attention_heads"],
         "use_parallel_residual": bool(c.get("use_parallel_residual", True)),
         "attention.layer_norm_epsilon": float(c["layer_norm_eps"]),
+        **rotation(c),
     }
 
 
@@ -363,10 +467,20 @@ def falcon_keys(c: Config) -> Found:
         "attention.head_count": n_head,
         "attention.head_count_kv": n_kv,
         "attention.layer_norm_epsilon": float(c["layer_norm_epsilon"]),
+        **without_usual_base(rotation(c)),
     }
 
 
 def mamba_keys(c: Config) -> Found:
+    eps = float(first(c, "layer_norm_epsilon", "rms_norm_eps") or 1e-5)
+    own = c.get("mixer_rms_eps")
+    if own is not None and own != eps:
+        message = (
+            f"config.json: mixer_rms_eps = {own!r:.40} beside an epsilon of {eps}; files have one"
+        )
+        if abs(own - eps) > 1e-5:
+            raise UnsupportedModel(message)
+        warnings.warn(f"{message}, the latter: values differ by some ten-thousandths", stacklevel=5)
     width = int(needed(c, "hidden_size", "d_model"))
     return {
         "context_length": 1 << 20,  # there is no limit
@@ -378,9 +492,7 @@ def mamba_keys(c: Config) -> Found:
         "ssm.inner_size": int(first(c, "intermediate_size", "d_inner") or 2 * width),
         "ssm.state_size": int(first(c, "state_size", "d_state") or 16),
         "ssm.time_step_rank": int(first(c, "time_step_rank", "dt_rank") or -(width // -16)),
-        "attention.layer_norm_rms_epsilon": float(
-            first(c, "layer_norm_epsilon", "rms_norm_eps") or 1e-5
-        ),
+        "attention.layer_norm_rms_epsilon": eps,
         "ssm.dt_b_c_rms": c.get("model_type") == "falcon_mamba",
     }
 
@@ -400,7 +512,7 @@ def nomic_keys(c: Config) -> Found:
         if c.get(name, expected) != expected:
             raise ArgumentError(f"config.json says {name} = {c[name]!r:.40}; expected {expected!r}")
     trained = {8192: 2048, 2048: 512}.get(int(c["n_positions"]), int(c["n_positions"]))
-    return common({**c, "n_positions": trained}) | {"attention.causal": False} | pooling(c)
+    return common(c | {"n_positions": trained}) | {"attention.causal": False} | pooling(c)
 
 
 def modern_bert_keys(c: Config) -> Found:
@@ -411,10 +523,12 @@ def modern_bert_keys(c: Config) -> Found:
     }
     found["attention.layer_norm_epsilon"] = float(first(c, "norm_eps", "layer_norm_eps") or 1e-5)
     every = c.get("global_attn_every_n_layers")
-    if every is None and c.get("layer_types"):
-        every = c["layer_types"].index("full_attention", 1)
-    if every is not None:
-        found["attention.sliding_window_pattern"] = int(every)
+    seen = windows(c, otherwise=lambda i: bool(i % int(every or 3)))
+    if every is None:
+        full = np.flatnonzero(~seen)
+        every = int(full[1]) if len(full) > 1 else len(seen)
+    usual = (np.arange(len(seen)) % int(every) != 0) == seen
+    found["attention.sliding_window_pattern"] = int(every) if usual.all() else seen
     if c.get("classifier_pooling") in POOLING:
         found["classifier.pooling_type"] = POOLING[c["classifier_pooling"]]
     if c.get("hidden_activation"):

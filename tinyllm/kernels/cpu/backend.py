@@ -324,7 +324,8 @@ class CPUBackend(Backend):
         """The caches' tables, and where sequences begin."""
         step = self._steps.now
         assert step is not None, "caches are used within a step only"
-        return {"caches": step.caches, "starts": batch.starts}
+        caches = step.caches if step.batch.source is not batch else step.sources
+        return {"caches": caches, "starts": batch.starts}
 
     def attention(
         self,
@@ -338,13 +339,14 @@ class CPUBackend(Backend):
         softcap: float = 0.0,
         slopes: Array | None = None,
         sinks: Array | None = None,
+        bias: Array | None = None,
     ) -> CPUArray:
         cache = batch.caches[0]
         c = cache.layers[layer]
         dims = {"n_head_kv": c.n_head_kv, "dim": c.head_dim, "dim_v": c.head_dim_v}
         past = {**self._sequences(batch), "n_past": batch.n_past, "layer": layer}
         how = {"scale": scale, "window": window, "cap": softcap, "slopes": slopes, "sinks": sinks}
-        how |= {"bias": None, "n_bias": 0}
+        how |= {"bias": bias, "n_bias": 0 if bias is None else bias.shape[1]}
         return self._attend(batch, q, n_head, cache.kv_type, causal=True, **dims, **past, **how)
 
     def attention_full(

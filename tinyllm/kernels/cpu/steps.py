@@ -51,6 +51,9 @@ class Recorded:
     tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
     caches: CPUArray  # the memory of ``tables``
     lengths: list[int]  # [n_seq]: rows of each sequence
+    sources: (
+        CPUArray | None
+    )  # [T] int64: addresses of the tables of what the rows' sequences have read
     growing: list[Growing] = field(default_factory=list)
     blocks: list[int] | None = None  # [n_seq]: blocks of the past that ``growing`` rows are set for
     result: Array = None
@@ -174,7 +177,9 @@ class Steps:
         uploaded = upload(batch)
         given = {name: getattr(uploaded, name) for name in INPUTS}
         inputs = {name: x.view() for name, x in given.items() if x is not None}
-        recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables), lengths)
+        read = None if batch.source is None else np.array(addresses(batch.source), np.int64)
+        sources = None if read is None else wrapped(read)
+        recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables), lengths, sources)
         self._local.now = recorded
         try:
             recorded.result = fn(recorded.batch)
@@ -182,7 +187,8 @@ class Steps:
             tape.run(self._workers)
         finally:
             self._local.now = outer
-            recorded.batch = replace(uploaded, caches=())  # these sequences may end before the step
+            # these sequences may end before the step
+            recorded.batch = replace(uploaded, caches=(), source=None)
         return recorded
 
 

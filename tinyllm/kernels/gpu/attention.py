@@ -40,6 +40,11 @@ class Query:
         """The last arguments of both kernels."""
         return f32(self.scale), i32(self.window), f32(self.softcap)
 
+    @property
+    def n_bias(self) -> int:
+        """How many distances have a bias."""
+        return 0 if self.bias is None else self.bias.shape[1]
+
 
 class PlainAttention:
     """Attention of float32 queries, over pages or over the rows of the batch itself."""
@@ -56,8 +61,7 @@ class PlainAttention:
 
     def attend_rows(self, b: DeviceBatch, query: Query, k: GPUArray, v: GPUArray) -> GPUArray:
         """Attention within each sequence's rows, in both directions -> [T, n_head * v.dim]."""
-        n_bias = 0 if query.bias is None else query.bias.shape[1]
-        return self._launch(b, query, (k, v, query.bias, i32(n_bias)), 0)
+        return self._launch(b, query, (k, v), 0)
 
     def _launch(
         self, b: DeviceBatch, query: Query, past: tuple[object, ...], n_pages: int
@@ -79,8 +83,12 @@ class PlainAttention:
             "attention",
             (n_groups // n_tiles, n_tiles, splits),
             (THREADS, 1, 1),
-            *(query.q, *past, parts, stats, query.slopes, query.sinks, tiles, b.starts, b.n_past),
-            *(i32(x) for x in (n_head, k.n_head, heads, splits)),
+            *(query.q, *past, parts, stats, query.slopes, query.sinks, query.bias, tiles),
+            *(
+                b.starts,
+                b.n_past,
+                *(i32(x) for x in (query.n_bias, n_head, k.n_head, heads, splits)),
+            ),
             *query.numbers,
         )
         if splits > 1:

@@ -38,10 +38,10 @@ CORE_PRODUCTS = 750_000  # products, of two terms each, that a core makes in a m
 MOST_SPLITS = 64
 
 
-def takes(k: Side, v: Side) -> bool:
-    """Whether the kernels read keys and values that are stored like this."""
-    fits = all(side.dim % 16 == 0 and side.dim <= MOST_DIM for side in (k, v))
-    return fits and k.kv_type != "f32"
+def takes(query: Query) -> bool:
+    """Whether the kernels read what is stored like this; they know no bias for each distance."""
+    fits = all(side.dim % 16 == 0 and side.dim <= MOST_DIM for side in (query.k, query.v))
+    return fits and query.k.kv_type != "f32" and query.bias is None
 
 
 @dataclass(frozen=True)

@@ -125,11 +125,10 @@ class GPUBackend(Backend):
             return self.tensor_tiles
         return self.tiles
 
-    def choose_attention(self, k: Side, v: Side) -> PlainAttention | TensorAttention:
-        """The kernels for keys and values that are stored like this: tensor cores where they can."""
-        if self.tensor_cores and attention_tensor.takes(k, v):
-            return self.tensor_attention
-        return self.plain_attention
+    def choose_attention(self, query: Query) -> PlainAttention | TensorAttention:
+        """The kernels for queries over what is stored: tensor cores where they can."""
+        fits = self.tensor_cores and attention_tensor.takes(query)
+        return self.tensor_attention if fits else self.plain_attention
 
     # ---- what a front end provides
 
@@ -491,12 +490,13 @@ class GPUBackend(Backend):
         softcap: float = 0.0,
         slopes: GPUArray | None = None,
         sinks: GPUArray | None = None,
+        bias: GPUArray | None = None,
     ) -> GPUArray:
         b = batches.on_device(self, batch)
         store = batches.shared_store(b)
         k, v = (store.layout.sides[layer][name] for name in ("k", "v"))
-        query = Query(q, n_head, k, v, scale, window, softcap, slopes, sinks)
-        return self.choose_attention(k, v).attend(b, query, store)
+        query = Query(q, n_head, k, v, scale, window, softcap, slopes, sinks, bias)
+        return self.choose_attention(query).attend(b, query, store)
 
     def attention_full(
         self,

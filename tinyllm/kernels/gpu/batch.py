@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,7 +114,8 @@ class Resident:
 def upload(be: GPUBackend, batch: Batch) -> DeviceBatch:
     """Copy a batch to the device in one piece."""
     caches = with_room(batch)
-    return Resident(be, batch, caches, page_stride(caches)).holding(batch)
+    here = Resident(be, batch, caches, page_stride(caches)).holding(batch)
+    return here if batch.source is None else replace(here, source=upload(be, batch.source))
 
 
 def on_device(be: GPUBackend, batch: Batch) -> DeviceBatch:

@@ -18,7 +18,7 @@
 #define LOWEST (-1.0e30f)
 
 #ifdef DENSE
-#define KV_ARGS GLOBAL const float *ks, GLOBAL const float *vs, GLOBAL const float *bias, const int n_bias
+#define KV_ARGS GLOBAL const float *ks, GLOBAL const float *vs
 #else
 #define KV_ARGS                                                                                                    \
     GLOBAL uchar *store, GLOBAL const int *pages, const ulong page_bytes, const ulong k_offset, const ulong v_offset, \
@@ -57,9 +57,10 @@ INLINE float4 key_values(GLOBAL const float* k, const int d) {
 /* tiles [n][3]: sequence, first row, number of rows. out: the result, or with splits > 1 parts
    [T, H, splits, HEAD_DIM_V] whose maxima and sums go to `stats` [T, H, splits, 2]. */
 KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL float* stats, GLOBAL const float* slopes,
-                      GLOBAL const float* sinks, GLOBAL const int* tiles, GLOBAL const int* starts,
-                      GLOBAL const int* n_past, const int n_head, const int n_head_kv, const int heads_at_once,
-                      const int splits, const float scale, const int window, const float softcap) {
+                      GLOBAL const float* sinks, GLOBAL const float* bias, GLOBAL const int* tiles,
+                      GLOBAL const int* starts, GLOBAL const int* n_past, const int n_bias, const int n_head,
+                      const int n_head_kv, const int heads_at_once, const int splits, const float scale,
+                      const int window, const float softcap) {
     LOCAL float qs[QUERIES * PAD_D];
     LOCAL float tile[TILE * (CHUNK + 1)]; /* of keys */
     LOCAL float p[QUERIES * TILE];
@@ -137,13 +138,11 @@ KERNEL void attention(GLOBAL const float* q, KV_ARGS, GLOBAL float* out, GLOBAL 
                                         ? score(dots[i], past + row_of[s] - start, j, scale, window, softcap,
                                                 slopes ? slopes[head_of[s]] : 0.0f)
                                         : LOWEST;
-#ifdef DENSE
             if (bias && s < QUERIES && row_of[s] >= 0) {
-                const int most = n_bias / 2, away = j - (row_of[s] - start);
+                const int most = n_bias / 2, away = j - (past + row_of[s] - start);
                 const int at = most + (away < -most ? -most : away > most ? most : away);
                 p[s * TILE + key] += bias[head_of[s] * n_bias + at];
             }
-#endif
         }
         BARRIER();
         const int mine = tid / SHARES, at = mine * TILE + tid % SHARES; /* a query, and my first of its scores */
