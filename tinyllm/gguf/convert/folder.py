@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import regex
 
-from ...errors import ArgumentError, GGUFError, NumericError, UnsupportedModel
+from ...errors import ArgumentError, GGUFError, NumericError, TinyLLMError, UnsupportedModel
 from ...files import checked
 from .. import quants
 from ..mixtures import MIXTURES, plan
@@ -92,12 +93,27 @@ def convert(
         raise ArgumentError(f"no type {type!r:.40}; there are {', '.join(MIXTURES)}")
     if n_threads is not None and n_threads < 1:
         raise ArgumentError(f"n_threads={n_threads}; expected at least 1, or None for all cores")
+    if kind.startswith(("IQ1", "IQ2")):
+        warnings.warn(
+            f"{kind} without an importance matrix is poor: convert to F16, then quantize --imatrix",
+            stacklevel=2,
+        )
     given = read_config(path)
     family = family_of(given)
     config = Settings({**family.defaults, **given})
     stored = read_folder(path, config)
     n_rows = _n_rows(family, config, stored)
-    vocabulary = read_vocabulary(path, n_rows, family.prefer, family.surround, family.vocabulary)
+    try:
+        vocabulary = read_vocabulary(
+            path, n_rows, family.prefer, family.surround, family.vocabulary
+        )
+    except TinyLLMError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, regex.error) as e:
+        raise ArgumentError(
+            f"{path}: the vocabulary's files are damaged ({e.__class__.__name__}: {e}); "
+            "get tokenizer.json again"
+        ) from e
     tensors = targets(family, config, stored)
     check_layers(tensors, family, n_layer(config))
     metadata = _metadata(path, family, config, vocabulary, kind)
@@ -118,6 +134,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ArgumentError(
             f"{folder} has no config.json; expected a folder of a Hugging Face model"
         )
+    for name in ("text_config", "quantization_config", "rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ArgumentError(
+                f"{folder / 'config.json'}: {name} = {config[name]!r:.40}; expected an object"
+            )
     config = {
         **config,
         **(config.get("text_config") or {}),
@@ -125,7 +146,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     }
     modules = folder / "modules.json"
     if modules.is_file():
-        for module in json.loads(modules.read_text("utf-8")):
+        try:
+            steps = [dict(m) for m in json.loads(modules.read_text("utf-8"))]
+        except (ValueError, TypeError) as e:
+            raise ArgumentError(f"{modules} is damaged: {e}; expected a list of objects") from None
+        for module in steps:
             if str(module.get("type")).endswith("Pooling"):
                 config["pooling"] = read_json(folder / str(module["path"]) / "config.json")
     return config
@@ -134,8 +159,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The row of the table for a configuration; UnsupportedModel if there is none."""
     names = config.get("architectures") or [None]
-    names = [names] if isinstance(names, str) else names
-    if names[0] not in FAMILIES:
+    names = names if isinstance(names, list) else [names]
+    if not isinstance(names[0], str) or names[0] not in FAMILIES:
         raise UnsupportedModel(
             f"config.json: architecture {names[0]!r:.60} is none that we convert; we know "
             f"{', '.join(sorted(FAMILIES))}"
@@ -187,8 +212,11 @@ class Target:
             for shape, rows in self.values():
 
                 def encode(start: int, stop: int, rows: Any = rows) -> npt.NDArray[np.uint8]:
+                    x = rows(start, stop)
+                    if not np.isfinite(x).all():
+                        raise NumericError(f"{self.name}: holds NaN or infinity; expected numbers")
                     try:
-                        return quants.quantize(kind, rows(start, stop)).reshape(-1)
+                        return quants.quantize(kind, x).reshape(-1)
                     except NumericError as error:
                         raise NumericError(f"{self.name}: {error}") from error
 
@@ -272,6 +300,8 @@ def check_layers(tensors: Mapping[str, Any], family: Family, n: int) -> None:
     """
     if "token_embd.weight" not in tensors:
         raise GGUFError("no stored tensor becomes it", name="token_embd.weight")
+    if not 0 < n <= len(tensors):
+        raise ArgumentError(f"config.json says {n} layers; the files have {len(tensors)} tensors")
     layers: dict[int, set[str]] = {i: set() for i in range(n)}
     for name in tensors:
         if name.startswith("blk."):
@@ -415,6 +445,8 @@ def _metadata(
         n_layer(config)
     except KeyError as e:
         raise ArgumentError(f"{folder / 'config.json'} lacks {e}") from None
+    except (TypeError, ValueError, AttributeError) as e:
+        raise ArgumentError(f"{folder / 'config.json'}: {config.last}: {e}") from e
     check_rotation(rope(config), family.arch)
     if family.act and (message := check_activation(config, family.act)):
         warnings.warn(message, stacklevel=4)

@@ -47,10 +47,14 @@ class Settings(Mapping[str, Any]):
     def __init__(self, values: Mapping[str, Any], read: set[str] | None = None) -> None:
         self.values_by_name = dict(values)
         self.read: set[str] = set() if read is None else read
+        self.last = ""  # the value that was asked for last, for errors about it
 
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
-        return self.values_by_name[name]
+        value = self.values_by_name[name]
+        if value is not None:
+            self.last = f"{name} = {value!r:.40}"
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values_by_name)
