@@ -63,7 +63,7 @@ class Settings(Mapping[str, Any]):
         return len(self.values_by_name)
 
     def __or__(self, changes: Mapping[str, Any]) -> Settings:
-        """These values with some others."""
+        """Make a copy with other values for some names."""
         return Settings({**self.values_by_name, **changes}, self.read)
 
     def check_read(self, arch: str, ignored: Collection[str] = ()) -> None:
