@@ -32,7 +32,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rms_norm": (True,),
     "position_embedding_type": ("absolute", "rope"),
     "rope_interleaved": (False,),
-    "use_bidirectional_attention": ("vision",),  # says nothing of texts: only places of an image see ahead
+    "use_bidirectional_attention": ("vision",),  # only places of an image see ahead
     "full_attn_mod": (1,),
     "interpolate_factor": (1,),
 }
