@@ -27,8 +27,8 @@ GOLDEN = Path(os.environ.get("TINYLLM_TESTDATA", ROOT.parent / "shared" / "data"
 NAMES = sorted({p.stem for folder in (GOLDEN, OURS) for p in folder.glob("*.gguf")} | set(PACKED))
 # One of each kind of attention, norm, feed-forward half and recurrence
 KINDS = """bert-bge-cls bloom deepseek2-lite exaone4 falcon-40b falcon-h1 gemma2 gemma3 gemma3n gpt-oss gpt2
-granitemoe jina-bert-v2 kimi-linear lfm2 llama-gqa-llama3rope llama-mixtral mamba nemotron_h olmo2 olmoe
-qwen3 qwen35moe rwkv6 rwkv7""".split()
+granitemoe grovemoe jina-bert-v2 kimi-linear lfm2 llama-gqa-llama3rope llama-mixtral mamba nemotron_h olmo2
+olmoe qwen3 qwen35moe rwkv6 rwkv7""".split()
 BOUND = 1e-3  # x the spread of a point's values
 N = 12  # tokens
 

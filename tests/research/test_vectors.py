@@ -221,7 +221,7 @@ def test_several_streams_take_no_vector(tmp_path: Path) -> None:
     with tinyllm.load(path) as m:
         size = m.config.n_embd
     ControlVector({1: np.ones(size)}).write(tmp_path / "v.gguf")
-    with pytest.raises(UnsupportedModel, match="several residual streams"):
+    with pytest.raises(UnsupportedModel, match="more than one residual stream"):
         tinyllm.load(path, control=tmp_path / "v.gguf")
 
 
