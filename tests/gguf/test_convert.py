@@ -538,6 +538,23 @@ def test_a_sentencepiece_model_in_tokenizer_json_merges_as_itself(tmp_path: Path
     assert [two.encode(t) for t in texts] == [one.encode(t) for t in texts]
 
 
+def test_what_a_file_cannot_hold_of_a_tokenizer_is_told(tmp_path: Path) -> None:
+    folder = folder_of("qwen2", tmp_path)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    steps = [{"type": "NFC"}, {"type": "Lowercase"}, {"type": "Strip"}]
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    single = [{"SpecialToken": {"id": t, "type_id": 0}} for t in ("<s>", "<l>")]
+    single.append({"Sequence": {"id": "A", "type_id": 0}})
+    tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": []}
+    path.write_text(json.dumps(tokenizer))
+    with (
+        pytest.warns(UserWarning, match="changes texts by Lowercase, Strip before it splits"),
+        pytest.warns(UserWarning, match="puts <l> beside a text, too"),
+    ):
+        tinyllm.convert(folder, tmp_path / "out.gguf")
+
+
 def test_nothing_warns_of_a_good_folder(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -134,6 +134,6 @@ def test_wrong_options_are_told_when_a_task_is_made(model: Model) -> None:
     for wrong in ({"temperature": -1}, {"max_tokens": -5}, {"max_tokens": "many"}):
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
             Generate(model, **wrong)
-    with pytest.raises(TypeError, match="nix"):
+    with pytest.raises(ArgumentError, match="nix"):
         Generate(model, nix=1)
     Generate(model, template="chatml", tools=[], regex="a*", deadline=3.0, top_k=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ KEYS = {
     "sep": "seperator",
     "pad": "padding",
 }  # "seperator" is the format's spelling
+HELD = ("NFC", "Prepend", "Replace")  # the pre-tokenizer's name says the first; spaces become marks
 
 
 def special_keys(
@@ -46,7 +48,21 @@ def special_keys(
             found[f"{PREFIX}add_{role}_token"] = adds[role]
     found.update(_templates(folder, config))
     found.update(_normalisation(tokenizer.get("normalizer")))
+    _tell_what_is_lost(tokenizer)
     return found
+
+
+def _tell_what_is_lost(tokenizer: Json) -> None:
+    """Warn of steps before a byte-pair encoding that GGUF files do not hold: texts get other tokens."""
+    if (tokenizer.get("model") or {}).get("type") != "BPE":
+        return
+    kinds = [str(step.get("type")) for step in _steps(tokenizer.get("normalizer"), "normalizers")]
+    if lost := [kind for kind in kinds if kind not in HELD]:
+        warnings.warn(
+            f"tokenizer.json changes texts by {', '.join(lost)} before it splits them, which a GGUF file of "
+            "byte pairs does not hold: texts that this changes get other tokens",
+            stacklevel=5,
+        )
 
 
 def _names(config: Json) -> dict[str, str]:
@@ -88,6 +104,13 @@ def _template_processing(step: Json, names: dict[str, str], adds: dict[str, bool
     first = last = None
     if len(single) > 1:
         first, last = (_special(single[i]) for i in (0, -1))
+    lost = [t for t in map(_special, single[1:-1]) if t is not None]
+    if lost:
+        warnings.warn(
+            f"tokenizer.json puts {', '.join(lost)} beside a text, too; a GGUF file holds one token before a "
+            "text and one behind it",
+            stacklevel=6,
+        )
     if first:
         names.setdefault("bos", first)
         if first not in (names["bos"], names.get("cls")):

@@ -301,6 +301,12 @@ def _from_pieces(
         keys[PREFIX + "remove_extra_whitespaces"] = pieces.remove_spaces
         if pieces.charsmap:
             keys[PREFIX + "precompiled_charsmap"] = np.frombuffer(pieces.charsmap, np.uint8)
+    elif pieces.charsmap:
+        warnings.warn(
+            "tokenizer.model replaces characters before it splits texts (its charsmap), which a GGUF file of "
+            "this kind does not hold: texts that this changes get other tokens",
+            stacklevel=6,
+        )
     return keys
 
 
