@@ -241,3 +241,14 @@ def test_what_cannot_speculate_says_so(m: Model, data: Path) -> None:
         m.generate("x", speculate=bundled())
     with pytest.raises(ArgumentError, match="leave speculate out"):
         m.generate("x", speculate="lookup", tap=lambda name, x: None)
+
+
+def test_a_step_of_fewer_rows_than_were_timed_takes_some_time() -> None:
+    """Many texts begin side by side, and later few are left."""
+    costs = Costs()
+    for _ in range(9):
+        costs.note(20, 0.020)
+        costs.note(36, 0.052)
+    assert all(costs.of(n) > 0 for n in range(1, 36))
+    assert costs.of(36) > costs.of(20) >= costs.of(10) > 0
+    assert best_length([0.9] * 15, 9, costs) >= 0

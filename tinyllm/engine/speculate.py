@@ -85,7 +85,10 @@ class Costs:
     def of(self, rows: int) -> float:
         """Seconds of a step of so many rows; a row is thought cheap, and so is tried, until one was timed."""
         step = self._step.seconds or 1.0
-        return step + (self._row.seconds or NEW_ROW * step) * (rows - (self._fewest or 1))
+        more = max(
+            rows - (self._fewest or 1), 0
+        )  # fewer were not timed, and take no less than nothing
+        return step + (self._row.seconds or NEW_ROW * step) * more
 
     def doubt(self) -> None:
         """Take rows for a little cheaper: what kept a guess from being tried may be long past."""
