@@ -202,9 +202,11 @@ class Network:
 
     def read_sources(self, segments: Sequence[Segment]) -> None:
         """Read what these states write about, where no step has done it yet."""
+        if self.reader is None:
+            return
         for state, _, _ in segments:
             source = state.source
-            if self.reader is None or source is None or source.stored:
+            if source is None or source.stored:
                 continue
             n, scales = len(source.ids), stacked([state.scales])
             batch = Batch.of([source.ids], [0], range(n), [source.cache], scales)

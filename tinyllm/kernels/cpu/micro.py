@@ -226,15 +226,13 @@ class Columns:
 
     def _less_offset(self, whole: list) -> list:
         """whole[token] - offset * the sums of the token's codes times the scales: pairs of 16 bits."""
-        e = self.e
-        both = pair(
-            e, *(e.b.mul(s, e.const(self.offset, s.type)) for s in (self.part.scales * 2)[:2])
-        )
+        both = offset_times_scales(self.e, self.offset, self.part.scales)
         return self.add_products(whole, [self.x.field(t, "n01") for t in self.tokens], both)
 
 
-def pair(e: Emit, low, high):
-    """Two numbers of 16 bits in a lane."""
+def offset_times_scales(e: Emit, offset: int, scales: list):
+    """The offset times the scales of a part's halves, or twice times its only one: pairs of 16 bits."""
+    low, high = (e.b.mul(s, e.const(offset, s.type)) for s in (scales * 2)[:2])
     return e.b.or_(e.mask(low, 0xFFFF), e.shl(high, 16))
 
 

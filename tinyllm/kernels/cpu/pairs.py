@@ -16,7 +16,15 @@ from functools import lru_cache
 from .emit import F32, I32, I64, Emit, V, instruction_set
 from .formats import Format, Part
 from .layout import shuffle
-from .micro import SLOTS, Activations, add_products, add_unit, record_bytes, with_minima
+from .micro import (
+    SLOTS,
+    Activations,
+    add_products,
+    add_unit,
+    offset_times_scales,
+    record_bytes,
+    with_minima,
+)
 from .simd import emitter, i64, types
 
 N = 8  # rows in a register
@@ -43,12 +51,6 @@ def unpacked_parts(e: Emit, form: Format, p) -> list[Part]:
         floats = [e.load(p, scale, 512 + 64 * i + at) for i in range(n_scales * (1 + form.minima))]
         parts.append(Part(codes, floats[:n_scales], floats[n_scales:]))
     return parts
-
-
-def offset_times_scales(e: Emit, form: Format, part: Part):
-    """The offset times the scales of a part's halves, or twice times its only one: pairs of 16 bits."""
-    low, high = (e.b.mul(s, e.const(form.offset, s.type)) for s in (part.scales * 2)[:2])
-    return e.b.or_(e.mask(low, 0xFFFF), e.shl(high, 16))
 
 
 class Products:
@@ -134,7 +136,7 @@ class Products:
                     some = zip(whole, self.pairs(run), factors * self.n, strict=True)
                     whole = [e.add_pairs(v, p, factor) for v, p, factor in some]
         if self.form.offset:
-            factors = [offset_times_scales(e, self.form, part) for part in self.parts]
+            factors = [offset_times_scales(e, self.form.offset, part.scales) for part in self.parts]
             less = [self.x.field(t, "n01") for t in range(self.n)]
             whole = [add_products(e, v, less[i // 2], factors[i % 2]) for i, v in enumerate(whole)]
         return e.finish(whole)
