@@ -4,6 +4,7 @@
 
 The load is that of chats which share a system message of about ``--shared`` tokens; the engine begins with
 nothing in its tree of beginnings. The pace: four texts are written; then a prompt of ``--long`` tokens is read.
+Each gap between two tokens is divided by what is usual without the prompt when a text is as long.
 """
 
 from __future__ import annotations
@@ -109,20 +110,31 @@ def pace(m: tinyllm.Model, a: argparse.Namespace) -> dict[str, Any]:
         for t in threads:
             t.join()
 
-    def gaps(start: float, end: float) -> list[float]:
-        return [y - x for t in times for x, y in pairwise(t) if start <= x and y <= end]
+    def gaps(start: float, end: float) -> list[tuple[int, float]]:
+        """(tokens before it, seconds) of each gap in a span of time, of all texts."""
+        return [
+            (i, y - x)
+            for t in times
+            for i, (x, y) in enumerate(pairwise(t))
+            if start <= x and y <= end
+        ]
 
-    before, beside, after = (
-        sorted(gaps(*span)) for span in ((begun - 2, begun), (begun, ended), (ended, ended + 2))
-    )
-    # the texts become longer meanwhile, and their own steps slower
-    usual = (statistics.median(before) + statistics.median(after)) / 2
-    p99, alone99 = (g[int(0.99 * len(g))] for g in (beside, sorted(before + after)))
+    before, beside, after = gaps(begun - 2, begun), gaps(begun, ended), gaps(ended, ended + 2)
+    # texts become longer meanwhile, and so do the steps that only write: a line says what is usual
+    first, shorter = (statistics.median(column) for column in zip(*before, strict=True))
+    last, longer = (statistics.median(column) for column in zip(*after, strict=True))
+
+    def usual(i: int) -> float:
+        return shorter + (longer - shorter) * (i - first) / (last - first)
+
+    over = sorted(gap / usual(i) for i, gap in beside)
+    alone = sorted(gap / usual(i) for i, gap in before + after)
     return {
-        "tokens of the prompt": a.long, "its seconds": ended - begun, "usual gap ms": 1e3 * usual,
-        "p99 gap without it ms": 1e3 * alone99,
-        "median gap beside it ms": 1e3 * statistics.median(beside), "p99 gap beside it ms": 1e3 * p99,
-        "p99 over usual": p99 / usual, "gaps": len(beside),
+        "tokens of the prompt": a.long, "its seconds": ended - begun,
+        "usual gap ms, before": 1e3 * shorter, "usual gap ms, after": 1e3 * longer,
+        "p99 over usual, without it": alone[int(0.99 * len(alone))],
+        "median over usual": statistics.median(over), "p99 over usual": over[int(0.99 * len(over))],
+        "gaps": len(beside),
     }  # fmt: skip
 
 

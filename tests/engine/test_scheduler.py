@@ -495,7 +495,7 @@ def test_prompts_are_read_in_few_rows_beside_texts(
             r.result(20)
     mixed = [s for s in rows if any(w for w, _ in s) and any(n > 1 for _, n in s)]
     assert len(mixed) > 20
-    assert max(n for s in mixed for w, n in s if not w) <= FIRST_ROWS
+    assert max(n for s in mixed for w, n in s if not w) <= (SLOWER - 1) / 0.1
 
 
 def timed(pace: Pace, n: int, seconds: float) -> None:
@@ -504,6 +504,15 @@ def timed(pace: Pace, n: int, seconds: float) -> None:
     text.reading, prompt.reading = False, True
     text.n_drafted = prompt.n_drafted = 0
     pace.note([(text, 1), (prompt, n)] if n else [(text, 1)], seconds)
+
+
+def test_what_each_row_adds_is_told_apart_from_what_any_number_adds() -> None:
+    pace = Pace()
+    timed(pace, 0, 0.010)
+    for i in range(200):
+        n = (2, 3, 4)[i % 3]
+        timed(pace, n, 0.010 + 0.008 + 0.0005 * n)
+    assert pace.reading.of(20) == pytest.approx(0.018, rel=0.1)
 
 
 def read_beside(pace: Pace, step: float, row: float, fixed: float, slow: float) -> list[float]:
@@ -539,7 +548,8 @@ def test_prompts_are_read_where_other_work_makes_every_step_late() -> None:
     for i in range(400):
         timed(pace, 0, 0.010 if i % 8 else 0.060)
     assert pace.late > SLOWER
-    timed(pace, 8, 0.018)
+    for n in (8, *[3] * 10):
+        timed(pace, n, 0.010 + 0.001 * n)
     assert pace.rows() >= 4
 
 

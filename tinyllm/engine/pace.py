@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .generate import Work
 
-SLOWER = 2.8  # 99 of 100 steps take at most so many times as long as is usual for texts alone
+SLOWER = 2.9  # 99 of 100 steps take at most so many times as long as is usual for texts alone
 MIXED = 16  # steps with rows of prompts, after which one has none
-LEAST = (
-    1.5  # but prompts make a step so many times as long where the machine's other work holds it up
-)
+# but prompts make a step so many times as long where the machine's other work holds it up
+LEAST = 1.5
 TRUST = 0.1  # what is known of steps changes by this share at most with each
+ODD = 1.5  # what takes more than so many times what was expected teaches as if it took just that
+ALIKE = 0.005  # where the square of rows varies by less, little is known of what one of them adds
 FIRST_ROWS = 8  # rows of prompts beside texts, before anything was timed
 
 
@@ -29,12 +30,53 @@ class Usual:
         self.seconds = min(max(seconds, least), most) if known else seconds
 
 
+class Rows:
+    """What rows add to a step: a part that any number of them takes, and one that each takes.
+
+    A line through what the last steps took. While all had about as many rows, half of it is thought to be of
+    the first kind: the next number that is tried then shows how it is.
+    """
+
+    def __init__(self) -> None:
+        self._n = self._seconds = 0.0  # means of the last steps
+        self._spread = self._both = 0.0  # the variance of n, and its covariance with the seconds
+
+    def note(self, n: int, seconds: float) -> None:
+        """Learn from a step of n rows."""
+        if not self._n:
+            self._n, self._seconds = n, seconds
+            return
+        usual = self.of(n)
+        seconds = min(max(seconds, usual / ODD), usual * ODD)
+        more, longer = n - self._n, seconds - self._seconds
+        self._n += TRUST * more
+        self._seconds += TRUST * longer
+        self._spread = (1 - TRUST) * (self._spread + TRUST * more * more)
+        self._both = (1 - TRUST) * (self._both + TRUST * more * longer)
+
+    @property
+    def each(self) -> float:
+        """Seconds that one row more adds."""
+        mean = self._seconds / self._n
+        alike = ALIKE * self._n * self._n
+        found = (self._both + alike * mean / 2) / (self._spread + alike)
+        return min(max(found, mean / 10), mean)
+
+    def of(self, n: float) -> float:
+        """Seconds that n rows add; 0 while nothing is known."""
+        return self._seconds + self.each * (n - self._n) if self._n else 0.0
+
+    def within(self, seconds: float) -> float:
+        """How many rows add so many seconds."""
+        return self._n + (seconds - self._seconds) / self.each
+
+
 class Pace:
     """How many rows of prompts a step may compute without holding up the texts that it also writes."""
 
     def __init__(self) -> None:
         self.writing = Usual()  # a step that only writes
-        self.row = Usual()  # what each row of a prompt adds
+        self.reading = Rows()  # what rows of prompts add to it
         self.late = 1.5  # one step of a hundred takes more than so many times what was expected
         self.n_mixed = 0  # steps since one that only wrote
 
@@ -42,14 +84,14 @@ class Pace:
         """Learn from a step."""
         n_read = sum([n for run, n in work if run.reading or n > 1 + run.n_drafted])
         self.n_mixed = self.n_mixed + 1 if n_read else 0
-        usual, each = self.writing.seconds, self.row.seconds
+        usual, more = self.writing.seconds, self.reading.of(n_read) if n_read else 0.0
         if n_read and (not usual or len(work) == 1):
             return
-        if usual and (each or not n_read):
-            late = seconds > self.late * (usual + n_read * each)
+        if usual and (more or not n_read):
+            late = seconds > self.late * (usual + more)
             self.late *= 1 + TRUST if late else 1 - TRUST / 99
         if n_read:
-            self.row.note(max(seconds - usual, 0) / n_read)
+            self.reading.note(n_read, max(seconds - usual, 0))
         else:
             self.writing.note(seconds)
 
@@ -61,9 +103,9 @@ class Pace:
         """
         if self.n_mixed >= MIXED:
             return 0
-        if not self.writing.seconds or not self.row.seconds:
+        if not self.writing.seconds or not self.reading.of(1):
             return FIRST_ROWS
         slower = max(SLOWER / self.late, LEAST)
-        n = max(1, int((slower - 1) * self.writing.seconds / self.row.seconds))
+        n = max(int(self.reading.within((slower - 1) * self.writing.seconds)), 1)
         unit = 1 << max(n.bit_length() - 2, 0)
         return n // unit * unit
