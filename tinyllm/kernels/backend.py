@@ -177,8 +177,9 @@ class Backend(ABC):
     def step(self, key: Hashable | None, fn: Callable[[Batch], Array], batch: Batch) -> Array:
         """Run ``fn`` on the batch with its arrays on the device, and return its result.
 
-        A backend may record the operations under ``key`` and, when the key comes again, replay them on the
-        new batch without calling ``fn``: fn must depend on nothing but the batch. ``None`` forbids that.
+        A backend may record the operations under ``key`` and, when the key comes again with a batch of as many
+        rows, sequences and results, replay them on it without calling ``fn``: fn must depend on nothing but the
+        batch. ``None`` forbids that. The result is valid until the backend's next step.
         """
         return fn(self.upload(batch))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -184,17 +184,6 @@ class Batch:
             len(ids),
             len(outputs),
             scales=None if scales is None else np.repeat(scales, lengths, axis=0),
-        )
-
-    @property
-    def key(self) -> Hashable:
-        """Steps of the same key differ only in array values and caches: a recorded one can be replayed."""
-        return (
-            self.starts.tobytes(),
-            self.n_out,
-            bool(self.caches),
-            self.scales is None,
-            self.source is None,
         )
 
 

@@ -363,7 +363,7 @@ class Network:
             return stage.be.pick(y, best) if best else y
 
         plain = step.hook is None and step.types is None and step.layers is None and self.repeats
-        key = (self.number, i, end.__name__, best, self.rope_class(step.n_ctx), batch.key)
+        key = (self.number, i, end.__name__, best, self.rope_class(step.n_ctx))
         if after is not None:
             return stage.be.follow(after, key, compute, batch)
         return stage.be.step(key if plain else None, compute, batch)

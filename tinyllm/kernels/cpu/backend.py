@@ -33,11 +33,12 @@ from ..profile import Profile
 from . import attention, bfloat, choosing, elementwise, jit, matmul, outside, recurrent
 from .attention import padded
 from .experts import record_experts
+from .fitting import Pieces, Stored, lengths_of, rows_of_heads
 from .kvcache import CPUCache
 from .limits import limits
 from .outside import Replacement
 from .program import CPUArray, Tape, aligned, wrapped
-from .steps import Growing, Steps
+from .steps import Steps
 from .threads import pool
 from .translate import PyFunction
 from .weights import CPUWeight, load_weight
@@ -233,13 +234,13 @@ class CPUBackend(Backend):
 
     def _rope_table(self, positions: CPUArray, spec: RopeSpec, t: int, pairs: int) -> CPUArray:
         """Cosines and sines, once for all layers that turn the same positions alike."""
+        made = self._tape.made_of(positions)
         key = (spec.freqs.view().tobytes(), spec.scale)  # layers hold equal copies
-        if key not in positions.derived:
-            table = self._new((t, 2, pairs))
+        if key not in made:
+            made[key] = table = self._new((t, 2, pairs))
             args = {"positions": positions, "freqs": spec.freqs, "scale": spec.scale}
             self._op(elementwise.rope_table, t, table=table, pairs=pairs, **args)
-            positions.derived[key] = table
-        return positions.derived[key]
+        return made[key]
 
     def act(self, x: Array, kind: Activation) -> CPUArray:
         return self._activate(x, None, kind)
@@ -364,37 +365,41 @@ class CPUBackend(Backend):
         bias: Array | None = None,
     ) -> CPUArray:
         dims = {"dim": k.shape[1] // n_head_kv, "dim_v": v.shape[1] // n_head_kv}
-        past, _places = self._stored_once(batch, k, v, n_head_kv, **dims)  # held until recorded
+        past = {**self._stored_once(batch, n_head_kv, **dims), "starts": batch.starts, "layer": 0}
+        self._write("f32", batch.n_rows, k=k, v=v, n_head=n_head_kv, **dims, **past)
         how = {"scale": scale, "window": window, "cap": 0.0, "slopes": slopes, "sinks": None}
         how |= {"bias": bias, "n_bias": 0 if bias is None else bias.shape[1]}
         dims["n_head_kv"] = n_head_kv
         return self._attend(batch, q, n_head, "f32", causal=False, **dims, **past, **how)
 
-    def _stored_once(
-        self, batch: Batch, k: CPUArray, v: CPUArray, n_head_kv: int, dim: int, dim_v: int
-    ) -> tuple[dict[str, Any], list[CPUArray]]:
-        """Keys and values of an encoder's rows, laid out as in a cache, for this step only."""
-        lengths = np.diff(batch.starts.view())
-        tables = np.zeros((batch.n_seq, attention.LAYER // 8), np.int64)
-        places = []
-        rows = padded(lengths).astype(np.int64)
-        first = n_head_kv * (rows.cumsum() - rows)  # behind all heads of the sequences before
-        n_blocks = -(-int(rows.max()) // attention.BLOCK)
-        steps = attention.BLOCK * np.arange(n_blocks)  # a head's blocks lie one behind the other
-        blocks = np.empty((2, batch.n_seq, n_blocks), np.int64)
-        for i, width in enumerate((dim, padded(dim_v))):
-            room = self._new((n_head_kv * int(rows.sum()), width))
-            blocks[i] = room.address + 4 * width * (first[:, None] + steps)
-            tables[:, i] = blocks[i].ctypes.data + 8 * n_blocks * np.arange(batch.n_seq)
-            tables[:, i + 2] = 4 * width * rows
-            places.append(room)
-        caches = tables.ctypes.data + attention.LAYER * np.arange(batch.n_seq, dtype=np.int64)
-        past = {"caches": wrapped(caches), "starts": batch.starts, "layer": 0}
-        past["n_past"] = self.array(np.zeros(batch.n_seq, np.int32))
-        dims = {"n_head": n_head_kv, "dim": dim, "dim_v": dim_v}
-        self._write("f32", batch.n_rows, k=k, v=v, **past, **dims)
-        self._tape.keep(tables, blocks)
-        return past, places
+    def _stored_once(self, batch: Batch, n_head_kv: int, dim: int, dim_v: int) -> dict[str, Any]:
+        """Where an encoder's layers store the keys and values of this step's rows, one after the other."""
+        made, key = self._tape.made_of(batch.starts), ("stored", n_head_kv, dim, dim_v)
+        if key not in made:
+            rows = rows_of_heads(batch.n_rows, batch.n_seq, n_head_kv)
+            places = [self._new((rows, width)) for width in (dim, padded(dim_v))]
+            stored = Stored(places, batch.n_rows, batch.n_seq, n_head_kv)
+            stored.keep(self._tape)
+            stored.fit(self._tape, *self._lengths(batch))
+            self._steps.follow(stored)
+            n_past = self.array(np.zeros(batch.n_seq, np.int32))
+            made[key] = {"caches": stored.caches, "n_past": n_past}, places  # held until recorded
+        return made[key][0]
+
+    def _lengths(self, batch: Batch) -> tuple[list[int], list[int]]:
+        """How many rows each sequence has, and behind how many positions."""
+        made = self._tape.made_of(batch.starts)
+        if "lengths" not in made:
+            made["lengths"] = lengths_of(batch.starts.view()), batch.n_past.view().tolist()
+        return made["lengths"]
+
+    def _pieces(self, batch: Batch, group: int, m: int, n_head_kv: int, split: bool) -> Pieces:
+        """The pieces of all layers whose heads are grouped alike."""
+        made, sizes = self._tape.made_of(batch.starts), (group, m, n_head_kv, split)
+        if sizes not in made:
+            made[sizes] = Pieces(*sizes, *self._lengths(batch))
+            self._steps.follow(made[sizes])
+        return made[sizes]
 
     def _attend(
         self,
@@ -406,31 +411,26 @@ class CPUBackend(Backend):
     ) -> CPUArray:
         """One token a sequence, or few rows: blocks in parallel, then merged. More: row tiles in parallel."""
         dim, dim_v, n_head_kv = args["dim"], args["dim_v"], args["n_head_kv"]
-        group = n_head // n_head_kv
-        lengths = np.diff(batch.starts.view())
-        few = args["causal"] and (int(lengths.max()) == 1 or batch.n_rows <= FEW_ROWS)
-        m = attention.rows_of(group * int(lengths.max()))
-        tiles = -(-lengths * group // m) * n_head_kv
+        lengths, _ = self._lengths(batch)
+        group, most = n_head // n_head_kv, max(lengths)
+        few = args["causal"] and (most == 1 or batch.n_rows <= FEW_ROWS)
+        m = attention.rows_of(group * most)
+        tiles = self._pieces(batch, group, m, n_head_kv, False)
         y = self._new((batch.n_rows, n_head * dim_v))
         scratch = self._new((self._workers, attention.scratch_bytes(m, dim, dim_v, kv_type)), "u1")
         args |= {"q": q, "y": y, "n_head": n_head, "n_seq": batch.n_seq, "parts": None}
         args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
         kernel = attention.attend_kernel(kv_type, m)
         if not few:
-            self._tape.add(kernel, int(tiles.sum()), **args)
+            tiles.rows.append(self._tape.add(kernel, tiles.n, **args))
             return y
 
-        blocks = attention.blocks_after(batch.n_past.view(), lengths)
-        n = int((tiles * blocks).sum())
-        # a step is recorded again only when its past has doubled
-        room = n if self._steps.now is None else n + int((tiles * np.maximum(blocks, 7)).sum())
-        args["parts"] = self._new((room, attention.part_bytes(m, dim_v)), "u1")
-        row = self._tape.add(kernel, n, **args)
-        if self._steps.now is not None:
-            self._steps.now.growing.append(Growing(row, tiles, room))
+        pieces = self._pieces(batch, group, m, n_head_kv, True)
+        args["parts"] = self._new((pieces.room, attention.part_bytes(m, dim_v)), "u1")
+        pieces.rows.append(self._tape.add(kernel, pieces.n, **args))
         merge = attention.merge_kernel(m)
         merged = {name: args[name] for name in merge.parameters}
-        self._tape.add(merge, int(tiles.sum()), **merged)
+        tiles.rows.append(self._tape.add(merge, tiles.n, **merged))
         return y
 
     # ---- mixtures of experts

@@ -189,11 +189,11 @@ def _single(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     """x as the kernels for one row read it, made once for all that share x."""
     if w.format is None:
         return x
-    key = ("single", w.format.span, w.digits)
-    if key not in x.derived:
+    made, key = tape.made_of(x), ("single", w.format.span, w.digits)
+    if key not in made:
         flat = x.reshape(-1, w.n_in)
-        x.derived[key] = matmul.quantise_array(tape, flat, w, single=True)
-    return x.derived[key]
+        made[key] = matmul.quantise_array(tape, flat, w, single=True)
+    return made[key]
 
 
 def _row_bytes(w: CPUWeight) -> int:
@@ -238,10 +238,10 @@ class _Groups:
     def of(tape: Tape, w: CPUWeight, experts: CPUArray) -> _Groups:
         """The groups of this choice of experts, sorted once for all products with it."""
         slots = micro.SLOTS if w.format else 1
-        key = ("groups", slots)
-        if key not in experts.derived:
-            experts.derived[key] = _Groups(tape, experts, w.shape[0], slots)
-        return experts.derived[key]
+        made, key = tape.made_of(experts), ("groups", slots)
+        if key not in made:
+            made[key] = _Groups(tape, experts, w.shape[0], slots)
+        return made[key]
 
     def gather(self, tape: Tape, w: CPUWeight, x: CPUArray, forms: CPUArray) -> CPUArray:
         """Rows of x, in the form ``forms``, brought together by expert."""

@@ -268,15 +268,16 @@ def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
     if found is not None and not found.wants_records:
         return x
     if isinstance(w, bfloat.RoundedWeight) and x.shape[0] > 1:
-        if "bf16" not in x.derived:
-            x.derived["bf16"] = bfloat.round_array(tape, x)
-        return x.derived["bf16"]
+        made = tape.made_of(x)
+        if "bf16" not in made:
+            made["bf16"] = bfloat.round_array(tape, x)
+        return made["bf16"]
     if w.format is None:
         return x
-    key = ("records", w.format.span, w.digits)
-    if key not in x.derived:
-        x.derived[key] = quantise_array(tape, x, w)
-    return x.derived[key]
+    made, key = tape.made_of(x), ("records", w.format.span, w.digits)
+    if key not in made:
+        made[key] = quantise_array(tape, x, w)
+    return made[key]
 
 
 def quantise_array(tape: Tape, x: CPUArray, w: CPUWeight, single: bool = False) -> CPUArray:

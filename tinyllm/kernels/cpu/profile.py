@@ -20,7 +20,7 @@ from .. import profile
 from ..profile import Profile, Work
 from . import jit
 from .emit import I32, I64
-from .program import CPUArray, Tape
+from .program import Arena, CPUArray, Tape
 from .simd import emitter, i64, set_i64
 from .threads import ARGS, ROW, pool
 from .weights import CPUWeight
@@ -52,8 +52,8 @@ def read_clock(out, first, last, worker):
 class TimedTape(Tape):
     """A tape that notes in a ``Profile`` what it runs."""
 
-    def __init__(self, profile: Profile) -> None:
-        super().__init__()
+    def __init__(self, profile: Profile, arena: Arena | None = None) -> None:
+        super().__init__(arena)
         self._profile = profile
         self._notes: list[tuple[str, Callable[[], Work]]] = []  # one for each row
 

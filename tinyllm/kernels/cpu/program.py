@@ -102,14 +102,16 @@ class Arena:
 class CPUArray:
     """An array of this backend: a shape, a type and an address."""
 
-    __slots__ = ("__weakref__", "_owner", "address", "derived", "dtype", "in_arena", "shape")
+    __slots__ = ("__weakref__", "_owner", "address", "dtype", "in_arena", "made", "maker", "shape")
 
     def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
         self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
         kind = owner.__class__
         self.in_arena: bool = kind is _Place or (kind is CPUArray and owner.in_arena)
-        self.derived: dict[Any, Any] = {}  # what kernels need of it (int8 blocks), made once
+        # ``Tape.made_of``: the mark of a tape, and what its instructions make of this array
+        self.maker: object = None
+        self.made: dict[Any, Any] = {}
 
     @property
     def size(self) -> int:
@@ -165,11 +167,12 @@ class _Place:
 class Tape:
     """Instructions recorded and not yet run, with the arena of their outputs."""
 
-    def __init__(self) -> None:
-        self.arena = Arena()
+    def __init__(self, arena: Arena | None = None) -> None:
+        self.arena = arena or Arena()
         self.rows = np.zeros((256, ROW), np.int64)
         self.n = 0
         self.kept: list[Any] = []  # arrays whose addresses stand in the rows
+        self.mark = object()  # stands for the tape where it must not be kept
         self._grouped = False
 
     def array(self, shape: Sequence[int], dtype: Any = np.float32) -> CPUArray:
@@ -245,6 +248,12 @@ class Tape:
         self.n += 1
         return self.n
 
+    def made_of(self, x: CPUArray) -> dict[Any, Any]:
+        """What this tape's instructions make of an array, such as int8 blocks: once for all that read them."""
+        if x.maker is not self.mark:
+            x.maker, x.made = self.mark, {}
+        return x.made
+
     def keep(self, *things: Any) -> None:
         """Keep memory that recorded rows point to in other ways than by their arguments."""
         self.kept += things
@@ -255,10 +264,9 @@ class Tape:
         pool().retire(self.rows)
         self.rows = grown
 
-    def set_pieces(self, row: int, pieces: int) -> None:
-        """Change the amount of work of a recorded instruction."""
-        chunk = self.rows[row, 2]
-        self.rows[row, 1], self.rows[row, 4] = pieces, -(-pieces // chunk)
+    def set_pieces(self, rows: list[int], pieces: int) -> None:
+        """Change the amount of work of recorded instructions."""
+        self.rows[rows, 1], self.rows[rows, 4] = pieces, -(-pieces // self.rows[rows, 2])
 
     def run(self, n_threads: int) -> None:
         """Run all instructions; they stay recorded."""

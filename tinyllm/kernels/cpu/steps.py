@@ -1,7 +1,10 @@
 """Recorded steps: the program of a step, run again without recording it again.
 
-A step under a key is recorded once. When the key comes again, its batch is copied to where the recorded one
-lies, instructions whose work grows with the past are given their pieces, and the program runs: one native call.
+A step under a key is recorded once for each *shape*: how many rows, sequences and results it has, whichever
+sequence has which rows. When both come again, the batch is copied to where the recorded one lies, what follows
+from the sequences' lengths and pasts is counted anew (``Fitted``), and the program runs: one native call.
+
+The programs of a backend share one arena, as no two run at a time: a result is valid until the next step.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 from weakref import WeakMethod
 
 import numpy as np
@@ -19,26 +23,21 @@ import numpy as np
 from ..backend import Array, Batch
 from ..profile import Profile
 from . import jit
-from .attention import BLOCK
+from .attention import rows_of
+from .fitting import lengths_of
 from .profile import TimedTape
-from .program import CPUArray, Tape, wrapped
+from .program import Arena, CPUArray, Tape, wrapped
 
-MOST_STEPS = 24  # recorded at a time: texts come and go, and prompts are read beside them
-MOST_ROWS = 32  # longer steps take long enough to be recorded anew each time
+MOST_BYTES = 16 << 20  # of the programs and inputs that are kept
 INPUTS = ("ids", "positions", "starts", "n_past", "outputs", "scales")  # arrays of a batch
 
 
-@dataclass
-class Growing:
-    """An instruction whose amount of work depends on how many positions are stored."""
+class Fitted(Protocol):
+    """What in a program depends on the sequences' lengths and pasts."""
 
-    row: int
-    tiles: np.ndarray  # [n_seq]: pieces for each block of a sequence's past
-    room: int  # pieces that it has memory for
-
-    def pieces(self, blocks: Sequence[int]) -> int:
-        """How many pieces it has when the sequences see so many blocks."""
-        return int((self.tiles * blocks).sum())
+    def fit(self, tape: Tape, lengths: Sequence[int], past: Sequence[int]) -> bool:
+        """Count anew for sequences of so many rows behind so many positions; False if there is no room."""
+        ...
 
 
 @dataclass
@@ -50,31 +49,27 @@ class Recorded:
     inputs: dict[str, np.ndarray]  # views of the batch's arrays
     tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
     caches: CPUArray  # the memory of ``tables``
-    lengths: list[int]  # [n_seq]: rows of each sequence
     sources: (
         CPUArray | None
     )  # [T] int64: addresses of the tables of what the rows' sequences have read
-    growing: list[Growing] = field(default_factory=list)
-    blocks: list[int] | None = None  # [n_seq]: blocks of the past that ``growing`` rows are set for
+    fitted: list[Fitted] = field(default_factory=list)
     result: Array = None
     replayable: bool = True
 
-    def replay(self, batch: Batch, n_workers: int) -> bool:
-        """Put a batch in the place of the recorded one, and run; False if its past has outgrown the step."""
-        # by the last of the new tokens
-        seen = zip(batch.n_past.tolist(), self.lengths, strict=True)
-        blocks = [(n + new - 1) // BLOCK + 1 for n, new in seen] if self.growing else None
-        if blocks != self.blocks and blocks is not None:
-            pieces = [g.pieces(blocks) for g in self.growing]
-            if any(n > g.room for n, g in zip(pieces, self.growing, strict=True)):
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the program and its inputs."""
+        return self.tape.rows.nbytes + sum(x.nbytes for x in self.inputs.values())
+
+    def replay(self, batch: Batch, lengths: list[int], n_workers: int) -> bool:
+        """Put a batch in the place of the recorded one, and run; False if it has outgrown the step."""
+        past = batch.n_past.tolist()
+        for fitted in self.fitted:
+            if not fitted.fit(self.tape, lengths, past):
                 return False
-            for n, g in zip(pieces, self.growing, strict=True):
-                self.tape.set_pieces(g.row, n)
-            self.blocks = blocks
         for name, view in self.inputs.items():
             view[...] = getattr(batch, name)
-        past = batch.n_past.tolist()
-        make_room(batch, past, self.lengths)
+        make_room(batch, past, lengths)
         self.tables[:] = addresses(batch)
         self.tape.run(n_workers)
         return True
@@ -90,7 +85,7 @@ class Steps:
         # a strong reference would make a circle, and the backend's memory wait for the collector
         self._upload = WeakMethod(upload)
         self._known: OrderedDict[Hashable, Recorded] = OrderedDict()
-        self._local, self._workers = _Local(), 1
+        self._local, self._workers, self._arena = _Local(), 1, Arena()
 
     @property
     def tape(self) -> Tape:
@@ -101,6 +96,11 @@ class Steps:
     def now(self) -> Recorded | None:
         """The step being recorded."""
         return self._local.now
+
+    def follow(self, fitted: Fitted) -> None:
+        """Have something fit each batch that the step being recorded will be replayed on."""
+        if self.now is not None:
+            self.now.fitted.append(fitted)
 
     def set_workers(self, n: int) -> None:
         """How many threads run programs; recorded steps have room for the old number."""
@@ -126,17 +126,19 @@ class Steps:
         self.settle()
 
     def run(self, key: Hashable | None, fn: Callable[[Batch], Array], batch: Batch) -> Array:
-        """The result of fn on the batch, by replay where a step of this key is known."""
+        """The result of fn on the batch, by replay where a step of this key and shape is known."""
         self.settle()
-        if key is None or batch.n_rows > MOST_ROWS:
+        lengths = lengths_of(batch.starts)
+        if key is None or batch.source is not None:
             try:
-                return self._record(fn, batch).result
+                return self._record(fn, batch, lengths).result
             finally:
                 self.tape.clear()
-        key = (key, batch.starts.tobytes(), tuple([c.kv_type for c in batch.caches]))
+        key = (key, shape_of(batch, lengths))
         known = self._known.pop(key, None)
-        if known is None or not known.replay(batch, self._workers):
-            known = self._first_time(fn, batch)
+        if known is None or not known.replay(batch, lengths, self._workers):
+            known = self._first_time(fn, batch, lengths)
+            self._forget_to_hold(known.nbytes)
         if known.replayable:
             self._known[key] = known
         return known.result
@@ -154,22 +156,30 @@ class Steps:
         finally:
             self._known, mine.tape, mine.new_tape = known, tape, Tape
 
-    def _first_time(self, fn: Callable[[Batch], Array], batch: Batch) -> Recorded:
+    def _first_time(
+        self, fn: Callable[[Batch], Array], batch: Batch, lengths: list[int]
+    ) -> Recorded:
         """Record on a tape that stays the step's own."""
         mine = self.tape
-        self._local.tape = self._local.new_tape()
+        self._local.tape = self._local.new_tape(self._arena)
         try:
-            recorded = self._record(fn, batch)
+            recorded = self._record(fn, batch, lengths)
         finally:
             self._local.tape = mine
-        while len(self._known) >= MOST_STEPS:
-            self._known.popitem(last=False)
+        y = recorded.result
+        if isinstance(y, CPUArray) and y.in_arena:  # its place is left to the next step
+            recorded.result = CPUArray(y.shape, y.dtype, y.address, self._arena)
         return recorded
 
-    def _record(self, fn: Callable[[Batch], Array], batch: Batch) -> Recorded:
+    def _forget_to_hold(self, n_bytes: int) -> None:
+        """Forget steps until so many bytes more may be kept."""
+        held = n_bytes + sum(known.nbytes for known in self._known.values())
+        while self._known and held > MOST_BYTES:
+            held -= self._known.popitem(last=False)[1].nbytes
+
+    def _record(self, fn: Callable[[Batch], Array], batch: Batch, lengths: list[int]) -> Recorded:
         """Call fn on the batch's device form, and run what it recorded."""
         outer, tape = self.now, self.tape
-        lengths = np.diff(batch.starts).tolist()
         make_room(batch, batch.n_past.tolist(), lengths)
         tables = np.array(addresses(batch), np.int64)
         upload = self._upload()
@@ -179,7 +189,7 @@ class Steps:
         inputs = {name: x.view() for name, x in given.items() if x is not None}
         read = None if batch.source is None else np.array(addresses(batch.source), np.int64)
         sources = None if read is None else wrapped(read)
-        recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables), lengths, sources)
+        recorded = Recorded(tape, uploaded, inputs, tables, wrapped(tables), sources)
         self._local.now = recorded
         try:
             recorded.result = fn(recorded.batch)
@@ -187,8 +197,11 @@ class Steps:
             tape.run(self._workers)
         finally:
             self._local.now = outer
-            # these sequences may end before the step
+            # these sequences may end before the step, and what was made of its inputs is nobody else's
             recorded.batch = replace(uploaded, caches=(), source=None)
+            for x in given.values():
+                if x is not None:
+                    x.made.clear()
         return recorded
 
 
@@ -196,9 +209,16 @@ class _Local(threading.local):
     """What each Python thread has for itself."""
 
     def __init__(self) -> None:
-        self.new_tape: Callable[[], Tape] = Tape
+        self.new_tape: Callable[..., Tape] = Tape
         self.tape = Tape()
         self.now: Recorded | None = None
+
+
+def shape_of(batch: Batch, lengths: list[int]) -> Hashable:
+    """What a program depends on besides its key: sizes, and kernels that are chosen by the batch."""
+    kv_type = batch.caches[0].kv_type if batch.caches else None
+    sizes = batch.n_rows, batch.n_seq, batch.n_out, rows_of(max(lengths))
+    return sizes, kv_type, batch.scales is None
 
 
 def make_room(batch: Batch, past: list[int], lengths: list[int]) -> None:

@@ -1,8 +1,8 @@
 """Recorded steps: the launches of a step, replayed without running Python again.
 
-A step whose key has come before differs only in the values of its batch, which kernels read from device
-memory. The first time it runs directly (kernels are compiled, memory is taken), the second time it is
-recorded, and from then on it is replayed.
+A step whose key and shape have come before differs only in the values of its batch, which kernels read
+from device memory. The first time it runs directly (kernels are compiled, memory is taken), the second time
+it is recorded, and from then on it is replayed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Steps:
         self.count += 1
         caches = batches.with_room(batch)
         n_pages = batches.page_stride(caches)
-        full = key, batch.n_seq, n_pages, versions(caches)
+        full = key, shape_of(batch), n_pages, versions(caches)
         known = self._known.pop(full, None)
         if known is None:
             known = Recorded(Resident(self.be, batch, caches, n_pages), new=True)
@@ -98,6 +98,12 @@ class Steps:
         self._known[key] = known
         while len(self._known) > MOST_STEPS:
             del self._known[next(iter(self._known))]
+
+
+def shape_of(batch: Batch) -> Hashable:
+    """Recorded steps of one shape differ only in array values and caches."""
+    kinds = bool(batch.caches), batch.scales is None, batch.source is None
+    return batch.starts.tobytes(), batch.n_out, kinds
 
 
 def versions(caches: list[GPUCache]) -> Hashable:

@@ -1,0 +1,101 @@
+"""What of a recorded step follows from the sequences' lengths and pasts, and is counted anew at each replay."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from .attention import BLOCK, LAYER, blocks_after, padded
+from .program import CPUArray, Tape, wrapped
+
+
+class Pieces:
+    """How many pieces instructions of attention have whose heads and tiles are alike.
+
+    A tile is m of a sequence's rows, the ``group`` query heads of a key head for each token; a piece is a
+    tile and key head, and, where ``split``, a block of the past.
+    """
+
+    def __init__(
+        self,
+        group: int,
+        m: int,
+        n_head_kv: int,
+        split: bool,
+        lengths: Sequence[int],
+        past: Sequence[int],
+    ) -> None:
+        self._sizes, self._split = (group, m, n_head_kv), split
+        self.rows: list[int] = []  # of the tape
+        self.n = self._count(lengths, past)
+        # parts of blocks wait in memory; a step is recorded again only when its past has doubled
+        self.room = self.n + self._count(lengths, past, fewest_blocks=7) if split else sys.maxsize
+
+    def _count(self, lengths: Sequence[int], past: Sequence[int], fewest_blocks: int = 1) -> int:
+        group, m, n_head_kv = self._sizes
+        n = 0
+        for length, before in zip(lengths, past, strict=True):
+            blocks = max(blocks_after(before, length), fewest_blocks) if self._split else 1
+            n += -(-length * group // m) * blocks
+        return n * n_head_kv
+
+    def fit(self, tape: Tape, lengths: Sequence[int], past: Sequence[int]) -> bool:
+        """Have the instructions do the pieces of other sequences; False if there is no room for their parts."""
+        n = self._count(lengths, past)
+        if n > self.room:
+            return False
+        if n != self.n:
+            tape.set_pieces(self.rows, n)
+            self.n = n
+        return True
+
+
+class Stored:
+    """An encoder's keys and values, laid out as in caches, for one layer after the other.
+
+    They lie in two ``places`` of ``rows_of_heads`` rows, which are the tape's; the tables here say where.
+    """
+
+    def __init__(self, places: Sequence[CPUArray], n_rows: int, n_seq: int, n_head_kv: int) -> None:
+        self._places = [(place.address, 4 * place.shape[1]) for place in places]
+        self._n_head_kv = n_head_kv
+        self._tables = np.zeros((n_seq, LAYER // 8), np.int64)
+        # [2, n_seq, blocks]: where the blocks of a sequence's first head begin
+        self._blocks = np.zeros((2, n_seq, -(-longest(n_rows, n_seq) // BLOCK)), np.int64)
+        first, (per_side, per_seq, _) = self._blocks.ctypes.data, self._blocks.strides
+        for side in range(2):
+            self._tables[:, side] = first + side * per_side + per_seq * np.arange(n_seq)
+        tables = self._tables.ctypes.data + LAYER * np.arange(n_seq, dtype=np.int64)
+        self.caches: CPUArray = wrapped(tables)
+
+    def keep(self, tape: Tape) -> None:
+        """Have a tape keep the tables, which its instructions reach by address."""
+        tape.keep(self._tables, self._blocks)
+
+    def fit(self, tape: Tape, lengths: Sequence[int], past: Sequence[int]) -> bool:
+        """Divide the places among sequences of other lengths, as many rows in all."""
+        rows = padded(np.array(lengths, np.int64))
+        first = self._n_head_kv * (rows.cumsum() - rows)  # behind all heads of the sequences before
+        steps = BLOCK * np.arange(self._blocks.shape[2])  # a head's blocks lie one behind the other
+        for side, (address, row_bytes) in enumerate(self._places):
+            self._blocks[side] = address + row_bytes * (first[:, None] + steps)
+            self._tables[:, side + 2] = row_bytes * rows
+        return True
+
+
+def rows_of_heads(n_rows: int, n_seq: int, n_head_kv: int) -> int:
+    """Rows of a place for the keys of any n_seq sequences of n_rows in all, each head in whole tiles."""
+    return n_head_kv * (padded(1) * (n_seq - 1) + int(padded(longest(n_rows, n_seq))))
+
+
+def longest(n_rows: int, n_seq: int) -> int:
+    """How long the longest of n_seq sequences is at most, of n_rows in all."""
+    return n_rows - n_seq + 1
+
+
+def lengths_of(starts: np.ndarray) -> list[int]:
+    """How many rows each sequence has, given where they begin."""
+    return [end - begin for begin, end in pairwise(starts.tolist())]
