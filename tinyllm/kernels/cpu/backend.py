@@ -43,7 +43,7 @@ from .threads import pool
 from .translate import PyFunction
 from .weights import CPUWeight, load_weight
 
-NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
+NARROW = {np.dtype(np.float64): np.dtype(np.float32), np.dtype(np.int64): np.dtype(np.int32)}
 ACT_PIECE = 1024  # values
 FEW_ROWS = 32  # rows whose tiles are too few to keep threads busy
 
@@ -73,6 +73,9 @@ class CPUBackend(Backend):
         self.compute = compute
         self._steps = Steps(self.upload)
         self._outside: dict[tuple[str, str], Replacement] = {}
+        self._plans: dict[
+            Hashable, dict[Any, Any]
+        ] = {}  # products with weights of a shape and kind
         self.set_threads(pool().size if n_threads is None else n_threads)
 
     def set_threads(self, n_threads: int) -> None:
@@ -103,13 +106,14 @@ class CPUBackend(Backend):
         """Record a kernel without micro-kernels."""
         self._tape.add(jit.kernel(body), pieces, max(1, pieces // 16), **args)
 
-    def _new(self, shape: Sequence[int], dtype: Any = np.float32) -> CPUArray:
+    def _new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> CPUArray:
         return self._tape.array(shape, dtype)
 
     # ---- weights and transfers
 
     def load(self, source: Source, rows: np.ndarray | slice | None = None) -> CPUWeight:
         weight = load_weight(source, rows, self._workers, self.compute == "exact")
+        weight.plans = self._plans.setdefault((weight.shape, weight.kind), {})
         for operation in ("matvec", "matmul"):
             found = self._outside.get((operation, weight.kind))
             if found and not (found.wants_records and weight.digits > 1):  # digits are no rows
@@ -417,7 +421,8 @@ class CPUBackend(Backend):
         m = attention.rows_of(group * most)
         tiles = self._pieces(batch, group, m, n_head_kv, False)
         y = self._new((batch.n_rows, n_head * dim_v))
-        scratch = self._new((self._workers, attention.scratch_bytes(m, dim, dim_v, kv_type)), "u1")
+        n_bytes = attention.scratch_bytes(m, dim, dim_v, kv_type)
+        scratch = self._tape.scratch(self._workers, n_bytes)
         args |= {"q": q, "y": y, "n_head": n_head, "n_seq": batch.n_seq, "parts": None}
         args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
         kernel = attention.attend_kernel(kv_type, m)
@@ -509,7 +514,7 @@ class CPUBackend(Backend):
         return y
 
     def _carried(
-        self, batch: Batch, layer: int, name: str, shape: Sequence[int]
+        self, batch: Batch, layer: int, name: str, shape: tuple[int, ...]
     ) -> tuple[CPUArray, dict[str, Any]]:
         """The output, and what kernels that go through each sequence's rows are given."""
         y, place = self._new(shape), batch.caches[0].index(layer, name)

@@ -29,7 +29,7 @@ class Pieces:
         past: Sequence[int],
     ) -> None:
         self._sizes, self._split = (group, m, n_head_kv), split
-        self.rows: list[int] = []  # of the tape
+        self.rows: list[int] = []  # where they stand on the tape
         self.n = self._count(lengths, past)
         # parts of blocks wait in memory; a step is recorded again only when its past has doubled
         self.room = self.n + self._count(lengths, past, fewest_blocks=7) if split else sys.maxsize

@@ -32,7 +32,7 @@ from .floats import (
 )
 from .formats import FORMATS, Format
 from .jit import GIVEN
-from .program import CPUArray, Tape, wrapped
+from .program import CPUArray, Planned, Tape, wrapped
 from .readers import Reader
 from .simd import clear, f32, get_f32, get_i8, get_i32, load, set_f32, store
 from .timing import Way
@@ -227,20 +227,32 @@ def record_matmul(
     forms = prepare(tape, w, x)
     y = tape.array((n_tokens, -(-w.n_out // 16) * 16 if n_tokens == 1 else w.n_out))
     y.shape = (n_tokens, w.n_out)
+    key = (w.__class__, n_tokens, n_workers, act)
+    if key not in w.plans:
+        w.plans[key] = _plan(tape, w, n_tokens, n_workers, act)
+    planned = w.plans[key]
+    size = planned.numbers.get("scratch_bytes")
+    scratch = None if size is None else tape.scratch(n_workers, size)
+    tape.put(planned, joins, w=w, x=forms, y=y, bias=bias, scratch=scratch)
+    return y
+
+
+def _plan(tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str) -> Planned:
+    """The instruction for products of so many tokens with weights like w."""
+    claimed = None
     if n_tokens == 1:
         kernel, more, pieces = matvec_kernel(w, n_workers)
-        claimed = chunk(pieces)
     elif n_tokens * w.digits <= few_rows(w):
         few = _few_floats if w.reader else _few_kernel
         kernel, more, pieces = few(tape, w, n_tokens, n_workers, act)
-        claimed = chunk(pieces)
     else:
         many = bfloat.matmul_kernel if isinstance(w, bfloat.RoundedWeight) else matmul_kernel
         kernel, more, pieces = many(tape, w, n_tokens, n_workers, act)
         claimed = 1
+    if more.pop("scratch", None) is not None:  # every recording takes its own
+        more["scratch_bytes"] = tape.scratch(n_workers, more["scratch_bytes"]).shape[1]
     blocks = {"tile_bytes": w.tile_bytes, "n_blocks": w.n_blocks}
-    tape.add(kernel, pieces, claimed, joins, w=w, x=forms, y=y, bias=bias, **blocks, **more)
-    return y
+    return Planned(kernel, pieces, claimed or chunk(pieces), {**blocks, **more})
 
 
 def few_rows(w: CPUWeight) -> int:
@@ -282,12 +294,21 @@ def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
 
 def quantise_array(tape: Tape, x: CPUArray, w: CPUWeight, single: bool = False) -> CPUArray:
     """x as int8 records that w meets, of one token each if ``single``."""
-    (n_tokens, n), digits = x.shape, w.digits
     assert w.format
-    span, n_rows = w.format.span, n_tokens * digits
+    planned, shape = _quantiser(*x.shape, w.format.span, w.digits, single)
+    out = tape.array(shape, np.uint8)
+    tape.put(planned, x=x, out=out)
+    return out
+
+
+@lru_cache(4096)
+def _quantiser(
+    n_tokens: int, n: int, span: int, digits: int, single: bool
+) -> tuple[Planned, tuple[int, int]]:
+    """The instruction that makes records of so many tokens, and the shape of all records."""
+    n_rows = n_tokens * digits
     slots = digits if single or n_tokens == 1 else micro.SLOTS
     tiles = -(-n_rows // slots)
-    out = tape.array((tiles * n // 32, micro.record_bytes(slots)), "u1")
     used = min(slots, AT_ONCE[-1]) if n_rows <= AT_ONCE[-1] else slots
     pieces = -(-n // QUANTISED)
     claimed = pieces if slots == digits else 1
@@ -297,8 +318,8 @@ def quantise_array(tape: Tape, x: CPUArray, w: CPUWeight, single: bool = False) 
     kernel = jit.kernel(
         quantise_rows if digits == 1 else split_rows, f"{names[-1]}_{slots}_{span}", **made
     )
-    tape.add(kernel, tiles * pieces, claimed, x=x, out=out, **sizes)
-    return out
+    planned = Planned(kernel, tiles * pieces, claimed, sizes)
+    return planned, (tiles * n // 32, micro.record_bytes(slots))
 
 
 def matvec_kernel(w: CPUWeight, n_workers: int) -> tuple[jit.Kernel, dict[str, Any], int]:

@@ -20,7 +20,7 @@ from .. import profile
 from ..profile import Profile, Work
 from . import jit
 from .emit import I32, I64
-from .program import Arena, CPUArray, Tape
+from .program import Arena, CPUArray, Planned, Tape
 from .simd import emitter, i64, set_i64
 from .threads import ARGS, ROW, pool
 from .weights import CPUWeight
@@ -62,6 +62,12 @@ class TimedTape(Tape):
     ) -> int:
         row = super().add(kernel, pieces, chunk, joins, **args)
         self._notes.append((kernel.name, work_of(kernel.name, args)))
+        return row
+
+    def put(self, planned: Planned, joins: bool = False, **arrays: Any) -> int:
+        row = super().put(planned, joins, **arrays)
+        name = planned.kernel.name
+        self._notes.append((name, work_of(name, {**planned.numbers, **arrays})))
         return row
 
     def clear(self) -> None:

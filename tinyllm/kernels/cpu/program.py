@@ -11,7 +11,7 @@ import math
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from . import jit
 from .threads import ARGS, ROW, ROW_BYTES, pool
 
 ALIGN = 64
+F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
 HEAD = struct.Struct(f"={ARGS}q")  # the beginning of an instruction, before its arguments
 
 
@@ -51,7 +52,8 @@ class Arena:
     def __init__(self, chunk: int = 1 << 21) -> None:
         self._chunk = chunk
         self._chunks: list[np.ndarray] = []
-        self._free: list[tuple[int, int]] = []  # (size, address)
+        self._free: dict[int, int] = {}  # sizes by address
+        self._ends: dict[int, int] = {}  # addresses by where the free places end
         self._waiting: list[tuple[int, int]] = []
         self._lock = threading.Lock()
 
@@ -59,23 +61,21 @@ class Arena:
         """A place of at least n_bytes: (size, address)."""
         size = max(-(-n_bytes // ALIGN) * ALIGN, ALIGN)
         with self._lock:
-            fits = [i for i, (s, _) in enumerate(self._free) if s >= size]
-            if not fits:
-                return self._grow(size)
-            i = min(fits, key=lambda j: self._free[j][0])
-            found, address = self._free.pop(i)
+            fits = [(s, a) for a, s in self._free.items() if s >= size]
+            found, address = min(fits) if fits else self._grow(size)
+            del self._free[address], self._ends[address + found]
             if found - size >= 1024:
-                self._free.append((found - size, address + size))
-                return size, address
+                self._set_free(found - size, address + size)
+                found = size
             return found, address
 
     def _grow(self, size: int) -> tuple[int, int]:
-        chunk = huge(max(size, self._chunk))
+        """Memory from the system, a free place: at least as much as there is, so that it is few pieces."""
+        held = sum(chunk.nbytes for chunk in self._chunks)
+        chunk = huge(max(size, self._chunk, held))
         self._chunks.append(chunk)
-        address = chunk.ctypes.data
-        if chunk.nbytes > size:
-            self._free.append((chunk.nbytes - size, address + size))
-        return size, address
+        self._set_free(chunk.nbytes, chunk.ctypes.data)
+        return chunk.nbytes, chunk.ctypes.data
 
     def give(self, place: tuple[int, int]) -> None:
         """Take a place back, for the stages after the present one."""
@@ -83,20 +83,22 @@ class Arena:
 
     def begin_stage(self) -> None:
         """What was given back before can be used from now on."""
-        with self._lock:
-            while self._waiting:
-                self._insert(*self._waiting.pop())
+        if self._waiting:
+            with self._lock:
+                while self._waiting:
+                    self._insert(*self._waiting.pop())
 
     def _insert(self, size: int, address: int) -> None:
         """Add a free place, joined with its neighbours."""
-        for s, a in list(self._free):
-            if a + s == address:
-                self._free.remove((s, a))
-                size, address = size + s, a
-            elif address + size == a:
-                self._free.remove((s, a))
-                size += s
-        self._free.append((size, address))
+        before = self._ends.pop(address, None)
+        if before is not None:
+            size, address = size + self._free.pop(before), before
+        behind = self._free.pop(address + size, 0)
+        self._set_free(size + behind, address)
+
+    def _set_free(self, size: int, address: int) -> None:
+        self._free[address] = size
+        self._ends[address + size] = address
 
 
 class CPUArray:
@@ -104,14 +106,16 @@ class CPUArray:
 
     __slots__ = ("__weakref__", "_owner", "address", "dtype", "in_arena", "made", "maker", "shape")
 
-    def __init__(self, shape: Sequence[int], dtype: Any, address: int, owner: Any) -> None:
-        self.shape, self.dtype, self.address = tuple(shape), np.dtype(dtype), address
+    def __init__(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], address: int, owner: Any
+    ) -> None:
+        self.shape, self.dtype, self.address = shape, dtype, address
         self._owner = owner  # what keeps the memory: an arena's place or a NumPy array
         kind = owner.__class__
         self.in_arena: bool = kind is _Place or (kind is CPUArray and owner.in_arena)
         # ``Tape.made_of``: the mark of a tape, and what its instructions make of this array
         self.maker: object = None
-        self.made: dict[Any, Any] = {}
+        self.made: dict[Any, Any] | None = None
 
     @property
     def size(self) -> int:
@@ -128,7 +132,7 @@ class CPUArray:
         """An array in the same memory under another shape; one length may be -1."""
         known = -math.prod(shape)  # the product of the others when one is -1
         whole = [self.size // known if n == -1 else n for n in shape]
-        return CPUArray(whole, self.dtype, self.address, self)
+        return CPUArray(tuple(whole), self.dtype, self.address, self)
 
     def view(self) -> np.ndarray:
         """The memory as a NumPy array, whatever it holds at the moment."""
@@ -164,6 +168,23 @@ class _Place:
             self.arena.give(self.place)
 
 
+class Planned:
+    """An instruction that is recorded often: all but the addresses of its arrays, written once.
+
+    ``numbers`` are arguments by name; the others stay open.
+    """
+
+    def __init__(
+        self, kernel: jit.Kernel, pieces: int, chunk: int, numbers: dict[str, Any]
+    ) -> None:
+        self.kernel, self.numbers = kernel, numbers
+        self.places = {n: ARGS + i for i, n in enumerate(kernel.parameters) if n not in numbers}
+        values = kernel.in_order({**dict.fromkeys(self.places, 0), **numbers})
+        self.row = np.zeros(ROW, np.int64)
+        kernel.write(self.row, 8 * ARGS, values)
+        self.row[:ARGS] = kernel.address, pieces, chunk, 1, -(-pieces // chunk)
+
+
 class Tape:
     """Instructions recorded and not yet run, with the arena of their outputs."""
 
@@ -173,14 +194,15 @@ class Tape:
         self.n = 0
         self.kept: list[Any] = []  # arrays whose addresses stand in the rows
         self.mark = object()  # stands for the tape where it must not be kept
+        self._scratch: dict[int, CPUArray] = {}  # by its bytes for each thread
         self._grouped = False
 
-    def array(self, shape: Sequence[int], dtype: Any = np.float32) -> CPUArray:
+    def array(self, shape: tuple[int, ...], dtype: Any = F32) -> CPUArray:
         """Room for an output of the next instruction."""
         if not self._grouped:
             self.arena.begin_stage()
-        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        place = _Place(self.arena, n_bytes)
+        dtype = np.dtype(dtype)
+        place = _Place(self.arena, math.prod(shape) * dtype.itemsize)
         return CPUArray(shape, dtype, place.place[1], place)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -248,9 +270,37 @@ class Tape:
         self.n += 1
         return self.n
 
+    def put(self, planned: Planned, joins: bool = False, **arrays: Any) -> int:
+        """Append an instruction that was planned, with its arrays and weights; as ``add``."""
+        if self.n + 1 >= len(self.rows):
+            self._grow()
+        self.n += 1
+        row = self.rows[self.n]
+        row[:] = planned.row
+        if joins:
+            row[3] = 0
+        for name, place in planned.places.items():
+            v = arrays[name]
+            if v is not None:
+                row[place] = v.address
+                if v.__class__ is not CPUArray or not v.in_arena:
+                    self.kept.append(v)
+        return self.n
+
+    def scratch(self, n_threads: int, n_bytes: int) -> CPUArray:
+        """Memory [n_threads, at least n_bytes], which any instructions share: a thread does one at a time."""
+        wide = 1 << max(n_bytes - 1, 4095).bit_length()
+        if wide not in self._scratch:
+            self._scratch[wide] = self.array((n_threads, wide), U8)
+        return self._scratch[wide]
+
+    def let_go(self) -> None:
+        """Leave the scratch memory to what is recorded later."""
+        self._scratch.clear()
+
     def made_of(self, x: CPUArray) -> dict[Any, Any]:
         """What this tape's instructions make of an array, such as int8 blocks: once for all that read them."""
-        if x.maker is not self.mark:
+        if x.made is None or x.maker is not self.mark:
             x.maker, x.made = self.mark, {}
         return x.made
 
@@ -278,3 +328,4 @@ class Tape:
         """Forget the instructions (their outputs stay)."""
         self.n = 0
         self.kept.clear()
+        self.let_go()

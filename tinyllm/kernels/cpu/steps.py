@@ -28,7 +28,7 @@ from .fitting import lengths_of
 from .profile import TimedTape
 from .program import Arena, CPUArray, Tape, wrapped
 
-MOST_BYTES = 16 << 20  # of the programs and inputs that are kept
+MOST_BYTES = 16 << 20  # all programs that are kept, with their inputs
 INPUTS = ("ids", "positions", "starts", "n_past", "outputs", "scales")  # arrays of a batch
 
 
@@ -197,11 +197,12 @@ class Steps:
             tape.run(self._workers)
         finally:
             self._local.now = outer
+            tape.let_go()
             # these sequences may end before the step, and what was made of its inputs is nobody else's
             recorded.batch = replace(uploaded, caches=(), source=None)
             for x in given.values():
                 if x is not None:
-                    x.made.clear()
+                    x.made = None
         return recorded
 
 

@@ -37,6 +37,8 @@ class CPUWeight:
     address: int  # where the memory begins
     digits: int = 1
     outside: dict[str, Any] = field(default_factory=dict)  # kernels from outside, by operation
+    # products with weights like these, by how many tokens there are
+    plans: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
