@@ -18,7 +18,7 @@ from stored import normal, stored
 from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.gguf import quants
 from tinyllm.kernels.backend import Batch, LayerCache
-from tinyllm.kernels.cpu import emit, jit, matmul, program, simd
+from tinyllm.kernels.cpu import emit, jit, matmul, program, simd, steps
 from tinyllm.kernels.cpu.backend import CPUBackend
 
 F32 = np.float32
@@ -115,6 +115,44 @@ def test_a_step_is_recorded_anew_when_its_past_has_outgrown_it() -> None:
         results.append(np.array(ONE.numpy(ONE.step("room", fn, batch))))
         assert np.array_equal(results[-1], ONE.numpy(ONE.step(None, fn, batch)))
     assert len(calls) == len(results) + 2
+
+
+def test_the_steps_used_last_are_kept_as_far_as_they_have_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    be, calls = CPUBackend(1), []
+
+    def step(key: str) -> None:
+        def fn(batch: Batch) -> Any:
+            calls.append(key)
+            return be.scale_softcap(be.array(np.ones((1, 16), F32)), 2.0)
+
+        be.step(key, fn, Batch.of([[1]], [0], [0]))
+
+    step("a")
+    (one,) = be._steps._known.values()
+    monkeypatch.setattr(steps, "MOST_BYTES", 2 * one.nbytes)
+    for key in "abacab":
+        step(key)
+    assert calls == ["a", "b", "c", "b"]
+
+
+def test_steps_in_one_memory_do_not_see_what_others_make_of_an_array() -> None:
+    w, x = ONE.load(stored("Q8_0", 64, 64)), ONE.array(normal(5, 64))
+    want = np.array(ONE.numpy(ONE.matmul(w, x)))
+
+    def fn(batch: Batch) -> Any:
+        y = ONE.scale_softcap(ONE.matmul(w, x), float(batch.n_rows))
+        return ONE.matmul(w, ONE.add(y, y, ONE.matmul(w, x)))
+
+    found: dict[int, list[np.ndarray]] = {1: [], 2: []}
+    for n in (1, 2, 1, 2, 2, 1):
+        y = ONE.step("shared", fn, Batch.of([[0] * n], [0], [0]))
+        found[n].append(np.array(ONE.numpy(y)))
+    for n, results in found.items():
+        sums = ONE.array(want * np.float32(2 * n) + want)
+        assert all(np.array_equal(y, results[0]) for y in results)
+        assert np.allclose(results[0], ONE.numpy(ONE.matmul(w, sums)), rtol=1e-3, atol=1e-2)
 
 
 def test_a_step_that_asks_for_values_is_not_replayed() -> None:
