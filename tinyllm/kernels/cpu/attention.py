@@ -75,11 +75,6 @@ def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
     return m * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(m, dim_v) + expanded
 
 
-def blocks_after(n_past: Any, n_new: Any) -> Any:
-    """Blocks that ``n_new`` tokens behind ``n_past`` positions see; arrays of such numbers, too."""
-    return (n_past + n_new - 1) // BLOCK + 1
-
-
 def padded(n: Any) -> Any:
     """A number of values, or an array of such numbers, rounded up to whole vectors of 16."""
     return -(-n // 16) * 16

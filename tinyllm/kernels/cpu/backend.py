@@ -33,7 +33,7 @@ from ..profile import Profile
 from . import attention, bfloat, choosing, elementwise, jit, matmul, outside, recurrent
 from .attention import padded
 from .experts import record_experts
-from .fitting import Pieces, Stored, lengths_of, rows_of_heads
+from .fitting import Pieces, Stored, blocks_of, lengths_of, rows_of_heads
 from .kvcache import CPUCache
 from .limits import limits
 from .outside import Replacement
@@ -391,10 +391,11 @@ class CPUBackend(Backend):
         return made[key][0]
 
     def _lengths(self, batch: Batch) -> tuple[list[int], list[int]]:
-        """How many rows each sequence has, and behind how many positions."""
+        """How many rows each sequence has, and how many blocks they see."""
         made = self._tape.made_of(batch.starts)
         if "lengths" not in made:
-            made["lengths"] = lengths_of(batch.starts.view()), batch.n_past.view().tolist()
+            lengths = lengths_of(batch.starts.view())
+            made["lengths"] = lengths, blocks_of(lengths, batch.n_past.view().tolist())
         return made["lengths"]
 
     def _pieces(self, batch: Batch, group: int, m: int, n_head_kv: int, split: bool) -> Pieces:

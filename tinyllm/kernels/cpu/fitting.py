@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .attention import BLOCK, LAYER, blocks_after, padded
+from .attention import BLOCK, LAYER, padded
 from .program import CPUArray, Tape, wrapped
 
 
@@ -26,25 +26,24 @@ class Pieces:
         n_head_kv: int,
         split: bool,
         lengths: Sequence[int],
-        past: Sequence[int],
+        blocks: Sequence[int],
     ) -> None:
         self._sizes, self._split = (group, m, n_head_kv), split
         self.rows: list[int] = []  # where they stand on the tape
-        self.n = self._count(lengths, past)
+        self.n = self._count(lengths, blocks)
         # parts of blocks wait in memory; a step is recorded again only when its past has doubled
-        self.room = self.n + self._count(lengths, past, fewest_blocks=7) if split else sys.maxsize
+        self.room = self.n + self._count(lengths, blocks, fewest=7) if split else sys.maxsize
 
-    def _count(self, lengths: Sequence[int], past: Sequence[int], fewest_blocks: int = 1) -> int:
+    def _count(self, lengths: Sequence[int], blocks: Sequence[int], fewest: int = 1) -> int:
         group, m, n_head_kv = self._sizes
-        n = 0
-        for length, before in zip(lengths, past, strict=True):
-            blocks = max(blocks_after(before, length), fewest_blocks) if self._split else 1
-            n += -(-length * group // m) * blocks
-        return n * n_head_kv
+        tiles = [-(-n * group // m) for n in lengths]
+        if self._split:
+            tiles = [n * max(b, fewest) for n, b in zip(tiles, blocks, strict=True)]
+        return n_head_kv * sum(tiles)
 
-    def fit(self, tape: Tape, lengths: Sequence[int], past: Sequence[int]) -> bool:
+    def fit(self, tape: Tape, lengths: Sequence[int], blocks: Sequence[int]) -> bool:
         """Have the instructions do the pieces of other sequences; False if there is no room for their parts."""
-        n = self._count(lengths, past)
+        n = self._count(lengths, blocks)
         if n > self.room:
             return False
         if n != self.n:
@@ -75,7 +74,7 @@ class Stored:
         """Have a tape keep the tables, which its instructions reach by address."""
         tape.keep(self._tables, self._blocks)
 
-    def fit(self, tape: Tape, lengths: Sequence[int], past: Sequence[int]) -> bool:
+    def fit(self, tape: Tape, lengths: Sequence[int], blocks: Sequence[int]) -> bool:
         """Divide the places among sequences of other lengths, as many rows in all."""
         rows = padded(np.array(lengths, np.int64))
         first = self._n_head_kv * (rows.cumsum() - rows)  # behind all heads of the sequences before
@@ -94,6 +93,11 @@ def rows_of_heads(n_rows: int, n_seq: int, n_head_kv: int) -> int:
 def longest(n_rows: int, n_seq: int) -> int:
     """How long the longest of n_seq sequences is at most, of n_rows in all."""
     return n_rows - n_seq + 1
+
+
+def blocks_of(lengths: Sequence[int], past: Sequence[int]) -> list[int]:
+    """How many blocks each sequence's last row sees, of so many rows behind so many positions."""
+    return [(n + new - 1) // BLOCK + 1 for n, new in zip(past, lengths, strict=True)]
 
 
 def lengths_of(starts: np.ndarray) -> list[int]:

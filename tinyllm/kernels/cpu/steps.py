@@ -24,7 +24,7 @@ from ..backend import Array, Batch
 from ..profile import Profile
 from . import jit
 from .attention import rows_of
-from .fitting import lengths_of
+from .fitting import blocks_of, lengths_of
 from .profile import TimedTape
 from .program import Arena, CPUArray, Tape, wrapped
 
@@ -35,8 +35,8 @@ INPUTS = ("ids", "positions", "starts", "n_past", "outputs", "scales")  # arrays
 class Fitted(Protocol):
     """What in a program depends on the sequences' lengths and pasts."""
 
-    def fit(self, tape: Tape, lengths: Sequence[int], past: Sequence[int]) -> bool:
-        """Count anew for sequences of so many rows behind so many positions; False if there is no room."""
+    def fit(self, tape: Tape, lengths: Sequence[int], blocks: Sequence[int]) -> bool:
+        """Count anew for sequences of so many rows that see so many blocks; False if there is no room."""
         ...
 
 
@@ -53,6 +53,7 @@ class Recorded:
         CPUArray | None
     )  # [T] int64: addresses of the tables of what the rows' sequences have read
     fitted: list[Fitted] = field(default_factory=list)
+    seen: tuple[list[int], list[int]] | None = None  # the lengths and blocks that these fit
     result: Array = None
     replayable: bool = True
 
@@ -64,9 +65,11 @@ class Recorded:
     def replay(self, batch: Batch, lengths: list[int], n_workers: int) -> bool:
         """Put a batch in the place of the recorded one, and run; False if it has outgrown the step."""
         past = batch.n_past.tolist()
-        for fitted in self.fitted:
-            if not fitted.fit(self.tape, lengths, past):
+        seen = lengths, blocks_of(lengths, past)
+        if seen != self.seen:
+            if not all(fitted.fit(self.tape, *seen) for fitted in self.fitted):
                 return False
+            self.seen = seen
         for name, view in self.inputs.items():
             view[...] = getattr(batch, name)
         make_room(batch, past, lengths)
