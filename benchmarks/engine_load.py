@@ -64,6 +64,7 @@ def load(m: tinyllm.Model, a: argparse.Namespace) -> dict[str, Any]:
                 firsts.append(first)
                 tokens.append(len(request.result().ids))
 
+    m.prefixes.trim(0)  # forget what the last round has read
     with tinyllm.Engine(m) as engine:
         engine.submit("warm", 2).result()
         threads = [threading.Thread(target=client, args=(engine,)) for _ in range(a.clients)]
@@ -85,6 +86,7 @@ def pace(m: tinyllm.Model, a: argparse.Namespace) -> dict[str, Any]:
     bias = dict.fromkeys(m.tokenizer.eog, -1000.0)
     long = (conversation(m, 0, a.long) * (1 + a.long // 100))[: a.long]
     times: list[list[float]] = [[] for _ in range(4)]
+    m.prefixes.trim(0)  # forget what the last round has read
     with tinyllm.Engine(m) as engine:
         texts = [
             engine.submit(

@@ -414,7 +414,7 @@ def measure(path: str | None, n_threads: int | None) -> Costs:
     """The costs of a model on this machine."""
     import tinyllm
 
-    with tinyllm.load(path, n_threads=n_threads) as model:
+    with tinyllm.load(path, n_threads=n_threads, prefix_bytes=0) as model:
         ids = model.tokenizer.encode("Once upon a time there was a cat. " * 20)[:128]
 
         def best(prompts: list[list[int]], n: int) -> float:

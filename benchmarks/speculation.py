@@ -1,9 +1,13 @@
-"""Speculation by lookup: tokens per second with and without, where texts repeat their input and in free prose.
+"""Speculation: tokens per second with and without, where texts repeat their input and in free prose.
 
-    python benchmarks/speculation.py [MODEL.gguf] [--tokens 100] [--prompts 6] [--draft MODEL.gguf]
+    python benchmarks/speculation.py [MODEL.gguf] [--tokens 100] [--prompts 6]
+    python benchmarks/speculation.py MODEL.gguf --draft SMALLER.gguf [--right 1 0.8 0.6] [--lengths 1 3 7 11]
 
-Each prompt shows a worked example of its task, so that small models do it too. Medians over the prompts; every
-text must be equal with and without.
+By lookup, each prompt shows a worked example of its task, so that small models do it too. Medians over the
+prompts; every text must be equal with and without.
+
+With a draft model, a table by the number of guesses in a step, which is held fixed. ``--right`` is for models
+of random weights, which never agree: so often the draft model's guess, once it is computed, is put right.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -119,8 +124,10 @@ def conversation(
     ]
 
 
-def measure(m: tinyllm.Model, ids: list[int], tokens: int, how: Any) -> tuple[float, float, str]:
-    """Tokens per second of writing, tokens per step, and the text."""
+def measure(
+    m: tinyllm.Model, ids: list[int], tokens: int, how: Any
+) -> tuple[float, float, list[int]]:
+    """Tokens per second of writing, tokens per step, and the ids of the text."""
     steps: list[int] = []
     verify_time = speculate.time_step
 
@@ -141,7 +148,58 @@ def measure(m: tinyllm.Model, ids: list[int], tokens: int, how: Any) -> tuple[fl
     finally:
         generate.time_step = verify_time
     c = pieces.completion
-    return (len(c.ids) - 1) / (times[-1] - times[0]), len(c.ids) / len(steps), c.text
+    return (len(c.ids) - 1) / (times[-1] - times[0]), len(c.ids) / len(steps), c.ids
+
+
+def put_right(known: list[int], share: float) -> Callable[..., Any]:
+    """What a draft model computes, with the known text's token the likeliest that often, and else never."""
+    compute, rng = speculate.DraftModel._next_logits, random.Random(0)
+
+    def logits(drafter: Any, state: Any) -> Any:
+        found = compute(drafter, state)
+        if (at := len(state.ids)) < len(known):
+            found[known[at]] = np.inf if rng.random() < share else -np.inf
+        return np.nan_to_num(found)
+
+    return logits
+
+
+def by_length(m: tinyllm.Model, a: argparse.Namespace) -> list[dict[str, float]]:
+    """Speed and tokens per step of a draft model, by the number of guesses in a step."""
+    rows = []
+    print(
+        "| guesses right | guesses a step | tokens a step | tokens/s | x |\n|---|---|---|---|---|"
+    )
+    prompts = [m.prompt_ids(story(random.Random(seed))[0]) for seed in range(a.prompts)]
+    with tinyllm.load(a.draft) as draft:
+        plain = [measure(m, ids, a.tokens, None) for ids in prompts]
+        for share in a.right or [None]:
+            for n in a.lengths:
+                fast, each, ratios = [], [], []
+                speculate.best_length = lambda chances, *rest, n=n: min(len(chances), n)
+                for ids, (slow, _, text) in zip(prompts, plain, strict=True):
+                    compute = speculate.DraftModel._next_logits
+                    if share is not None:
+                        speculate.DraftModel._next_logits = put_right([*ids, *text], share)
+                    if not fast:  # the first steps of a size are recorded
+                        measure(m, ids, 2 * n + 4, draft)
+                    speed, per_step, same = measure(m, ids, a.tokens, draft)
+                    speculate.DraftModel._next_logits = compute
+                    assert text == same, "speculation changed the text"
+                    fast.append(speed)
+                    each.append(per_step)
+                    ratios.append(speed / slow)
+                row = {
+                    "guesses right": share, "guesses a step": n,
+                    "tokens a step": statistics.median(each), "tokens/s": statistics.median(fast),
+                    "plain": statistics.median(slow for slow, _, _ in plain),
+                    "x": statistics.median(ratios),
+                }  # fmt: skip
+                rows.append(row)
+                right = "its own" if share is None else f"{share:.0%}"
+                numbers = f"{row['tokens a step']:.2f} | {row['tokens/s']:.1f} | {row['x']:.2f}"
+                print(f"| {right} | {n} | {numbers} |", flush=True)
+    return rows
 
 
 def main() -> None:
@@ -150,20 +208,24 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=6, help="of each kind")
-    parser.add_argument("--draft", help="guess by this model, at most 7 tokens a step")
+    parser.add_argument("--draft", help="guess by this model")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 3, 7, 11], help="of guesses")
+    parser.add_argument("--right", type=float, nargs="+", help="so often a guess is put right")
     parser.add_argument("--json", help="a file for the numbers")
     a = parser.parse_args()
     how: Any = "lookup"
     m = tinyllm.load(a.model)
-    if a.draft:
-        how = tinyllm.load(a.draft)
-        speculate.best_length = lambda chances, *rest: min(len(chances), 7)
     report: dict[str, Any] = {"benchmark": "speculation", "machine": common.machine()}
     report |= {
         "model": Path(m.path).name,
         "by": Path(a.draft).name if a.draft else how,
-        "tasks": {},
     }
+    if a.draft:
+        report["lengths"] = by_length(m, a)
+        if a.json:
+            common.write_json(a.json, report)
+        return
+    report["tasks"] = {}
     print("| task | tokens/s | with speculation | x | tokens per step |\n|---|---|---|---|---|")
     for name, kind in TASKS.items():
         plain, fast, each = [], [], []

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .chat.turn import Turn
     from .engine.constraint import Grammar, Schema
     from .engine.deciding import Decisions
+    from .engine.prefixes import Prefixes
     from .models.network import Network
     from .models.state import State
     from .models.step import Tap
@@ -40,6 +41,7 @@ class Chatting(ABC):
 
     metadata: Mapping[str, Any]
     n_ctx: int
+    prefixes: Prefixes  # what was read, for texts that begin alike
 
     @property
     @abstractmethod
@@ -290,11 +292,13 @@ class Chatting(ABC):
         texts = [self._question_ids(given, q.text(labels), template, template_vars) for q in asked]
         options = [spelled[: len(q.options)] for q in asked]
         try:
-            found, mass, n_read = shares(self.network, texts, options, self.n_ctx, before_step)
+            found, mass, n, n_known = shares(
+                self.network, texts, options, self.n_ctx, self.prefixes, before_step
+            )
         except ContextOverflow as e:
             raise ContextOverflow(e.found, "Load with a larger n_ctx, or ask about less") from None
         answers = [q.answer(p) for q, p in zip(asked, found, strict=True)]
-        return Decisions(answers, mass, Usage(n_read, 0, 0))
+        return Decisions(answers, mass, Usage(n, 0, n_known))
 
     def _question_ids(
         self,

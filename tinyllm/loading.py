@@ -16,6 +16,7 @@ import numpy as np
 
 from . import gguf, system, tokenizers
 from .engine.completion import check_n_ctx
+from .engine.prefixes import check_bytes
 from .engine.progress import checking, loading
 from .errors import ArgumentError, GGUFError
 from .files import checked
@@ -53,6 +54,7 @@ def load(
     lora: Sequence[str | Path | tuple[str | Path, float]] = (),
     control: Source | Sequence[Source | tuple[Source, float]] = (),
     control_layers: tuple[int, int] | None = None,
+    prefix_bytes: int | None = None,
 ) -> Model:
     """Load a GGUF file.
 
@@ -95,6 +97,9 @@ def load(
         with its scale (1 unless said): what is added to the residual stream behind layers, for every text.
     control_layers : (int, int), optional
         The first and the last layer behind which they are added; default: all that they have.
+    prefix_bytes : int, optional
+        Bytes of keys and values that are kept of texts, so that a prompt that begins like one of them reads
+        only the rest; default: a quarter of the memory that is free once the model is loaded. 0 keeps none.
 
     Raises
     ------
@@ -111,6 +116,8 @@ def load(
     if compute not in get_args(Compute):
         raise ArgumentError(f"compute={compute!r}; expected 'f32', 'bf16' or 'exact'")
     wanted = check_n_ctx(n_ctx)
+    if prefix_bytes is not None:
+        check_bytes(prefix_bytes)
     if not (device is None or isinstance(device, str)):
         raise ArgumentError(
             f"device={device!r:.40}; expected a name such as 'cpu', 'auto' or 'cuda:0'"
@@ -140,7 +147,7 @@ def load(
     except BaseException:
         file.close()
         raise
-    return Model(file, network, wanted or default_n_ctx(network), tokenizer)
+    return Model(file, network, wanted or default_n_ctx(network), tokenizer, prefix_bytes)
 
 
 def beside_files(

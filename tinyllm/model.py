@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,10 +33,13 @@ from .engine.completion import (
     without_end,
 )
 from .engine.constraint import Grammar, Schema, compile_grammar
+from .engine.deciding import beginning_of, read_common
 from .engine.embedding import BeforeStep, check_ranks, embed, no_matter, rank
-from .engine.generate import Overflow
+from .engine.generate import Overflow, check_fits
+from .engine.prefixes import WORTH_WAITING, Prefixes
 from .errors import ArgumentError, ContextOverflow, TinyLLMError, UnsupportedModel
 from .kernels.backend import Device
+from .models.memory import cache_bytes
 from .models.network import Network
 from .models.stages import gpus_first
 from .models.state import State, ids_of
@@ -54,11 +58,17 @@ class Model(Chatting, Studied):
     """One loaded model; made by ``tinyllm.load``. Safe to use from several threads."""
 
     def __init__(
-        self, file: gguf.GGUFFile, network: Network, n_ctx: int, tokenizer: Tokenizer | None
+        self,
+        file: gguf.GGUFFile,
+        network: Network,
+        n_ctx: int,
+        tokenizer: Tokenizer | None,
+        prefix_bytes: int | None = None,
     ) -> None:
         self.path, self.metadata = file.path, file.metadata
         self._file, self._network, self.n_ctx = file, network, n_ctx
         self._tokenizer = tokenizer
+        self.prefixes = Prefixes(network, prefix_bytes)
 
     # ---- what it is
 
@@ -99,6 +109,18 @@ class Model(Chatting, Studied):
             raise UnsupportedModel(f"{self.path} has no vocabulary; give token ids, not text")
         return self._tokenizer
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of keys and values that are kept of texts at most, for prompts that begin like them.
+
+        It may be changed at any time; 0 forgets all.
+        """
+        return self.prefixes.max_bytes
+
+    @prefix_bytes.setter
+    def prefix_bytes(self, most: int) -> None:
+        self.prefixes.max_bytes = most
+
     # ---- numbers
 
     @property
@@ -121,7 +143,7 @@ class Model(Chatting, Studied):
         scales = self.network.adapters.chosen(lora)
         read = self.prompt_ids(source) if isinstance(source, str) else source
         read = None if read is None else ids_of(read)
-        return self.network.new_state(check_n_ctx(n_ctx) or self.n_ctx, scales, read)
+        return self.prefixes.new_state(check_n_ctx(n_ctx) or self.n_ctx, scales, read)
 
     def logits(
         self, ids: Sequence[int], state: State | None = None, tap: Tap | None = None
@@ -415,13 +437,34 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         self.network.check_ids(prompts)
         if state is not None:
             self.network.check_own(state)
-        jobs = []
+        jobs, tree = [], None if state or tap else self.prefixes
+        finds = tree is not None and not asked.reads_all
+        n, seconds = self._read_common(prompts, asked) if finds else (0, 0.0)
         for ids in prompts:
             source, first = divided(self.network, ids, state, self.n_ctx)
             room = room_for(first, asked, self.n_ctx)
-            home = state or self.network.new_state(room, asked.scales, source)
-            jobs.append(begin(self.tokenizer, self.network, home, first, asked, kept=kept))
+            known = self.prefixes.find(first, room, asked.scales) if finds else None
+            home = state or known or self.prefixes.new_state(room, asked.scales, source)
+            n_read = 0 if known is None else known.n_past
+            jobs.append(begin(self.tokenizer, self.network, home, first, asked, n_read, kept=kept))
+            jobs[-1].keep_in(tree)
+        if n:
+            jobs[0].run.timings.add_read(n, seconds)
         return Pieces(self.network, jobs[0], tap) if stream else complete(self.network, jobs, tap)
+
+    def _read_common(self, prompts: Sequence[list[int]], asked: Options) -> tuple[int, float]:
+        """Read what several prompts begin with, so that each finds it; how many tokens, and the seconds."""
+        net = self.network
+        common = beginning_of([ids[:-1] for ids in prompts]) if len(prompts) > 1 else []
+        if len(common) < WORTH_WAITING or net.reader is not None:
+            return 0, 0.0
+        if cache_bytes(net.decoder.caches, len(common), net.kv_type) > self.prefix_bytes:
+            return 0, 0.0
+        room = max(room_for(ids, asked, self.n_ctx) for ids in prompts)
+        check_fits(len(common), room, asked.overflow)
+        begun, behind = time.perf_counter(), prompts[0][len(common)]
+        _, n_known = read_common(net, common, behind, room, self.prefixes, asked.scales)
+        return len(common) - n_known, time.perf_counter() - begun
 
     def _check_writes(self) -> None:
         """ArgumentError unless the model continues texts."""
@@ -455,6 +498,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
     def close(self) -> None:
         """Free the weights at once; using the model afterwards raises TinyLLMError."""
         if self._network is not None:
+            self.prefixes.trim(-1)
             self._network.close()
             self._file.close()
             self._network = None  # type: ignore[assignment]

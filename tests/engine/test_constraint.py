@@ -207,7 +207,7 @@ def test_forced_text_takes_no_steps_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert (
         len(steps) <= 4 < len(done.ids) / 2
     )  # two choices; what stands between is read with the second
-    assert done.timings.n_prompt == len(done.prompt_ids)
+    assert done.timings.n_prompt + done.timings.n_reused == len(done.prompt_ids)
     assert done.timings.n_generated == len(done.ids) + 1  # and the end
 
 

@@ -114,6 +114,7 @@ def test_a_limit_is_checked_whenever_it_is_set(m: Model, name: str) -> None:
         ({"max_tokens": "x"}, ArgumentError),
         ({"json_schema": {"not": {}}}, ArgumentError),
         ({"grammar": "root ::= missing"}, ArgumentError),
+        ({"grammar": "root ::= root"}, ArgumentError),
         ({"lora": {"x": 1.0}}, ArgumentError),
         ({"overflow": "x"}, ArgumentError),
         ({}, ContextOverflow),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from afresh import afresh
 
 import tinyllm
 from tinyllm import Completion, Engine, Model
@@ -84,7 +85,8 @@ def written(c: Completion) -> tuple[object, ...]:
 
 def test_64_requests_from_threads_and_tasks_are_as_alone(m: Model) -> None:
     asked = requests(64)
-    expected = [alone(m, *a) for a in asked]
+    with afresh(m):
+        expected = [alone(m, *a) for a in asked]
     each = cache_bytes(m.network.decoder.caches, 512, m.network.kv_type)
     got: dict[int, Request] = {}
     with Engine(m, max_bytes=3 * each, max_rows=24) as e:
@@ -132,7 +134,8 @@ def test_a_request_that_is_set_aside_goes_on_with_the_same_bits(
 ) -> None:
     options = {"max_tokens": 60, "temperature": 0.9, **options}
     prompts = [" ".join(WORDS[i:] * 8) for i in range(4)]
-    expected = [m.generate(p, seed=i, **options) for i, p in enumerate(prompts)]
+    with afresh(m):
+        expected = [m.generate(p, seed=i, **options) for i, p in enumerate(prompts)]
     with Engine(m, max_rows=16) as e:
         whole = e.max_bytes
         rs = [e.submit(p, seed=i, **options) for i, p in enumerate(prompts)]
@@ -147,7 +150,8 @@ def test_a_request_that_is_set_aside_goes_on_with_the_same_bits(
 
 def test_setting_aside_frees_the_state_and_reads_it_again(m: Model) -> None:
     options = {"max_tokens": 200, "temperature": 0.0, "logprobs": 1}
-    expected = [m.generate(p, **options) for p in WORDS[:3]]
+    with afresh(m):
+        expected = [m.generate(p, **options) for p in WORDS[:3]]
     counts: list[int] = []
 
     def fewer(ids: list[int], logits: np.ndarray) -> None:
@@ -181,7 +185,8 @@ def test_what_was_set_aside_is_found_again_rather_than_read(
 
     monkeypatch.setattr(Run, "resume", resumed)
     options = {"max_tokens": 150, "temperature": 0.9, "logprobs": 1}
-    expected = [m.generate(w, seed=1, **options) for w in WORDS[:3]]  # type: ignore[arg-type]
+    with afresh(m):
+        expected = [m.generate(w, seed=1, **options) for w in WORDS[:3]]  # type: ignore[arg-type]
     with Engine(m) as e:
         rs = [e.submit(w, seed=1, **options) for w in WORDS[:2]]
         rs.append(e.submit(WORDS[2], seed=1, logits_processor=fewer, **options))
@@ -282,7 +287,8 @@ def test_memory_that_runs_out_in_a_step_sets_a_request_aside(
             raise tinyllm.errors.DeviceError("no memory")
         return forward(segments, *args)
 
-    expected = [m.generate(w, max_tokens=40, seed=3) for w in WORDS[:5]]
+    with afresh(m):
+        expected = [m.generate(w, max_tokens=40, seed=3) for w in WORDS[:5]]
     monkeypatch.setattr(m.network, "forward", scarce)
     with Engine(m) as e:
         rs = [e.submit(w, max_tokens=40, seed=3) for w in WORDS[:5]]
@@ -564,15 +570,16 @@ def test_now_and_then_a_step_only_writes() -> None:
     assert pace.rows()
 
 
-@pytest.mark.parametrize("prefix_bytes", [None, 0])
+@pytest.mark.parametrize("prefix_bytes", [1 << 28, 0])
 def test_requests_that_share_a_beginning_wait_until_one_has_read_it(
-    m: Model, prefix_bytes: int | None
+    m: Model, prefix_bytes: int
 ) -> None:
     r = random.Random(0)
     shared = [r.randrange(3, 300) for _ in range(200)]
     prompts = [shared + [r.randrange(3, 300) for _ in range(5)] for _ in range(6)]
     options: dict[str, Any] = {"max_tokens": 8, "temperature": 0.9, "logprobs": 2, "seed": 3}
-    expected = [m.generate(p, **options) for p in prompts]
+    with afresh(m):
+        expected = [m.generate(p, **options) for p in prompts]
     gate = threading.Event()
 
     def waits(ids: list[int], logits: np.ndarray) -> None:
@@ -585,7 +592,7 @@ def test_requests_that_share_a_beginning_wait_until_one_has_read_it(
         assert [written(x.result(20)) for x in (*rs,)] == [written(c) for c in expected]
         first.result(20)
         cached = [x.usage.cached_tokens for x in rs]
-    assert cached == [0] + [200 if prefix_bytes is None else 0] * 5
+    assert cached == [0] + [200 if prefix_bytes else 0] * 5
 
 
 def test_an_engine_is_a_public_name() -> None:
@@ -665,10 +672,12 @@ def test_decisions_rotate_what_is_read_once_as_what_follows(data: Path) -> None:
         text = [4, 5, 6, 7] * 5
         state = m.network.new_state(len(text))
         p = np.exp(m.logits(text, state=state)[-1].astype(np.float64))
-        (found,), _, _ = shares(m.network, [text], [[[1], [2]]], 64)
+        (found,), *_ = shares(m.network, [text], [[[1], [2]]], 64, m.prefixes)
         np.testing.assert_allclose(found, p[[1, 2]] / p[[1, 2]].sum(), rtol=1e-5)
         # the beginning has 10 tokens, and a context of its own would rotate by the other table
-        (found, _), _, _ = shares(m.network, [text, text[:10] + [9] * 9], [[[1], [2]]] * 2, 64)
+        (found, _), *_ = shares(
+            m.network, [text, text[:10] + [9] * 9], [[[1], [2]]] * 2, 64, m.prefixes
+        )
         np.testing.assert_allclose(found, p[[1, 2]] / p[[1, 2]].sum(), rtol=1e-4)
 
 

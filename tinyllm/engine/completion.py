@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
     from .constraint import Grammar, Schema
+    from .prefixes import Prefixes
     from .speculate import Drafting
 
 SMALLEST_CONTEXT = 8
@@ -101,6 +102,11 @@ class Options:
     drafting: Drafting | None = None  # how tokens are guessed ahead
     scales: Scales | None = None  # for the model's adapters; None: as it was loaded
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether the prompt's beginning is not known before, or is reported on."""
+        return self.overflow == "truncate" or (self.echo and self.logprobs is not None)
+
     def __post_init__(self) -> None:
         if self.overflow not in get_args(Overflow):
             expected = ", ".join(map(repr, get_args(Overflow)))
@@ -172,10 +178,36 @@ class Job:
         run.accept = accept
         self.text = TextStream(tokenizer, stop, control_stops(tokenizer, stop))
         self.tokens: list[Token] = []
+        self.tree: Prefixes | None = None  # where what it has read is kept for others
+        self.due = sys.maxsize  # once so many tokens are read, or it ends
+
+    def keep_in(self, tree: Prefixes | None) -> None:
+        """Keep what is read in a tree: the prompt once it is, and all of the text at its end."""
+        if tree is not None:
+            self.tree, self.due = tree, tree.due(self.run.state.n_past, len(self.prompt_ids))
+
+    def keep(self) -> None:
+        """Keep what was read, where it is time."""
+        run = self.run
+        if self.tree is None or (run.going_on and run.state.n_past < self.due):
+            return
+        if run.shifted:  # others would read other keys
+            self.tree = None
+            return
+        self.tree.add(run.state)
+        self.due = self.tree.due(run.state.n_past, len(self.prompt_ids))
+        if not run.going_on:
+            self.tree = None
 
     @property
     def done(self) -> bool:
         return self.run.finish_reason is not None
+
+    def close(self) -> None:
+        """End where it is, unless it has ended; keep what was read, and let go of the memory."""
+        self.run.finish_reason = self.run.finish_reason or "cancelled"
+        self.keep()
+        self.run.close()
 
     def accept(self, token: Token) -> None:
         """Take one token, as the decode loop chooses it."""
@@ -229,8 +261,8 @@ def begin(
     if kept != 0:  # where nothing is kept, all that was lost is read again
         state.check_whole()
     constraint = None if o.grammar is None else o.grammar.begin()
-    if constraint is not None:
-        constraint.forced()  # an error is raised before the state changes
+    if constraint is not None and constraint.forced() is None:
+        constraint.allowed()  # where no token may come, the error is raised before the state changes
     limit = o.max_tokens if o.max_tokens >= 0 else sys.maxsize
     sampler = Sampler(o.params, net.n_vocab, net.be.top_k)
     run = Run(
@@ -295,10 +327,11 @@ def complete(
     try:
         with reading(sum(job.run.n_pending for job in jobs)) as read:
             for _ in steps(net, [job.run for job in jobs], tap, read, before_step):
-                pass
+                for job in jobs:
+                    job.keep()
     finally:
         for job in jobs:
-            job.run.close()
+            job.close()
     for job in jobs:
         job.text.finish()
     return [job.completion() for job in jobs]
@@ -322,7 +355,7 @@ class Pieces(Iterator[str]):
     def close(self) -> None:
         with self._lock:
             self._pieces.close()
-            self._job.run.close()  # the work may not have begun
+            self._job.close()  # the work may not have begun
 
     @property
     def completion(self) -> Completion:
@@ -347,10 +380,11 @@ def pieces_of(
     """
     with (
         reading(job.run.n_pending) as bar,
-        closing(job.run),
+        closing(job),
         closing(steps(net, [job.run], tap, progress or bar, before_step)) as loop,
     ):
         for _ in loop:
+            job.keep()
             yield from job.take()
         yield from job.take()  # a constraint may have left no choice about any token
 

@@ -16,8 +16,10 @@ from .generate import DAMAGED, check_fits
 from .request import Usage
 
 if TYPE_CHECKING:
+    from ..models.adapters import Scales
     from ..models.network import Network
     from ..models.state import State
+    from .prefixes import Prefixes
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ def shares(
     texts: Sequence[Sequence[int]],
     options: Sequence[Sequence[Sequence[int]]],
     n_ctx: int,
+    tree: Prefixes,
     before_step: BeforeStep = no_matter,
-) -> tuple[list[np.ndarray], list[float], int]:
+) -> tuple[list[np.ndarray], list[float], int, int]:
     """How likely each text goes on with each of its options.
 
     Parameters
@@ -54,13 +57,16 @@ def shares(
         For each text its options, each the tokens that spell it.
     n_ctx : int
         Tokens that a text may have.
+    tree : Prefixes
+        What the texts have in common may be known there, and is kept there.
     before_step : callable
         Called before each step; what it raises ends the work.
 
     Returns
     -------
-    list of float64 [options], list of float, int
-        Each text's probabilities, which sum to 1; the probability of all its options together; tokens read.
+    list of float64 [options], list of float, int, int
+        Each text's probabilities, which sum to 1; the probability of all its options together; tokens, what is
+        common once; and how many of them were known.
     """
     for ids in texts:
         check_fits(len(ids), n_ctx, "error")
@@ -70,9 +76,7 @@ def shares(
     mass = [0.0] * len(texts)
     # one number for all: some models rotate keys by it
     room = max([SMALLEST_CONTEXT, *map(len, texts)])
-    start = net.new_state(room)
-    start.append(common)
-    read(net, start, before_step)
+    start, n_known = read_common(net, common, texts[0][len(common)], room, tree, None, before_step)
     rest = [ids[len(common) :] for ids in texts]
     for group in pack([len(ids) for ids in rest], net.n_batch):
         forks = []
@@ -84,13 +88,34 @@ def shares(
             rows = last_rows(net, forks)
             for i, logits in zip(group, rows, strict=True):
                 found[i], mass[i] = options_of_row(logits, options[i])
-    return found, mass, len(common) + sum(map(len, rest))
+    return found, mass, len(common) + sum(map(len, rest)), n_known
 
 
 def beginning_of(texts: Sequence[Sequence[int]]) -> list[int]:
     """The longest sequence of ids that all begin with."""
     same = takewhile(lambda ids: len(set(ids)) == 1, zip(*texts, strict=False))
     return [ids[0] for ids in same]
+
+
+def read_common(
+    net: Network,
+    common: list[int],
+    following: int,
+    n_ctx: int,
+    tree: Prefixes,
+    scales: Scales | None = None,
+    before_step: BeforeStep = no_matter,
+) -> tuple[State, int]:
+    """A state that has read what some texts have in common, which is kept, and how much of it was known.
+
+    ``following`` is the token that one of them has behind it.
+    """
+    state = tree.find([*common, following], n_ctx, scales) or tree.new_state(n_ctx, scales)
+    n_known = state.n_past
+    state.append(common[n_known:])
+    read(net, state, before_step)
+    tree.add(state)
+    return state, n_known
 
 
 def read(net: Network, state: State, before_step: BeforeStep) -> None:

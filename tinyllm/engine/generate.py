@@ -40,13 +40,22 @@ class Token:
 
 @dataclass
 class Timings:
-    """Tokens and seconds of reading the prompt and of writing the answer."""
+    """Tokens and seconds of reading the prompt and of writing the answer.
+
+    ``n_reused`` tokens of the prompt were known already, and not read again.
+    """
 
     n_prompt: int = 0
     n_reused: int = 0
     prompt_s: float = 0.0
     n_generated: int = 0
     generated_s: float = 0.0
+
+    def add_read(self, n: int, seconds: float) -> None:
+        """Count tokens of a prompt that were read before its run began, which took them for known."""
+        self.n_reused -= n
+        self.n_prompt += n
+        self.prompt_s += seconds
 
     @property
     def prompt_per_s(self) -> float:

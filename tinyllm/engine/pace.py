@@ -43,7 +43,7 @@ class Rows:
 
     def note(self, n: int, seconds: float) -> None:
         """Learn from a step of n rows."""
-        if not self._n:
+        if not self.known:
             self._n, self._seconds = n, seconds
             return
         usual = self.of(n)
@@ -63,8 +63,18 @@ class Rows:
         return min(max(found, mean / 10), mean)
 
     def of(self, n: float) -> float:
-        """Seconds that n rows add; 0 while nothing is known."""
-        return self._seconds + self.each * (n - self._n) if self._n else 0.0
+        """Seconds that n rows add."""
+        return max(self._seconds + self.each * (n - self._n), 0.0)
+
+    @property
+    def known(self) -> bool:
+        """Whether a step with rows took longer yet."""
+        return self._seconds > 0
+
+    def fade(self, share: float) -> None:
+        """Take rows for cheaper: what was learnt may be long past."""
+        self._seconds *= share
+        self._both *= share
 
     def within(self, seconds: float) -> float:
         """How many rows add so many seconds."""
@@ -84,10 +94,11 @@ class Pace:
         """Learn from a step."""
         n_read = sum([n for run, n in work if run.reading or n > 1 + run.n_drafted])
         self.n_mixed = self.n_mixed + 1 if n_read else 0
-        usual, more = self.writing.seconds, self.reading.of(n_read) if n_read else 0.0
+        usual = self.writing.seconds
         if n_read and (not usual or len(work) == 1):
             return
-        if usual and (more or not n_read):
+        if usual and (self.reading.known or not n_read):
+            more = self.reading.of(n_read) if n_read else 0.0
             late = seconds > self.late * (usual + more)
             self.late *= 1 + TRUST if late else 1 - TRUST / 99
         if n_read:
@@ -103,7 +114,7 @@ class Pace:
         """
         if self.n_mixed >= MIXED:
             return 0
-        if not self.writing.seconds or not self.reading.of(1):
+        if not self.writing.seconds or not self.reading.known:
             return FIRST_ROWS
         slower = max(SLOWER / self.late, LEAST)
         n = max(int(self.reading.within((slower - 1) * self.writing.seconds)), 1)

@@ -6,17 +6,20 @@ that many requests have in common is stored once.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import DeviceError
+from ..errors import ArgumentError, DeviceError
+from ..models.step import hook_of
 
 if TYPE_CHECKING:
     from ..models.adapters import Scales
     from ..models.network import Network
     from ..models.state import State
 
+WORTH_WAITING = 32  # tokens that texts have in common, for the others to wait while one reads them
 SNAPSHOT = 512  # tokens between two forks of a state that cannot be cut back to any length
 
 
@@ -34,38 +37,71 @@ class Node:
 class Prefixes:
     """Forks of states by what they have read, the least recently used dropped beyond ``max_bytes``.
 
-    All methods are called by one thread at a time, or under the network's lock.
+    A model has one, for all that write with it: any thread may call its methods. ``max_bytes`` may be changed
+    at any time; None is a quarter of the memory that is free now.
     """
 
-    def __init__(self, net: Network, max_bytes: int) -> None:
-        self._net, self.max_bytes = net, max_bytes
+    def __init__(self, net: Network, max_bytes: int | None = None) -> None:
+        self._net = net
         self.nbytes = 0  # pages of several states count once
         # LongRoPE rotates long contexts otherwise, and adapters make other keys
         self._roots: dict[tuple[bool, Scales], Node] = {}
         self._used: OrderedDict[Node, None] = OrderedDict()  # nodes with a state, by their last use
         self._holders: Counter[int] = Counter()  # states that hold a page, by the page's number
+        # how many tokens apart texts are kept; 0: at their ends, as states can be cut back to any length
+        recurrent_or_window = any(c.arrays or c.window for c in net.decoder.caches)
+        self._apart = SNAPSHOT if recurrent_or_window else 0
+        self.max_bytes = quarter_of_free(net) if max_bytes is None else max_bytes
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes of keys and values that are kept at most."""
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, most: int) -> None:
+        check_bytes(most)
+        self._max_bytes = most
+        self.trim(most)
 
     def __len__(self) -> int:
         return len(self._used)
 
-    def find(self, ids: Sequence[int], n_ctx: int, scales: Scales = ()) -> State | None:
+    def find(self, ids: Sequence[int], n_ctx: int, scales: Scales | None = None) -> State | None:
         """A new state of ``n_ctx`` tokens' room that has read as many of the first ids as are known; or None.
 
-        At least the last id is left to read. ``scales`` are those of the adapters.
+        At least the last id is left to read. ``scales`` are those of the adapters; None: as the model was
+        loaded. Where activations may be replaced, nothing is known.
         """
-        best: tuple[int, Node] | None = None
-        root = self._roots.get((self._net.rope_class(n_ctx), scales))
-        for node, n in () if root is None else self._matches(root, ids):
-            state = node.state
-            assert state is not None
-            if (best is None or n > best[0]) and state.can_go_on(n):
-                best = n, node
-        if best is None:
+        scales = self._net.adapters.scales if scales is None else scales
+        if hook_of(self._net.number, None) is not None:
             return None
-        n, node = best
-        self._used.move_to_end(node)
-        assert node.state is not None
-        return node.state.fork_first(n, n_ctx)
+        with self._net.lock:
+            best: tuple[int, Node] | None = None
+            root = self._roots.get((self._net.rope_class(n_ctx), scales))
+            for node, n in () if root is None else self._matches(root, ids):
+                state = node.state
+                assert state is not None
+                if (best is None or n > best[0]) and state.can_go_on(n):
+                    best = n, node
+            if best is None:
+                return None
+            n, node = best
+            self._used.move_to_end(node)
+            assert node.state is not None
+            return node.state.fork_first(n, n_ctx)
+
+    def new_state(
+        self, n_ctx: int, scales: Scales | None = None, source: Sequence[int] | None = None
+    ) -> State:
+        """``Network.new_state``; what is kept here is forgotten where it needs the memory."""
+        try:
+            return self._net.new_state(n_ctx, scales, source)
+        except (DeviceError, MemoryError):
+            if not self._used:
+                raise
+            self.trim(0)
+            return self._net.new_state(n_ctx, scales, source)
 
     def _root(self, n_ctx: int, scales: Scales) -> Node:
         """The tree of the states that have keys in common."""
@@ -99,29 +135,46 @@ class Prefixes:
         n = state.n_past
         if state.source is not None:  # texts that begin alike are about different ones
             return
-        if not n or state.spoilt or state.nbytes > self.max_bytes:  # it would only drive others out
+        if not n or state.spoilt or state.altered:
             return
-        node = self._place(self._root(state.n_ctx, state.scales), state.ids[:n])
-        if node.state is None:
-            try:
-                node.state = state.fork_first(n, state.n_ctx)
-            except (DeviceError, MemoryError):  # recurrent arrays would be copied
+        with self._net.lock:
+            if state.nbytes > self.max_bytes:  # it would only drive others out
                 return
-            self._count(node.state, 1)
-            self._absorb(node)
-        self._used[node] = None
-        self._used.move_to_end(node)
-        self.trim(self.max_bytes)
+            node = self._place(self._root(state.n_ctx, state.scales), state.ids[:n])
+            longer = (x for x in self._below(node) if x.state is not None)
+            node = next((x for x in longer if x.state and x.state.can_go_on(n)), node)
+            if node.state is None:
+                try:
+                    node.state = state.fork_first(n, state.n_ctx)
+                except (DeviceError, MemoryError):  # recurrent arrays would be copied
+                    return
+                self._count(node.state, 1)
+                self._absorb(node)
+            self._used[node] = None
+            self._used.move_to_end(node)
+            self.trim(self.max_bytes)
+
+    def due(self, n: int, n_prompt: int) -> int:
+        """At how many tokens a text is kept next that has ``n``, ``n_prompt`` of them its prompt's.
+
+        Its prompt is, once it is read, as others may begin with it before the text ends.
+        """
+        if n >= n_prompt:
+            return sys.maxsize
+        return (
+            min(n // self._apart * self._apart + self._apart, n_prompt) if self._apart else n_prompt
+        )
 
     def trim(self, max_bytes: int) -> None:
         """Forget what was not used for longest until at most so many bytes are held."""
-        if self.nbytes <= max_bytes or not self._used:
-            return
-        while self.nbytes > max_bytes and self._used:
-            node, _ = self._used.popitem(last=False)
-            self._drop(node)
-        # callers choose scales: trees of those that are gone would pile up
-        self._roots = {key: root for key, root in self._roots.items() if root.children}
+        with self._net.lock:
+            if self.nbytes <= max_bytes or not self._used:
+                return
+            while self.nbytes > max_bytes and self._used:
+                node, _ = self._used.popitem(last=False)
+                self._drop(node)
+            # callers choose scales: trees of those that are gone would pile up
+            self._roots = {key: root for key, root in self._roots.items() if root.children}
 
     def _place(self, node: Node, ids: list[int]) -> Node:
         """The node at the end of ids below another, made where it is missing."""
@@ -163,8 +216,13 @@ class Prefixes:
             )  # no circles, whose memory would wait for the collector
 
     def _count(self, state: State, change: int) -> None:
-        """Note that a state's pages have one holder more, or one less; each counts once."""
-        for page, nbytes in state.cache.held().items():
+        """Note that a state's pages have one holder more, or one less; each counts once.
+
+        What it has for itself, as recurrent layers do, counts each time.
+        """
+        pages = state.cache.held()
+        self.nbytes += change * (state.nbytes - sum(pages.values()))
+        for page, nbytes in pages.items():
             before = self._holders[page]
             self._holders[page] += change
             if before == 0:
@@ -174,9 +232,15 @@ class Prefixes:
                 del self._holders[page]
 
 
-def needs_snapshots(net: Network) -> bool:
-    """Whether states of a model cannot be cut back to any length: recurrent layers, or layers with a window."""
-    return any(c.arrays or c.window for c in net.decoder.caches)
+def check_bytes(most: object) -> None:
+    """ArgumentError unless this is a number of bytes that may be kept."""
+    if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+        raise ArgumentError(f"prefix_bytes={most!r:.40}; expected a whole number of at least 0")
+
+
+def quarter_of_free(net: Network) -> int:
+    """A quarter of the bytes that are free where a network's layers are."""
+    return min(stage.be.memory()[0] for stage in net.stages) // 4
 
 
 def n_same(a: Sequence[int], b: Sequence[int]) -> int:

@@ -61,7 +61,6 @@ class Request:
         self.job: Job | None = None  # once it was begun
         self.set_aside_ids: list[int] = []  # prompt and text, while another request has its memory
         self.n_cached = 0
-        self.next_snapshot = len(ids)  # once so many are read, they are kept for other requests
         self._begun = time.monotonic()
         self._first_token_s: float | None = None
         self._ends_at = None if deadline is None else self._begun + deadline

@@ -7,7 +7,6 @@ the pieces in which its prompt was read, or on having been set aside.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -33,7 +32,7 @@ from .completion import (
 )
 from .generate import Run, check_fits, steps
 from .pace import Pace
-from .prefixes import SNAPSHOT, Prefixes, n_same, needs_snapshots
+from .prefixes import WORTH_WAITING, n_same
 from .request import Request, is_seconds
 from .request import Usage as Usage
 
@@ -43,15 +42,11 @@ if TYPE_CHECKING:
     from ..models.state import State
 
 MOST_TEXTS = 64  # texts of a step, unless told otherwise
-WORTH_WAITING = (
-    32  # tokens that a request and one being read have in common, for it to wait for them
-)
 LIMITS = {  # the least value of each, and whether it may be None
     "max_rows": (1, True),
     "max_texts": (1, True),
     "max_bytes": (1, False),
     "max_queue": (1, False),
-    "prefix_bytes": (0, False),
 }
 OF_CHATS = ("template", "tools", "tool_choice", "template_vars", "continue_final_message")
 ROOM = 512  # tokens that a request has memory for when it joins, beyond those it has to read
@@ -81,8 +76,8 @@ class Engine:
     max_texts : int, optional
         Texts that are written at a time at most; 64, or ``max_rows`` where that is given.
     prefix_bytes : int, optional
-        Bytes of keys and values that are kept of texts, for prompts that begin like them; a quarter of the
-        memory that is free now. 0 keeps none. It may be changed at any time.
+        Changes ``Model.prefix_bytes``: what is kept of texts is kept for all that write with the model, and
+        stays when the engine is closed.
 
     Examples
     --------
@@ -111,10 +106,9 @@ class Engine:
         self.max_rows, self.max_queue, self.max_texts = max_rows, max_queue, max_texts
         free = min(stage.be.memory()[0] for stage in self._net.stages)
         self.max_bytes = free // 2 if max_bytes is None else max_bytes
-        self._prefixes = Prefixes(self._net, free // 4)
+        self._prefixes = model.prefixes
         if prefix_bytes is not None:
             self.prefix_bytes = prefix_bytes
-        self._snapshots = needs_snapshots(self._net)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._runs: list[Run] = []  # theirs, which the loop looks at before each step
@@ -234,19 +228,17 @@ class Engine:
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes that are kept of texts at most."""
+        """``Model.prefix_bytes``: bytes that are kept of texts at most."""
         return self._prefixes.max_bytes
 
     @prefix_bytes.setter
     def prefix_bytes(self, most: int) -> None:
-        with self._changed:
-            self._prefixes.max_bytes = most
-            self._changed.notify_all()  # the thread trims what is too much
+        self._prefixes.max_bytes = most
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values at the last step: those of running requests, and what is kept of texts."""
-        return self._nbytes
+        """Bytes of keys and values: those of running requests at the last step, and what is kept of texts."""
+        return self._nbytes + self._prefixes.nbytes
 
     def close(self) -> None:
         """End all requests where they are, with the ``finish_reason`` "cancelled", and the thread."""
@@ -280,7 +272,6 @@ class Engine:
         for request in (*self._running, *self._waiting):
             request.cancel()
             request.finish(self._died)
-        self._prefixes.trim(-1)
 
     def _wait(self) -> bool:
         """Wait for requests, and admit some; False once the engine is closed."""
@@ -310,8 +301,8 @@ class Engine:
     def _settle(self) -> None:
         """Show what was written, and let those go that have ended."""
         for request in list(self._running):
-            if request.ended or request.next_snapshot < sys.maxsize:
-                self._remember(request)
+            if request.job is not None and not request.done:
+                request.job.keep()
             if request.ended:
                 self._leave(request)
                 request.finish()
@@ -422,7 +413,7 @@ class Engine:
             if alike and run.reading and other.given_state is None and run.state.can_truncate:
                 n = n_same(other.prompt_ids, request.prompt_ids)
                 if run.state.n_past < n and n >= WORTH_WAITING:
-                    other.next_snapshot = min(other.next_snapshot, n)
+                    other.job.due = min(other.job.due, n)
                     return True
         return False
 
@@ -444,10 +435,9 @@ class Engine:
                 request,
                 request.kept,
             )
-            if self._snapshots:
-                request.next_snapshot = min(SNAPSHOT, request.next_snapshot)
             if request.given_state is None:  # what the new state holds already was read for others
                 request.n_cached = request.job.run.timings.n_reused
+                request.job.keep_in(self._prefixes)
         else:
             request.job.run.resume(state, request.set_aside_ids[state.n_past :])
             request.set_aside_ids = []
@@ -464,27 +454,11 @@ class Engine:
         scales = request.options.scales
         return self._net.adapters.scales if scales is None else scales
 
-    def _remember(self, request: Request) -> None:
-        """Keep what a request has read for others."""
-        if request.job is None or request.given_state is not None or request.done:
-            return
-        run, n = request.job.run, len(request.prompt_ids)
-        if run.shifted:  # others would read other keys
-            return
-        if request.ended or run.state.n_past >= request.next_snapshot:
-            self._prefixes.add(run.state)
-            step = SNAPSHOT if self._snapshots else n
-            more = run.state.n_past < n
-            request.next_snapshot = (
-                min(run.state.n_past // step * step + step, n) if more else sys.maxsize
-            )
-
     def _fit(self) -> None:
-        """Set the last requests aside while the running ones hold too much memory; forget texts likewise."""
-        self._prefixes.trim(self._prefixes.max_bytes)
+        """Set the last requests aside while the running ones hold too much memory."""
         while (held := self._held) > self.max_bytes and self._set_last_aside():
             pass
-        self._nbytes = held + self._prefixes.nbytes
+        self._nbytes = held
 
     def _set_last_aside(self) -> bool:
         """Set the last request aside that can be; False if there is none, or only one is running."""
@@ -509,11 +483,8 @@ class Engine:
 
 def may_be_known(request: Request) -> bool:
     """Whether a request may go on from what was read for others."""
-    o, job = request.options, request.job
-    reported = job is not None and job.run.n_generated > 0  # on every token of the prompt
-    reports = o.echo and o.logprobs is not None and not reported
-    truncates = o.overflow == "truncate" and job is None
-    return request.given_state is None and not reports and not truncates
+    begun = request.job is not None and request.job.run.n_generated > 0  # all is reported on
+    return request.given_state is None and (begun or not request.options.reads_all)
 
 
 def is_conversation(prompt: object) -> bool:

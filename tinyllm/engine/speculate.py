@@ -25,7 +25,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..models.memory import cache_bytes
-from .pace import Usual
+from .pace import Rows, Usual
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -64,35 +64,35 @@ class Rate:
 
 
 class Costs:
-    """Seconds of steps that only write: those of the fewest rows, and what each row more adds."""
+    """Seconds of steps that only write: those of the fewest rows, and what more rows add."""
 
     def __init__(self) -> None:
         self._begun: set[int] = set()
-        self._fewest, self._step, self._row = 0, Usual(), Usual()
+        self._fewest, self._step, self._more = 0, Usual(), Rows()
 
     def note(self, rows: int, seconds: float) -> None:
         """Learn from a step."""
         if rows not in self._begun:  # the first step of a size is also recorded, which takes long
             self._begun.add(rows)
         elif not self._fewest or rows < self._fewest:
-            self._fewest, self._step, self._row = rows, Usual(), Usual()
+            self._fewest, self._step, self._more = rows, Usual(), Rows()
             self._step.note(seconds)
         elif rows == self._fewest:
             self._step.note(seconds)
         else:
-            self._row.note(max(seconds - self._step.seconds, 0) / (rows - self._fewest))
+            self._more.note(rows - self._fewest, max(seconds - self._step.seconds, 0))
 
     def of(self, rows: int) -> float:
         """Seconds of a step of so many rows; a row is thought cheap, and so is tried, until one was timed."""
         step = self._step.seconds or 1.0
-        more = max(
-            rows - (self._fewest or 1), 0
-        )  # fewer were not timed, and take no less than nothing
-        return step + (self._row.seconds or NEW_ROW * step) * more
+        more = rows - (self._fewest or 1)
+        if more <= 0:  # fewer were not timed
+            return step
+        return step + (self._more.of(more) if self._more.known else NEW_ROW * step * more)
 
     def doubt(self) -> None:
         """Take rows for a little cheaper: what kept a guess from being tried may be long past."""
-        self._row.seconds *= FADE
+        self._more.fade(FADE)
 
 
 COSTS: WeakKeyDictionary[Network, Costs] = WeakKeyDictionary()

@@ -173,6 +173,8 @@ class Network:
                 start = time.perf_counter()
                 self.read_sources(segments)
                 if hook is not None:
+                    for s, _, _ in segments:
+                        s.altered = True
                     wanted = zip(segments, n_wanted(segments), strict=True)
                     hook.begin([Span(s.n_past, n, len(s.ids), m) for (s, n, _), m in wanted])
                 rows: Any = None

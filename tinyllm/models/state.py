@@ -74,6 +74,7 @@ class State:
         self.ids: list[int] = []
         self.n_past = 0
         self.spoilt = False  # did a step end in its middle? Then recurrent layers are lost
+        self.altered = False  # did a tap or a patch see, and perhaps change, what was stored?
         self._user: weakref.ref[User] | None = None
 
     @property
@@ -99,7 +100,7 @@ class State:
                 cache, self.layers, self.ropes, n_ctx, self.fingerprint, self.lock,
                 self.n_vocab, self.scales,
             )  # fmt: skip
-            other.source = self.source
+            other.source, other.altered = self.source, self.altered
             other.can_shift, other.ids, other.n_past = self.can_shift, list(self.ids), self.n_past
             other.truncate(n)
         return other

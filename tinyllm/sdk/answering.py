@@ -122,6 +122,8 @@ class _Cancelled(Exception):
 class Answer:
     """A prompt being answered in a state, which keeps what it has in common with the prompt.
 
+    Without one, it begins with what the model has kept of a text that begins alike.
+
     Iterating gives (token id, text) whenever text can be shown. ``check`` is called before each step, while no
     other call can compute; ``on_prompt`` with each token of the prompt once it is read, and a false result
     ends the answer.
@@ -130,21 +132,26 @@ class Answer:
     def __init__(
         self,
         model: Model,
-        state: State,
+        state: State | None,
         ids: list[int],
         request: Request,
         check: Callable[[], object],
         on_prompt: Callable[[int], bool],
     ) -> None:
-        self.network, self.state = model.network, state
+        self.network, n_ctx = model.network, model.n_ctx if state is None else state.n_ctx
         self._check, self._on_prompt = check, on_prompt
-        ids = erase_oldest(ids, state.n_ctx, 1 if model.tokenizer.add_bos else 0)
+        ids = erase_oldest(ids, n_ctx, 1 if model.tokenizer.add_bos else 0)
+        tree = model.prefixes if state is None else None
+        if state is None:
+            state = model.prefixes.find(ids, n_ctx) or model.new_state()
+        self.state = state
         kept = state.reuse(ids)
         state.truncate(kept)
         shifts = state.can_truncate and state.can_shift
         options = request.options("shift" if shifts else "error")
         self.job = begin(model.tokenizer, model.network, state, ids[kept:], options)
         self.job.prompt_ids = ids
+        self.job.keep_in(tree)
 
     def __iter__(self) -> Generator[tuple[int, str], None, None]:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -115,7 +114,6 @@ class LLModel(NotPickled):
         self._gpu: devices.GPU | None = None
         self._n_threads, self._compute, self._kv_type = n_threads, compute, kv_type
         self._closed = False
-        self._idle: deque[State] = deque(maxlen=1)  # the last call's: the next one may begin alike
         self._check_file()
 
     def _check_file(self) -> None:
@@ -139,7 +137,6 @@ class LLModel(NotPickled):
             return
         with model.network.lock:
             self.model = None
-            self._idle.clear()
             model.close()
 
     def _raise_closed(self) -> NoReturn:
@@ -310,8 +307,7 @@ class LLModel(NotPickled):
         """
         prompt, callback, options = _with_template(prompt, callback, args, options)
         state = options.pop("state", None)
-        borrowed = self._take_state() if state is None else None
-        answer = self.start(prompt, state=state or borrowed, **options)
+        answer = self.start(prompt, state=state, **options)
         try:
             with closing(iter(answer)) as pieces:
                 for token_id, text in pieces:
@@ -321,16 +317,6 @@ class LLModel(NotPickled):
         finally:
             if self.context is not None:
                 self.context.n_past = self.context.tokens_size = answer.state.n_past
-            if borrowed is not None and self.model is not None:
-                self._idle.append(borrowed)
-
-    def _take_state(self) -> State:
-        """A state that no other call uses; the last call's, if it is there."""
-        model = self._open()
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return model.new_state()
 
     def start(
         self, prompt: str, *, state: State | None = None, special: bool = True, **options: Any
@@ -342,7 +328,8 @@ class LLModel(NotPickled):
         prompt : str
             The whole text.
         state : State, optional
-            The conversation to continue; what it has in common with the prompt is not computed again.
+            The conversation to continue; what it has in common with the prompt is not computed again. Without
+            one, nothing is that the model has kept of another text.
         special : bool
             Read special tokens in the prompt.
         **options
@@ -363,7 +350,6 @@ class LLModel(NotPickled):
             min(request.n_batch, MAX_BATCH), request.repeat_penalty, request.repeat_last_n,
         )  # fmt: skip
         ids = self.prompt_ids(prompt, special)
-        state = state or model.new_state()
         return Answer(model, state, ids, request, self._open, self._prompt_callback)
 
     @staticmethod
