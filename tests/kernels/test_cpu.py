@@ -71,6 +71,48 @@ def test_attention_has_the_same_bits_whole_in_chunks_or_one_by_one() -> None:
         assert np.array_equal(np.concatenate(parts), whole)
 
 
+@pytest.mark.parametrize(
+    ("kv", "group", "dim", "window"),
+    [
+        ("f16", 3, 64, 0),
+        ("f16", 7, 80, 0),
+        ("q8_0", 12, 64, 0),
+        ("f32", 1, 128, 0),
+        ("f16", 2, 32, 40),
+    ],
+)
+def test_texts_of_several_lengths_have_the_bits_that_each_has_alone(
+    kv: Any, group: int, dim: int, window: int
+) -> None:
+    """They have one block or several, few rows and many, and windows."""
+    lengths, cuts = (20, 300, 790), (16, 15, 4, 0)
+    layers = [LayerCache(2, dim, dim, window=window)]
+    texts = [normal(n, 2 * (group + 2) * dim, seed=n) for n in lengths]
+
+    def step(
+        be: CPUBackend, caches: list[Any], past: list[int], xs: list[np.ndarray]
+    ) -> np.ndarray:
+        x = np.concatenate(xs)
+        n = 2 * group * dim
+        q, k, v = (be.array(p.copy()) for p in np.split(x, [n, n + 2 * dim], axis=1))
+
+        def fn(batch: Batch) -> Any:
+            be.cache_write(batch, 0, k, v)
+            return be.attention(batch, 0, q, 2 * group, scale=0.2, window=window)
+
+        batch = Batch.of([[0] * len(x) for x in xs], past, [0], caches)
+        return np.array(be.numpy(be.step(None, fn, batch)))
+
+    alone = [step(ONE, [ONE.new_cache(layers, len(x), kv)], [0], [x]) for x in texts]
+    caches, past = [TWO.new_cache(layers, n, kv) for n in lengths], [0] * len(lengths)
+    for left in cuts:
+        ends = [n - left for n in lengths]
+        y = step(TWO, caches, past, [x[a:b] for x, a, b in zip(texts, past, ends, strict=True)])
+        rows = [a[i:j] for a, i, j in zip(alone, past, ends, strict=True)]
+        assert np.array_equal(y, np.concatenate(rows))
+        past = ends
+
+
 def test_a_replayed_step_reads_the_new_batch_and_its_caches() -> None:
     w = ONE.load(stored("Q8_0", 64, 32))
     calls = []

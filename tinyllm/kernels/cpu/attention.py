@@ -4,11 +4,16 @@ In a block, keys lie as weights do, 16 positions to a tile: ``[K][16][D][16]``; 
 ``[K][256][Dv]``, Dv rounded up to 16. Each block has an address of its own. A q8_0 cache keeps both as
 ``kvblocks`` says, and they are expanded where they are read.
 
-A piece treats M *rows*, the query heads of one key head for one or more tokens, and one block, or all
-of them. A block leaves its largest score, the sum of exponentials and the weighted values (``part``); merging
-two parts is the same arithmetic wherever it happens, so splitting a long past over threads changes no bit.
+A piece treats *rows*, the query heads of one key head for one or more tokens, in up to RUNS runs of M, and
+one block, or all of them. A block leaves for each run its largest score, the sum of exponentials and the
+weighted values (``part``); merging two parts is the same arithmetic wherever it happens, so splitting a long
+past over threads changes no bit.
 
 A part: largest [16], sums [16], then values [Dv / 16][M][16], all float32.
+
+Keys are read TILES tiles at a time, values as many positions. While a portion is multiplied by all runs, in
+the first-level cache, the processor is asked for the next one. Several runs multiply it as floats, 64 columns
+at once.
 """
 
 from __future__ import annotations
@@ -32,7 +37,6 @@ from .kvblocks import (
     write_values,
 )
 from .simd import (
-    clear,
     copy,
     emitter,
     exp,
@@ -44,6 +48,7 @@ from .simd import (
     hsum,
     i64,
     load,
+    load_half,
     load_n,
     ramp,
     set_f32,
@@ -60,6 +65,10 @@ from .simd import (
 
 BLOCK = 256
 MAX_DIM = 640
+# rows of a piece: so many of a run, so many runs
+SHAPES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (4, 1), 6: (6, 1), 8: (8, 1), 24: (6, 4)}
+MOST_TILES = 4  # multiplied at once
+FIRST_LINES = 32  # asked for before the rest of keys, or of values, comes
 Q_STEP = 4 * MAX_DIM + 64  # bytes between query rows
 P_STEP = 4 * BLOCK + 64  # bytes between rows of probabilities
 # Bytes of a layer in a cache's table: where the addresses of each block's keys stand, and of its values; bytes
@@ -69,10 +78,10 @@ HIDDEN = np.float32(-1e30)
 FAR = np.float32(3e38)
 
 
-def scratch_bytes(m: int, dim: int, dim_v: int, kv: str) -> int:
-    """Bytes that a worker needs: queries, scores, probabilities, two parts, a block expanded."""
-    expanded = BLOCK * 4 * (dim + padded(dim_v)) if kv == "q8_0" else 0
-    return m * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(m, dim_v) + expanded
+def scratch_bytes(rows: int, dim_v: int) -> int:
+    """Bytes that a worker needs for a piece: queries, scores, probabilities, parts twice, an open portion."""
+    portion = 4 * (16 * MOST_TILES) ** 2
+    return rows * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(rows, dim_v) + portion
 
 
 def padded(n: Any) -> Any:
@@ -80,18 +89,21 @@ def padded(n: Any) -> Any:
     return -(-n // 16) * 16
 
 
-def part_bytes(m: int, dim_v: int) -> int:
-    """Bytes of a part."""
-    return 128 + 4 * m * padded(dim_v)
+def part_bytes(rows: int, dim_v: int) -> int:
+    """Bytes of the parts of a piece."""
+    return 128 * SHAPES[rows][1] + 4 * rows * padded(dim_v)
 
 
 # ---- names that ``jit.kernel`` gives
 
-score_group = score_one = weigh_group = weigh_one = maxima = GIVEN
-M = 1  # rows of a piece
+score_group = score_one = weigh_group = weigh_one = maxima = open_keys = open_values = GIVEN
+M = 1  # rows of a run
+RUNS = 1  # runs of a piece
 TILES = 4  # tiles multiplied at once
 SIZE = 2  # bytes of a stored value as the multipliers read it
-KV = 1  # 0 f32, 1 f16, 2 q8_0
+BYTES = 2  # a stored value has so many; 1: q8_0, with a little more for scales
+COLUMNS = 64  # multiplied at once, of keys
+OPEN = 0  # 1 if what is stored is turned into floats before it is multiplied
 
 
 def merge(into, part, rows, tiles):
@@ -108,12 +120,6 @@ def merge(into, part, rows, tiles):
             at = 128 + 64 * (t * rows + m)
             fa, fb = splat(get_f32(part + 4 * m)), splat(get_f32(part + 64 + 4 * m))
             store(into + at, load(into + at) * fa + load(part + at) * fb)
-
-
-def begin(part, n_bytes):
-    """An empty part."""
-    clear(part, n_bytes)
-    store(part, splat(HIDDEN))
 
 
 def finish(part, rows, m, sink, has_sink, out, dim_v):
@@ -136,19 +142,11 @@ def scaled_copy(to, source, n, scale):
         store_n(to + 4 * i, load_n(source + 4 * i, n - i) * scale, n - i)
 
 
-def locate(piece, starts, n_past, n_seq, group, n_head_kv, split):
-    """A piece's sequence, its number there, blocks if ``split`` (else 1), stored positions and tokens."""
-    seq, p = 0, piece
-    while True:
-        n_tokens = get_i32(starts + 4 * seq + 4) - get_i32(starts + 4 * seq)
-        past = get_i32(n_past + 4 * seq)
-        blocks = (past + n_tokens + BLOCK - 1) // BLOCK if split else 1
-        n = (n_tokens * group + M - 1) // M * n_head_kv * blocks
-        if p < n or seq + 1 == n_seq:
-            break
-        p -= n
-        seq += 1
-    return seq, p, blocks, past, n_tokens
+def rows_and_past(seq, starts, n_past, group):
+    """Query rows of a key head in a sequence, positions stored before, blocks with the new ones."""
+    n_tokens = get_i32(starts + 4 * seq + 4) - get_i32(starts + 4 * seq)
+    past = get_i32(n_past + 4 * seq)
+    return n_tokens * group, past, (past + n_tokens + BLOCK - 1) // BLOCK
 
 
 def reach(i, window):
@@ -170,24 +168,47 @@ def visible(here, there, end, window, causal):
     return low, high
 
 
-def score(keys, tiles, dim, queries, scores, expanded):
-    """Keys of a block times the queries -> scores [tiles][M][16]; q8_0 keys by way of ``expanded``."""
-    t, tile_bytes = i64(0), 16 * dim * SIZE
+def score(keys, tiles, dim, queries, runs, scores, room, ask):
+    """Keys of a block times the queries of some runs -> scores [runs][tiles][M][16]; ``ask``: read next."""
+    stored, t = (dim + 31) // 32 * TILE_BYTES if BYTES == 1 else 16 * dim * BYTES, i64(0)
     while t < tiles:
-        to, at_once = scores + 64 * M * t, TILES if t + TILES <= tiles else 1
-        source = keys + t * tile_bytes
-        if KV == 2:  # a few tiles at a time stay in the first-level cache
-            expand_keys(keys + t * ((dim + 31) // 32 * TILE_BYTES), expanded, at_once, dim)
-            source = expanded
-        if at_once == TILES:
-            score_group(source, tile_bytes, 16 * SIZE, queries, dim, to)
-        else:
-            score_one(source, tile_bytes, 16 * SIZE, queries, dim, to)
-        t += at_once
+        at_once = TILES if t + TILES <= tiles else 1
+        following = t + at_once
+        asked = keys + following * stored if following < tiles else ask
+        for column in range(0, dim, COLUMNS):
+            source, tile_bytes, n = keys + t * stored, stored, min(dim - column, COLUMNS)
+            if OPEN:
+                open_keys(source, room, at_once, stored, column, n)
+                source, tile_bytes = room, 64 * n
+            else:
+                source += 16 * SIZE * column
+            for run in range(runs):
+                x = queries + run * M * Q_STEP + 4 * column
+                to = scores + M * (4 * BLOCK * run + 64 * t)
+                if at_once == TILES:
+                    more = asked + 16 * TILES * BYTES * column
+                    score_group(source, tile_bytes, 16 * SIZE, x, n, to, column, more)
+                else:
+                    score_one(source, tile_bytes, 16 * SIZE, x, n, to, column, 0)
+        t = following
 
 
-def mask(scores, first, n, i, cap, slope, biased, bias, most, window, causal):
-    """The scores of one row from tile ``first`` on: capped, biased by distance, hidden where it sees nothing.
+def seen_whole(here, there, first, n, window, causal):
+    """Tiles [from, to) of the block at position ``first`` that queries from ``here`` to ``there`` see whole."""
+    low, high = i64(0), here + 1
+    if causal == 0:
+        high = first + n
+        if window > 0:
+            low, high = there - window // 2, min(high, here + window // 2 + 1)
+    elif window != 0:
+        low = there - reach(there, window) + 1
+    return (max(low - first, 0) + 15) // 16, max(min(high - first, n), 0) // 16
+
+
+def mask(
+    scores, plain_from, plain_to, n, i, cap, slope, biased, bias, most, window, causal
+):  # fmt: skip
+    """The scores of one row, capped, biased by distance, hidden where it sees nothing, but for plain tiles.
 
     n positions are stored; the query's place i is counted from the first of them. ``bias`` is 0, or the
     address of a value for each distance j - i from -most to most.
@@ -199,7 +220,9 @@ def mask(scores, first, n, i, cap, slope, biased, bias, most, window, causal):
             nearest, farthest = as_float(-(window // 2)), as_float(window // 2)
     elif window > 0:
         farthest = as_float(window - 1)
-    for t in range(first, (n + 15) // 16):
+    for t in range((n + 15) // 16):
+        if plain_from <= t and t < plain_to:
+            continue
         at = scores + 64 * M * t
         v, distance = load(at), splat(as_float(i)) - ramp(16 * t)
         if cap != np.float32(0):
@@ -229,27 +252,64 @@ def exponentiate(scores, tiles, chances, part):
         set_f32(part + 64 + 4 * m, hsum(total))
 
 
-def weigh(values, n, dim_vp, chances, part):
-    """n values times the chances -> the values of ``part``."""
-    t, tiles = i64(0), dim_vp // 16
-    while t + TILES <= tiles:
-        to = part + 128 + 64 * M * t
-        weigh_group(values + 16 * SIZE * t, 16 * SIZE, dim_vp * SIZE, chances, n, to)
-        t += TILES
-    while t < tiles:
-        to = part + 128 + 64 * M * t
-        weigh_one(values + 16 * SIZE * t, 16 * SIZE, dim_vp * SIZE, chances, n, to)
-        t += 1
+@emitter(types.void, i64)
+def fetch(e, p):
+    """Ask for the first lines of what lies at an address."""
+    for line in range(FIRST_LINES):
+        e.prefetch(e.ptr(p), 64 * line)
 
 
-def emit_rows(part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks):
-    """The rows of a part that is complete -> y."""
-    for m in range(min(M, n_rows - row0)):
+def widen_keys(source, out, n_tiles, tile_bytes, column, n):
+    """n columns of tiles of keys, halves, to floats [n_tiles][n][16]."""
+    for t in range(n_tiles):
+        for i in range(n):
+            store(out + 64 * i, load_half(source + t * tile_bytes + 32 * (column + i)))
+        out += 64 * n
+
+
+def widen_values(source, out, n_rows, row_bytes, column, n):
+    """n columns, whole vectors, of rows of values, halves, to floats [n_rows][n]."""
+    for row in range(n_rows):
+        for i in range(0, n, 16):
+            store(out + 4 * i, load_half(source + row * row_bytes + 2 * (column + i)))
+        out += 4 * n
+
+
+def weigh(values, n, dim_v, dim_vp, chances, runs, parts, n_part, room, ask):
+    """n values times the chances of some runs -> the values of their parts; ``ask``: read next."""
+    stored = (dim_v + 31) // 32 * BLOCK_BYTES if BYTES == 1 else dim_vp * BYTES
+    for first in range(0, n, 16 * TILES):
+        some, following, t = min(n - first, 16 * TILES), first + 16 * TILES, i64(0)
+        asked = values + following * stored if following < n else ask
+        while t < dim_vp // 16:
+            source, row_bytes = values + first * stored, stored
+            at_once = TILES if t + TILES <= dim_vp // 16 else 1
+            if OPEN:
+                open_values(source, room, some, stored, 16 * t, 16 * at_once)
+                source, row_bytes = room, 64 * at_once
+            else:
+                source += 16 * SIZE * t
+            for run in range(runs):
+                x, to = (
+                    chances + run * M * P_STEP + 4 * first,
+                    parts + run * n_part + 128 + 64 * M * t,
+                )
+                if at_once == TILES:
+                    more = asked + 16 * t * BYTES * some
+                    weigh_group(source, 16 * SIZE, row_bytes, x, some, to, first, more)
+                else:
+                    weigh_one(source, 16 * SIZE, row_bytes, x, some, to, first, 0)
+            t += at_once
+
+
+def emit_rows(parts, n_part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks):
+    """The rows from row0 on of parts that are complete -> y."""
+    for m in range(min(RUNS * M, n_rows - row0)):
         r = row0 + m
         h = head * group + r % group
         sink = get_f32(sinks + 4 * h) if sinks != 0 else np.float32(0)
         out = y + 4 * ((row_first + r // group) * n_head + h) * dim_v
-        finish(part, M, m, sink, sinks != 0, out, dim_v)
+        finish(parts + m // M * n_part, M, m % M, sink, sinks != 0, out, dim_v)
 
 
 def attend(
@@ -261,102 +321,130 @@ def attend(
     group, dim_vp = n_head // n_head_kv, (dim_v + 15) // 16 * 16
     n_part = 128 + 4 * M * dim_vp
     queries = scratch + worker * scratch_bytes
-    scores = queries + M * Q_STEP
-    chances = scores + M * 4 * BLOCK
-    fresh = chances + M * P_STEP  # the part of one block
-    sum_part = fresh + n_part
-    keys_out = sum_part + n_part
-    values_out = keys_out + 4 * BLOCK * dim
+    scores = queries + RUNS * M * Q_STEP
+    chances = scores + RUNS * M * 4 * BLOCK
+    fresh = chances + RUNS * M * P_STEP  # parts of one block
+    own = fresh + RUNS * n_part
+    room = own + RUNS * n_part  # for a portion as floats
+    seq, before = i64(0), i64(0)
     for piece in range(first, last):
-        seq, p, blocks, past, n_tokens = locate(
-            piece, starts, n_past, n_seq, group, n_head_kv, parts != 0
-        )
-        head, row0 = p // blocks % n_head_kv, p // (blocks * n_head_kv) * M
-        row_first, n_rows = get_i32(starts + 4 * seq), n_tokens * group
-        for m in range(M):
-            r = min(row0 + m, n_rows - 1)
-            at = ((row_first + r // group) * n_head + head * group + r % group) * dim
-            scaled_copy(queries + m * Q_STEP, q + 4 * at, dim, splat(scale))
-        here, there = past + row0 // group, past + min(row0 + M - 1, n_rows - 1) // group
-        low, high = visible(here, there, past + n_tokens, window, causal)
+        while True:
+            n_rows, past, blocks = rows_and_past(seq, starts, n_past, group)
+            if parts == 0:
+                blocks = i64(1)
+            pieces = (n_rows + RUNS * M - 1) // (RUNS * M) * n_head_kv * blocks
+            if piece - before < pieces or seq + 1 == n_seq:
+                break
+            before += pieces
+            seq += 1
+        p = piece - before
+        head, row0 = p // blocks % n_head_kv, p // (blocks * n_head_kv) * (RUNS * M)
+        row_first = get_i32(starts + 4 * seq)
+        row1 = min(row0 + RUNS * M, n_rows)
+        runs = (row1 - row0 + M - 1) // M
+        here, there = past + row0 // group, past + (row1 - 1) // group
+        low, high = visible(here, there, past + n_rows // group, window, causal)
         block_first, block_last = low // BLOCK, (high + BLOCK - 1) // BLOCK
-        if parts != 0:
-            sum_part = parts + piece * n_part
+        sum_parts = own
+        if blocks > 1:
+            sum_parts = parts + piece * RUNS * n_part
             b = p % blocks
             block_first, block_last = max(block_first, b), min(block_last, b + 1)
-        begin(sum_part, n_part)
         table = get_i64(caches + 8 * seq) + layer * LAYER
         k_blocks, k_head = get_i64(table), head * get_i64(table + 16)
         v_blocks, v_head = get_i64(table + 8), head * get_i64(table + 24)
+        fetch(get_i64(k_blocks + 8 * block_first) + k_head)
+        for m in range(runs * M):
+            r = min(row0 + m, n_rows - 1)
+            at = ((row_first + r // group) * n_head + head * group + r % group) * dim
+            scaled_copy(queries + m * Q_STEP, q + 4 * at, dim, splat(scale))
         for block in range(block_first, block_last):
             n = min(high - block * BLOCK, BLOCK)
             tiles = (n + 15) // 16
             keys = get_i64(k_blocks + 8 * block) + k_head
             values = get_i64(v_blocks + 8 * block) + v_head
-            if KV == 2:
-                expand_values(values, values_out, n, dim_v, 4 * dim_vp)
-                values = values_out
-            score(keys, tiles, dim, queries, scores, keys_out)
-            plain = n // 16 if causal == 0 else max(min(here + 1 - block * BLOCK, n), 0) // 16
-            if (cap != np.float32(0)) or (slopes != 0) or (window != 0) or (bias != 0):
-                plain = i64(0)  # tiles whose scores stand as they are
-            for m in range(M):
-                r = min(row0 + m, n_rows - 1)
-                slope = np.float32(0)
-                if slopes != 0:
-                    slope = get_f32(slopes + 4 * (head * group + r % group))
-                more = bias
-                if bias != 0:
-                    more = bias + 4 * n_bias * (head * group + r % group)
-                i = past + r // group
-                seen, i = reach(i, window), i - block * BLOCK
-                mask(
-                    scores + 64 * m,
-                    plain,
-                    n,
-                    i,
-                    cap,
-                    slope,
-                    slopes != 0,
-                    more,
-                    n_bias // 2,
-                    seen,
-                    causal,
-                )
-            exponentiate(scores, tiles, chances, fresh)
-            weigh(values, n, dim_vp, chances, fresh)
-            merge(sum_part, fresh, M, dim_vp // 16)
-        if parts == 0:
-            emit_rows(sum_part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks)
+            ask = scores  # in a cache already; or else the keys that this thread reads next
+            if block + 1 < block_last:
+                ask = get_i64(k_blocks + 8 * block + 8) + k_head
+            elif piece + 1 < last and p + 1 < pieces:
+                after = (p + 1) // blocks % n_head_kv
+                ask = get_i64(k_blocks + 8 * ((p + 1) % blocks)) + after * get_i64(table + 16)
+            score(keys, tiles, dim, queries, runs, scores, room, values)
+            fetch(values)  # its last tiles may have asked for nothing
+            to = sum_parts if block == block_first else fresh
+            for run in range(runs):
+                run0 = row0 + run * M
+                here, there = past + run0 // group, past + (min(run0 + M, row1) - 1) // group
+                plain_from, plain_to = seen_whole(here, there, block * BLOCK, n, window, causal)
+                if (cap != np.float32(0)) or (slopes != 0) or (bias != 0):
+                    plain_from, plain_to = i64(0), i64(0)
+                mine = scores + run * M * 4 * BLOCK
+                if plain_to - plain_from < tiles:
+                    for m in range(M):
+                        r = min(run0 + m, n_rows - 1)
+                        slope = np.float32(0)
+                        if slopes != 0:
+                            slope = get_f32(slopes + 4 * (head * group + r % group))
+                        more = bias
+                        if bias != 0:
+                            more = bias + 4 * n_bias * (head * group + r % group)
+                        i = past + r // group
+                        seen, i = reach(i, window), i - block * BLOCK
+                        mask(
+                            mine + 64 * m,
+                            plain_from,
+                            plain_to,
+                            n,
+                            i,
+                            cap,
+                            slope,
+                            slopes != 0,
+                            more,
+                            n_bias // 2,
+                            seen,
+                            causal,
+                        )
+                exponentiate(mine, tiles, chances + run * M * P_STEP, to + run * n_part)
+            weigh(values, n, dim_v, dim_vp, chances, runs, to, n_part, room, ask)
+            if block > block_first:
+                for run in range(runs):
+                    merge(sum_parts + run * n_part, fresh + run * n_part, M, dim_vp // 16)
+        if blocks == 1:
+            emit_rows(
+                sum_parts, n_part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks
+            )
 
 
 def merge_parts(
-    y, starts, n_past, n_seq, n_head, n_head_kv, dim_v, sinks, parts, scratch, scratch_bytes,
+    y, starts, n_past, n_seq, n_head, n_head_kv, dim_v, window, sinks, parts,
     first, last, worker,
 ):  # fmt: skip
-    """The parts of the blocks of one (row tile, key head) -> rows of y; a piece is one of these."""
-    scratch = scratch + worker * scratch_bytes
+    """The parts of several blocks -> rows of y; a piece is the rows of a key head that they have in common."""
     group, tiles = n_head // n_head_kv, (dim_v + 15) // 16
     n_part = 128 + 64 * M * tiles
+    seq, before, parts_before = i64(0), i64(0), i64(0)
     for piece in range(first, last):
-        seq, p, before, blocks, n_rows = 0, piece, 0, 1, 0
         while True:
-            n_tokens = get_i32(starts + 4 * seq + 4) - get_i32(starts + 4 * seq)
-            past, n_rows = get_i32(n_past + 4 * seq), n_tokens * group
-            blocks = (past + n_tokens + BLOCK - 1) // BLOCK
-            n = (n_rows + M - 1) // M * n_head_kv
-            if p < n or seq + 1 == n_seq:
+            n_rows, past, blocks = rows_and_past(seq, starts, n_past, group)
+            n = (n_rows + RUNS * M - 1) // (RUNS * M) * n_head_kv
+            if (blocks > 1 and piece - before < n) or seq + 1 == n_seq:
                 break
-            p -= n
-            before += n * blocks
+            if blocks > 1:
+                before += n
+            parts_before += n * blocks
             seq += 1
-        head, row0 = p % n_head_kv, p // n_head_kv * M
-        source = parts + (before + p * blocks) * n_part
-        begin(scratch, n_part)
-        for b in range(blocks):
-            merge(scratch, source + b * n_part, M, tiles)
+        p = piece - before
+        head, row0 = p % n_head_kv, p // n_head_kv * (RUNS * M)
+        row1 = min(row0 + RUNS * M, n_rows)
+        here, there = past + row0 // group, past + (row1 - 1) // group
+        low, high = visible(here, there, past + n_rows // group, window, 1)
+        source = parts + (parts_before + p * blocks + low // BLOCK) * RUNS * n_part
+        for run in range((row1 - row0 + M - 1) // M):
+            into = source + run * n_part
+            for b in range(1, (high + BLOCK - 1) // BLOCK - low // BLOCK):
+                merge(into, into + b * RUNS * n_part, M, tiles)
         row_first = get_i32(starts + 4 * seq)
-        emit_rows(scratch, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks)
+        emit_rows(source, n_part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks)
 
 
 # ---- writing
@@ -416,7 +504,7 @@ def write_kernel(kv: str) -> jit.Kernel:
 
 # ---- compiled for a kind of cache and a number of rows
 
-KINDS = {"f32": (0, "F32", 4), "f16": (1, "F16", 2), "q8_0": (2, "F32", 4)}
+KINDS = {"f32": ("F32", 4), "f16": ("F16", 2), "q8_0": ("", 1)}  # as ``readers`` names them; bytes
 
 
 @lru_cache
@@ -439,32 +527,48 @@ def maxima_of(m: int) -> Callable:
     return maxima
 
 
-def rows_of(n: int) -> int:
-    """Rows of a piece, given how many query heads a sequence has for one key head."""
-    return 8 if n > 4 else 4 if n > 2 else n
+def tokens_of(n: int) -> int:
+    """The tokens of a sequence for which its kernel is chosen: few numbers, as a recorded step serves one."""
+    return n if n <= 2 else 4 if n <= 4 else max(SHAPES)
 
 
-def attend_kernel(kv: str, m: int) -> jit.Kernel:
-    """``attend`` for a kind of cache and m rows."""
-    number, kind, size = KINDS[kv]
-    tiles = 2 if m == 8 else 4
-    score = {n: rows_multiplier(kind, m, n, 4, Q_STEP) for n in (1, tiles)}
-    weigh = {n: rows_multiplier(kind, m, n, 4, P_STEP) for n in (1, tiles)}
+def rows_of(group: int, n: int) -> int:
+    """Rows of a piece, for ``group`` query heads to a key head and sequences of up to n tokens."""
+    n = group * tokens_of(n)
+    return next((rows for rows in SHAPES if rows >= n), max(SHAPES))
+
+
+def attend_kernel(kv: str, rows: int) -> jit.Kernel:
+    """``attend`` for a kind of cache and so many rows of a piece."""
+    kind, size = KINDS[kv]
+    m, runs = SHAPES[rows]
+    opened = kv == "q8_0" or (kv == "f16" and runs > 1)
+    read_as, read_size = KINDS["f32"] if opened else (kind, size)
+    tiles = 2 if m == 8 else MOST_TILES
+    lines = {1: 0, tiles: max(tiles * 16 * size // 64, 1)}
+    score = {n: rows_multiplier(read_as, m, n, 4, Q_STEP, lines[n]) for n in lines}
+    weigh = {n: rows_multiplier(read_as, m, n, 4, P_STEP, lines[n]) for n in lines}
     return jit.kernel(
         attend,
-        f"attend_{kv}_{m}",
+        f"attend_{kv}_{rows}",
         score_group=score[tiles],
         score_one=score[1],
         weigh_group=weigh[tiles],
         weigh_one=weigh[1],
+        open_keys=expand_keys if kv == "q8_0" else widen_keys,
+        open_values=expand_values if kv == "q8_0" else widen_values,
         maxima=maxima_of(m),
         M=m,
+        RUNS=runs,
         TILES=tiles,
-        SIZE=size,
-        KV=number,
+        SIZE=read_size,
+        BYTES=size,
+        COLUMNS=16 * MOST_TILES if runs > 1 or opened else MAX_DIM,
+        OPEN=opened,
     )
 
 
-def merge_kernel(m: int) -> jit.Kernel:
-    """``merge_parts`` for m rows."""
-    return jit.kernel(merge_parts, f"merge_parts_{m}", M=m)
+def merge_kernel(rows: int) -> jit.Kernel:
+    """``merge_parts`` for so many rows of a piece."""
+    m, runs = SHAPES[rows]
+    return jit.kernel(merge_parts, f"merge_parts_{rows}", M=m, RUNS=runs)

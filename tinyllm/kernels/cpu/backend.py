@@ -33,7 +33,7 @@ from ..profile import Profile
 from . import attention, bfloat, choosing, elementwise, jit, matmul, outside, recurrent
 from .attention import padded
 from .experts import record_experts
-from .fitting import Pieces, Stored, blocks_of, lengths_of, rows_of_heads
+from .fitting import Of, Pieces, Stored, blocks_of, lengths_of, rows_of_heads
 from .kvcache import CPUCache
 from .limits import limits
 from .outside import Replacement
@@ -398,9 +398,9 @@ class CPUBackend(Backend):
             made["lengths"] = lengths, blocks_of(lengths, batch.n_past.view().tolist())
         return made["lengths"]
 
-    def _pieces(self, batch: Batch, group: int, m: int, n_head_kv: int, split: bool) -> Pieces:
+    def _pieces(self, batch: Batch, group: int, rows: int, n_head_kv: int, of: Of) -> Pieces:
         """The pieces of all layers whose heads are grouped alike."""
-        made, sizes = self._tape.made_of(batch.starts), (group, m, n_head_kv, split)
+        made, sizes = self._tape.made_of(batch.starts), (group, rows, n_head_kv, of)
         if sizes not in made:
             made[sizes] = Pieces(*sizes, *self._lengths(batch))
             self._steps.follow(made[sizes])
@@ -415,28 +415,29 @@ class CPUBackend(Backend):
         **args: Any,
     ) -> CPUArray:
         """One token a sequence, or few rows: blocks in parallel, then merged. More: row tiles in parallel."""
-        dim, dim_v, n_head_kv = args["dim"], args["dim_v"], args["n_head_kv"]
+        dim_v, n_head_kv = args["dim_v"], args["n_head_kv"]
         lengths, _ = self._lengths(batch)
         group, most = n_head // n_head_kv, max(lengths)
         few = args["causal"] and (most == 1 or batch.n_rows <= FEW_ROWS)
-        m = attention.rows_of(group * most)
-        tiles = self._pieces(batch, group, m, n_head_kv, False)
+        rows = attention.rows_of(group, most)
         y = self._new((batch.n_rows, n_head * dim_v))
-        n_bytes = attention.scratch_bytes(m, dim, dim_v, kv_type)
-        scratch = self._tape.scratch(self._workers, n_bytes)
+        scratch = self._tape.scratch(self._workers, attention.scratch_bytes(rows, dim_v))
         args |= {"q": q, "y": y, "n_head": n_head, "n_seq": batch.n_seq, "parts": None}
         args |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
-        kernel = attention.attend_kernel(kv_type, m)
+        kernel = attention.attend_kernel(kv_type, rows)
         if not few:
+            tiles = self._pieces(batch, group, rows, n_head_kv, "tile")
             tiles.rows.append(self._tape.add(kernel, tiles.n, **args))
             return y
 
-        pieces = self._pieces(batch, group, m, n_head_kv, True)
-        args["parts"] = self._new((pieces.room, attention.part_bytes(m, dim_v)), "u1")
-        pieces.rows.append(self._tape.add(kernel, pieces.n, **args))
-        merge = attention.merge_kernel(m)
+        blocks = self._pieces(batch, group, rows, n_head_kv, "block")
+        args["parts"] = self._new((blocks.room, attention.part_bytes(rows, dim_v)), "u1")
+        chunk = max(1, blocks.n // (16 * self._workers))
+        blocks.rows.append(self._tape.add(kernel, blocks.n, chunk, **args))
+        merge = attention.merge_kernel(rows)
         merged = {name: args[name] for name in merge.parameters}
-        tiles.rows.append(self._tape.add(merge, tiles.n, **merged))
+        merges = self._pieces(batch, group, rows, n_head_kv, "merge")
+        merges.rows.append(self._tape.add(merge, merges.n, **merged))
         return y
 
     # ---- mixtures of experts

@@ -5,40 +5,46 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
 from .attention import BLOCK, LAYER, padded
 from .program import CPUArray, Tape, wrapped
 
+Of = Literal["tile", "block", "merge"]
+
 
 class Pieces:
     """How many pieces instructions of attention have whose heads and tiles are alike.
 
-    A tile is m of a sequence's rows, the ``group`` query heads of a key head for each token; a piece is a
-    tile and key head, and, where ``split``, a block of the past.
+    A tile is ``rows`` of a sequence's, the ``group`` query heads of a key head for each token. A piece is a
+    tile and key head, or a block of the past of these, or, to merge blocks, a tile and key head of several.
     """
 
     def __init__(
         self,
         group: int,
-        m: int,
+        rows: int,
         n_head_kv: int,
-        split: bool,
+        of: Of,
         lengths: Sequence[int],
         blocks: Sequence[int],
     ) -> None:
-        self._sizes, self._split = (group, m, n_head_kv), split
+        self._sizes, self._of = (group, rows, n_head_kv), of
         self.rows: list[int] = []  # where they stand on the tape
         self.n = self._count(lengths, blocks)
         # parts of blocks wait in memory; a step is recorded again only when its past has doubled
-        self.room = self.n + self._count(lengths, blocks, fewest=7) if split else sys.maxsize
+        doubled = self.n + self._count(lengths, blocks, fewest=7)
+        self.room = doubled if of == "block" else sys.maxsize
 
     def _count(self, lengths: Sequence[int], blocks: Sequence[int], fewest: int = 1) -> int:
-        group, m, n_head_kv = self._sizes
-        tiles = [-(-n * group // m) for n in lengths]
-        if self._split:
+        group, rows, n_head_kv = self._sizes
+        tiles = [-(-n * group // rows) for n in lengths]
+        if self._of == "block":
             tiles = [n * max(b, fewest) for n, b in zip(tiles, blocks, strict=True)]
+        elif self._of == "merge":
+            tiles = [n for n, b in zip(tiles, blocks, strict=True) if b > 1]
         return n_head_kv * sum(tiles)
 
     def fit(self, tape: Tape, lengths: Sequence[int], blocks: Sequence[int]) -> bool:

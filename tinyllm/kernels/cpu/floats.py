@@ -32,16 +32,22 @@ UNROLLED = 4  # columns of one round
 
 
 def accumulate(
-    e: Emit, kind: str, bases: list, column_bytes, x, x_step: int, x_tokens: list[int], n_in, n: int
-) -> list:
-    """For each token, then each base: the sum over columns i of n weights times x, in order of i.
+    e: Emit, kind: str, bases: list, column_bytes, x, x_step: int, x_tokens: list[int], n_in, n: int,
+    acc: list, ask, lines: int,
+) -> list:  # fmt: skip
+    """For each token, then each base: acc plus the products of n weights and x over columns i, in order of i.
 
     Column i of a base stands i * column_bytes on; the value of a token i * x_step + x_tokens[t] on in x.
+    For each column so many lines are asked for, from ``ask`` on.
     """
 
     def columns(first, n_columns, acc):
         at, xi = e.b.mul(first, column_bytes), e.alone(e.at(x, e.b.mul(first, I64(x_step))))
         heads = [e.at(base, at) for base in bases]
+        if lines:
+            here = e.at(ask, e.b.mul(first, I64(64 * lines)))
+            for line in range(n_columns * lines):
+                e.prefetch(here, 64 * line)
         for c in range(n_columns):
             w = [widen(e, head, kind, 0, n) for head in heads]
             values = [e.broadcast(xi, F32, n, offset + c * x_step) for offset in x_tokens]
@@ -53,7 +59,6 @@ def accumulate(
     def some(i, acc):
         return columns(e.b.mul(i, I64(UNROLLED)), UNROLLED, acc)
 
-    acc = [e.const(0.0, V(F32, n))] * (len(x_tokens) * len(bases))
     rounds = e.b.sdiv(n_in, I64(UNROLLED))
     done = e.b.mul(rounds, I64(UNROLLED))
     acc = e.loop_maybe(rounds, acc, some)
@@ -61,28 +66,36 @@ def accumulate(
 
 
 @lru_cache
-def rows_multiplier(kind: str, n_tokens: int, tiles: int, x_step: int, x_token: int) -> Callable:
-    """multiply(w, tile_bytes, column_bytes, x, n_in, y): y [tiles][n_tokens][16].
+def rows_multiplier(
+    kind: str, n_tokens: int, tiles: int, x_step: int, x_token: int, lines: int
+) -> Callable:
+    """multiply(w, tile_bytes, column_bytes, x, n_in, y, begins, ask): y [tiles][n_tokens][16] += products.
 
     Tiles stand tile_bytes apart, their columns column_bytes; x steps x_step bytes a column and x_token
-    bytes a token.
+    bytes a token. y is zero at first if ``begins`` is 0. Meanwhile memory from ``ask`` on is brought into the
+    caches, so many lines for each column: what is read next.
     """
     n, size = lanes(), BYTES[kind]
     at_once = tiles if n == LANES else min(tiles, 2)  # smaller registers come in sixteens
 
-    @emitter(types.void, i64, i64, i64, i64, i64, i64)
-    def multiply(e, w, tile_bytes, column_bytes, x, n_in, y):
+    @emitter(types.void, *[i64] * 8)
+    def multiply(e, w, tile_bytes, column_bytes, x, n_in, y, begins, ask):
         """Multiply tiles of rows by the rows of x."""
-        w, x, y = e.ptr(w), e.ptr(x), e.ptr(y)
+        w, x, y, ask = e.ptr(w), e.ptr(x), e.ptr(y), e.ptr(ask)
+        zero, fresh = e.const(0.0, V(F32, n)), e.b.icmp_signed("==", begins, I64(0))
         cells = [(r, first) for first in range(0, LANES, n) for r in range(tiles)]
         tokens = [x_token * t for t in range(n_tokens)]
         for i in range(0, len(cells), at_once):
             some = cells[i : i + at_once]
             bases = [e.at(e.at(w, e.b.mul(tile_bytes, I64(r))), first * size) for r, first in some]
-            acc = iter(accumulate(e, kind, bases, column_bytes, x, x_step, tokens, n_in, n))
-            for t in range(n_tokens):
-                for r, first in some:
-                    e.store(next(acc), y, 4 * (LANES * (r * n_tokens + t) + first))
+            places = [
+                4 * (LANES * (r * n_tokens + t) + l) for t in range(n_tokens) for r, l in some
+            ]
+            acc = [e.b.select(fresh, zero, e.load(y, zero.type, place)) for place in places]
+            asks = 0 if i else lines  # in the first pass alone
+            how = column_bytes, x, x_step, tokens, n_in, n, acc, ask, asks
+            for place, v in zip(places, accumulate(e, kind, bases, *how), strict=True):
+                e.store(v, y, place)
 
     return multiply
 

@@ -86,24 +86,22 @@ def write_keys(source, out, n, lane):
         store_column(block + 288 + lane, b * factor)
 
 
-def expand_keys(source, out, n_tiles, dim):
-    """Decode tiles of keys to floats [n_tiles][dim][16]."""
-    for _ in range(n_tiles):
-        for i in range(0, dim, 32):
-            scale = load_half(source)
-            for j in range(min(dim - i, 32)):
-                store(out, load_codes(source + 32 + 16 * j) * scale)
+def expand_keys(source, out, n_tiles, tile_bytes, column, n):
+    """Decode n columns of tiles of keys, from a block's first on, to floats [n_tiles][n][16]."""
+    for t in range(n_tiles):
+        block = source + t * tile_bytes + column // 32 * TILE_BYTES
+        for i in range(0, n, 32):
+            scale = load_half(block)
+            for j in range(min(n - i, 32)):
+                store(out, load_codes(block + 32 + 16 * j) * scale)
                 out += 64
-            source += TILE_BYTES
+            block += TILE_BYTES
 
 
-def expand_values(source, out, n, dim, step):
-    """Decode n rows of blocks to floats [n][step / 4]; ``step`` is 4 * dim rounded up to 64 bytes."""
-    for _ in range(n):
-        for i in range(0, dim, 32):
-            scale = splat(get_half(source))
-            store(out + 4 * i, load_codes(source + 2) * scale)
-            if i + 16 < dim:
-                store(out + 4 * i + 64, load_codes(source + 18) * scale)
-            source += BLOCK_BYTES
-        out += step
+def expand_values(source, out, n_rows, row_bytes, column, n):
+    """Decode n columns, whole vectors, of rows of blocks to floats [n_rows][n]."""
+    for row in range(n_rows):
+        for i in range(column, column + n, 16):
+            block = source + row * row_bytes + i // 32 * BLOCK_BYTES
+            store(out, load_codes(block + 2 + i % 32) * splat(get_half(block)))
+            out += 64

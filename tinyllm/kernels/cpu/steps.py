@@ -23,7 +23,7 @@ import numpy as np
 from ..backend import Array, Batch
 from ..profile import Profile
 from . import jit
-from .attention import rows_of
+from .attention import tokens_of
 from .fitting import blocks_of, lengths_of
 from .profile import TimedTape
 from .program import Arena, CPUArray, Tape, wrapped
@@ -221,7 +221,7 @@ class _Local(threading.local):
 def shape_of(batch: Batch, lengths: list[int]) -> Hashable:
     """What a program depends on besides its key: sizes, and kernels that are chosen by the batch."""
     kv_type = batch.caches[0].kv_type if batch.caches else None
-    sizes = batch.n_rows, batch.n_seq, batch.n_out, rows_of(max(lengths))
+    sizes = batch.n_rows, batch.n_seq, batch.n_out, tokens_of(max(lengths))
     return sizes, kv_type, batch.scales is None
 
 
