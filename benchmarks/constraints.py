@@ -1,16 +1,18 @@
-"""Answers held to schemas: is each valid, do they end, and what does holding them cost?
+"""Answers held to schemas: is each valid, does it end by itself or at the limit, and what does holding it cost?
 
     python benchmarks/constraints.py SmolLM2-135M-Instruct.Q4_1.gguf --suite jsonschema-4.26.0/json/tests
 
 The schemas are those that people send, of tests/engine/schemas.py, and those of the JSON Schema test suite that
-can be held, newest draft first (PyPI's source of jsonschema has it). Each is asked for in a chat: once as the
-model would have it, and once drawn evenly from the tokens that are allowed, as random weights would.
+can be held, newest draft first (PyPI's source of jsonschema has it). Each is shown in a chat. The answer is as
+the model would have it, without and with a penalty for repeating itself, and drawn evenly from the tokens that
+are allowed, as random weights would.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -38,9 +40,10 @@ DRAFTS = {
     "draft6": jsonschema.Draft6Validator,
     "draft4": jsonschema.Draft4Validator,
 }
-ASK = "Invent an example of what is asked for, in JSON. Be brief."
+ASK = "Invent a short example of this JSON schema:"
 HOW: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
+    "greedy, penalised": {"temperature": 0, "repeat_penalty": 1.2, "repeat_last_n": 256},
     "drawn evenly": {"temperature": 1000, "top_k": 0, "top_p": 1, "seed": 1},
 }
 
@@ -76,48 +79,74 @@ def held(m: tinyllm.Model, folder: Path, most: int) -> tuple[list[Any], Counter[
 
 
 def answers(m: tinyllm.Model, schemas: list[Any], tokens: int, how: str) -> dict[str, Any]:
-    """Ask for all at once, and look at each answer."""
-    wrong, unended, errors = [], [], []
-    seconds, begun = 0.0, time.perf_counter()
+    """Ask for all at once, and look at each answer; those to people's schemas are counted apart."""
+    counts = {whose: Counter[str]() for whose in ("people's", "the suite's")}
+    wrong, cut, errors = [], [], []
+    begun = time.perf_counter()
     with tinyllm.Engine(m, max_texts=16) as engine:
-        messages = [{"role": "user", "content": ASK}]
-        try:
-            m.turn(messages)
-        except tinyllm.errors.TemplateError:
-            messages = ASK
         asked = [
-            engine.submit(messages, tokens, json_schema=schema, **HOW[how])
+            engine.submit(ask_for(m, schema), tokens, json_schema=schema, **HOW[how])
             for _, schema, _ in schemas
         ]
         for (name, schema, kind), request in zip(schemas, asked, strict=True):
+            count = counts["people's" if name in HELD else "the suite's"]
             try:
                 done = request.result()
             except ArgumentError as e:
                 errors.append(f"{name}: {e}")
+                count["errors"] += 1
                 continue
-            if done.finish_reason != "stop":
-                unended.append(name)
-            elif why := wrong_with(done.text, schema, kind):
+            why = wrong_with(done.text, schema, kind)
+            if done.finish_reason == "stop":
+                count["ended by themselves"] += 1
+            elif why and not is_json(done.text):
+                count["cut"] += 1
+                cut.append(name)
+                continue
+            else:
+                count["ended whole at the limit"] += 1
+            if why:
                 wrong.append(f"{name}: {done.text!r:.200}: {why}")
     seconds = time.perf_counter() - begun
-    ended = len(schemas) - len(unended) - len(errors)
-    return {"how": how, "schemas": len(schemas), "ended": ended, "of which wrong": wrong,
-            "went on": unended, "errors": errors, "seconds": seconds}  # fmt: skip
+    return {"how": how, **counts, "of which wrong": wrong, "were cut": cut, "errors": errors,
+            "seconds": seconds}  # fmt: skip
+
+
+def ask_for(m: tinyllm.Model, schema: Any) -> Any:
+    """What is asked, as a chat where the model knows chats."""
+    question = f"{ASK}\n{json.dumps(schema)}"
+    messages = [{"role": "user", "content": question}]
+    try:
+        m.turn(messages)
+    except tinyllm.errors.TemplateError:
+        return question
+    return messages
+
+
+def is_json(text: str) -> bool:
+    """Whether a text was not cut."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def wrong_with(text: str, schema: Any, kind: Any) -> str:
-    """What is wrong with an answer; nothing where it is valid."""
+    """What is wrong with an answer; nothing where it is valid, or has a pattern that Python cannot read."""
     try:
         kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(text))
     except (ValueError, jsonschema.ValidationError) as e:
         return str(e).split("\n")[0]
+    except re.error:
+        return ""
     return ""
 
 
 def overhead(m: tinyllm.Model, tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of a token, free and held, in turn; and those that holding it took by the clock."""
     spent = [0.0]
-    parts = ("allowed", "forced", "take")
+    parts = ("allowed", "forced", "take", "in_time")
     plain = {name: getattr(Constraint, name) for name in parts}
 
     def timed(name: str) -> Any:
@@ -135,6 +164,10 @@ def overhead(m: tinyllm.Model, tokens: int, rounds: int) -> dict[str, Any]:
         "an expression": {"regex": "[a-z ]{1000}"},
         "a list of objects": {
             "json_schema": {"type": "array", "minItems": 99, "items": HELD["verdict"]}
+        },
+        "a list that may end": {
+            "json_schema": {"type": "array", "items": HELD["verdict"]},
+            "logit_bias": dict.fromkeys(m.tokenizer.eog, -1000.0),
         },
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}

@@ -324,6 +324,7 @@ class Model(Chatting, Studied):
         grammar: str | None = None,
         speculate: Literal["lookup"] | Model | None = None,
         lora: Mapping[str, float] | None = None,
+        whole: bool = True,
     ) -> Completion | list[Completion] | Pieces:
         """Continue a prompt.
 
@@ -371,6 +372,10 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
         lora : mapping of str to float, optional
             The scale of each adapter of ``adapters``, by name; those not named are off. Default: as the model
             was loaded. A ``state`` has its own, from ``new_state``.
+        whole : bool
+            Bring a text that is held to a schema, an expression or a grammar to its end before ``max_tokens``
+            or the context cuts it: near there, only tokens are taken that leave room for an ending. The
+            ``finish_reason`` is "length" or "context" all the same. False lets it be cut.
 
         Returns
         -------
@@ -401,6 +406,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             "grammar": grammar,
             "speculate": speculate,
             "lora": lora,
+            "whole": whole,
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,

@@ -63,6 +63,7 @@ class GenerateOptions(TypedDict, total=False):
     grammar: str | None
     speculate: Literal["lookup"] | Model | None
     lora: Mapping[str, float] | None
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Options:
     grammar: Grammar | None = None
     drafting: Drafting | None = None  # how tokens are guessed ahead
     scales: Scales | None = None  # for the model's adapters; None: as it was loaded
+    whole: bool = True  # where there is a grammar: is the text to keep to it when its tokens end?
 
     @property
     def reads_all(self) -> bool:
@@ -111,6 +113,8 @@ class Options:
         if self.overflow not in get_args(Overflow):
             expected = ", ".join(map(repr, get_args(Overflow)))
             raise ArgumentError(f"overflow={self.overflow!r:.40}; expected one of {expected}")
+        if not isinstance(self.whole, bool):
+            raise ArgumentError(f"whole={self.whole!r:.40}; expected True or False")
         n = self.logprobs
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
             raise ArgumentError(
@@ -127,6 +131,7 @@ def options_of(
     grammar: Grammar | None = None,
     drafting: Drafting | None = None,
     scales: Scales | None = None,
+    whole: bool = True,
     **sampling: Any,
 ) -> Options:
     """The options of a call; ``sampling`` are those of SamplingParams."""
@@ -134,7 +139,7 @@ def options_of(
         raise ArgumentError(f"{unknown[0]}={sampling[unknown[0]]!r:.40}: there is no such option")
     params, limit = SamplingParams(**sampling), check_max_tokens(max_tokens)
     return Options(
-        params, limit, strings(stop), logprobs, echo, overflow, grammar, drafting, scales
+        params, limit, strings(stop), logprobs, echo, overflow, grammar, drafting, scales, whole
     )
 
 
@@ -212,7 +217,7 @@ class Job:
     def accept(self, token: Token) -> None:
         """Take one token, as the decode loop chooses it."""
         self.tokens.append(token)
-        piece = "" if self.run.finish_reason == "stop" else self.text.push(token.id)
+        piece = "" if token.id in self.run.eog else self.text.push(token.id)
         if self.text.stopped is not None:
             self.run.finish_reason = "stop"
         if self.done:
@@ -267,7 +272,7 @@ def begin(
     sampler = Sampler(o.params, net.n_vocab, net.be.top_k)
     run = Run(
         state, sampler, limit, tokenizer.eog, o.overflow, keep, o.logprobs,
-        o.echo and o.logprobs is not None, constraint,
+        o.echo and o.logprobs is not None, constraint, o.whole,
         finish_reason="length" if limit == 0 else None,
         drafter=None if o.drafting is None else o.drafting.begin(),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """What a text must be: a JSON schema, a regular expression or a grammar, kept to token by token.
 
 llguidance (the extra ``[json]``) parses what was written and says which tokens may follow, as one bit each.
-Where only one text can follow, it gives that text's tokens: they join the sequence without a choice.
+Where only one text can follow, it gives that text's tokens: they join the sequence without a choice. As the
+tokens that may come grow few, only those are chosen behind which the text can still end in time.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import re
 import sys
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, UnsupportedModel
+from .ending import Endings
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -33,6 +36,16 @@ _KEYWORDS = {  # which keyword a message speaks of that does not name it
     "Invalid type": "type",
     "Unknown format": "format",
 }
+UNSURE = 32  # tokens before those of a known ending, from where on no way is taken without one
+WATCHED = 512  # tokens before the last that may come: from there on each leaves room for an ending
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's tokens as llguidance has them, and how texts of them end."""
+
+    tokens: LLTokenizer
+    endings: Endings
 
 
 class Grammar:
@@ -60,10 +73,11 @@ class Grammar:
         from llguidance import LLMatcher
 
         self._vocabulary, self._name = _vocabulary_of(tokenizer, n_vocab), name
-        wrong, messages = LLMatcher.validate_grammar_with_warnings(source, self._vocabulary)
+        tokens = self._vocabulary.tokens
+        wrong, messages = LLMatcher.validate_grammar_with_warnings(source, tokens)
         if wrong:
             raise ArgumentError(f"{name}: {_explained(messages[0])}")
-        self._matcher = LLMatcher(self._vocabulary, source, log_level=0)
+        self._matcher = LLMatcher(tokens, source, log_level=0)
 
     def begin(self) -> Constraint:
         """The constraint of a text of which nothing is written yet."""
@@ -73,9 +87,14 @@ class Grammar:
 class Constraint:
     """Where one text stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, name: str) -> None:
-        self._matcher, self._name = matcher, name
-        self._n_vocab, self._end = vocabulary.vocab_size, vocabulary.eos_token
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, name: str) -> None:
+        self._matcher, self._name, self._endings = matcher, name, vocabulary.endings
+        self._n_vocab, self._end = vocabulary.tokens.vocab_size, vocabulary.tokens.eos_token
+        self._ending: list[int] | None = None  # tokens that would make the text whole, if known
+        self._behind: tuple[int, list[int] | None] | None = (
+            None  # a token, and the ending behind it
+        )
+        self._sought_at = sys.maxsize  # an ending is sought once no more tokens than these may come
         self._bits = np.zeros(-(-self._n_vocab // 32), np.int32)
         self._forced: list[int] | None = None  # None: not asked for at this place yet
 
@@ -101,6 +120,55 @@ class Constraint:
         if self._forced:
             self._forced.pop()
         self._forced = self._forced or None
+        known, behind = self._ending, self._behind
+        self._behind = None
+        if behind is not None and behind[0] == chosen:
+            self._ending = behind[1]
+        elif known:
+            here = known[0] == chosen
+            self._ending = known[1:] if here else known if self._ends(known) else None
+
+    def in_time(self, chosen: int, n_left: int) -> int:
+        """The token, where the text can still end behind it; else one on the way to its end.
+
+        ``n_left`` tokens may come, this one among them; a token that ends the text is not counted. Where no
+        ending is known, or none is short enough, any token is taken.
+        """
+        if n_left > self._sought_at:
+            return chosen
+        known, behind = self._ending, self._ending_behind(chosen, n_left - 1)
+        if behind is None or len(behind) >= n_left:
+            if known is None:
+                known = self._ending = self.ending(n_left)
+            if known is not None and len(known) <= n_left:
+                if behind is not None or n_left <= 2 * len(known) + UNSURE:
+                    return known[0] if known else self._end
+            # what needs more than is left now will later, too; another way may be found a little on
+            later = n_left - 1 - n_left // 4 if known is None else n_left // 2
+            behind, self._sought_at = None, later
+        elif n_left > (watched := max(WATCHED, 2 * len(behind))):
+            behind, self._sought_at = None, watched
+        self._behind = chosen, behind
+        return chosen
+
+    def ending(self, most: int) -> list[int] | None:
+        """Tokens that make the text whole; more than ``most`` where it takes too many, None if unknown."""
+        return self._endings.find(self._matcher, most)
+
+    def _ending_behind(self, chosen: int, most: int) -> list[int] | None:
+        """An ending behind a token: the rest of the known one, that one, or another."""
+        known = self._ending
+        if known and known[0] == chosen:
+            return known[1:]
+        if known is not None and len(known) <= most and self._ends([chosen, *known]):
+            return known
+        place = self._matcher.deep_copy()
+        place.consume_token(chosen)
+        return self._endings.find(place, most)
+
+    def _ends(self, ids: list[int]) -> bool:
+        """Whether these tokens make the text whole."""
+        return self._matcher.validate_tokens([*ids, self._end]) > len(ids)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -223,13 +291,13 @@ def _word(tokenizer: Tokenizer, i: int) -> bytes:
     return tokenizer.token_bytes(i)
 
 
-_vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[int, LLTokenizer]] = (
+_vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[int, Vocabulary]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _vocabulary_of(tokenizer: Tokenizer, n_vocab: int) -> LLTokenizer:
-    """The vocabulary as llguidance has it, made once: at 128,000 tokens it takes half a second."""
+def _vocabulary_of(tokenizer: Tokenizer, n_vocab: int) -> Vocabulary:
+    """The vocabulary as llguidance has it, made once: at 128,000 tokens it takes a second."""
     from llguidance import LLTokenizer
 
     made = _vocabularies.setdefault(tokenizer, {})
@@ -240,5 +308,6 @@ def _vocabulary_of(tokenizer: Tokenizer, n_vocab: int) -> LLTokenizer:
             raise UnsupportedModel("the vocabulary has no token that ends a text")
         words: Any = _Words(tokenizer)
         words.eos_token_id = ends[0]
-        made[n_vocab] = LLTokenizer(words, n_vocab=n_vocab, eos_token=ends)
+        endings = Endings(words.tokens, words.special_token_ids, tokenizer.eog, n_vocab)
+        made[n_vocab] = Vocabulary(LLTokenizer(words, n_vocab=n_vocab, eos_token=ends), endings)
     return made[n_vocab]

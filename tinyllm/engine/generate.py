@@ -83,9 +83,13 @@ class Run:
     logprobs: int | None = None  # how many alternatives to report with each token
     prompt_logprobs: bool = False
     constraint: Constraint | None = None  # what the text must be
+    whole: bool = False  # is such a text to end before its tokens do?
     prompt: list[Token] = field(default_factory=list)  # filled when prompt_logprobs
     n_generated: int = 0
     finish_reason: FinishReason | None = None  # None while the run goes on; the caller may set it
+    hurried: FinishReason | None = (
+        None  # why another token was taken than was chosen, to end in time
+    )
     reading: bool = True  # no step has chosen a token yet
     timings: Timings = field(default_factory=Timings)
     accept: Callable[[Token], object] = ignore  # told each token once it is chosen; may end the run
@@ -118,6 +122,13 @@ class Run:
     def reads(self) -> bool:
         """Whether the next step reads a prompt; else it writes the text."""
         return self.reading or self.n_pending > 1
+
+    @property
+    def limit(self) -> tuple[int, FinishReason]:
+        """How many tokens may still come, and what ends the text then."""
+        n = self.max_tokens - self.n_generated
+        room = self.state.n_ctx + 1 - len(self.state.ids)  # the last is not computed
+        return (n, "length") if n <= room or self.overflow == "shift" else (room, "context")
 
     @property
     def needs_all(self) -> bool:
@@ -390,7 +401,14 @@ def pick(run: Run, logits: np.ndarray) -> int:
     only = run.constraint.forced()
     if only is not None:
         return only
-    return run.sampler.choose(scratch, run.state.ids, run.constraint.allowed())
+    chosen = run.sampler.choose(scratch, run.state.ids, run.constraint.allowed())
+    if not run.whole or chosen in run.eog:
+        return chosen
+    n_left, reason = run.limit
+    taken = run.constraint.in_time(chosen, n_left)
+    if taken != chosen:
+        run.hurried = reason
+    return taken
 
 
 def choose_best(run: Run, best: Best) -> Token:
@@ -409,7 +427,7 @@ def join(run: Run, chosen: int) -> None:
     run.n_generated += 1
     run.timings.n_generated += 1
     if chosen in run.eog:
-        run.finish_reason = "stop"
+        run.finish_reason = run.hurried or "stop"
     else:
         run.state.ids.append(chosen)
         if run.constraint is not None:

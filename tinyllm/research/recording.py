@@ -172,7 +172,7 @@ class Recording:
         """``Model.generate`` for one prompt, whose outcome is recorded.
 
         Options are those that a file can hold: sampling, ``max_tokens``, ``stop``, ``json_schema``, ``regex``,
-        ``grammar`` and ``lora``. Without a ``seed`` one is drawn and recorded.
+        ``grammar``, ``whole`` and ``lora``. Without a ``seed`` one is drawn and recorded.
         """
         return self._run(self._need().prompt_ids(prompt), options)
 

@@ -16,7 +16,7 @@ from ..sampling import SamplingParams
 FORM = 1  # the version of a recording's JSON
 PARTS = ("model", "code", "settings", "hardware", "beside")
 SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processor")
-OPTIONS = (*SAMPLING, "max_tokens", "stop", "json_schema", "regex", "grammar", "lora")
+OPTIONS = (*SAMPLING, "max_tokens", "stop", "json_schema", "regex", "grammar", "lora", "whole")
 LARGEST = 1 << 1000  # a whole number that a float can stand for, with room to spare
 
 
@@ -130,6 +130,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     need(isinstance(stop, str) or is_words(stop), "words for stop")
     for name in ("regex", "grammar"):
         need(isinstance(options.get(name, ""), str), f"a word for {name}")
+    need(isinstance(options.get("whole", True), bool), "true or false for whole")
     lora = options.get("lora", {})
     need(isinstance(lora, Mapping) and all(map(is_number, lora.values())), "numbers for lora")
 
