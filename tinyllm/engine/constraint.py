@@ -138,14 +138,13 @@ class Constraint:
             return chosen
         known, behind = self._ending, self._ending_behind(chosen, n_left - 1)
         if behind is None or len(behind) >= n_left:
-            if known is None:
+            # where none was found behind this token, none was here before, but perhaps at the beginning
+            if known is None and (behind is not None or self._sought_at == sys.maxsize):
                 known = self._ending = self.ending(n_left)
             if known is not None and len(known) <= n_left:
                 if behind is not None or n_left <= 2 * len(known) + UNSURE:
                     return known[0] if known else self._end
-            # what needs more than is left now will later, too; another way may be found a little on
-            later = n_left - 1 - n_left // 4 if known is None else n_left // 2
-            behind, self._sought_at = None, later
+            behind, self._sought_at = None, n_left // 2
         elif n_left > (watched := max(WATCHED, 2 * len(behind))):
             behind, self._sought_at = None, watched
         self._behind = chosen, behind

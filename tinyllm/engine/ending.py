@@ -67,10 +67,11 @@ class Endings:
 
         More than ``most`` where it takes too many: they are not all then. None where no end is found.
         """
-        path, lost = self._straight(matcher.deep_copy(), [], most, MOST_FILLED)
+        n_filled = min(most, MOST_FILLED)
+        path, lost = self._straight(matcher.deep_copy(), [], most, n_filled)
         if not lost:
             return path
-        return None if most > FAR else self._around(matcher, path, most)
+        return self._around(matcher, path, most) if 0 < most <= FAR else None
 
     def _straight(
         self, place: LLMatcher, path: list[int], most: int, n_filled: int
@@ -79,23 +80,25 @@ class Endings:
 
         The second value is whether it got lost: it could only fill a string that nothing closes.
         """
-        path, n_chosen, n_left, was_inside = list(path), 0, n_filled, False
+        path, n_chosen, n_left, n_same, was_inside = list(path), 0, n_filled, 0, False
         while not place.is_accepting():
             if place.is_error():
                 return path, True
             forced = place.compute_ff_tokens()
             if forced:
-                was_inside = False
+                n_same, was_inside = 0, False
             else:
                 allowed = self._allowed(place)
-                inside = np.count_nonzero(allowed) > self._n_vocab // MANY
+                inside = bool(np.count_nonzero(allowed) > self._n_vocab // MANY)
                 token, fills = self._best(allowed, inside)
-                n_left -= fills or (inside and was_inside)  # what was to close has not
+                fills = fills or (inside and was_inside)  # what was to close has not
+                forced = [token] * (1 + n_same // 4 * fills)  # a long string in few masks
+                n_same = n_same + len(forced) if fills else 0
+                n_left -= len(forced) * fills
                 if n_left < 0:
                     return path, True
-                n_chosen, was_inside, forced = n_chosen + 1, inside, [token]
-            place.consume_tokens(forced)
-            path += forced
+                n_chosen, was_inside = n_chosen + len(forced), inside
+            path += forced[: place.try_consume_tokens(forced)]
             if len(path) > most and 2 * (n_filled - n_left) <= n_chosen:
                 break
         return path, False
@@ -113,6 +116,8 @@ class Endings:
             for token in self._others(start):
                 place = start.deep_copy()
                 place.consume_token(token)
+                if all(place.validate_tokens([again]) for again in (token, *straight[-1:])):
+                    continue  # the string goes on
                 forced = place.compute_ff_tokens()
                 place.consume_tokens(forced)
                 tried = [*path, token, *forced]
@@ -127,7 +132,9 @@ class Endings:
                 found, lost = self._straight(place.deep_copy(), tried, most, MOST_FILLED_AROUND)
                 if not lost and len(found) <= most:
                     return found
-                ways.append((place, tried))
+                place_behind = matcher.deep_copy()
+                place_behind.consume_tokens(found)
+                ways += (place, tried), (place_behind, found)
         return None
 
     def _allowed(self, place: LLMatcher) -> NDArray[np.bool_]:
@@ -147,12 +154,12 @@ class Endings:
         return int(allowed.argmax()), True
 
     def _others(self, place: LLMatcher) -> list[int]:
-        """A token for each byte that may come next, those that close first."""
+        """A token for each byte that may come next, those that may close something first."""
         allowed = self._allowed(place)
         ids = np.concatenate([ids[allowed[ids]] for kinds in self._between for ids in kinds])
         _, at = np.unique(self._first[ids], return_index=True)
         found: list[int] = ids[np.sort(at)].tolist()
-        return found
+        return sorted(found, key=lambda i: chr(self._first[i]).isalnum())  # words lead on, marks away
 
 
 def _kind(word: bytes) -> tuple[str, int, int, int]:
