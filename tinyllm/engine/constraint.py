@@ -144,7 +144,7 @@ class Constraint:
             if known is not None and len(known) <= n_left:
                 if behind is not None or n_left <= 2 * len(known) + UNSURE:
                     return known[0] if known else self._end
-            behind, self._sought_at = None, n_left // 2
+            behind, self._sought_at = None, n_left // 4
         elif n_left > (watched := max(WATCHED, 2 * len(behind))):
             behind, self._sought_at = None, watched
         self._behind = chosen, behind

@@ -92,7 +92,7 @@ class Endings:
                 inside = bool(np.count_nonzero(allowed) > self._n_vocab // MANY)
                 token, fills = self._best(allowed, inside)
                 fills = fills or (inside and was_inside)  # what was to close has not
-                forced = [token] * (1 + n_same // 4 * fills)  # a long string in few masks
+                forced = [token] * (1 + n_same // 2 * fills)  # a long string in few masks
                 n_same = n_same + len(forced) if fills else 0
                 n_left -= len(forced) * fills
                 if n_left < 0:
@@ -159,7 +159,9 @@ class Endings:
         ids = np.concatenate([ids[allowed[ids]] for kinds in self._between for ids in kinds])
         _, at = np.unique(self._first[ids], return_index=True)
         found: list[int] = ids[np.sort(at)].tolist()
-        return sorted(found, key=lambda i: chr(self._first[i]).isalnum())  # words lead on, marks away
+        return sorted(
+            found, key=lambda i: chr(self._first[i]).isalnum()
+        )  # words lead on, marks away
 
 
 def _kind(word: bytes) -> tuple[str, int, int, int]:
