@@ -45,35 +45,35 @@ quantise = quantise_second = quantise_third = GIVEN
 multiply_8 = multiply_4 = multiply_2 = GIVEN
 start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
-QUANTISED = 512  # columns of a piece
+QUANTISED = 256  # columns of a piece
+CLAIMED = 8  # such columns of a row that a thread takes at once: less is not worth another thread
 PAST = 1 << 20  # outputs that had better not pass through the caches
 AT_ONCE = (2, 4, 8)  # tokens multiplied together
 SMALL = 1 << 18  # bytes of a matrix for which reading is not worth timing
 TRIED = 2048  # columns of the rows that are read to time it
 
 
-def quantise_rows(x, out, n_rows, n, slots, used, span, first, last, worker):
-    """x [T, n] -> records of S tokens, of which ``used`` are filled; a piece is QUANTISED columns."""
+def quantise_rows(x, out, n_rows, n, slots, span, first, last, worker):
+    """x [T, n] -> records of S tokens, whose spare slots keep what was there; a piece is QUANTISED columns."""
     pieces = (n + QUANTISED - 1) // QUANTISED
     for piece in range(first, last):
-        tile, begin = piece // pieces, piece % pieces * QUANTISED
+        row0, begin = piece // pieces * slots, piece % pieces * QUANTISED
         for column in range(begin, min(begin + QUANTISED, n), span):
-            record = out + (tile * n + column) * slots * 2
-            for slot in range(used):
-                row = min(tile * slots + slot, n_rows - 1)  # spare slots repeat the last row
-                quantise(x + 4 * (row * n + column), record, slot)
+            record = out + (row0 * n + column * slots) * 2
+            for slot in range(min(slots, n_rows - row0)):
+                quantise(x + 4 * ((row0 + slot) * n + column), record, slot)
 
 
-def split_rows(x, out, n_rows, n, slots, used, span, first, last, worker):
+def split_rows(x, out, n_rows, n, slots, span, first, last, worker):
     """x [T, n] -> records of S rows as of ``quantise_rows``, each row of x being its three digits."""
     pieces = (n + QUANTISED - 1) // QUANTISED
     for piece in range(first, last):
-        tile, begin = piece // pieces, piece % pieces * QUANTISED
-        for slot in range(used):
-            row = min(tile * slots + slot, n_rows - 1)
-            source, digit = x + 4 * (row // 3) * n, row % 3
+        row0, begin = piece // pieces * slots, piece % pieces * QUANTISED
+        for slot in range(min(slots, n_rows - row0)):
+            row, digit = (row0 + slot) // 3, (row0 + slot) % 3
+            source = x + 4 * row * n
             for column in range(begin, min(begin + QUANTISED, n), span):
-                record = out + (tile * n + column) * slots * 2
+                record = out + (row0 * n + column * slots) * 2
                 if digit == 0:
                     quantise(source + 4 * column, record, slot)
                 elif digit == 1:
@@ -309,10 +309,9 @@ def _quantiser(
     n_rows = n_tokens * digits
     slots = digits if single or n_tokens == 1 else micro.SLOTS
     tiles = -(-n_rows // slots)
-    used = min(slots, AT_ONCE[-1]) if n_rows <= AT_ONCE[-1] else slots
     pieces = -(-n // QUANTISED)
-    claimed = pieces if slots == digits else 1
-    sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "used": used, "span": span}
+    claimed = max(1, CLAIMED // min(slots, n_rows))
+    sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "span": span}
     names = ("quantise", "quantise_second", "quantise_third")[:digits]
     made = {name: micro.quantiser(slots, span, i) for i, name in enumerate(names)}
     kernel = jit.kernel(
