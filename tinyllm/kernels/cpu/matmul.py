@@ -42,13 +42,13 @@ from .weights import CPUWeight
 
 multiply = multiply_tokens = unpack = unpack_minima = add_minima = GIVEN
 quantise = quantise_second = quantise_third = GIVEN
-multiply_8 = multiply_4 = multiply_2 = GIVEN
+multiply_8 = multiply_6 = multiply_4 = multiply_2 = GIVEN
 start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
 QUANTISED = 256  # columns of a piece
 CLAIMED = 8  # such columns of a row that a thread takes at once: less is not worth another thread
 PAST = 1 << 20  # outputs that had better not pass through the caches
-AT_ONCE = (2, 4, 8)  # tokens multiplied together
+AT_ONCE = (2, 4, 6, 8)  # tokens multiplied together
 SMALL = 1 << 18  # bytes of a matrix for which reading is not worth timing
 TRIED = 2048  # columns of the rows that are read to time it
 
@@ -101,9 +101,12 @@ def matmul_few(
         source, row, asks = w + tile * tile_bytes, 0, ahead
         while row < n_rows:
             records, slot, to = x + row // 16 * x_bytes, row % 16, sums + 64 * row
-            if n_rows - row > 4:
+            if n_rows - row > 6:
                 multiply_8(source, records, slot, n_blocks, to, asks)
                 row += 8
+            elif n_rows - row > 4:
+                multiply_6(source, records, slot, n_blocks, to, asks)
+                row += 6
             elif n_rows - row > 2:
                 multiply_4(source, records, slot, n_blocks, to, asks)
                 row += 4
