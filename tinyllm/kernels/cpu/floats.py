@@ -3,8 +3,9 @@
 A tile is 16 rows, column after column. For each output the products are added one by
 one in ascending order of columns, whatever the number of tokens, so the bits do not depend on it.
 
-One token: straight from the tiles. More: some columns of a few tiles are widened to float32 side by side (a
-*panel*, which stays in the first-level cache) while all tokens pass them.
+One token: straight from the tiles. A few: likewise, some at a time, whose values of a column stand side by side
+(``spread_rows``). More: some columns of a few tiles are widened to float32 side by side (a *panel*, which stays
+in the first-level cache) while all tokens pass them.
 """
 
 from __future__ import annotations
@@ -17,18 +18,30 @@ from llvmlite import ir
 from .emit import F32, I32, I64, LANES, V16F, Emit, V, lanes
 from .jit import GIVEN
 from .readers import BYTES, Reader, widen
-from .simd import emitter, f32, f32x16, get_i32, i64, load, load_n, set_f32, store, store_n, types
+from .simd import (
+    emitter,
+    f32,
+    f32x16,
+    get_f32,
+    get_i32,
+    i64,
+    load,
+    load_n,
+    set_f32,
+    store,
+    store_n,
+    types,
+)
 
 TOKENS = 6  # multiplied at once: 6 x 64 accumulators just fit 32 registers of 16 lanes
 GROUP = 4  # tiles multiplied at once
 COLUMNS = 96  # columns that pass all tokens at once
-FEW = 16  # tokens that are multiplied straight from the tiles
-FEW_AT_ONCE = (4, 6)  # tokens multiplied in one pass
-FEW_COLUMNS = 256  # columns whose weights wait in a cache for the other tokens
+FEW_COLUMNS = 256  # columns whose weights wait in a cache for the other tokens, when these are few
 LINE = 16  # columns of a cache line of float32
 PANEL_ROW = 4 * GROUP * LANES  # bytes
 TOKEN_BLOCK = 86 * TOKENS  # tokens whose sums wait while the columns pass
 UNROLLED = 4  # columns of one round
+SPREAD = 256  # columns of a piece of ``spread_rows``
 
 
 def accumulate(
@@ -200,35 +213,70 @@ def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins):
             e.store(v, sums, place)
 
 
+def few() -> int:
+    """How many tokens are multiplied straight from the tiles: fewer than widening these pays for."""
+    return 48 if lanes() == LANES else 16
+
+
+def few_at_once(n_tokens: int) -> int:
+    """How many of a few tokens are multiplied in a pass, as registers hold sums; a pass costs two more."""
+    choices = (4, 6, 8, 12) if lanes() == LANES else (4, 6)
+    return min(choices, key=lambda n: (-(-n_tokens // n) * (n + 2), -n))
+
+
+def slots_of(at_once: int) -> int:
+    """Places for the tokens of a pass, side by side: a power of two."""
+    return 1 << (at_once - 1).bit_length()
+
+
+@lru_cache
+def spreader(slots: int) -> Callable:
+    """Make spread(x, row_bytes, n_rows, out): 16 columns of x to out [16][slots]; the last row repeats."""
+
+    @emitter(types.void, i64, i64, i64, i64)
+    def spread(e, x, row_bytes, n_rows, out):
+        """Write 16 columns of some rows of x, column by column."""
+        x, out, half = e.ptr(x), e.ptr(out), slots // 2
+        rows = [e.b.mul(at_most(e, t, n_rows), row_bytes) for t in range(slots)]
+        v = [e.load(e.at(x, row), V16F) for row in rows]
+        for _ in range(slots.bit_length() - 1):  # rows that are half of all apart, by turns
+            v = [both for i in range(half) for both in e.interleave(v[i], v[i + half])]
+        for i, some in enumerate(v):
+            e.store(some, out, 64 * i)
+
+    return spread
+
+
 @lru_cache
 def few_multiplier(reader: Reader, n_tokens: int) -> Callable:
-    """Make multiply(w, tile_bytes, n_tiles, n_blocks, x, row_bytes, n_rows, sums, begins, ahead).
+    """Make multiply(w, tile_bytes, n_tiles, n_blocks, x, sums, begins, ahead).
 
-    sums [n_tokens][PANEL_ROW] += some blocks of up to GROUP tiles, which stand tile_bytes apart, times those
-    of n_rows rows of x. Tiles and rows that are missing repeat the last one. The sums are zero at first if
-    ``begins`` is 0. ``ahead``: as in ``micro.multiplier``.
+    sums [n_tokens][PANEL_ROW] += some blocks of up to GROUP tiles, which stand tile_bytes apart, times
+    x [columns][slots]. Tiles that are missing repeat the last one. The sums are zero at first if ``begins``
+    is 0. ``ahead``: as in ``micro.multiplier``.
     """
-    n = lanes()
-    at_once = GROUP if n == LANES else 2  # smaller registers come in sixteens
+    n, slots = lanes(), slots_of(n_tokens)
+    at_once = GROUP if n == LANES and n_tokens <= TOKENS else 2  # 24 sums, or 12 of small registers
     cells = [(r, first) for first in range(0, LANES, n) for r in range(GROUP)]
 
-    @emitter(types.void, *[i64] * 10)
-    def multiply(e, w, tile_bytes, n_tiles, n_blocks, x, row_bytes, n_rows, sums, begins, ahead):
-        """Add the products of some blocks of tiles and rows of x to the sums."""
+    @emitter(types.void, *[i64] * 8)
+    def multiply(e, w, tile_bytes, n_tiles, n_blocks, x, sums, begins, ahead):
+        """Add the products of some blocks of tiles and columns of x to the sums."""
         b, fresh = e.b, e.b.icmp_signed("==", begins, I64(0))
         w, x, sums = e.ptr(w), e.ptr(x), e.ptr(sums)
         tiles = [e.at(w, b.mul(at_most(e, r, n_tiles), tile_bytes)) for r in range(GROUP)]
-        tokens = [e.at(x, b.mul(at_most(e, t, n_rows), row_bytes)) for t in range(n_tokens)]
         for i in range(0, len(cells), at_once):
             some = cells[i : i + at_once]
             asks = ahead if i < GROUP else I64(0)  # later the lines are the same
 
             def blocks(i, n_blocks, acc, ahead=None, some=some):
-                at, xi = b.mul(i, I64(reader.tile_bytes)), b.mul(i, I64(4))
+                at = b.mul(i, I64(reader.tile_bytes))
+                xi = e.alone(e.at(x, b.mul(i, I64(4 * slots))))
                 heads = [(e.at(tiles[r], at), I64(first)) for r, first in some]
                 for c, ws in enumerate(columns(e, reader, heads, n, n_blocks, ahead)):
                     e.in_order()  # registers do not hold the values of several columns at once
-                    values = [e.broadcast(e.at(token, xi), F32, n, 4 * c) for token in tokens]
+                    places = [4 * (slots * c + t) for t in range(n_tokens)]
+                    values = [e.broadcast(xi, F32, n, place) for place in places]
                     both = [(v, value) for value in values for v in ws]
                     acc = [e.fma(v, value, a) for a, (v, value) in zip(acc, both, strict=True)]
                 return acc
@@ -295,7 +343,7 @@ def widener(kind: str) -> Callable:
 
 # ---- kernels; the micro-kernels that they name are given by ``jit.kernel``
 
-multiply = multiply_group = widen_tile = weight = store_row = GIVEN
+multiply = multiply_group = widen_tile = weight = store_row = spread = GIVEN
 
 
 def matvec_float(w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, first, last, worker):
@@ -312,13 +360,30 @@ def matvec_float(w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, first, last,
                 store(y + 64 * t, load(y + 64 * t) + load(bias + 64 * t))
 
 
+def spread_rows(x, out, n_rows, n, at_once, slots, first, last, worker):
+    """x [T, n] -> [T / at_once][n][slots]; spare slots hold anything. A piece is SPREAD columns of a pass."""
+    pieces = (n + SPREAD - 1) // SPREAD
+    for piece in range(first, last):
+        row, begin = piece // pieces * at_once, piece % pieces * SPREAD
+        source, to = x + 4 * row * n, out + 4 * (piece // pieces) * n * slots
+        stop = min(begin + SPREAD, n)
+        whole = begin + (stop - begin) // 16 * 16
+        for i in range(begin, whole, 16):
+            spread(source + 4 * i, 4 * n, n_rows - row, to + 4 * i * slots)
+        for i in range(whole, stop):
+            for slot in range(min(at_once, n_rows - row)):
+                set_f32(to + 4 * (i * slots + slot), get_f32(source + 4 * (slot * n + i)))
+
+
 def matmul_float_few(
-    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, at_once, scratch,
+    w, x, y, bias, tile_bytes, n_blocks, ahead, tiles, n_out, n_tokens, at_once, slots, scratch,
     scratch_bytes,
     first, last, worker,
 ):  # fmt: skip
-    """y [T, n_out] of up to FEW tokens straight from the tiles, ``at_once`` a pass; a piece is GROUP tiles."""
-    row_bytes = 4 * n_blocks
+    """y [T, n_out] of a few tokens straight from the tiles, ``at_once`` a pass; a piece is GROUP tiles.
+
+    x is as ``spread_rows`` leaves it.
+    """
     for piece in range(first, last):
         tile = piece * GROUP
         n_tiles, source = min(GROUP, tiles - tile), w + tile * tile_bytes
@@ -326,9 +391,8 @@ def matmul_float_few(
             n, sums = min(FEW_COLUMNS, n_blocks - begin), scratch + worker * scratch_bytes
             here, asks = source + begin * (tile_bytes // n_blocks), ahead
             for token in range(0, n_tokens, at_once):
-                rows = x + token * row_bytes + 4 * begin
-                n_rows = min(at_once, n_tokens - token)
-                multiply(here, tile_bytes, n_tiles, n, rows, row_bytes, n_rows, sums, begin, asks)
+                some = x + 4 * slots * (token // at_once * n_blocks + begin)
+                multiply(here, tile_bytes, n_tiles, n, some, sums, begin, asks)
                 sums += at_once * PANEL_ROW
                 asks = 0  # the columns are in a cache now
         width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0

@@ -26,6 +26,7 @@ from .floats import (
     matvec_float,
     multiplier,
     row_storer,
+    spread_rows,
     store_tiles,
     tile_widener,
     widener,
@@ -267,7 +268,7 @@ def few_rows(w: CPUWeight) -> int:
     if isinstance(w, bfloat.RoundedWeight):
         return 1
     if w.format is None:
-        return floats.FEW
+        return floats.few()
     many_registers = instruction_set() in ("avx512vnni", "neon")
     return w.format.group if many_registers and not has_amx() else AT_ONCE[-1]
 
@@ -288,11 +289,32 @@ def prepare(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
             made["bf16"] = bfloat.round_array(tape, x)
         return made["bf16"]
     if w.format is None:
-        return x
+        return spread_array(tape, x) if 1 < x.shape[0] <= few_rows(w) else x
     made, key = tape.made_of(x), ("records", w.format.span, w.digits)
     if key not in made:
         made[key] = quantise_array(tape, x, w)
     return made[key]
+
+
+def spread_array(tape: Tape, x: CPUArray) -> CPUArray:
+    """x column by column, as the kernel for a few tokens and float weights reads it."""
+    made = tape.made_of(x)
+    if "columns" not in made:
+        planned, shape = _spreader(*x.shape)
+        made["columns"] = tape.array(shape)
+        tape.put(planned, x=x, out=made["columns"])
+    return made["columns"]
+
+
+@lru_cache(4096)
+def _spreader(n_tokens: int, n: int) -> tuple[Planned, tuple[int, int, int]]:
+    """The instruction that spreads so many tokens, and the shape of what it makes."""
+    at_once = floats.few_at_once(n_tokens)
+    slots, passes = floats.slots_of(at_once), -(-n_tokens // at_once)
+    pieces = passes * -(-n // floats.SPREAD)
+    kernel = jit.kernel(spread_rows, f"spread_{slots}", spread=floats.spreader(slots))
+    sizes: dict[str, Any] = {"n_rows": n_tokens, "n": n, "at_once": at_once, "slots": slots}
+    return Planned(kernel, pieces, chunk(pieces), sizes), (passes, n, slots)
 
 
 def quantise_array(tape: Tape, x: CPUArray, w: CPUWeight, single: bool = False) -> CPUArray:
@@ -387,12 +409,12 @@ def _few_floats(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for up to ``few_rows`` and float weights; otherwise as ``_few_kernel``."""
-    at_once = min(floats.FEW_AT_ONCE, key=lambda n: (-(-n_tokens // n) * n, -n))
+    at_once = floats.few_at_once(n_tokens)
     rows = -(-n_tokens // at_once) * at_once
     assert w.reader
     scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
-    more |= {"at_once": at_once}
+    more |= {"at_once": at_once, "slots": floats.slots_of(at_once)}
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     more["ahead"] = way_of(w, at_once, n_workers).ahead
     return _float_few(w.reader, at_once, act), more, -(-w.n_tiles // GROUP)
@@ -435,7 +457,8 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
         else:
             pieces, args["tiles"] = -(-tiles // GROUP), tiles
             kernel = _float_matvec(reader) if n_tokens == 1 else _float_few(reader, n_tokens)
-            args |= {"at_once": n_tokens} if n_tokens > 1 else {}
+            if n_tokens > 1:
+                args |= {"at_once": n_tokens, "slots": floats.slots_of(n_tokens)}
         tape.add(kernel, pieces, chunk(pieces), **args)
 
     # LLVM has little to mix in a short block
