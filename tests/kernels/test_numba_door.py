@@ -192,8 +192,8 @@ def quantised(x: np.ndarray, span: int) -> np.ndarray:
     out = np.zeros((n // 32, micro.record_bytes(1)), np.uint8)
     quantise = {"quantise": micro.quantiser(1, span)}
     kernel = jit.kernel(matmul.quantise_rows, f"quantise_1_{span}", **quantise)
-    sizes = {"n_rows": 1, "n": n, "slots": 1, "span": span}
-    kernel(0, -(-n // matmul.QUANTISED), x=x.ctypes.data, out=out.ctypes.data, **sizes)
+    sizes = {"n_rows": 1, "n": n, "slots": 1, "span": span, "width": n}
+    kernel(0, 1, x=x.ctypes.data, out=out.ctypes.data, **sizes)
     return out
 
 

@@ -267,9 +267,9 @@ def _record_grouped(
     n_workers: int,
     args: dict[str, Any],
 ) -> None:
-    at_once = matmul.tiles_together(w, n_workers) if w.format else GROUP
     together = min(ROWS_AT_ONCE // w.digits, matmul.tokens_together(w.digits))
     most = min(groups.n_rows, together)
+    at_once = matmul.tiles_together(w, most, n_workers) if w.format else GROUP
     matvec, one_more, _ = matmul.matvec_kernel(w, n_workers)
     product, many_more, _ = matmul.matmul_kernel(tape, w, most, n_workers)
     one, many = _inner(w, matvec, one_more), _inner(w, product, many_more)

@@ -46,34 +46,36 @@ quantise = quantise_second = quantise_third = GIVEN
 multiply_8 = multiply_6 = multiply_4 = multiply_2 = GIVEN
 start = stop = GIVEN  # begin and end the use of a matrix unit, where there is one
 UNPACKED = (16, 8)  # tiles unpacked together; the fewer where threads would have too few pieces
-QUANTISED = 256  # columns of a piece
-CLAIMED = 8  # such columns of a row that a thread takes at once: less is not worth another thread
+SOME = 64  # rows for which a thread takes up two tiles and a block of each at once
+BLOCK = 8  # records of the longest blocks
+QUANTISED = (256, 512)  # columns of a piece, of some rows and of many
+CLAIMED = 2048  # columns of a row that a thread takes at once: less is not worth another thread
 PAST = 1 << 20  # outputs that had better not pass through the caches
 AT_ONCE = (2, 4, 6, 8)  # tokens multiplied together
 SMALL = 1 << 18  # bytes of a matrix for which reading is not worth timing
 TRIED = 2048  # columns of the rows that are read to time it
 
 
-def quantise_rows(x, out, n_rows, n, slots, span, first, last, worker):
-    """x [T, n] -> records of S tokens, whose spare slots keep what was there; a piece is QUANTISED columns."""
-    pieces = (n + QUANTISED - 1) // QUANTISED
+def quantise_rows(x, out, n_rows, n, slots, span, width, first, last, worker):
+    """x [T, n] -> records of S tokens, whose spare slots keep what was there; a piece is ``width`` columns."""
+    pieces = (n + width - 1) // width
     for piece in range(first, last):
-        row0, begin = piece // pieces * slots, piece % pieces * QUANTISED
-        for column in range(begin, min(begin + QUANTISED, n), span):
+        row0, begin = piece // pieces * slots, piece % pieces * width
+        for column in range(begin, min(begin + width, n), span):
             record = out + (row0 * n + column * slots) * 2
             for slot in range(min(slots, n_rows - row0)):
                 quantise(x + 4 * ((row0 + slot) * n + column), record, slot)
 
 
-def split_rows(x, out, n_rows, n, slots, span, first, last, worker):
+def split_rows(x, out, n_rows, n, slots, span, width, first, last, worker):
     """x [T, n] -> records of S rows as of ``quantise_rows``, each row of x being its three digits."""
-    pieces = (n + QUANTISED - 1) // QUANTISED
+    pieces = (n + width - 1) // width
     for piece in range(first, last):
-        row0, begin = piece // pieces * slots, piece % pieces * QUANTISED
+        row0, begin = piece // pieces * slots, piece % pieces * width
         for slot in range(min(slots, n_rows - row0)):
             row, digit = (row0 + slot) // 3, (row0 + slot) % 3
             source = x + 4 * row * n
-            for column in range(begin, min(begin + QUANTISED, n), span):
+            for column in range(begin, min(begin + width, n), span):
                 record = out + (row0 * n + column * slots) * 2
                 if digit == 0:
                     quantise(source + 4 * column, record, slot)
@@ -263,14 +265,15 @@ def few_rows(w: CPUWeight) -> int:
     """How many rows are multiplied straight from the tiles: fewer than unpacking pays for.
 
     A matrix unit multiplies 16 as fast as one, and 16 registers do not hold what a tile is taken apart to
-    beside 8 sums. Else unpacking pays the sooner, the more scales there are.
+    beside 8 sums. Else unpacking pays the sooner, the more it takes: least for nibbles and bytes.
     """
     if isinstance(w, bfloat.RoundedWeight):
         return 1
     if w.format is None:
         return floats.few()
-    many_registers = instruction_set() in ("avx512vnni", "neon")
-    return w.format.group if many_registers and not has_amx() else AT_ONCE[-1]
+    if has_amx() or instruction_set() not in ("avx512vnni", "neon"):
+        return AT_ONCE[-1]
+    return 32 if w.format.group == 32 and w.format.bits in (4, 8) else 16
 
 
 def operation(n_tokens: int) -> str:
@@ -334,9 +337,9 @@ def _quantiser(
     n_rows = n_tokens * digits
     slots = digits if single or n_tokens == 1 else micro.SLOTS
     tiles = -(-n_rows // slots)
-    pieces = -(-n // QUANTISED)
-    claimed = max(1, CLAIMED // min(slots, n_rows))
-    sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "span": span}
+    width = QUANTISED[n_rows > SOME]
+    pieces, claimed = -(-n // width), max(1, CLAIMED // width // min(slots, n_rows))
+    sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "span": span, "width": width}
     names = ("quantise", "quantise_second", "quantise_third")[:digits]
     made = {name: micro.quantiser(slots, span, i) for i, name in enumerate(names)}
     kernel = jit.kernel(
@@ -472,9 +475,12 @@ def matmul_kernel(
     tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str = ""
 ) -> tuple[jit.Kernel, dict[str, Any], int]:
     """The kernel for up to so many tokens, some of its arguments, and its number of pieces."""
-    asks = way_of(w, 1, n_workers).ahead > 0  # then for the columns of the next tile
+    ahead = way_of(w, 1, n_workers).ahead
+    some = reads_along(w, n_tokens)
+    if ahead and not some:
+        ahead = w.tile_bytes  # the columns of the next tile
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
-    more["ahead"] = w.tile_bytes if asks else 0
+    more["ahead"] = ahead
     if w.reader:
         rows = -(-min(n_tokens, floats.TOKEN_BLOCK) // TOKENS) * TOKENS + COLUMNS
         scratch = tape.array((n_workers, rows * PANEL_ROW), "u1")
@@ -484,7 +490,8 @@ def matmul_kernel(
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
         kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind)
-        n_steps, together = w.n_in // 32, tiles_together(w, n_workers)
+        at_once = BLOCK if some else at_once
+        n_steps, together = w.n_in // 32, tiles_together(w, n_tokens, n_workers)
         token_block = tokens_together(w.digits)
         sums = -(-min(n_tokens, token_block) * w.digits // 16) * 1024
         assert w.format
@@ -498,10 +505,17 @@ def matmul_kernel(
     return kernel, more, pieces
 
 
-def tiles_together(w: CPUWeight, n_workers: int) -> int:
+def tiles_together(w: CPUWeight, n_tokens: int, n_workers: int) -> int:
     """Tiles of a piece: the more, the fewer times activations are read."""
     wanted = w.n_tiles // (4 * n_workers)
+    if reads_along(w, n_tokens):
+        return 2
     return next((n for n in UNPACKED if n <= wanted), UNPACKED[-1])
+
+
+def reads_along(w: CPUWeight, n_tokens: int) -> bool:
+    """Whether a thread takes up little at a time, so that it reads beside its arithmetic: for some tokens."""
+    return w.format is not None and n_tokens * w.digits <= SOME and not has_amx()
 
 
 def blocking() -> tuple[int, int]:
