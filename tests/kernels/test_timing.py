@@ -187,6 +187,6 @@ def test_large_matrices_are_timed_once(monkeypatch: Any, tmp_path: Path) -> None
         w, x = ONE.load(stored(type_name, 2048, 512)), normal(n, 512)
         y = product(ONE, w, x)
         assert np.array_equal(product(ONE, w, x), y)
-    assert set(timing._results) == {"Q4_0_1", "Q4_0_8", "Q6_K_1", "F16_1", "F16_4"}
+    assert set(timing._results) == {"Q4_0_1", "Q4_0_6", "Q6_K_1", "F16_1", "F16_4"}
     for result in timing._results.values():
         assert all(rate > 0 for rate in result.rates.values())
