@@ -50,7 +50,7 @@ def load(
     strict: bool = True,
     check_weights: bool = False,
     compute: Compute = "f32",
-    kernels: Sequence[str | Path] = (),
+    kernels: str | Path | Sequence[str | Path] | None = None,
     lora: Sequence[str | Path | tuple[str | Path, float]] = (),
     control: Source | Sequence[Source | tuple[Source, float]] = (),
     control_layers: tuple[int, int] | None = None,
@@ -87,7 +87,7 @@ def load(
         float32 has, so that logits are those of the dequantised weights; on "cpu" and "reference"
         (docs/exact.md). "bf16": those stored as F32, F16 or BF16, with several tokens, in bfloat16, faster and
         less exactly, on a CPU with AVX512-BF16.
-    kernels : sequence of str or Path
+    kernels : str or Path, or sequence of these, optional
         Files with kernels of your own (docs/lab.md), which replace ours wherever they fit.
     lora : sequence of str, Path or (str or Path, float)
         Adapters, GGUF files or folders that PEFT has saved, each with its scale (1 unless said). Each is known
@@ -124,9 +124,7 @@ def load(
         )
     if not (n_gpu_layers is None or isinstance(n_gpu_layers, int)):
         raise ArgumentError(f"n_gpu_layers={n_gpu_layers!r:.40}; expected a whole number, or None")
-    if isinstance(kernels, str | Path):
-        kernels = [kernels]
-    outside = read_kernels(kernels)
+    outside = read_kernels(kernel_files(kernels))
     chosen, vectors = beside_files(lora, control, control_layers)
     file = gguf.open(locate(path))
     try:
@@ -135,7 +133,7 @@ def load(
             check_finite(file, checking)
         if compute == "bf16":
             check_floats(file)
-        check_kinds(outside, file)
+        check_kinds(outside, file, strict)
         place = placing(device, n_threads, n_gpu_layers, compute, outside)
         adapters = read_adapters(file, chosen, read_controls(vectors, control_layers))
         network = build(file.metadata, file.tensors, place, kv_type, strict, loading, adapters)
@@ -215,12 +213,33 @@ def read_adapters(
     return Adapters(found, [scale for _, scale in chosen], control)
 
 
-def check_kinds(kernels: Sequence[Outside], file: gguf.GGUFFile) -> None:
-    """ArgumentError for a kernel whose format no matrix of a file has."""
+def kernel_files(given: object) -> list[str | Path]:
+    """The files that ``load`` was given for ``kernels``."""
+    if given is None:
+        return []
+    files = [given] if isinstance(given, str | Path) else given
+    if not (isinstance(files, list | tuple) and all(isinstance(f, str | Path) for f in files)):
+        raise ArgumentError(f"kernels={given!r:.60}; expected files, such as ['mine.py']")
+    return list(files)
+
+
+def check_kinds(kernels: Sequence[Outside], file: gguf.GGUFFile, strict: bool) -> None:
+    """ArgumentError for a kernel whose format no matrix of a file has, or whose operation its model has not."""
     kinds = {t.type for t in file.tensors.values() if len(t.shape) == 2}
+    products = {(name, kind) for name in ("matvec", "matmul") for kind in kinds}
+    if all(k.key in products for k in kernels):
+        return
+    from .models.explain import (
+        asked,
+    )  # a second network, which computes nothing, and only where it is wanted
+
+    known = products | asked(file.metadata, file.tensors, strict)
     for k in kernels:
-        if k.operation in ("matvec", "matmul") and k.kind not in kinds:
+        if k.key not in known and k.operation in ("matvec", "matmul"):
             raise ArgumentError(f"{k}: {file.path} has matrices of {', '.join(sorted(kinds))} only")
+        if k.key not in known:
+            others = ", ".join(sorted(" ".join(key).rstrip() for key in known - products))
+            raise ArgumentError(f"{k}: {file.path} does not compute that; it has {others}")
 
 
 def check_floats(file: gguf.GGUFFile) -> None:

@@ -348,6 +348,24 @@ def after_fork(renew: Callable[[], object]) -> None:
         os.register_at_fork(after_in_child=renew)
 
 
+def native_stderr(run: Callable[[], object]) -> str:
+    """What a library writes to the process's standard error while ``run`` runs; "" where there is none."""
+    try:
+        before = os.dup(2)
+    except OSError:  # a program without a console, say
+        run()
+        return ""
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.dup2(file.fileno(), 2)
+            run()
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
 # ---- files
 
 OPEN_FLAGS = (  # a pipe nobody writes to must not hold us, and no byte is translated

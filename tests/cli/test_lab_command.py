@@ -32,6 +32,29 @@ def test_kernels_are_ranked_beside_ours(capsys: pytest.CaptureFixture[str]) -> N
     assert "simd_words.py: lanes, matvec Q8_0: right, error" in out
     assert re.search(r"^\| (lanes|tinyllm) +\| 1 token ", out, re.M)
     assert "; limits: read GB/s " in out
+    rows = re.findall(r"^\| (\w+) +\| 1 token ", out, re.M)
+    assert sorted(rows) == ["lanes", "loops", "tinyllm"]  # one table
+    assert rows[-1] == "loops"
+
+
+def test_kernels_of_one_name_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / name for name in ("a.py", "b.py")]
+    for path in files:
+        path.write_text((EXAMPLES / "simd_words.py").read_text("utf-8"), "utf-8")
+    assert main(["lab", *map(str, files), *QUICK, "--json"]) == 0
+    for found in json.loads(capsys.readouterr().out)["kernels"]:
+        makers = {t["maker"] for t in found["times"]}
+        assert makers == {"lanes of a.py", "lanes of b.py", "tinyllm"}
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_seconds_that_are_none_are_refused(
+    seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lab", "no_such_file.py", "--seconds", seconds]) == 2
+    assert f"{seconds} seconds for each time; expected a number" in capsys.readouterr().err
 
 
 def test_a_wrong_kernel_is_not_timed_and_fails(
@@ -43,7 +66,7 @@ def test_a_wrong_kernel_is_not_timed_and_fails(
     )
     assert main(["lab", str(path), *QUICK]) == 1
     printed = capsys.readouterr()
-    assert "mine.py: lanes, matvec Q8_0: WRONG: 16 x 256, 1 tokens: row 0, output" in printed.out
+    assert "mine.py: lanes, matvec Q8_0: WRONG: 16 x 256, 1 token: row 0, output" in printed.out
     assert "GB/s" not in printed.out
     assert "a kernel is wrong" in printed.err
 

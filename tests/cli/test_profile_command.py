@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tinyllm.cli import profile
+import tinyllm
+from tinyllm.cli import bench, profile
 from tinyllm.cli.commands import main
 from tinyllm.cli.profile import Part, Row
 from tinyllm.kernels.profile import Launch, Work
@@ -25,7 +27,7 @@ def launch(kernel: str, seconds: float, *work: int, numbers: str = "") -> Launch
 
 def matvec(seconds: float = 9 * MS) -> Row:
     """8 bits per weight: 80 MB, 8 ms at the limit."""
-    return Row("matvec_Q8_0", 10, seconds, 80 * 10**6, 80 * 10**6, 80 * 10**6, "int8")
+    return Row("matvec_Q8_0", 10, seconds, 80 * 10**6, 80 * 10**6, 80 * 10**6, "int8", "Q8_0")
 
 
 def words(part: Part, n_threads: int | None = 2) -> str:
@@ -60,6 +62,49 @@ def test_a_token_is_told_what_memory_and_other_formats_would_change() -> None:
     assert "with 8 sequences side by side, a token takes 1.25 ms at best" in said
     assert "More threads: none are idle." in said
     assert "-t 2 would use all 2 cores" in words(Part("tg8", [matvec()], 0.0), 1)
+
+
+def test_formats_are_named_not_kernels() -> None:
+    rows = [
+        Row(f"{name}_parts", 1, 5 * MS, 10**7, 10**7, 10**7, "int8", kind)
+        for name, kind in (
+            ("matvec_Q8_0", "Q8_0"),
+            ("lanes", "Q6_K"),
+            ("matvec_experts_Q8_0", "Q8_0"),
+        )
+    ]
+    assert "A smaller format: Q8_0 and Q6_K in 4.5 bits" in words(Part("tg8", rows, 0.0))
+
+
+def test_long_names_do_not_shift_columns() -> None:
+    rows = [matvec(), Row("a_kernel_" * 5, 1, 1 * MS, 1, 0, 0, "")]
+    table = profile.as_table(Part("pp8", rows, 0.0, 3), LIMITS)
+    assert "the prompt, each kernel at its fastest of 3;" in table[0]
+    assert len({len(line) for line in table[1:]}) == 1
+
+
+def test_a_prompt_is_profiled_more_than_once_and_not_in_fresh_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def timed(self: Any, launches: Any = profile.fastest) -> Any:
+        seen.append(self)
+        return launches(self)
+
+    monkeypatch.setattr(profile, "fastest", timed)
+    with tinyllm.load(BUNDLED) as model:
+        result = bench.measure(model, 8, 0, 4, 1)[0]
+        (part,) = profile.measure(model, [result])
+    assert part.steps == len(seen[0]) == profile.LEAST
+    assert len({len(step) for step in seen[0]}) == 1
+
+
+def test_what_a_context_does_not_hold_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", BUNDLED, "-c", "4", "-p", "8", "-n", "1"]) == 2
+    assert "-d 0, -p 8 and -n 1 need a context of 8 tokens; -c 4 is" in capsys.readouterr().err
+    assert main(["bench", BUNDLED, "-d", "510", "-p", "3", "-n", "0", "-r", "1"]) == 0
+    assert "was trained for 512 tokens" in capsys.readouterr().err
 
 
 def test_what_loses_is_named() -> None:

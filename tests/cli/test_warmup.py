@@ -35,3 +35,17 @@ def test_an_encoder_is_warmed_up_and_the_folder_named(data: Path, capsys) -> Non
     said = capsys.readouterr().out
     assert f"{len(jit.compiled)} kernels compiled" in said
     assert str(jit.cache_folder()) in said
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    env = {**os.environ, "TINYLLM_CACHE": str(file)}
+    code = "from tinyllm.kernels.cpu import jit; print(jit.report())"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert f"not kept: {file} cannot be written; set TINYLLM_CACHE" in run.stdout, run.stderr
+
+
+def test_the_reference_has_nothing_to_compile(capsys) -> None:
+    assert cli.main(["warmup", "--device", "reference"]) == 0
+    assert capsys.readouterr().out == "ready on reference, which compiles nothing\n"

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -17,7 +18,7 @@ import pytest
 from stored import normal, stored
 
 import tinyllm
-from tinyllm.errors import ArgumentError
+from tinyllm.errors import ArgumentError, DeviceError
 from tinyllm.kernels.cpu import elementwise, emit, jit, matmul, micro, numba_door, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 from tinyllm.kernels.cpu.formats import FORMATS
@@ -367,6 +368,32 @@ def test_a_processor_that_llvm_does_not_know_keeps_its_features(
     assert emit.features_text.__wrapped__() == ""
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "unknown"),
+    [
+        ("NUMBA_CPU_NAME", "foo", "processor foo"),
+        ("NUMBA_CPU_FEATURES", "+foo,-bar", "feature +foo, -bar"),
+    ],
+)
+def test_names_that_llvm_does_not_know_are_told(
+    variable: str, value: str, unknown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.warns(
+        UserWarning, match=re.escape(f"{variable}={value}: LLVM knows no {unknown},")
+    ):
+        emit.check_names()
+
+
+def test_features_without_a_sign_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+avx2,garbage")
+    with pytest.raises(DeviceError, match=r"=\+avx2,garbage: 'garbage' has no sign; expected"):
+        emit.check_names()
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "")
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    emit.check_names()
+
+
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = None
@@ -378,6 +405,7 @@ except DeviceError as error:
 """
 WITH_NUMBA = """
 import os
+import re
 import numba
 os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = "generic", "+popcnt"
 from tinyllm.errors import DeviceError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tinyllm
-from tinyllm.errors import ArgumentError
+from tinyllm.errors import ArgumentError, TinyLLMError
 from tinyllm.kernels import lab
 from tinyllm.kernels.cpu.backend import CPUBackend
 from tinyllm.kernels.outside import OPERATIONS, Outside, read_kernels
@@ -102,7 +102,7 @@ def test_a_product_of_floats_with_many_tokens_is_replaced(written: Any) -> None:
     ("old", "new", "where"),
     [
         ("store(y + 64 * tile, total)", "store(y + 64 * tile, total * splat(1.5))", "16 x 256"),
-        ("range(first, last)", "range(first, min(last, 1))", r"40 x 512, 1 tokens: row 0, output"),
+        ("range(first, last)", "range(first, min(last, 1))", r"40 x 512, 1 token: row 0, output"),
         ("range(n_in // 32)", "range(n_in // 64)", "16 x 256"),
         (
             "store(y + 64 * tile, total)",
@@ -250,8 +250,116 @@ def test_random_matrices_repeat_rows(kind: str) -> None:
 
 
 def test_exact_products_have_no_records_for_a_kernel_from_outside(written: Any) -> None:
-    be, ours = CPUBackend(2, "exact"), CPUBackend(2, "exact")
-    be.replace_kernels(read_kernels([written(OURS)]))
-    matrix, x = lab.RandomMatrix("Q8_0", 40, 256, 0), np.ones((1, 256), np.float32)
-    y, want = (np.array(b.numpy(b.matmul(b.load(matrix), b.array(x)))) for b in (be, ours))
-    assert np.array_equal(y, want)
+    with pytest.raises(
+        ArgumentError, match=r"product, matvec Q8_0: compute='exact' makes no records"
+    ):
+        CPUBackend(1, "exact").replace_kernels(read_kernels([written(OURS)]))
+
+
+NORM = """
+import tinyllm
+from tinyllm.kernels.cpu.simd import f32, get_f32, set_f32
+import math
+
+
+@tinyllm.kernel("rms_norm")
+def norm(x, y, w, bias, n, eps: f32, w_period, b_period, first, last, worker):
+    for row in range(first, last):
+        total = 0.0
+        for i in range(n):
+            total += get_f32(x + 4 * (row * n + i)) * get_f32(x + 4 * (row * n + i))
+        scale = 1.0 / math.sqrt(total / n + eps)
+        for i in range(n):
+            v = get_f32(x + 4 * (row * n + i)) * scale
+            if w_period != 0:
+                v *= get_f32(w + 4 * (row % w_period * n + i))
+            if b_period != 0:
+                v += get_f32(bias + 4 * (row % b_period * n + i))
+            set_f32(y + 4 * (row * n + i), v)
+"""
+
+
+def test_a_norm_without_weights_has_the_period_0(written: Any) -> None:
+    assert verdict(only(written(NORM))).wrong == ""
+
+
+RELU = """
+import tinyllm
+from tinyllm.kernels.cpu.simd import f32, load_n, splat, store_n, vmax
+
+
+@tinyllm.kernel("act", "relu")
+def above(x, up, y, n, first, last, worker):
+    for i in range(1024 * first, min(1024 * last, n), 16):
+        store_n(y + 4 * i, vmax(load_n(x + 4 * i, n - i), splat(0.0)), n - i)
+"""
+
+
+def test_an_activation_that_the_model_has_not_is_an_error(written: Any) -> None:
+    said = r"above, act relu: .* does not compute that; it has act silu, rms_norm"
+    with pytest.raises(ArgumentError, match=said):
+        tinyllm.load(kernels=[written(RELU)])
+
+
+def test_kernels_of_load_are_files() -> None:
+    for wrong in (3, [3], {"a.py": 1}):
+        with pytest.raises(ArgumentError, match=r"^kernels=.*; expected files, such as"):
+            tinyllm.load(kernels=wrong)  # type: ignore[arg-type]
+    with tinyllm.load(kernels=None) as m:
+        assert m.network.kernels == ()
+
+
+GATE = """
+import numba, tinyllm
+from tinyllm.kernels.cpu.simd import load
+
+
+@tinyllm.kernel("act", "silu")
+@numba.njit
+def gate(x, up, y, n, first, last, worker):
+    for i in range(first, last):
+        {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import tinyllm\nraise ValueError('a table')\n", "mine.py, line 2: ValueError: a table$"),
+        ("import sys\nsys.exit(3)\n", "mine.py, line 2: SystemExit: 3$"),
+        (
+            "import tinyllm\ntinyllm.kernel('act', 'silu')(3)\n",
+            "mine.py, line 2: @tinyllm.kernel is over 3; expected a function$",
+        ),
+        (GATE.format("raise ValueError"), "^mine.py: gate, act silu: gate has raise"),
+        (GATE.format("undefined(i)"), "^mine.py: gate, act silu: NameError: .*'undefined'"),
+        (GATE.format("load(x) + n"), r"add\(float32x16, int64\); line 10: load\(x\) \+ n$"),
+        (NORM.replace("eps: f32", "eps"), "^mine.py: norm, .*; expected eps: f32$"),
+        (RELU.replace("(x,", "(x: f32,"), "x has the annotation f32; expected none$"),
+    ],
+)
+def test_what_a_file_does_wrong_is_one_plain_line(text: str, message: str, written: Any) -> None:
+    with pytest.raises(ArgumentError, match=message) as told:
+        CPUBackend(1).replace_kernels(read_kernels([written(text)]))
+    assert "\x1b" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_file_that_fails_leaves_no_declaration_behind(written: Any) -> None:
+    with pytest.raises(ArgumentError, match="ZeroDivisionError"):
+        read_kernels([written(RELU + "1 / 0\n")])
+    assert [k.kind for k in read_kernels([written(GATE.format("pass"))])] == ["silu"]
+
+
+@pytest.mark.device
+def test_what_an_opencl_driver_refuses_is_told(opencl: Any, written: Any) -> None:
+    text = (EXAMPLES / "group.cl").read_text("utf-8")
+    for old, new, message in (
+        ("= sum;\n    barrier", "= summ;\n    barrier", r"not compile mine.cl: .*17.*summ"),
+        ("threads=32", "threads=100000", "does not run it with threads=100000"),
+    ):
+        assert old in text
+        outside = only(written(text.replace(old, new), "mine.cl"))
+        opencl.replace_kernels([outside])
+        with pytest.raises(TinyLLMError, match=message):
+            lab.check(outside, opencl, CPUBackend(1))

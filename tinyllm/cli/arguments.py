@@ -146,10 +146,15 @@ def load_model(args: Arguments) -> Model:
     import tinyllm
 
     model = tinyllm.load(locate(args.model), **loading_of(args))
-    trained = model.config.n_ctx_train
-    if args.n_ctx and args.n_ctx > trained:
-        note(f"the model was trained for {trained} tokens; beyond them its text gets worse")
+    note_if_longer(model, args.n_ctx or 0)
     return model
+
+
+def note_if_longer(model: Model, n: int) -> None:
+    """Tell the user where so many tokens are more than the model was trained for."""
+    trained = model.config.n_ctx_train
+    if n > trained:
+        note(f"the model was trained for {trained} tokens; beyond them its text gets worse")
 
 
 def adapter(text: str) -> tuple[str, float]:

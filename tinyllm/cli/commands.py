@@ -26,6 +26,7 @@ from .arguments import (
     model_and_text,
     model_argument,
     note,
+    note_if_longer,
     open_file,
     sampling_of,
     sampling_options,
@@ -219,8 +220,8 @@ def tokenize(args: Arguments) -> None:
 # ---- devices
 
 GENERIC = (
-    "warning: generic kernels run on this cpu, many times slower than others: the system tells of neither AVX2 "
-    "with FMA and F16C nor ARM's dot product. NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name what it has"
+    "warning: generic kernels run on this cpu, many times slower than others: {} neither AVX2 with FMA and "
+    "F16C nor ARM's dot product. {}"
 )
 
 
@@ -241,7 +242,11 @@ def devices(args: Arguments) -> None:
         show_lines(f"{d.id:<12} {d.memory / 1e9:>7.1f} GB  {d.name}" for d in found)
         show(f"kernels of the cpu: {emit.instructions()}\n")
     if emit.instruction_set() == "generic":
-        note(GENERIC)
+        given = " ".join(f"{name}={value}" for name, value in emit.chosen().items())
+        here = f"{given} names" if given else "the system tells of"
+        names = " and ".join((emit.NAME, emit.FEATURES))
+        advice = "Unset it, or name what it has" if given else f"{names} name what it has"
+        note(GENERIC.format(here, advice))
 
 
 # ---- bench
@@ -257,7 +262,7 @@ def bench_arguments(p: Parser) -> None:
     p.add_argument("-d", "--depth", type=int, default=0, metavar="N", help="tokens in the context")
     p.add_argument("-r", "--repeat", type=int, default=3, metavar="N", help="default %(default)s")
     p.add_argument("--profile", action="store_true", help="where the time goes, kernel by kernel")
-    p.add_argument("--plot", metavar="FILE", help="with --profile: a figure, .png or .svg")
+    p.add_argument("--plot", metavar="FILE", help="with --profile: a figure, .png, .svg or .pdf")
     json_option(p)
 
 
@@ -269,7 +274,15 @@ def bench(args: Arguments) -> None:
         if not args.profile:
             raise ArgumentError("--plot draws a profile; give --profile too")
         plots.check(args.plot)
+    n = args.depth + max(args.n_prompt, args.n_gen)
+    if args.n_ctx is not None and n > args.n_ctx:
+        asked = f"-d {args.depth}, -p {args.n_prompt} and -n {args.n_gen}"
+        raise ArgumentError(
+            f"{asked} need a context of {n} tokens; -c {args.n_ctx} is less: leave it out"
+        )
     with load_decoder(args) as model:
+        if args.n_ctx is None:  # else it was told already
+            note_if_longer(model, n)
         results = benchmark.measure(model, args.n_prompt, args.n_gen, args.depth, args.repeat)
         about = benchmark.describe(model)
         found = profile.report(model, results) if args.profile else None
@@ -293,7 +306,7 @@ def lab_arguments(p: Parser) -> None:
     p.add_argument(
         "--seconds", type=float, default=0.5, metavar="S", help="for each time; default %(default)s"
     )
-    p.add_argument("--plot", metavar="FILE", help="draw the roofline, .png or .svg")
+    p.add_argument("--plot", metavar="FILE", help="draw the roofline: .png, .svg or .pdf")
     json_option(p)
 
 
@@ -359,7 +372,10 @@ def warmup(args: Arguments) -> None:
     with load_model(args) as model:
         with timing.thoroughly() as timed:
             warm_up(model)
-        show(f"ready on {model.device}; {jit.report()}\n")
+        stages = {stage.be.where.kind for stage in model.network.stages}
+        kept = f"; {jit.report()}" if "cpu" in stages else ""
+        kept = ", which compiles nothing" if stages == {"reference"} else kept
+        show(f"ready on {model.device}{kept}\n")
         show("".join(f"{result}\n" for result in timed))
 
 

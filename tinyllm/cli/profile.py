@@ -19,6 +19,7 @@ from .bench import Result, Work, read_prompt, write_tokens
 MEASURE = 0.2  # seconds for each limit of the machine
 SMALLEST = 4.5  # bits per weight of the smallest formats that lose little
 FEW_BITS = "4.5 bits (Q4_0, Q4_K)"
+LEAST = 3  # prompts that are profiled: a neighbour may hold up one
 BATCH = 8  # sequences side by side, to say what a batch would change
 
 
@@ -33,6 +34,7 @@ class Row:
     stored: int  # those that come from memory
     macs: int
     numbers: str
+    kind: str = ""  # the format of the weights; "" where there are none
 
     def least(self, limits: dict[str, float]) -> float:
         """Seconds that the machine would need at its limits; 0 where memory and products set none."""
@@ -50,11 +52,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """A step: a prompt ("pp512") or one token ("tg64"), and each of its launches, at the fastest seen."""
+    """A step: a prompt ("pp512") or one token ("tg64"), each of its launches at the fastest of ``steps``."""
 
     name: str
     rows: list[Row]  # the longest first
     outside: float  # seconds that no kernel explains: starting a step, waiting for one another
+    steps: int = 1
 
     @property
     def kernels(self) -> float:
@@ -72,12 +75,12 @@ def measure(model: Model, results: Sequence[Result]) -> list[Part]:
     for result in results:
         single = result.name.startswith("tg")
         work = write_tokens if single else read_prompt
-        plain = min(_plain(model, result, work, single))
+        plain = min(_plain(model, result, work) if single else result.seconds)
         steps = list(_profiled(model, result, work, single))
         rows = by_kernel(fastest([launches for launches, _ in steps]))
         # a profile takes time of its own, and neighbours disturb whole steps: both can only add
         unexplained = [plain - sum(row.seconds for row in rows), *(rest for _, rest in steps)]
-        parts.append(Part(result.name, rows, max(min(unexplained), 0.0)))
+        parts.append(Part(result.name, rows, max(min(unexplained), 0.0), len(steps)))
     return parts
 
 
@@ -85,37 +88,42 @@ def _runs(model: Model, result: Result, single: bool) -> Iterator[tuple[State, l
     """States at the depth that was asked for, and what is computed there step by step."""
     n, depth = result.n_tokens, result.depth
     ids = np.random.default_rng(0).integers(0, model.network.n_vocab, depth + n + 1).tolist()
-    for _ in range(1 if single else len(result.seconds)):
+    for _ in range(1 if single else 1 + max(len(result.seconds), LEAST)):
         state = model.new_state(depth + n + 1)
         read_prompt(model.network, state, ids[:depth])
         yield state, [[i] for i in ids[depth:]] if single else [ids[depth : depth + n]]
 
 
-def _plain(model: Model, result: Result, work: Work, single: bool) -> list[float]:
-    """Seconds of each step without a profile, one token before them to warm up."""
+def _plain(model: Model, result: Result, work: Work) -> list[float]:
+    """Seconds of each token without a profile, one before them to warm up."""
     times = []
-    for state, runs in _runs(model, result, single):
+    for state, runs in _runs(model, result, True):
         for run in runs:
             start = time.perf_counter()
             work(model.network, state, run)
             times.append(time.perf_counter() - start)
-    return times[1:] if single else times
+    return times[1:]
 
 
 def _profiled(
     model: Model, result: Result, work: Work, single: bool
 ) -> Iterator[tuple[list[Launch], float]]:
-    """The launches of each step and the seconds that they do not explain, one token before them to warm up."""
-    for state, runs in _runs(model, result, single):
-        with ExitStack() as stack:
-            found = [stack.enter_context(s.be.profiled()) for s in model.network.stages]
-            for i, run in enumerate(runs):
-                start = time.perf_counter()
-                work(model.network, state, run)
-                seconds = time.perf_counter() - start
-                launches = [launch for profile in found for launch in profile.take()]
-                if i > 0 or not single:
-                    yield launches, seconds - sum(launch.seconds for launch in launches)
+    """The launches of each step and the seconds that they do not explain.
+
+    The first step is not among them: the system gives a profile's arrays their memory when they are written.
+    """
+    with ExitStack() as stack:
+        found = [stack.enter_context(s.be.profiled()) for s in model.network.stages]
+        steps = ((state, run) for state, runs in _runs(model, result, single) for run in runs)
+        for i, (state, run) in enumerate(steps):
+            for profile in found:
+                profile.take()  # what was read to come to the depth
+            start = time.perf_counter()
+            work(model.network, state, run)
+            seconds = time.perf_counter() - start
+            launches = [launch for profile in found for launch in profile.take()]
+            if i > 0:
+                yield launches, seconds - sum(launch.seconds for launch in launches)
 
 
 def fastest(steps: Sequence[list[Launch]]) -> list[Launch]:
@@ -145,6 +153,7 @@ def by_kernel(launches: Sequence[Launch]) -> list[Row]:
             sum(launch.work.stored for launch in some),
             sum(launch.work.macs for launch in some),
             some[0].work.numbers,
+            some[0].work.kind,
         )
         for kernel, some in kinds.items()
     ]
@@ -181,7 +190,7 @@ class Report:
                 asdict(row) | {"share": row.seconds / part.whole} | _rates(row, self.limits)
                 for row in part.rows
             ]
-            about = {"seconds": part.whole, "outside_kernels": part.outside}
+            about = {"seconds": part.whole, "outside_kernels": part.outside, "steps": part.steps}
             found[part.name] = about | {"kernels": rows, "words": self._words(part)}
         return found
 
@@ -219,12 +228,13 @@ def _rates(row: Row, limits: dict[str, float]) -> dict[str, float]:
 def as_table(part: Part, limits: dict[str, float]) -> list[str]:
     """A Markdown table of one part."""
     what = "a token" if part.name.startswith("tg") else "the prompt"
+    wide = max([len(row.kernel) for row in part.rows] + [22])
     lines = [
-        f"{part.name}: {_ms(part.whole)} {what}; limits: "
+        f"{part.name}: {_ms(part.whole)} {what}, each kernel at its fastest of {part.steps}; limits: "
         + ", ".join(f"{name} {value:.1f}" for name, value in limits.items()),
-        f"| {'kernel':<22} | {'calls':>5} | {'us':>9} | {'share':>6} | {'MB':>8} | {'GB/s':>7} "
+        f"| {'kernel':<{wide}} | {'calls':>5} | {'us':>9} | {'share':>6} | {'MB':>8} | {'GB/s':>7} "
         f"| {'GMAC/s':>7} | {'of limit':>8} |",
-        f"| {'-' * 22} | {'-' * 4}: | {'-' * 8}: | {'-' * 5}: | {'-' * 7}: | {'-' * 6}: "
+        f"| {'-' * wide} | {'-' * 4}: | {'-' * 8}: | {'-' * 5}: | {'-' * 7}: | {'-' * 6}: "
         f"| {'-' * 6}: | {'-' * 7}: |",
     ]
     for row in part.rows:
@@ -232,12 +242,12 @@ def as_table(part: Part, limits: dict[str, float]) -> list[str]:
         macs = f"{r['gmac_per_s']:.1f}" if row.macs else "-"
         share = f"{r['of_limit']:.0%}" if row.least(limits) else "-"
         lines.append(
-            f"| {row.kernel:<22} | {row.calls:>5} | {1e6 * row.seconds:>9.1f} "
+            f"| {row.kernel:<{wide}} | {row.calls:>5} | {1e6 * row.seconds:>9.1f} "
             f"| {row.seconds / part.whole:>6.1%} | {row.nbytes / 1e6:>8.2f} | {r['gb_per_s']:>7.1f} "
             f"| {macs:>7} | {share:>8} |"
         )
     lines.append(
-        f"| {'(outside kernels)':<22} | {'':>5} | {1e6 * part.outside:>9.1f} "
+        f"| {'(outside kernels)':<{wide}} | {'':>5} | {1e6 * part.outside:>9.1f} "
         f"| {part.outside / part.whole:>6.1%} | {'':>8} | {'':>7} | {'':>7} | {'':>8} |"
     )
     return lines
@@ -292,7 +302,7 @@ def _smaller(part: Part) -> list[str]:
     """What fewer bits per weight would save where a token reads each weight once."""
     large = [row for row in _products(part) if bits(row) > SMALLEST + 0.1]
     saved = sum(row.seconds * (1 - SMALLEST / bits(row)) for row in large)
-    names = ", ".join(row.kernel.rpartition("matvec_")[2] for row in large)
+    names = " and ".join(dict.fromkeys(row.kind for row in large))
     if not large:
         return ["A smaller format: these are small; fewer bits than 4.5 cost quality."]
     return [
@@ -314,7 +324,7 @@ def _batch(part: Part, limits: dict[str, float]) -> list[str]:
 
 def _products(part: Part) -> list[Row]:
     """The rows that multiply with weights."""
-    return [row for row in part.rows if row.macs and row.kernel.startswith("mat")]
+    return [row for row in part.rows if row.macs and row.kind]
 
 
 def bits(row: Row) -> float:

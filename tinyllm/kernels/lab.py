@@ -8,8 +8,10 @@ float32 costs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -147,6 +149,11 @@ def _normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
+def said(tokens: int) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{tokens} token{'s' * (tokens != 1)}"
+
+
 def _products(outside: Outside) -> Iterator[Case]:
     for seed, (n_out, n_in) in enumerate(SHAPES):
         matrix = RandomMatrix(outside.kind, n_out, n_in, seed)
@@ -162,7 +169,7 @@ def _products(outside: Outside) -> Iterator[Case]:
                 exact = x.astype(np.float64) @ values.T + (0 if bias is None else bias)
                 size = np.sqrt(np.mean(x.astype(np.float64) ** 2, 1, keepdims=True))
                 unit = size * np.sqrt((values**2).sum(1))
-                words = f"{n_out} x {n_in}, {t} tokens" + ", bias" * (bias is not None)
+                words = f"{n_out} x {n_in}, {said(t)}" + ", bias" * (bias is not None)
                 yield Case(words, run, exact, unit)
 
 
@@ -204,29 +211,42 @@ def _activations(kind: Any) -> Iterator[Case]:
 class Timing:
     """What a kernel did in its fastest run."""
 
-    test: str  # "1 token from memory"
+    test: str  # "1 token", "256 rows"
     maker: str  # whose kernel it is
     seconds: float
     nbytes: int  # weights, or arrays where there are none
     macs: int
 
 
-def timings(outside: Outside, be: Backend, maker: str, seconds: float) -> Iterator[Timing]:
-    """Time the operation on a backend; a product with one token on more weights than caches hold."""
+def timings(outside: Outside, makers: Mapping[str, Backend], seconds: float) -> Iterator[Timing]:
+    """Time the operation of a kernel on several backends, by their makers' names, in turn: some seconds each.
+
+    A product with one token has more weights than caches hold.
+    """
     if outside.operation in ("matvec", "matmul"):
-        single = outside.operation == "matvec"
-        rows = LARGE if single else SMALL
-        w = be.load(RandomMatrix(outside.kind, rows, WIDTH, repeated=16))
-        for t in (1,) if single else (8, 512):
-            x = be.array(_normal(t, WIDTH))
-            spent = _fastest(be, lambda x=x: be.matmul(w, x), seconds)  # type: ignore[misc]
-            test = "1 token" if single else f"{t} tokens"
-            yield Timing(test, maker, spent, w.nbytes, t * rows * WIDTH)
+        matrix, tests = product(outside)
+        ws = {maker: be.load(matrix) for maker, be in makers.items()}
+        for t in tests:
+            x = _normal(t, WIDTH)
+            runs = {m: (be, partial(be.matmul, ws[m], be.array(x))) for m, be in makers.items()}
+            for maker, spent in _fastest(runs, seconds).items():
+                macs = t * matrix.shape[0] * WIDTH
+                yield Timing(said(t), maker, spent, ws[maker].nbytes, macs)
         return
-    x = be.array(_normal(256, WIDTH))
     kind: Any = outside.kind
-    run = (lambda: be.act(x, kind)) if kind else (lambda: be.rms_norm(x, None, 1e-6))
-    yield Timing("256 rows", maker, _fastest(be, run, seconds), 8 * 256 * WIDTH, 0)
+    runs = {}
+    for maker, be in makers.items():
+        x = be.array(_normal(256, WIDTH))
+        run = partial(be.act, x, kind) if kind else partial(be.rms_norm, x, None, 1e-6)
+        runs[maker] = be, run
+    for maker, spent in _fastest(runs, seconds).items():
+        yield Timing("256 rows", maker, spent, 8 * 256 * WIDTH, 0)
+
+
+def product(outside: Outside) -> tuple[RandomMatrix, tuple[int, ...]]:
+    """The matrix of a kernel's timings, and with how many tokens it is multiplied."""
+    rows, tests = (LARGE, (1,)) if outside.operation == "matvec" else (SMALL, (8, 512))
+    return RandomMatrix(outside.kind, rows, WIDTH, repeated=16), tests
 
 
 def llamacpp_timings(outside: Outside, n_threads: int, seconds: float) -> Iterator[Timing]:
@@ -235,22 +255,33 @@ def llamacpp_timings(outside: Outside, n_threads: int, seconds: float) -> Iterat
     if where is None or outside.operation not in ("matvec", "matmul"):
         return
     products = llamacpp.Products(where, n_threads)
-    single = outside.operation == "matvec"
-    matrix = RandomMatrix(outside.kind, LARGE if single else SMALL, WIDTH, repeated=16)
+    matrix, tests = product(outside)
     nbytes = quants.FORMATS[outside.kind].type_size * matrix.shape[0] * WIDTH
     nbytes //= quants.FORMATS[outside.kind].block_size
-    for t in (1,) if single else (8, 512):
+    for t in tests:
         _, spent = products.multiply(matrix, _normal(t, WIDTH), seconds)
-        test = "1 token" if single else f"{t} tokens"
-        yield Timing(test, "llama.cpp", spent, nbytes, t * matrix.shape[0] * WIDTH)
+        yield Timing(said(t), "llama.cpp", spent, nbytes, t * matrix.shape[0] * WIDTH)
 
 
-def _fastest(be: Backend, run: Callable[[], Any], seconds: float) -> float:
-    """The kernels' own time of the fastest of several runs, in seconds."""
-    best, end, n = float("inf"), time.perf_counter() + seconds, 0
-    with be.profiled() as profile:
-        while n < 3 or time.perf_counter() < end:
-            _ = be.numpy(run())
-            best = min(best, max(launch.seconds for launch in profile.take()))
-            n += 1
+Run = tuple[Backend, Callable[[], Any]]
+
+
+def _fastest(runs: Mapping[str, Run], seconds: float) -> dict[str, float]:
+    """The kernels' own time of the fastest of several runs, in seconds, by name.
+
+    They take turns, for what disturbs the machine lasts longer than a run. Each gets some seconds, and one
+    run however long that takes; of that one, which may compile, its kernels' time counts.
+    """
+    best, left = dict.fromkeys(runs, float("inf")), dict.fromkeys(runs, seconds)
+    with ExitStack() as stack:
+        profiles = {name: stack.enter_context(be.profiled()) for name, (be, _) in runs.items()}
+        while any(spent > 0 for spent in left.values()):
+            for name, (be, run) in runs.items():
+                if left[name] > 0:
+                    start = time.perf_counter()
+                    _ = be.numpy(run())
+                    found = max(launch.seconds for launch in profiles[name].take())
+                    first = best[name] == float("inf")
+                    left[name] -= found if first else time.perf_counter() - start
+                    best[name] = min(best[name], found)
     return best

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import re
 import runpy
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ OPERATIONS = {
     "rms_norm": Operation(("",), _NORM, _NORM),
     "act": Operation(ACTIVATIONS, ("x", "up", "y", "n"), ("x", "up", "y", "n")),
 }
+FLOATS = ("eps",)  # parameters that are float32; the others are int64
 SCRATCH = 1 << 16  # bytes for each thread, what ``scratch_bytes`` says
 
 
@@ -98,6 +100,8 @@ def kernel(operation: str, kind: str = "") -> Callable[[Function], Function]:
     check(operation, kind, "@tinyllm.kernel")
 
     def declare(function: Function) -> Function:
+        if not (callable(function) and hasattr(function, "__name__")):
+            raise ArgumentError(f"@tinyllm.kernel is over {function!r:.60}; expected a function")
         _declared.append((operation, kind, function))
         return function
 
@@ -142,12 +146,21 @@ def read_kernels(files: Sequence[str | Path]) -> list[Outside]:
 def _of_python(file: Path) -> list[Outside]:
     if not file.is_file():
         raise ArgumentError(f"{file}: no such file; expected one that declares kernels")
+    from .cpu import emit
+
+    emit.target()  # what LLVM does not know would end the process as soon as numba compiles
     before = len(_declared)
     try:
         runpy.run_path(str(file), run_name=f"tinyllm_kernels_{file.stem}")
-    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as e:
-        raise ArgumentError(f"{file}: {type(e).__name__}: {e}") from e
-    found, _declared[before:] = _declared[before:], []
+        found = _declared[before:]
+    except (Exception, SystemExit) as e:  # the file is a program: it may raise anything
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""  # a SyntaxError names its own
+        name = "" if isinstance(e, ArgumentError) else f"{type(e).__name__}: "
+        raise ArgumentError(f"{file}{where}: {name}{e}") from e
+    finally:
+        del _declared[before:]
     return [
         Outside(operation, kind, function.__name__, str(file), function)
         for operation, kind, function in found

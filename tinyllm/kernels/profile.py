@@ -14,13 +14,15 @@ class Work:
     """What a launch has to do at least: bytes read and written once each, multiply-adds.
 
     ``stored`` are the bytes among them that come from memory: weights, keys and values. The others were just
-    written, and lie in caches. Of a stack of experts as many matrices count as can have been chosen.
+    written, and lie in caches. Of a stack of experts as many matrices count as can have been chosen. ``kind``
+    is the format of the weights; "" where there are none.
     """
 
     nbytes: int = 0
     stored: int = 0
     macs: int = 0
     numbers: Numbers = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ class Recorder(Backend):
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
+        self.asked: set[tuple[str, str]] = set()  # of rms_norm and act, and which act
         self.known: dict[int, tuple[Any, str]] = {}
 
     def new(self, shape: Shape, text: str, *operands: Any) -> Value:
@@ -156,6 +157,7 @@ class Recorder(Backend):
     def rms_norm(
         self, x: Value, w: Value | None, eps: float, bias: Value | None = None, group: int = 0
     ) -> Value:
+        self.asked.add(("rms_norm", ""))
         return self.norm("rms_norm", x, w, bias, group)
 
     def layer_norm(
@@ -175,9 +177,11 @@ class Recorder(Backend):
         return self.new(x.shape, f"turn {{}} to its position: {what}", x)
 
     def act(self, x: Value, kind: str) -> Value:
+        self.asked.add(("act", kind))
         return self.new(x.shape, kind + "({})", x)
 
     def act_mul(self, gate: Value, up: Value, kind: str) -> Value:
+        self.asked.add(("act", kind))
         return self.new(up.shape, kind + "({}) * {}", gate, up)
 
     def add(self, x: Value, *ys: Value, scale: float = 1.0) -> Value:
@@ -309,13 +313,25 @@ class Naming(Step):
         return x
 
 
+def asked(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Any], strict: bool
+) -> set[tuple[str, str]]:
+    """Which of the operations "rms_norm" and "act" a model has, the latter with the activation's name."""
+    be = Recorder()
+    recorded(metadata, tensors, strict, be)
+    return be.asked
+
+
 def recorded(
-    metadata: Mapping[str, Any], tensors: Mapping[str, Any]
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    strict: bool = True,
+    be: Recorder | None = None,
 ) -> tuple[Network, list[Line], dict[str, int]]:
     """The network of a file, its whole program, and where in it each tap stands."""
-    be = Recorder()
+    be = be or Recorder()
     outlined = {n: Outlined(n, tuple(t.shape), t.type, be.known) for n, t in tensors.items()}
-    net = build(metadata, outlined, be, "f32")
+    net = build(metadata, outlined, be, "f32", strict)
     be.lines.clear()
     ids, rows = Value(("T",), "ids"), Value(("T",), "positions")
     source = Batch(None, None, SOURCE, None, None, (), 1, 1, 1)

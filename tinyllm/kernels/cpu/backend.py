@@ -71,6 +71,7 @@ class CPUBackend(Backend):
         if compute == "bf16":
             bfloat.check_available()
         self.compute = compute
+        pool()  # if it cannot be made, there is no tape whose end would ask for it again
         self._steps = Steps(self.upload)
         self._outside: dict[tuple[str, str], Replacement] = {}
         self._plans: dict[
@@ -92,7 +93,11 @@ class CPUBackend(Backend):
         return self._steps.tape
 
     def replace_kernels(self, kernels: Sequence[Outside]) -> list[Outside]:
-        self._outside |= outside.compiled(kernels)
+        found = outside.compiled(kernels)
+        for k in found.values():
+            if k.wants_records and self.compute == "exact":
+                raise ArgumentError(f"{k.outside}: compute='exact' makes no records; read x")
+        self._outside |= found
         self._steps.forget()
         return [found.outside for found in self._outside.values()]
 
@@ -115,8 +120,7 @@ class CPUBackend(Backend):
         weight = load_weight(source, rows, self._workers, self.compute == "exact")
         weight.plans = self._plans.setdefault((weight.shape, weight.kind), {})
         for operation in ("matvec", "matmul"):
-            found = self._outside.get((operation, weight.kind))
-            if found and not (found.wants_records and weight.digits > 1):  # digits are no rows
+            if found := self._outside.get((operation, weight.kind)):
                 weight.outside[operation] = found
         if self.compute == "bf16" and weight.format is None:
             return bfloat.RoundedWeight(**vars(weight))
@@ -215,7 +219,7 @@ class CPUBackend(Backend):
     ) -> CPUArray:
         n = group or x.shape[-1]
         y = self._new(x.shape)
-        w_period, b_period = (p.size // n if p is not None else 1 for p in (w, bias))
+        w_period, b_period = (p.size // n if p is not None else 0 for p in (w, bias))
         periods = {"w_period": w_period, "b_period": b_period}
         kernel = jit.kernel(body)
         if body is elementwise.rms_norm and (found := self._outside.get(("rms_norm", ""))):

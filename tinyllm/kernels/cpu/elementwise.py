@@ -51,7 +51,9 @@ def affine(v, w, bias, i, n):
 
 
 def rms_norm(x, y, w, bias, n, eps: f32, w_period, b_period, first, last, worker):
-    """Rows of n: x / sqrt(mean(x^2) + eps) * w + bias. w holds n values for each of ``period`` rows."""
+    """Rows of n: x / sqrt(mean(x^2) + eps) * w + bias. w holds n values for each of ``w_period`` rows, bias
+    for each of ``b_period``; where there is none, its address and its period are 0.
+    """
     for row in range(first, last):
         p, out = x + 4 * n * row, y + 4 * n * row
         total = splat(np.float32(0))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
-from ...system import allow_amx, arm_features
+from ...errors import DeviceError
+from ...system import allow_amx, arm_features, native_stderr
 
 LANES = 16
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
@@ -24,31 +26,59 @@ F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 P8 = I8.as_pointer()
 V = ir.VectorType
 V16F, V16I = V(F32, LANES), V(I32, LANES)
+NAME, FEATURES = "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"
 
 
 @lru_cache(1)
 def target() -> tuple[str, str, frozenset[str]]:
     """The triple, processor name and enabled features that kernels are compiled for.
 
-    The host's, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name others, as for numba.
+    The host's, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name others, as for numba. A warning tells of
+    names that LLVM does not know; DeviceError if the features have no signs, which would end the process.
     """
+    check_names()
     features = features_text().split(",")
     return llvm.get_process_triple(), cpu_name(), frozenset(f[1:] for f in features if f[:1] == "+")
 
 
+def chosen() -> dict[str, str]:
+    """Those of the two variables that are set, and what they say."""
+    return {name: os.environ[name] for name in (NAME, FEATURES) if os.environ.get(name) is not None}
+
+
+def check_names() -> None:
+    """Tell of what the variables name and LLVM does not know."""
+    features = [f.strip() for f in chosen().get(FEATURES, "").split(",") if f.strip()]
+    if wrong := [f for f in features if f[0] not in "+-"]:
+        raise DeviceError(
+            f"{FEATURES}={chosen()[FEATURES]}: {wrong[0]!r:.40} has no sign; "
+            "expected names behind + or -, such as +avx2,+fma,+f16c"
+        )
+    for name, value in chosen().items():
+        llvm.initialize_native_target()
+        target = llvm.Target.from_triple(llvm.get_process_triple())
+        given = {"cpu": value} if name == NAME else {"features": value}
+        told = native_stderr(partial(target.create_target_machine, **given))
+        if unknown := sorted(set(re.findall(r"'([^']*)' is not a recognized", told))):
+            kind = "processor" if name == NAME else "feature"
+            names = ", ".join(unknown)
+            warnings.warn(
+                f"{name}={value}: LLVM knows no {kind} {names}, and leaves it out", stacklevel=3
+            )
+
+
 def cpu_name() -> str:
     """The processor's name as LLVM has it: "haswell", "znver4", "generic", ..."""
-    return os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    return os.environ.get(NAME) or llvm.get_host_cpu_name()
 
 
 @lru_cache(1)
 def features_text() -> str:
     """Features as LLVM reads them: "+avx2,-avx512f,..."."""
-    chosen = os.environ.get("NUMBA_CPU_FEATURES")
-    if chosen is not None:
-        return chosen
+    if (features := os.environ.get(FEATURES)) is not None:
+        return features
     # not cpu_name(): LLVM calls a processor newer than itself generic, too, and yet knows its features
-    if os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":
+    if os.environ.get(NAME, "").lower() == "generic":
         return ""
     return ",".join(filter(None, [llvm.get_host_cpu_features().flatten(), *_arm_features()]))
 

@@ -59,6 +59,7 @@ class Kernel:
 
     def __init__(self, name: str, address: int, kinds: Kinds) -> None:
         self.name, self.address, self.parameters = name, address, tuple(kinds)
+        self.floats = tuple(name for name, kind in kinds.items() if kind == emit.F32)
         self._formats = ["f4x" if kind == emit.F32 else "q" for kind in kinds.values()]
         self._struct = struct.Struct("=" + "".join(self._formats))
         self._native = ctypes.CFUNCTYPE(None, ctypes.c_char_p, *[ctypes.c_int64] * 3)(address)
@@ -222,8 +223,11 @@ def end_line() -> None:
 
 def report() -> str:
     """How many kernels are in use, and where they are kept."""
-    folder = cache_folder() or "nowhere: set TINYLLM_CACHE to a folder that can be written"
-    return f"{len(compiled)} kernels compiled, {len(_sources)} in use, kept in {folder}"
+    kept = f"kept in {cache_folder()}"
+    if cache_folder() is None:
+        refused = " and ".join(map(str, _candidates()))
+        kept = f"not kept: {refused} cannot be written; set TINYLLM_CACHE to a folder that can"
+    return f"{len(compiled)} kernels compiled, {len(_sources)} in use, {kept}"
 
 
 @lru_cache(1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import linecache
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from ...errors import ArgumentError
-from ..outside import OPERATIONS, SCRATCH, Outside
+from ...errors import ArgumentError, DeviceError
+from ..outside import FLOATS, OPERATIONS, SCRATCH, Outside
 from . import elementwise, jit, matmul
 from .program import CPUArray, Tape
 from .weights import CPUWeight
@@ -81,10 +84,33 @@ def _compile(outside: Outside) -> jit.Kernel:
         from . import numba_door  # a second, and only where it is wanted
 
         return numba_door.compile(function, outside.mark)
-    except ArgumentError:
+    except DeviceError:  # numba is not there, say: nothing is wrong with the kernel
         raise
     except Exception as e:  # numba's own tree of errors, ours for what the subset does not have
-        raise ArgumentError(f"{outside}: {e}") from e
+        raise ArgumentError(f"{outside}: {complaint(str(e), outside.file)}") from e
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+AROUND = re.compile(
+    r"\s*(?:There are \d+ candidate|During: |File \")"
+)  # what follows numba's reason
+
+
+def complaint(message: str, file: str) -> str:
+    """What a compiler says about a kernel of a file: the reason, and the line of the file if it names one.
+
+    numba's messages have colours, the stages of its own work, and all that it could have called instead.
+    """
+    text = COLOUR.sub("", message)
+    if "Failed in nopython mode pipeline" not in text:
+        return text
+    lines = [line for line in text.splitlines() if not line.startswith("Failed in nopython mode")]
+    end = next((i for i, line in enumerate(lines) if AROUND.match(line)), len(lines))
+    reason = " ".join(" ".join(lines[:end]).split())
+    place = re.search(rf'File "[^"]*{re.escape(Path(file).name)}", line (\d+)', text)
+    if place is None:
+        return reason
+    return f"{reason}; line {place[1]}: {linecache.getline(file, int(place[1])).strip()}"
 
 
 def _checked(outside: Outside, kernel: jit.Kernel) -> jit.Kernel:
@@ -101,4 +127,8 @@ def _checked(outside: Outside, kernel: jit.Kernel) -> jit.Kernel:
             f"{outside}: takes ({', '.join(names)}); missing: {', '.join(missing) or 'none'}; unknown: "
             f"{', '.join(unknown) or 'none'}; expected some of ({', '.join(operation.cpu)})"
         )
+    for name in names:
+        if (name in kernel.floats) != (name in FLOATS):
+            found, wanted = ("f32", "none") if name in kernel.floats else ("none", f"{name}: f32")
+            raise ArgumentError(f"{outside}: {name} has the annotation {found}; expected {wanted}")
     return kernel

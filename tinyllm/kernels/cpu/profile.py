@@ -115,12 +115,13 @@ def work_of(name: str, args: dict[str, Any]) -> Callable[[], Work]:
     others = _bytes(arrays.values())
     if "ids" in args:  # rows of the matrix are decoded
         rows = len(args["ids"]) * w.tile_bytes // 16
-        return _known(Work(others + rows, rows))
+        return _known(Work(others + rows, rows, kind=w.kind))
     matrices = w.nbytes
     if len(w.shape) > 2:
         matrices = w.nbytes // w.shape[0] * min(w.shape[0], y.size // w.n_out)
     numbers: profile.Numbers = "float" if w.reader else "int8"
-    return _known(Work(others + matrices, matrices, y.size * w.n_in * w.digits, numbers))
+    macs = y.size * w.n_in * w.digits
+    return _known(Work(others + matrices, matrices, macs, numbers, w.kind))
 
 
 def _known(work: Work) -> Callable[[], Work]:

@@ -157,9 +157,9 @@ class CUDABackend(GPUBackend):
         try:
             compiled = self._modules[program].get_function(kernel).kernel
         except Exception as e:  # CuPy passes on whatever the missing library or the compiler raised
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            reason = sources.complaint(str(e) or type(e).__name__)
             raise DeviceError(
-                f"{self.name}: {program[0][-1]} was not compiled: {reason}. CUDA's libraries come "
+                f"{self.name}: {sources.name(program)} was not compiled: {reason}. CUDA's libraries come "
                 "with pip install 'cupy-cuda13x[ctk]' (or cupy-cuda12x[ctk])"
             ) from e
         self._kernels[program, kernel] = compiled

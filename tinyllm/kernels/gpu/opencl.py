@@ -58,9 +58,9 @@ def _build(device: Any, program: Program) -> Any:
     try:
         return build(_context(device), text)
     except cl.RuntimeError as e:
-        lines = [line for line in str(e).splitlines() if "error" in line.lower()]
         raise DeviceError(
-            f"{device.name.strip()}: its driver does not compile {program[0][-1]}: {lines[-1:]}"
+            f"{device.name.strip()}: its driver does not compile {sources.name(program)}: "
+            f"{sources.complaint(str(e))}"
         ) from e
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...errors import ArgumentError, TinyLLMError
 from ..outside import Outside
 from .arrays import GPUArray, i32, u64
 from .matmul import Job
@@ -20,7 +22,7 @@ class OutsideProduct:
 
     def __init__(self, be: GPUBackend, outside: Outside) -> None:
         self.be, self.outside = be, outside
-        self.program = (outside.text,), ()
+        self.program = (f'#line 1 "{Path(outside.file).name}"\n{outside.text}',), ()
         self.threads = outside.options.get("threads", THREADS)
         self.rows = outside.options.get("rows", ROWS)
 
@@ -31,4 +33,11 @@ class OutsideProduct:
             known = {"w": w.buffer, "blocks": u64(w.total), "x": x, "y": y, "bias": bias, **shape}
             groups = -(-w.n_out // self.rows), n_x, 1
             args = (known[name] for name in self.outside.parameters)
-            self.be.launch(self.program, self.outside.name, groups, (self.threads, 1, 1), *args)
+            try:
+                self.be.launch(self.program, self.outside.name, groups, (self.threads, 1, 1), *args)
+            except TinyLLMError:
+                raise
+            except Exception as e:  # each driver has errors of its own
+                raise ArgumentError(
+                    f"{self.outside}: {self.be.name} does not run it with threads={self.threads}: {e}"
+                ) from e

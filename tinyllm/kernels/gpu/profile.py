@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..backend import Batch
-from ..profile import Profile, Work, attention_work
+from ..profile import Numbers, Profile, Work, attention_work
 from . import sources
 from .arrays import GPUArray, i32
 from .sources import Program, Size
@@ -94,7 +94,7 @@ class _Timing:
         n, size = x.shape[-1], 2 if kind in ("F16", "BF16") else 4
         weights = size * n * len(columns)
         nbytes = weights + size * n * len(rows) + 4 * len(rows) * len(columns)
-        work = Work(nbytes, weights, n * len(rows) * len(columns), "float")
+        work = Work(nbytes, weights, n * len(rows) * len(columns), "float", kind)
         queue = partial(self._gemm, kind, w, x, rows, y, columns, keep)
         self.profile.add(f"library_{kind}", self._be.timed(queue), work)
 
@@ -124,14 +124,15 @@ class _Timing:
         if kernel in DECODING:
             y = max(arrays, key=lambda a: a.nbytes)
             rows = w.nbytes * w.n_in // prod(w.shape) * (y.size // w.n_in)
-            return Work(others + rows, rows)
+            return Work(others + rows, rows, kind=w.kind)
         outside = (p.outside for p in self._be.outside.values() if p.outside.name == kernel)
         places = (k.parameters.index("y") for k in outside)
         n_rows = args[next(places, FIRST_OUTPUT.get(kernel, 4))].size // w.n_out
         share = min(n_rows, w.shape[0]) / w.shape[0] if len(w.shape) > 2 else 1
         stored = sum(int(w.nbytes * share) for w in found)
         macs = sum(w.n_out * w.n_in for w in found) * n_rows
-        return Work(others + stored, stored, macs, "float" if w.kind in PLAIN else "int8")
+        numbers: Numbers = "float" if w.kind in PLAIN else "int8"
+        return Work(others + stored, stored, macs, numbers, w.kind)
 
 
 def _named(program: sources.Program, kernel: str) -> str:
@@ -151,13 +152,13 @@ def limits(be: GPUBackend, seconds: float) -> dict[str, float]:
     out = be.array(np.ones(GROUPS * THREADS, np.float32))
     memory = be.empty((READ // 4,))
 
-    def rate(kernel: str, most: int, amount: float, *args: Any) -> float:
+    def rate(kernel: str, n: int, most: int, amount: float, *args: Any) -> float:
         """``amount`` is done n times in a launch, n growing until it takes a while."""
 
         def launch(n: int) -> None:
             be.launch(sources.LIMITS, kernel, (GROUPS, 1, 1), (THREADS, 1, 1), *args, i32(n))
 
-        n, end, best = 1, time.perf_counter() + seconds, 0.0
+        end, best = time.perf_counter() + seconds, 0.0
         while best == 0.0 or time.perf_counter() < end:
             spent = be.timed(partial(launch, n))()
             best = max(best, n * amount / spent / 1e9)
@@ -165,9 +166,9 @@ def limits(be: GPUBackend, seconds: float) -> dict[str, float]:
                 n = min(4 * n, most)
         return best
 
-    at_once = GROUPS * THREADS * CHAINS
+    at_once, whole = GROUPS * THREADS * CHAINS, READ // 16  # less than all of it may lie in a cache
     return {
-        "read GB/s": rate("read_memory", READ // 16, 16, memory, out),
-        "dot GMAC/s": rate("byte_dots", 1 << 16, 4 * at_once, out),
-        "float GMAC/s": rate("float_adds", 1 << 16, at_once, out),
+        "read GB/s": rate("read_memory", whole, whole, 16, memory, out),
+        "dot GMAC/s": rate("byte_dots", 1, 1 << 16, 4 * at_once, out),
+        "float GMAC/s": rate("float_adds", 1, 1 << 16, at_once, out),
     }

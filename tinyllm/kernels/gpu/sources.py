@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import resources
 
@@ -23,6 +24,23 @@ def text(prelude: str, program: Program) -> str:
     files, defines = program
     macros = "".join(f"#define {name} {value}\n" for name, value in defines)
     return macros + "\n".join(name if "\n" in name else read(name) for name in (prelude, *files))
+
+
+def name(program: Program) -> str:
+    """What a program is called in errors: its last file, or the one that its text says it is of."""
+    last = program[0][-1]
+    said = re.match(r'#line 1 "(.*)"', last)
+    return said[1] if said else last
+
+
+def complaint(log: str) -> str:
+    """The first error of a compiler's log, with the line of source that the log shows below it."""
+    lines = log.splitlines()
+    for i, line in enumerate(lines):
+        if re.search(r"\berror\b", line) and re.search(r"[:(]\d+", line):
+            shown = lines[i + 1].strip() if i + 1 < len(lines) else ""
+            return " ".join(f"{line.strip()} {shown}".split())
+    return next(filter(None, map(str.strip, lines)), "it does not say why")
 
 
 def plain(*files: str, **defines: str | int) -> Program:
