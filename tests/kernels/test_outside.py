@@ -12,6 +12,7 @@ import tinyllm
 from tinyllm.errors import ArgumentError, TinyLLMError
 from tinyllm.kernels import lab
 from tinyllm.kernels.cpu.backend import CPUBackend
+from tinyllm.kernels.gpu import sources
 from tinyllm.kernels.outside import OPERATIONS, Outside, read_kernels
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
@@ -349,6 +350,14 @@ def test_a_file_that_fails_leaves_no_declaration_behind(written: Any) -> None:
     with pytest.raises(ArgumentError, match="ZeroDivisionError"):
         read_kernels([written(RELU + "1 / 0\n")])
     assert [k.kind for k in read_kernels([written(GATE.format("pass"))])] == ["silu"]
+
+
+def test_the_first_error_of_a_log_is_found_with_its_line() -> None:
+    opencl = "Build on X:\n\na.cl:3:9: warning: error-prone\n  int a;\na.cl:7:1: error: no 'b'\n  y = b;\n  ^"
+    cuda = 'a.cu(7): error: identifier "b" is undefined\n    y = b;\n        ^\n\n1 error detected.'
+    assert sources.complaint(f"{opencl}\n1 error generated.") == "a.cl:7:1: error: no 'b' y = b;"
+    assert sources.complaint(cuda) == 'a.cu(7): error: identifier "b" is undefined y = b;'
+    assert sources.complaint("\nlibnvrtc.so: no such file\nmore") == "libnvrtc.so: no such file"
 
 
 @pytest.mark.device

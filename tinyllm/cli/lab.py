@@ -28,7 +28,7 @@ class Report:
     device: str
     limits: dict[str, float]
     verdicts: list[tuple[Outside, Verdict]]
-    # of right kernels, those that do the same beside each other; the fastest first in each test
+    # right kernels that do the same beside each other, the fastest first in each test
     times: dict[Key, list[Timing]]
 
     @property

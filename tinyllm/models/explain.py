@@ -99,7 +99,7 @@ class Recorder(Backend):
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
-        self.asked: set[tuple[str, str]] = set()  # of rms_norm and act, and which act
+        self.asked: set[tuple[str, str]] = set()  # rms_norm and act, the latter with its name
         self.known: dict[int, tuple[Any, str]] = {}
 
     def new(self, shape: Shape, text: str, *operands: Any) -> Value:

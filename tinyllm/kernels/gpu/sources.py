@@ -37,7 +37,7 @@ def complaint(log: str) -> str:
     """The first error of a compiler's log, with the line of source that the log shows below it."""
     lines = log.splitlines()
     for i, line in enumerate(lines):
-        if re.search(r"\berror\b", line) and re.search(r"[:(]\d+", line):
+        if re.search(r"[:(]\d+.*\berror:", line):
             shown = lines[i + 1].strip() if i + 1 < len(lines) else ""
             return " ".join(f"{line.strip()} {shown}".split())
     return next(filter(None, map(str.strip, lines)), "it does not say why")
