@@ -527,6 +527,7 @@ def maxima_of(m: int) -> Callable:
     return maxima
 
 
+@lru_cache
 def tokens_of(n: int) -> int:
     """The tokens of a sequence for which its kernel is chosen: few numbers, as a recorded step serves one."""
     return n if n <= 2 else 4 if n <= 4 else max(SHAPES)

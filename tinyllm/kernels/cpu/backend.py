@@ -33,12 +33,12 @@ from ..profile import Profile
 from . import attention, bfloat, choosing, elementwise, jit, matmul, outside, recurrent
 from .attention import padded
 from .experts import record_experts
-from .fitting import Of, Pieces, Stored, blocks_of, lengths_of, rows_of_heads
+from .fitting import Of, Pieces, Stored, rows_of_heads
 from .kvcache import CPUCache
 from .limits import limits
 from .outside import Replacement
 from .program import CPUArray, Tape, aligned, wrapped
-from .steps import Steps
+from .steps import Steps, blocks_of, lengths_of
 from .threads import pool
 from .translate import PyFunction
 from .weights import CPUWeight, load_weight

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -99,13 +98,3 @@ def rows_of_heads(n_rows: int, n_seq: int, n_head_kv: int) -> int:
 def longest(n_rows: int, n_seq: int) -> int:
     """How long the longest of n_seq sequences is at most, of n_rows in all."""
     return n_rows - n_seq + 1
-
-
-def blocks_of(lengths: Sequence[int], past: Sequence[int]) -> list[int]:
-    """How many blocks each sequence's last row sees, of so many rows behind so many positions."""
-    return [(n + new - 1) // BLOCK + 1 for n, new in zip(past, lengths, strict=True)]
-
-
-def lengths_of(starts: np.ndarray) -> list[int]:
-    """How many rows each sequence has, given where they begin."""
-    return [end - begin for begin, end in pairwise(starts.tolist())]

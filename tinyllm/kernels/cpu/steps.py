@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 from weakref import WeakMethod
 
@@ -23,8 +24,7 @@ import numpy as np
 from ..backend import Array, Batch
 from ..profile import Profile
 from . import jit
-from .attention import tokens_of
-from .fitting import blocks_of, lengths_of
+from .attention import BLOCK, tokens_of
 from .profile import TimedTape
 from .program import Arena, CPUArray, Tape, wrapped
 
@@ -235,3 +235,13 @@ def make_room(batch: Batch, past: list[int], lengths: list[int]) -> None:
 def addresses(batch: Batch) -> list[int]:
     """Those of the caches' tables; a batch without caches has one that nobody reads."""
     return [c.address for c in batch.caches] or [0]
+
+
+def blocks_of(lengths: Sequence[int], past: Sequence[int]) -> list[int]:
+    """How many blocks each sequence's last row sees, of so many rows behind so many positions."""
+    return [(n + new - 1) // BLOCK + 1 for n, new in zip(past, lengths, strict=True)]
+
+
+def lengths_of(starts: np.ndarray) -> list[int]:
+    """How many rows each sequence has, given where they begin."""
+    return [end - begin for begin, end in pairwise(starts.tolist())]
