@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .generate import Work
 
-SLOWER = 2.9  # 99 of 100 steps take at most so many times as long as is usual for texts alone
+SLOWER = 2.5  # 99 of 100 steps take at most so many times as long as is usual for texts alone
 MIXED = 16  # steps with rows of prompts, after which one has none
 # but prompts make a step so many times as long where the machine's other work holds it up
 LEAST = 1.5

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ... import system
 from . import emit, jit, program, simd
 
 CHAINS = 12  # dot products under way
 STRETCH = 1 << 25  # bytes
+LEAST, MOST = 1 << 28, 1 << 30  # bytes that are read in turn
 
 
 def read_memory(source, out, first, last, worker):
@@ -79,9 +81,11 @@ def best(run: Callable[[], Any], seconds: float, at_least: int = 3) -> float:
 def read_bandwidth(threads: int, seconds: float) -> float:
     """Bytes per second of plain reading, as our own pool of threads reaches it.
 
-    Stretches of 32 MiB are read in turn, so that each comes from memory, and the fastest one counts.
+    Stretches of 32 MiB are read in turn, twice as many bytes as the largest cache holds, so that each comes
+    from memory, and the fastest one counts.
     """
-    memory, out = program.aligned(1 << 28), program.aligned(64 * 256)
+    n_bytes = min(max(2 * system.cache_bytes(), LEAST), MOST) // STRETCH * STRETCH
+    memory, out = program.huge(n_bytes), program.aligned(64 * 256)
     memory[:] = 1
     out[:] = 0
     tapes = []
