@@ -150,7 +150,7 @@ class Model(Chatting, Studied):
     ) -> np.ndarray:
         """Logits after each of ``ids`` in one causal pass -> float32 [len(ids), n_vocab].
 
-        With a ``state``, the ids continue it and stay in it.
+        With a ``state``, the ids continue it and stay in it, also where a ``tap`` raises.
 
         Raises
         ------
@@ -348,7 +348,7 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             With ``logprobs``: report the prompt's tokens too.
         state : State, optional
             Continue this conversation; the prompt is added to it. A text behind its tokens has no
-            beginning-of-text token.
+            beginning-of-text token. A call that fails leaves it as it was.
         tap : callable, optional
             ``tap(name, array)`` sees, and may replace, the activations of every step. With the attribute
             ``attn_probs = True`` it is also shown attention probabilities [heads, rows, positions].
@@ -452,7 +452,10 @@ presence_penalty, frequency_penalty, logit_bias, logits_processor, seed
             known = self.prefixes.find(first, room, asked.scales) if finds else None
             home = state or known or self.prefixes.new_state(room, asked.scales, source)
             n_read = 0 if known is None else known.n_past
-            jobs.append(begin(self.tokenizer, self.network, home, first, asked, n_read, kept=kept))
+            given = state is not None
+            jobs.append(
+                begin(self.tokenizer, self.network, home, first, asked, n_read, kept, given)
+            )
             jobs[-1].keep_in(tree)
         if n:
             jobs[0].run.timings.add_read(n, seconds)

@@ -79,8 +79,6 @@ class Conversation:
         try:
             self._answer(pieces, show)
         except KeyboardInterrupt:
-            if not self.state.can_truncate:  # a recurrent layer may be between two tokens
-                self.state.truncate(0)
             return False
         finally:
             if pieces:

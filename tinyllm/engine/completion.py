@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import ArgumentError, ContextOverflow
 from ..models.adapters import Scales
-from ..models.state import State, User
+from ..models.state import State
 from ..sampling import LogitsProcessor, Sampler, SamplingParams
 from ..text import TextStream
 from .generate import FinishReason, Overflow, Run, Timings, Token, check_fits, force, steps
@@ -22,8 +22,11 @@ from .progress import reading
 from .speculate import drafting
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from ..model import Model
     from ..models.network import Network
+    from ..models.state import User
     from ..models.step import Tap
     from ..tokenizers import Tokenizer
     from .constraint import Grammar, Schema
@@ -208,6 +211,17 @@ class Job:
     def done(self) -> bool:
         return self.run.finish_reason is not None
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        """Close; after an error, a state that was given is what it was. A closed stream is no error."""
+        if e is not None and not isinstance(e, GeneratorExit):
+            self.run.undo()
+        self.close()
+
     def close(self) -> None:
         """End where it is, unless it has ended; keep what was read, and let go of the memory."""
         self.run.finish_reason = self.run.finish_reason or "cancelled"
@@ -252,13 +266,15 @@ def begin(
     ids: list[int],
     o: Options,
     n_read: int = 0,
-    giver: User | None = None,
     kept: int | None = None,
+    given: bool = False,
+    user: User | None = None,
 ) -> Job:
     """Add a prompt to a state, which has its first ``n_read`` ids already, and make it a job.
 
-    Nothing is computed yet, and after an error the state is as it was. ``giver`` has it until now. The prompt
-    stands behind the state's first ``kept`` tokens, and the others are dropped; None: behind all.
+    Nothing is computed yet. The prompt stands behind the state's first ``kept`` tokens, and the others are
+    dropped; None: behind all. A ``given`` state is what it was after an error, here or in the job. ``user`` has
+    taken the state; None: the job does.
     """
     keep = 1 if tokenizer.add_bos else 0
     n = len(state.ids) if kept is None else kept
@@ -276,15 +292,23 @@ def begin(
         finish_reason="length" if limit == 0 else None,
         drafter=None if o.drafting is None else o.drafting.begin(),
     )  # fmt: skip
-    state.take(run, giver)
-    if kept is not None:
-        state.cut_back(kept)
-        run.timings.n_reused = state.n_past
-    rest = state.n_ctx - n
-    new = truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids[n_read:]
-    state.ids.extend(new)
-    job = Job(tokenizer, run, o.stop, ids if state.source is None else state.source.ids)
-    force(run)
+    if user is None:
+        state.take(run)
+    try:
+        if given:
+            run.before = state.copy(state.n_ctx)
+        if kept is not None:
+            state.cut_back(kept)
+            run.timings.n_reused = state.n_past
+        rest = state.n_ctx - n
+        new = truncated(ids, rest, keep, o.max_tokens) if o.overflow == "truncate" else ids[n_read:]
+        state.ids.extend(new)
+        job = Job(tokenizer, run, o.stop, ids if state.source is None else state.source.ids)
+        force(run)
+    except BaseException:
+        run.undo()
+        run.close()
+        raise
     return job
 
 
@@ -329,14 +353,13 @@ def complete(
     before_step: Callable[[], object] | None = None,
 ) -> list[Completion]:
     """Run all jobs to their ends, side by side; ``before_step`` is called before each step."""
-    try:
+    with ExitStack() as ends:
+        for job in jobs:
+            ends.enter_context(job)
         with reading(sum(job.run.n_pending for job in jobs)) as read:
             for _ in steps(net, [job.run for job in jobs], tap, read, before_step):
                 for job in jobs:
                     job.keep()
-    finally:
-        for job in jobs:
-            job.close()
     for job in jobs:
         job.text.finish()
     return [job.completion() for job in jobs]
@@ -385,7 +408,7 @@ def pieces_of(
     """
     with (
         reading(job.run.n_pending) as bar,
-        closing(job),
+        job,
         closing(steps(net, [job.run], tap, progress or bar, before_step)) as loop,
     ):
         for _ in loop:

@@ -98,6 +98,7 @@ class Run:
     n_drafted: int = 0  # how many the last step had
     n_right: int = 0  # how many have come true so far
     shifted: bool = False  # were tokens dropped? Reading ``ids`` anew then gives other keys
+    before: State | None = None  # what the state was: after an error, it is that again
 
     def __post_init__(self) -> None:
         self.timings.n_reused = self.state.n_past
@@ -112,6 +113,12 @@ class Run:
         self.finish_reason = self.finish_reason or "cancelled"
         if hasattr(self, "state"):
             self.give_up()
+
+    def undo(self) -> None:
+        """Have the state be what it was before this run, where that is kept: an error ends it."""
+        if self.before is not None:
+            self.state.become(self.before)
+            self.before = None
 
     @property
     def n_pending(self) -> int:
@@ -156,6 +163,7 @@ class Run:
         """Let go of the state's memory; returns its tokens, for ``resume``."""
         ids = self.state.ids
         del self.state
+        self.before = None
         if self.drafter is not None:
             self.drafter.give_up()
         return ids

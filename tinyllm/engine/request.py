@@ -229,12 +229,14 @@ class Request:
         """End the request, with an error or with the text so far."""
         if self.done:
             return
-        error = error or self._wrong
-        if self.job is not None:  # a state that it was given is free again
+        if self.job is not None:
             run = self.job.run
             run.finish_reason = run.finish_reason or self._asked or "cancelled"
         self.show()
+        error = error or self._wrong
         if error is not None:
+            if self.job is not None:
+                self.job.run.undo()
             self._notify(error=error)
         elif self.job is not None:
             self._notify(completion=self.job.completion())

@@ -432,8 +432,9 @@ class Engine:
                 request.prompt_ids,
                 request.options,
                 n_read,
-                request,
                 request.kept,
+                request.given_state is not None,
+                request,
             )
             if request.given_state is None:  # what the new state holds already was read for others
                 request.n_cached = request.job.run.timings.n_reused

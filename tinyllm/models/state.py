@@ -95,15 +95,26 @@ class State:
         """A fork with the first ``n`` tokens and room for ``n_ctx``, which rotates as this state does."""
         self.check_whole()
         with self.lock:
-            cache = self.cache.fork(n_ctx)
-            other = State(
-                cache, self.layers, self.ropes, n_ctx, self.fingerprint, self.lock,
-                self.n_vocab, self.scales,
-            )  # fmt: skip
-            other.source, other.altered = self.source, self.altered
-            other.can_shift, other.ids, other.n_past = self.can_shift, list(self.ids), self.n_past
+            other = self.copy(n_ctx)
             other.truncate(n)
         return other
+
+    def copy(self, n_ctx: int) -> State:
+        """``fork``, also of a state that lost what its recurrent layers had summed up."""
+        with self.lock:
+            other = State(
+                self.cache.fork(n_ctx), self.layers, self.ropes, n_ctx, self.fingerprint, self.lock,
+                self.n_vocab, self.scales,
+            )  # fmt: skip
+        other.source, other.can_shift = self.source, self.can_shift
+        other.ids, other.n_past = list(self.ids), self.n_past
+        other.spoilt, other.altered = self.spoilt, self.altered
+        return other
+
+    def become(self, copy: State) -> None:
+        """Be what a ``copy`` of this state is, which nobody uses any more."""
+        self.cache, self.ids, self.n_past = copy.cache, copy.ids, copy.n_past
+        self.spoilt, self.altered = copy.spoilt, copy.altered
 
     def can_go_on(self, n: int) -> bool:
         """Whether what is stored of the first ``n`` tokens is all that the next one needs."""
@@ -111,18 +122,18 @@ class State:
             return n == self.n_past and not self.spoilt
         return n <= self.n_past and self.cache.holds(n)
 
-    def check_free(self, but: User | None = None) -> None:
-        """Raise StateError while a text or a call, ``but`` one, goes on with this state."""
+    def check_free(self) -> None:
+        """Raise StateError while a text or a call goes on with this state."""
         user = None if self._user is None else self._user()
-        if user is not None and user is not but and user.going_on:
+        if user is not None and user.going_on:
             raise StateError(
                 "the state is in use: another text goes on with it; let that end, close it, or use a fork"
             )
 
-    def take(self, user: User, giver: User | None = None) -> None:
-        """Give the state to one user, until it goes on no longer; StateError while any but ``giver`` has it."""
+    def take(self, user: User) -> None:
+        """Give the state to one user, until it goes on no longer; StateError while another has it."""
         with TAKING:  # not the model's lock, which may be held for a whole step
-            self.check_free(giver)
+            self.check_free()
             self._user = weakref.ref(user)
 
     @contextmanager
