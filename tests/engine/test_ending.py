@@ -121,6 +121,34 @@ def test_expressions_and_grammars_end_whole(held: Any, pattern: str | None) -> N
         assert re.fullmatch(pattern or held["regex"], done.text), (most, n, done.text)
 
 
+OPTIONAL = {**record(**{key: {"type": "string"} for key in "abcdef"}), "required": ["a", "f"]}
+SEVENS = {"type": "integer", "multipleOf": 7, "minimum": 10}
+
+
+@pytest.mark.parametrize("schema", [OPTIONAL, SEVENS, {"enum": [1, 2, "x"]}, {}])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_shortest_ending_is_looked_for(schema: dict[str, Any], seed: int) -> None:
+    n = next(n for n in range(1, 20) if len(begun(json_schema=schema).ending(n) or [0] * 20) <= n)
+    assert n <= 15
+    for most in (n, n + 1, n + 3, 40):
+        done = bundled().generate("Once upon a time, ", most, seed=seed, json_schema=schema)
+        assert is_valid(done.text, schema), (most, done.text)
+
+
+@pytest.mark.parametrize("regex", ["[a-z ]*end", "[^a]*end", "[^a]{0,200}end"])
+def test_what_a_loop_takes_too_ends_it(regex: str) -> None:
+    for most in (3, 5, 30, 160):
+        done = bundled().generate("Once upon a time, ", most, seed=most, regex=regex)
+        assert re.fullmatch(regex, done.text), (most, done.text)
+
+
+def test_the_shorter_of_two_ways_is_taken() -> None:
+    long = "a very long alternative text that has many tokens"
+    for most in (1, 2, 30):
+        done = bundled().generate("A", most, seed=most, grammar=f'root ::= "x" | "{long}"')
+        assert done.text in ("x", long)
+
+
 def test_the_limit_says_that_it_ended_the_text() -> None:
     options: dict[str, Any] = {"json_schema": OPEN, "temperature": 0}
     long = bundled().generate("Once", 120, **options, whole=False)

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -36,7 +36,12 @@ _KEYWORDS = {  # which keyword a message speaks of that does not name it
     "Invalid type": "type",
     "Unknown format": "format",
 }
-UNSURE = 32  # tokens before those of a known ending, from where on no way is taken without one
+_PATTERNS = re.compile(r'"pattern": "((?:[^"\\]|\\.)*)"')
+_SIGNS = re.compile(
+    r"""\[[^\]]*\]|\{[^}]*\}|\\+\w|[\\()|*+?.^$"/\n]"""
+)  # what stands for something else
+MOST_WORDS = 16
+FAR = 128  # tokens that are left, where a way may be taken behind which no ending is known
 WATCHED = 512  # tokens before the last that may come: from there on each leaves room for an ending
 
 
@@ -60,6 +65,8 @@ class Grammar:
         In llguidance's own form; `compile_grammar` makes it.
     name : str
         What the caller called it, for errors.
+    words : sequence of str
+        What its expressions say letter by letter: a text may end by one.
 
     Raises
     ------
@@ -69,7 +76,9 @@ class Grammar:
         The vocabulary has no token that ends a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, n_vocab: int, source: str, name: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, n_vocab: int, source: str, name: str, words: Sequence[str] = ()
+    ) -> None:
         from llguidance import LLMatcher
 
         self._vocabulary, self._name = _vocabulary_of(tokenizer, n_vocab), name
@@ -78,16 +87,20 @@ class Grammar:
         if wrong:
             raise ArgumentError(f"{name}: {_explained(messages[0])}")
         self._matcher = LLMatcher(tokens, source, log_level=0)
+        self._said = [tokens.tokenize_str(word) for word in words]
 
     def begin(self) -> Constraint:
         """The constraint of a text of which nothing is written yet."""
-        return Constraint(self._matcher.deep_copy(), self._vocabulary, self._name)
+        return Constraint(self._matcher.deep_copy(), self._vocabulary, self._name, self._said)
 
 
 class Constraint:
     """Where one text stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, name: str) -> None:
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: Vocabulary, name: str, said: Sequence[Sequence[int]]
+    ) -> None:
+        self._said = said
         self._matcher, self._name, self._endings = matcher, name, vocabulary.endings
         self._n_vocab, self._end = vocabulary.tokens.vocab_size, vocabulary.tokens.eos_token
         self._ending: list[int] | None = None  # tokens that would make the text whole, if known
@@ -132,19 +145,18 @@ class Constraint:
         """The token, where the text can still end behind it; else one on the way to its end.
 
         ``n_left`` tokens may come, this one among them; a token that ends the text is not counted. Where no
-        ending is known, or none is short enough, any token is taken.
+        ending is known here, or none is short enough, any token is taken.
         """
         if n_left > self._sought_at:
             return chosen
         known, behind = self._ending, self._ending_behind(chosen, n_left - 1)
         if behind is None or len(behind) >= n_left:
-            # where none was found behind this token, none was here before, but perhaps at the beginning
-            if known is None and (behind is not None or self._sought_at == sys.maxsize):
+            if known is None:
                 known = self._ending = self.ending(n_left)
-            if known is not None and len(known) <= n_left:
-                if behind is not None or n_left <= 2 * len(known) + UNSURE:
-                    return known[0] if known else self._end
-            behind, self._sought_at = None, n_left // 4
+            fits = known is not None and len(known) <= n_left
+            if known is not None and fits and (behind is not None or n_left <= FAR):
+                return known[0] if known else self._end
+            behind, self._sought_at = None, max(FAR, n_left // 2) if fits else n_left // 4
         elif n_left > (watched := max(WATCHED, 2 * len(behind))):
             behind, self._sought_at = None, watched
         self._behind = chosen, behind
@@ -152,7 +164,7 @@ class Constraint:
 
     def ending(self, most: int) -> list[int] | None:
         """Tokens that make the text whole; more than ``most`` where it takes too many, None if unknown."""
-        return self._endings.find(self._matcher, most)
+        return self._endings.find(self._matcher, most, self._said)
 
     def _ending_behind(self, chosen: int, most: int) -> list[int] | None:
         """An ending behind a token: the rest of the known one, that one, or another."""
@@ -163,7 +175,7 @@ class Constraint:
             return known
         place = self._matcher.deep_copy()
         place.consume_token(chosen)
-        return self._endings.find(place, most)
+        return self._endings.find(place, most, self._said)
 
     def _ends(self, ids: list[int]) -> bool:
         """Whether these tokens make the text whole."""
@@ -220,7 +232,10 @@ def compile_grammar(
         raise
     except (ValueError, TypeError) as error:  # half a surrogate pair, too
         raise ArgumentError(f"{name}: {_explained(str(error))}") from None
-    return Grammar(tokenizer, n_vocab, source, name)
+    expressions = (
+        _PATTERNS.findall(_schema(json_schema)) if name == "json_schema" else [str(options[name])]
+    )
+    return Grammar(tokenizer, n_vocab, source, name, _words(" ".join(expressions)))
 
 
 def _schema(schema: Any) -> str:
@@ -238,6 +253,12 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not (value if name == "regex" else value.strip()):
         raise ArgumentError(f"{name}={value!r:.40}; expected a text that is not empty")
     return value
+
+
+def _words(expression: str) -> list[str]:
+    """The parts of expressions that stand for themselves; the last ones, for there they end."""
+    parts = _SIGNS.split(expression)
+    return list(dict.fromkeys(part for part in reversed(parts) if part.strip()))[:MOST_WORDS]
 
 
 def _spelled(grammar: str) -> str:

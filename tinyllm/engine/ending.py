@@ -1,7 +1,8 @@
 """How a text can end: few tokens that make it whole from where it stands, found by trying.
 
 A grammar does not say how long its texts must be. So a copy of its matcher goes on with the tokens that close
-most: brackets, quotes, then a short value. Where that only fills a string, other ways are tried, short first.
+most: brackets, quotes, then a short value. Where that is too long, or only fills a string, one choice after
+the other is made otherwise.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ DIGITS = b"1023456789"  # 1 first: there is no month or year 0
 LONG_ENOUGH = 8  # bytes of a token that fills a string
 MOST_FILLED = 128  # tokens of an ending that close nothing, and of one on another way
 MOST_FILLED_AROUND = 4
-LEFT_AT = 0, 1, 4, 32  # tokens of the straight way that other ways begin with
-MOST_TRIED = 256  # tokens tried on other ways: some 20 ms
-FAR = 128  # tokens that are left for an ending, where no other ways need be tried yet
+MOST_ALIKE = (
+    16  # places left where the same tokens may come: items of a list, not a string's letters
+)
+MOST_TRIED = 2048  # places looked at on other ways: 20 ms, 150 in a vocabulary of 128,000 tokens
+MOST_TOO_LONG = 6  # times what fits: a way of more tokens is not gone to its end
 MANY = 8  # inside of a string, more than one token in so many is allowed
 
 
@@ -60,87 +63,152 @@ class Endings:
         self._between = (closing, named, quotes, commas), (digits, some, rest)
         self._first = np.array([word[0] if word else 0 for word in words], np.uint8)
         self._n_vocab = n_vocab
+        self._end = min(eog, default=-1)
+        self._quote = next((i for i, w in enumerate(words) if w == QUOTE), self._end)
         self._bits = np.zeros(-(-n_vocab // 32), np.int32)
 
-    def find(self, matcher: LLMatcher, most: int) -> list[int] | None:
+    def find(
+        self, matcher: LLMatcher, most: int, said: Sequence[Sequence[int]] = ()
+    ) -> list[int] | None:
         """Tokens that make the text whole from where the matcher stands, which stays there.
 
-        More than ``most`` where it takes too many: they are not all then. None where no end is found.
+        ``said`` are words of the grammar, as tokens: one may end what would go on. More than ``most`` where
+        it takes too many: they are not all then. None where no end is found.
         """
-        n_filled = min(most, MOST_FILLED)
-        path, lost = self._straight(matcher.deep_copy(), [], most, n_filled)
-        if not lost:
+        path, whole, choices = self._straight(
+            matcher.deep_copy(), [], MOST_TOO_LONG * most, min(most, MOST_FILLED), said
+        )
+        if whole and len(path) <= most:
             return path
-        return self._around(matcher, path, most) if 0 < most <= FAR else None
+        return self._around(matcher, path, whole, choices, most, said)
 
     def _straight(
-        self, place: LLMatcher, path: list[int], most: int, n_filled: int
-    ) -> tuple[list[int], bool]:
+        self,
+        place: LLMatcher,
+        path: list[int],
+        most: int,
+        n_filled: int,
+        said: Sequence[Sequence[int]],
+    ) -> tuple[list[int], bool | None, list[int]]:
         """Close what is open until the text is whole, or has too many tokens; ``path`` are its first.
 
-        The second value is whether it got lost: it could only fill a string that nothing closes.
+        The second value is whether it is whole; None where it got lost: it could only fill a string that
+        nothing closes. The third, behind how many tokens another could have come.
         """
-        path, n_chosen, n_left, n_same, was_inside = list(path), 0, n_filled, 0, False
+        path, choices = list(path), list[int]()
+        n_chosen, n_left, n_same, was_inside = 0, n_filled, 0, False
         while not place.is_accepting():
             if place.is_error():
-                return path, True
+                return path, None, choices
             forced = place.compute_ff_tokens()
             if forced:
                 n_same, was_inside = 0, False
             else:
                 allowed = self._allowed(place)
-                inside = bool(np.count_nonzero(allowed) > self._n_vocab // MANY)
+                inside = self._is_inside(allowed)
+                choices.append(len(path))
                 token, fills = self._best(allowed, inside)
                 fills = fills or (inside and was_inside)  # what was to close has not
+                if fills and (word := self._word(place, said)):
+                    path += word[: place.try_consume_tokens(list(word))]
+                    said = ()  # one that has not ended it would come again
+                    continue
                 forced = [token] * (1 + n_same // 2 * fills)  # a long string in few masks
                 n_same = n_same + len(forced) if fills else 0
                 n_left -= len(forced) * fills
                 if n_left < 0:
-                    return path, True
+                    return path, None, choices
                 n_chosen, was_inside = n_chosen + len(forced), inside
             path += forced[: place.try_consume_tokens(forced)]
             if len(path) > most and 2 * (n_filled - n_left) <= n_chosen:
-                break
-        return path, False
+                return path, place.is_accepting(), choices
+        return path, True, choices
 
-    def _around(self, matcher: LLMatcher, straight: list[int], most: int) -> list[int] | None:
-        """An ending on another way; two places are taken for one where the same tokens may come."""
-        ways: deque[tuple[LLMatcher, list[int]]] = deque()
-        seen, n_tried = set[int](), 0
-        for n in LEFT_AT:
-            place = matcher.deep_copy()
-            place.consume_tokens(straight[:n])
-            ways.append((place, straight[:n]))
+    def _around(
+        self,
+        matcher: LLMatcher,
+        straight: list[int],
+        whole: bool | None,
+        choices: list[int],
+        most: int,
+        said: Sequence[Sequence[int]],
+    ) -> list[int] | None:
+        """An ending on another way: each choice of a way is made otherwise, those in front first.
+
+        Behind it the way is straight again. A shorter one takes the place of the one that it left. Two tokens
+        are taken for one where the same may come behind them.
+        """
+        best = straight if whole else None
+        ways = deque((straight, n) for n in choices if n < most)
+        n_seen: dict[int, int] = {}
+        n_tried = 0
         while ways:
-            start, path = ways.popleft()
-            for token in self._others(start):
+            way, n = ways.popleft()
+            start = matcher.deep_copy()
+            start.consume_tokens(way[:n])
+            allowed = self._allowed(start)
+            inside, here = self._is_inside(allowed), self._state()
+            n_seen[here] = n_seen.get(here, 0) + 1
+            if n_seen[here] > MOST_ALIKE:
+                continue
+            states: set[tuple[int, tuple[int, ...]]] = {(here, ())}
+            shorter = list[int]()
+            for token in self._others(allowed):
+                ends = start.validate_tokens([token, self._end]) > 1
+                if not ends and inside:
+                    letter = (
+                        self._first[token] > 127
+                    )  # a part of one: the rest would have to come, too
+                    if letter or start.validate_tokens([token, token, (way[n:] or way)[0]]) == 3:
+                        continue  # the string goes on
                 place = start.deep_copy()
                 place.consume_token(token)
-                if all(place.validate_tokens([again]) for again in (token, *straight[-1:])):
-                    continue  # the string goes on
                 forced = place.compute_ff_tokens()
-                place.consume_tokens(forced)
-                tried = [*path, token, *forced]
+                tried = [*way[:n], token, *forced[: place.try_consume_tokens(forced)]]
+                if place.is_error() or len(tried) > (len(best) - 1 if best else most):
+                    continue
                 self._allowed(place)
-                here = hash(self._bits.tobytes())
                 n_tried += 1
                 if n_tried > MOST_TRIED:
-                    return None
-                if place.is_error() or here in seen or len(tried) > most:
-                    continue
-                seen.add(here)
-                found, lost = self._straight(place.deep_copy(), tried, most, MOST_FILLED_AROUND)
-                if not lost and len(found) <= most:
+                    return best or (None if whole is None else straight)
+                if not ends and (inside or not forced):  # else each leads to a text of its own
+                    state = self._state(), tuple(forced)
+                    if state in states:
+                        continue
+                    states.add(state)
+                limit = len(best) - 1 if best else most
+                n_filled = MOST_FILLED if best else MOST_FILLED_AROUND
+                found, is_whole, at = self._straight(place, tried, limit, n_filled, said)
+                n_tried += len(at)
+                if is_whole and len(found) <= most:
                     return found
-                place_behind = matcher.deep_copy()
-                place_behind.consume_tokens(found)
-                ways += (place, tried), (place_behind, found)
-        return None
+                if is_whole and len(found) <= limit:
+                    best, shorter = found, at
+                elif best is None:
+                    ways += ((found, i) for i in at if i < most)
+            if best and shorter:
+                ways = deque((best, i) for i in shorter if i < most)
+        return best or (None if whole is None else straight)
+
+    def _word(self, place: LLMatcher, said: Sequence[Sequence[int]]) -> Sequence[int]:
+        """A word that ends the text, or the string that it is in."""
+        for word in said:
+            for end in (self._end, self._quote):
+                if place.validate_tokens([*word, end]) > len(word):
+                    return word
+        return ()
 
     def _allowed(self, place: LLMatcher) -> NDArray[np.bool_]:
         place.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         bits = np.unpackbits(self._bits.view(np.uint8), count=self._n_vocab, bitorder="little")
         return bits.view(np.bool_)
+
+    def _state(self) -> int:
+        """What tells the place last looked at from others: the tokens that may come."""
+        return hash(self._bits.tobytes())
+
+    def _is_inside(self, allowed: NDArray[np.bool_]) -> bool:
+        return bool(np.count_nonzero(allowed) > self._n_vocab // MANY)
 
     def _best(self, allowed: NDArray[np.bool_], inside: bool) -> tuple[int, bool]:
         """The token that closes most, and whether it only fills; inside a string a bracket closes nothing."""
@@ -153,9 +221,8 @@ class Endings:
                     return int(ids[here.argmax()]), fills
         return int(allowed.argmax()), True
 
-    def _others(self, place: LLMatcher) -> list[int]:
+    def _others(self, allowed: NDArray[np.bool_]) -> list[int]:
         """A token for each byte that may come next, those that may close something first."""
-        allowed = self._allowed(place)
         ids = np.concatenate([ids[allowed[ids]] for kinds in self._between for ids in kinds])
         _, at = np.unique(self._first[ids], return_index=True)
         found: list[int] = ids[np.sort(at)].tolist()
