@@ -13,13 +13,13 @@ from ..errors import NumericError
 from .completion import SMALLEST_CONTEXT
 from .embedding import BeforeStep, no_matter, pack
 from .generate import DAMAGED, check_fits
-from .request import Usage
 
 if TYPE_CHECKING:
     from ..models.adapters import Scales
     from ..models.network import Network
     from ..models.state import State
     from .prefixes import Prefixes
+    from .request import Usage
 
 
 @dataclass(frozen=True)
