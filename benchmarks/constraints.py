@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,21 @@ def is_json(text: str) -> bool:
 def wrong_with(text: str, schema: Any, kind: Any) -> str:
     """What is wrong with an answer; nothing where it is valid, or has a pattern that Python cannot read."""
     try:
-        kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(text))
+        with localcontext(prec=10000):  # numbers are as long as tokens allow
+            schema = json.loads(json.dumps(schema), parse_float=exact)
+            answer = json.loads(text, parse_float=exact)
+            kind(schema, format_checker=kind.FORMAT_CHECKER).validate(answer)
     except (ValueError, jsonschema.ValidationError) as e:
         return str(e).split("\n")[0]
     except re.error:
         return ""
     return ""
+
+
+def exact(digits: str) -> int | Decimal:
+    """A number as it is written; a whole one is an int, as 5.0 is an integer in JSON Schema."""
+    number = Decimal(digits)
+    return int(number) if number == number.to_integral_value() else number
 
 
 def overhead(m: tinyllm.Model, tokens: int, rounds: int) -> dict[str, Any]:
