@@ -1,8 +1,8 @@
 """How a text can end: few tokens that make it whole from where it stands, found by trying.
 
 A grammar does not say how long its texts must be. So a copy of its matcher goes on with the tokens that close
-most: brackets, quotes, then a short value. Where that is too long, or only fills a string, one choice after
-the other is made otherwise.
+most: brackets, quotes, then a short value. Where that is somewhat too long, or only fills a string, one choice
+after the other is made otherwise.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ MOST_FILLED_AROUND = 4
 MOST_ALIKE = (
     16  # places left where the same tokens may come: items of a list, not a string's letters
 )
-MOST_TRIED = 2048  # places looked at on other ways: 20 ms, 150 in a vocabulary of 128,000 tokens
-MOST_TOO_LONG = 6  # times what fits: a way of more tokens is not gone to its end
+MOST_TRIED = 2048  # places looked at on other ways, some 20 ms
+MOST_LOOKED = 1 << 26  # tokens looked at there: fewer places in a large vocabulary, some 40 ms
+MOST_TOO_LONG = 6  # times what fits: where the straight way has more tokens, no other is looked for
 MANY = 8  # inside of a string, more than one token in so many is allowed
 
 
@@ -63,6 +64,7 @@ class Endings:
         self._between = (closing, named, quotes, commas), (digits, some, rest)
         self._first = np.array([word[0] if word else 0 for word in words], np.uint8)
         self._n_vocab = n_vocab
+        self._most_tried = min(MOST_TRIED, MOST_LOOKED // n_vocab)
         self._end = min(eog, default=-1)
         self._quote = next((i for i, w in enumerate(words) if w == QUOTE), self._end)
         self._bits = np.zeros(-(-n_vocab // 32), np.int32)
@@ -78,7 +80,7 @@ class Endings:
         path, whole, choices = self._straight(
             matcher.deep_copy(), [], MOST_TOO_LONG * most, min(most, MOST_FILLED), said
         )
-        if whole and len(path) <= most:
+        if (whole and len(path) <= most) or (whole is False and len(path) > MOST_TOO_LONG * most):
             return path
         return self._around(matcher, path, whole, choices, most, said)
 
@@ -169,7 +171,7 @@ class Endings:
                     continue
                 self._allowed(place)
                 n_tried += 1
-                if n_tried > MOST_TRIED:
+                if n_tried > self._most_tried:
                     return best or (None if whole is None else straight)
                 if not ends and (inside or not forced):  # else each leads to a text of its own
                     state = self._state(), tuple(forced)
