@@ -134,7 +134,7 @@ def is_json(text: str) -> bool:
 
 
 def wrong_with(text: str, schema: Any, kind: Any) -> str:
-    """What is wrong with an answer; nothing where it is valid, or has a pattern that Python cannot read."""
+    """What is wrong with an answer; nothing where it is valid, or Python cannot read its pattern or number."""
     try:
         with localcontext(prec=10000):  # numbers are as long as tokens allow
             schema = json.loads(json.dumps(schema), parse_float=exact)
@@ -142,7 +142,7 @@ def wrong_with(text: str, schema: Any, kind: Any) -> str:
             kind(schema, format_checker=kind.FORMAT_CHECKER).validate(answer)
     except (ValueError, jsonschema.ValidationError) as e:
         return str(e).split("\n")[0]
-    except re.error:
+    except (re.error, ArithmeticError):  # such as 1e999999999
         return ""
     return ""
 
@@ -150,7 +150,8 @@ def wrong_with(text: str, schema: Any, kind: Any) -> str:
 def exact(digits: str) -> int | Decimal:
     """A number as it is written; a whole one is an int, as 5.0 is an integer in JSON Schema."""
     number = Decimal(digits)
-    return int(number) if number == number.to_integral_value() else number
+    short = number.adjusted() < 1000
+    return int(number) if short and number == number.to_integral_value() else number
 
 
 def overhead(m: tinyllm.Model, tokens: int, rounds: int) -> dict[str, Any]:
