@@ -229,9 +229,8 @@ def check_kinds(kernels: Sequence[Outside], file: gguf.GGUFFile, strict: bool) -
     products = {(name, kind) for name in ("matvec", "matmul") for kind in kinds}
     if all(k.key in products for k in kernels):
         return
-    from .models.explain import (
-        asked,
-    )  # a second network, which computes nothing, and only where it is wanted
+    # a second network, which computes nothing, and only where it is wanted
+    from .models.explain import asked
 
     known = products | asked(file.metadata, file.tensors, strict)
     for k in kernels:

@@ -37,9 +37,8 @@ _KEYWORDS = {  # which keyword a message speaks of that does not name it
     "Unknown format": "format",
 }
 _PATTERNS = re.compile(r'"pattern": "((?:[^"\\]|\\.)*)"')
-_SIGNS = re.compile(
-    r"""\[[^\]]*\]|\{[^}]*\}|\\+\w|[\\()|*+?.^$"/\n]"""
-)  # what stands for something else
+# what stands for something else
+_SIGNS = re.compile(r"""\[[^\]]*\]|\{[^}]*\}|\\+\w|[\\()|*+?.^$"/\n]""")
 MOST_WORDS = 16
 FAR = 128  # tokens that are left, where a way may be taken behind which no ending is known
 WATCHED = 512  # tokens before the last that may come: from there on each leaves room for an ending

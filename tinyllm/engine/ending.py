@@ -22,9 +22,8 @@ DIGITS = b"1023456789"  # 1 first: there is no month or year 0
 LONG_ENOUGH = 8  # bytes of a token that fills a string
 MOST_FILLED = 128  # tokens of an ending that close nothing, and of one on another way
 MOST_FILLED_AROUND = 4
-MOST_ALIKE = (
-    16  # places left where the same tokens may come: items of a list, not a string's letters
-)
+# places left where the same tokens may come: items of a list, not a string's letters
+MOST_ALIKE = 16
 MOST_TRIED = 2048  # places looked at on other ways, some 20 ms
 MOST_LOOKED = 1 << 26  # tokens looked at there: fewer places in a large vocabulary, some 40 ms
 MOST_TOO_LONG = 6  # times what fits: where the straight way has more tokens, no other is looked for
@@ -158,9 +157,8 @@ class Endings:
             for token in self._others(allowed):
                 ends = start.validate_tokens([token, self._end]) > 1
                 if not ends and inside:
-                    letter = (
-                        self._first[token] > 127
-                    )  # a part of one: the rest would have to come, too
+                    # a part of a letter: the rest would have to come, too
+                    letter = self._first[token] > 127
                     if letter or start.validate_tokens([token, token, (way[n:] or way)[0]]) == 3:
                         continue  # the string goes on
                 place = start.deep_copy()
@@ -228,9 +226,8 @@ class Endings:
         ids = np.concatenate([ids[allowed[ids]] for kinds in self._between for ids in kinds])
         _, at = np.unique(self._first[ids], return_index=True)
         found: list[int] = ids[np.sort(at)].tolist()
-        return sorted(
-            found, key=lambda i: chr(self._first[i]).isalnum()
-        )  # words lead on, marks away
+        # words lead on, marks away
+        return sorted(found, key=lambda i: chr(self._first[i]).isalnum())
 
 
 def _kind(word: bytes) -> tuple[str, int, int, int]:

@@ -210,10 +210,8 @@ class Prefixes:
         node.state = None
         while (parent := node.parent) is not None and node.state is None and not node.children:
             del parent.children[node.ids[0]]
-            node.parent, node = (
-                None,
-                parent,
-            )  # no circles, whose memory would wait for the collector
+            node.parent = None  # no circles, whose memory would wait for the collector
+            node = parent
 
     def _count(self, state: State, change: int) -> None:
         """Note that a state's pages have one holder more, or one less; each counts once.

@@ -202,9 +202,8 @@ class Engine:
         return request
 
     def _enqueue(self, request: Request) -> None:
-        if (
-            os.getpid() != self._pid
-        ):  # a fork has none of the threads, and perhaps a lock that nobody leaves
+        # a fork has none of the threads, and perhaps a lock that nobody leaves
+        if os.getpid() != self._pid:
             raise TinyLLMError(
                 f"the engine runs in the process {self._pid}, and this is its fork; make an Engine here"
             )

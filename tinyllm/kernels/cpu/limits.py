@@ -81,10 +81,11 @@ def best(run: Callable[[], Any], seconds: float, at_least: int = 3) -> float:
 def read_bandwidth(threads: int, seconds: float) -> float:
     """Bytes per second of plain reading, as our own pool of threads reaches it.
 
-    Stretches of 32 MiB are read in turn, twice as many bytes as the largest cache holds, so that each comes
-    from memory, and the fastest one counts.
+    Stretches of 32 MiB are read in turn, twice as many bytes as the largest cache holds where there is room,
+    so that each comes from memory, and the fastest one counts.
     """
-    n_bytes = min(max(2 * system.cache_bytes(), LEAST), MOST) // STRETCH * STRETCH
+    most = max(min(MOST, system.available_bytes() // 4), STRETCH)
+    n_bytes = min(max(2 * system.cache_bytes(), LEAST), most) // STRETCH * STRETCH
     memory, out = program.huge(n_bytes), program.aligned(64 * 256)
     memory[:] = 1
     out[:] = 0

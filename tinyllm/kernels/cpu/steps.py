@@ -49,9 +49,8 @@ class Recorded:
     inputs: dict[str, np.ndarray]  # views of the batch's arrays
     tables: np.ndarray  # [n_seq] int64: addresses of the caches' tables
     caches: CPUArray  # the memory of ``tables``
-    sources: (
-        CPUArray | None
-    )  # [T] int64: addresses of the tables of what the rows' sequences have read
+    # [T] int64: addresses of the tables of what the rows' sequences have read
+    sources: CPUArray | None
     fitted: list[Fitted] = field(default_factory=list)
     seen: tuple[list[int], list[int]] | None = None  # the lengths and blocks that these fit
     result: Array = None
