@@ -65,8 +65,8 @@ class Tile:
     """The fields of one tile as vectors of n rows, beginning with row ``first``.
 
     Whoever loads a cache line first asks for the one that is ``ahead`` bytes further, if that is given: so
-    requests are spread among the arithmetic, and the processor's queue of them never fills. ``in_order``: each
-    load stays behind the one before.
+    requests are spread among the arithmetic, and the processor's queue of them never fills. ``level``: of the
+    first cache that gets it. ``in_order``: each load stays behind the one before.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class Tile:
         n: int,
         ahead: Any = None,
         in_order: bool = False,
+        level: int = 1,
     ) -> None:
-        self.e, self.n, self.in_order = e, n, in_order
+        self.e, self.n, self.in_order, self.level = e, n, in_order, level
         self.further = None if ahead is None else e.at(p, ahead)
         self.asked = 0  # bytes of the tile whose likes were asked for
         self.rows = {size: e.at(p, e.b.mul(first, I64(size))) for size in (1, 2, 4)}
@@ -91,7 +92,7 @@ class Tile:
     def _load(self, element: Any, size: int, start: int) -> Any:
         at = self.offsets[start]
         while self.further is not None and self.asked < at + LANES * size:
-            self.e.prefetch(self.further, self.asked)
+            self.e.prefetch(self.further, self.asked, self.level)
             self.asked += 64
         if self.in_order:
             self.e.in_order()

@@ -93,7 +93,7 @@ def read_bandwidth(threads: int, seconds: float) -> float:
     for start in range(0, memory.nbytes, STRETCH):
         tapes.append(program.Tape())
         places = {"source": memory.ctypes.data + start, "out": out.ctypes.data}
-        tapes[-1].add(jit.kernel(read_memory), STRETCH >> 16, 16, False, **places)
+        tapes[-1].add(jit.kernel(read_memory), STRETCH >> 16, 1, False, **places)
     turns = cycle(tapes)
     return STRETCH / best(lambda: next(turns).run(threads), seconds, len(tapes))
 

@@ -7,7 +7,7 @@ unpacking costs little. The line ``ahead`` bytes behind each that comes from mem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -388,8 +388,8 @@ def _direct(fmt: Format, order: str) -> jit.Kernel:
 
 
 def chunk(pieces: int) -> int:
-    """Pieces claimed at once: a claim should take some ten microseconds."""
-    return max(1, min(8, pieces // 16))
+    """Pieces claimed at once: a claim should take some microseconds, and there be some for each thread."""
+    return max(1, min(4, pieces // 64))
 
 
 def _few_kernel(
@@ -464,11 +464,20 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
                 args |= {"at_once": n_tokens, "slots": floats.slots_of(n_tokens)}
         tape.add(kernel, pieces, chunk(pieces), **args)
 
-    # LLVM has little to mix in a short block
-    n_orders = 1 if fmt is None or n_tokens > 1 else 3 if fmt.span == 256 else 2
-    orders = micro.ORDERS[:n_orders]
+    orders = _orders(w, n_tokens, n_workers)
     name = exact_name(w.kind, digits)
     return timing.chosen(f"{name}_{n_tokens}", orders, record, tile_bytes, n_workers)
+
+
+def _orders(w: CPUWeight, n_tokens: int, n_workers: int) -> Sequence[str]:
+    """The orders of loads that are tried; for several tokens one, as each takes long to compile."""
+    if w.format is None:
+        return ("parts",)
+    if n_tokens > 1:
+        return ("outer",) if way_of(w, 1, n_workers).order == "outer" else ("parts",)
+    return micro.ORDERS[
+        : 4 if w.format.span == 256 else 3
+    ]  # LLVM has little to mix in a short block
 
 
 def matmul_kernel(

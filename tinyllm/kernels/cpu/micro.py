@@ -56,9 +56,11 @@ SMALLEST = 2.0**-120  # the inverse of scales below overflows: such activations 
 INVERSE_127 = float(np.float32(1 / 127))
 SLOTS = 16  # tokens of a record when there are more than one
 EXACT_DIGITS = 3  # rows of int8 that hold what a row of float32 does
-# Orders of loading a tile. "parts": as its parts come, and what is ahead is asked for line by line. "block": as
-# LLVM likes within a block, and all lines ahead are asked for as it begins. "loads": as parts, load by load.
-ORDERS = ("parts", "block", "loads")
+# Orders of loading a tile. "parts": as its parts come, and what is ahead is asked for line by line. "outer": as
+# parts, but what is ahead comes no nearer than the second-level cache, which keeps more requests under way than
+# the first. "block": as LLVM likes within a block, and all lines ahead are asked for as it begins. "loads": as
+# parts, load by load.
+ORDERS = ("parts", "outer", "block", "loads")
 # d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first 16, and
 # both halves' as 16-bit numbers
 FIELDS = ("d", "ds", "ds0", "ds1", "n8", "n128", "n0", "n01")
@@ -354,7 +356,7 @@ def multiplier(
                 for line in range(0, fmt.tile_bytes, 64):
                     e.prefetch(e.at(p, ahead), line)
             spread = None if order == "block" else ahead
-            tile = Tile(e, p, fmt, first, n, spread, in_order=order == "loads")
+            tile = Tile(e, p, fmt, first, n, spread, order == "loads", 2 if order == "outer" else 1)
             step = e.b.mul(i, I64(fmt.block // 32 * record_bytes(slots)))
             x, f = e.alone(e.at(codes, step)), e.alone(e.at(planes, step))
 

@@ -1,11 +1,13 @@
 """Threads that run a program of kernels together, and never wait for one another, only for work done.
 
 Every thread walks the same list of instructions. A *stage* is a run of instructions without dependence
-on each other; its pieces are numbered, and a thread claims the next one by compare-and-swap. A stage is
-over when its pieces are done, so a thread that the system has put aside holds up nobody unless it is in the
-middle of a piece. Waiting is a short spin, then a futex or what the system has in its place.
+on each other; its claims are numbered by tickets. Each thread has a lane, neighbouring tickets of a stage
+that it takes one by one by compare-and-swap, so that it reads memory without a gap; then it takes what is left
+in the lanes of others. A stage is over when its pieces are done, so a thread that the system has put aside
+holds up nobody unless it is in the middle of a piece. Waiting is a short spin, then a futex or what the system
+has in its place.
 
-The ticket counter carries the generation of the program in its high bits: a thread that wakes up late,
+The counters of tickets carry the generation of the program in their high bits: a thread that wakes up late,
 with an old program before it, cannot claim anything.
 
 A program is rows of 32 x int64. The first holds the number of the others; each other is an instruction:
@@ -31,7 +33,11 @@ ROW_BYTES = ROW * 8
 PIECES, CHUNK, BEGINS, CLAIMS = 8, 16, 24, 32  # bytes into a row
 ARGS = 5  # where its arguments begin
 LINE = 64  # bytes: shared counters stand on cache lines of their own
-GENERATION, NEXT, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, PARKED = (LINE * i for i in range(8))
+GENERATION, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, WORKERS = (LINE * i for i in range(7))
+NEXT, PARKED = (
+    WORKERS,
+    WORKERS + 8,
+)  # a line for each thread: the next ticket of its lane, its last program
 SPIN = 1500  # pauses before sleeping: some 50 microseconds
 WAKES = system.WAKES  # else nobody is woken, and those who wait look again
 YIELDS = 2000  # before the first nap: about a millisecond
@@ -213,30 +219,45 @@ def do_claim(row, ticket, worker):
     call_kernel(get_i64(row), row + ARGS * 8, first, last, worker)
 
 
-def take_part(state, program, generation, worker, spin):
+def take_part(state, program, generation, lanes, worker, spin):
     """Walk the program, claiming and doing pieces, until all is done or another generation has begun."""
     base = generation << SHIFT
     row, stage_first = program + ROW_BYTES, 0
     end = row + get_i64(program) * ROW_BYTES
-    while row < end:
+    while row < end and atomic_load(state + GENERATION) == generation:
         stop, stage_last = row, stage_first  # the stage: rows [row, stop), tickets [first, last)
         while True:
             stage_last += get_i64(stop + CLAIMS)
             stop += ROW_BYTES
             if stop >= end or get_i64(stop + BEGINS) != 0:
                 break
-        while True:
-            ticket = atomic_load(state + NEXT)
-            if ticket >> SHIFT != generation:
-                return
-            if ticket - base >= stage_last:
-                break
-            if compare_and_swap(state + NEXT, ticket, ticket + 1) == 1:
-                do_claim(row, ticket - base - stage_first, worker)
-                if atomic_add(state + DONE, 1) + 1 == base + stage_last:
-                    wake(state, DONE)
+        did, first, tickets = 0, base + stage_first, stage_last - stage_first
+        for turn in range(lanes):
+            did += take_lane(state, row, first, tickets, (worker + turn) % lanes, lanes, worker)
+        if did > 0 and atomic_add(state + DONE, did) + did == base + stage_last:
+            wake(state, DONE)
         wait(state, DONE, base + stage_last, spin)
         row, stage_first = stop, stage_last
+
+
+def take_lane(state, row, first, tickets, lane, lanes, worker):
+    """Do what nobody has claimed of a lane; returns how many claims that was.
+
+    The stage begins with this row and its first ticket.
+    """
+    counter, did = state + NEXT + LINE * lane, 0
+    begin = first + (tickets * lane + lanes - 1) // lanes
+    end = first + (tickets * (lane + 1) + lanes - 1) // lanes
+    seen = atomic_load(counter)
+    while seen < end:
+        ticket = max(seen, begin)  # it still stands where the lane ended in a stage before
+        if ticket == end:  # an empty lane
+            break
+        if compare_and_swap(counter, seen, ticket + 1) == 1:
+            do_claim(row, ticket - first, worker)
+            did += 1
+        seen = atomic_load(counter)
+    return did
 
 
 def lead(state, program, limit, spin):
@@ -245,12 +266,12 @@ def lead(state, program, limit, spin):
     set_i64(state + PROGRAM, program)
     set_i64(state + LIMIT, limit)
     atomic_store(state + DONE, generation << SHIFT)
-    atomic_store(state + NEXT, generation << SHIFT)
     atomic_store(state + GENERATION, generation)
     if limit > 1:
         wake(state, GENERATION)
-    take_part(state, program, generation, 0, spin)
-    atomic_store(state + NEXT, (generation << SHIFT) + CLOSED)
+    take_part(state, program, generation, limit, 0, spin)
+    for lane in range(limit):
+        atomic_store(state + NEXT + LINE * lane, (generation << SHIFT) + CLOSED)
 
 
 def work(state, worker, value, spin):
@@ -268,8 +289,9 @@ def work(state, worker, value, spin):
         if atomic_load(state + STOP) != 0:
             return
         value = atomic_load(state + GENERATION)
-        if worker < get_i64(state + LIMIT):
-            take_part(state, get_i64(state + PROGRAM), value, worker, spin)
+        limit = get_i64(state + LIMIT)
+        if worker < limit:
+            take_part(state, get_i64(state + PROGRAM), value, limit, worker, spin)
         atomic_store(state + PARKED + LINE * worker, value)
 
 
@@ -279,7 +301,7 @@ class Pool:
     def __init__(self) -> None:
         self.size = system.n_cores()
         self._lock = threading.Lock()
-        self._memory = np.zeros(PARKED + LINE * (self.size + 1), np.uint8)
+        self._memory = np.zeros(WORKERS + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
         self._work = jit.function(work, f"work_{system.WAITING}")
         self._started = 1  # the caller is worker 0

@@ -49,9 +49,10 @@ class Result:
 
 
 Record = Callable[[Tape, int, int, Way], None]
-QUICK = (0, 2048, 4096, 8192, 12288, 16384)  # bytes ahead
+QUICK = (0, 2048, 4096, 8192, 16384)  # bytes ahead
 THOROUGH = (0, 512, 1024, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384, 24576)
-BURSTS = (0, 6144)  # bytes ahead in the order "block": two kernels differ more than distances do
+OUTER = (4096, 8192, 12288, 16384)  # bytes ahead in the order "outer"
+BURSTS = (0, 6144)  # bytes ahead in other orders: kernels differ more than distances do
 ROUNDS, MANY_ROUNDS = 3, 9
 CLOSE = 1.02  # a way that is faster by less is not preferred to plain reading
 SPREAD = 1.2  # the median round over the fastest, of a machine that does something else, too
@@ -117,7 +118,7 @@ def thoroughly() -> Iterator[list[Result]]:
 def _ways(orders: Sequence[str]) -> list[Way]:
     ways = []
     for order in orders:
-        few = QUICK if order == orders[0] else BURSTS
+        few = QUICK if order == orders[0] else OUTER if order == "outer" else BURSTS
         ways += [Way(order, n) for n in (THOROUGH if _thorough else few)]
     return ways
 
