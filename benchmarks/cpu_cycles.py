@@ -47,12 +47,12 @@ EXACT = ["Q4_0", "Q8_0", "Q4_K"]  # multiplied with activations that keep what f
 
 def modules() -> dict[str, str]:
     """LLVM IR of each kernel, by name, for the processor that this process compiles for."""
-    from tinyllm.kernels.cpu import floats, formats, jit, matmul, micro, readers
+    from tinyllm.kernels.cpu import floats, formats, jit, matmul, micro, readers, records
 
     bodies: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name in FORMATS:
         for n in (1, 8):
-            slots = 1 if n == 1 else micro.SLOTS
+            slots = 1 if n == 1 else records.SLOTS
             multiply = micro.multiplier(formats.FORMATS[name], n, slots)
             bodies[f"{name} {n}"] = matmul.matvec, {"multiply": multiply}
     for name in FLOATS:
@@ -63,7 +63,7 @@ def modules() -> dict[str, str]:
         names = {"multiply": floats.few_multiplier(reader, 6), "store_row": floats.row_storer(None)}
         bodies[f"{name} 6"] = floats.matmul_float_few, names
     for name in EXACT:
-        multiply = matmul.row_multiplier(formats.FORMATS[name], micro.EXACT_DIGITS, "parts")
+        multiply = matmul.row_multiplier(formats.FORMATS[name], records.EXACT_DIGITS, "parts")
         bodies[f"exact {name}"] = matmul.matvec, {"multiply": multiply}
     return {
         name: jit.module_text(body, "kernel", names, jit.parameters(body))

@@ -19,7 +19,7 @@ from stored import normal, stored
 
 import tinyllm
 from tinyllm.errors import ArgumentError, DeviceError
-from tinyllm.kernels.cpu import elementwise, emit, jit, matmul, micro, numba_door, simd
+from tinyllm.kernels.cpu import elementwise, emit, jit, matmul, micro, numba_door, records, simd
 from tinyllm.kernels.cpu.backend import CPUBackend
 from tinyllm.kernels.cpu.formats import FORMATS
 from tinyllm.kernels.cpu.program import Tape
@@ -190,10 +190,17 @@ def test_activations_with_helpers_have_the_same_bits(kind: str) -> None:
 def quantised(x: np.ndarray, span: int) -> np.ndarray:
     """Activations of one token as the matvec reads them."""
     n = x.shape[1]
-    out = np.zeros((n // 32, micro.record_bytes(1)), np.uint8)
-    quantise = {"quantise": micro.quantiser(1, span)}
+    out = np.zeros((n // 32, records.record_bytes(1, span)), np.uint8)
+    quantise = {"quantise": records.quantiser(1, span)}
     kernel = jit.kernel(matmul.quantise_rows, f"quantise_1_{span}", **quantise)
-    sizes = {"n_rows": 1, "n": n, "slots": 1, "span": span, "width": n}
+    sizes = {
+        "n_rows": 1,
+        "n": n,
+        "slots": 1,
+        "span": span,
+        "width": n,
+        "step_bytes": records.record_bytes(1, span),
+    }
     kernel(0, 1, x=x.ctypes.data, out=out.ctypes.data, **sizes)
     return out
 

@@ -67,6 +67,22 @@ def test_a_row_has_the_same_bits_in_any_batch(name: str) -> None:
         assert np.array_equal(product(w, x[:n]), singly[:n])
 
 
+@pytest.mark.parametrize("byte", [0x00, 0xFF])
+@pytest.mark.parametrize("name", [n for n in QUANTISED if FORMATS[n].span == 256])
+def test_sums_of_the_largest_codes_fit(name: str, byte: int) -> None:
+    """All codes alike, and all activations the largest there are, of either sign."""
+    f, source = quants.FORMATS[name], random_bytes(name, 16, 512)
+    blocks = source.raw.view(f.dtype)
+    for field in f.dtype.names or ():
+        if f.dtype[field].base.kind != "f" and not field.startswith("scales"):
+            blocks[field] = byte
+    w, values = BACKEND.load(source), quants.dequantize(name, source.raw)
+    x = np.ones((20, 512), F32) * np.resize([1, -1], (20, 1)).astype(F32)
+    want = x @ values.T
+    for n in (1, 3, 8, 20):
+        assert np.allclose(product(w, x[:n]), want[:n], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["IQ1", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
 def test_a_codebook_is_its_table_of_nibbles(name: str) -> None:
     rows = formats_grid.codebook(name)

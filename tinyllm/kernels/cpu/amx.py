@@ -13,7 +13,8 @@ from llvmlite import ir
 
 from .emit import F32, I8, I16, I32, I64, LANES, Emit, V
 from .formats import Format, Tile
-from .micro import Activations, scaled
+from .micro import scaled
+from .records import Activations
 from .simd import emitter, i64, types
 
 SLOTS = 16  # tokens of a tile register

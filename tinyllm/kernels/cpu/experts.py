@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import jit, matmul, micro
+from . import jit, matmul, records
 from .floats import GROUP, multiplier
 from .jit import GIVEN
 from .program import CPUArray, Tape, wrapped
@@ -91,9 +91,11 @@ def group_rows(
         set_i32(e, get_i32(e) + 1)
 
 
-def gather_records(x, out, order, choices, n_bytes, digits, slots, span, first, last, worker):
+def gather_records(
+    x, out, order, choices, n_bytes, digits, slots, span, fields_bytes, first, last, worker
+):
     """Records of one token -> records of ``slots`` rows; a piece is a run of ``order``."""
-    size = 2 * span * digits  # a record has as many bytes of codes as of fields
+    size = (span + fields_bytes) * digits
     for piece in range(first, last):
         run = order + 4 * slots * piece
         for i in range(slots * digits):
@@ -104,11 +106,11 @@ def gather_records(x, out, order, choices, n_bytes, digits, slots, span, first, 
             to = out + (piece * n_bytes + i // slots * (n_bytes // digits)) * slots
             for _ in range(0, n_bytes, size):
                 copy(to + span * slot, source + span * digit, span)
-                for j in range(0, span, 4):
+                for j in range(0, fields_bytes, 4):
                     field = source + (span + j) * digits + 4 * digit
                     set_i32(to + (span + j) * slots + 4 * slot, get_i32(field))
                 source += size
-                to += slots * 2 * span
+                to += slots * (span + fields_bytes)
 
 
 def gather_floats(x, out, order, choices, n_bytes, first, last, worker):
@@ -198,7 +200,7 @@ def _single(tape: Tape, w: CPUWeight, x: CPUArray) -> CPUArray:
 
 def _row_bytes(w: CPUWeight) -> int:
     """Bytes of one row of x as ``_single`` makes it."""
-    return w.n_in // 32 * micro.record_bytes(w.digits) if w.format else 4 * w.n_in
+    return w.n_in // 32 * records.record_bytes(w.digits, w.format.span) if w.format else 4 * w.n_in
 
 
 def _record_each(
@@ -237,7 +239,7 @@ class _Groups:
     @staticmethod
     def of(tape: Tape, w: CPUWeight, experts: CPUArray) -> _Groups:
         """The groups of this choice of experts, sorted once for all products with it."""
-        slots = micro.SLOTS if w.format else 1
+        slots = records.SLOTS if w.format else 1
         made, key = tape.made_of(experts), ("groups", slots)
         if key not in made:
             made[key] = _Groups(tape, experts, w.shape[0], slots)
@@ -253,7 +255,9 @@ class _Groups:
         body: Callable = gather_records if w.format else gather_floats
         args: dict[str, Any] = {"x": forms, "out": out, "order": self.order, "n_bytes": size}
         if w.format:
-            args |= {"slots": self.slots, "span": w.format.span, "digits": w.digits}
+            span = w.format.span
+            args |= {"slots": self.slots, "span": span, "digits": w.digits}
+            args["fields_bytes"] = span // 32 * records.plane_bytes(1, span)
         tape.add(jit.kernel(body), self.n_runs, choices=self.n_rows * n // x.size, **args)
         self.packed[forms] = out
         return out

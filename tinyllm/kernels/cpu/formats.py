@@ -287,7 +287,8 @@ def _take_whole(group: int) -> Callable[[Emit, Tile], Iterator[Part]]:
         unit = e.b.bitcast(t.word(8 * size), V(F32, t.n))
         for at in range(0, 8 * size, size):
             codes = [lambda c=c, at=at: t.word(at + 4 * c) for c in range(8)]
-            yield Part(codes, [t.word(at + 32 + 4 * j) for j in range(n)], [], unit)
+            scales = [t.word(at + 32 + 4 * j) for j in range(n)]
+            yield Part(codes, scales, [], unit, short=True)
 
     return take
 

@@ -33,6 +33,7 @@ class Part:
     scales: list[Any]
     minima: list[Any]
     unit: Any = None  # where scales are integers: the float that multiplies them
+    short: bool = False  # whether 16-bit scales have nothing above these bits
 
 
 @dataclass(frozen=True)

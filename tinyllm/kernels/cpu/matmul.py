@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import amx, bfloat, elementwise, floats, jit, micro, minima, pairs, planes, timing
+from . import amx, bfloat, elementwise, floats, jit, micro, minima, pairs, planes, records, timing
 from .emit import has_amx, instruction_set
 from .floats import (
     COLUMNS,
@@ -56,18 +56,21 @@ SMALL = 1 << 18  # bytes of a matrix for which reading is not worth timing
 TRIED = 2048  # columns of the rows that are read to time it
 
 
-def quantise_rows(x, out, n_rows, n, slots, span, width, first, last, worker):
-    """x [T, n] -> records of S tokens, whose spare slots keep what was there; a piece is ``width`` columns."""
+def quantise_rows(x, out, n_rows, n, slots, span, step_bytes, width, first, last, worker):
+    """x [T, n] -> records of S tokens, whose spare slots keep what was there; a piece is ``width`` columns.
+
+    step_bytes: those of 32 columns of a token.
+    """
     pieces = (n + width - 1) // width
     for piece in range(first, last):
         row0, begin = piece // pieces * slots, piece % pieces * width
         for column in range(begin, min(begin + width, n), span):
-            record = out + (row0 * n + column * slots) * 2
+            record = out + (row0 * n + column * slots) // 32 * step_bytes
             for slot in range(min(slots, n_rows - row0)):
                 quantise(x + 4 * ((row0 + slot) * n + column), record, slot)
 
 
-def split_rows(x, out, n_rows, n, slots, span, width, first, last, worker):
+def split_rows(x, out, n_rows, n, slots, span, step_bytes, width, first, last, worker):
     """x [T, n] -> records of S rows as of ``quantise_rows``, each row of x being its three digits."""
     pieces = (n + width - 1) // width
     for piece in range(first, last):
@@ -76,7 +79,7 @@ def split_rows(x, out, n_rows, n, slots, span, width, first, last, worker):
             row, digit = (row0 + slot) // 3, (row0 + slot) % 3
             source = x + 4 * row * n
             for column in range(begin, min(begin + width, n), span):
-                record = out + (row0 * n + column * slots) * 2
+                record = out + (row0 * n + column * slots) // 32 * step_bytes
                 if digit == 0:
                     quantise(source + 4 * column, record, slot)
                 elif digit == 1:
@@ -133,7 +136,7 @@ def matmul(
     while the tiles pass, and the sums of all rows wait in ``sums`` [rows / 16][together][16][16].
     """
     panels = scratch + worker * scratch_bytes
-    per_block, panel_bytes = n_steps // n_blocks, at_once * step_bytes
+    per_block, panel_bytes, x_step = n_steps // n_blocks, at_once * step_bytes, x_bytes // n_steps
     least, groups = panels + together * panel_bytes, (tiles + together - 1) // together
     sums = least + together * least_bytes
     past = n_out % 16 == 0 and n_tokens * n_out >= PAST
@@ -153,7 +156,7 @@ def matmul(
                 unpack(source, steps // per_block, to, ahead)
             y_bytes = (end - begin) * 1024
             for row in range(row0, row1, wide):
-                records = x + (row // 16) * x_bytes + step * 1024
+                records = x + (row // 16) * x_bytes + step * x_step
                 n, to = min(row1 - row, wide), sums + (row - row0) // 16 * y_bytes
                 multiply_tokens(
                     panels, panel_bytes, records, n, steps, end - begin, to, x_bytes, y_bytes
@@ -335,18 +338,19 @@ def _quantiser(
 ) -> tuple[Planned, tuple[int, int]]:
     """The instruction that makes records of so many tokens, and the shape of all records."""
     n_rows = n_tokens * digits
-    slots = digits if single or n_tokens == 1 else micro.SLOTS
+    slots = digits if single or n_tokens == 1 else records.SLOTS
     tiles = -(-n_rows // slots)
     width = QUANTISED[n_rows > SOME]
     pieces, claimed = -(-n // width), max(1, CLAIMED // width // min(slots, n_rows))
     sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "span": span, "width": width}
+    sizes["step_bytes"] = records.record_bytes(1, span)
     names = ("quantise", "quantise_second", "quantise_third")[:digits]
-    made = {name: micro.quantiser(slots, span, i) for i, name in enumerate(names)}
+    made = {name: records.quantiser(slots, span, i) for i, name in enumerate(names)}
     kernel = jit.kernel(
         quantise_rows if digits == 1 else split_rows, f"{names[-1]}_{slots}_{span}", **made
     )
     planned = Planned(kernel, tiles * pieces, claimed, sizes)
-    return planned, (tiles * n // 32, micro.record_bytes(slots))
+    return planned, (tiles * n // 32, records.record_bytes(slots, span))
 
 
 def matvec_kernel(w: CPUWeight, n_workers: int) -> tuple[jit.Kernel, dict[str, Any], int]:
@@ -383,7 +387,7 @@ def exact_name(kind: str, digits: int) -> str:
 @lru_cache
 def _direct(fmt: Format, order: str) -> jit.Kernel:
     """The kernel that multiplies a few tokens straight from the tiles."""
-    names = {f"multiply_{n}": micro.multiplier(fmt, n, micro.SLOTS, order=order) for n in AT_ONCE}
+    names = {f"multiply_{n}": micro.multiplier(fmt, n, records.SLOTS, order=order) for n in AT_ONCE}
     return jit.kernel(matmul_few, f"matmul_few_{fmt.name}_{order}", **names)
 
 
@@ -403,7 +407,8 @@ def _few_kernel(
     rows += AT_ONCE[-1]  # the last ones may be repeated
     scratch = tape.array((n_workers, 64 * rows), "u1")
     more: dict[str, Any] = {"ahead": way.ahead, "n_out": w.n_out, "n_tokens": n_tokens}
-    more |= {"x_bytes": w.n_in // 32 * micro.record_bytes(micro.SLOTS), "digits": w.digits}
+    more["x_bytes"] = w.n_in // 32 * records.record_bytes(records.SLOTS, w.format.span)
+    more["digits"] = w.digits
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     return _direct(w.format, way.order), more, w.n_tiles
 
@@ -443,7 +448,7 @@ def way_of(w: CPUWeight, n_tokens: int, n_workers: int) -> Way:
     tile_bytes = w.tile_bytes // w.n_blocks * n_blocks
 
     def record(tape: Tape, address: int, tiles: int, way: Way) -> None:
-        x = wrapped(np.zeros((micro.SLOTS, 4 * TRIED), np.uint8))  # floats or records
+        x = wrapped(np.zeros((records.SLOTS, 4 * TRIED), np.uint8))  # floats or records
         args: dict[str, Any] = {"w": address, "x": x, "bias": None, "tile_bytes": tile_bytes}
         args |= {"n_blocks": n_blocks, "y": tape.array((n_tokens, 16 * tiles)), "ahead": way.ahead}
         if n_tokens > 1:
@@ -506,9 +511,10 @@ def matmul_kernel(
         assert w.format
         least = w.n_blocks * minima.n_minima(w.format) * 64
         scratch = tape.array((n_workers, together * (at_once * step_bytes + least + sums)), "u1")
-        more |= {"x_bytes": n_steps * micro.record_bytes(micro.SLOTS), "step_bytes": step_bytes}
-        more |= {"n_steps": n_steps, "wide": wide, "at_once": at_once, "least_bytes": least}
-        more |= {"together": together, "digits": w.digits, "token_block": token_block}
+        more["x_bytes"] = n_steps * records.record_bytes(records.SLOTS, w.format.span)
+        more |= {"step_bytes": step_bytes, "n_steps": n_steps, "wide": wide, "at_once": at_once}
+        more |= {"least_bytes": least, "together": together, "token_block": token_block}
+        more["digits"] = w.digits
         pieces = -(-w.n_tiles // together) * -(-n_tokens // token_block)
     more |= {"scratch": scratch, "scratch_bytes": scratch.shape[1]}
     return kernel, more, pieces

@@ -1,8 +1,6 @@
 """Micro-kernels for quantised weights: 16 rows times a few tokens, and unpacking a tile.
 
-Activations are int8 in *records* of a format's ``span`` (32 or 256 columns, which share a scale) for S tokens
-side by side (S = 1 in decode, else 16): ``codes [S][span] int8``, then for each 32 columns eight planes ``[S]``
-of 4 bytes (``FIELDS``), broadcast to all rows when read.
+Activations are int8 in *records* of a format's ``span`` (32 or 256 columns): ``records``.
 
 Every path (decode, batches, prefill, all instruction sets) computes for each output, for each 32 columns in
 ascending order, with exact integer sums t:
@@ -30,8 +28,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, reduce
+from typing import NamedTuple
 
-import numpy as np
 from llvmlite import ir
 
 from .emit import (
@@ -50,70 +48,19 @@ from .emit import (
 )
 from .formats import Format, Part, Tile, int8_format, whole_format
 from .layout import shuffle
+from .records import OFFSETS, SLOTS, Activations, has_pairs, plane_bytes, record_bytes
 from .simd import emitter, i64, types
 
-SMALLEST = 2.0**-120  # the inverse of scales below overflows: such activations count as 0
-INVERSE_127 = float(np.float32(1 / 127))
-SLOTS = 16  # tokens of a record when there are more than one
-EXACT_DIGITS = 3  # rows of int8 that hold what a row of float32 does
 # Orders of loading a tile. "parts": as its parts come, and what is ahead is asked for line by line. "outer": as
 # parts, but what is ahead comes no nearer than the second-level cache, which keeps more requests under way than
 # the first. "block": as LLVM likes within a block, and all lines ahead are asked for as it begins. "loads": as
 # parts, load by load.
 ORDERS = ("parts", "outer", "block", "loads")
-# d: the scale. sum*d: of all 32, of the first and last 16. -8 * sum, -128 * sum; -sum of the first 16, and
-# both halves' as 16-bit numbers
-FIELDS = ("d", "ds", "ds0", "ds1", "n8", "n128", "n0", "n01")
-
-
-def record_bytes(slots: int) -> int:
-    """Bytes of 32 columns of ``slots`` tokens."""
-    return slots * (32 + 4 * len(FIELDS))
 
 
 def is_vnni() -> bool:
     """Whether the dot product takes unsigned codes up to 255."""
     return instruction_set() in ("avx512vnni", "avxvnni")
-
-
-class Activations:
-    """32 columns of S tokens: ``x`` is the address of their codes, ``f`` that of their planes."""
-
-    def __init__(self, e: Emit, x, f, slots: int, n: int, span: int = 32) -> None:
-        self.e, self.x, self.f, self.slots, self.n, self.span = e, x, f, slots, n, span
-
-    def codes(self, token: int, c: int):
-        """4 codes of a token in all lanes."""
-        return self.e.broadcast(self.x, I32, self.n, self.span * token + 4 * c)
-
-    def codes_of_two(self, tokens: tuple[int, int], c: int):
-        """8 codes of a token, then 8 of another."""
-        pair = ir.Constant(V(I64, 2), ir.Undefined)
-        for i, token in enumerate(tokens):
-            eight = self.e.load(self.x, I64, self.span * token + 4 * c)
-            pair = self.e.b.insert_element(pair, eight, I32(i))
-        return pair
-
-    def field(self, token: int, name: str):
-        """A value of a token in all lanes."""
-        i = FIELDS.index(name)
-        ty = F32 if i < 4 else I32
-        return self.e.broadcast(self.f, ty, self.n, 4 * (i * self.slots + token))
-
-    def start(self, token: int, offset: int, half: int | None):
-        """What a sum begins with: -offset * the sum of the codes."""
-        if offset == 0:
-            return self.e.const(0, V(I32, self.n))
-        if half is not None:
-            n = self.field(token, "n01" if half else "n0")
-            n = self.e.b.ashr(n, self.e.const(16, n.type)) if half else n
-            return self.e.shl(n, offset.bit_length() - 1)
-        if offset in (8, 128):
-            return self.field(token, f"n{offset}")
-        n8, shift = self.field(token, "n8"), offset.bit_length() - 4
-        if shift > 0:
-            return self.e.shl(n8, shift)
-        return self.e.b.ashr(n8, self.e.const(-shift, n8.type))
 
 
 class Columns:
@@ -130,10 +77,14 @@ class Columns:
         w = self.part.codes[c]()
         return self.e.b.xor(w, self.e.const(0x80808080, w.type)) if self.flip else w
 
-    def start(self, half: int) -> list:
-        """What the sums of a scale's columns begin with."""
+    def start(self, half: int, run: range) -> list:
+        """What the sums of a scale's columns, or of a run of them, begin with."""
         if self.part.unit is not None and multiplies_pairs():
-            return [self.e.const(0, V(I32, self.x.n))] * len(self.tokens)
+            way = scaling(self.fmt)
+            if way.start == 0:
+                return [self.e.const(0, V(I32, self.x.n))] * len(self.tokens)
+            if way.run:
+                return [self.x.short_start(t, run) for t in self.tokens]
         which = half if len(self.runs) > 1 else None
         return [self.x.start(t, self.offset, which) for t in self.tokens]
 
@@ -143,8 +94,9 @@ class Columns:
             return self._sums_of_pairs(half)
         if has_i8mm() and len(self.tokens) > 1:
             return self._sums_of_two_tokens(half)
-        totals = self.start(half)
-        for c in run or self.runs[half]:
+        run = run or self.runs[half]
+        totals = self.start(half, run)
+        for c in run:
             w = self.code(c)
             xs = [self.x.codes(t, c) for t in self.tokens]
             some = zip(totals, xs, strict=True)
@@ -155,7 +107,7 @@ class Columns:
         """The sums by an instruction for two tokens; the last of an odd number of tokens goes twice."""
         e, run, last = self.e, self.runs[half], len(self.tokens) - 1
         twos = [(i, min(i + 1, last)) for i in range(0, last + 1, 2)]
-        starts = self.start(half)
+        starts = self.start(half, run)
         totals = [e.interleave(starts[i], starts[j]) for i, j in twos]
         for c in run[::2]:
             rows = e.interleave(self.code(c), self.code(c + 1))
@@ -181,7 +133,8 @@ class Columns:
     def _sums_of_pairs(self, half: int) -> list:
         totals: list = []
         for pairs in self.pairs(half):
-            totals = totals or self.start(half)  # not before it is needed: registers are few
+            if not totals:  # not before it is needed: registers are few
+                totals = self.start(half, self.runs[half])
             totals = [self.e.add_pairs(t, p) for t, p in zip(totals, pairs, strict=True)]
             if self.fmt.signed and len(totals) <= 4:  # beside sizes and signs registers run out
                 totals = self.e.finish(totals)
@@ -189,30 +142,23 @@ class Columns:
 
     def add_scaled(self, whole: list) -> list:
         """whole[token] + the sums times their integer scales."""
-        e, scales = self.e, self.part.scales
-        if self.offset and multiplies_pairs():
+        e, part, way = self.e, self.part, scaling(self.fmt)
+        if way.corrects:
             whole = self._less_offset(whole)
-        for half, scale in enumerate(scales):
+        for half, scale in enumerate(part.scales):
             if instruction_set() == "avx2":
                 both = shuffle(e, scale, (0, 1, 0, 1))
                 for pairs in self.pairs(half):
                     whole = [e.add_pairs(w, p, both) for w, p in zip(whole, pairs, strict=True)]
-            elif runs := self.short_runs(half):
-                short = e.mask(scale, 0xFFFF)  # what is above would multiply a sum's sign
-                for run in runs:
+            elif way.run:
+                short = scale if part.short else e.mask(scale, 0xFFFF)  # not a sum's upper bits
+                columns = self.runs[half]
+                for run in (columns[i : i + way.run] for i in range(0, len(columns), way.run)):
                     whole = self.add_products(whole, self.sums(half, run), short)
             else:
                 some = zip(whole, self.sums(half), strict=True)
                 whole = [e.b.add(w, e.b.mul(s, scale)) for w, s in some]
         return whole
-
-    def short_runs(self, half: int) -> list[range]:
-        """A scale's columns in runs whose sums 16 bits hold, where scaling these takes less than all."""
-        run, most = self.runs[half], 255 if self.flip else 2**self.fmt.bits - 1
-        fit, worth = 32767 // (4 * 127 * most), 2 if scales_in_two() else 1
-        if not multiplies_pairs() or fit * worth < len(run):
-            return []
-        return [run[i : i + fit] for i in range(0, len(run), fit)]
 
     def add_products(self, totals: list, xs: list, y) -> list:
         """totals + xs * y, of both 16-bit numbers in each lane; LLVM would make two instructions of each.
@@ -236,6 +182,42 @@ def offset_times_scales(e: Emit, offset: int, scales: list):
     """The offset times the scales of a part's halves, or twice times its only one: pairs of 16 bits."""
     low, high = (e.b.mul(s, e.const(offset, s.type)) for s in (scales * 2)[:2])
     return e.b.or_(e.mask(low, 0xFFFF), e.shl(high, 16))
+
+
+class Scaling(NamedTuple):
+    """How the sums of a part are multiplied by integer scales.
+
+    Sums of 16 bits are multiplied and added in one instruction. More columns fit in them where a sum begins
+    with -start * the sum of a token's codes, as if the weights' were smaller by ``start``, and of either sign.
+    """
+
+    cost: float  # instructions for a token and 32 columns
+    run: int  # fours of columns in a sum of 16 bits; 0: one sum of 32 bits
+    start: int
+    corrects: bool  # whether the offset is taken off afterwards
+
+
+@lru_cache
+def scaling(fmt: Format) -> Scaling:
+    """The way that takes the fewest instructions."""
+    flip, fours, n = fmt.signed and is_vnni(), fmt.group // 4, 32 // fmt.group
+    offset, most = (128, 255) if flip else (fmt.offset, 2**fmt.bits - 1)
+    corrects = offset != 0 and multiplies_pairs()
+    each = 3 if scales_in_two() else 1.5  # AMD adds twice as often as it multiplies
+    ways = [Scaling(each * n + corrects, 0, 0, corrects)]
+    if instruction_set() not in ("avx512vnni", "avxvnni"):
+        return ways[0]
+    if fit := min(32767 // (4 * 127 * most), fours):
+        ways.append(Scaling(-(-fours // fit) * n + corrects, fit, 0, corrects))
+    if has_pairs():
+        ways += [
+            Scaling(fours // run * n, run, offset, False)
+            for run, size in OFFSETS.items()
+            if size == offset and most < 2 * size and run <= fours
+        ]
+        if offset == 128 and n == 1:
+            ways.append(Scaling(each, 0, 128, False))
+    return min(ways)
 
 
 def multiplies_pairs() -> bool:
@@ -357,15 +339,14 @@ def multiplier(
                     e.prefetch(e.at(p, ahead), line)
             spread = None if order == "block" else ahead
             tile = Tile(e, p, fmt, first, n, spread, order == "loads", 2 if order == "outer" else 1)
-            step = e.b.mul(i, I64(fmt.block // 32 * record_bytes(slots)))
+            step = e.b.mul(i, I64(fmt.block // 32 * record_bytes(slots, span)))
             x, f = e.alone(e.at(codes, step)), e.alone(e.at(planes, step))
 
             def at(j):
                 record, part = divmod(32 * j, span)
-                here = record * span // 32 * record_bytes(slots)
-                return Activations(
-                    e, e.at(x, here + part), e.at(f, here + part * slots), slots, n, span
-                )
+                here = record * span // 32 * record_bytes(slots, span)
+                planes = e.at(f, here + part // 32 * plane_bytes(slots, span))
+                return Activations(e, e.at(x, here + part), planes, slots, n, span)
 
             add = _add_parts if span == 32 else _add_whole
             return add(e, fmt, lambda: fmt.take(e, tile), at, range(n_tokens), acc, order)
@@ -401,7 +382,14 @@ def unpacked(fmt: Format, whole: bool = False) -> Format:
     signed = fmt.signed and not is_vnni()
     if whole and fmt.span == 256:
         offset = 0 if signed else 128 if fmt.signed else fmt.offset
-        return whole_format(fmt.group, offset, signed, fmt.bits)
+        forms = [whole_format(fmt.group, offset, signed, fmt.bits)]
+        if has_pairs() and offset:
+            forms += [
+                whole_format(fmt.group, larger, False, larger.bit_length())
+                for larger in (*OFFSETS.values(), 128)
+                if larger > offset and 2**fmt.bits + larger - offset <= 2 * larger
+            ]
+        return min(forms, key=lambda form: scaling(form).cost)
     plain = int8_format(fmt.group, fmt.minima)
     signed |= has_amx()
     offset = 0 if signed else 128 if fmt.signed else fmt.offset
@@ -424,7 +412,7 @@ def unpacker(fmt: Format, form: Format) -> Callable:
     ``ahead``: as in ``multiplier``.
     """
     n = lanes()
-    part_bytes = form.tile_bytes * 32 // form.block // 64 * 64
+    part_bytes = 4 * LANES * (8 + 32 // form.group * (1 + form.minima))
 
     def vectors(e: Emit, part: Part) -> list:
         codes = [code() for code in part.codes]
@@ -435,7 +423,9 @@ def unpacker(fmt: Format, form: Format) -> Callable:
         scales = part.scales
         if part.unit is not None and form.span == 32:
             scales = [e.b.fmul(part.unit, e.to_float(s)) for s in scales]
-        return codes + scales + part.minima
+        elif form.span == 256 and scaling(form).run:
+            scales = [e.mask(s, 0xFFFF) for s in scales]
+        return codes + scales + part.minima * form.minima
 
     def put(e: Emit, p, to, first, ahead) -> None:
         to = e.at(to, e.b.mul(first, I64(4)))
@@ -459,74 +449,6 @@ def unpacker(fmt: Format, form: Format) -> Callable:
         e.loop(n_blocks, [], block)
 
     return unpack
-
-
-@lru_cache
-def quantiser(slots: int, span: int, digit: int = 0) -> Callable:
-    """Make quantise(x, record, slot): write ``span`` floats, or a later digit of them, into a record."""
-
-    @emitter(types.void, i64, i64, i64)
-    def quantise(e, x, record, slot):
-        """Write floats into a record, as int8 with one scale."""
-        b, ty = e.b, V(F32, LANES)
-        source, record = e.ptr(x), e.ptr(record)
-        v = [e.load(source, ty, 4 * i) for i in range(0, span, LANES)]
-        d, inverse = _scale(e, v)
-        for _ in range(digit):
-            less = e.splat(b.fneg(d), LANES)
-            v = [e.fma(less, e.to_float(_rounded(e, b.fmul(p, inverse))), p) for p in v]
-            d, inverse = _scale(e, v)
-        to = e.at(record, b.mul(slot, I64(span)))
-        planes = e.at(record, b.add(I64(span * slots), b.mul(slot, I64(4))))
-        for i in range(span // 32):
-            codes = [_rounded(e, b.fmul(p, inverse)) for p in v[2 * i : 2 * i + 2]]
-            for j, c in enumerate(codes):
-                e.store(b.trunc(c, V(I8, LANES)), to, 32 * i + 16 * j)
-            for j, value in enumerate(_fields(e, d, codes)):
-                e.store(value, planes, 4 * slots * (len(FIELDS) * i + j))
-
-    return quantise
-
-
-def _scale(e: Emit, vectors: list):
-    """The scale of floats as int8, and in all lanes what they are multiplied by to become codes."""
-    b = e.b
-    most = _largest(e, [e.call("llvm.fabs.v16f32", v.type, v) for v in vectors])
-    some = b.fcmp_ordered(">", most, F32(SMALLEST))
-    inverse = b.select(some, b.fdiv(F32(127.0), most), F32(0.0))
-    return b.fmul(most, F32(INVERSE_127)), e.splat(inverse, LANES)
-
-
-def _largest(e: Emit, vectors: list):
-    """The largest of all lanes, none of which has a sign; NaN if one is.
-
-    As integers their bits are in the same order, those of NaN behind all others.
-    """
-    b = e.b
-
-    def larger(p, q):
-        return b.select(b.icmp_signed("<", p, q), q, p)
-
-    bits = [b.bitcast(v, V(I32, LANES)) for v in vectors]
-    while len(bits) > 1:
-        bits = [larger(p, q) for p, q in zip(bits[::2], bits[1::2], strict=True)]
-    return b.bitcast(e.fold(bits[0], larger), F32)
-
-
-def _rounded(e: Emit, v):
-    """The nearest integers."""
-    return e.b.fptosi(e.call("llvm.rint.v16f32", v.type, v), V(I32, LANES))
-
-
-def _fields(e: Emit, d, codes: list) -> list:
-    """``FIELDS`` of 32 columns, from their codes."""
-    b = e.b
-    s = [e.fold(c, b.add) for c in codes]
-    both = b.add(*s)
-    scaled = [b.fmul(d, b.sitofp(k, F32)) for k in (both, *s)]
-    less = [b.neg(k) for k in s]
-    halves = b.or_(b.and_(less[0], I32(0xFFFF)), b.shl(less[1], I32(16)))
-    return [d, *scaled, b.mul(both, I32(-8)), b.mul(both, I32(-128)), less[0], halves]
 
 
 def resuming(form: Format, n_tokens: int) -> Callable:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from .emit import F32, I64, LANES, Emit, V, lanes
 from .formats import Format, Tile
-from .micro import SLOTS, Activations, record_bytes
+from .records import SLOTS, Activations, plane_bytes, record_bytes
 from .simd import emitter, i64, types
 
 TOKENS = 8  # multiplied at once
@@ -57,12 +57,13 @@ def _sums(e: Emit, fmt: Format, minima: list, records, n_blocks, n: int) -> list
 
     def block(i, acc):
         acc = list(acc)
-        record = e.at(records, e.b.mul(i, I64(PARTS * record_bytes(SLOTS))))
+        record = e.at(records, e.b.mul(i, I64(PARTS * record_bytes(SLOTS, fmt.span))))
         planes = e.at(record, fmt.span * SLOTS)
         tiles = [e.at(m, e.b.mul(i, I64(64 * count))) for m in minima]
         for j in range(count):
             part, half = divmod(j, len(names))
-            x = Activations(e, planes, e.at(planes, 32 * SLOTS * part), SLOTS, n)
+            f = e.at(planes, plane_bytes(SLOTS, fmt.span) * part)
+            x = Activations(e, planes, f, SLOTS, n, fmt.span)
             ds = [x.field(t, names[half]) for t in range(TOKENS)]
             for k, tile in enumerate(tiles):
                 v = e.load(tile, V(F32, n), 64 * j)

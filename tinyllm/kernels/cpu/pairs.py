@@ -16,15 +16,8 @@ from functools import lru_cache
 from .emit import F32, I32, I64, Emit, V, instruction_set
 from .formats import Format, Part
 from .layout import shuffle
-from .micro import (
-    SLOTS,
-    Activations,
-    add_products,
-    add_unit,
-    offset_times_scales,
-    record_bytes,
-    with_minima,
-)
+from .micro import add_products, add_unit, offset_times_scales, with_minima
+from .records import SLOTS, Activations, plane_bytes, record_bytes
 from .simd import emitter, i64, types
 
 N = 8  # rows in a register
@@ -153,19 +146,19 @@ def multiplier(form: Format, n_tokens: int) -> Callable:
         return Products(e, form, unpacked_parts(e, form, p), xs, n_tokens)
 
     def block_of_parts(e: Emit, w, codes, planes, y, i) -> None:
-        step = e.b.mul(i, I64(record_bytes(SLOTS)))
+        step = e.b.mul(i, I64(record_bytes(SLOTS, span)))
         p = e.at(w, e.b.mul(i, I64(form.tile_bytes)))
         columns(e, p, e.at(codes, step), e.at(planes, step)).add_parts(y)
 
     def whole_block(e: Emit, w, codes, planes, y, i) -> None:
-        step = e.b.mul(i, I64(PARTS * record_bytes(SLOTS)))
+        step = e.b.mul(i, I64(PARTS * record_bytes(SLOTS, span)))
         w = e.at(w, e.b.mul(i, I64(form.tile_bytes)))
         codes, planes = e.at(codes, step), e.at(planes, step)
 
         def part(j, whole):
             p = e.at(w, e.b.mul(j, I64(part_bytes)))
             x = e.at(codes, e.b.mul(j, I64(32)))
-            f = e.at(planes, e.b.mul(j, I64(32 * SLOTS)))
+            f = e.at(planes, e.b.mul(j, I64(plane_bytes(SLOTS, span))))
             return columns(e, p, x, f).add_whole(whole)
 
         whole = e.loop(PARTS, [e.const(0, V(I32, N))] * (2 * n_tokens), part)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from . import micro
+from . import micro, records
 from .amx import LEFT, RIGHT, SLOTS, SUMS, VOID
 from .emit import F32, I8, I16, I32, I64, LANES, Emit, V
 from .formats import Format, Part, Tile
@@ -171,7 +171,7 @@ class Products:
         for token in tokens:
             t, slot = divmod(token, SLOTS)
             f = e.at(self.records[t], 256 * SLOTS)
-            d = micro.Activations(e, f, f, SLOTS, LANES).field(slot, "d")
+            d = records.Activations(e, f, f, SLOTS, LANES, 256).field(slot, "d")
             y = e.at(self.y[t], b.mul(i, I64(64 * SLOTS)))
             acc = e.load(y, vector, 64 * slot)
             acc = micro.add_unit(e, self.total(sums, t, slot), unit, d, acc)

@@ -11,8 +11,8 @@ from ...errors import DeviceError
 from ..backend import Source
 from . import readers
 from .formats import FORMATS, Format
-from .micro import EXACT_DIGITS
 from .readers import Reader
+from .records import EXACT_DIGITS
 from .tiles import ROWS, RUN, interleave_rows, room, runs, share
 
 PIECE = 4 << 20  # bytes read at a time
