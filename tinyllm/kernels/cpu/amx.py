@@ -134,7 +134,9 @@ def multiplier(form: Format) -> Callable:
         for t, v in enumerate(p.scale(p.last, odd, acc)):
             e.store(v, e.ptr(y), 64 * t)
 
-    def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
+    def multiply(
+        panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes, ahead, ahead_bytes
+    ):
         """Add the products of all tiles with 16 tokens to y."""
         for i in range(n_tiles):
             tile(panels + i * panel_bytes, records, n_steps, y + 1024 * i)

@@ -57,10 +57,7 @@ TRIED = 2048  # columns of the rows that are read to time it
 
 
 def quantise_rows(x, out, n_rows, n, slots, span, step_bytes, width, first, last, worker):
-    """x [T, n] -> records of S tokens, whose spare slots keep what was there; a piece is ``width`` columns.
-
-    step_bytes: those of 32 columns of a token.
-    """
+    """x [T, n] -> records of S tokens; spare slots keep what was there. A piece is ``width`` columns."""
     pieces = (n + width - 1) // width
     for piece in range(first, last):
         row0, begin = piece // pieces * slots, piece % pieces * width
@@ -133,7 +130,8 @@ def matmul(
     """y [T, n_out] of many tokens; a piece is ``together`` tiles and ``token_block`` tokens.
 
     Columns go by chunks of ``at_once`` records, so that those of 16 rows of x stay in the first-level cache
-    while the tiles pass, and the sums of all rows wait in ``sums`` [rows / 16][together][16][16].
+    while the tiles pass, and the sums of all rows wait in ``sums`` [rows / 16][together][16][16]. Kernels for
+    some tokens ask for the next chunk while the first rows are multiplied.
     """
     panels = scratch + worker * scratch_bytes
     per_block, panel_bytes, x_step = n_steps // n_blocks, at_once * step_bytes, x_bytes // n_steps
@@ -150,17 +148,22 @@ def matmul(
         clear(sums, (row1 - row0 + 15) // 16 * together * 1024)
         for step in range(0, n_steps, at_once):
             steps = min(at_once, n_steps - step)
-            for tile in range(begin, end):
-                source = w + tile * tile_bytes + step // per_block * (tile_bytes // n_blocks)
-                to = panels + (tile - begin) * panel_bytes
-                unpack(source, steps // per_block, to, ahead)
+            source = w + begin * tile_bytes + step // per_block * (tile_bytes // n_blocks)
+            for i in range(end - begin):
+                to = panels + i * panel_bytes
+                unpack(source + i * tile_bytes, steps // per_block, to, ahead)
+            following = source + steps // per_block * (tile_bytes // n_blocks)
+            if step + steps >= n_steps:
+                following = w + end * tile_bytes
             y_bytes = (end - begin) * 1024
+            size, n_tiles = panel_bytes, end - begin
             for row in range(row0, row1, wide):
                 records = x + (row // 16) * x_bytes + step * x_step
-                n, to = min(row1 - row, wide), sums + (row - row0) // 16 * y_bytes
+                n, to, far = min(row1 - row, wide), sums + (row - row0) // 16 * y_bytes, following
                 multiply_tokens(
-                    panels, panel_bytes, records, n, steps, end - begin, to, x_bytes, y_bytes
+                    panels, size, records, n, steps, n_tiles, to, x_bytes, y_bytes, far, tile_bytes
                 )
+                following = 0
         if least_bytes != 0:
             for tile in range(begin, end):
                 to = least + (tile - begin) * least_bytes
@@ -267,14 +270,15 @@ def _plan(tape: Tape, w: CPUWeight, n_tokens: int, n_workers: int, act: str) -> 
 def few_rows(w: CPUWeight) -> int:
     """How many rows are multiplied straight from the tiles: fewer than unpacking pays for.
 
-    A matrix unit multiplies 16 as fast as one, and 16 registers do not hold what a tile is taken apart to
-    beside 8 sums. Else unpacking pays the sooner, the more it takes: least for nibbles and bytes.
+    A matrix unit multiplies 16 as fast as one; 16 registers do not hold what a tile is taken apart to beside 8
+    sums; with AVX-512 memory is asked for beside the products of what is unpacked. Else unpacking pays the
+    sooner, the more it takes: least for nibbles and bytes.
     """
     if isinstance(w, bfloat.RoundedWeight):
         return 1
     if w.format is None:
         return floats.few()
-    if has_amx() or instruction_set() not in ("avx512vnni", "neon"):
+    if instruction_set() != "neon":
         return AT_ONCE[-1]
     return 32 if w.format.group == 32 and w.format.bits in (4, 8) else 16
 
@@ -343,7 +347,7 @@ def _quantiser(
     width = QUANTISED[n_rows > SOME]
     pieces, claimed = -(-n // width), max(1, CLAIMED // width // min(slots, n_rows))
     sizes: dict[str, Any] = {"n_rows": n_rows, "n": n, "slots": slots, "span": span, "width": width}
-    sizes["step_bytes"] = records.record_bytes(1, span)
+    sizes["step_bytes"] = records.record_bytes(1, span)  # 32 columns of a token
     names = ("quantise", "quantise_second", "quantise_third")[:digits]
     made = {name: records.quantiser(slots, span, i) for i, name in enumerate(names)}
     kernel = jit.kernel(
@@ -480,9 +484,8 @@ def _orders(w: CPUWeight, n_tokens: int, n_workers: int) -> Sequence[str]:
         return ("parts",)
     if n_tokens > 1:
         return ("outer",) if way_of(w, 1, n_workers).order == "outer" else ("parts",)
-    return micro.ORDERS[
-        : 4 if w.format.span == 256 else 3
-    ]  # LLVM has little to mix in a short block
+    n_orders = 4 if w.format.span == 256 else 3  # LLVM has little to mix in a short block
+    return micro.ORDERS[:n_orders]
 
 
 def matmul_kernel(
@@ -491,7 +494,9 @@ def matmul_kernel(
     """The kernel for up to so many tokens, some of its arguments, and its number of pieces."""
     ahead = way_of(w, 1, n_workers).ahead
     some = reads_along(w, n_tokens)
-    if ahead and not some:
+    if asks := some and instruction_set() == "avx512vnni":
+        ahead = 0  # it is asked for meanwhile
+    elif ahead and not some:
         ahead = w.tile_bytes  # the columns of the next tile
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     more["ahead"] = ahead
@@ -503,7 +508,7 @@ def matmul_kernel(
         kernel = jit.kernel(matmul_float, f"matmul_{w.reader.name}{act and '_' + act}", **names)
         pieces = -(-w.n_tiles // GROUP) * -(-n_tokens // floats.TOKEN_BLOCK)
     else:
-        kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind)
+        kernel, step_bytes, at_once, wide = _matmul_quantised(w.kind, asks)
         at_once = BLOCK if some else at_once
         n_steps, together = w.n_in // 32, tiles_together(w, n_tokens, n_workers)
         token_block = tokens_together(w.digits)
@@ -547,7 +552,7 @@ def tokens_together(digits: int) -> int:
 
 
 @lru_cache
-def _matmul_quantised(kind: str) -> tuple[jit.Kernel, int, int, int]:
+def _matmul_quantised(kind: str, asks: bool) -> tuple[jit.Kernel, int, int, int]:
     """The kernel, the bytes of 32 unpacked columns, the records and the tokens that it takes at once."""
     fmt, at_once, wide = FORMATS[kind], blocking()[0], 16
     unit: dict[str, Any] = {"start": amx.nothing, "stop": amx.nothing}
@@ -558,20 +563,22 @@ def _matmul_quantised(kind: str) -> tuple[jit.Kernel, int, int, int]:
         size, at_once, wide = planes.panel_bytes(fmt) // 8, 8, 32
     else:
         form = micro.unpacked(fmt, whole=True)
-        unpack, multiply = micro.unpacker(fmt, form), _panels_multiplier(form)
+        size_asked = fmt.tile_bytes * form.block // fmt.block if asks else 0
+        unpack, multiply = micro.unpacker(fmt, form), _panels_multiplier(form, size_asked)
+        kind = f"some_{kind}" if asks else kind
         size = form.tile_bytes * 32 // form.block
     names = {"unpack": unpack, "multiply_tokens": multiply, **unit}
     names |= {"unpack_minima": minima.unpacker(fmt), "add_minima": minima.tiles_adder(fmt)}
     return jit.kernel(matmul, f"matmul_{kind}", **names), size, at_once, wide
 
 
-def _panels_multiplier(form: Format) -> Callable:
+def _panels_multiplier(form: Format, asks: int) -> Callable:
     """The micro-kernel for many tokens that this processor has the instructions for."""
     if has_amx():
         return amx.multiplier(form)
     if pairs.serves():
         return micro.tokens_multiplier(form, pairs.multiplier)
-    return micro.tokens_multiplier(form)
+    return micro.tokens_multiplier(form, asks=asks)
 
 
 def record_embed(tape: Tape, w: CPUWeight, ids: CPUArray, scale: float, n_workers: int) -> CPUArray:

@@ -317,17 +317,20 @@ def multiplier(
     resume: bool = False,
     order: str = "parts",
     joined: bool = False,
+    asks: int = 0,
 ) -> Callable:
     """multiply(w, x, slot, n_blocks, y, ahead): one tile of 16 rows times tokens [slot, slot + n_tokens).
 
     w: the tile's blocks; x: the tokens' records; y [n_tokens][16] floats. The line ``ahead`` bytes behind each
     that is read is asked for; 0 asks for nothing new. With ``resume`` y is added to, and there is no ``ahead``:
     the blocks are in a cache. ``order``: see ``ORDERS``. ``joined``: the rows are digits of one token; y [16].
+    ``asks``: bytes of memory from the address ``ahead`` on that are asked for while a block is multiplied.
     """
     n, span = rows_at_once(n_tokens), fmt.span
+    lines, n_parts = -(-asks // 64), fmt.block // 32
 
     def rows(e: Emit, w, x, slot, n_blocks, y, first, ahead) -> None:
-        ahead = None if ahead is None else once(e, ahead, first, n)
+        asked, ahead = ahead, None if ahead is None or asks else once(e, ahead, first, n)
         x = e.ptr(x)
         codes = e.at(x, e.b.mul(slot, I64(span)))
         planes = e.at(x, e.b.add(I64(span * slots), e.b.mul(slot, I64(4))))
@@ -348,8 +351,23 @@ def multiplier(
                 planes = e.at(f, here + part // 32 * plane_bytes(slots, span))
                 return Activations(e, e.at(x, here + part), planes, slots, n, span)
 
+            def parts():
+                memory = e.at(e.ptr(asked), e.b.mul(i, I64(asks)))
+                for j, part in enumerate(fmt.take(e, tile)):
+                    for line in range(j * lines // n_parts, (j + 1) * lines // n_parts):
+                        e.prefetch(memory, 64 * line, 2)
+                    yield part
+
             add = _add_parts if span == 32 else _add_whole
-            return add(e, fmt, lambda: fmt.take(e, tile), at, range(n_tokens), acc, order)
+            return add(
+                e,
+                fmt,
+                parts if asks else lambda: fmt.take(e, tile),
+                at,
+                range(n_tokens),
+                acc,
+                order,
+            )
 
         y, zero = e.at(e.ptr(y), e.b.mul(first, I64(4))), e.const(0.0, V(F32, n))
         places = [4 * LANES * t for t in range(n_tokens)]
@@ -365,7 +383,7 @@ def multiplier(
         for p, v in zip(places, acc, strict=False):
             e.store(v, y, p)
 
-    @emitter(types.void, *[i64] * (5 if resume else 6))
+    @emitter(types.void, *[i64] * (5 if resume and not asks else 6))
     def multiply(e, w, x, slot, n_blocks, y, ahead=None):
         """Multiply a tile by tokens, and write the sums to y."""
         e.each_run(lambda first: rows(e, w, x, slot, n_blocks, y, first, ahead), n)
@@ -451,14 +469,17 @@ def unpacker(fmt: Format, form: Format) -> Callable:
     return unpack
 
 
-def resuming(form: Format, n_tokens: int) -> Callable:
+def resuming(form: Format, n_tokens: int, asks: int = 0) -> Callable:
     """``multiplier`` for unpacked tiles."""
-    return multiplier(form, n_tokens, SLOTS, resume=True)
+    return multiplier(form, n_tokens, SLOTS, resume=True, asks=asks)
 
 
 @lru_cache
-def tokens_multiplier(form: Format, one: Callable = resuming) -> Callable:
-    """multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, ..): y += unpacked tiles times n tokens.
+def tokens_multiplier(form: Format, one: Callable = resuming, asks: int = 0) -> Callable:
+    """multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, .., ahead, ahead_bytes).
+
+    y += unpacked tiles times n tokens. With ``asks`` so many bytes for each block are asked for meanwhile, from
+    ``ahead`` on for the first tile, from ahead_bytes further on for the next, unless ``ahead`` is 0.
 
     They go by 8, 4 or 2 where there are 32 registers for their sums, by 4, 2 or 1 where there are 16, through
     what ``one(form, n_tokens)`` makes.
@@ -467,21 +488,41 @@ def tokens_multiplier(form: Format, one: Callable = resuming) -> Callable:
     half, quarter, per_block = most // 2, most // 4, form.block // 32
     many, some, few = (one(form, m) for m in (most, half, quarter))
 
-    def multiply(panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes):
-        """Add the products of all tiles with n tokens to y."""
-        n_blocks = n_steps // per_block
-        for tile in range(n_tiles):
-            panel, slot = panels + tile * panel_bytes, 0
-            while slot < n:
-                to = y + 1024 * tile + 64 * slot
-                if n - slot > half:
-                    many(panel, records, slot, n_blocks, to)
-                    slot += most
-                elif n - slot > quarter:
-                    some(panel, records, slot, n_blocks, to)
-                    slot += half
-                else:
-                    few(panel, records, slot, n_blocks, to)
-                    slot += quarter
+    def rest(panel, records, slot, n, n_blocks, y):
+        """Add the products of a tile with tokens [slot, n) to y."""
+        while slot < n:
+            to = y + 64 * slot
+            if n - slot > half:
+                many(panel, records, slot, n_blocks, to)
+                slot += most
+            elif n - slot > quarter:
+                some(panel, records, slot, n_blocks, to)
+                slot += half
+            else:
+                few(panel, records, slot, n_blocks, to)
+                slot += quarter
 
-    return multiply
+    def multiply(
+        panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes, ahead, ahead_bytes
+    ):
+        """Add the products of all tiles with n tokens to y."""
+        for tile in range(n_tiles):
+            rest(panels + tile * panel_bytes, records, 0, n, n_steps // per_block, y + 1024 * tile)
+
+    if asks == 0:
+        return multiply
+    first = one(form, most, asks)
+
+    def multiply_and_ask(
+        panels, panel_bytes, records, n, n_steps, n_tiles, y, x_bytes, y_bytes, ahead, ahead_bytes
+    ):
+        """Add the products of all tiles with n tokens to y, and ask for memory."""
+        for tile in range(n_tiles):
+            panel, to, slot = panels + tile * panel_bytes, y + 1024 * tile, 0
+            if ahead != 0:
+                memory = ahead + tile * ahead_bytes
+                first(panel, records, 0, n_steps // per_block, to, memory)
+                slot = most
+            rest(panel, records, slot, n, n_steps // per_block, to)
+
+    return multiply_and_ask

@@ -226,7 +226,9 @@ def multiplier(fmt: Format) -> Callable:
         more, out = e.b.add(records, x_bytes), e.b.add(y, y_bytes)
         _multiply(e, Products(e, fmt, panels, [records, more], n_tiles, [y, out]))
 
-    def multiply(panels, panel_bytes, records, n, steps, n_tiles, y, x_bytes, y_bytes):
+    def multiply(
+        panels, panel_bytes, records, n, steps, n_tiles, y, x_bytes, y_bytes, ahead, ahead_bytes
+    ):
         """Add the products of one block of all tiles with n tokens to y."""
         if n > 16:
             two(panels, records, n_tiles, y, x_bytes, y_bytes)
