@@ -113,6 +113,13 @@ def test_only_known_names_are_commands(chat, line, message):
 # ---- talking
 
 
+def test_one_token_is_one(model):
+    chat = Conversation(model, PLAIN, max_tokens=1, options={"temperature": 0})
+    notes = typed(chat, "Hello", "/stats").notes
+    assert any(n.startswith("(1 token, ") for n in notes)
+    assert any("last answer: 1 token, " in n for n in notes)
+
+
 def test_each_turn_continues_the_conversation(chat, model):
     screen = typed(chat, "Hello", "", "Who are you?")
     first = model.chat(

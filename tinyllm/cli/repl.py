@@ -18,7 +18,7 @@ from .arguments import (
     sampling_of,
 )
 from .conversation import Conversation, load, save
-from .terminal import has_terminal, show, visible
+from .terminal import counted, has_terminal, show, visible
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -170,7 +170,7 @@ class Repl:
             notes = [] if finished else ["stopped"]
             if answered:
                 t = self.chat.timings[-1]
-                notes.append(f"{t.n_generated} tokens, {t.generated_per_s:.1f} tokens/s")
+                notes.append(f"{counted(t.n_generated, 'token')}, {t.generated_per_s:.1f} tokens/s")
             self.screen.note(f"({'; '.join(notes)})")
 
     def reset(self, _: str) -> None:
@@ -185,24 +185,25 @@ class Repl:
     def save(self, name: str) -> None:
         path = file_argument("/save", name)
         save(self.chat.messages, path)
-        self.screen.note(f"({len(self.chat.messages)} messages saved in {path})")
+        self.screen.note(f"({counted(len(self.chat.messages), 'message')} saved in {path})")
 
     def load(self, name: str) -> None:
         path = file_argument("/load", name)
         self.chat.messages = load(path)
-        self.screen.note(f"({len(self.chat.messages)} messages read from {path})")
+        self.screen.note(f"({counted(len(self.chat.messages), 'message')} read from {path})")
 
     def regen(self, _: str) -> None:
         self.chat.again(self.say)
 
     def stats(self, _: str) -> None:
         state, t = self.chat.state, self.chat.timings[-1] if self.chat.timings else Timings()
+        messages = counted(len(self.chat.messages), "message")
         self.screen.note(
             f"{Path(self.chat.model.path).name} on {self.chat.model.device}\n"
-            f"context: {len(state.ids)} of {state.n_ctx} tokens, {len(self.chat.messages)} messages\n"
-            f"last prompt: {t.n_prompt} tokens read, {t.n_reused} known before, "
+            f"context: {len(state.ids)} of {state.n_ctx} tokens, {messages}\n"
+            f"last prompt: {counted(t.n_prompt, 'token')} read, {t.n_reused} known before, "
             f"{t.prompt_s:.2f} s to the first word\n"
-            f"last answer: {t.n_generated} tokens, {t.generated_per_s:.1f} tokens/s"
+            f"last answer: {counted(t.n_generated, 'token')}, {t.generated_per_s:.1f} tokens/s"
         )
 
     def help(self, _: str) -> None:
