@@ -28,7 +28,7 @@ import numpy as np
 from common import HERE, Worker, ratios, show, spread
 
 OURS = "tinyllm"
-KNOWN = (OURS, "llamacpp", "llamacpp-fa", "llama-bench", "ik", "gpt4all")
+KNOWN = (OURS, "llamacpp", "llamacpp-fa", "llama-bench", "ik", "ik-repacked", "gpt4all")
 WAYS = ("generate", "step")
 LIMIT_S = 0.5  # spent on measuring the read bandwidth, each round
 

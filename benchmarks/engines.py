@@ -231,16 +231,31 @@ class LlamaCppFlash(LlamaCpp):
 
 
 class IkLlama(Engine):
-    """ik_llama.cpp, as ik-llama-cpp-python binds it."""
+    """ik_llama.cpp, as ik-llama-cpp-python binds it.
+
+    Its flash attention runs where ``cpuinfo`` is installed beside it and finds AVX-VNNI.
+    """
 
     ways, shows = ("step",), ()
+    repacked = False
 
     def open(self, model: str, threads: int, n_ctx: int) -> str:
         import ik_llama_cpp
+        from ik_llama_cpp import _internals
 
-        self.model = ik_llama_cpp.IkLlama(model, n_ctx=n_ctx, n_threads=threads, verbose=False)
+        defaults = _internals.C.llama_model_default_params
+
+        def params() -> Any:
+            chosen = defaults()
+            chosen.repack_tensors = self.repacked
+            return chosen
+
+        _internals.C.llama_model_default_params = params  # the binding has no word for it
+        self.model = ik_llama_cpp.IkLlama(
+            model, n_ctx=n_ctx, n_threads=threads, use_mmap=not self.repacked, verbose=False
+        )
         self.past = 0
-        return f"ik-llama-cpp-python {ik_llama_cpp.__version__}"
+        return f"ik-llama-cpp-python {ik_llama_cpp.__version__}{', repacked' * self.repacked}"
 
     def step(self, ids: list[int], n: int, keep: bool) -> tuple[float, float]:
         self.model._context.kv_cache_clear()
@@ -262,6 +277,12 @@ class IkLlama(Engine):
         if failed:
             raise RuntimeError(f"ik_llama.cpp could not read {len(ids)} tokens: {failed}")
         self.past += len(ids)
+
+
+class IkLlamaRepacked(IkLlama):
+    """ik_llama.cpp with weights rearranged for its kernels as they load, its ``-rtr``."""
+
+    repacked = True
 
 
 class LlamaBench(Engine):
@@ -377,6 +398,7 @@ ENGINES: dict[str, Callable[[], Any]] = {
     "llamacpp-fa": LlamaCppFlash,
     "llama-bench": LlamaBench,
     "ik": IkLlama,
+    "ik-repacked": IkLlamaRepacked,
     "gpt4all": GPT4All,
     "limits": Limits,
 }

@@ -33,6 +33,7 @@ NAMES = {
     "llamacpp-fa": "llama.cpp, flash attention",
     "llama-bench": "llama.cpp, llama-bench",
     "ik": "ik_llama.cpp",
+    "ik-repacked": "ik_llama.cpp, repacked",
     "gpt4all": "GPT4All",
     "torch": "torch float32",
 }
