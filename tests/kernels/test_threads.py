@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -76,4 +79,66 @@ def test_the_lanes_of_threads_that_never_come_are_done_by_another() -> None:
     for out in outs:
         out[:] = 0
     pool._work(pool._state, 0, tape.rows.ctypes.data, pool.size)  # none of them was started
+    assert [set(out.tolist()) for out in outs] == [{each} for each in want]
+
+
+def test_a_late_thread_claims_nothing_of_the_program_that_comes_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(system, "n_cores", lambda: 2)
+    pool = threads.Pool()
+    tape, outs, want = tape_of()
+    program, state = tape.rows.ctypes.data, pool._state
+    pool.run(program, 1)
+    last = pool._counter(threads.GENERATION)
+    for out in outs:
+        out[:] = 0
+    jit.function(threads.announce, "announce")(state, program, 2, last + 1)
+    kept.append(pool)  # the late one sleeps on its memory
+    threading.Thread(target=pool._work, args=(state, 1, last - 1, 0), daemon=True).start()
+    while pool._counter(threads.SLEEPERS) == 0:  # it found nothing to claim, and waits
+        time.sleep(0.01)
+    assert not any(out.any() for out in outs)
+    pool._work(state, 0, program, 2)
+    assert [set(out.tolist()) for out in outs] == [{each} for each in want]
+
+
+def test_programs_are_let_go_while_one_thread_works_and_others_sleep(five: threads.Pool) -> None:
+    tape, _, _ = tape_of()
+    program = tape.rows.ctypes.data
+    five.run(program, 5)
+    for _ in range(100 * threads.RETIRED):
+        five.retire(tape)
+        five.run(program, 1)
+    assert len(five._retired) < 10 * threads.RETIRED
+
+
+def test_programs_run_on_when_they_were_many(five: threads.Pool) -> None:
+    tape, outs, want = tape_of()
+    five.run(tape.rows.ctypes.data, 5)
+    for out in outs:
+        out[:] = 0
+    with five._lock:
+        many = ctypes.c_int64.from_address(five._state + threads.GENERATION)
+        many.value = (1 << 33) - 1
+    five.run(tape.rows.ctypes.data, 5)
+    assert many.value == 1 << 33
+    assert [set(out.tolist()) for out in outs] == [{each} for each in want]
+
+
+def test_a_thread_that_the_system_refuses_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(system, "n_cores", lambda: 2)
+    pool = threads.Pool()
+    kept.append(pool)
+    tape, outs, want = tape_of()
+    with monkeypatch.context() as m:
+        m.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pool.run(tape.rows.ctypes.data, 2)
+    pool.run(tape.rows.ctypes.data, 2)
     assert [set(out.tolist()) for out in outs] == [{each} for each in want]

@@ -199,7 +199,7 @@ def keep(path: Path, code: bytes) -> None:
     try:
         part.write_bytes(hashlib.sha256(code).digest() + code)
         part.replace(path)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         part.unlink(missing_ok=True)
         raise
 

@@ -26,7 +26,7 @@ from llvmlite import ir
 from ... import system
 from . import jit
 from .emit import I32, I64, P8, target
-from .simd import emitter, get_i64, i64, set_i64, types
+from .simd import emitter, get_i64, i64, types
 
 ROW = 32  # int64 values of an instruction
 ROW_BYTES = ROW * 8
@@ -34,18 +34,16 @@ PIECES, CHUNK, BEGINS, CLAIMS = 8, 16, 24, 32  # bytes into a row
 ARGS = 5  # where its arguments begin
 LINE = 64  # bytes: shared counters stand on cache lines of their own
 GENERATION, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, WORKERS = (LINE * i for i in range(7))
-NEXT, PARKED = (
-    WORKERS,
-    WORKERS + 8,
-)  # a line for each thread: the next ticket of its lane, its last program
+NEXT, PARKED = WORKERS, WORKERS + 8  # of each thread: the next ticket of its lane, its last program
 SPIN = 1500  # pauses before sleeping: some 50 microseconds
 WAKES = system.WAKES  # else nobody is woken, and those who wait look again
 YIELDS = 2000  # before the first nap: about a millisecond
 # nanoseconds: each nap is that much longer than the one before, so 1 ms after 25 ms without work, 10 ms
 # after 2.5 s; nobody waits for a thread that comes late, for the others do its pieces
 NAP, LONGEST_NAP = 20_000, 20_000_000
-SHIFT = 32  # the generation's place in the counters
-CLOSED = (1 << 31) - 1  # a ticket beyond every program's end
+SHIFT = 26  # the generation's place in the counters: a thousand programs a second fill them in four years
+CLOSED = (1 << SHIFT) - 1  # a ticket beyond every program's end
+RETIRED = 64  # programs; that many wait for sleeping threads before these are woken
 
 
 def _address(e, p):
@@ -260,11 +258,21 @@ def take_lane(state, row, first, tickets, lane, lanes, worker):
     return did
 
 
+def announce(state, program, limit, generation):
+    """Write down the program of the next generation.
+
+    A late thread of the last one may read this: in the lanes that it then looks at nothing is left to claim.
+    """
+    for lane in range(limit):
+        atomic_store(state + NEXT + LINE * lane, generation << SHIFT)
+    atomic_store(state + PROGRAM, program)
+    atomic_store(state + LIMIT, limit)
+
+
 def lead(state, program, limit, spin):
     """The caller's part: open a generation, wake the others, take part, and close it when all is done."""
     generation = atomic_load(state + GENERATION) + 1
-    set_i64(state + PROGRAM, program)
-    set_i64(state + LIMIT, limit)
+    announce(state, program, limit, generation)
     atomic_store(state + DONE, generation << SHIFT)
     atomic_store(state + GENERATION, generation)
     if limit > 1:
@@ -289,9 +297,9 @@ def work(state, worker, value, spin):
         if atomic_load(state + STOP) != 0:
             return
         value = atomic_load(state + GENERATION)
-        limit = get_i64(state + LIMIT)
+        limit = atomic_load(state + LIMIT)
         if worker < limit:
-            take_part(state, get_i64(state + PROGRAM), value, limit, worker, spin)
+            take_part(state, atomic_load(state + PROGRAM), value, limit, worker, spin)
         atomic_store(state + PARKED + LINE * worker, value)
 
 
@@ -304,6 +312,7 @@ class Pool:
         self._memory = np.zeros(WORKERS + LINE * (self.size + 1), np.uint8)
         self._state = -(-self._memory.ctypes.data // LINE) * LINE
         self._work = jit.function(work, f"work_{system.WAITING}")
+        self._nothing = np.zeros(ROW, np.int64)  # a program without instructions
         self._started = 1  # the caller is worker 0
         self._retired: deque[tuple[int, object]] = deque()
 
@@ -315,13 +324,20 @@ class Pool:
                 self._start(self._started)
             self._work(self._state, 0, program, n_threads)
             self._release()
+            if len(self._retired) > RETIRED:  # one works alone; the others sleep, and hold them
+                self._work(self._state, 0, self._nothing.ctypes.data, self._started)
 
     def _start(self, worker: int) -> None:
         seen = self._counter(GENERATION)
         ctypes.c_int64.from_address(self._state + PARKED + LINE * worker).value = seen
         args = (self._state, worker, seen, SPIN)
+        thread = threading.Thread(target=self._work, args=args, name="tinyllm", daemon=True)
         self._started += 1  # first: Ctrl-C below must not make two threads of one number
-        threading.Thread(target=self._work, args=args, name="tinyllm", daemon=True).start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no room for it
+            self._started -= 1
+            raise
 
     def _counter(self, field: int) -> int:
         return ctypes.c_int64.from_address(self._state + field).value

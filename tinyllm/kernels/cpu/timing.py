@@ -91,7 +91,7 @@ def chosen(
     with _lock:
         known = _results.get(name)
         if known is None and not _thorough:
-            known = _read(name, orders)
+            known = _read(name)
         if known is None:
             known = _measure(name, orders, record, piece_bytes, n_workers)
             _write(known)
@@ -166,7 +166,7 @@ def _path(name: str) -> Path | None:
     return folder / f"{name}-{machine}.way" if folder else None
 
 
-def _read(name: str, orders: Sequence[str]) -> Result | None:
+def _read(name: str) -> Result | None:
     path = _path(name)
     stored = jit.kept(path) if path else None
     if not path or not stored:
