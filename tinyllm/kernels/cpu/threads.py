@@ -34,7 +34,7 @@ PIECES, CHUNK, BEGINS, CLAIMS = 8, 16, 24, 32  # bytes into a row
 ARGS = 5  # where its arguments begin
 LINE = 64  # bytes: shared counters stand on cache lines of their own
 GENERATION, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, WORKERS = (LINE * i for i in range(7))
-NEXT, PARKED = WORKERS, WORKERS + 8  # of each thread: the next ticket of its lane, its last program
+NEXT, PARKED = WORKERS, WORKERS + 8  # a line for each thread: its lane's next ticket, its last program
 SPIN = 1500  # pauses before sleeping: some 50 microseconds
 WAKES = system.WAKES  # else nobody is woken, and those who wait look again
 YIELDS = 2000  # before the first nap: about a millisecond
@@ -259,9 +259,9 @@ def take_lane(state, row, first, tickets, lane, lanes, worker):
 
 
 def announce(state, program, limit, generation):
-    """Write down the program of the next generation.
+    """Write down the program of the next generation, once nothing in its lanes is left to claim for the last.
 
-    A late thread of the last one may read this: in the lanes that it then looks at nothing is left to claim.
+    A late thread of that may read the program before its generation has begun.
     """
     for lane in range(limit):
         atomic_store(state + NEXT + LINE * lane, generation << SHIFT)
