@@ -22,7 +22,7 @@ from . import amx, jit
 from .amx import VOID
 from .elementwise import ACTIVATIONS
 from .emit import F32, I8, I16, I32, I64, LANES, V16F, Emit, V, has_amx, target
-from .floats import GROUP, PANEL_ROW, fetch_rows, row_storer
+from .floats import GROUP, PANEL_ROW, row_storer
 from .jit import GIVEN
 from .program import CPUArray, Tape
 from .readers import BYTES, widen
@@ -220,6 +220,19 @@ def multiply_vectors(e, panels, records, x_bytes, n_steps, sums, begins):
 
     for first in range(0, TOKENS, AT_ONCE):
         some(first)
+
+
+@emitter(types.void, i64, i64, i64)
+def fetch_rows(e, p, n_rows, row_bytes):
+    """Ask for the lines of n_rows rows of outputs, to write to."""
+    rows = e.ptr(p)
+
+    def row(i, state):
+        for line in range(0, PANEL_ROW, 64):
+            e.prefetch(e.at(rows, e.b.mul(i, row_bytes)), line, to_write=True)
+        return state
+
+    e.loop(n_rows, [], row)
 
 
 # ---- the kernel; what it names is given by ``jit.kernel``

@@ -195,12 +195,12 @@ class Emit:
     def store(self, v, p, offset=0, align=1):
         self.b.store(v, self.b.bitcast(self.at(p, offset), v.type.as_pointer()), align=align)
 
-    def prefetch(self, p, offset, level=1):
+    def prefetch(self, p, offset, level=1, to_write=False):
         """Ask for the cache line at an address, which may lie past what may be read.
 
         It comes into the caches from a level on.
         """
-        args = (self.at(p, offset), I32(0), I32(4 - level), I32(1))  # to read, data
+        args = (self.at(p, offset), I32(int(to_write)), I32(4 - level), I32(1))  # data
         self.call("llvm.prefetch.p0", ir.VoidType(), *args)
 
     # ---- values

@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from llvmlite import ir
-
 from .emit import F32, I32, I64, LANES, V16F, Emit, V, lanes
 from .jit import GIVEN
 from .readers import BYTES, Reader, widen
@@ -173,14 +171,16 @@ def by_lines(e: Emit, reader: Reader, n_blocks, acc: list, blocks: Callable, ahe
     return e.loop_maybe(b.sub(n_blocks, done), acc, lambda i, acc: blocks(b.add(done, i), 1, acc))
 
 
-@emitter(types.void, i64, i64, i64, i64, i64, i64, i64)
-def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins):
+@emitter(types.void, *[i64] * 9)
+def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins, to, to_bytes):
     """sums [TOKENS][PANEL_ROW] += the panel's columns times those of n_rows rows of x.
 
-    Rows that are missing repeat the last one. The sums are zero at first if ``begins`` is 0.
+    Rows that are missing repeat the last one. The sums are zero at first if ``begins`` is 0. Meanwhile memory
+    is asked for, little by little, or the loads between would wait: the rows of x that come next, and rows
+    of PANEL_ROW bytes that are written next, to_bytes apart.
     """
     b, n = e.b, lanes()
-    panel, x, sums = e.ptr(panel), e.ptr(x), e.ptr(sums)
+    panel, x, sums, to = e.ptr(panel), e.ptr(x), e.ptr(sums), e.ptr(to)
     tokens = [e.at(x, b.mul(at_most(e, t, n_rows), row_bytes)) for t in range(TOKENS)]
     ahead, lines = b.mul(row_bytes, I64(TOKENS)), b.sdiv(n_columns, I64(LINE))
     done = b.mul(lines, I64(LINE))
@@ -197,12 +197,12 @@ def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins):
             pairs = [(x, v) for x in values for v in w]
             return [e.fma(v, x, a) for a, (x, v) in zip(acc, pairs, strict=True)]
 
-        def line(i, acc, column=column):
-            start = b.mul(i, I64(LINE))
-            for (
-                token
-            ) in tokens:  # the rows that come next, too far apart for the processor to foresee
+        def line(i, acc, column=column, asks=i == 0):
+            start, row = b.mul(i, I64(LINE)), e.at(to, b.mul(i, to_bytes))
+            for token in tokens if asks else ():
                 e.prefetch(e.at(token, b.add(ahead, b.mul(start, I64(4)))), 0)
+            for place in range(0, PANEL_ROW, 64) if asks else ():
+                e.prefetch(row, place, to_write=True)
             return e.loop(LINE, acc, lambda j, acc: column(b.add(start, j), acc))
 
         zero, fresh = e.const(0.0, V(F32, n)), b.icmp_signed("==", begins, I64(0))
@@ -407,7 +407,7 @@ def matmul_float(
 ):  # fmt: skip
     """y [T, n_out] of many tokens; a piece is GROUP tiles and TOKEN_BLOCK tokens.
 
-    COLUMNS of the tiles become floats together, and pass the tokens.
+    COLUMNS of the tiles become floats together, and pass the tokens; the first time as many as are left over.
     """
     panel, groups = scratch + worker * scratch_bytes, (tiles + GROUP - 1) // GROUP
     row_bytes = 4 * n_blocks
@@ -415,38 +415,25 @@ def matmul_float(
         tile, token0 = piece % groups * GROUP, piece // groups * TOKEN_BLOCK
         n_tiles, token1 = min(GROUP, tiles - tile), min(token0 + TOKEN_BLOCK, n_tokens)
         width, bias_here = min(16 * GROUP, n_out - 16 * tile), bias + 64 * tile if bias != 0 else 0
-        for begin in range(0, n_blocks, COLUMNS):
-            n, sums = min(COLUMNS, n_blocks - begin), panel + COLUMNS * PANEL_ROW
+        begin, n = i64(0), (n_blocks - 1) % COLUMNS + 1
+        while begin < n_blocks:
+            sums = panel + COLUMNS * PANEL_ROW
             for t in range(n_tiles):
                 source = w + (tile + t) * tile_bytes + begin * (tile_bytes // n_blocks)
                 widen_tile(source, n, panel + 64 * t, ahead)
             for token in range(token0, token1, TOKENS):
                 rows, n_rows = x + 4 * (token * n_blocks + begin), min(TOKENS, token1 - token)
-                corner = y + 4 * (token * n_out + 16 * tile)
-                if (
-                    begin + n == n_blocks
-                ):  # outputs lie far apart: they come while sums are computed
-                    fetch_rows(corner, n_rows, 4 * n_out)
-                multiply_panel(panel, n, rows, row_bytes, n_rows, sums, begin)
-                if begin + n == n_blocks:
+                if begin + n < n_blocks:
+                    to = sums + TOKENS * PANEL_ROW
+                    multiply_panel(panel, n, rows, row_bytes, n_rows, sums, begin, to, PANEL_ROW)
+                else:
+                    to = y + 4 * (token * n_out + 16 * tile)
+                    multiply_panel(panel, n, rows, row_bytes, n_rows, sums, begin, to, 4 * n_out)
                     for t in range(n_rows):
-                        store_row(sums + t * PANEL_ROW, corner + 4 * t * n_out, width, bias_here)
+                        store_row(sums + t * PANEL_ROW, to + 4 * t * n_out, width, bias_here)
                 sums += TOKENS * PANEL_ROW
-
-
-@emitter(types.void, i64, i64, i64)
-def fetch_rows(e, p, n_rows, row_bytes):
-    """Ask for the lines of n_rows rows of outputs, to write to."""
-    rows = e.ptr(p)
-    to_write, near, data = I32(1), I32(3), I32(1)
-
-    def row(i, state):
-        for line in range(0, PANEL_ROW, 64):
-            place = e.at(rows, e.b.add(e.b.mul(i, row_bytes), I64(line)))
-            e.call("llvm.prefetch.p0", ir.VoidType(), place, to_write, near, data)
-        return state
-
-    e.loop(n_rows, [], row)
+            begin += n
+            n = i64(COLUMNS)
 
 
 @lru_cache

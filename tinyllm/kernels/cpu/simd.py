@@ -73,6 +73,11 @@ def store(e, p, v):
     e.store(v, e.ptr(p))
 
 
+def _whole(e, n):
+    """Whether n lanes are all. Nearly always: then a mask would cost more than what is done with the values."""
+    return e.b.icmp_signed(">=", n, I64(LANES))
+
+
 def _tail(e, n):
     """The mask of the first n lanes."""
     index = ir.Constant(V(I64, LANES), list(range(LANES)))
@@ -82,17 +87,31 @@ def _tail(e, n):
 @emitter(f32x16, i64, i64)
 def load_n(e, p, n):
     """The first n lanes from an address, zeros in the others; memory behind them is not touched."""
-    ty = V16F.as_pointer()
-    zero = e.const(0.0, V16F)
-    address = e.b.bitcast(e.ptr(p), ty)
-    return e.call("llvm.masked.load.v16f32.p0", V16F, address, I32(1), _tail(e, n), zero)
+    address, zero = e.b.bitcast(e.ptr(p), V16F.as_pointer()), e.const(0.0, V16F)
+    with e.b.if_else(_whole(e, n)) as (whole, rest):
+        with whole:
+            here, everything = e.b.block, e.b.load(address, align=1)
+        with rest:
+            some = e.call(
+                "llvm.masked.load.v16f32.p0", V16F, address, I32(1), _tail(e, n), zero
+            )
+            there = e.b.block
+    v = e.b.phi(V16F)
+    v.add_incoming(everything, here)
+    v.add_incoming(some, there)
+    return v
 
 
 @emitter(types.void, i64, f32x16, i64)
 def store_n(e, p, v, n):
     """The first n lanes to an address."""
     address = e.b.bitcast(e.ptr(p), V16F.as_pointer())
-    e.call("llvm.masked.store.v16f32.p0", ir.VoidType(), v, address, I32(1), _tail(e, n))
+    with e.b.if_else(_whole(e, n)) as (whole, rest):
+        with whole:
+            e.b.store(v, address, align=1)
+        with rest:
+            args = v, address, I32(1), _tail(e, n)
+            e.call("llvm.masked.store.v16f32.p0", ir.VoidType(), *args)
 
 
 @emitter(f32x16, i64)
