@@ -418,6 +418,27 @@ def test_halves_by_bits_are_numpys(monkeypatch: Any) -> None:
     assert np.array_equal(got.view(np.float16)[ok], expected[ok])
 
 
+def exponentials(source: int, to: int, n: int, below: bool) -> None:
+    """e^x of n floats, as it is computed of all or of those that are not above 0."""
+    for i in range(0, n, 16):
+        x = simd.load(source + 4 * i)
+        simd.store(to + 4 * i, simd.exp_below(x) if below else simd.exp(x))
+
+
+def test_exponentials_of_no_positive_number_have_the_bits_of_all() -> None:
+    rng, n = np.random.default_rng(0), 1 << 16
+    steps = np.arange(n // 2) / 256 * np.log(2)  # halves of ln 2 among them: where rounding turns
+    x = -np.r_[steps, rng.uniform(0, 130, n // 4), rng.uniform(0, 1e-3, n // 4)].astype(F32)
+    x[:4] = 0, -0.0, -np.inf, -1e30
+    x[4:6] = np.nextafter(F32(-87), F32([-100, 0]))
+    found = [np.empty(n, F32) for _ in range(2)]
+    compute = jit.function(exponentials)
+    for below, y in enumerate(found):
+        compute(x.ctypes.data, y.ctypes.data, n, below)
+    assert np.array_equal(found[0].view(np.uint32), found[1].view(np.uint32))
+    assert np.allclose(found[1], np.where(x < -87, 0, np.exp(x, dtype=np.float64)), rtol=3e-7)
+
+
 @simd.emitter(simd.f32x16, simd.i64)
 def halves(e: emit.Emit, p: Any) -> Any:
     """16 halves at an address."""

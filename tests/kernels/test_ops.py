@@ -403,7 +403,7 @@ def test_attention(
     ],
 )
 def test_attention_full(be: Backend, options: dict[str, Any]) -> None:
-    lengths, dim = [1, 17, 300 if "bias" in options else 40], 12
+    lengths, dim = [1, 17, 300 if "bias" in options else 40], 20
     t = sum(lengths)
     q, k, v = normal(t, 4 * dim), normal(t, 2 * dim, seed=1), normal(t, 2 * dim, seed=2)
 

@@ -11,7 +11,7 @@ past over threads changes no bit.
 
 A part: largest [16], sums [16], then values [Dv / 16][M][16], all float32.
 
-Keys are read TILES tiles at a time, values as many positions. While a portion is multiplied by all runs, in
+Keys are read TILES tiles at a time, values PORTION positions. While a portion is multiplied by all runs, in
 the first-level cache, the processor is asked for the next one. Several runs multiply it as floats, 64 columns
 at once.
 """
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from . import jit
-from .emit import F32, I64, LANES, V
+from .emit import F32, I64, LANES, V, lanes
 from .floats import as_float, rows_multiplier
 from .jit import GIVEN
 from .kvblocks import (
@@ -33,14 +33,14 @@ from .kvblocks import (
     TILE_BYTES,
     expand_keys,
     expand_values,
-    write_keys,
-    write_values,
 )
 from .simd import (
-    copy,
+    below_constants,
+    emit_exp_below,
     emitter,
-    exp,
+    exp_below,
     f32,
+    f32x16,
     get_f32,
     get_i32,
     get_i64,
@@ -52,7 +52,6 @@ from .simd import (
     load_n,
     ramp,
     set_f32,
-    set_half,
     splat,
     store,
     store_n,
@@ -70,7 +69,7 @@ SHAPES = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (4, 1), 6: (6, 1), 8: (8, 1), 24: 
 MOST_TILES = 4  # multiplied at once
 FIRST_LINES = 32  # asked for before the rest of keys, or of values, comes
 Q_STEP = 4 * MAX_DIM + 64  # bytes between query rows
-P_STEP = 4 * BLOCK + 64  # bytes between rows of probabilities
+P_STEP = 4 * BLOCK + 64  # bytes between rows of scores, which become probabilities
 # Bytes of a layer in a cache's table: where the addresses of each block's keys stand, and of its values; bytes
 # per head of each; addresses of recurrent arrays
 LAYER = 128
@@ -79,9 +78,9 @@ FAR = np.float32(3e38)
 
 
 def scratch_bytes(rows: int, dim_v: int) -> int:
-    """Bytes that a worker needs for a piece: queries, scores, probabilities, parts twice, an open portion."""
+    """Bytes that a worker needs for a piece: queries, scores, parts twice, an open portion."""
     portion = 4 * (16 * MOST_TILES) ** 2
-    return rows * (Q_STEP + P_STEP + 4 * BLOCK) + 2 * part_bytes(rows, dim_v) + portion
+    return rows * (Q_STEP + P_STEP) + 2 * part_bytes(rows, dim_v) + portion
 
 
 def padded(n: Any) -> Any:
@@ -89,9 +88,14 @@ def padded(n: Any) -> Any:
     return -(-n // 16) * 16
 
 
+def shape_of(rows: int) -> tuple[int, int]:
+    """Rows of a run and runs of a piece: registers of 16 lanes hold the sums of 12 rows by two tiles."""
+    return (12, 2) if rows == 24 and lanes() == LANES else SHAPES[rows]
+
+
 def part_bytes(rows: int, dim_v: int) -> int:
     """Bytes of the parts of a piece."""
-    return 128 * SHAPES[rows][1] + 4 * rows * padded(dim_v)
+    return 128 * shape_of(rows)[1] + 4 * rows * padded(dim_v)
 
 
 # ---- names that ``jit.kernel`` gives
@@ -103,6 +107,7 @@ TILES = 4  # tiles multiplied at once
 SIZE = 2  # bytes of a stored value as the multipliers read it
 BYTES = 2  # a stored value has so many; 1: q8_0, with a little more for scales
 COLUMNS = 64  # multiplied at once, of keys
+PORTION = 64  # positions whose values all runs read, one after another
 OPEN = 0  # 1 if what is stored is turned into floats before it is multiplied
 
 
@@ -110,7 +115,7 @@ def merge(into, part, rows, tiles):
     """Add a part to another."""
     ma, mb = load(into), load(part)
     most = vmax(ma, mb)
-    a, b = exp(ma - most), exp(mb - most)
+    a, b = exp_below(ma - most), exp_below(mb - most)
     store(into, most)
     store(into + 64, load(into + 64) * a + load(part + 64) * b)
     store(part, a)  # the part is used up: its head holds the factors
@@ -128,8 +133,8 @@ def finish(part, rows, m, sink, has_sink, out, dim_v):
     scale = np.float32(1)
     if has_sink:
         new = max(most, sink)
-        scale = hmax(exp(splat(most - new)))
-        total = total * scale + hmax(exp(splat(sink - new)))
+        scale = hmax(exp_below(splat(most - new)))
+        total = total * scale + hmax(exp_below(splat(sink - new)))
     factor = splat(scale / total)
     for i in range(0, dim_v, 16):
         v = load(part + 128 + 4 * i * rows + 64 * m) * factor
@@ -147,6 +152,14 @@ def rows_and_past(seq, starts, n_past, group):
     n_tokens = get_i32(starts + 4 * seq + 4) - get_i32(starts + 4 * seq)
     past = get_i32(n_past + 4 * seq)
     return n_tokens * group, past, (past + n_tokens + BLOCK - 1) // BLOCK
+
+
+def row_after(token, member, group):
+    """The row of queries behind one: its token, and which of the key head's query heads it is."""
+    member += 1
+    if member == group:
+        token, member = token + 1, i64(0)
+    return token, member
 
 
 def reach(i, window):
@@ -169,7 +182,7 @@ def visible(here, there, end, window, causal):
 
 
 def score(keys, tiles, dim, queries, runs, scores, room, ask):
-    """Keys of a block times the queries of some runs -> scores [runs][tiles][M][16]; ``ask``: read next."""
+    """Keys of a block times the queries of some runs -> rows of scores; ``ask``: read next."""
     stored, t = (dim + 31) // 32 * TILE_BYTES if BYTES == 1 else 16 * dim * BYTES, i64(0)
     while t < tiles:
         at_once = TILES if t + TILES <= tiles else 1
@@ -184,7 +197,7 @@ def score(keys, tiles, dim, queries, runs, scores, room, ask):
                 source += 16 * SIZE * column
             for run in range(runs):
                 x = queries + run * M * Q_STEP + 4 * column
-                to = scores + M * (4 * BLOCK * run + 64 * t)
+                to = scores + run * M * P_STEP + 64 * t
                 if at_once == TILES:
                     more = asked + 16 * TILES * BYTES * column
                     score_group(source, tile_bytes, 16 * SIZE, x, n, to, column, more)
@@ -223,7 +236,7 @@ def mask(
     for t in range((n + 15) // 16):
         if plain_from <= t and t < plain_to:
             continue
-        at = scores + 64 * M * t
+        at = scores + 64 * t
         v, distance = load(at), splat(as_float(i)) - ramp(16 * t)
         if cap != np.float32(0):
             v = splat(cap) * tanh(v / splat(cap))
@@ -238,18 +251,30 @@ def mask(
         store(at, v)
 
 
-def exponentiate(scores, tiles, chances, part):
-    """exp(score - largest) -> chances; the largest of each row and its sum -> the head of ``part``."""
+@emitter(f32x16, i64, i64, f32x16)
+def exponentiate_row(e, row, tiles, top):
+    """exp(x - top) in the place of x, so many vectors of a row; the sum, lane by lane."""
+    ty, row = top.type, e.ptr(row)
+    constants = below_constants(e, ty)
+    if lanes() == LANES:  # registers hold all of them: LLVM would load each time
+        constants = e.finish(constants)
+
+    def tile(i, total):
+        at = e.at(row, e.b.mul(i, I64(64)))
+        v = emit_exp_below(e, e.b.fsub(e.load(at, ty), top), constants)
+        e.store(v, at)
+        return [e.b.fadd(total[0], v)]
+
+    return e.loop(tiles, [e.const(0.0, ty)], tile)[0]
+
+
+def exponentiate(scores, tiles, part):
+    """exp(score - largest) in the scores' place; each row's largest and sum -> the head of ``part``."""
     maxima(scores, tiles, part)
     for m in range(M):
         # a row of which all is hidden: zeros, not ones
         top = splat(max(get_f32(part + 4 * m), HIDDEN / np.float32(2)))
-        total = splat(np.float32(0))
-        for t in range(tiles):
-            e = exp(load(scores + 64 * (M * t + m)) - top)
-            store(chances + m * P_STEP + 64 * t, e)
-            total = total + e
-        set_f32(part + 64 + 4 * m, hsum(total))
+        set_f32(part + 64 + 4 * m, hsum(exponentiate_row(scores + m * P_STEP, tiles, top)))
 
 
 @emitter(types.void, i64)
@@ -278,8 +303,8 @@ def widen_values(source, out, n_rows, row_bytes, column, n):
 def weigh(values, n, dim_v, dim_vp, chances, runs, parts, n_part, room, ask):
     """n values times the chances of some runs -> the values of their parts; ``ask``: read next."""
     stored = (dim_v + 31) // 32 * BLOCK_BYTES if BYTES == 1 else dim_vp * BYTES
-    for first in range(0, n, 16 * TILES):
-        some, following, t = min(n - first, 16 * TILES), first + 16 * TILES, i64(0)
+    for first in range(0, n, PORTION):
+        some, following, t = min(n - first, PORTION), first + PORTION, i64(0)
         asked = values + following * stored if following < n else ask
         while t < dim_vp // 16:
             source, row_bytes = values + first * stored, stored
@@ -304,12 +329,13 @@ def weigh(values, n, dim_v, dim_vp, chances, runs, parts, n_part, room, ask):
 
 def emit_rows(parts, n_part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks):
     """The rows from row0 on of parts that are complete -> y."""
+    token, member = row_first + row0 // group, row0 % group
     for m in range(min(RUNS * M, n_rows - row0)):
-        r = row0 + m
-        h = head * group + r % group
+        h = head * group + member
         sink = get_f32(sinks + 4 * h) if sinks != 0 else np.float32(0)
-        out = y + 4 * ((row_first + r // group) * n_head + h) * dim_v
+        out = y + 4 * (token * n_head + h) * dim_v
         finish(parts + m // M * n_part, M, m % M, sink, sinks != 0, out, dim_v)
+        token, member = row_after(token, member, group)
 
 
 def attend(
@@ -322,8 +348,7 @@ def attend(
     n_part = 128 + 4 * M * dim_vp
     queries = scratch + worker * scratch_bytes
     scores = queries + RUNS * M * Q_STEP
-    chances = scores + RUNS * M * 4 * BLOCK
-    fresh = chances + RUNS * M * P_STEP  # parts of one block
+    fresh = scores + RUNS * M * P_STEP  # parts of one block
     own = fresh + RUNS * n_part
     room = own + RUNS * n_part  # for a portion as floats
     seq, before = i64(0), i64(0)
@@ -332,13 +357,14 @@ def attend(
             n_rows, past, blocks = rows_and_past(seq, starts, n_past, group)
             if parts == 0:
                 blocks = i64(1)
-            pieces = (n_rows + RUNS * M - 1) // (RUNS * M) * n_head_kv * blocks
+            tiles_of_rows = (n_rows + RUNS * M - 1) // (RUNS * M)
+            pieces = tiles_of_rows * n_head_kv * blocks
             if piece - before < pieces or seq + 1 == n_seq:
                 break
             before += pieces
             seq += 1
         p = piece - before
-        head, row0 = p // blocks % n_head_kv, p // (blocks * n_head_kv) * (RUNS * M)
+        head, row0 = p // blocks // tiles_of_rows, p // blocks % tiles_of_rows * (RUNS * M)
         row_first = get_i32(starts + 4 * seq)
         row1 = min(row0 + RUNS * M, n_rows)
         runs = (row1 - row0 + M - 1) // M
@@ -354,10 +380,12 @@ def attend(
         k_blocks, k_head = get_i64(table), head * get_i64(table + 16)
         v_blocks, v_head = get_i64(table + 8), head * get_i64(table + 24)
         fetch(get_i64(k_blocks + 8 * block_first) + k_head)
+        token, member = row_first + row0 // group, row0 % group
         for m in range(runs * M):
-            r = min(row0 + m, n_rows - 1)
-            at = ((row_first + r // group) * n_head + head * group + r % group) * dim
+            at = (token * n_head + head * group + member) * dim
             scaled_copy(queries + m * Q_STEP, q + 4 * at, dim, splat(scale))
+            if row0 + m + 1 < n_rows:
+                token, member = row_after(token, member, group)
         for block in range(block_first, block_last):
             n = min(high - block * BLOCK, BLOCK)
             tiles = (n + 15) // 16
@@ -367,7 +395,7 @@ def attend(
             if block + 1 < block_last:
                 ask = get_i64(k_blocks + 8 * block + 8) + k_head
             elif piece + 1 < last and p + 1 < pieces:
-                after = (p + 1) // blocks % n_head_kv
+                after = (p + 1) // blocks // tiles_of_rows
                 ask = get_i64(k_blocks + 8 * ((p + 1) % blocks)) + after * get_i64(table + 16)
             score(keys, tiles, dim, queries, runs, scores, room, values)
             fetch(values)  # its last tiles may have asked for nothing
@@ -378,20 +406,19 @@ def attend(
                 plain_from, plain_to = seen_whole(here, there, block * BLOCK, n, window, causal)
                 if (cap != np.float32(0)) or (slopes != 0) or (bias != 0):
                     plain_from, plain_to = i64(0), i64(0)
-                mine = scores + run * M * 4 * BLOCK
+                mine = scores + run * M * P_STEP
                 if plain_to - plain_from < tiles:
+                    token, member = here, run0 % group
                     for m in range(M):
-                        r = min(run0 + m, n_rows - 1)
                         slope = np.float32(0)
                         if slopes != 0:
-                            slope = get_f32(slopes + 4 * (head * group + r % group))
+                            slope = get_f32(slopes + 4 * (head * group + member))
                         more = bias
                         if bias != 0:
-                            more = bias + 4 * n_bias * (head * group + r % group)
-                        i = past + r // group
-                        seen, i = reach(i, window), i - block * BLOCK
+                            more = bias + 4 * n_bias * (head * group + member)
+                        seen, i = reach(token, window), token - block * BLOCK
                         mask(
-                            mine + 64 * m,
+                            mine + m * P_STEP,
                             plain_from,
                             plain_to,
                             n,
@@ -404,8 +431,10 @@ def attend(
                             seen,
                             causal,
                         )
-                exponentiate(mine, tiles, chances + run * M * P_STEP, to + run * n_part)
-            weigh(values, n, dim_v, dim_vp, chances, runs, to, n_part, room, ask)
+                        if run0 + m + 1 < n_rows:
+                            token, member = row_after(token, member, group)
+                exponentiate(mine, tiles, to + run * n_part)
+            weigh(values, n, dim_v, dim_vp, scores, runs, to, n_part, room, ask)
             if block > block_first:
                 for run in range(runs):
                     merge(sum_parts + run * n_part, fresh + run * n_part, M, dim_vp // 16)
@@ -426,7 +455,8 @@ def merge_parts(
     for piece in range(first, last):
         while True:
             n_rows, past, blocks = rows_and_past(seq, starts, n_past, group)
-            n = (n_rows + RUNS * M - 1) // (RUNS * M) * n_head_kv
+            tiles_of_rows = (n_rows + RUNS * M - 1) // (RUNS * M)
+            n = tiles_of_rows * n_head_kv
             if (blocks > 1 and piece - before < n) or seq + 1 == n_seq:
                 break
             if blocks > 1:
@@ -434,7 +464,7 @@ def merge_parts(
             parts_before += n * blocks
             seq += 1
         p = piece - before
-        head, row0 = p % n_head_kv, p // n_head_kv * (RUNS * M)
+        head, row0 = p // tiles_of_rows, p % tiles_of_rows * (RUNS * M)
         row1 = min(row0 + RUNS * M, n_rows)
         here, there = past + row0 // group, past + (row1 - 1) // group
         low, high = visible(here, there, past + n_rows // group, window, 1)
@@ -445,61 +475,6 @@ def merge_parts(
                 merge(into, into + b * RUNS * n_part, M, tiles)
         row_first = get_i32(starts + 4 * seq)
         emit_rows(source, n_part, y, row_first, row0, n_rows, head, group, n_head, dim_v, sinks)
-
-
-# ---- writing
-
-
-def write_f32(k, v, keys, values, position, dim, dim_v):
-    """Write a key and a value to their places in a block, as floats."""
-    keys += 4 * (position // 16 * 16 * dim + position % 16)
-    for i in range(dim):
-        set_f32(keys + 64 * i, get_f32(k + 4 * i))
-    copy(values + 4 * position * ((dim_v + 15) // 16 * 16), v, 4 * dim_v)
-
-
-def write_f16(k, v, keys, values, position, dim, dim_v):
-    """Write a key and a value to their places in a block, as halves."""
-    keys += 2 * (position // 16 * 16 * dim + position % 16)
-    for i in range(dim):
-        set_half(keys + 32 * i, get_f32(k + 4 * i))
-    values += 2 * position * ((dim_v + 15) // 16 * 16)
-    for i in range(dim_v):
-        set_half(values + 2 * i, get_f32(v + 4 * i))
-
-
-def write_blocks(k, v, keys, values, position, dim, dim_v):
-    """Write a key and a value to their places in a block, as rows of q8_0 blocks."""
-    write_keys(k, keys + position // 16 * ((dim + 31) // 32 * TILE_BYTES), dim, position % 16)
-    write_values(v, values + position * ((dim_v + 31) // 32 * BLOCK_BYTES), dim_v)
-
-
-write = write_f16
-
-
-def cache_write(k, v, caches, starts, n_past, layer, n_head, dim, dim_v, first, last, worker):
-    """Keys and values of new rows to their sequences' caches; a piece is a row."""
-    for t in range(first, last):
-        seq = 0
-        while get_i32(starts + 4 * seq + 4) <= t:
-            seq += 1
-        position = get_i32(n_past + 4 * seq) + t - get_i32(starts + 4 * seq)
-        table, block = get_i64(caches + 8 * seq) + layer * LAYER, 8 * (position // BLOCK)
-        for head in range(n_head):
-            row = t * n_head + head
-            keys = get_i64(get_i64(table) + block) + head * get_i64(table + 16)
-            values = get_i64(get_i64(table + 8) + block) + head * get_i64(table + 24)
-            write(
-                k + 4 * dim * row, v + 4 * dim_v * row, keys, values, position % BLOCK, dim, dim_v
-            )
-
-
-WRITERS = {"f32": write_f32, "f16": write_f16, "q8_0": write_blocks}
-
-
-def write_kernel(kv: str) -> jit.Kernel:
-    """``cache_write`` for a kind of cache."""
-    return jit.kernel(cache_write, f"cache_write_{kv}", write=WRITERS[kv])
 
 
 # ---- compiled for a kind of cache and a number of rows
@@ -517,8 +492,8 @@ def maxima_of(m: int) -> Callable:
         ty, scores = V(F32, LANES), e.ptr(scores)
 
         def tile(i, most):
-            at = e.at(scores, e.b.mul(i, I64(64 * m)))
-            values = [e.load(at, ty, 64 * row) for row in range(m)]
+            at = e.at(scores, e.b.mul(i, I64(64)))
+            values = [e.load(at, ty, P_STEP * row) for row in range(m)]
             return [e.select("<", v, x, x, v) for v, x in zip(values, most, strict=True)]
 
         for row, v in enumerate(e.loop(tiles, [e.const(HIDDEN, ty)] * m, tile)):
@@ -542,13 +517,13 @@ def rows_of(group: int, n: int) -> int:
 def attend_kernel(kv: str, rows: int) -> jit.Kernel:
     """``attend`` for a kind of cache and so many rows of a piece."""
     kind, size = KINDS[kv]
-    m, runs = SHAPES[rows]
+    m, runs = shape_of(rows)
     opened = kv == "q8_0" or (kv == "f16" and runs > 1)
     read_as, read_size = KINDS["f32"] if opened else (kind, size)
-    tiles = 2 if m == 8 else MOST_TILES
+    tiles = 2 if m >= 8 else MOST_TILES
     lines = {1: 0, tiles: max(tiles * 16 * size // 64, 1)}
-    score = {n: rows_multiplier(read_as, m, n, 4, Q_STEP, lines[n]) for n in lines}
-    weigh = {n: rows_multiplier(read_as, m, n, 4, P_STEP, lines[n]) for n in lines}
+    score = {n: rows_multiplier(read_as, m, n, Q_STEP, 64, P_STEP, lines[n]) for n in lines}
+    weigh = {n: rows_multiplier(read_as, m, n, P_STEP, 64 * m, 64, lines[n]) for n in lines}
     return jit.kernel(
         attend,
         f"attend_{kv}_{rows}",
@@ -571,5 +546,5 @@ def attend_kernel(kv: str, rows: int) -> jit.Kernel:
 
 def merge_kernel(rows: int) -> jit.Kernel:
     """``merge_parts`` for so many rows of a piece."""
-    m, runs = SHAPES[rows]
+    m, runs = shape_of(rows)
     return jit.kernel(merge_parts, f"merge_parts_{rows}", M=m, RUNS=runs)

@@ -30,7 +30,7 @@ from ..backend import (
 )
 from ..outside import Outside
 from ..profile import Profile
-from . import attention, bfloat, choosing, elementwise, jit, matmul, outside, recurrent
+from . import attention, bfloat, choosing, elementwise, jit, kvwrite, matmul, outside, recurrent
 from .attention import padded
 from .experts import record_experts
 from .fitting import Of, Pieces, Stored, rows_of_heads
@@ -46,6 +46,7 @@ from .weights import CPUWeight, load_weight
 NARROW = {np.dtype(np.float64): np.dtype(np.float32), np.dtype(np.int64): np.dtype(np.int32)}
 ACT_PIECE = 1024  # values
 FEW_ROWS = 32  # rows whose tiles are too few to keep threads busy
+CLAIMED = 1 << 15  # positions times columns of pieces of attention that a thread claims at once
 
 
 class CPUBackend(Backend):
@@ -324,10 +325,8 @@ class CPUBackend(Backend):
         c = cache.layers[layer]
         dims = {"n_head": c.n_head_kv, "dim": c.head_dim, "dim_v": c.head_dim_v}
         past = {**self._sequences(batch), "n_past": batch.n_past, "layer": layer}
-        self._write(cache.kv_type, batch.n_rows, k=k, v=v, **past, **dims)
-
-    def _write(self, kv: KVType, rows: int, /, **args: Any) -> None:
-        self._tape.add(attention.write_kernel(kv), rows, max(1, rows // 16), **args)
+        kernel, rows = kvwrite.write_kernel(cache.kv_type), batch.n_rows
+        self._tape.add(kernel, rows, max(1, rows // 16), k=k, v=v, **past, **dims)
 
     def _sequences(self, batch: Batch) -> dict[str, Any]:
         """The caches' tables, and where sequences begin."""
@@ -373,12 +372,15 @@ class CPUBackend(Backend):
         bias: Array | None = None,
     ) -> CPUArray:
         dims = {"dim": k.shape[1] // n_head_kv, "dim_v": v.shape[1] // n_head_kv}
-        past = {**self._stored_once(batch, n_head_kv, **dims), "starts": batch.starts, "layer": 0}
-        self._write("f32", batch.n_rows, k=k, v=v, n_head=n_head_kv, **dims, **past)
+        stored = {**self._stored_once(batch, n_head_kv, **dims), "starts": batch.starts}
+        places = {"caches": stored["caches"], "starts": batch.starts, "n_head": n_head_kv}
+        tiles, kernel = self._pieces(batch, 1, 16, 1, "tile"), kvwrite.write_whole_kernel()
+        tiles.rows.append(self._tape.add(kernel, tiles.n, 4, k=k, v=v, **places, **dims))
         how = {"scale": scale, "window": window, "cap": 0.0, "slopes": slopes, "sinks": None}
         how |= {"bias": bias, "n_bias": 0 if bias is None else bias.shape[1]}
         dims["n_head_kv"] = n_head_kv
-        return self._attend(batch, q, n_head, "f32", causal=False, **dims, **past, **how)
+        how |= {"causal": False, "layer": 0}
+        return self._attend(batch, q, n_head, "f32", **dims, **stored, **how)
 
     def _stored_once(self, batch: Batch, n_head_kv: int, dim: int, dim_v: int) -> dict[str, Any]:
         """Where an encoder's layers store the keys and values of this step's rows, one after the other."""
@@ -431,7 +433,8 @@ class CPUBackend(Backend):
         kernel = attention.attend_kernel(kv_type, rows)
         if not few:
             tiles = self._pieces(batch, group, rows, n_head_kv, "tile")
-            tiles.rows.append(self._tape.add(kernel, tiles.n, **args))
+            chunk = max(1, min(8, CLAIMED // (most * args["dim"])))
+            tiles.rows.append(self._tape.add(kernel, tiles.n, chunk, **args))
             return y
 
         blocks = self._pieces(batch, group, rows, n_head_kv, "block")

@@ -156,8 +156,9 @@ def lanes() -> int:
 
 
 def in_a_register(ty) -> bool:
-    """Whether a vector of integers takes one register; otherwise it takes two."""
-    return bool(ty.element.width * ty.count <= 32 * lanes())
+    """Whether a vector of integers or of float32 takes one register; otherwise it takes two."""
+    bits = 32 if ty.element == F32 else ty.element.width
+    return bool(bits * ty.count <= 32 * lanes())
 
 
 @lru_cache(1024)  # an operand of every other instruction, and slow to write out

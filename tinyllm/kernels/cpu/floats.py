@@ -43,17 +43,17 @@ SPREAD = 256  # columns of a piece of ``spread_rows``
 
 
 def accumulate(
-    e: Emit, kind: str, bases: list, column_bytes, x, x_step: int, x_tokens: list[int], n_in, n: int,
-    acc: list, ask, lines: int,
+    e: Emit, kind: str, bases: list, column_bytes, x, x_tokens: list[int], n_in, n: int, acc: list,
+    ask, lines: int,
 ) -> list:  # fmt: skip
     """For each token, then each base: acc plus the products of n weights and x over columns i, in order of i.
 
-    Column i of a base stands i * column_bytes on; the value of a token i * x_step + x_tokens[t] on in x.
+    Column i of a base stands i * column_bytes on; the value of a token 4 * i + x_tokens[t] on in x.
     For each column so many lines are asked for, from ``ask`` on.
     """
 
     def columns(first, n_columns, acc):
-        at, xi = e.b.mul(first, column_bytes), e.alone(e.at(x, e.b.mul(first, I64(x_step))))
+        at, xi = e.b.mul(first, column_bytes), e.alone(e.at(x, e.b.mul(first, I64(4))))
         heads = [e.at(base, at) for base in bases]
         if lines:
             here = e.at(ask, e.b.mul(first, I64(64 * lines)))
@@ -61,7 +61,7 @@ def accumulate(
                 e.prefetch(here, 64 * line)
         for c in range(n_columns):
             w = [widen(e, head, kind, 0, n) for head in heads]
-            values = [e.broadcast(xi, F32, n, offset + c * x_step) for offset in x_tokens]
+            values = [e.broadcast(xi, F32, n, offset + 4 * c) for offset in x_tokens]
             products = [(v, x) for x in values for v in w]
             acc = [e.fma(v, x, a) for a, (v, x) in zip(acc, products, strict=True)]
             heads = [e.at(head, column_bytes) for head in heads]
@@ -76,15 +76,28 @@ def accumulate(
     return e.loop_maybe(e.b.sub(n_in, done), acc, lambda i, acc: columns(e.b.add(done, i), 1, acc))
 
 
+def sums_at(e: Emit, p, places: list[int], n: int, begins) -> list:
+    """The sums of n lanes at some places, zeros if ``begins`` is 0: by one branch, not one for each."""
+    zero, fresh = e.const(0.0, V(F32, n)), e.b.icmp_signed("==", begins, I64(0))
+    start = e.b.block
+    with e.b.if_then(e.b.not_(fresh)):
+        found, end = [e.load(p, zero.type, place) for place in places], e.b.block
+    sums = [e.b.phi(zero.type) for _ in places]
+    for phi, v in zip(sums, found, strict=True):
+        phi.add_incoming(zero, start)
+        phi.add_incoming(v, end)
+    return sums
+
+
 @lru_cache
 def rows_multiplier(
-    kind: str, n_tokens: int, tiles: int, x_step: int, x_token: int, lines: int
+    kind: str, n_tokens: int, tiles: int, x_token: int, y_tile: int, y_token: int, lines: int
 ) -> Callable:
-    """multiply(w, tile_bytes, column_bytes, x, n_in, y, begins, ask): y [tiles][n_tokens][16] += products.
+    """multiply(w, tile_bytes, column_bytes, x, n_in, y, begins, ask): y [tiles] [n_tokens] [16] += products.
 
-    Tiles stand tile_bytes apart, their columns column_bytes; x steps x_step bytes a column and x_token
-    bytes a token. y is zero at first if ``begins`` is 0. Meanwhile memory from ``ask`` on is brought into the
-    caches, so many lines for each column: what is read next.
+    Tiles stand tile_bytes apart, their columns column_bytes; tokens of x x_token bytes, tiles of y y_tile and
+    its tokens y_token. y is zero at first if ``begins`` is 0. Meanwhile memory from ``ask`` on is brought into
+    the caches, so many lines for each column: what is read next.
     """
     n, size = lanes(), BYTES[kind]
     at_once = tiles if n == LANES else min(tiles, 2)  # smaller registers come in sixteens
@@ -93,18 +106,15 @@ def rows_multiplier(
     def multiply(e, w, tile_bytes, column_bytes, x, n_in, y, begins, ask):
         """Multiply tiles of rows by the rows of x."""
         w, x, y, ask = e.ptr(w), e.ptr(x), e.ptr(y), e.ptr(ask)
-        zero, fresh = e.const(0.0, V(F32, n)), e.b.icmp_signed("==", begins, I64(0))
         cells = [(r, first) for first in range(0, LANES, n) for r in range(tiles)]
         tokens = [x_token * t for t in range(n_tokens)]
         for i in range(0, len(cells), at_once):
             some = cells[i : i + at_once]
             bases = [e.at(e.at(w, e.b.mul(tile_bytes, I64(r))), first * size) for r, first in some]
-            places = [
-                4 * (LANES * (r * n_tokens + t) + l) for t in range(n_tokens) for r, l in some
-            ]
-            acc = [e.b.select(fresh, zero, e.load(y, zero.type, place)) for place in places]
+            places = [y_tile * r + y_token * t + 4 * l for t in range(n_tokens) for r, l in some]
+            acc = sums_at(e, y, places, n, begins)
             asks = 0 if i else lines  # in the first pass alone
-            how = column_bytes, x, x_step, tokens, n_in, n, acc, ask, asks
+            how = column_bytes, x, tokens, n_in, n, acc, ask, asks
             for place, v in zip(places, accumulate(e, kind, bases, *how), strict=True):
                 e.store(v, y, place)
 
@@ -205,8 +215,7 @@ def multiply_panel(e, panel, n_columns, x, row_bytes, n_rows, sums, begins, to, 
                 e.prefetch(row, place, to_write=True)
             return e.loop(LINE, acc, lambda j, acc: column(b.add(start, j), acc))
 
-        zero, fresh = e.const(0.0, V(F32, n)), b.icmp_signed("==", begins, I64(0))
-        acc = [b.select(fresh, zero, e.load(sums, zero.type, place)) for place in places]
+        acc = sums_at(e, sums, places, n, begins)
         acc = e.loop_maybe(lines, acc, line)
         acc = e.loop_maybe(b.sub(n_columns, done), acc, lambda i, acc: column(b.add(done, i), acc))
         for place, v in zip(places, acc, strict=True):
@@ -262,7 +271,7 @@ def few_multiplier(reader: Reader, n_tokens: int) -> Callable:
     @emitter(types.void, *[i64] * 8)
     def multiply(e, w, tile_bytes, n_tiles, n_blocks, x, sums, begins, ahead):
         """Add the products of some blocks of tiles and columns of x to the sums."""
-        b, fresh = e.b, e.b.icmp_signed("==", begins, I64(0))
+        b = e.b
         w, x, sums = e.ptr(w), e.ptr(x), e.ptr(sums)
         tiles = [e.at(w, b.mul(at_most(e, r, n_tiles), tile_bytes)) for r in range(GROUP)]
         for i in range(0, len(cells), at_once):
@@ -282,8 +291,7 @@ def few_multiplier(reader: Reader, n_tokens: int) -> Callable:
                 return acc
 
             places = [t * PANEL_ROW + 64 * r + 4 * l for t in range(n_tokens) for r, l in some]
-            zero = e.const(0.0, V(F32, n))
-            acc = [b.select(fresh, zero, e.load(sums, zero.type, place)) for place in places]
+            acc = sums_at(e, sums, places, n, begins)
             acc = by_lines(e, reader, n_blocks, acc, blocks, asks)
             for place, v in zip(places, acc, strict=True):
                 e.store(v, sums, place)

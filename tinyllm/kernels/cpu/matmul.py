@@ -496,10 +496,8 @@ def matmul_kernel(
     some = reads_along(w, n_tokens)
     if asks := some and instruction_set() == "avx512vnni":
         ahead = 0  # it is asked for meanwhile
-    elif ahead and w.reader:
-        ahead = COLUMNS * w.reader.tile_bytes  # the columns of the next panel
-    elif ahead and not some:
-        ahead = w.tile_bytes  # those of the next tile
+    elif ahead and not some:  # the columns of the next panel, or of the next tile
+        ahead = COLUMNS * w.reader.tile_bytes if w.reader else w.tile_bytes
     more: dict[str, Any] = {"tiles": w.n_tiles, "n_out": w.n_out, "n_tokens": n_tokens}
     more["ahead"] = ahead
     if w.reader:

@@ -92,9 +92,7 @@ def load_n(e, p, n):
         with whole:
             here, everything = e.b.block, e.b.load(address, align=1)
         with rest:
-            some = e.call(
-                "llvm.masked.load.v16f32.p0", V16F, address, I32(1), _tail(e, n), zero
-            )
+            some = e.call("llvm.masked.load.v16f32.p0", V16F, address, I32(1), _tail(e, n), zero)
             there = e.b.block
     v = e.b.phi(V16F)
     v.add_incoming(everything, here)
@@ -168,27 +166,69 @@ def hmax(e, v):
     return e.fold(v, lambda x, y: e.select("<", x, y, y, x))
 
 
+# the series of e^f, its last term first
+SERIES = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+LEAST, LARGEST = -87.0, 88.0  # e^x is 0 below the one, and that of the other above it
+
+
 def emit_exp(e, x):
     """e^x: 2^n times the series of e^f, |f| <= ln(2) / 2, cut after f^7 (error below 1e-8)."""
     b, ty = e.b, x.type
-    n_ty = V(I32, ty.count)
-    low, high, shift = (e.const(c, ty) for c in (-87.0, 88.0, 1.5 * 2.0**23))
-    y = e.select("<", x, low, low, e.select(">", x, high, high, x))
-    whole = e.fma(y, e.const(1.4426950408889634, ty), shift)  # n in the lowest bits
-    n = b.fsub(whole, shift)
-    f = e.fma(n, e.const(-0.693359375, ty), y)  # ln 2 in two parts: the first has few bits
-    f = e.fma(n, e.const(2.12194440e-4, ty), f)
-    p = e.const(1 / 5040, ty)
-    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        p = e.fma(p, f, e.const(c, ty))
-    power = b.add(e.shl(b.bitcast(whole, n_ty), 23), e.const(127 << 23, n_ty))
-    return e.select("<", x, low, e.const(0.0, ty), b.fmul(p, b.bitcast(power, ty)))
+    high = e.const(LARGEST, ty)
+    constants = exp_constants(e, ty, 1.5 * 2.0**23, SERIES)
+    p, whole = exp_parts(e, e.select(">", x, high, high, x), constants)
+    power = b.add(e.shl(whole, 23), e.const(127 << 23, whole.type))
+    return exp_or_zero(e, x, p, power, constants)
+
+
+def emit_exp_below(e, x, constants=None):
+    """e^x of x <= 0, the bits of ``emit_exp`` with less work: half of p times 2^(n + 1)."""
+    p, whole = exp_parts(e, x, constants or below_constants(e, x.type))
+    return exp_or_zero(e, x, p, e.shl(whole, 23), constants or below_constants(e, x.type))
+
+
+def below_constants(e, ty):
+    """What ``emit_exp_below`` multiplies with and adds."""
+    return exp_constants(e, ty, 1.5 * 2.0**23 + 128, [c / 2 for c in SERIES])
+
+
+def exp_constants(e, ty, shift, series):
+    """Least exponent, 1 / ln 2, a number behind whose point nothing fits, ln 2 in two parts (the first has few
+    bits), the series.
+    """
+    return [
+        e.const(c, ty)
+        for c in (LEAST, 1.4426950408889634, shift, -0.693359375, 2.12194440e-4, *series)
+    ]
+
+
+def exp_parts(e, x, constants):
+    """The series of e^f, and n in the lowest bits of an integer, of e^x = 2^n e^f."""
+    _, inverse, shift, high, low, p, *series = constants
+    whole = e.fma(x, inverse, shift)
+    n = e.b.fsub(whole, shift)
+    f = e.fma(n, low, e.fma(n, high, x))
+    for c in series:
+        p = e.fma(p, f, c)
+    return p, e.b.bitcast(whole, V(I32, x.type.count))
+
+
+def exp_or_zero(e, x, p, power, constants):
+    """p times the float whose bits are power; 0 where x is so small that these are anything."""
+    seen = e.b.fcmp_unordered(">=", x, constants[0])
+    return e.b.select(seen, e.b.fmul(p, e.b.bitcast(power, x.type)), e.const(0.0, x.type))
 
 
 @emitter(f32x16, f32x16)
 def exp(e, x):
     """e^x, 0 below -87, e^88 above 88."""
     return emit_exp(e, x)
+
+
+@emitter(f32x16, f32x16)
+def exp_below(e, x):
+    """The bits of ``exp`` for x that is not above 0."""
+    return emit_exp_below(e, x)
 
 
 def emit_tanh(e, x):
@@ -220,7 +260,7 @@ def erf(e, x):
     p = e.const(1.061405429, ty)
     for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         p = e.fma(p, t, e.const(c, ty))
-    tail = b.fmul(b.fmul(p, t), emit_exp(e, b.fneg(b.fmul(x, x))))
+    tail = b.fmul(b.fmul(p, t), emit_exp_below(e, b.fneg(b.fmul(x, x))))
     return e.call("llvm.copysign.v16f32", ty, b.fsub(e.const(1.0, ty), tail), x)
 
 
