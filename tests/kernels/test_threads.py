@@ -72,7 +72,7 @@ def test_every_piece_is_done_once_and_after_the_stage_before(
             assert set(out.tolist()) == {each}
 
 
-def test_the_lanes_of_threads_that_never_come_are_done_by_another() -> None:
+def test_the_stretches_of_threads_that_never_come_are_done_by_another() -> None:
     pool = threads.Pool()
     tape, outs, want = tape_of()
     pool.run(tape.rows.ctypes.data, 1)

@@ -1,9 +1,9 @@
 """Threads that run a program of kernels together, and never wait for one another, only for work done.
 
 Every thread walks the same list of instructions. A *stage* is a run of instructions without dependence
-on each other; its claims are numbered by tickets. Each thread has a lane, neighbouring tickets of a stage
+on each other; its claims are numbered by tickets. Each thread has a stretch, neighbouring tickets of a stage
 that it takes one by one by compare-and-swap, so that it reads memory without a gap; then it takes what is left
-in the lanes of others. A stage is over when its pieces are done, so a thread that the system has put aside
+in the stretches of others. A stage is over when its pieces are done, so a thread that the system has put aside
 holds up nobody unless it is in the middle of a piece. Waiting is a short spin, then a futex or what the system
 has in its place.
 
@@ -34,7 +34,7 @@ PIECES, CHUNK, BEGINS, CLAIMS = 8, 16, 24, 32  # bytes into a row
 ARGS = 5  # where its arguments begin
 LINE = 64  # bytes: shared counters stand on cache lines of their own
 GENERATION, DONE, PROGRAM, STOP, LIMIT, SLEEPERS, WORKERS = (LINE * i for i in range(7))
-NEXT, PARKED = WORKERS, WORKERS + 8  # a line for each thread: its lane's next ticket, its last program
+NEXT, PARKED = WORKERS, WORKERS + 8  # for each thread: the next of its tickets, its last program
 SPIN = 1500  # pauses before sleeping: some 50 microseconds
 WAKES = system.WAKES  # else nobody is woken, and those who wait look again
 YIELDS = 2000  # before the first nap: about a millisecond
@@ -217,7 +217,7 @@ def do_claim(row, ticket, worker):
     call_kernel(get_i64(row), row + ARGS * 8, first, last, worker)
 
 
-def take_part(state, program, generation, lanes, worker, spin):
+def take_part(state, program, generation, stretches, worker, spin):
     """Walk the program, claiming and doing pieces, until all is done or another generation has begun."""
     base = generation << SHIFT
     row, stage_first = program + ROW_BYTES, 0
@@ -230,26 +230,27 @@ def take_part(state, program, generation, lanes, worker, spin):
             if stop >= end or get_i64(stop + BEGINS) != 0:
                 break
         did, first, tickets = 0, base + stage_first, stage_last - stage_first
-        for turn in range(lanes):
-            did += take_lane(state, row, first, tickets, (worker + turn) % lanes, lanes, worker)
+        for turn in range(stretches):
+            stretch = (worker + turn) % stretches
+            did += take_stretch(state, row, first, tickets, stretch, stretches, worker)
         if did > 0 and atomic_add(state + DONE, did) + did == base + stage_last:
             wake(state, DONE)
         wait(state, DONE, base + stage_last, spin)
         row, stage_first = stop, stage_last
 
 
-def take_lane(state, row, first, tickets, lane, lanes, worker):
-    """Do what nobody has claimed of a lane; returns how many claims that was.
+def take_stretch(state, row, first, tickets, stretch, stretches, worker):
+    """Do what nobody has claimed of a stretch; returns how many claims that was.
 
     The stage begins with this row and its first ticket.
     """
-    counter, did = state + NEXT + LINE * lane, 0
-    begin = first + (tickets * lane + lanes - 1) // lanes
-    end = first + (tickets * (lane + 1) + lanes - 1) // lanes
+    counter, did = state + NEXT + LINE * stretch, 0
+    begin = first + (tickets * stretch + stretches - 1) // stretches
+    end = first + (tickets * (stretch + 1) + stretches - 1) // stretches
     seen = atomic_load(counter)
     while seen < end:
-        ticket = max(seen, begin)  # it still stands where the lane ended in a stage before
-        if ticket == end:  # an empty lane
+        ticket = max(seen, begin)  # it still stands where the stretch ended in a stage before
+        if ticket == end:  # an empty stretch
             break
         if compare_and_swap(counter, seen, ticket + 1) == 1:
             do_claim(row, ticket - first, worker)
@@ -259,12 +260,12 @@ def take_lane(state, row, first, tickets, lane, lanes, worker):
 
 
 def announce(state, program, limit, generation):
-    """Write down the program of the next generation, once nothing in its lanes is left to claim for the last.
+    """Write down the program of the next generation, once nothing in its stretches is left to claim.
 
-    A late thread of that may read the program before its generation has begun.
+    A late thread of the last generation may read the program before the next has begun.
     """
-    for lane in range(limit):
-        atomic_store(state + NEXT + LINE * lane, generation << SHIFT)
+    for stretch in range(limit):
+        atomic_store(state + NEXT + LINE * stretch, generation << SHIFT)
     atomic_store(state + PROGRAM, program)
     atomic_store(state + LIMIT, limit)
 
@@ -278,8 +279,8 @@ def lead(state, program, limit, spin):
     if limit > 1:
         wake(state, GENERATION)
     take_part(state, program, generation, limit, 0, spin)
-    for lane in range(limit):
-        atomic_store(state + NEXT + LINE * lane, (generation << SHIFT) + CLOSED)
+    for stretch in range(limit):
+        atomic_store(state + NEXT + LINE * stretch, (generation << SHIFT) + CLOSED)
 
 
 def work(state, worker, value, spin):
