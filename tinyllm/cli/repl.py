@@ -18,7 +18,7 @@ from .arguments import (
     sampling_of,
 )
 from .conversation import Conversation, load, save
-from .terminal import counted, has_terminal, show, visible
+from .terminal import has_terminal, show, visible
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -287,3 +287,12 @@ def open_screen(model: Model) -> Screen:
             "/help lists the commands"
         )
     return screen
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things, in words.
+
+    >>> counted(1, "token"), counted(2, "token")
+    ('1 token', '2 tokens')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -37,15 +37,6 @@ def show(text: str, stream: TextIO | None = None) -> None:
     out.flush()
 
 
-def counted(n: int, noun: str) -> str:
-    """A number of things, in words.
-
-    >>> counted(1, "token"), counted(2, "token")
-    ('1 token', '2 tokens')
-    """
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
 def prepare_streams() -> None:
     """Have the standard streams carry UTF-8 where no terminal is at their other end.
 

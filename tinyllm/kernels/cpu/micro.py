@@ -359,15 +359,8 @@ def multiplier(
                     yield part
 
             add = _add_parts if span == 32 else _add_whole
-            return add(
-                e,
-                fmt,
-                parts if asks else lambda: fmt.take(e, tile),
-                at,
-                range(n_tokens),
-                acc,
-                order,
-            )
+            take = parts if asks else lambda: fmt.take(e, tile)
+            return add(e, fmt, take, at, range(n_tokens), acc, order)
 
         y, zero = e.at(e.ptr(y), e.b.mul(first, I64(4))), e.const(0.0, V(F32, n))
         places = [4 * LANES * t for t in range(n_tokens)]
